@@ -1,0 +1,193 @@
+"""The data contract: what lies in a shard folder, and how it is found again.
+
+A set is a folder of plain WebDataset tars, `<split>-000000.tar`, each with DALI's `.idx` beside it. A sample is
+`key.<avi|webm|mp4>` (picture only), `key.flac` (mono) and `key.json`. `manifest.json` describes the set,
+`index.parquet` says where each member lies and which CRC-32 it has, `labels.parquet` what each sample shows.
+Within a split, ids run from 0 to N-1 in the order of writing; every table and the memory bank is keyed by them.
+"""
+
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distav.errors import UserError, listed, nearest
+
+VIDEO_EXTENSIONS = {"mjpeg": "avi", "vp9": "webm", "h264": "mp4"}
+AUDIO_EXTENSION = "flac"
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("split", pa.string()),
+        ("id", pa.int64()),
+        ("key", pa.string()),
+        ("shard", pa.int32()),
+        ("source", pa.string()),
+        ("start_s", pa.float64()),
+        ("duration_s", pa.float64()),
+        ("frames", pa.int32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("video_offset", pa.int64()),
+        ("video_bytes", pa.int64()),
+        ("video_crc32", pa.uint32()),
+        ("audio_offset", pa.int64()),
+        ("audio_bytes", pa.int64()),
+        ("audio_crc32", pa.uint32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a set: where each of its samples lies."""
+
+    root: Path
+    name: str
+    shards: list[Path]
+    codec: str
+    fps: float
+    sample_rate_hz: int
+    columns: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.columns["id"])
+
+    @property
+    def keys(self) -> np.ndarray:
+        """Keys by id: [N] str."""
+        return self.columns["key"]
+
+    @cached_property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard; ids are consecutive inside a shard and from shard to shard."""
+        return np.bincount(self.columns["shard"], minlength=len(self.shards)).tolist()
+
+    @cached_property
+    def source_codes(self) -> np.ndarray:
+        """A number for the source video of each sample, [N] int64: clips cut from one video share it."""
+        return np.unique(self.columns["source"], return_inverse=True)[1].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A folder of shards, opened."""
+
+    root: Path
+    manifest: dict[str, Any]
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in the order of their numbers."""
+        return self.manifest["classes"]
+
+    @classmethod
+    def open(cls, root: str | Path) -> "ShardSet":
+        """Open a set written by tools/make_shards.py.
+
+        Raises:
+            UserError: where the folder or a file that belongs to it is missing or unreadable.
+        """
+        root = Path(root).expanduser()
+        path = root / "manifest.json"
+        if not path.is_file():
+            raise UserError(
+                f"data.root={root}: no manifest.json there. Give the folder that tools/make_shards.py wrote; "
+                "if it was interrupted, run it again and it goes on."
+            )
+        try:
+            manifest = json.loads(path.read_text())
+            manifest["splits"], manifest["classes"], manifest["codec"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise UserError(f"{path} is damaged ({error}); make the shards again.") from None
+        return cls(root, manifest)
+
+    def split(self, name: str, key: str = "data.train_split") -> Split:
+        """Return where the samples of a split lie.
+
+        Raises:
+            UserError: for an unknown split, an unreadable index, or a shard that is missing or has another size.
+        """
+        splits = self.manifest["splits"]
+        if name not in splits:
+            raise UserError(f"{key}={name} is not in {self.root}; allowed: {listed(splits)}.{nearest(name, splits)}")
+        table = read_table(self.root / "index.parquet", filters=[("split", "=", name)])
+        columns = {each: table.column(each).to_numpy(zero_copy_only=False) for each in table.column_names}
+        if not np.array_equal(columns["id"], np.arange(len(table))):
+            raise UserError(f"{self.root / 'index.parquet'}: the ids of split {name} do not run from 0 to N-1.")
+        shards = []
+        for shard in splits[name]["shards"]:
+            path = self.root / shard["name"]
+            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+                found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
+                raise UserError(
+                    f"{path}: {found}, expected {shard['bytes']} bytes; copy the shard again or make it anew."
+                )
+            shards.append(path)
+        manifest = self.manifest
+        return Split(self.root, name, shards, manifest["codec"], manifest["fps"], manifest["sample_rate_hz"], columns)
+
+
+def read_table(path: Path, **options: Any) -> pa.Table:
+    """Read a Parquet file, or raise a UserError that names it."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; copy the whole folder, or make it anew.")
+    try:
+        return pq.read_table(path, **options)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+
+
+def tar_members(path: Path) -> dict[str, list[tuple[str, int, int]]]:
+    """Return the members of a shard by key: {key: [(extension, offset, bytes), ...]}, in file order.
+
+    Raises:
+        UserError: for anything but plain files whose members stand together, as WebDataset needs.
+    """
+    members: dict[str, list[tuple[str, int, int]]] = {}
+    last = ""
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                if not member.isreg() or "/" in member.name or not extension:
+                    raise UserError(f"{path}: member '{member.name}' is not a plain file named key.extension.")
+                if key in members and key != last:
+                    raise UserError(f"{path}: the members of '{key}' do not stand together.")
+                members.setdefault(key, []).append((extension, member.offset_data, member.size))
+                last = key
+    except tarfile.TarError as error:
+        raise UserError(f"{path} is no readable tar: {error}") from None
+    return members
+
+
+def write_dali_index(tar: Path, members: dict[str, list[tuple[str, int, int]]]) -> None:
+    """Write the `.idx` beside a shard, in the v1.2 format of DALI's wds2idx."""
+    lines = [f"v1.2 {len(members)}"]
+    for key, parts in members.items():
+        lines.append(" ".join(f"{extension} {offset} {size} {key}.{extension}" for extension, offset, size in parts))
+    write_atomically(tar.with_suffix(".idx"), ("\n".join(lines) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is either whole or not there."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file so that it is either whole or not there."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    write_atomically(path, sink.getvalue().to_pybytes())

@@ -1,0 +1,133 @@
+"""Label tables: the given labels, tables a person brings, and the truth (for evaluation alone)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+
+from distav.data.format import ShardSet, Split, read_table
+from distav.errors import UserError, listed, nearest
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of one split.
+
+    Attributes:
+        given: [N] int64 class numbers, possibly wrong.
+        true: [N] int64, or None where the set carries no truth. Only evaluation reads it.
+        pair_id: [N] int64 id of the clip whose sound each clip carries, or None. Only evaluation reads it.
+    """
+
+    classes: list[str]
+    given: np.ndarray
+    true: np.ndarray | None = None
+    pair_id: np.ndarray | None = None
+
+    def mismatched(self) -> np.ndarray | None:
+        """Which pairs are wrong for recognition: [N] bool, sound of another true class; None without truth."""
+        if self.pair_id is None:
+            return None
+        truth = self.given if self.true is None else self.true
+        return truth[self.pair_id] != truth
+
+
+def load_labels(shards: ShardSet, split: Split, override: str = "") -> Labels:
+    """Read the labels of a split, and replace the given ones by a user's table where one is named.
+
+    Args:
+        shards: the set.
+        split: its split.
+        override: path of a .parquet or .csv table with `id` or `key` and `label`; empty for none.
+
+    Raises:
+        UserError: for labels outside the classes of the set, ids or keys it does not have, or a broken table.
+    """
+    path = shards.root / "labels.parquet"
+    table = read_table(path, filters=[("split", "=", split.name)])
+    ids = table.column("id").to_numpy()
+    if not np.array_equal(ids, np.arange(len(split))):
+        raise UserError(f"{path}: split {split.name} has {len(ids)} labels for {len(split)} samples, or ids in disorder.")
+
+    def numbers(name: str) -> np.ndarray | None:
+        if name not in table.column_names or table.column(name).null_count:
+            return None
+        return _class_numbers(table.column(name).to_pylist(), shards.classes, path)
+
+    given = numbers("label")
+    if given is None:
+        raise UserError(f"{path}: column 'label' is missing or has gaps.")
+    pair = table.column("pair_id").to_numpy() if "pair_id" in table.column_names else None
+    if override:
+        given = _apply(Path(override), split, shards.classes, given)
+    return Labels(shards.classes, given, numbers("true_label"), pair)
+
+
+def _apply(path: Path, split: Split, classes: list[str], given: np.ndarray) -> np.ndarray:
+    if not path.is_file():
+        raise UserError(f"data.labels={path}: no such file.")
+    table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else read_table(path)
+    names = table.column_names
+    name = next((each for each in ("corrected", "label") if each in names), None)
+    if name is None or not {"id", "key"} & set(names):
+        raise UserError(f"data.labels={path}: needs `id` or `key`, and `label`; found: {listed(names)}.")
+    if "key" in names:
+        row_of = {key: row for row, key in enumerate(split.keys.tolist())}
+        wanted = table.column("key").to_pylist()
+        unknown = [key for key in wanted if key not in row_of]
+        rows = [row_of.get(key, 0) for key in wanted]
+    else:
+        rows = table.column("id").to_pylist()
+        unknown = [row for row in rows if row is None or not 0 <= row < len(split)]
+    if unknown:
+        raise UserError(
+            f"data.labels={path}: {len(unknown)} rows name samples that split {split.name} does not have: "
+            f"{listed(unknown, 3)}. Take a table made for this set."
+        )
+    replaced = given.copy()
+    replaced[np.asarray(rows, dtype=np.int64)] = _class_numbers(table.column(name).to_pylist(), classes, path)
+    return replaced
+
+
+def _class_numbers(names: list[str], classes: list[str], path: Path) -> np.ndarray:
+    number = {name: position for position, name in enumerate(classes)}
+    unknown = sorted({str(name) for name in names if name not in number})
+    if unknown:
+        raise UserError(
+            f"{path}: unknown class '{unknown[0]}'; allowed: {listed(classes)}.{nearest(unknown[0], classes)}"
+        )
+    return np.array([number[name] for name in names], dtype=np.int64)
+
+
+def correction_table(
+    split: Split,
+    labels: Labels,
+    corrected: np.ndarray,
+    confidence: np.ndarray,
+    agreement: np.ndarray,
+    correspondence: np.ndarray,
+) -> pa.Table:
+    """Return what a correction phase learned, one row a sample: the table a person opens to clean the set.
+
+    Args:
+        split: the split.
+        labels: its given labels.
+        corrected: [N] int64 voted classes.
+        confidence: [N] float32 share of the vote for the corrected class.
+        agreement: [N] float32 share of the vote for the given class.
+        correspondence: [N] float32 estimated probability that sound and picture belong together.
+    """
+    names = np.array(labels.classes, dtype=object)
+    return pa.table(
+        {
+            "id": np.arange(len(split)),
+            "key": split.keys,
+            "given": names[labels.given],
+            "corrected": names[corrected],
+            "confidence": confidence.astype(np.float32),
+            "agreement": agreement.astype(np.float32),
+            "correspondence": correspondence.astype(np.float32),
+        }
+    )

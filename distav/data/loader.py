@@ -1,0 +1,188 @@
+"""Batches from shards: byte ranges read by offset, checked by CRC-32, decoded and augmented by the DALI graph.
+
+A sample that cannot be used becomes a masked row, counted and named; the batch never gets shorter, so ranks never
+wait for one another. Legend: b rows of this rank, T frames, H W pixels, N audio samples.
+"""
+
+import os
+import queue
+import threading
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distav.data.augment import Viewer
+from distav.data.dali import ClipGraph, DecodeError, Encoded
+from distav.data.format import Split
+from distav.data.order import PADDING, Ids
+from distav.seeding import sample_seeds
+from distav.settings import AugmentSettings, DataSettings
+
+
+@dataclass
+class Batch:
+    """One rank's part of a batch.
+
+    Attributes:
+        ids: [b] int64; where `valid` is false the row carries no sample.
+        valid: [b] bool.
+        frames: [b, T, H, W, 3] uint8.
+        sound: [b, N] float32 in [-1, 1].
+        seeds: [b] int64 that make a sample's own random numbers inside the model.
+    """
+
+    ids: Tensor
+    valid: Tensor
+    frames: Tensor
+    sound: Tensor
+    seeds: Tensor
+
+
+class BadSample(Exception):
+    """A sample that cannot be used, with the reason."""
+
+
+@dataclass
+class Quarantine:
+    """Samples of one split that could not be used on this rank: {id: reason}."""
+
+    reasons: dict[int, str] = field(default_factory=dict)
+
+
+class Loader:
+    """Reads one split for one rank."""
+
+    def __init__(
+        self,
+        split: Split,
+        data: DataSettings,
+        augment: AugmentSettings | None,
+        seed: int,
+        batch: int,
+        device: torch.device,
+    ):
+        self.split, self.data, self.seed, self.device = split, data, seed, device
+        self.viewer = Viewer(split, data, augment, seed)
+        self.graph = ClipGraph(data, split.codec, split.sample_rate_hz, batch, device)
+        self.quarantine = Quarantine()
+        self._files: dict[int, int] = {}
+        self._spare: Encoded | None = None
+
+    def close(self) -> None:
+        """Close the shard files."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def batches(self, plan: Iterable[tuple[Ids, int]]) -> Iterator[Batch]:
+        """Yield a batch for each (ids, epoch), decoded ahead in a thread.
+
+        Raises:
+            UserError: where a shard cannot be read any more.
+        """
+        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=self.data.prefetch)
+        stop = threading.Event()
+
+        def offer(item: Batch | BaseException | None) -> None:
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.2)
+                    return
+                except queue.Full:
+                    continue
+
+        def produce() -> None:
+            try:
+                for ids, epoch in plan:
+                    if stop.is_set():
+                        return
+                    offer(self.load(ids, epoch))
+                offer(None)
+            except BaseException as error:  # noqa: BLE001  # handed to the thread that waits for the batch
+                offer(error)
+
+        thread = threading.Thread(target=produce, name="loader", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    def load(self, ids: Ids, epoch: int) -> Batch:
+        """Read, check and decode one batch."""
+        valid = ids != PADDING
+        members: list[Encoded | None] = [self._read(int(sample)) if sample != PADDING else None for sample in ids]
+        views = [self.viewer.view(max(0, int(sample)), epoch) for sample in ids]
+        frames, sound = self._decode(ids, members, views)
+        valid &= np.array([each is not None for each in members])
+        return Batch(
+            ids=torch.from_numpy(np.maximum(ids, 0)).to(self.device),
+            valid=torch.from_numpy(valid).to(self.device),
+            frames=frames,
+            sound=sound,
+            seeds=sample_seeds(self.seed, epoch, torch.from_numpy(ids)).to(self.device),
+        )
+
+    def _decode(self, ids: Ids, members: list[Encoded | None], views: list) -> tuple[Tensor, Tensor]:
+        """Decode a batch; where DALI refuses it, find the samples at fault and take them out of `members`."""
+        self._spare = self._spare or next((each for each in members if each is not None), None)
+        try:
+            return self.graph.run(self._filled(members), views)
+        except DecodeError as error:
+            reason = str(error)
+        for row, member in enumerate(members):
+            if member is not None and (said := self._refused(member, views[row])):
+                members[row] = None
+                self.quarantine.reasons[int(ids[row])] = f"not decodable: {said}"
+        if all(each is None for each in members):
+            raise RuntimeError(f"no sample of a batch could be decoded: {reason}")
+        self._spare = next(each for each in members if each is not None)
+        return self.graph.run(self._filled(members), views)
+
+    def _filled(self, members: list[Encoded | None]) -> list[Encoded]:
+        """Put a sample known to be good where there is none; those rows are masked."""
+        if self._spare is None:
+            self._spare = next(spare for sample in range(len(self.split)) if (spare := self._read(sample)))
+        return [each or self._spare for each in members]
+
+    def _refused(self, member: Encoded, view: object) -> str:
+        try:
+            self.graph.run([member] * self.graph.batch, [view] * self.graph.batch)  # pyright: ignore[reportArgumentType]
+        except DecodeError as error:
+            return str(error)
+        return ""
+
+    def _read(self, sample: int) -> Encoded | None:
+        """Read the members of a sample; None and an entry in the quarantine where they are damaged."""
+        if sample in self.quarantine.reasons:
+            return None
+        try:
+            return Encoded(self._member(sample, "video"), self._member(sample, "audio"))
+        except BadSample as reason:
+            self.quarantine.reasons[sample] = str(reason)
+            return None
+
+    def _member(self, sample: int, kind: str) -> bytes:
+        columns = self.split.columns
+        shard = int(columns["shard"][sample])
+        path = self.split.shards[shard]
+        size = int(columns[f"{kind}_bytes"][sample])
+        try:
+            if shard not in self._files:
+                self._files[shard] = os.open(path, os.O_RDONLY)
+            content = os.pread(self._files[shard], size, int(columns[f"{kind}_offset"][sample]))
+        except OSError as error:
+            raise BadSample(f"{kind} unreadable in {path.name}: {error.strerror}") from None
+        if len(content) != size:
+            raise BadSample(f"{kind} truncated in {path.name}: {len(content)} of {size} bytes")
+        if zlib.crc32(content) != int(columns[f"{kind}_crc32"][sample]):
+            raise BadSample(f"{kind} altered in {path.name}: CRC-32 differs")
+        return content

@@ -1,0 +1,104 @@
+"""The order of samples: a pure function of (sizes, seed, epoch), cut by rank only at the end.
+
+A global batch is a slice of the epoch's permutation and a rank takes its part of the slice, so the stream of samples
+is the same for any number of ranks or restarts, and where a run stands is told by its step alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distav.errors import UserError
+
+Ids = NDArray[np.int64]
+PADDING = -1
+"""Stands where a last batch has no sample; such rows are masked."""
+
+
+def permutation(shard_sizes: Sequence[int], seed: int, epoch: int, block: int) -> Ids:
+    """Return all ids in the order of one epoch.
+
+    Shards are shuffled, `block` of them at a time are put together, and the samples of each block are shuffled, so
+    that reads stay inside a few files.
+
+    Args:
+        shard_sizes: samples of each shard; ids run on from shard to shard.
+        seed: seed of the run.
+        epoch: number of the epoch.
+        block: shards shuffled together.
+
+    Returns:
+        [N] int64, every id from 0 to N-1 once.
+    """
+    rng = np.random.default_rng([seed, 4, epoch])
+    ends = np.cumsum([0, *shard_sizes])
+    shards = rng.permutation(len(shard_sizes))
+    parts: list[Ids] = []
+    for start in range(0, len(shards), block):
+        members = [np.arange(ends[shard], ends[shard + 1]) for shard in shards[start : start + block]]
+        parts.append(rng.permutation(np.concatenate(members)))
+    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True)
+class TrainingOrder:
+    """Endless training batches: epochs of whole global batches, a remainder is left for other epochs."""
+
+    shard_sizes: Sequence[int]
+    seed: int
+    block: int
+    global_batch: int
+    accumulation: int
+
+    def __post_init__(self) -> None:
+        if sum(self.shard_sizes) < self.global_batch:
+            raise UserError(
+                f"optim.global_batch={self.global_batch} is more than the {sum(self.shard_sizes)} samples of the "
+                "training split; allowed: up to that many."
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of an epoch."""
+        return sum(self.shard_sizes) // self.global_batch
+
+    def batch(self, step: int) -> Ids:
+        """Return the ids of one optimiser step over all ranks and micro-batches, [global_batch]."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = permutation(self.shard_sizes, self.seed, epoch, self.block)
+        return order[place * self.global_batch : (place + 1) * self.global_batch]
+
+    def micro_batches(self, step: int, rank: int, num_ranks: int) -> list[Ids]:
+        """Return one rank's ids of one step, a list of `accumulation` arrays."""
+        micro = self.batch(step).reshape(self.accumulation, num_ranks, -1)
+        return [micro[number, rank] for number in range(self.accumulation)]
+
+
+def check_batch(global_batch: int, accumulation: int, num_ranks: int) -> int:
+    """Return the micro-batch of one rank.
+
+    Raises:
+        UserError: where ranks and accumulation do not divide the global batch; names the nearest that they do.
+    """
+    parts = accumulation * num_ranks
+    if global_batch % parts:
+        below = max(parts, global_batch // parts * parts)
+        raise UserError(
+            f"optim.global_batch={global_batch} cannot be divided among {num_ranks} ranks with "
+            f"optim.accumulation={accumulation}; allowed: multiples of {parts}, e.g. {below} or {below + parts}."
+        )
+    return global_batch // parts
+
+
+def owned_batches(num_samples: int, batch: int, rank: int, num_ranks: int) -> list[Ids]:
+    """Return one rank's batches of a single pass over the ids that it owns, all of one length, filled with PADDING.
+
+    Every rank gets the same number of batches, so that collectives inside the pass cannot wait for ever.
+    """
+    low, high = num_samples * rank // num_ranks, num_samples * (rank + 1) // num_ranks
+    most = -(-num_samples // num_ranks)
+    ids = np.full(-(-most // batch) * batch, PADDING, dtype=np.int64)
+    ids[: high - low] = np.arange(low, high)
+    return list(ids.reshape(-1, batch))

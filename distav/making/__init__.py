@@ -1,0 +1,1 @@
+"""From raw clips to shards: sources of clips, encoding, and the writer."""

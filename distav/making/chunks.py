@@ -1,0 +1,169 @@
+"""Encoding in worker processes: a chunk of candidates in, one file of encoded clips and one list out.
+
+Workers are separate processes, since media libraries meet files that bring them down; a chunk whose worker died is
+taken again one candidate at a time, each in a process of its own, and what kills that is rejected by name.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import time
+import zlib
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from distav.data.format import write_atomically
+from distav.making.clips import Candidate, Encoding, Unusable, encode_audio, encode_video
+from distav.making.sources import Source
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded clip and where its bytes lie in the work folder."""
+
+    file: str
+    source: str
+    label: str
+    split: str
+    start_s: float
+    width: int
+    height: int
+    offset: int
+    video_bytes: int
+    audio_bytes: int
+    video_crc32: int
+    audio_crc32: int
+
+    def video(self, work: Path) -> bytes:
+        """Return the encoded picture."""
+        return _slice(work / self.file, self.offset, self.video_bytes)
+
+    def audio(self, work: Path) -> bytes:
+        """Return the encoded sound."""
+        return _slice(work / self.file, self.offset + self.video_bytes, self.audio_bytes)
+
+
+def _slice(path: Path, offset: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def encode_all(
+    source: Source, encoding: Encoding, seed: int, chunks: list[list[Candidate]], work: Path, workers: int
+) -> tuple[list[Encoded], list[dict[str, Any]], float]:
+    """Encode every chunk that is not finished yet.
+
+    Returns:
+        The encoded clips and the rejected candidates, both in the order of the candidates, and the seconds it took.
+    """
+    began = time.monotonic()
+    todo = [number for number in range(len(chunks)) if not _list_of(work, number).exists()]
+    bar = tqdm(total=sum(map(len, chunks)), unit="clip", desc="encoding", mininterval=1)
+    bar.update(sum(map(len, chunks)) - sum(len(chunks[number]) for number in todo))
+    while todo:
+        # Forked audio coders hang, so workers start afresh.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
+            futures: dict[Future[None], int] = {
+                pool.submit(_encode_chunk, source, encoding, seed, number, chunks[number], work): number
+                for number in todo
+            }
+            broken = []
+            for future in as_completed(futures):
+                try:
+                    future.result()
+                    bar.update(len(chunks[futures[future]]))
+                except BrokenProcessPool:
+                    broken.append(futures[future])
+        for number in [each for each in sorted(broken) if not _list_of(work, each).exists()][:1]:
+            _encode_carefully(source, encoding, seed, number, chunks[number], work)
+            bar.update(len(chunks[number]))
+        todo = [number for number in broken if not _list_of(work, number).exists()]
+    bar.close()
+    lists = [json.loads(_list_of(work, number).read_text()) for number in range(len(chunks))]
+    encoded = [Encoded(**each) for done in lists for each in done["encoded"]]
+    return encoded, [each for done in lists for each in done["rejected"]], time.monotonic() - began
+
+
+def _list_of(work: Path, number: int) -> Path:
+    return work / f"chunk-{number:06d}.json"
+
+
+def _encode_chunk(
+    source: Source,
+    encoding: Encoding,
+    seed: int,
+    number: int,
+    candidates: list[Candidate],
+    work: Path,
+    deadly: frozenset[int] = frozenset(),
+) -> None:
+    """Encode one chunk, leaving out the places in it that brought a worker down."""
+    file = f"chunk-{number:06d}.bin"
+    encoded: list[Encoded] = []
+    rejected: list[dict[str, Any]] = []
+    with open(work / f"{file}.part", "wb") as sink:
+        for place, candidate in enumerate(candidates):
+            try:
+                if place in deadly:
+                    raise Unusable("not decodable: the decoder crashed on it")
+                for clip in source.clips(candidate, encoding, _rng(seed, number, place)):
+                    video = encode_video(clip.frames, encoding)
+                    audio = encode_audio(clip.sound, encoding.sample_rate_hz)
+                    encoded.append(
+                        Encoded(
+                            file=file,
+                            source=candidate.source,
+                            label=candidate.label,
+                            split=candidate.split,
+                            start_s=clip.start_s,
+                            width=clip.frames.shape[2],
+                            height=clip.frames.shape[1],
+                            offset=sink.tell(),
+                            video_bytes=len(video),
+                            audio_bytes=len(audio),
+                            video_crc32=zlib.crc32(video),
+                            audio_crc32=zlib.crc32(audio),
+                        )
+                    )
+                    sink.write(video + audio)
+            except Unusable as reason:
+                facts = asdict(candidate)
+                row = {name: facts[name] for name in ("start_s", "end_s", "label")}
+                rejected.append({"path": candidate.source, **row, "reason": str(reason)})
+    (work / f"{file}.part").replace(work / file)
+    done = {"encoded": [asdict(each) for each in encoded], "rejected": rejected}
+    write_atomically(_list_of(work, number), json.dumps(done).encode())
+
+
+def _rng(seed: int, number: int, place: int) -> np.random.Generator:
+    return np.random.default_rng([seed, 2, number, place])
+
+
+def _encode_carefully(
+    source: Source, encoding: Encoding, seed: int, number: int, candidates: list[Candidate], work: Path
+) -> None:
+    """Find the candidates that kill their process, and encode the chunk without them."""
+    context = multiprocessing.get_context("spawn")
+    deadly = set()
+    for place, candidate in enumerate(candidates):
+        trial = context.Process(target=_try, args=(source, encoding, candidate, _rng(seed, number, place)))
+        trial.start()
+        trial.join()
+        if trial.exitcode != 0:
+            deadly.add(place)
+    _encode_chunk(source, encoding, seed, number, candidates, work, frozenset(deadly))
+
+
+def _try(source: Source, encoding: Encoding, candidate: Candidate, rng: np.random.Generator) -> None:
+    """Decode one candidate to see whether the process lives through it."""
+    with contextlib.suppress(Unusable):
+        for _ in source.clips(candidate, encoding, rng):
+            pass

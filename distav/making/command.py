@@ -1,0 +1,127 @@
+"""The command line of tools/make_shards.py."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distav.data.noise import LabelNoise
+from distav.errors import UserError
+from distav.making.clips import CODECS, Encoding
+from distav.making.digits import Digits
+from distav.making.sources import ClipList, Source, VideoFolder
+from distav.making.synthetic import Scenes
+from distav.making.writer import Plan, make_set
+
+_EPILOG = """exit status: 0 every candidate was used; 3 some were rejected, see OUT/rejected.csv, the rest is ready;
+1 nothing could be used or an argument is wrong; 2 the command line could not be understood.
+A run that was killed goes on when the same command is given again; the result has the same bytes."""
+
+_EXAMPLES = {
+    "videos": "example: make_shards.py videos ~/clips shards/mine --short-side 256 --clip-s 2 --workers 8",
+    "csv": "example: make_shards.py csv clips.csv shards/mine --codec h264 --fps 16",
+    "digits": "example: make_shards.py digits shards/digits --images t10k-images-idx3-ubyte.gz "
+    "--image-labels t10k-labels-idx1-ubyte.gz --recordings recordings/ --label-noise symmetric:0.6",
+    "synthetic": "example: make_shards.py synthetic shards/quickstart --train-clips 1200 --label-noise symmetric:0.4",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make a set of shards; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        plan = Plan(
+            Encoding(options.codec, options.fps, options.short_side, options.clip_s, options.sample_rate),
+            options.seed,
+            options.shard_samples,
+            LabelNoise.parse(options.label_noise),
+            options.correspondence_noise,
+        )
+        outcome = make_set(_source(options), options.out, plan, options.workers)
+    except UserError as error:
+        print(f"make_shards: {error}", file=sys.stderr)
+        return 1
+    rate = f", {sum(outcome.clips.values()) / outcome.seconds:.1f} clips/s" if outcome.seconds else ""
+    clips = ", ".join(f"{count} {name}" for name, count in outcome.clips.items())
+    tail = f"; reasons in {options.out / 'rejected.csv'}" if outcome.rejected else ""
+    print(f"{options.out}: {clips} clips written{rate}; {outcome.rejected} candidates rejected{tail}")
+    return 3 if outcome.rejected else 0
+
+
+def _source(options: argparse.Namespace) -> Source:
+    if options.command == "videos":
+        return VideoFolder(options.folder, options.test_share, options.seed)
+    if options.command == "csv":
+        return ClipList(options.file)
+    if options.command == "digits":
+        return Digits(
+            options.images,
+            options.image_labels,
+            options.recordings,
+            options.degrade,
+            options.hold_out_speaker,
+            options.seed,
+        )
+    return Scenes(options.train_clips, options.test_clips)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="make_shards.py",
+        description="Make WebDataset shards for distav from raw clips.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, about: str, **defaults: object) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog=f"{_EXAMPLES[name]}\n\n{_EPILOG}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _add_common(made, defaults)
+        return made
+
+    videos = command("videos", "Cut the videos of a folder into clips; one sub-folder a class.")
+    videos.add_argument("folder", type=Path, metavar="DIR", help="folder with one sub-folder of videos a class")
+    videos.add_argument("out", type=Path, metavar="OUT", help="folder to write the set to")
+    videos.add_argument("--test-share", type=float, default=0.1, help="share of each class's files kept for testing")
+    clips = command("csv", "Cut the videos of a list into clips.")
+    clips.add_argument("file", type=Path, metavar="FILE", help="csv: path,label[,start_s,end_s][,split]")
+    clips.add_argument("out", type=Path, metavar="OUT", help="folder to write the set to")
+    digits = command(
+        "digits", "Handwritten digits (MNIST) with spoken ones (FSDD).", short_side=40, clip_s=1.0, sample_rate=8000
+    )
+    digits.add_argument("out", type=Path, metavar="OUT", help="folder to write the set to")
+    digits.add_argument("--images", type=Path, required=True, help="MNIST idx3 file, plain or gzipped")
+    digits.add_argument("--image-labels", type=Path, required=True, help="MNIST idx1 file, plain or gzipped")
+    digits.add_argument("--recordings", type=Path, required=True, help="folder or tar of DIGIT_SPEAKER_INDEX.wav")
+    digits.add_argument("--degrade", action="store_true", help="occlude, fade and add noise to picture and sound")
+    digits.add_argument("--hold-out-speaker", default="", metavar="NAME", help="test on this speaker alone")
+    scenes = command(
+        "synthetic", "Rendered scenes whose class needs both senses.", short_side=40, clip_s=1.0, sample_rate=8000
+    )
+    scenes.add_argument("out", type=Path, metavar="OUT", help="folder to write the set to")
+    scenes.add_argument("--train-clips", type=int, default=1200, help="clips to train on")
+    scenes.add_argument("--test-clips", type=int, default=300, help="clips to test on")
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, defaults: dict[str, object]) -> None:
+    add = parser.add_argument
+    default = Encoding()
+    add("--codec", default=default.codec, help=f"{', '.join(CODECS)} (default: %(default)s)")
+    add("--fps", type=float, default=default.fps, help="frames stored each second (default: %(default)s)")
+    add("--short-side", type=int, default=default.short_side, help="pixels (default: %(default)s)")
+    add("--clip-s", type=float, default=default.clip_s, help="seconds of a clip (default: %(default)s)")
+    add("--sample-rate", type=int, default=default.sample_rate_hz, help="of the sound, in Hz (default: %(default)s)")
+    add("--label-noise", default="", metavar="KIND:RATE", help="symmetric:0.4 or asymmetric:0.4, training split only")
+    add("--correspondence-noise", type=float, default=0.0, metavar="RATE", help="share of training sounds swapped")
+    add("--shard-samples", type=int, default=1000, help="clips of one tar (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of order, noise and rendering (default: %(default)s)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="encoding processes (default: %(default)s)")
+    parser.set_defaults(**defaults)

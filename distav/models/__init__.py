@@ -1,0 +1,1 @@
+"""Visual and audio towers, and the heads on top of them."""

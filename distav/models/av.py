@@ -1,0 +1,74 @@
+"""The whole network: two towers and their heads.
+
+Legend: B clips, E tower width, D embedding width, K categories, C classes.
+"""
+
+from torch import Tensor, nn
+
+from distav.models.audio import build_audio
+from distav.models.heads import CategoryHead, Classifiers, Projection
+from distav.models.visual import build_visual
+from distav.settings import DataSettings, ModelSettings
+
+HEADS = ("project_visual", "project_audio", "categorise_visual", "categorise_audio", "classify")
+
+
+class AVModel(nn.Module):
+    """Audio and visual towers with projection, category and classifier heads."""
+
+    def __init__(self, settings: ModelSettings, data: DataSettings, sample_rate_hz: int, num_classes: int):
+        super().__init__()
+        recompute = settings.activation_checkpointing
+        self.visual = build_visual(settings.visual, data, recompute)
+        self.audio = build_audio(settings.audio, data, sample_rate_hz, recompute)
+        widths = self.visual.feature_dim, self.audio.feature_dim
+        hidden = settings.hidden_dim
+        num_categories = settings.num_categories or num_classes
+        self.project_visual = Projection(widths[0], hidden, settings.embed_dim)
+        self.project_audio = Projection(widths[1], hidden, settings.embed_dim)
+        self.categorise_visual = CategoryHead(widths[0], hidden, num_categories)
+        self.categorise_audio = CategoryHead(widths[1], hidden, num_categories)
+        self.classify = Classifiers(*widths, num_classes, settings.dropout)
+
+    def forward(self, frames: Tensor, sound: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+        """Run towers and heads.
+
+        Args:
+            frames: [B, T, H, W, 3] uint8.
+            sound: [B, N] float32 in [-1, 1].
+            seeds: [B] int64, the random numbers of masks and dropout.
+
+        Returns:
+            visual_features, audio_features [B, E]; visual, audio [B, D] unit vectors; visual_categories,
+            audio_categories [B, K] logits; logits, visual_logits, audio_logits [B, C].
+        """
+        visual, audio = self.visual(frames), self.audio(sound, seeds)
+        both, by_picture, by_sound = self.classify(visual, audio, seeds)
+        return {
+            "visual_features": visual,
+            "audio_features": audio,
+            "visual": self.project_visual(visual),
+            "audio": self.project_audio(audio),
+            "visual_categories": self.categorise_visual(visual),
+            "audio_categories": self.categorise_audio(audio),
+            "logits": both,
+            "visual_logits": by_picture,
+            "audio_logits": by_sound,
+        }
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Split parameters into towers and heads, with weight decay for matrices and kernels alone.
+
+    Each group carries `part`: "towers" or "heads", by which a phase sets its learning rate.
+    """
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        part = "heads" if name.split(".")[0] in HEADS else "towers"
+        # Names and not dims, since ZeRO-3 leaves only empty vectors of the parameters here.
+        decayed = name.endswith("weight") and len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        groups.setdefault((part, decayed), []).append(parameter)
+    return [
+        {"params": members, "part": part, "weight_decay": weight_decay if decayed else 0.0}
+        for (part, decayed), members in groups.items()
+    ]

@@ -1,0 +1,117 @@
+"""Layers whose result does not depend on how the batch is cut into ranks.
+
+Legend: B rows of this rank, C channels.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from distav.seeding import uniform
+from distav.world import gather_rows, num_ranks, sum_
+
+
+class _GlobalNormalise(torch.autograd.Function):
+    """Batch normalisation over the rows of all ranks: one exchange of statistics forward, one of sums backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        dims = [0, *range(2, x.dim())]
+        values = x.float()
+        count = values.numel() // values.shape[1]
+        var, mean = torch.var_mean(values, dims, correction=0)
+        stats = gather_rows(torch.stack([mean, var])[None])
+        mean = stats[:, 0].mean(0)
+        var = (stats[:, 1] + (stats[:, 0] - mean) ** 2).mean(0)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        rstd = (var + eps).rsqrt()
+        normal = (values - mean.view(shape)) * rstd.view(shape)
+        ctx.save_for_backward(normal, weight, rstd)
+        ctx.count, ctx.dims, ctx.shape, ctx.dtype = count * num_ranks(), dims, shape, x.dtype
+        ctx.mark_non_differentiable(mean, var)
+        return (normal * weight.view(shape) + bias.view(shape)).to(x.dtype), mean, var
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        normal, weight, rstd = ctx.saved_tensors
+        grad = gradients[0].float()
+        bias_grad, weight_grad = grad.sum(ctx.dims), (grad * normal).sum(ctx.dims)
+        sums = sum_(torch.stack([bias_grad, weight_grad])) / ctx.count
+        shape = ctx.shape
+        inner = grad - sums[0].view(shape) - normal * sums[1].view(shape)
+        grad_x = inner * (weight.float() * rstd).view(shape)
+        return grad_x.to(ctx.dtype), weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch normalisation whose statistics are those of the global batch, on CPUs as on GPUs.
+
+    All ranks bring batches of one size. Running statistics stay in float32 whatever the model is cast to.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "GlobalBatchNorm":
+        super()._apply(fn, recurse)
+        self.running_mean, self.running_var = self.running_mean.float(), self.running_var.float()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [B, C, ...] per channel."""
+        if not self.training:
+            mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
+            return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        if num_ranks() == 1 and x.dtype == torch.float32:
+            mean, var = self.running_mean, self.running_var
+            return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
+        out, mean, var = _GlobalNormalise.apply(x, self.weight, self.bias, self.eps)  # pyright: ignore[reportGeneralTypeIssues]
+        count = x.numel() // x.shape[1] * num_ranks()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / max(1, count - 1), self.momentum)
+        return out
+
+
+class SeededDropout(nn.Module):
+    """Dropout whose mask hangs on the seed of each row."""
+
+    def __init__(self, rate: float, stream: int):
+        super().__init__()
+        self.rate, self.stream = rate, stream
+
+    def forward(self, x: Tensor, seeds: Tensor) -> Tensor:
+        """Drop entries of [B, C] with the seeds [B] int64; nothing in evaluation."""
+        if not self.training or not self.rate:
+            return x
+        kept = uniform(seeds, self.stream, x.shape[1]) >= self.rate
+        return x * kept / max(1 - self.rate, 1e-6)
+
+
+def with_global_batch_norm(module: nn.Module) -> nn.Module:
+    """Replace every batch normalisation of a network by the global one."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            setattr(module, name, GlobalBatchNorm(child.num_features, child.eps, child.momentum or 0.1))
+        else:
+            with_global_batch_norm(child)
+    return module
+
+
+def run(blocks: Iterable[nn.Module], x: Tensor, recompute: bool) -> Tensor:
+    """Apply blocks in turn; with `recompute`, their activations are computed again in the backward pass."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x)  # pyright: ignore[reportAssignmentType]
+    return x

@@ -1,0 +1,124 @@
+"""Visual towers: frames in, one feature vector a clip out.
+
+Legend: B clips, T frames, H W pixels, C channels, E feature width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, R2Plus1dStem
+
+from distav.errors import UserError
+from distav.models.layers import GlobalBatchNorm, run, with_global_batch_norm
+from distav.models.transformer import SIZES, TokenEncoder, unknown_tower
+from distav.settings import DataSettings, VisualSettings
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def build_visual(settings: VisualSettings, data: DataSettings, recompute: bool) -> "VisualTower":
+    """Return the tower that the settings name, for frames of the size that the data settings name.
+
+    Raises:
+        UserError: for an unknown tower, or patches that do not tile the clip.
+    """
+    if settings.name == "small_conv":
+        return VisualTower(SmallConv(settings.width, recompute))
+    if settings.name == "r2plus1d_18":
+        return VisualTower(R2Plus1D18(recompute))
+    if settings.name in SIZES:
+        return VisualTower(TubeletViT(settings, data, recompute))
+    raise unknown_tower("model.visual.name", settings.name, ("small_conv", "r2plus1d_18"))
+
+
+class VisualTower(nn.Module):
+    """Normalises frames and encodes them."""
+
+    def __init__(self, net: "SmallConv | R2Plus1D18 | TubeletViT"):
+        super().__init__()
+        self.net = net
+        self.feature_dim = net.feature_dim
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Encode frames [B, T, H, W, 3] uint8 to [B, E]."""
+        dtype = next(self.net.parameters()).dtype
+        mean, std = (torch.tensor(each, device=frames.device) for each in (IMAGENET_MEAN, IMAGENET_STD))
+        clip = (frames.float() / 255 - mean) / std
+        return self.net(clip.permute(0, 4, 1, 2, 3).to(dtype))
+
+
+def _stage(inside: int, outside: int, stride: int) -> nn.Sequential:
+    conv = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+    return nn.Sequential(conv, GlobalBatchNorm(outside), nn.ReLU(inplace=True))
+
+
+class SmallConv(nn.Module):
+    """Four convolutions on each frame, one across frames: for small clips on a CPU."""
+
+    def __init__(self, width: int, recompute: bool):
+        super().__init__()
+        self.feature_dim = 4 * width
+        self.recompute = recompute
+        widths = (3, width, 2 * width, 4 * width, 4 * width)
+        self.stages = nn.ModuleList(
+            _stage(inside, outside, stride)
+            for inside, outside, stride in zip(widths, widths[1:], (2, 2, 2, 1), strict=False)
+        )
+        self.across = nn.Conv1d(self.feature_dim, self.feature_dim, 3, padding=1)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """Encode [B, 3, T, H, W] to [B, E]."""
+        num_clips, _, num_frames = clip.shape[:3]
+        x = clip.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        x = run(self.stages, x, self.recompute)
+        x = (x.mean((2, 3)) + x.amax((2, 3))).view(num_clips, num_frames, -1).transpose(1, 2)
+        return (x + self.across(x).relu()).mean(2)
+
+
+class R2Plus1D18(nn.Module):
+    """R(2+1)D-18 (Tran et al. 2018) from torchvision's blocks, with its names for the weights."""
+
+    def __init__(self, recompute: bool):
+        super().__init__()
+        self.feature_dim = 512
+        self.recompute = recompute
+        self.stem = with_global_batch_norm(R2Plus1dStem())
+        widths = (64, 64, 128, 256, 512)
+        for number, (inside, outside) in enumerate(zip(widths, widths[1:], strict=False), 1):
+            setattr(self, f"layer{number}", self._layer(inside, outside, 1 if number == 1 else 2))
+
+    @staticmethod
+    def _layer(inside: int, outside: int, stride: int) -> nn.Module:
+        shortcut = None
+        if stride != 1 or inside != outside:
+            conv = nn.Conv3d(inside, outside, 1, stride, bias=False)
+            shortcut = nn.Sequential(conv, nn.BatchNorm3d(outside))
+        first = BasicBlock(inside, outside, Conv2Plus1D, stride, shortcut)
+        return with_global_batch_norm(nn.Sequential(first, BasicBlock(outside, outside, Conv2Plus1D)))
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """Encode [B, 3, T, H, W] to [B, E]."""
+        layers = (self.stem, *(getattr(self, f"layer{number}") for number in range(1, 5)))
+        return run(layers, clip, self.recompute).mean((2, 3, 4))
+
+
+class TubeletViT(nn.Module):
+    """A ViT over tubelets, patches that last some frames (Arnab et al. 2021)."""
+
+    def __init__(self, settings: VisualSettings, data: DataSettings, recompute: bool):
+        super().__init__()
+        for key, size, part_key, part in (
+            ("data.frame_size", data.frame_size, "model.visual.patch", settings.patch),
+            ("data.num_frames", data.num_frames, "model.visual.tubelet", settings.tubelet),
+        ):
+            if part < 1 or size % part:
+                raise UserError(f"{part_key}={part} does not divide {key}={size}; change one of them.")
+        tubelet = (settings.tubelet, settings.patch, settings.patch)
+        num_tokens = (data.num_frames // settings.tubelet) * (data.frame_size // settings.patch) ** 2
+        self.encoder = TokenEncoder(settings.name, num_tokens, recompute)
+        self.feature_dim = self.encoder.feature_dim
+        self.embed = nn.Conv3d(3, self.feature_dim, tubelet, tubelet)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """Encode [B, 3, T, H, W] to [B, E]."""
+        return self.encoder(self.embed(clip).flatten(2).transpose(1, 2))

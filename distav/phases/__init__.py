@@ -1,0 +1,1 @@
+"""The phases of a run: each is a function of the run and its own settings."""

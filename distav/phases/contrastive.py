@@ -1,0 +1,128 @@
+"""Phase 1: noise-tolerant contrastive training, which looks at no label (NTL section "noise-tolerant contrastive")."""
+
+import torch
+from torch import Tensor
+
+from distav.data.loader import Batch
+from distav.evaluate import auroc
+from distav.losses.category import CategoryLoss, category_agreement, category_loss
+from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
+from distav.phases.loop import Losses, train
+from distav.robust.correspondence import cdf_correspondence, gmm_correspondence, sample_weights
+from distav.run import Run
+from distav.settings import ContrastivePhase, Estimator
+from distav.world import gather_rows
+
+
+def run_contrastive(run: Run, name: str, settings: ContrastivePhase) -> None:
+    """Train towers, projections and categories against the bank; estimate once an epoch which pairs correspond."""
+    soft = SoftTargets(
+        settings.soft_targets.name,
+        settings.soft_temperature,
+        settings.cycle_temperature,
+        settings.soft_excludes_self,
+    )
+
+    def losses_of(batch: Batch, progress: float) -> Losses:
+        outputs = run.engine(batch)
+        trust = ramp(progress, settings.trust_after, settings.trust_ramp)
+        ids = gather_rows(batch.ids)
+        believed = run.bank.fetch("correspondence", ids)
+        mine = believed.view(run.world.num_ranks, -1)[run.world.rank]
+        present = batch.valid.float()
+        weights = present * (1 + trust * (sample_weights(mine, settings.weight_min) - 1))
+        softness = trust * settings.soft_weight * (1 - mine)
+        visit(run, batch, outputs, first=True)
+        each = instance_losses(
+            run.bank, batch.ids, outputs["visual"], outputs["audio"], settings.temperature, softness, soft
+        )
+        instance = weighted_mean(each, weights)
+        logits = outputs["visual_categories"], outputs["audio_categories"]
+        category = category_loss(*logits, weights, settings.category_temperature)
+        visit(run, batch, outputs)
+        fade = ramp(progress, 0.0, settings.category_ramp)
+        loss = instance + fade * _weighed(category, settings)
+        return {
+            "loss": loss,
+            "instance": instance,
+            "category": category.contrast,
+            "imbalance": category.imbalance,
+            "row_entropy": category.row_entropy,
+        }
+
+    def begin_epoch(epoch: int, progress: float) -> None:
+        del epoch
+        estimate_correspondence(run, settings, trusted=progress >= settings.trust_after)
+
+    rate = run.settings.optim.lr * settings.lr_scale
+    train(run, name, settings.epochs, (rate, rate), losses_of, begin_epoch)
+    estimate_correspondence(run, settings, trusted=True)
+
+
+def _weighed(category: CategoryLoss, settings: ContrastivePhase) -> Tensor:
+    return (
+        settings.category_weight * category.contrast
+        + settings.balance_weight * category.imbalance
+        + settings.sharpen_weight * category.row_entropy
+    )
+
+
+def ramp(progress: float, start: float, length: float) -> float:
+    """Return 0 before `start`, 1 from `start + length` on, linear between; all are shares of a phase."""
+    if progress < start:
+        return 0.0
+    return min(1.0, (progress - start) / length) if length else 1.0
+
+
+def visit(run: Run, batch: Batch, outputs: dict[str, Tensor], first: bool = False) -> None:
+    """Bring the batch's embeddings to the bank: open rows never seen (`first`), or move the rows of all."""
+    agreement = category_agreement(outputs["visual_categories"], outputs["audio_categories"])
+    mine = torch.cat(
+        [outputs["visual"], outputs["audio"], agreement[:, None], batch.valid[:, None].float()], dim=1
+    ).detach()
+    ids, rows = gather_rows(batch.ids), gather_rows(mine)
+    dim = outputs["visual"].shape[1]
+    new = {"visual": rows[:, :dim], "audio": rows[:, dim : 2 * dim], "category_agreement": rows[:, -2]}
+    (run.bank.open_rows if first else run.bank.update)(ids, rows[:, -1] > 0, new)
+
+
+def estimate_correspondence(run: Run, settings: ContrastivePhase, trusted: bool) -> None:
+    """Estimate which pairs correspond from the bank, and store it once weights and soft targets are to be trusted.
+
+    Estimates are averaged over epochs; the first one counts whole.
+    """
+    similarity = run.bank.pair_similarity()
+    seen = torch.isfinite(similarity)
+    step = run.position.total_steps
+    run.monitor.histogram("pairs/similarity", similarity, step)
+    if int(seen.sum()) < 10:
+        return
+    record: dict[str, float | str] = {"pairs/similarity_mean": float(similarity[seen].mean())}
+    estimate = torch.ones_like(similarity)
+    if settings.estimator is Estimator.gmm:
+        estimate[seen], mixture = gmm_correspondence(similarity[seen])
+        for side, mean, share in zip(("low", "high"), mixture.means, mixture.shares, strict=True):
+            record |= {f"pairs/mean_{side}": mean, f"pairs/share_{side}": share}
+    elif settings.estimator is Estimator.cdf:
+        estimate[seen] = cdf_correspondence(similarity[seen])
+    elif settings.estimator is Estimator.category:
+        estimate[seen] = run.bank.whole("category_agreement")[seen]
+    elif settings.estimator is Estimator.oracle:
+        wrong = run.data.labels.mismatched()
+        if wrong is not None:
+            estimate = torch.from_numpy(~wrong).float().to(estimate.device)
+    if trusted:
+        if run.notes.get("correspondence_estimated"):
+            estimate = torch.lerp(estimate, run.bank.whole("correspondence"), settings.correspondence_momentum)
+        run.notes["correspondence_estimated"] = True
+        run.bank.believe(estimate)
+        run.monitor.histogram("pairs/correspondence", estimate, step)
+        run.monitor.histogram("pairs/weight", sample_weights(estimate, settings.weight_min), step)
+    wrong = run.data.labels.mismatched()
+    if wrong is not None and wrong.any():
+        agreement = run.bank.whole("category_agreement").cpu().numpy()
+        record |= {
+            "pairs/auroc_similarity": auroc(similarity.nan_to_num().cpu().numpy(), ~wrong),
+            "pairs/auroc_category_agreement": auroc(agreement, ~wrong),
+        }
+    run.monitor.record(step, record)

@@ -1,0 +1,77 @@
+"""What a run comes to: report.json, and the same in words."""
+
+import json
+from typing import Any
+
+from distav.data.format import write_atomically
+from distav.evaluate import test_accuracy
+from distav.export import export
+from distav.run import Run
+
+
+def finish(run: Run) -> None:
+    """Test, export, write report.json and print what it says."""
+    test = test_accuracy(run)
+    state = run.engine.whole_state()
+    bad = run.bad_samples()
+    if not run.world.is_main:
+        return
+    keys = run.data.train.keys
+    report: dict[str, Any] = {
+        "samples": len(run.data.train),
+        "phases": run.notes.get("phases", []),
+    }
+    for name in ("label_accuracy", "correspondence_auroc"):
+        if name in run.notes:
+            report[name] = run.notes[name]
+    if test is not None:
+        report["test"] = test
+        run.monitor.record(run.position.total_steps, {f"test/{key}": value for key, value in test.items()})
+    report["skipped_samples"] = [{"id": each, "key": str(keys[each]), "reason": why} for each, why in bad.items()]
+    export(run, state, report)
+    write_atomically(run.folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    run.monitor.say(in_words(run, report))
+
+
+def in_words(run: Run, report: dict[str, Any]) -> str:
+    """Return the report as a newcomer would want to be told it."""
+    seconds = sum(each["seconds"] for each in report["phases"])
+    lines = ["", f"Done: {report['samples']} training clips, {seconds:.0f} s of training."]
+    accuracy = report.get("label_accuracy")
+    if accuracy:
+        lines.append(
+            f"  Labels:  {_percent(accuracy['given'])} of the given training labels were right; after correction "
+            f"{_percent(accuracy['corrected'])} are."
+        )
+        lines.append(
+            f"           Of the wrong ones {_percent(accuracy['flipped_recovered'])} were set right; of the right ones "
+            f"{_percent(accuracy['clean_damaged'])} were spoilt."
+        )
+    elif "labels_changed" in run.notes:
+        lines.append(f"  Labels:  the correction disagrees with {_percent(run.notes['labels_changed'])} of the given labels.")
+    if "correspondence_auroc" in report:
+        lines.append(
+            f"  Pairs:   clips whose sound is foreign are told from the others with AUROC {report['correspondence_auroc']:.3f}"
+            " (1 is perfect, 0.5 is chance)."
+        )
+    test = report.get("test")
+    if test:
+        chance = 1 / len(run.data.shards.classes)
+        lines.append(
+            f"  Test:    {_percent(test['top1'])} of clean test clips named rightly by picture and sound together, "
+            f"{_percent(test['top1_visual'])} by picture alone, {_percent(test['top1_audio'])} by sound alone "
+            f"(chance: {_percent(chance)})."
+        )
+    lines.append(f"  Skipped: {len(report['skipped_samples'])} clips that could not be read.")
+    tables = sorted((run.folder / "labels").glob("*.parquet"))
+    lines += [f"  Labels to keep:   {tables[-1]}"] if tables else []
+    lines += [
+        f"  Network to keep:  {run.folder / 'export'}",
+        f"  Look inside:      tensorboard --logdir {run.folder}",
+        f"  All figures:      {run.folder / 'report.json'}",
+    ]
+    return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "none" if share is None else f"{100 * share:.1f} %"

@@ -1,0 +1,95 @@
+"""Estimators of the correspondence of a pair: the probability that its sound belongs to its picture.
+
+Legend: N pairs.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NUM_ITERATIONS = 50
+VARIANCE_FLOOR = 1e-4
+SMALLEST_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Two Gaussians fitted to pair similarities; the first has the lower mean."""
+
+    means: tuple[float, float]
+    variances: tuple[float, float]
+    shares: tuple[float, float]
+
+    @property
+    def says_clean(self) -> bool:
+        """Whether the two are too alike, or the lower too rare, to speak of mismatched pairs."""
+        pooled = math.sqrt(sum(share * var for share, var in zip(self.shares, self.variances, strict=True)))
+        return self.means[1] - self.means[0] < pooled or self.shares[0] < SMALLEST_SHARE
+
+
+def fit_mixture(similarity: Tensor) -> Mixture:
+    """Fit two Gaussians by expectation-maximisation in float64.
+
+    Starts from the 10th and 90th percentile with equal shares and one variance.
+
+    Args:
+        similarity: [N] finite values.
+    """
+    s = similarity.double()
+    mean = torch.quantile(s, torch.tensor([0.1, 0.9], dtype=torch.float64, device=s.device))
+    var = s.var(correction=0).clamp_min(VARIANCE_FLOOR).expand(2).clone()
+    share = torch.full_like(mean, 0.5)
+    for _ in range(NUM_ITERATIONS):
+        gamma = _log_joint(s, mean, var, share).softmax(1)
+        mass = gamma.sum(0).clamp_min(1e-12)
+        mean = (gamma * s[:, None]).sum(0) / mass
+        var = ((gamma * (s[:, None] - mean) ** 2).sum(0) / mass).clamp_min(VARIANCE_FLOOR)
+        share = mass / mass.sum()
+    low, high = mean.argsort().tolist()
+    return Mixture(*((float(each[low]), float(each[high])) for each in (mean, var, share)))
+
+
+def _log_joint(s: Tensor, mean: Tensor, var: Tensor, share: Tensor) -> Tensor:
+    return share.log() - 0.5 * var.log() - (s[:, None] - mean) ** 2 / (2 * var)
+
+
+def gmm_correspondence(similarity: Tensor) -> tuple[Tensor, Mixture]:
+    """Return the posterior of the higher Gaussian, made monotone: 1 above its mean, 0 below the lower mean.
+
+    Args:
+        similarity: [N] pair similarities.
+
+    Returns:
+        [N] float32 in 0..1, all 1 where the data look clean, and the mixture.
+    """
+    mixture = fit_mixture(similarity)
+    if mixture.says_clean:
+        return torch.ones_like(similarity), mixture
+    s = similarity.double()
+    parts = (torch.tensor(each, dtype=torch.float64, device=s.device) for each in (
+        mixture.means, mixture.variances, mixture.shares
+    ))  # fmt: skip
+    posterior = _log_joint(s, *parts).softmax(1)[:, 1]
+    posterior = posterior.masked_fill(s >= mixture.means[1], 1.0).masked_fill(s <= mixture.means[0], 0.0)
+    return posterior.float(), mixture
+
+
+def cdf_correspondence(similarity: Tensor, kappa: float = 0.5, delta: float = 0.0) -> Tensor:
+    """Return RAVID's normal CDF of the similarity: Phi((s - mu - delta sigma) / (sqrt(kappa) sigma)).
+
+    Its mean is one half whatever the share of wrong pairs, so it ranks pairs and does not count them.
+
+    Args:
+        similarity: [N] pair similarities.
+        kappa, delta: width and shift (RAVID equation 4).
+    """
+    s = similarity.double()
+    mean, std = s.mean(), s.std(correction=0).clamp_min(1e-6)
+    return torch.special.ndtr((s - mean - delta * std) / (math.sqrt(kappa) * std)).float()
+
+
+def sample_weights(correspondence: Tensor, smallest: float) -> Tensor:
+    """Return loss weights w = w_min + (1 - w_min) c; above 0, or a pair once doubted could never recover."""
+    return smallest + (1 - smallest) * correspondence

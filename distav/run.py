@@ -1,0 +1,212 @@
+"""What a phase works on: the settings, the data, the engine, the bank, and where the run stands."""
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distav import checkpoint, config
+from distav.checkpoint import Position
+from distav.data.format import ShardSet, Split, write_atomically
+from distav.data.labels import Labels, load_labels
+from distav.data.loader import Loader
+from distav.data.order import TrainingOrder, check_batch
+from distav.engine import Engine
+from distav.errors import UserError
+from distav.memory.bank import Bank
+from distav.models.av import AVModel
+from distav.monitor import Monitor
+from distav.settings import CorrectionPhase, Settings
+from distav.world import World, broadcast, gather_objects, rank, wait_for_all
+
+
+@dataclass
+class Data:
+    """The set that a run trains and tests on."""
+
+    shards: ShardSet
+    train: Split
+    labels: Labels
+    test: Split | None
+    test_labels: Labels | None
+
+    @classmethod
+    def open(cls, settings: Settings) -> "Data":
+        """Open the set and check the settings against it.
+
+        Raises:
+            UserError: for anything missing, or settings that this set makes impossible.
+        """
+        shards = ShardSet.open(settings.data.root)
+        train = shards.split(settings.data.train_split, "data.train_split")
+        labels = load_labels(shards, train, settings.data.labels)
+        test = test_labels = None
+        if settings.data.test_split:
+            test = shards.split(settings.data.test_split, "data.test_split")
+            test_labels = load_labels(shards, test)
+        for name, phase in settings.phases.items():
+            if isinstance(phase, CorrectionPhase):
+                for key, k in (("neighbors", phase.neighbors), ("refine_neighbors", phase.refine_neighbors)):
+                    if k >= len(train):
+                        raise UserError(
+                            f"phases.{name}.{key}={k}: the training split has {len(train)} samples; allowed: up to "
+                            f"{len(train) - 1}, sensible: well below the {len(train) // len(shards.classes)} of a class."
+                        )
+        return cls(shards, train, labels, test, test_labels)
+
+
+@dataclass
+class Run:
+    """A run in progress."""
+
+    settings: Settings
+    world: World
+    folder: Path
+    data: Data
+    monitor: Monitor
+    engine: Engine
+    bank: Bank
+    loader: Loader
+    position: Position
+    started: float = field(default_factory=time.monotonic)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of this rank in a micro-batch."""
+        optim = self.settings.optim
+        return check_batch(optim.global_batch, optim.accumulation, self.world.num_ranks)
+
+    def order(self, phase: int) -> TrainingOrder:
+        """Return the order of samples of a phase."""
+        settings, sizes = self.settings, self.data.train.shard_sizes
+        seed = settings.run.seed * 1000 + phase
+        return TrainingOrder(sizes, seed, settings.data.shuffle_block, settings.optim.global_batch, settings.optim.accumulation)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        folder = self.folder / "checkpoints"
+        began = time.monotonic()
+        keep = self.settings.run.keep_checkpoints
+        checkpoint.save(folder, self.position, self.engine, self.bank, keep, self.notes)
+        self.monitor.record(self.position.total_steps, {"time/checkpoint_s": time.monotonic() - began})
+
+    def bad_samples(self) -> dict[int, str]:
+        """Return every training sample that any rank could not use, and why."""
+        reasons: dict[int, str] = {}
+        for part in gather_objects(self.loader.quarantine.reasons):
+            reasons |= part
+        return dict(sorted(reasons.items()))
+
+    def check_budget(self) -> dict[int, str]:
+        """Stop the run where too many samples are bad; returns them.
+
+        Raises:
+            UserError: naming the first of them and the reasons.
+        """
+        bad, most = self.bad_samples(), self.settings.data.max_bad_fraction
+        if len(bad) > most * len(self.data.train):
+            first = "; ".join(f"{self.data.train.keys[sample]}: {reason}" for sample, reason in list(bad.items())[:3])
+            raise UserError(
+                f"{len(bad)} of {len(self.data.train)} training samples cannot be used, more than "
+                f"data.max_bad_fraction={most:g}: {first}. Mend the shards or allow a larger share."
+            )
+        return bad
+
+
+@contextmanager
+def opened(settings: Settings, world: World) -> Iterator[Run]:
+    """Open a run, new or where it was left.
+
+    Raises:
+        UserError: for settings or data that do not go together, or a folder that holds another run.
+    """
+    data = Data.open(settings)
+    folder = Path(settings.run.root) / settings.run.name
+    _claim_folder(folder, settings, world)
+    monitor = Monitor(folder, world)
+    try:
+        rate = data.train.sample_rate_hz
+        num_classes = len(data.shards.classes)
+        engine = Engine(lambda: AVModel(settings.model, settings.data, rate, num_classes), settings, world)
+        bank = Bank(len(data.train), settings.model.embed_dim, settings.bank.momentum, world.device)
+        position, notes = checkpoint.restore(folder / "checkpoints", engine, bank)
+        micro = check_batch(settings.optim.global_batch, settings.optim.accumulation, world.num_ranks)
+        loader = Loader(data.train, settings.data, settings.augment, settings.run.seed, micro, world.device)
+        try:
+            run = Run(settings, world, folder, data, monitor, engine, bank, loader, position, notes=notes)
+            _greet(run)
+            yield run
+        finally:
+            loader.close()
+    finally:
+        monitor.close()
+
+
+def _claim_folder(folder: Path, settings: Settings, world: World) -> None:
+    """Make the run's folder, or see that it holds this very run; all ranks agree."""
+    problem = None
+    if rank() == 0:
+        stored, text = folder / "config.yaml", config.to_yaml(settings)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if stored.exists() and stored.read_text() != text:
+                problem = (
+                    f"{folder} holds a run with other settings ({_first_difference(stored.read_text(), text)}); choose "
+                    "another run.name, or delete the folder to start afresh."
+                )
+            else:
+                write_atomically(stored, text.encode())
+                write_atomically(folder / "environment.json", json.dumps(_environment(world), indent=1).encode())
+        except OSError as error:
+            problem = f"run.root={settings.run.root}: {folder} cannot be written: {error.strerror}."
+    problem = broadcast(problem)
+    if problem:
+        raise UserError(problem)
+    wait_for_all()
+
+
+def _first_difference(before: str, now: str) -> str:
+    old, new = before.splitlines(), now.splitlines()
+    pairs = [(a.strip(), b.strip()) for a, b in zip(old, new, strict=False) if a != b]
+    return f"there: {pairs[0][0]}, here: {pairs[0][1]}" if pairs else "it has more or fewer of them"
+
+
+def _environment(world: World) -> dict[str, Any]:
+    names = ("distav", "torch", "torchvision", "torchaudio", "deepspeed", "nvidia-dali-cuda130", "webdataset", "av")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed as a package"
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or None,
+        "num_ranks": world.num_ranks,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+    }
+
+
+def _greet(run: Run) -> None:
+    data, settings = run.data, run.settings
+    parameters = sum(getattr(each, "ds_numel", each.numel()) for each in run.engine.model.parameters())
+    run.monitor.say(
+        f"{run.folder}: {len(data.train)} training clips in {len(data.shards.classes)} classes, "
+        f"{parameters / 1e6:.1f}M parameters, {run.world.num_ranks} rank(s) on {run.world.device.type}, "
+        f"ZeRO {run.engine.stage}, phases: {', '.join(settings.phases)}"
+    )
+    if run.position.total_steps or run.position.phase:
+        names = [*settings.phases, "the end"]
+        run.monitor.say(f"going on in {names[run.position.phase]} after step {run.position.step}")

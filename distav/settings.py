@@ -1,0 +1,343 @@
+"""Every setting of a run: name, type, default, meaning and, where a paper fixed it, its source.
+
+The defaults run on a CPU. Units are in the names. `methods` in a comment names the paper a constant comes from:
+AVID (Morgado et al. 2021a), RAVID (Morgado et al. 2021b), NTL (Han et al. 2024), CC (Li et al. 2021).
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+Estimator = Enum("Estimator", {name: name for name in ("gmm", "cdf", "category", "none", "oracle")})
+"""How the correspondence of a pair is estimated from the bank (`distav.robust.correspondence`)."""
+
+SoftTargets = Enum("SoftTargets", {name: name for name in ("none", "bootstrapping", "swapped", "neighbour", "cycle")})
+"""Which distribution over the bank softens the instance target (RAVID section 3.3)."""
+
+Vote = Enum("Vote", {name: name for name in ("joint", "gated")})
+"""How neighbours vote: one vote over both modalities, or one for each with the pair's agreement as gate."""
+
+Features = Enum("Features", {name: name for name in ("backbone", "projected")})
+"""Which features neighbours are looked for in: tower outputs, or their projections."""
+
+Precision = Enum("Precision", {name: name for name in ("auto", "fp32", "bf16")})
+"""Number format of parameters and activations; auto: bf16 on a GPU, fp32 on a CPU."""
+
+Device = Enum("Device", {name: name for name in ("auto", "gpu", "cpu")})
+"""Where the run computes; auto takes a GPU where there is one."""
+
+
+@dataclass
+class RunSettings:
+    """The run and its folder."""
+
+    name: str = "run"
+    """Folder of the run inside `root`."""
+    root: str = "runs"
+    """Folder that holds all runs."""
+    seed: int = 0
+    """Seed of initial weights, sample order, augmentation and dropout."""
+    device: Device = Device.auto
+    """auto, gpu or cpu."""
+    log_every: int = 10
+    """Optimiser steps between two lines of the log."""
+    checkpoint_every: int = 500
+    """Optimiser steps between two checkpoints; phase ends are always saved."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    timeout_s: float = 600.0
+    """Seconds a rank waits for another before the run is stopped."""
+    threads_per_rank: int = 0
+    """CPU threads of each rank; 0: the machine's cores shared among the ranks on it."""
+
+
+@dataclass
+class MakeSettings:
+    """Shards that the run renders for itself when `data.root` holds none."""
+
+    enabled: bool = False
+    """Render the synthetic set when `data.root` has no manifest.json."""
+    train_clips: int = 1200
+    """Clips to train on."""
+    test_clips: int = 300
+    """Clips to test on, always clean."""
+    label_noise: str = "symmetric:0.4"
+    """Share of wrong training labels, as for tools/make_shards.py; empty for none."""
+    correspondence_noise: float = 0.0
+    """Share of training clips whose sound comes from another clip."""
+    seed: int = 0
+    """Seed of the rendering and of the noise."""
+
+
+@dataclass
+class DataSettings:
+    """Shards, clips and how they are read."""
+
+    root: str = "shards/quickstart"
+    """Folder with manifest.json, labels.parquet, index.parquet and the tar shards."""
+    train_split: str = "train"
+    """Split to train on."""
+    test_split: str = "test"
+    """Split to test on; empty for none."""
+    labels: str = ""
+    """A table (parquet or csv with `id` or `key`, and `label`) used in place of the given labels."""
+    num_frames: int = 4
+    """Frames fed to the visual tower."""
+    frame_stride: int = 2
+    """Stored frames from one fed frame to the next."""
+    frame_size: int = 32
+    """Height and width fed to the visual tower, in pixels."""
+    audio_s: float = 1.0
+    """Seconds of sound fed to the audio tower."""
+    shuffle_block: int = 64
+    """Shards whose samples are shuffled together; reads stay inside such a block."""
+    decode_threads: int = 1
+    """DALI threads of each rank."""
+    prefetch: int = 2
+    """Decoded batches kept ready."""
+    max_bad_fraction: float = 0.01
+    """Share of samples that may be unreadable before the run stops."""
+    make: MakeSettings = field(default_factory=MakeSettings)
+    """Shards the run renders for itself."""
+
+
+@dataclass
+class AugmentSettings:
+    """Random changes to training clips; parameters are drawn from (seed, epoch, id) alone."""
+
+    crop_area_min: float = 0.5
+    """Smallest share of the frame a random resized crop keeps (AVID: 0.08)."""
+    crop_aspect_max: float = 4 / 3
+    """Largest aspect ratio of that crop, and its inverse the smallest."""
+    flip: float = 0.5
+    """Probability of a horizontal flip; 0 where left and right carry meaning."""
+    brightness: float = 0.4
+    """Factor drawn from 1 +- this (AVID: 0.4)."""
+    contrast: float = 0.4
+    """Factor drawn from 1 +- this (AVID: 0.4)."""
+    saturation: float = 0.4
+    """Factor drawn from 1 +- this (AVID: 0.4)."""
+    hue: float = 0.2
+    """Hue turn drawn from +- this share of half a circle (AVID: 0.2)."""
+    gain: float = 0.1
+    """Sound amplitude factor drawn from 1 +- this (AVID: 0.1)."""
+    shift_s: float = 0.2
+    """Sound is shifted against the picture by up to this many seconds; 0.5 at most, beyond it pairs come apart."""
+
+
+@dataclass
+class VisualSettings:
+    """The visual tower."""
+
+    name: str = "small_conv"
+    """small_conv, r2plus1d_18, or vit_tiny, vit_small, vit_base, vit_large, vit_huge."""
+    width: int = 32
+    """Channels of small_conv's first layer."""
+    patch: int = 16
+    """Side of a ViT patch in pixels."""
+    tubelet: int = 2
+    """Frames of a ViT patch."""
+
+
+@dataclass
+class AudioSettings:
+    """The audio tower with its log-mel front end."""
+
+    name: str = "small_conv"
+    """small_conv, avid_conv, or vit_tiny, vit_small, vit_base, vit_large, vit_huge."""
+    width: int = 32
+    """Channels of small_conv's first layer."""
+    patch: int = 16
+    """Side of a ViT patch in mel bins and spectrogram frames."""
+    num_mels: int = 64
+    """Mel bins."""
+    window_ms: float = 32.0
+    """Length of the analysis window."""
+    hop_ms: float = 16.0
+    """Time from one spectrogram frame to the next."""
+    mask_mels: float = 0.15
+    """Longest masked band in training, as a share of the mel bins (SpecAugment)."""
+    mask_time: float = 0.15
+    """Longest masked stretch in training, as a share of the frames (SpecAugment)."""
+
+
+@dataclass
+class ModelSettings:
+    """Towers and heads."""
+
+    visual: VisualSettings = field(default_factory=VisualSettings)
+    """The visual tower."""
+    audio: AudioSettings = field(default_factory=AudioSettings)
+    """The audio tower."""
+    embed_dim: int = 128
+    """Width D of the projected embeddings and of the bank (AVID: 128)."""
+    hidden_dim: int = 256
+    """Width of the hidden layers of the heads."""
+    num_categories: int = 0
+    """Categories K of the category-level head; 0: as many as classes."""
+    dropout: float = 0.5
+    """Dropout before the classifiers."""
+    activation_checkpointing: bool = False
+    """Recompute tower activations in the backward pass instead of keeping them."""
+
+
+@dataclass
+class BankSettings:
+    """The global cross-modal memory bank."""
+
+    momentum: float = 0.5
+    """Share of the old row kept at each visit (AVID: 0.5)."""
+
+
+@dataclass
+class OptimSettings:
+    """AdamW, its schedule, and the batch."""
+
+    global_batch: int = 128
+    """Samples of one optimiser step, over all ranks and accumulated micro-batches."""
+    accumulation: int = 1
+    """Micro-batches accumulated in one step."""
+    lr: float = 1e-3
+    """Learning rate after the warm-up."""
+    min_lr_fraction: float = 0.01
+    """Learning rate at the end of the cosine, as a share of `lr`."""
+    warmup_fraction: float = 0.05
+    """Share of a phase's steps in which the rate rises linearly."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay of matrices and kernels; vectors have none."""
+    beta1: float = 0.9
+    """AdamW's first decay rate."""
+    beta2: float = 0.99
+    """AdamW's second decay rate."""
+    grad_clip: float = 5.0
+    """Largest global gradient norm; 0 clips nothing."""
+
+
+@dataclass
+class DeepSpeedSettings:
+    """What becomes DeepSpeed's own configuration."""
+
+    zero_stage: int = 0
+    """ZeRO stage 0, 1, 2 or 3; at 3 parameters are created sharded."""
+    precision: Precision = Precision.auto
+    """auto, fp32 or bf16."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Keys merged into DeepSpeed's dictionary, e.g. {zero_optimization: {overlap_comm: true}}."""
+
+
+@dataclass
+class MonitorSettings:
+    """What is written for TensorBoard besides scalars."""
+
+    media_every: int = 200
+    """Steps between two looks at frames, spectrograms and sound as fed to the model."""
+    media_clips: int = 4
+    """Clips shown each time."""
+
+
+@dataclass
+class ContrastivePhase:
+    """Phase 1: noise-tolerant contrastive training without labels."""
+
+    kind: str = "contrastive"
+    """The kind of phase."""
+    epochs: int = 40
+    """Passes over the training split."""
+    lr_scale: float = 1.0
+    """Factor on `optim.lr`."""
+    temperature: float = 0.07
+    """Divides the similarities of the instance loss (AVID: 0.07)."""
+    soft_targets: SoftTargets = SoftTargets.cycle
+    """Soft targets over the bank (RAVID keeps cycle)."""
+    soft_weight: float = 0.5
+    """Largest share of the soft target; a sample gets this times (1 - correspondence)."""
+    soft_temperature: float = 0.02
+    """Divides the similarities that make the soft target (RAVID)."""
+    cycle_temperature: float = 0.07
+    """Divides the pair similarities inside cycle-consistent targets (RAVID)."""
+    soft_excludes_self: bool = False
+    """Leave the sample itself out of its soft target."""
+    estimator: Estimator = Estimator.gmm
+    """Estimator of the correspondence of pairs."""
+    weight_min: float = 0.25
+    """Loss weight of a pair surely mismatched (RAVID: 0.25)."""
+    trust_after: float = 0.35
+    """Share of the phase after which weights and soft targets are switched on."""
+    trust_ramp: float = 0.05
+    """Share of the phase over which they fade in."""
+    correspondence_momentum: float = 0.8
+    """Share of the old correspondence kept at each estimate."""
+    category_weight: float = 1.0
+    """Weight of the category-level loss (CC: 1)."""
+    category_temperature: float = 1.0
+    """Divides the similarities of the category-level loss (CC: 1)."""
+    category_ramp: float = 0.1
+    """Share of the phase over which the category-level loss fades in."""
+    balance_weight: float = 1.0
+    """Weight of the term that keeps categories equally used (CC: 1)."""
+    sharpen_weight: float = 0.1
+    """Weight of the entropy of each sample's category, against the uniform plateau."""
+
+
+@dataclass
+class CorrectionPhase:
+    """Between the phases: every sample's label, voted for by its neighbours."""
+
+    kind: str = "correction"
+    """The kind of phase."""
+    neighbors: int = 100
+    """Neighbours of the first vote."""
+    refine_neighbors: int = 20
+    """Neighbours of the second vote, over the labels of the first; 0 leaves it out."""
+    temperature: float = 0.07
+    """Divides the similarity in a neighbour's weight."""
+    class_prior: float = 0.0
+    """Exponent of the correction for class frequency; 0 for balanced sets, 1 for imbalanced ones."""
+    features: Features = Features.backbone
+    """Features in which neighbours are looked for."""
+    vote: Vote = Vote.gated
+    """joint, or gated: a vote for each modality, pairs weighted by their agreement."""
+
+
+@dataclass
+class HybridPhase:
+    """Phase 2: supervised training on given and corrected labels, the bank kept as regulariser."""
+
+    kind: str = "hybrid"
+    """The kind of phase."""
+    epochs: int = 24
+    """Passes over the training split."""
+    lr_scale: float = 1.0
+    """Factor on `optim.lr`."""
+    tower_lr_scale: float = 0.1
+    """Further factor for the towers; the heads learn at the full rate."""
+    mismatch_below: float = 0.5
+    """Correspondence below which each modality learns its own corrected label."""
+    instance_weight: float = 0.1
+    """Weight of the instance loss against the bank; 0 leaves it out."""
+    temperature: float = 0.07
+    """Divides the similarities of that loss."""
+
+
+PhaseSettings = ContrastivePhase | CorrectionPhase | HybridPhase
+PHASE_KINDS: dict[str, type[ContrastivePhase] | type[CorrectionPhase] | type[HybridPhase]] = {
+    "contrastive": ContrastivePhase,
+    "correction": CorrectionPhase,
+    "hybrid": HybridPhase,
+}
+
+
+@dataclass
+class Settings:
+    """The whole configuration of a run."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    bank: BankSettings = field(default_factory=BankSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    deepspeed: DeepSpeedSettings = field(default_factory=DeepSpeedSettings)
+    monitor: MonitorSettings = field(default_factory=MonitorSettings)
+    phases: dict[str, PhaseSettings] = field(default_factory=dict)
+    """The phases by name, in the order they run; each has a `kind`."""

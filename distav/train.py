@@ -1,0 +1,66 @@
+"""Train audio-visual encoders on noisy data, and correct its labels.
+
+One laptop core:   deepspeed distav/train.py --config configs/quickstart.yaml
+Two ranks:         deepspeed --num_gpus 2 distav/train.py --config configs/avdigits.yaml data.root=shards/digits
+Many nodes:        deepspeed --hostfile configs/launch/hostfile distav/train.py --config configs/multinode.yaml
+Any setting can follow as key=value; --print-config shows them all. The same command goes on after a kill.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+# Started as a file, Python puts this folder first, where `config`, `data` or `models` would hide other packages.
+sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(__file__).resolve().parent]
+
+from distav import config  # noqa: E402
+from distav.errors import UserError  # noqa: E402
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a configuration; returns the exit status."""
+    options = _parse(arguments)
+    try:
+        settings = config.load(options.config, options.overrides)
+        if options.print_config:
+            print(config.to_yaml(settings), end="")
+            return 0
+        _train(settings)
+    except UserError as error:
+        print(f"distav: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="PATH", help="a YAML file, such as those in configs/")
+    parser.add_argument("--print-config", action="store_true", help="print every setting of the run and stop")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # The launcher adds it.
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace the file's")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _train(settings: config.Settings) -> None:
+    # Imported late, so that mistakes in the configuration show at once.
+    from distav import world
+    from distav.making.quickstart import make_missing
+    from distav.phases.table import run_remaining
+    from distav.report import finish
+    from distav.run import opened
+
+    with ExitStack() as stack:
+        chosen = settings.run
+        here = stack.enter_context(world.joined(chosen.device.name, chosen.timeout_s, chosen.threads_per_rank))
+        make_missing(settings.data, here)
+        run = stack.enter_context(opened(settings, here))
+        run_remaining(run)
+        finish(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

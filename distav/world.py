@@ -1,0 +1,181 @@
+"""The ranks of a run: start-up, the few collectives we use, and agreement between ranks.
+
+Every function also works in a single process without torch.distributed, where it is the identity.
+Legend: W ranks, b rows on this rank, B rows on all ranks.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distav.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    num_ranks: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and lines for all."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def joined(device: str, timeout_s: float, threads_per_rank: int = 0) -> Iterator[World]:
+    """Join the process group that the launcher describes in the environment; alone, be a world of one.
+
+    Args:
+        device: auto, gpu or cpu.
+        timeout_s: seconds after which a silent rank fails the others' collectives.
+        threads_per_rank: CPU threads of this process; 0 shares the cores among the ranks of the machine.
+
+    Raises:
+        UserError: where a GPU is asked for and there is none for this rank.
+    """
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1"))))
+    on_gpu = device == "gpu" or (device == "auto" and torch.cuda.is_available())
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"run.device={device}: rank {local_rank} of this machine has no GPU ({torch.cuda.device_count()} found); "
+            "start fewer ranks (deepspeed --num_gpus) or set run.device=cpu."
+        )
+    target = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(target)
+    torch.set_num_threads(threads_per_rank or max(1, len(os.sched_getaffinity(0)) // max(1, local_size)))
+    if "MASTER_ADDR" not in os.environ:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "RANK": "0", "WORLD_SIZE": "1"}
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, target)
+    finally:
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def num_ranks() -> int:
+    """Return the number of ranks W."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this rank, 0..W-1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate the rows of all ranks in rank order: [b, ...] -> [B, ...]; b is the same everywhere, no gradient."""
+    rows = rows.detach().contiguous()
+    if num_ranks() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(num_ranks())]
+    dist.all_gather(parts, rows)
+    return torch.cat(parts)
+
+
+def gather_ragged_rows(rows: Tensor) -> Tensor:
+    """Concatenate the rows of all ranks in rank order where ranks hold different numbers of rows; no gradient."""
+    if num_ranks() == 1:
+        return rows.detach()
+    sizes = gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    whole = gather_rows(padded).view(num_ranks(), max(sizes), *rows.shape[1:])
+    return torch.cat([part[:size] for part, size in zip(whole, sizes, strict=True)])
+
+
+def own_rows(whole: Tensor) -> Tensor:
+    """Return this rank's part of rows gathered by `gather_rows`: [B, ...] -> [b, ...]."""
+    size = len(whole) // num_ranks()
+    return whole[rank() * size : (rank() + 1) * size]
+
+
+def sum_(values: Tensor) -> Tensor:
+    """Add up a tensor over ranks, in place; no gradient."""
+    if num_ranks() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def max_(values: Tensor) -> Tensor:
+    """Take the maximum of a tensor over ranks, in place; no gradient."""
+    if num_ranks() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+class _Sum(torch.autograd.Function):
+    """A sum over ranks whose backward sums too."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return sum_(values.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return sum_(gradients[0].clone())
+
+
+def sum_across(values: Tensor) -> Tensor:
+    """Add up a tensor over ranks with gradient.
+
+    Every rank computes the same loss from the sum, and gradients are averaged over ranks afterwards, so the backward
+    sums: that gives the gradient of one process that held all rows.
+    """
+    return _Sum.apply(values) if num_ranks() > 1 else values  # pyright: ignore[reportReturnType]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says yes; all ranks get the same answer."""
+    return bool(max_(torch.tensor([float(flag)])).item())
+
+
+def broadcast(value: Any, source: int = 0) -> Any:
+    """Return what one rank holds to all ranks (picklable, trusted values only)."""
+    if num_ranks() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return what every rank holds, in rank order, to all ranks (picklable, trusted values only)."""
+    if num_ranks() == 1:
+        return [value]
+    values: list[Any] = [None] * num_ranks()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_all() -> None:
+    """Return when every rank has come here."""
+    if num_ranks() > 1:
+        sum_(torch.zeros(1))
+
+
+def row_range(num_rows: int, owner: int | None = None, owners: int | None = None) -> range:
+    """Return the contiguous ids that a rank owns out of 0..num_rows-1; sizes differ by one at most."""
+    of, at = owners or num_ranks(), rank() if owner is None else owner
+    return range(num_rows * at // of, num_rows * (at + 1) // of)
