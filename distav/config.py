@@ -10,6 +10,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -42,6 +43,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         for override in overrides:
             if override.startswith("-") or ("=" not in override and not override.startswith("~")):
                 raise UserError(f"'{override}' is not an override; write key=value, e.g. optim.lr=2e-4")
+            _parse(override)
         tree = _compose(file, {"phases": phases}, list(overrides))
         settings = _to_settings(tree)
     except (HydraException, OmegaConfBaseException) as error:
@@ -141,6 +143,13 @@ def _compose(file: Path, extra: dict[str, Any], overrides: list[str], open_phase
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(file.parent), version_base="1.3"):
         return compose(file.stem, overrides=overrides)
+
+
+def _parse(override: str) -> None:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise UserError(f"{override} cannot be read as key=value: {str(error).splitlines()[0]}") from None
 
 
 def _sections() -> dict[str, Any]:

@@ -137,7 +137,7 @@ def opened(settings: Settings, world: World) -> Iterator[Run]:
         rate = data.train.sample_rate_hz
         num_classes = len(data.shards.classes)
         engine = Engine(lambda: AVModel(settings.model, settings.data, rate, num_classes), settings, world)
-        bank = Bank(len(data.train), settings.model.embed_dim, settings.bank.momentum, world.device)
+        bank = Bank(len(data.train), settings.model.embed_dim, settings.bank.momentum, world.device, settings.run.seed)
         position, notes = checkpoint.restore(folder / "checkpoints", engine, bank)
         micro = check_batch(settings.optim.global_batch, settings.optim.accumulation, world.num_ranks)
         loader = Loader(data.train, settings.data, settings.augment, settings.run.seed, micro, world.device)

@@ -54,7 +54,7 @@ def instance_losses(
     softness: Tensor | None = None,
     soft: SoftTargets | None = None,
 ) -> Tensor:
-    """Return each sample's loss in both directions, exact over all visited rows.
+    """Return each sample's loss in both directions, exact over all rows.
 
     With target T = (1 - s) onehot + s S the loss of a query q is lse - q . (sum_j T_j row_j) / tau, and its gradient
     is (sum_j P_j row_j - sum_j T_j row_j) / tau.
@@ -73,15 +73,14 @@ def instance_losses(
     queries = {"visual": gather_rows(visual), "audio": gather_rows(audio)}
     all_ids = gather_rows(ids)
     rows = {name: bank.fetch(name, all_ids) for name in ("visual", "audio")}
-    unseen = bank.unseen_bias
     shares = gather_rows(softness) if softness is not None and soft and soft.kind != "none" else None
     total = torch.zeros_like(own_rows(queries["visual"][:, 0]))
     for own, other, with_gradient in (("visual", "audio", visual), ("audio", "visual", audio)):
         keys = bank.columns[other]
-        lse, expected = merge_across_ranks(*attend(queries[own], keys, keys, temperature, bias=unseen))
+        lse, expected = merge_across_ranks(*attend(queries[own], keys, keys, temperature))
         target = rows[other]
         if shares is not None and soft is not None and bool((shares > 0).any()):
-            softened = _soft_rows(bank, soft, own, other, queries, rows, all_ids, unseen)
+            softened = _soft_rows(bank, soft, own, other, queries, rows, all_ids)
             target = torch.lerp(target, softened, shares[:, None])
         losses = lse - (queries[own] * target).sum(1) / temperature
         gradients = (expected - target) / temperature
@@ -97,10 +96,9 @@ def _soft_rows(
     queries: dict[str, Tensor],
     rows: dict[str, Tensor],
     ids: Tensor,
-    unseen: Tensor,
 ) -> Tensor:
     """Return sum_j S(j|i) row_j over the other modality's rows, for queries of `own`: [B, D]."""
-    bias = unseen
+    bias = None
     if soft.kind == "bootstrapping":
         asked, keys = queries[own], other
     elif soft.kind == "swapped":
@@ -109,7 +107,7 @@ def _soft_rows(
         asked, keys = rows[own], own
     else:  # Cycle: the query's own pair term is the same for all j and cancels.
         asked, keys = rows[other], other
-        bias = unseen + (bank.columns["visual"] * bank.columns["audio"]).sum(1) / soft.cycle_temperature
+        bias = (bank.columns["visual"] * bank.columns["audio"]).sum(1) / soft.cycle_temperature
     exclude = bank.local(ids) if soft.excludes_self else None
     found = attend(asked, bank.columns[keys], bank.columns[other], soft.temperature, bias=bias, exclude=exclude)
     return merge_across_ranks(*found)[1]

@@ -89,10 +89,9 @@ def encode_video(frames: np.ndarray, encoding: Encoding) -> bytes:
         "vp9": ("libvpx-vp9", "yuv420p", {"crf": "30", "b": "0", "deadline": "realtime", "cpu-used": "6"}),
         "h264": ("libx264", "yuv420p", {"crf": "20", "preset": "veryfast", "bf": "0", "tune": "fastdecode"}),
     }[encoding.codec]
-    container_options = {"fflags": "bitexact"} | ({"movflags": "faststart"} if encoding.codec == "h264" else {})
     sink = io.BytesIO()
     kind = VIDEO_EXTENSIONS[encoding.codec]
-    with av.open(sink, "w", format=kind, container_options=container_options) as container:
+    with av.open(sink, "w", format=kind, container_options={"fflags": "bitexact"}) as container:
         rate = Fraction(encoding.fps).limit_denominator(1001)
         stream = container.add_stream(name, rate=rate, options=options | {"flags": "+bitexact"})
         assert isinstance(stream, VideoStream)

@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     clips.add_argument("file", type=Path, metavar="FILE", help="csv: path,label[,start_s,end_s][,split]")
     clips.add_argument("out", type=Path, metavar="OUT", help="folder to write the set to")
     digits = command(
-        "digits", "Handwritten digits (MNIST) with spoken ones (FSDD).", short_side=40, clip_s=1.0, sample_rate=8000
+        "digits", "Handwritten digits (MNIST) with spoken ones (FSDD).", short_side=32, clip_s=1.0, sample_rate=8000
     )
     digits.add_argument("out", type=Path, metavar="OUT", help="folder to write the set to")
     digits.add_argument("--images", type=Path, required=True, help="MNIST idx3 file, plain or gzipped")

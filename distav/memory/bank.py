@@ -4,12 +4,14 @@ A step moves only the rows of the batch; traffic does not depend on the size of 
 since a moving average in bfloat16 stalls. Legend: N rows in all, n rows of this rank, B global batch, D width.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distav.seeding import sample_seeds, uniform
 from distav.world import gather_ragged_rows, row_range, sum_
 
 
@@ -23,22 +25,26 @@ class Bank:
             own, such as the votes of a correction; all are saved and restored alike.
     """
 
-    def __init__(self, num_samples: int, dim: int, momentum: float, device: torch.device):
+    def __init__(self, num_samples: int, dim: int, momentum: float, device: torch.device, seed: int = 0):
         self.num_samples, self.momentum, self.device = num_samples, momentum, device
         self.rows = row_range(num_samples)
         size = len(self.rows)
+        # Random directions spread the first targets over the sphere; from the alike embeddings of a new network,
+        # rows would tell apart by age alone.
         self.columns = {
-            "visual": torch.zeros(size, dim, device=device),
-            "audio": torch.zeros(size, dim, device=device),
+            "visual": self._random_rows(seed, 1, dim),
+            "audio": self._random_rows(seed, 2, dim),
             "visits": torch.zeros(size, device=device),
             "correspondence": torch.ones(size, device=device),
             "category_agreement": torch.ones(size, device=device),
         }
 
-    @property
-    def unseen_bias(self) -> Tensor:
-        """[n] logit bias that leaves out rows without a visit."""
-        return torch.zeros_like(self.columns["visits"]).masked_fill(self.columns["visits"] == 0, -torch.inf)
+    def _random_rows(self, seed: int, stream: int, dim: int) -> Tensor:
+        """Return unit vectors of random direction that hang on the id, not on the rank that owns it: [n, D]."""
+        ids = torch.arange(self.rows.start, self.rows.stop, device=self.device)
+        draws = uniform(sample_seeds(seed, 0, ids), stream, 2 * dim).clamp_min(1e-7)
+        radius, angle = (-2 * draws[:, :dim].log()).sqrt(), 2 * math.pi * draws[:, dim:]
+        return F.normalize(radius * angle.cos(), dim=1)
 
     def local(self, ids: Tensor) -> Tensor:
         """Return the place of each id among this rank's rows, -1 for the rows of others: [B] -> [B]."""
@@ -63,26 +69,15 @@ class Bank:
         similarity = (self.columns["visual"] * self.columns["audio"]).sum(1)
         return gather_ragged_rows(similarity.masked_fill(self.columns["visits"] == 0, torch.nan))
 
-    def open_rows(self, ids: Tensor, valid: Tensor, new: dict[str, Tensor]) -> None:
-        """Fill rows that were never written with their first embeddings, so that no target is random.
-
-        Args:
-            ids, valid: [B] of the global batch, the same on every rank.
-            new: `visual`, `audio` [B, D] unit vectors and `category_agreement` [B].
-        """
-        self._move(ids, valid & (self.fetch("visits", ids) == 0), new, 0.0)
-
     def update(self, ids: Tensor, valid: Tensor, new: dict[str, Tensor]) -> None:
         """Move rows towards new embeddings: normalise(m * old + (1 - m) * new), repeated ids averaged first.
 
+        Embeddings that are not finite leave their rows as they are.
+
         Args:
             ids, valid: [B] of the global batch, the same on every rank.
             new: `visual`, `audio` [B, D] unit vectors and `category_agreement` [B].
         """
-        self._move(ids, valid, new, self.momentum)
-
-    def _move(self, ids: Tensor, valid: Tensor, new: dict[str, Tensor], momentum: float) -> None:
-        """Write to this rank's rows; embeddings that are not finite leave theirs as they are."""
         finite = torch.stack([torch.isfinite(each).view(len(ids), -1).all(1) for each in new.values()]).all(0)
         place = self.local(ids)
         own = valid & finite & (place >= 0)
@@ -92,7 +87,7 @@ class Bank:
             column = self.columns[name]
             mean = column.new_zeros(len(touched), *column.shape[1:]).index_add_(0, row, values[own].to(column.dtype))
             mean /= count.view([-1] + [1] * (column.dim() - 1))
-            moved = momentum * column[touched] + (1 - momentum) * mean
+            moved = self.momentum * column[touched] + (1 - self.momentum) * mean
             column[touched] = F.normalize(moved, dim=1) if column.dim() > 1 else moved
         self.columns["visits"][touched] += 1
 

@@ -6,11 +6,15 @@ Legend: B clips, N audio samples, F mel bins, L mel frames, E feature width.
 import torch
 import torchaudio.functional as AF
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 
 from distav.models.layers import GlobalBatchNorm, run
 from distav.models.transformer import SIZES, TokenEncoder, unknown_tower
 from distav.seeding import uniform
 from distav.settings import AudioSettings, DataSettings
+
+BANDS = 4
+"""Bands of frequency that the small tower pools over time."""
 
 MASK_STREAM = 1
 """Stream of a sample's random numbers that masks its spectrogram."""
@@ -101,21 +105,23 @@ def _conv(inside: int, outside: int, stride: int, kernel: int = 3) -> list[nn.Mo
 
 
 class SmallConv(nn.Module):
-    """Four convolutions, for short sounds on a CPU."""
+    """Four convolutions, then the mean and the maximum over time in a few bands, for short sounds on a CPU."""
 
     def __init__(self, width: int, recompute: bool):
         super().__init__()
-        self.feature_dim = 4 * width
+        self.feature_dim = 8 * width
         self.recompute = recompute
         widths = (1, width, 2 * width, 4 * width, 4 * width)
         self.stages = nn.ModuleList(
             nn.Sequential(*_conv(inside, outside, 2)) for inside, outside in zip(widths, widths[1:], strict=False)
         )
+        self.gather = nn.Linear(2 * BANDS * widths[-1], self.feature_dim)
 
     def forward(self, mel: Tensor) -> Tensor:
         """Encode [B, 1, F, L] to [B, E]."""
-        x = run(self.stages, mel.contiguous(memory_format=torch.channels_last), self.recompute)
-        return x.mean((2, 3)) + x.amax((2, 3))
+        x = run(self.stages, mel, self.recompute)
+        pooled = [pool(x, (BANDS, 1)).flatten(1) for pool in (adaptive_avg_pool2d, adaptive_max_pool2d)]
+        return self.gather(torch.cat(pooled, dim=1))
 
 
 class AvidConv(nn.Module):

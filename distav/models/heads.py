@@ -7,24 +7,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distav.models.layers import SeededDropout
+from distav.models.layers import GlobalBatchNorm, SeededDropout
 
 DROPOUT_STREAM = 2
 """First of the streams of a sample's random numbers that drop features."""
 
 
+def _layers(*widths: int) -> nn.Sequential:
+    """Linear layers with ReLU between, behind a normalisation over the global batch.
+
+    Tower outputs are mostly positive and much alike at first. Unless their common part is taken away, the embeddings of
+    all samples start as one, and rows of the bank differ by nothing but their age.
+    """
+    layers: list[nn.Module] = [GlobalBatchNorm(widths[0])]
+    for inside, outside in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(inside, outside), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
 class Projection(nn.Module):
-    """Three layers without normalisation, then unit length (AVID section 3)."""
+    """Three layers to unit length (AVID section 3, which has no normalisation before them)."""
 
     def __init__(self, inside: int, hidden: int, outside: int):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(inside, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, outside),
-        )
+        self.layers = _layers(inside, hidden, hidden, outside).append(GlobalBatchNorm(outside))
 
     def forward(self, features: Tensor) -> Tensor:
         """Project [B, E] to unit vectors [B, D] float32."""
@@ -36,7 +42,7 @@ class CategoryHead(nn.Module):
 
     def __init__(self, inside: int, hidden: int, num_categories: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(inside, hidden), nn.ReLU(), nn.Linear(hidden, num_categories))
+        self.layers = _layers(inside, hidden, num_categories)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits [B, K] float32."""

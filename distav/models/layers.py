@@ -20,31 +20,33 @@ class _GlobalNormalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        dims = [0, *range(2, x.dim())]
-        values = x.float()
-        count = values.numel() // values.shape[1]
-        var, mean = torch.var_mean(values, dims, correction=0)
+        var, mean = torch.var_mean(x.float(), [0, *range(2, x.dim())], correction=0)
         stats = gather_rows(torch.stack([mean, var])[None])
         mean = stats[:, 0].mean(0)
         var = (stats[:, 1] + (stats[:, 0] - mean) ** 2).mean(0)
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        rstd = (var + eps).rsqrt()
-        normal = (values - mean.view(shape)) * rstd.view(shape)
-        ctx.save_for_backward(normal, weight, rstd)
-        ctx.count, ctx.dims, ctx.shape, ctx.dtype = count * num_ranks(), dims, shape, x.dtype
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
-        return (normal * weight.view(shape) + bias.view(shape)).to(x.dtype), mean, var
+        given = (each.to(weight.dtype) for each in (mean, var))
+        return F.batch_norm(x, *given, weight, bias, False, 0.0, eps), mean, var
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        normal, weight, rstd = ctx.saved_tensors
-        grad = gradients[0].float()
-        bias_grad, weight_grad = grad.sum(ctx.dims), (grad * normal).sum(ctx.dims)
-        sums = sum_(torch.stack([bias_grad, weight_grad])) / ctx.count
-        shape = ctx.shape
-        inner = grad - sums[0].view(shape) - normal * sums[1].view(shape)
-        grad_x = inner * (weight.float() * rstd).view(shape)
-        return grad_x.to(ctx.dtype), weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None
+        x, weight, mean, var = ctx.saved_tensors
+        given = (each.to(weight.dtype) for each in (mean, var))
+        # As if the statistics were constants; what they owe to x is taken off below.
+        grad_x, weight_grad, bias_grad = torch.ops.aten.native_batch_norm_backward(
+            gradients[0].contiguous(), x, weight, *given, None, None, False, ctx.eps, [True, True, True]
+        )
+        count = x.numel() // x.shape[1] * num_ranks()
+        of_bias, of_weight = sum_(torch.stack([bias_grad.float(), weight_grad.float()])) / count
+        rstd = (var + ctx.eps).rsqrt()
+        scale = weight.float() * rstd
+        slope = scale * rstd * of_weight
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        offset = (scale * of_bias - slope * mean).view(shape).to(x.dtype)
+        grad_x = grad_x.sub_(offset).addcmul_(x, slope.view(shape).to(x.dtype), value=-1)
+        return grad_x, weight_grad, bias_grad, None
 
 
 class GlobalBatchNorm(nn.Module):

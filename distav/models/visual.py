@@ -5,6 +5,7 @@ Legend: B clips, T frames, H W pixels, C channels, E feature width.
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, R2Plus1dStem
 
 from distav.errors import UserError
@@ -14,6 +15,10 @@ from distav.settings import DataSettings, VisualSettings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+GRID = 4
+"""Side of the grid that the small tower pools a frame to."""
 
 
 def build_visual(settings: VisualSettings, data: DataSettings, recompute: bool) -> "VisualTower":
@@ -53,26 +58,30 @@ def _stage(inside: int, outside: int, stride: int) -> nn.Sequential:
 
 
 class SmallConv(nn.Module):
-    """Four convolutions on each frame, one across frames: for small clips on a CPU."""
+    """Four convolutions on each frame, a coarse grid of what is where, and one convolution across frames.
+
+    For small clips on a CPU. The grid is kept since pooling it away costs a small network most of the shape.
+    """
 
     def __init__(self, width: int, recompute: bool):
         super().__init__()
-        self.feature_dim = 4 * width
+        self.feature_dim = 8 * width
         self.recompute = recompute
         widths = (3, width, 2 * width, 4 * width, 4 * width)
         self.stages = nn.ModuleList(
             _stage(inside, outside, stride)
             for inside, outside, stride in zip(widths, widths[1:], (2, 2, 2, 1), strict=False)
         )
-        self.across = nn.Conv1d(self.feature_dim, self.feature_dim, 3, padding=1)
+        self.gather = nn.Linear(GRID * GRID * widths[-1], self.feature_dim)
+        self.across = nn.Conv1d(self.feature_dim, self.feature_dim, 3, padding=1, groups=width)
 
     def forward(self, clip: Tensor) -> Tensor:
         """Encode [B, 3, T, H, W] to [B, E]."""
         num_clips, _, num_frames = clip.shape[:3]
-        x = clip.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        x = run(self.stages, x, self.recompute)
-        x = (x.mean((2, 3)) + x.amax((2, 3))).view(num_clips, num_frames, -1).transpose(1, 2)
-        return (x + self.across(x).relu()).mean(2)
+        x = run(self.stages, clip.transpose(1, 2).flatten(0, 1), self.recompute)
+        x = self.gather(adaptive_avg_pool2d(x, GRID).flatten(1))
+        x = x.view(num_clips, num_frames, -1).transpose(1, 2)
+        return (x + self.across(x.relu())).mean(2)
 
 
 class R2Plus1D18(nn.Module):

@@ -32,14 +32,13 @@ def run_contrastive(run: Run, name: str, settings: ContrastivePhase) -> None:
         present = batch.valid.float()
         weights = present * (1 + trust * (sample_weights(mine, settings.weight_min) - 1))
         softness = trust * settings.soft_weight * (1 - mine)
-        visit(run, batch, outputs, first=True)
         each = instance_losses(
             run.bank, batch.ids, outputs["visual"], outputs["audio"], settings.temperature, softness, soft
         )
+        visit(run, batch, outputs)
         instance = weighted_mean(each, weights)
         logits = outputs["visual_categories"], outputs["audio_categories"]
         category = category_loss(*logits, weights, settings.category_temperature)
-        visit(run, batch, outputs)
         fade = ramp(progress, 0.0, settings.category_ramp)
         loss = instance + fade * _weighed(category, settings)
         return {
@@ -74,8 +73,8 @@ def ramp(progress: float, start: float, length: float) -> float:
     return min(1.0, (progress - start) / length) if length else 1.0
 
 
-def visit(run: Run, batch: Batch, outputs: dict[str, Tensor], first: bool = False) -> None:
-    """Bring the batch's embeddings to the bank: open rows never seen (`first`), or move the rows of all."""
+def visit(run: Run, batch: Batch, outputs: dict[str, Tensor]) -> None:
+    """Move the bank's rows towards the embeddings of the global batch."""
     agreement = category_agreement(outputs["visual_categories"], outputs["audio_categories"])
     mine = torch.cat(
         [outputs["visual"], outputs["audio"], agreement[:, None], batch.valid[:, None].float()], dim=1
@@ -83,7 +82,7 @@ def visit(run: Run, batch: Batch, outputs: dict[str, Tensor], first: bool = Fals
     ids, rows = gather_rows(batch.ids), gather_rows(mine)
     dim = outputs["visual"].shape[1]
     new = {"visual": rows[:, :dim], "audio": rows[:, dim : 2 * dim], "category_agreement": rows[:, -2]}
-    (run.bank.open_rows if first else run.bank.update)(ids, rows[:, -1] > 0, new)
+    run.bank.update(ids, rows[:, -1] > 0, new)
 
 
 def estimate_correspondence(run: Run, settings: ContrastivePhase, trusted: bool) -> None:

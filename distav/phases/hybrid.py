@@ -45,7 +45,6 @@ def run_hybrid(run: Run, name: str, settings: HybridPhase) -> None:
         audio = weighted_mean(soft_cross_entropy(outputs["audio_logits"], audio_targets), present)
         losses = {"loss": both + visual + audio, "both": both, "visual": visual, "audio": audio}
         if settings.instance_weight:
-            visit(run, batch, outputs, first=True)
             each = instance_losses(run.bank, batch.ids, outputs["visual"], outputs["audio"], settings.temperature)
             losses["instance"] = weighted_mean(each, present * sample_weights(believed, _WEIGHT_MIN))
             losses["loss"] = losses["loss"] + settings.instance_weight * losses["instance"]

@@ -1,0 +1,152 @@
+"""What several ranks compute together equals what one process computes alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distav.losses.category import category_loss
+from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
+from distav.memory.bank import Bank
+from distav.memory.neighbors import nearest_neighbors
+from distav.memory.softmax import attend, merge_across_ranks
+from distav.models.av import AVModel
+from distav.models.layers import GlobalBatchNorm
+from distav.robust.correction import Voting, correct
+from distav.settings import AudioSettings, DataSettings, ModelSettings, VisualSettings
+from distav.world import gather_ragged_rows, num_ranks, own_rows, rank, row_range, sum_, sum_across
+from tests.helpers.spawn import on_ranks
+
+NUM, DIM = 37, 8
+
+
+def unit(*shape: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def losses_and_gradients() -> dict[str, torch.Tensor]:
+    """Run the whole loss of phase 1 on a small model over a global batch of 12; gradients averaged as DeepSpeed does."""
+    torch.manual_seed(0)
+    data = DataSettings(num_frames=2, frame_size=16, audio_s=0.25)
+    settings = ModelSettings(VisualSettings(width=4), AudioSettings(width=4), embed_dim=DIM, hidden_dim=16)
+    model = AVModel(settings, data, 8000, num_classes=5).train()
+    bank = Bank(NUM, DIM, 0.5, torch.device("cpu"), seed=4)
+    generator = torch.Generator().manual_seed(7)
+    frames = torch.randint(0, 256, (12, 2, 16, 16, 3), dtype=torch.uint8, generator=generator)
+    sound = torch.randn(12, 2000, generator=generator) * 0.1
+    ids = torch.randperm(NUM, generator=generator)[:12]
+    ids[11] = ids[0]
+    weights = torch.rand(12, generator=generator)
+    weights[3] = 0
+    softness = torch.rand(12, generator=generator)
+    frames, sound, ids, weights, softness = map(own_rows, (frames, sound, ids, weights, softness))
+    total = torch.zeros(())
+    for _ in range(2):
+        model.zero_grad()
+        out = model(frames, sound, ids + 1000)
+        each = instance_losses(bank, ids, out["visual"], out["audio"], 0.07, softness, SoftTargets("cycle", 0.1, 0.1))
+        category = category_loss(out["visual_categories"], out["audio_categories"], weights, 1.0)
+        supervised = F.cross_entropy(out["logits"], ids % 5, reduction="none")
+        total = weighted_mean(each, weights) + category.contrast + category.imbalance + category.row_entropy
+        total = total + weighted_mean(supervised, weights)
+        total.backward()
+        from distav.phases.contrastive import visit
+
+        batch = type("Batch", (), {"ids": ids, "valid": weights > 0})
+        run = type("Run", (), {"bank": bank})
+        visit(run, batch, out)  # type: ignore[arg-type]
+    found = {
+        f"grad {name}": sum_(each.grad.clone()) / num_ranks()
+        for name, each in model.named_parameters()
+        if each.grad is not None
+    }
+    found |= {f"bank {name}": gather_ragged_rows(column) for name, column in bank.columns.items()}
+    found |= {f"buffer {name}": each.clone() for name, each in model.named_buffers()}
+    return found | {"loss": sum_(total.detach().clone()) / num_ranks()}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_losses_gradients_and_bank_equal_those_of_one_rank(ranks: int):
+    alone = losses_and_gradients()
+    for together in on_ranks(ranks, losses_and_gradients):
+        assert together.keys() == alone.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(together[name], value, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def neighbors_of_part() -> tuple[torch.Tensor, torch.Tensor]:
+    features = unit(NUM, DIM, seed=1)
+    features[5:9] = features[20]
+    groups = torch.arange(NUM) // 2
+    valid = torch.ones(NUM, dtype=torch.bool)
+    valid[13] = False
+    own = row_range(NUM)
+    ids, similarity = nearest_neighbors(features[own.start : own.stop], 6, groups, valid)
+    return gather_ragged_rows(ids), gather_ragged_rows(similarity)
+
+
+def correction_of_part() -> torch.Tensor:
+    own = row_range(NUM)
+    part = slice(own.start, own.stop)
+    every = torch.ones(NUM, dtype=torch.bool)
+    voting = Voting(8, 4, 0.07, 0.0, gated=True)
+    given = torch.arange(NUM) % 3
+    visual, audio = unit(NUM, DIM, seed=1)[part], unit(NUM, DIM, seed=2)[part]
+    found = correct(visual, audio, given, 3, torch.arange(NUM), every, voting)
+    return gather_ragged_rows(torch.cat([found.labels, found.visual, found.audio, found.pairing[:, None]], dim=1))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_neighbors_and_corrections_equal_those_of_one_rank(ranks: int):
+    ids, similarity = neighbors_of_part()
+    votes = correction_of_part()
+    for found in on_ranks(ranks, neighbors_of_part):
+        assert torch.equal(found[0], ids)
+        torch.testing.assert_close(found[1], similarity)
+    for found in on_ranks(ranks, correction_of_part):
+        torch.testing.assert_close(found, votes, rtol=1e-4, atol=1e-5)
+
+
+def attention_of_part(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    queries, keys = unit(4, DIM, seed=3), unit(rows, DIM, seed=4)
+    own = row_range(rows)
+    part = keys[own.start : own.stop]
+    return merge_across_ranks(*attend(queries, part, part, 0.05, tile=3))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 11])
+def test_attention_over_ragged_and_empty_shards_equals_the_whole(rows: int):
+    whole = attention_of_part(rows)
+    for found in on_ranks(3, attention_of_part, rows):
+        for ours, expected in zip(found, whole, strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
+def normalised_part() -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    layer = GlobalBatchNorm(3).train()
+    x = own_rows(torch.randn(12, 3, 5)).requires_grad_()
+    out = layer(x)
+    (out * own_rows(torch.linspace(-1, 1, 180).view(12, 3, 5))).sum().backward()
+    assert x.grad is not None and layer.weight.grad is not None
+    gathered = [gather_ragged_rows(each) for each in (out, x.grad)]
+    return *gathered, sum_(layer.weight.grad), layer.running_mean, layer.running_var
+
+
+def test_global_batch_norm_equals_that_of_the_whole_batch():
+    alone = normalised_part()
+    for found in on_ranks(2, normalised_part):
+        for ours, expected in zip(found, alone, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def sum_with_gradient() -> tuple[float, float]:
+    x = torch.tensor(float(rank() + 1), requires_grad=True)
+    total = sum_across(x)
+    (total**2).backward()
+    assert x.grad is not None
+    return total.item(), x.grad.item()
+
+
+def test_sums_carry_the_gradient_of_all_ranks():
+    # Each of two ranks computes (1 + 2)^2; the gradients of both, 6 each, arrive at every rank.
+    assert on_ranks(2, sum_with_gradient) == [(3.0, 12.0), (3.0, 12.0)]

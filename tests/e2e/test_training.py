@@ -1,0 +1,184 @@
+"""The whole main job on tiny shards, started by the deepspeed launcher."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distav.data.format import ShardSet
+from distav.data.loader import Loader
+from distav.export import load_encoders
+from distav.settings import DataSettings
+from tests.helpers.launch import command, environment, losses, records, tiny_config, train
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("finished")
+    said = train(tiny_config(folder), f"data.root={tiny_shards}", f"run.root={folder}")
+    return folder / "tiny", said
+
+
+def test_the_report_has_what_was_promised(finished: tuple[Path, str]):
+    run, said = finished
+    report = json.loads((run / "report.json").read_text())
+    assert report["samples"] == 96 and report["skipped_samples"] == []
+    assert [(each["name"], each["kind"], each["steps"]) for each in report["phases"]] == [
+        ("contrastive", "contrastive", 12),
+        ("correction", "correction", 0),
+        ("hybrid", "hybrid", 8),
+    ]
+    assert all(each["seconds"] > 0 and each["clips_per_s"] > 0 for each in report["phases"])
+    assert report["label_accuracy"].keys() == {"given", "corrected", "flipped_recovered", "clean_damaged"}
+    assert report["label_accuracy"]["given"] == 0.75
+    assert 0 <= report["correspondence_auroc"] <= 1
+    assert report["test"].keys() == {"top1", "top1_visual", "top1_audio"}
+    assert "given training labels were right" in said and "Test:" in said
+
+
+def test_the_run_folder_has_what_was_promised(finished: tuple[Path, str], tiny_shards: Path):
+    run, _ = finished
+    table = pq.read_table(run / "labels" / "correction.parquet")
+    expected = ["id", "key", "given", "corrected", "confidence", "agreement", "correspondence"]
+    assert table.column_names == expected and len(table) == 96
+    accuracy = json.loads((run / "report.json").read_text())["label_accuracy"]["corrected"]
+    truth = pq.read_table(tiny_shards / "labels.parquet", filters=[("split", "=", "train")]).column("true_label")
+    right = np.mean([a == b for a, b in zip(table.column("corrected").to_pylist(), truth.to_pylist(), strict=True)])
+    assert right == pytest.approx(accuracy)
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "audio": 0}).Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/lr", "train/grad_norm", "time/clips_per_s", "time/data_wait_pct", "memory/peak_gib",
+            "test/top1"} <= set(tags["scalars"])  # fmt: skip
+    assert {"pairs/similarity", "pairs/weight", "labels/confidence"} <= set(tags["histograms"])
+    assert {"input/frames", "input/spectrogram", "labels/given_to_corrected"} <= set(tags["images"])
+    assert "input/sound_0" in tags["audio"]
+    assert len(list((run / "checkpoints").glob("step-*"))) == 2
+    environment_facts = json.loads((run / "environment.json").read_text())
+    assert environment_facts["versions"]["torch"].startswith("2.11")
+
+
+def test_exported_encoders_give_what_the_run_gave(finished: tuple[Path, str], tiny_shards: Path):
+    run, _ = finished
+    model, description = load_encoders(run / "export")
+    inputs = description["input"]
+    data = DataSettings(
+        num_frames=inputs["num_frames"],
+        frame_stride=inputs["frame_stride"],
+        frame_size=inputs["frame_size"],
+        audio_s=inputs["audio_s"],
+    )
+    shards = ShardSet.open(tiny_shards)
+    loader = Loader(shards.split("test"), data, None, 0, 24, torch.device("cpu"))
+    batch = loader.load(np.arange(24), 0)
+    with torch.no_grad():
+        logits = model(batch.frames, batch.sound, batch.seeds)["logits"]
+    truth = pq.read_table(tiny_shards / "labels.parquet", filters=[("split", "=", "test")]).column("label").to_pylist()
+    top1 = np.mean([description["classes"][guess] == label for guess, label in zip(logits.argmax(1), truth, strict=True)])
+    assert top1 == pytest.approx(json.loads((run / "report.json").read_text())["test"]["top1"])
+
+
+def test_a_finished_run_is_told_and_not_repeated(finished: tuple[Path, str], tiny_shards: Path):
+    run, _ = finished
+    before = len(losses(run))
+    said = train(run.parent / "tiny.yaml", f"data.root={tiny_shards}", f"run.root={run.parent}")
+    assert "Done: 96 training clips" in said and len(losses(run)) == before
+    said = train(
+        run.parent / "tiny.yaml", f"data.root={tiny_shards}", f"run.root={run.parent}", "optim.lr=0.5", status=1
+    )
+    assert "other settings" in said and "lr: 0.5" in said
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_at_any_zero_stage_learn_as_one(finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, stage: int):
+    run, _ = finished
+    train(
+        tiny_config(tmp_path),
+        f"data.root={tiny_shards}",
+        f"run.root={tmp_path}",
+        f"deepspeed.zero_stage={stage}",
+        ranks=2,
+    )
+    alone, together = losses(run), losses(tmp_path / "tiny")
+    assert len(alone) == len(together) == 20
+    np.testing.assert_allclose(together, alone, rtol=1e-3)
+    tables = [pq.read_table(each / "labels" / "correction.parquet") for each in (run, tmp_path / "tiny")]
+    same = np.mean([a == b for a, b in zip(*(each.column("corrected").to_pylist() for each in tables), strict=True)])
+    assert same > 0.95
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_killed_run_goes_on_as_if_nothing_had_been(finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, stage: int):
+    arguments = (tiny_config(tmp_path), f"data.root={tiny_shards}", f"run.root={tmp_path}", "run.checkpoint_every=3",
+                 f"deepspeed.zero_stage={stage}")  # fmt: skip
+    process = subprocess.Popen(
+        command(*arguments), env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list((tmp_path / "tiny" / "checkpoints").glob("step-000000006-*")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)
+    process.wait()
+    assert not (tmp_path / "tiny" / "report.json").exists()
+    said = train(*arguments)
+    assert "going on in" in said
+    by_step = {each["step"]: each["train/loss"] for each in records(tmp_path / "tiny") if "train/loss" in each}
+    assert sorted(by_step) == list(range(1, 21))
+    np.testing.assert_allclose([by_step[step] for step in range(1, 21)], losses(finished[0]), rtol=1e-5 if stage == 0 else 1e-3)
+
+
+def test_accumulated_micro_batches_train(tiny_shards: Path, tmp_path: Path):
+    train(tiny_config(tmp_path), f"data.root={tiny_shards}", f"run.root={tmp_path}", "optim.accumulation=2", ranks=2)
+    found = losses(tmp_path / "tiny")
+    assert len(found) == 20 and np.isfinite(found).all()
+
+
+def test_bad_clips_are_skipped_and_named_up_to_the_budget(tiny_shards: Path, tmp_path: Path):
+    import shutil
+
+    damaged = Path(shutil.copytree(tiny_shards, tmp_path / "set"))
+    split = ShardSet.open(damaged).split("train")
+    content = bytearray(split.shards[0].read_bytes())
+    for sample in (3, 11):
+        content[int(split.columns["video_offset"][sample]) + 300] ^= 1
+    split.shards[0].write_bytes(content)
+    arguments = (tiny_config(tmp_path), f"data.root={damaged}")
+    train(*arguments, f"run.root={tmp_path}", "data.max_bad_fraction=0.05", ranks=2)
+    report = json.loads((tmp_path / "tiny" / "report.json").read_text())
+    assert [each["id"] for each in report["skipped_samples"]] == [3, 11]
+    assert all("CRC-32" in each["reason"] for each in report["skipped_samples"])
+    said = train(*arguments, f"run.root={tmp_path}", "run.name=strict", status=1)
+    assert "data.max_bad_fraction=0.01" in said and "train-0000000" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["optim.global_batch=25"], "cannot be divided among 2 ranks"),
+        (["optim.global_batch=200"], "more than the 96 samples"),
+        (["phases.correction.neighbors=500"], "phases.correction.neighbors=500"),
+        (["data.train_split=tran"], "Did you mean 'train'"),
+        (["data.root=nowhere"], "no manifest.json"),
+        (["deepspeed.extra={train_batch_size: 4}"], "follows from `optim`"),
+        (["model.visual.name=small_con"], "Did you mean 'small_conv'"),
+        (["optim.lrr=3"], "Did you mean 'lr'"),
+    ],
+)
+def test_impossible_settings_stop_at_the_start(tiny_shards: Path, tmp_path: Path, overrides: list[str], told: str):
+    said = train(tiny_config(tmp_path), f"data.root={tiny_shards}", f"run.root={tmp_path}", *overrides, ranks=2, status=1)
+    assert told in said and "Traceback" not in said.split("distav:")[0]
+    assert not (tmp_path / "tiny" / "metrics.jsonl").exists() or not losses(tmp_path / "tiny")
+
+
+def test_print_config_shows_every_setting(tmp_path: Path):
+    said = train(tiny_config(tmp_path), "--print-config", "optim.lr=0.25")
+    assert "lr: 0.25" in said and "soft_targets: cycle" in said

@@ -1,0 +1,67 @@
+"""Start training as a user would, through the deepspeed launcher."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DEEPSPEED = Path(sys.executable).parent / "deepspeed"
+TINY = """defaults: [schema, _self_]
+run: {name: tiny, log_every: 1, checkpoint_every: 100}
+data: {num_frames: 2, frame_stride: 2, frame_size: 16, audio_s: 0.5}
+model: {embed_dim: 16, hidden_dim: 32, visual: {width: 8}, audio: {width: 8, num_mels: 32}}
+optim: {global_batch: 24}
+monitor: {media_every: 10, media_clips: 2}
+phases:
+  contrastive: {kind: contrastive, epochs: 3}
+  correction: {kind: correction, neighbors: 12, refine_neighbors: 6}
+  hybrid: {kind: hybrid, epochs: 2}
+"""
+
+
+def environment() -> dict[str, str]:
+    """The environment of a launch: our interpreter's tools first, no GPU unless there is one to be had."""
+    return {**os.environ, "PATH": f"{DEEPSPEED.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def tiny_config(folder: Path, text: str = TINY) -> Path:
+    """Write a configuration that trains in seconds."""
+    path = folder / "tiny.yaml"
+    path.write_text(text)
+    return path
+
+
+def command(config: Path, *overrides: str, ranks: int = 1, launcher: tuple[str, ...] = ()) -> list[str]:
+    """The command line of a launch."""
+    options = launcher or ("--num_gpus", str(ranks))
+    port = str(29600 + os.getpid() % 2000)
+    script = [str(ROOT / "distav" / "train.py"), "--config", str(config), *overrides]
+    return [str(DEEPSPEED), *options, *([] if launcher else ["--master_port", port]), *script]
+
+
+def train(config: Path, *overrides: str, ranks: int = 1, status: int = 0, timeout_s: float = 240) -> str:
+    """Run a training to its end and return what it printed."""
+    done = subprocess.run(
+        command(config, *overrides, ranks=ranks),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=timeout_s,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert (done.returncode == 0) == (status == 0), said[-6000:]
+    return said
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of every logged step of a run."""
+    return [each["train/loss"] for each in records(run) if "train/loss" in each]
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """What a run wrote to metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+
+from distav import config
+from distav.errors import UserError
+from distav.settings import ContrastivePhase, Estimator, HybridPhase
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "some.yaml"
+    path.write_text(
+        "defaults: [schema, _self_]\nphases:\n  learn: {kind: contrastive, epochs: 2}\n  use: {kind: hybrid}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_survives_a_round_trip(path: Path, tmp_path: Path):
+    settings = config.load(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(config.to_yaml(settings))
+    assert config.load(copy) == settings
+
+
+def test_phases_keep_their_order_and_are_typed_by_kind(file: Path):
+    settings = config.load(file, ["phases.learn.estimator=cdf", "deepspeed.extra={a: {b: 1}}"])
+    assert list(settings.phases) == ["learn", "use"]
+    learn = settings.phases["learn"]
+    assert isinstance(learn, ContrastivePhase) and learn.estimator is Estimator.cdf and learn.epochs == 2
+    assert isinstance(settings.phases["use"], HybridPhase)
+    assert settings.deepspeed.extra == {"a": {"b": 1}}
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optim.lrr=1", ["optim.lrr", "Did you mean 'lr'"]),
+        ("phases.learn.epoch=1", ["phases.learn.epoch", "Did you mean 'epochs'"]),
+        ("phases.lern.epochs=1", ["phases.lern", "Did you mean 'learn'"]),
+        ("phases.learn.estimator=gm", ["phases.learn.estimator", "'gm'", "oracle"]),
+        ("optim.lr=fast", ["optim.lr", "'fast'", "Float"]),
+        ("optim.global_batch=0", ["optim.global_batch=0", "from 1 up"]),
+        ("augment.shift_s=1", ["augment.shift_s=1", "0 to 0.5"]),
+        ("deepspeed.zero_stage=4", ["deepspeed.zero_stage=4", "0, 1, 2 or 3"]),
+        ("phases.learn.temperature=0", ["phases.learn.temperature=0", "above 0"]),
+        ("optim.lr", ["key=value"]),
+        ("optim.lr=[", ["optim.lr=["]),
+    ],
+)
+def test_a_wrong_override_is_named_with_what_is_right(file: Path, override: str, told: list[str]):
+    with pytest.raises(UserError) as error:
+        config.load(file, [override])
+    for part in told:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("optim: {lrate: 1}\nphases: {a: {kind: hybrid}}", "optim.lrate"),
+        ("phases: {a: {kind: hybird}}", "Did you mean 'hybrid'"),
+        ("phases: {}", "at least one phase"),
+        ("phases: [", "not valid YAML"),
+    ],
+)
+def test_a_wrong_file_is_named_with_what_is_right(tmp_path: Path, text: str, told: str):
+    path = tmp_path / "wrong.yaml"
+    path.write_text("defaults: [schema, _self_]\n" + text)
+    with pytest.raises(UserError, match=told):
+        config.load(path)
+
+
+def test_a_missing_file_names_its_neighbour(file: Path):
+    with pytest.raises(UserError, match=r"Did you mean 'some\.yaml'"):
+        config.load(file.with_name("sone.yaml"))

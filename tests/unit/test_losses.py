@@ -1,0 +1,77 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distav.losses.category import category_agreement, category_loss
+from distav.losses.supervised import hybrid_targets, soft_cross_entropy
+
+K = 10
+
+
+def one_hot_logits(categories: torch.Tensor) -> torch.Tensor:
+    return F.one_hot(categories, K) * 200.0
+
+
+def test_uniform_rows_sit_on_the_plateau():
+    loss = category_loss(torch.zeros(64, K), torch.zeros(64, K), torch.ones(64), 1.0)
+    assert loss.contrast.item() == pytest.approx(math.log(2 * K - 1), abs=1e-5)
+    assert loss.imbalance.item() == pytest.approx(0, abs=1e-5)
+    assert loss.row_entropy.item() == pytest.approx(math.log(K), abs=1e-5)
+
+
+def test_one_category_for_all_is_penalised_and_stays_finite():
+    logits = one_hot_logits(torch.zeros(64, dtype=torch.long)).requires_grad_()
+    loss = category_loss(logits, logits, torch.ones(64), 1.0)
+    assert loss.imbalance.item() == pytest.approx(2 * math.log(K), abs=1e-3)
+    (loss.contrast + loss.imbalance + loss.row_entropy).backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_balanced_categories_reach_the_bottom():
+    logits = one_hot_logits(torch.arange(60) % K)
+    loss = category_loss(logits, logits, torch.ones(60), 1.0)
+    # A column equals its partner (cosine 1) and is orthogonal to all others: log((2K - 2) + e) - 1.
+    assert loss.contrast.item() == pytest.approx(math.log(2 * K - 2 + math.e) - 1, abs=1e-5)
+    assert loss.imbalance.item() == pytest.approx(0, abs=1e-4)
+
+
+def test_gram_form_equals_the_columns_written_out():
+    torch.manual_seed(0)
+    visual, audio = torch.randn(50, K).double(), torch.randn(50, K).double()
+    weights = torch.rand(50).double()
+    u, z = (F.normalize(each.softmax(1) * weights.sqrt()[:, None], dim=0) for each in (visual, audio))
+    expected = 0.0
+    for own, other in ((u, z), (z, u)):
+        within, across = own.T @ own / 0.5, own.T @ other / 0.5
+        for k in range(K):
+            others = sum(within[k, l].exp() for l in range(K) if l != k) + across[k].exp().sum()
+            expected -= (across[k, k] - others.log()).item() / (2 * K)
+    assert category_loss(visual, audio, weights, 0.5).contrast.item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_masked_rows_do_not_count():
+    torch.manual_seed(1)
+    visual, audio = torch.randn(20, K), torch.randn(20, K)
+    weights = torch.ones(20)
+    weights[15:] = 0
+    whole, part = category_loss(visual, audio, weights, 1.0), category_loss(visual[:15], audio[:15], weights[:15], 1.0)
+    for name in ("contrast", "imbalance", "row_entropy"):
+        torch.testing.assert_close(getattr(whole, name), getattr(part, name))
+
+
+def test_agreement_is_one_for_equal_and_zero_for_different_categories():
+    same, other = one_hot_logits(torch.arange(4)), one_hot_logits(torch.arange(1, 5))
+    torch.testing.assert_close(category_agreement(same, same), torch.ones(4))
+    assert category_agreement(same, other).max() < 1e-6
+
+
+def test_hybrid_targets_mix_by_trust():
+    votes = torch.tensor([[0.9, 0.1, 0.0], [0.4, 0.3, 0.3]])
+    targets = hybrid_targets(torch.tensor([1, 0]), votes, votes.amax(1))
+    torch.testing.assert_close(targets[0], 0.1 * torch.tensor([0.0, 1, 0]) + 0.9 * votes[0])
+    torch.testing.assert_close(targets[1], 0.5 * torch.tensor([1.0, 0, 0]) + 0.5 * votes[1])
+    logits = torch.randn(2, 3)
+    expected = F.cross_entropy(logits, torch.tensor([1, 0]), reduction="none")
+    torch.testing.assert_close(soft_cross_entropy(logits, F.one_hot(torch.tensor([1, 0]), 3).float()), expected)

@@ -1,0 +1,33 @@
+import numpy as np
+import pytest
+
+from distav.data.noise import LabelNoise, flip_labels, mismatch_pairs
+from distav.errors import UserError
+
+LABELS = np.repeat(np.arange(5), 40)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+def test_flips_are_stratified_and_always_wrong(kind: str):
+    given = flip_labels(LABELS, 5, LabelNoise(kind, 0.4), np.random.default_rng(0))
+    for label in range(5):
+        assert (given[LABELS == label] != label).sum() == 16
+    if kind == "asymmetric":
+        assert set(((given - LABELS) % 5).tolist()) == {0, 1}
+    else:
+        assert set(((given - LABELS) % 5).tolist()) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.4, 1.0])
+def test_mismatched_pairs_are_a_derangement_of_the_chosen(rate: float):
+    pair = mismatch_pairs(100, rate, np.random.default_rng(1))
+    assert sorted(pair) == list(range(100))
+    assert (pair != np.arange(100)).sum() == round(100 * rate)
+
+
+@pytest.mark.parametrize("text", ["symetric:0.4", "symmetric", "symmetric:2", "symmetric:x"])
+def test_wrong_specifications_are_named(text: str):
+    with pytest.raises(UserError, match=text):
+        LabelNoise.parse(text)
+    assert LabelNoise.parse("") is None
+    assert LabelNoise.parse("asymmetric:0.25") == LabelNoise("asymmetric", 0.25)
