@@ -117,7 +117,7 @@ def check(settings: Settings) -> None:
 
 
 def _check_phase(name: str, phase: PhaseSettings) -> None:
-    values = cast(dict[str, Any], dataclasses.asdict(phase))
+    values = dataclasses.asdict(phase)
     for key, value in values.items():
         where = f"phases.{name}.{key}"
         if key.endswith("temperature"):
@@ -161,12 +161,12 @@ def _sections() -> dict[str, Any]:
 
 
 def _phase_kinds(tree: DictConfig) -> dict[str, str]:
-    phases = OmegaConf.to_container(tree.get("phases") or OmegaConf.create({}))
+    phases: Any = OmegaConf.to_container(tree.get("phases") or OmegaConf.create({}))
     if not isinstance(phases, dict):
         raise UserError("phases has to be a mapping from name to settings, e.g. {learn: {kind: contrastive}}")
     kinds: dict[str, str] = {}
-    for name, phase in phases.items():
-        kind = phase.get("kind") if isinstance(phase, dict) else None
+    for name, phase in cast(dict[str, Any], phases).items():
+        kind: Any = cast(dict[str, Any], phase).get("kind") if isinstance(phase, dict) else None
         if kind not in PHASE_KINDS:
             near = nearest(kind, PHASE_KINDS)
             raise UserError(f"phases.{name}.kind={kind} is not a phase; allowed: {listed(PHASE_KINDS)}.{near}")
@@ -199,7 +199,14 @@ def _explain(error: BaseException, kinds: dict[str, str]) -> str:
         error = deeper
         text += "\n" + str(error)
     keys = re.findall(r"full_key: (\S+)", text)
-    reason = next((line for line in text.splitlines()[::-1] if re.search("Value '|Invalid value|Key '", line) and "$" not in line), "")
+    reason = next(
+        (
+            line
+            for line in text.splitlines()[::-1]
+            if re.search("Value '|Invalid value|Key '", line) and "$" not in line
+        ),
+        "",
+    )
     if not keys:
         return text.splitlines()[0]
     key = keys[-1]

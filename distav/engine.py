@@ -66,6 +66,8 @@ class Engine:
         from deepspeed.utils import logger
 
         logger.setLevel(logging.WARNING)
+        # Sums in shared memory serve inference alone, and building them takes a compiler and half a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config = deepspeed_config(settings, world)
         self.stage = int(self.config["zero_optimization"]["stage"])
         torch.manual_seed(settings.run.seed)
@@ -77,6 +79,8 @@ class Engine:
             parameter_groups(model, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2)
         )
         self._gathered = deepspeed.zero.GatheredParameters
+        self._engine: Any
+        self._optimizer: Any
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.config, dist_init_required=False
         )
@@ -125,7 +129,9 @@ class Engine:
         """Read weights and optimiser state; every rank calls this."""
         loaded, _ = self._engine.load_checkpoint(str(folder), tag="engine")
         if loaded is None:
-            raise UserError(f"{folder}: DeepSpeed could not load the checkpoint; delete that folder to take the one before.")
+            raise UserError(
+                f"{folder}: DeepSpeed could not load the checkpoint; delete that folder to take the one before."
+            )
 
     def whole_state(self) -> dict[str, Tensor]:
         """Return all parameters and buffers in float32 on the CPU, gathered where they are sharded."""

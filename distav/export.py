@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 from torch import Tensor
@@ -11,11 +11,13 @@ from torch import Tensor
 from distav.data.format import write_atomically
 from distav.errors import UserError
 from distav.models.av import AVModel
-from distav.run import Run
 from distav.settings import AudioSettings, DataSettings, ModelSettings, VisualSettings
 
+if TYPE_CHECKING:  # Loading encoders elsewhere takes no DALI and no DeepSpeed.
+    from distav.run import Run
 
-def export(run: Run, state: dict[str, Tensor], report: dict[str, Any]) -> None:
+
+def export(run: "Run", state: dict[str, Tensor], report: dict[str, Any]) -> None:
     """Write `export/` of a run: weights, what is needed to build the network again, and a card.
 
     Args:
@@ -60,17 +62,21 @@ def load_encoders(folder: str | Path) -> tuple[AVModel, dict[str, Any]]:
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file() or not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder} holds no export; expected model.safetensors and config.json, as in runs/NAME/export.")
+        raise UserError(
+            f"{folder} holds no export; expected model.safetensors and config.json, as in runs/NAME/export."
+        )
     description = json.loads(path.read_text())
     chosen, inputs = description["model"], description["input"]
-    settings = ModelSettings(**{**chosen, "visual": VisualSettings(**chosen["visual"]), "audio": AudioSettings(**chosen["audio"])})
+    settings = ModelSettings(
+        **{**chosen, "visual": VisualSettings(**chosen["visual"]), "audio": AudioSettings(**chosen["audio"])}
+    )
     data = DataSettings(num_frames=inputs["num_frames"], frame_size=inputs["frame_size"], audio_s=inputs["audio_s"])
     model = AVModel(settings, data, inputs["sample_rate_hz"], len(description["classes"]))
     model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
     return model.eval(), description
 
 
-def _card(run: Run, description: dict[str, Any], report: dict[str, Any]) -> str:
+def _card(run: "Run", description: dict[str, Any], report: dict[str, Any]) -> str:
     data, inputs = run.data, description["input"]
     figures = json.dumps({key: report.get(key) for key in ("label_accuracy", "correspondence_auroc", "test")}, indent=1)
     return f"""# {run.settings.run.name}

@@ -84,7 +84,9 @@ class Monitor:
         self._writer.add_image(tag, image.astype(np.float32), step, dataformats="HW")
         if num <= 50:
             head = "| given \\ corrected | " + " | ".join(classes) + " |\n" + "|---" * (num + 1) + "|\n"
-            body = "\n".join(f"| **{name}** | " + " | ".join(map(str, row)) + " |" for name, row in zip(classes, counts, strict=True))
+            body = "\n".join(
+                f"| **{name}** | " + " | ".join(map(str, row)) + " |" for name, row in zip(classes, counts, strict=True)
+            )
             self._writer.add_text(tag, head + body, step)
 
     def media(self, frames: Tensor, sound: Tensor, spectrogram: Tensor, sample_rate_hz: int, step: int) -> None:

@@ -48,11 +48,13 @@ def in_words(run: Run, report: dict[str, Any]) -> str:
             f"{_percent(accuracy['clean_damaged'])} were spoilt."
         )
     elif "labels_changed" in run.notes:
-        lines.append(f"  Labels:  the correction disagrees with {_percent(run.notes['labels_changed'])} of the given labels.")
+        lines.append(
+            f"  Labels:  the correction disagrees with {_percent(run.notes['labels_changed'])} of the given labels."
+        )
     if "correspondence_auroc" in report:
         lines.append(
-            f"  Pairs:   clips whose sound is foreign are told from the others with AUROC {report['correspondence_auroc']:.3f}"
-            " (1 is perfect, 0.5 is chance)."
+            "  Pairs:   clips whose sound is foreign are told from the others with AUROC "
+            f"{report['correspondence_auroc']:.3f} (1 is perfect, 0.5 is chance)."
         )
     test = report.get("test")
     if test:

@@ -58,7 +58,7 @@ class Data:
                     if k >= len(train):
                         raise UserError(
                             f"phases.{name}.{key}={k}: the training split has {len(train)} samples; allowed: up to "
-                            f"{len(train) - 1}, sensible: well below the {len(train) // len(shards.classes)} of a class."
+                            f"{len(train) - 1}, sensible: below the {len(train) // len(shards.classes)} of a class."
                         )
         return cls(shards, train, labels, test, test_labels)
 
@@ -76,8 +76,9 @@ class Run:
     bank: Bank
     loader: Loader
     position: Position
-    started: float = field(default_factory=time.monotonic)
     notes: dict[str, Any] = field(default_factory=dict)
+    """JSON values that are saved with the run, such as the figures for the report."""
+    _phase_began: float = field(default_factory=time.monotonic)
 
     @property
     def micro_batch(self) -> int:
@@ -89,12 +90,23 @@ class Run:
         """Return the order of samples of a phase."""
         settings, sizes = self.settings, self.data.train.shard_sizes
         seed = settings.run.seed * 1000 + phase
-        return TrainingOrder(sizes, seed, settings.data.shuffle_block, settings.optim.global_batch, settings.optim.accumulation)
+        return TrainingOrder(
+            sizes, seed, settings.data.shuffle_block, settings.optim.global_batch, settings.optim.accumulation
+        )
+
+    def begin_phase(self) -> None:
+        """Start the clock of a phase where a killed run left it."""
+        self._phase_began = time.monotonic() - self.notes.pop("seconds_in_phase", 0.0)
+
+    def seconds_in_phase(self) -> float:
+        """Return the seconds spent in this phase, those before a kill included up to the last checkpoint."""
+        return time.monotonic() - self._phase_began
 
     def save(self) -> None:
         """Write a checkpoint."""
         folder = self.folder / "checkpoints"
         began = time.monotonic()
+        self.notes["seconds_in_phase"] = self.seconds_in_phase()
         keep = self.settings.run.keep_checkpoints
         checkpoint.save(folder, self.position, self.engine, self.bank, keep, self.notes)
         self.monitor.record(self.position.total_steps, {"time/checkpoint_s": time.monotonic() - began})

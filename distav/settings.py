@@ -8,23 +8,55 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-Estimator = Enum("Estimator", {name: name for name in ("gmm", "cdf", "category", "none", "oracle")})
-"""How the correspondence of a pair is estimated from the bank (`distav.robust.correspondence`)."""
 
-SoftTargets = Enum("SoftTargets", {name: name for name in ("none", "bootstrapping", "swapped", "neighbour", "cycle")})
-"""Which distribution over the bank softens the instance target (RAVID section 3.3)."""
+class Estimator(Enum):
+    """How the correspondence of a pair is estimated from the bank (`distav.robust.correspondence`)."""
 
-Vote = Enum("Vote", {name: name for name in ("joint", "gated")})
-"""How neighbours vote: one vote over both modalities, or one for each with the pair's agreement as gate."""
+    gmm = "gmm"
+    cdf = "cdf"
+    category = "category"
+    none = "none"
+    oracle = "oracle"
 
-Features = Enum("Features", {name: name for name in ("backbone", "projected")})
-"""Which features neighbours are looked for in: tower outputs, or their projections."""
 
-Precision = Enum("Precision", {name: name for name in ("auto", "fp32", "bf16")})
-"""Number format of parameters and activations; auto: bf16 on a GPU, fp32 on a CPU."""
+class SoftTargets(Enum):
+    """Which distribution over the bank softens the instance target (RAVID section 3.3)."""
 
-Device = Enum("Device", {name: name for name in ("auto", "gpu", "cpu")})
-"""Where the run computes; auto takes a GPU where there is one."""
+    none = "none"
+    bootstrapping = "bootstrapping"
+    swapped = "swapped"
+    neighbour = "neighbour"
+    cycle = "cycle"
+
+
+class Vote(Enum):
+    """How neighbours vote: one vote over both modalities, or one for each with the pair's agreement as gate."""
+
+    joint = "joint"
+    gated = "gated"
+
+
+class Features(Enum):
+    """Which features neighbours are looked for in: tower outputs, or their projections."""
+
+    backbone = "backbone"
+    projected = "projected"
+
+
+class Precision(Enum):
+    """Number format of parameters and activations; auto: bf16 on a GPU, fp32 on a CPU."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Device(Enum):
+    """Where the run computes; auto takes a GPU where there is one."""
+
+    auto = "auto"
+    gpu = "gpu"
+    cpu = "cpu"
 
 
 @dataclass
@@ -221,7 +253,7 @@ class DeepSpeedSettings:
     """ZeRO stage 0, 1, 2 or 3; at 3 parameters are created sharded."""
     precision: Precision = Precision.auto
     """auto, fp32 or bf16."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict[str, Any])
     """Keys merged into DeepSpeed's dictionary, e.g. {zero_optimization: {overlap_comm: true}}."""
 
 
@@ -339,5 +371,5 @@ class Settings:
     optim: OptimSettings = field(default_factory=OptimSettings)
     deepspeed: DeepSpeedSettings = field(default_factory=DeepSpeedSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)
-    phases: dict[str, PhaseSettings] = field(default_factory=dict)
+    phases: dict[str, PhaseSettings] = field(default_factory=dict[str, PhaseSettings])
     """The phases by name, in the order they run; each has a `kind`."""

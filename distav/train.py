@@ -7,7 +7,9 @@ Any setting can follow as key=value; --print-config shows them all. The same com
 """
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         _train(settings)
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(
+                3
+            )  # The first rank says the same and takes the others down; what is said here is this rank's own.
         print(f"distav: {error}", file=sys.stderr)
         return 1
     return 0

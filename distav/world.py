@@ -47,7 +47,9 @@ def joined(device: str, timeout_s: float, threads_per_rank: int = 0) -> Iterator
         UserError: where a GPU is asked for and there is none for this rank.
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1"))))
+    local_size = int(
+        os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    )
     on_gpu = device == "gpu" or (device == "auto" and torch.cuda.is_available())
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise UserError(

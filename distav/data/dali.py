@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import av
+import av.error
 import numpy as np
 import torch
 from nvidia.dali import fn, types
@@ -54,16 +55,16 @@ class ClipGraph:
             exec_pipelined=False,
         )
         with pipeline:
-            crop = fn.external_source(name="crop", ndim=1, dtype=types.FLOAT)
-            colour = fn.external_source(name="colour", ndim=1, dtype=types.FLOAT)
-            flip = fn.external_source(name="flip", ndim=0, dtype=types.INT32)
+            crop = fn.external_source(name="crop", ndim=1, dtype=types.DALIDataType.FLOAT)
+            colour = fn.external_source(name="colour", ndim=1, dtype=types.DALIDataType.FLOAT)
+            flip = fn.external_source(name="flip", ndim=0, dtype=types.DALIDataType.INT32)
             if self.decoded_by_pyav:
-                frames = fn.external_source(name="video", ndim=4, dtype=types.UINT8, layout="FHWC")
+                frames = fn.external_source(name="video", ndim=4, dtype=types.DALIDataType.UINT8, layout="FHWC")
             else:
                 frames = fn.decoders.video(
-                    fn.external_source(name="video", ndim=1, dtype=types.UINT8),
+                    fn.external_source(name="video", ndim=1, dtype=types.DALIDataType.UINT8),
                     device="mixed" if self.on_gpu else "cpu",
-                    start_frame=fn.external_source(name="start_frame", ndim=0, dtype=types.INT32),
+                    start_frame=fn.external_source(name="start_frame", ndim=0, dtype=types.DALIDataType.INT32),
                     sequence_length=data.num_frames,
                     stride=data.frame_stride,
                     pad_mode="edge",
@@ -77,15 +78,21 @@ class ClipGraph:
                 interp_type=types.DALIInterpType.INTERP_LINEAR,
                 antialias=True,
             )
-            frames = fn.color_twist(
-                frames, brightness=colour[0], contrast=colour[1], saturation=colour[2], hue=colour[3]
+            frames = fn.color_twist(  # pyright: ignore[reportCallIssue]
+                frames,  # pyright: ignore[reportArgumentType]
+                brightness=colour[0],
+                contrast=colour[1],
+                saturation=colour[2],
+                hue=colour[3],
             )
             frames = fn.flip(frames, horizontal=flip)
             sound, _ = fn.decoders.audio(
-                fn.external_source(name="audio", ndim=1, dtype=types.UINT8), dtype=types.FLOAT, downmix=True
+                fn.external_source(name="audio", ndim=1, dtype=types.DALIDataType.UINT8),
+                dtype=types.DALIDataType.FLOAT,
+                downmix=True,
             )
-            start = fn.external_source(name="audio_start", ndim=0, dtype=types.INT32)
-            gain = fn.external_source(name="gain", ndim=0, dtype=types.FLOAT)
+            start = fn.external_source(name="audio_start", ndim=0, dtype=types.DALIDataType.INT32)
+            gain = fn.external_source(name="gain", ndim=0, dtype=types.DALIDataType.FLOAT)
             sound = fn.slice(sound, start, self.num_audio_samples, axes=[0], out_of_bounds_policy="pad") * gain
             pipeline.set_outputs(frames, sound.gpu() if self.on_gpu else sound)
         pipeline.build()
@@ -119,7 +126,7 @@ class ClipGraph:
             feed("gain", [np.float32(view.gain) for view in views])
             frames, sound = self._pipeline.run()
             return self._tensor(frames), self._tensor(sound)
-        except (RuntimeError, ValueError, IndexError, av.FFmpegError) as error:
+        except (RuntimeError, ValueError, IndexError, av.error.FFmpegError) as error:
             self._pipeline = self._build()
             raise DecodeError(str(error).strip().splitlines()[0]) from None
 
@@ -134,7 +141,7 @@ class ClipGraph:
         """Decode the frames of a view by PyAV: [T, H, W, 3] uint8; past the end the last one stands still."""
         wanted = [view.start_frame + number * self.data.frame_stride for number in range(self.data.num_frames)]
         kept: dict[int, np.ndarray] = {}
-        with av.open(io.BytesIO(video)) as container:
+        with av.open(io.BytesIO(video), "r") as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
             for number, frame in enumerate(container.decode(stream)):

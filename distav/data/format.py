@@ -104,7 +104,8 @@ class ShardSet:
             )
         try:
             manifest = json.loads(path.read_text())
-            manifest["splits"], manifest["classes"], manifest["codec"]
+            for key in ("splits", "classes", "codec", "fps", "sample_rate_hz"):
+                manifest[key]
         except (json.JSONDecodeError, KeyError) as error:
             raise UserError(f"{path} is damaged ({error}); make the shards again.") from None
         return cls(root, manifest)

@@ -49,7 +49,9 @@ def load_labels(shards: ShardSet, split: Split, override: str = "") -> Labels:
     table = read_table(path, filters=[("split", "=", split.name)])
     ids = table.column("id").to_numpy()
     if not np.array_equal(ids, np.arange(len(split))):
-        raise UserError(f"{path}: split {split.name} has {len(ids)} labels for {len(split)} samples, or ids in disorder.")
+        raise UserError(
+            f"{path}: split {split.name} has {len(ids)} labels for {len(split)} samples, or ids in disorder."
+        )
 
     def numbers(name: str) -> np.ndarray | None:
         if name not in table.column_names or table.column(name).null_count:

@@ -6,6 +6,7 @@ is the same for any number of ranks or restarts, and where a run stands is told 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,11 +34,11 @@ def permutation(shard_sizes: Sequence[int], seed: int, epoch: int, block: int) -
         [N] int64, every id from 0 to N-1 once.
     """
     rng = np.random.default_rng([seed, 4, epoch])
-    ends = np.cumsum([0, *shard_sizes])
+    ends = [0, *accumulate(shard_sizes)]
     shards = rng.permutation(len(shard_sizes))
     parts: list[Ids] = []
     for start in range(0, len(shards), block):
-        members = [np.arange(ends[shard], ends[shard + 1]) for shard in shards[start : start + block]]
+        members: list[Ids] = [np.arange(ends[shard], ends[shard + 1]) for shard in shards[start : start + block]]
         parts.append(rng.permutation(np.concatenate(members)))
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 

@@ -79,7 +79,8 @@ class Encoding:
     def size_of(self, width: int, height: int) -> tuple[int, int]:
         """Return width and height with the short side as wanted, the aspect kept, both even."""
         scale = self.short_side / min(width, height)
-        return tuple(max(2, 2 * round(side * scale / 2)) for side in (width, height))
+        wide, high = (max(2, 2 * round(side * scale / 2)) for side in (width, height))
+        return wide, high
 
 
 def encode_video(frames: np.ndarray, encoding: Encoding) -> bytes:

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import av
+import av.error
 import numpy as np
 from av.audio.resampler import AudioResampler
 from av.container import InputContainer
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 
 from distav.making.clips import Candidate, Clip, Encoding, Unusable
@@ -27,11 +29,15 @@ def decode_clips(path: Path, candidate: Candidate, encoding: Encoding) -> Iterat
             frames = _frames(container, candidate, encoding)
         with av.open(str(path)) as container:
             sound = _sound(container, candidate, encoding)
-    except (av.FFmpegError, ValueError, OSError) as error:
+    except (av.error.FFmpegError, ValueError, OSError) as error:
         raise Unusable(f"{_damage(path)}: {getattr(error, 'strerror', None) or error}") from None
     length = min(len(frames) / encoding.fps, len(sound) / encoding.sample_rate_hz)
     count = int(length / encoding.clip_s + 1e-6)
-    if not count and (len(sound) + 1) / encoding.sample_rate_hz > encoding.clip_s - 0.1 and len(frames) >= encoding.num_frames:
+    if (
+        not count
+        and (len(sound) + 1) / encoding.sample_rate_hz > encoding.clip_s - 0.1
+        and len(frames) >= encoding.num_frames
+    ):
         count = 1  # Audio coders drop or delay some milliseconds; the rest is padded.
     if not count:
         raise Unusable(f"too short: {length:.2f} s of picture and sound, a clip takes {encoding.clip_s:g} s")
@@ -47,7 +53,7 @@ def decode_clips(path: Path, candidate: Candidate, encoding: Encoding) -> Iterat
 
 def _frames(container: InputContainer, candidate: Candidate, encoding: Encoding) -> np.ndarray:
     """Return the frames of the stretch at the wanted rate and size, [T, H, W, 3] uint8."""
-    streams = [each for each in container.streams.video if not each.disposition & av.stream.Disposition.attached_pic]
+    streams = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
     if not streams:
         raise Unusable("no picture: the file has no video stream")
     stream = streams[0]

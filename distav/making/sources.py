@@ -45,14 +45,18 @@ class VideoFolder:
         found = []
         for folder in sorted(each for each in self.folder.iterdir() if each.is_dir()):
             files = sorted(each for each in folder.rglob("*") if each.is_file() and not each.name.startswith("."))
-            files.sort(key=lambda each: hashlib.sha256(f"{self.seed}/{each.relative_to(self.folder)}".encode()).digest())
+            files.sort(
+                key=lambda each: hashlib.sha256(f"{self.seed}/{each.relative_to(self.folder)}".encode()).digest()
+            )
             num_test = round(self.test_share * len(files))
             found += [
                 Candidate(str(file.relative_to(self.folder)), folder.name, "test" if place < num_test else "train")
                 for place, file in enumerate(files)
             ]
         if not found:
-            raise UserError(f"videos {self.folder}: holds no class folders with files; expected {self.folder}/CLASS/FILE.")
+            raise UserError(
+                f"videos {self.folder}: holds no class folders with files; expected {self.folder}/CLASS/FILE."
+            )
         return found
 
     def clips(self, candidate: Candidate, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
@@ -80,7 +84,9 @@ class ClipList:
             reader = csv.DictReader(file, skipinitialspace=True)
             names = reader.fieldnames or []
             if not {"path", "label"} <= set(names) or set(names) - set(allowed):
-                raise UserError(f"csv {self.file}: header {listed(names)}; needed: path, label; allowed: {listed(allowed)}.")
+                raise UserError(
+                    f"csv {self.file}: header {listed(names)}; needed: path, label; allowed: {listed(allowed)}."
+                )
             for row in reader:
                 where = f"csv {self.file}, line {reader.line_num}"
                 if not row["path"] or not row["label"]:

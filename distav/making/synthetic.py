@@ -11,7 +11,14 @@ import numpy as np
 
 from distav.making.clips import Candidate, Clip, Encoding
 
-CLASSES = (("disc", "tone"), ("disc", "sweep"), ("cross", "sweep"), ("cross", "pulse"), ("bars", "pulse"), ("bars", "tone"))
+CLASSES = (
+    ("disc", "tone"),
+    ("disc", "sweep"),
+    ("cross", "sweep"),
+    ("cross", "pulse"),
+    ("bars", "pulse"),
+    ("bars", "tone"),
+)
 
 
 @dataclass(frozen=True)

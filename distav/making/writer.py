@@ -90,7 +90,9 @@ def make_set(source: Source, out: Path, plan: Plan, workers: int) -> Outcome:
     encoded, rejected, seconds = encode_all(source, plan.encoding, plan.seed, chunks, work, workers)
     _write_rejected(out, rejected)
     if not encoded:
-        raise UserError(f"none of {len(candidates)} candidates could be used; {out / 'rejected.csv'} gives the reasons.")
+        raise UserError(
+            f"none of {len(candidates)} candidates could be used; {out / 'rejected.csv'} gives the reasons."
+        )
     manifest = _assemble(encoded, out, work, plan)
     manifest |= {"recipe": recipe, "rejected": len(rejected)}
     write_atomically(out / "manifest.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
@@ -206,10 +208,10 @@ def _write_tar(
     path: Path, split: str, ids: range, clips: list[Encoded], pair: np.ndarray, encoding: Encoding, work: Path
 ) -> None:
     """Write one shard beside its place and rename it."""
-    import webdataset  # It brings torch along, which the encoding processes have no use for.
+    import webdataset.writer  # It brings torch along, which the encoding processes have no use for.
 
     part = work / path.name
-    with webdataset.TarWriter(str(part), mtime=0, user="distav", group="distav", encoder=False) as tar:
+    with webdataset.writer.TarWriter(str(part), mtime=0, user="distav", group="distav", encoder=False) as tar:
         for number in ids:
             clip, donor = clips[number], clips[pair[number]]
             video, sound = clip.video(work), donor.audio(work)

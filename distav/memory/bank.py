@@ -21,8 +21,8 @@ class Bank:
     Attributes:
         rows: ids that this rank owns.
         columns: the state by name, each [n, ...]: `visual`, `audio` [n, D]; `visits` [n], how often a row was written;
-            `correspondence` [n], the estimated probability that a pair belongs together; `category_agreement` [n]. Phases add columns of their
-            own, such as the votes of a correction; all are saved and restored alike.
+            `correspondence` [n], the estimated probability that a pair belongs together; `category_agreement` [n].
+            Phases add columns of their own, such as the votes of a correction; all are saved and restored alike.
     """
 
     def __init__(self, num_samples: int, dim: int, momentum: float, device: torch.device, seed: int = 0):

@@ -27,7 +27,7 @@ class _GlobalNormalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, var)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
-        given = (each.to(weight.dtype) for each in (mean, var))
+        given = mean.to(weight.dtype), var.to(weight.dtype)
         return F.batch_norm(x, *given, weight, bias, False, 0.0, eps), mean, var
 
     @staticmethod

@@ -57,8 +57,13 @@ def run_correction(run: Run, name: str, settings: CorrectionPhase) -> None:
     run.monitor.record(step, record)
     run.monitor.confusion("labels/given_to_corrected", labels.given, corrected, labels.classes, step)
     run.monitor.histogram("labels/confidence", torch.from_numpy(np.ascontiguousarray(confidence)), step)
-    told = f", right for {100 * run.notes['label_accuracy']['corrected']:.1f} % (given: {100 * run.notes['label_accuracy']['given']:.1f} %)" if labels.true is not None else ""
-    run.monitor.say(f"phase={name} corrected labels differ from the given ones for {100 * changed:.1f} % of clips{told}")
+    told = ""
+    if labels.true is not None:
+        given_right, right = (100 * float((each == labels.true).mean()) for each in (labels.given, corrected))
+        told = f", right for {right:.1f} % (given: {given_right:.1f} %)"
+    run.monitor.say(
+        f"phase={name} corrected labels differ from the given ones for {100 * changed:.1f} % of clips{told}"
+    )
 
 
 def extract_features(run: Run, kind: Features) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -26,7 +26,9 @@ def run_hybrid(run: Run, name: str, settings: HybridPhase) -> None:
         UserError: where no correction came before.
     """
     if "votes" not in run.bank.columns:
-        raise UserError(f"phases.{name}: a hybrid phase needs a correction phase before it; add one with kind: correction.")
+        raise UserError(
+            f"phases.{name}: a hybrid phase needs a correction phase before it; add one with kind: correction."
+        )
     given = torch.from_numpy(run.data.labels.given).to(run.world.device)
 
     def losses_of(batch: Batch, progress: float) -> Losses:
@@ -40,7 +42,10 @@ def run_hybrid(run: Run, name: str, settings: HybridPhase) -> None:
         targets = hybrid_targets(given[batch.ids], votes, votes.amax(1))
         doubtful = (believed < settings.mismatch_below)[:, None]
         both = weighted_mean(soft_cross_entropy(outputs["logits"], targets), present * believed)
-        visual_targets, audio_targets = torch.where(doubtful, by_picture, targets), torch.where(doubtful, by_sound, targets)
+        visual_targets, audio_targets = (
+            torch.where(doubtful, by_picture, targets),
+            torch.where(doubtful, by_sound, targets),
+        )
         visual = weighted_mean(soft_cross_entropy(outputs["visual_logits"], visual_targets), present)
         audio = weighted_mean(soft_cross_entropy(outputs["audio_logits"], audio_targets), present)
         losses = {"loss": both + visual + audio, "both": both, "visual": visual, "audio": audio}

@@ -86,7 +86,7 @@ def show_inputs(run: Run, batch: Batch) -> None:
     some = run.settings.monitor.media_clips
     if run.world.is_main and some:
         sound = batch.sound[:some]
-        spectrogram = run.engine.model.audio.front(sound)  # pyright: ignore[reportCallIssue]
+        spectrogram = run.engine.model.get_submodule("audio.front")(sound)
         rate = run.data.train.sample_rate_hz
         run.monitor.media(batch.frames[:some], sound, spectrogram, rate, run.position.total_steps)
 
@@ -115,7 +115,9 @@ class _Meter:
         means = (sum_(means) / num_ranks()).tolist()
         values = dict(zip(keys, means, strict=True))
         if any_rank(not math.isfinite(values["loss"])):
-            raise RuntimeError(f"the loss is {values['loss']} at step {run.position.step} of {self.name}; a lower optim.lr may help")
+            raise RuntimeError(
+                f"the loss is {values['loss']} at step {run.position.step} of {self.name}; a lower optim.lr may help"
+            )
         elapsed = max(time.monotonic() - self.since, 1e-9)
         steps = len(self.parts) / run.settings.optim.accumulation
         rate = steps * run.settings.optim.global_batch / elapsed
@@ -127,7 +129,9 @@ class _Meter:
         extra = " ".join(f"{key}={value:.3f}" for key, value in values.items() if key != "loss")
         run.monitor.say(
             f"step {done}/{self.total} phase={self.name} loss={values['loss']:.3f} {extra} lr={lr:.1e} grad={norm:.2f} "
-            f"data={wait:.0f}% {rate:.0f} clips/s {memory:.1f}GiB" + (f" bad={bad}" if bad else "") + f" eta {clock(remaining)}"
+            f"data={wait:.0f}% {rate:.0f} clips/s {memory:.1f}GiB"
+            + (f" bad={bad}" if bad else "")
+            + f" eta {clock(remaining)}"
         )
         scalars = {f"train/{key}": value for key, value in values.items()}
         scalars |= {

@@ -1,6 +1,5 @@
 """Which function runs which kind of phase, and the loop over them."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,19 +20,18 @@ def run_remaining(run: Run) -> None:
     for number, (name, settings) in enumerate(run.settings.phases.items()):
         if number < run.position.phase:
             continue
-        began, steps_before = time.monotonic(), run.position.step
+        run.begin_phase()
         PHASES[settings.kind](run, name, settings)
-        seconds = time.monotonic() - began
-        steps = run.position.step
-        clips = (steps - steps_before) * run.settings.optim.global_batch or len(run.data.train)
-        earlier = run.notes.setdefault("phase_seconds", {})
+        seconds, steps = run.seconds_in_phase(), run.position.step
+        clips = steps * run.settings.optim.global_batch or len(run.data.train)
         entry = {
             "name": name,
             "kind": settings.kind,
             "steps": steps,
-            "seconds": round(seconds + earlier.pop(name, 0.0), 2),
+            "seconds": round(seconds, 2),
             "clips_per_s": round(clips / max(seconds, 1e-9), 1),
         }
         run.notes.setdefault("phases", []).append(entry)
         run.position.phase, run.position.step = number + 1, 0
+        run.begin_phase()
         run.save()

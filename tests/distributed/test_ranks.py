@@ -24,7 +24,7 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
 
 
 def losses_and_gradients() -> dict[str, torch.Tensor]:
-    """Run the whole loss of phase 1 on a small model over a global batch of 12; gradients averaged as DeepSpeed does."""
+    """Run the loss of phase 1 on a small model over a global batch of 12; gradients averaged as DeepSpeed does."""
     torch.manual_seed(0)
     data = DataSettings(num_frames=2, frame_size=16, audio_s=0.25)
     settings = ModelSettings(VisualSettings(width=4), AudioSettings(width=4), embed_dim=DIM, hidden_dim=16)
@@ -70,7 +70,9 @@ def test_losses_gradients_and_bank_equal_those_of_one_rank(ranks: int):
     for together in on_ranks(ranks, losses_and_gradients):
         assert together.keys() == alone.keys()
         for name, value in alone.items():
-            torch.testing.assert_close(together[name], value, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                together[name], value, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def neighbors_of_part() -> tuple[torch.Tensor, torch.Tensor]:

@@ -81,7 +81,9 @@ def test_exported_encoders_give_what_the_run_gave(finished: tuple[Path, str], ti
     with torch.no_grad():
         logits = model(batch.frames, batch.sound, batch.seeds)["logits"]
     truth = pq.read_table(tiny_shards / "labels.parquet", filters=[("split", "=", "test")]).column("label").to_pylist()
-    top1 = np.mean([description["classes"][guess] == label for guess, label in zip(logits.argmax(1), truth, strict=True)])
+    top1 = np.mean(
+        [description["classes"][guess] == label for guess, label in zip(logits.argmax(1), truth, strict=True)]
+    )
     assert top1 == pytest.approx(json.loads((run / "report.json").read_text())["test"]["top1"])
 
 
@@ -97,7 +99,9 @@ def test_a_finished_run_is_told_and_not_repeated(finished: tuple[Path, str], tin
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_at_any_zero_stage_learn_as_one(finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, stage: int):
+def test_two_ranks_at_any_zero_stage_learn_as_one(
+    finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, stage: int
+):
     run, _ = finished
     train(
         tiny_config(tmp_path),
@@ -115,11 +119,17 @@ def test_two_ranks_at_any_zero_stage_learn_as_one(finished: tuple[Path, str], ti
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, stage: int):
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, stage: int
+):
     arguments = (tiny_config(tmp_path), f"data.root={tiny_shards}", f"run.root={tmp_path}", "run.checkpoint_every=3",
                  f"deepspeed.zero_stage={stage}")  # fmt: skip
     process = subprocess.Popen(
-        command(*arguments), env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(*arguments),
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list((tmp_path / "tiny" / "checkpoints").glob("step-000000006-*")):
@@ -133,7 +143,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(finished: tuple[Path, str],
     assert "going on in" in said
     by_step = {each["step"]: each["train/loss"] for each in records(tmp_path / "tiny") if "train/loss" in each}
     assert sorted(by_step) == list(range(1, 21))
-    np.testing.assert_allclose([by_step[step] for step in range(1, 21)], losses(finished[0]), rtol=1e-5 if stage == 0 else 1e-3)
+    np.testing.assert_allclose(
+        [by_step[step] for step in range(1, 21)], losses(finished[0]), rtol=1e-5 if stage == 0 else 1e-3
+    )
 
 
 def test_accumulated_micro_batches_train(tiny_shards: Path, tmp_path: Path):
@@ -174,7 +186,9 @@ def test_bad_clips_are_skipped_and_named_up_to_the_budget(tiny_shards: Path, tmp
     ],
 )
 def test_impossible_settings_stop_at_the_start(tiny_shards: Path, tmp_path: Path, overrides: list[str], told: str):
-    said = train(tiny_config(tmp_path), f"data.root={tiny_shards}", f"run.root={tmp_path}", *overrides, ranks=2, status=1)
+    said = train(
+        tiny_config(tmp_path), f"data.root={tiny_shards}", f"run.root={tmp_path}", *overrides, ranks=2, status=1
+    )
     assert told in said and "Traceback" not in said.split("distav:")[0]
     assert not (tmp_path / "tiny" / "metrics.jsonl").exists() or not losses(tmp_path / "tiny")
 

@@ -28,7 +28,9 @@ def on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, time
             if results.empty():
                 silent = [rank for rank in range(num_ranks) if rank not in answers]
                 dead = [rank for rank in silent if not processes[rank].is_alive()]
-                if time.monotonic() > deadline or (dead and results.empty() and time.monotonic() > deadline - timeout_s + 5):
+                if time.monotonic() > deadline or (
+                    dead and results.empty() and time.monotonic() > deadline - timeout_s + 5
+                ):
                     for process in processes:
                         process.kill()
                     raise AssertionError(f"ranks {silent} gave no answer within {timeout_s} s (dead: {dead})")

@@ -153,7 +153,9 @@ def test_batches_come_in_order_and_errors_reach_the_caller(tiny_shards: Path):
 @pytest.mark.parametrize("codec", ["vp9", "h264"])
 def test_other_codecs_go_through_the_same_graph(codec: str, tmp_path: Path):
     for name in ("mjpeg", codec):
-        make_shards("synthetic", tmp_path / name, "--train-clips=6", "--test-clips=1", f"--codec={name}", "--short-side=32")
+        make_shards(
+            "synthetic", tmp_path / name, "--train-clips=6", "--test-clips=1", f"--codec={name}", "--short-side=32"
+        )
     first, second = (loader(tmp_path / name, 6) for name in ("mjpeg", codec))
     assert second.graph.decoded_by_pyav == (codec == "h264")
     ids = np.arange(6)
@@ -176,11 +178,13 @@ def test_dali_reads_the_shards_by_their_index(tiny_shards: Path):
 
     @pipeline_def(batch_size=4, num_threads=1, device_id=None)
     def graph():
-        return tuple(fn.readers.webdataset(
-            paths=[str(tiny_shards / "train-000000.tar")],
-            index_paths=[str(tiny_shards / "train-000000.idx")],
-            ext=["avi", "json"],
-        ))
+        return tuple(
+            fn.readers.webdataset(
+                paths=[str(tiny_shards / "train-000000.tar")],
+                index_paths=[str(tiny_shards / "train-000000.idx")],
+                ext=["avi", "json"],
+            )
+        )
 
     _, facts = graph().run()
     assert [json.loads(bytes(facts.at(row)))["id"] for row in range(4)] == [0, 1, 2, 3]

@@ -46,7 +46,7 @@ def test_gram_form_equals_the_columns_written_out():
     for own, other in ((u, z), (z, u)):
         within, across = own.T @ own / 0.5, own.T @ other / 0.5
         for k in range(K):
-            others = sum(within[k, l].exp() for l in range(K) if l != k) + across[k].exp().sum()
+            others = sum(within[k, other_k].exp() for other_k in range(K) if other_k != k) + across[k].exp().sum()
             expected -= (across[k, k] - others.log()).item() / (2 * K)
     assert category_loss(visual, audio, weights, 0.5).contrast.item() == pytest.approx(expected, abs=1e-9)
 

@@ -23,7 +23,9 @@ from tests.conftest import ROOT, make_shards
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir()) if file.is_file()}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir()) if file.is_file()
+    }
 
 
 SCENES = ["--train-clips=150", "--test-clips=20", "--label-noise=asymmetric:0.4", "--correspondence-noise=0.4",
@@ -111,12 +113,18 @@ def test_members_are_what_the_index_and_the_json_say(scenes: Path):
         assert facts["sha256"][extension] == hashlib.sha256(parts[kind]).hexdigest()
 
 
-def write_video(path: Path, seconds: float, fps: int = 25, size: tuple[int, int] = (64, 48), sound: bool = True) -> None:
+def write_video(
+    path: Path, seconds: float, fps: int = 25, size: tuple[int, int] = (64, 48), sound: bool = True
+) -> None:
     """A film whose brightness is its time, with a tone that starts after half a second."""
     with av.open(str(path), "w") as container:
         video = container.add_stream("mpeg4" if path.suffix == ".mp4" else "libvpx", rate=fps)
         video.width, video.height, video.pix_fmt = *size, "yuv420p"
-        audio = container.add_stream("aac" if path.suffix == ".mp4" else "libopus", rate=48000, layout="stereo") if sound else None
+        audio = (
+            container.add_stream("aac" if path.suffix == ".mp4" else "libopus", rate=48000, layout="stereo")
+            if sound
+            else None
+        )
         for number in range(round(seconds * fps)):
             shade = np.full((size[1], size[0], 3), min(255, round(number / fps * 50)), np.uint8)
             container.mux(video.encode(av.VideoFrame.from_ndarray(shade, format="rgb24")))
@@ -152,8 +160,8 @@ def test_csv_uses_what_it_can_and_names_the_rest(tmp_path: Path):
     lines = ["path,label,start_s,end_s,split"]
     lines += [f"good{number}.mp4,a,,,{'test' if number == 2 else 'train'}" for number in range(3)]
     lines += ["film.webm,b,1,4,train", "film.webm,b,4.5,8,train"]
-    lines += [f"{name},b,,,train" for name in ("text.mp4", "cut.mp4", "cut.webm", "silent.mp4", "short.mp4", "music.wav",
-                                               "empty.mp4", "gone.mp4")]  # fmt: skip
+    bad = ("text.mp4", "cut.mp4", "cut.webm", "silent.mp4", "short.mp4", "music.wav", "empty.mp4", "gone.mp4")
+    lines += [f"{name},b,,,train" for name in bad]
     (tmp_path / "clips.csv").write_text("\n".join(lines) + "\n")
     out = tmp_path / "out"
     arguments = ["--clip-s=1.5", "--fps=10", "--short-side=32", "--sample-rate=16000"]
@@ -235,7 +243,11 @@ def test_wrong_arguments_are_named(arguments: list[str], told: str, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("file,label\na,b\n", "needed: path, label"), ("path,label,start_s\na,b,x\n", "line 2"), ("path,label\n", "no rows")],
+    [
+        ("file,label\na,b\n", "needed: path, label"),
+        ("path,label,start_s\na,b,x\n", "line 2"),
+        ("path,label\n", "no rows"),
+    ],
 )
 def test_wrong_lists_are_named(text: str, told: str, tmp_path: Path):
     (tmp_path / "list.csv").write_text(text)
