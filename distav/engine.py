@@ -69,6 +69,7 @@ class Engine:
         # Sums in shared memory serve inference alone, and building them takes a compiler and half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config = deepspeed_config(settings, world)
+        deepspeed.init_distributed(dist_init_required=False)
         self.stage = int(self.config["zero_optimization"]["stage"])
         torch.manual_seed(settings.run.seed)
         sharded = deepspeed.zero.Init(config_dict_or_path=self.config) if self.stage == 3 else contextlib.nullcontext()

@@ -52,6 +52,11 @@ class Data:
         if settings.data.test_split:
             test = shards.split(settings.data.test_split, "data.test_split")
             test_labels = load_labels(shards, test)
+        if settings.optim.global_batch > len(train):
+            raise UserError(
+                f"optim.global_batch={settings.optim.global_batch}: the training split has {len(train)} samples; "
+                "allowed: up to that many."
+            )
         for name, phase in settings.phases.items():
             if isinstance(phase, CorrectionPhase):
                 for key, k in (("neighbors", phase.neighbors), ("refine_neighbors", phase.refine_neighbors)):

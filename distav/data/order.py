@@ -34,8 +34,8 @@ def permutation(shard_sizes: Sequence[int], seed: int, epoch: int, block: int) -
         [N] int64, every id from 0 to N-1 once.
     """
     rng = np.random.default_rng([seed, 4, epoch])
-    ends = [0, *accumulate(shard_sizes)]
-    shards = rng.permutation(len(shard_sizes))
+    ends: list[int] = [0, *accumulate(shard_sizes)]
+    shards: list[int] = rng.permutation(len(shard_sizes)).tolist()
     parts: list[Ids] = []
     for start in range(0, len(shards), block):
         members: list[Ids] = [np.arange(ends[shard], ends[shard + 1]) for shard in shards[start : start + block]]
@@ -52,13 +52,6 @@ class TrainingOrder:
     block: int
     global_batch: int
     accumulation: int
-
-    def __post_init__(self) -> None:
-        if sum(self.shard_sizes) < self.global_batch:
-            raise UserError(
-                f"optim.global_batch={self.global_batch} is more than the {sum(self.shard_sizes)} samples of the "
-                "training split; allowed: up to that many."
-            )
 
     @property
     def steps_per_epoch(self) -> int:

@@ -45,5 +45,3 @@ def test_impossible_batches_are_named():
     assert check_batch(24, 2, 3) == 4
     with pytest.raises(UserError, match=r"optim.global_batch=25 .* multiples of 6, e.g. 24 or 30"):
         check_batch(25, 2, 3)
-    with pytest.raises(UserError, match="more than the 72 samples"):
-        TrainingOrder(SIZES, 0, 1, global_batch=80, accumulation=1)

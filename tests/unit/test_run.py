@@ -1,0 +1,60 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from distav import config
+from distav.engine import deepspeed_config
+from distav.errors import UserError
+from distav.run import Data
+from distav.settings import Settings
+from distav.world import World
+from tests.helpers.launch import tiny_config
+
+TWO_RANKS = World(0, 2, 0, torch.device("cpu"))
+
+
+@pytest.fixture
+def settings(tiny_shards: Path, tmp_path: Path):
+    def load(*overrides: str) -> Settings:
+        return config.load(tiny_config(tmp_path), [f"data.root={tiny_shards}", *overrides])
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optim.global_batch=200", "optim.global_batch=200: the training split has 96 samples"),
+        ("phases.correction.neighbors=96", "phases.correction.neighbors=96: .* up to 95"),
+        ("data.train_split=tran", "Did you mean 'train'"),
+        ("data.test_split=tset", "data.test_split=tset .* Did you mean 'test'"),
+        ("data.root=nowhere", "no manifest.json"),
+        ("data.labels=gone.csv", "data.labels=gone.csv: no such file"),
+    ],
+)
+def test_settings_that_the_data_make_impossible_are_named(settings, override: str, told: str):
+    with pytest.raises(UserError, match=told):
+        Data.open(settings(override))
+
+
+def test_deepspeeds_dictionary_follows_from_the_settings(settings):
+    extra = "deepspeed.extra={zero_optimization: {overlap_comm: true}, wall_clock_breakdown: true}"
+    chosen = settings("optim.accumulation=3", "deepspeed.zero_stage=2", extra)
+    found = deepspeed_config(chosen, TWO_RANKS)
+    assert found["train_micro_batch_size_per_gpu"] == 4 and found["gradient_accumulation_steps"] == 3
+    assert found["zero_optimization"] == {"stage": 2, "overlap_comm": True} and found["wall_clock_breakdown"]
+    assert found["bf16"] == {"enabled": False}
+    assert deepspeed_config(settings("deepspeed.precision=bf16"), TWO_RANKS)["bf16"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optim.global_batch=25", r"optim.global_batch=25 cannot be divided among 2 ranks .* e.g. 24 or 26"),
+        ("deepspeed.extra={train_batch_size: 4}", "deepspeed.extra.train_batch_size follows from `optim`"),
+    ],
+)
+def test_batches_that_cannot_be_divided_are_named(settings, override: str, told: str):
+    with pytest.raises(UserError, match=told):
+        deepspeed_config(settings(override), TWO_RANKS)
