@@ -86,7 +86,8 @@ def show_inputs(run: Run, batch: Batch) -> None:
     some = run.settings.monitor.media_clips
     if run.world.is_main and some:
         sound = batch.sound[:some]
-        spectrogram = run.engine.model.get_submodule("audio.front")(sound)
+        # Called past its hooks, which at ZeRO-3 expect every rank.
+        spectrogram = run.engine.model.get_submodule("audio.front").forward(sound)
         rate = run.data.train.sample_rate_hz
         run.monitor.media(batch.frames[:some], sound, spectrogram, rate, run.position.total_steps)
 
