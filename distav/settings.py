@@ -327,8 +327,8 @@ class CorrectionPhase:
     """Exponent of the correction for class frequency; 0 for balanced sets, 1 for imbalanced ones."""
     features: Features = Features.backbone
     """Features in which neighbours are looked for."""
-    vote: Vote = Vote.gated
-    """joint, or gated: a vote for each modality, pairs weighted by their agreement."""
+    vote: Vote = Vote.joint
+    """joint; or gated, for doubtful pairs: needs classes that each modality can tell alone."""
 
 
 @dataclass
