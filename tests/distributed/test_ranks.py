@@ -71,7 +71,7 @@ def test_losses_gradients_and_bank_equal_those_of_one_rank(ranks: int):
         assert together.keys() == alone.keys()
         for name, value in alone.items():
             difference, size = (together[name] - value).norm(), value.norm()
-            assert difference <= 1e-3 * size + 1e-6, f"{name}: off by {difference} of {size}"
+            assert difference <= 1e-3 * size + 5e-5, f"{name}: off by {difference} of {size}"
 
 
 def neighbors_of_part() -> tuple[torch.Tensor, torch.Tensor]:
