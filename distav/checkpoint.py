@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors.torch
-import torch
 
 from distav.data.format import write_atomically
 from distav.engine import Engine
@@ -104,7 +103,6 @@ def restore(folder: Path, engine: Engine, bank: Bank) -> tuple[Position, dict]:
         bank.restore(parts)
     except ValueError as error:
         raise UserError(f"{where}: {error}; start afresh under another run.name.") from None
-    torch.manual_seed(state["position"]["total_steps"])
     return Position(**state["position"]), state["notes"]
 
 

@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distav.errors import UserError, listed, nearest
-from distav.settings import PHASE_KINDS, PhaseSettings, Settings
+from distav.phase_settings import PHASE_KINDS, PhaseSettings
+from distav.settings import Settings
 
 __all__ = ["check", "load", "to_yaml"]
 

@@ -56,12 +56,12 @@ class Monitor:
         log.warning(text)
 
     def record(self, step: int, values: dict[str, Any]) -> None:
-        """Write a record to metrics.jsonl, and its numbers to TensorBoard under their keys."""
+        """Write a record to metrics.jsonl, and its numbers under keys of the form group/name to TensorBoard."""
         if not self._writer:
             return
         self._metrics.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         for key, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if "/" in key and isinstance(value, int | float) and math.isfinite(value):
                 self._writer.add_scalar(key, value, step)
 
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
@@ -105,9 +105,9 @@ class Monitor:
         self._writer.add_image("input/frames", torch.cat(strips), step, dataformats="HWC")
         low, high = spectrogram.amin((1, 2), keepdim=True), spectrogram.amax((1, 2), keepdim=True)
         levels = ((spectrogram - low) / (high - low + 1e-6)).flip(1).float().cpu()
-        gap = torch.ones(levels.shape[0], 2, levels.shape[2])
-        stacked = torch.cat([levels, gap], dim=1).flatten(0, 1)
-        self._writer.add_image("input/spectrogram", stacked, step, dataformats="HW")
+        gap = torch.ones(*levels.shape[:2], 2)
+        beside = torch.cat([each for pair in zip(levels, gap, strict=True) for each in pair], dim=1)
+        self._writer.add_image("input/spectrogram", beside, step, dataformats="HW")
         for number, wave in enumerate(sound.float().cpu()):
             self._writer.add_audio(f"input/sound_{number}", wave.clamp(-1, 1), step, sample_rate_hz)
 

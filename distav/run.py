@@ -24,7 +24,8 @@ from distav.errors import UserError
 from distav.memory.bank import Bank
 from distav.models.av import AVModel
 from distav.monitor import Monitor
-from distav.settings import CorrectionPhase, Settings
+from distav.phase_settings import CorrectionPhase
+from distav.settings import Settings
 from distav.world import World, broadcast, gather_objects, rank, wait_for_all
 
 

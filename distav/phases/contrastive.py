@@ -7,10 +7,10 @@ from distav.data.loader import Batch
 from distav.evaluate import auroc
 from distav.losses.category import CategoryLoss, category_agreement, category_loss
 from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
+from distav.phase_settings import ContrastivePhase, Estimator
 from distav.phases.loop import Losses, train
 from distav.robust.correspondence import cdf_correspondence, gmm_correspondence, sample_weights
 from distav.run import Run
-from distav.settings import ContrastivePhase, Estimator
 from distav.world import gather_rows
 
 

@@ -8,9 +8,9 @@ from distav.data.labels import correction_table
 from distav.data.loader import Loader
 from distav.data.order import PADDING, owned_batches
 from distav.evaluate import auroc, label_accuracy
+from distav.phase_settings import CorrectionPhase, Features, Vote
 from distav.robust.correction import Correction, Voting, correct
 from distav.run import Run
-from distav.settings import CorrectionPhase, Features, Vote
 from distav.world import gather_ragged_rows, row_range
 
 

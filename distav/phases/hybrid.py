@@ -6,11 +6,11 @@ from distav.data.loader import Batch
 from distav.errors import UserError
 from distav.losses.instance import instance_losses, weighted_mean
 from distav.losses.supervised import hybrid_targets, soft_cross_entropy
+from distav.phase_settings import HybridPhase
 from distav.phases.contrastive import visit
 from distav.phases.loop import Losses, train
 from distav.robust.correspondence import sample_weights
 from distav.run import Run
-from distav.settings import HybridPhase
 from distav.world import gather_rows, own_rows
 
 _WEIGHT_MIN = 0.25

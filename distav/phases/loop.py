@@ -54,7 +54,7 @@ def train(
     run.engine.train()
     batches = iter(run.loader.batches(micro))
     for step in range(first, total):
-        if begin_epoch and (step % order.steps_per_epoch == 0 or step == first):
+        if begin_epoch and step % order.steps_per_epoch == 0:
             begin_epoch(step // order.steps_per_epoch, step / total)
         factor = learning_rate((step + 1) / total, optim.warmup_fraction, optim.min_lr_fraction)
         run.engine.set_lr(rates[0] * factor, rates[1] * factor)

@@ -4,7 +4,7 @@ import pytest
 
 from distav import config
 from distav.errors import UserError
-from distav.settings import ContrastivePhase, Estimator, HybridPhase
+from distav.phase_settings import ContrastivePhase, Estimator, HybridPhase
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
