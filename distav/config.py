@@ -67,8 +67,8 @@ def check(settings: Settings) -> None:
     Raises:
         UserError: naming the key, its value and what is allowed.
     """
+    _require(settings.optim.global_batch > 1, "optim.global_batch", settings.optim.global_batch, "2 or more")
     at_least_one = {
-        "optim.global_batch": settings.optim.global_batch,
         "optim.accumulation": settings.optim.accumulation,
         "data.num_frames": settings.data.num_frames,
         "data.frame_stride": settings.data.frame_stride,
@@ -79,6 +79,13 @@ def check(settings: Settings) -> None:
         "run.log_every": settings.run.log_every,
         "run.checkpoint_every": settings.run.checkpoint_every,
         "run.keep_checkpoints": settings.run.keep_checkpoints,
+        "monitor.media_every": settings.monitor.media_every,
+        "model.visual.patch": settings.model.visual.patch,
+        "model.visual.tubelet": settings.model.visual.tubelet,
+        "model.audio.patch": settings.model.audio.patch,
+        "model.audio.num_mels": settings.model.audio.num_mels,
+        "model.visual.width": settings.model.visual.width,
+        "model.audio.width": settings.model.audio.width,
         "model.embed_dim": settings.model.embed_dim,
         "model.hidden_dim": settings.model.hidden_dim,
     }
@@ -97,6 +104,19 @@ def check(settings: Settings) -> None:
     for key, value in shares.items():
         _require(0 <= value <= 1, key, value, "0 to 1")
     _require(bool(re.fullmatch(r"[\w.-]+", settings.run.name)), "run.name", settings.run.name, "letters, digits, . _ -")
+    none_below_zero = {
+        "run.seed": settings.run.seed,
+        "run.threads_per_rank": settings.run.threads_per_rank,
+        "optim.weight_decay": settings.optim.weight_decay,
+        "optim.grad_clip": settings.optim.grad_clip,
+        "model.num_categories": settings.model.num_categories,
+        "monitor.media_clips": settings.monitor.media_clips,
+    }
+    for key, value in none_below_zero.items():
+        _require(value >= 0, key, value, "0 or more")
+    for key, value in {"optim.beta1": settings.optim.beta1, "optim.beta2": settings.optim.beta2}.items():
+        _require(0 <= value < 1, key, value, "0 up to, not including, 1")
+    _require(settings.run.timeout_s > 0, "run.timeout_s", settings.run.timeout_s, "seconds above 0")
     _require(settings.optim.lr > 0, "optim.lr", settings.optim.lr, "a number above 0")
     _require(settings.data.audio_s > 0, "data.audio_s", settings.data.audio_s, "seconds above 0")
     _require(0 < settings.augment.crop_area_min <= 1, "augment.crop_area_min", settings.augment.crop_area_min, "0 to 1")
@@ -113,8 +133,12 @@ def check(settings: Settings) -> None:
         "0, 1, 2 or 3",
     )
     _require(bool(settings.phases), "phases", "{}", "at least one phase, e.g. {learn: {kind: contrastive}}")
+    corrected = False
     for name, phase in settings.phases.items():
         _check_phase(name, phase)
+        corrected = corrected or phase.kind == "correction"
+        if phase.kind == "hybrid" and not corrected:
+            raise UserError(f"phases.{name}: a hybrid phase needs one with kind: correction before it; add one.")
 
 
 def _check_phase(name: str, phase: PhaseSettings) -> None:

@@ -32,7 +32,7 @@ def deepspeed_config(settings: Settings, world: World) -> dict[str, Any]:
     """Derive DeepSpeed's dictionary from the settings.
 
     Raises:
-        UserError: for a batch that cannot be divided, a key that is derived, or bf16 on a CPU at a useless speed.
+        UserError: for a batch that cannot be divided, or a key that is derived.
     """
     optim, chosen = settings.optim, settings.deepspeed
     for key in DERIVED_KEYS:

@@ -113,6 +113,7 @@ class Run:
         folder = self.folder / "checkpoints"
         began = time.monotonic()
         self.notes["seconds_in_phase"] = self.seconds_in_phase()
+        self.notes["bad_samples"] = list(self.bad_samples().items())
         keep = self.settings.run.keep_checkpoints
         checkpoint.save(folder, self.position, self.engine, self.bank, keep, self.notes)
         self.monitor.record(self.position.total_steps, {"time/checkpoint_s": time.monotonic() - began})
@@ -159,6 +160,7 @@ def opened(settings: Settings, world: World) -> Iterator[Run]:
         position, notes = checkpoint.restore(folder / "checkpoints", engine, bank)
         micro = check_batch(settings.optim.global_batch, settings.optim.accumulation, world.num_ranks)
         loader = Loader(data.train, settings.data, settings.augment, settings.run.seed, micro, world.device)
+        loader.quarantine.reasons |= {int(sample): reason for sample, reason in notes.get("bad_samples", [])}
         try:
             run = Run(settings, world, folder, data, monitor, engine, bank, loader, position, notes=notes)
             _greet(run)

@@ -16,10 +16,15 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from distav.data.augment import View
+from distav.data.format import Split
 from distav.settings import DataSettings
 
 CPU_CODECS = ("mjpeg", "vp9")
 """What DALI's video decoder takes on a CPU; PyAV decodes the rest there, ahead of the same graph."""
+
+
+SMALLEST_ON_GPU = 144
+"""Frames with a shorter side are decoded on the CPU, since NVDEC refuses small ones (VP9: below 128 pixels)."""
 
 
 class DecodeError(Exception):
@@ -37,11 +42,12 @@ class Encoded:
 class ClipGraph:
     """Decodes batches of one size. A failed batch leaves the pipeline invalid, so it is built anew after one."""
 
-    def __init__(self, data: DataSettings, codec: str, sample_rate_hz: int, batch: int, device: torch.device):
+    def __init__(self, data: DataSettings, split: Split, batch: int, device: torch.device):
         self.data, self.batch, self.device = data, batch, device
-        self.num_audio_samples = round(data.audio_s * sample_rate_hz)
+        self.num_audio_samples = round(data.audio_s * split.sample_rate_hz)
         self.on_gpu = device.type == "cuda"
-        self.decoded_by_pyav = not self.on_gpu and codec not in CPU_CODECS
+        self.decoded_on_gpu = self.on_gpu and split.shortest_side >= SMALLEST_ON_GPU
+        self.decoded_by_pyav = not self.decoded_on_gpu and split.codec not in CPU_CODECS
         self._pipeline = self._build()
 
     def _build(self) -> Pipeline:
@@ -63,12 +69,14 @@ class ClipGraph:
             else:
                 frames = fn.decoders.video(
                     fn.external_source(name="video", ndim=1, dtype=types.DALIDataType.UINT8),
-                    device="mixed" if self.on_gpu else "cpu",
+                    device="mixed" if self.decoded_on_gpu else "cpu",
                     start_frame=fn.external_source(name="start_frame", ndim=0, dtype=types.DALIDataType.INT32),
                     sequence_length=data.num_frames,
                     stride=data.frame_stride,
                     pad_mode="edge",
                 )
+            if self.on_gpu and not self.decoded_on_gpu:
+                frames = frames.gpu()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
             frames = fn.resize(
                 frames,
                 roi_start=crop[0:2],
@@ -124,8 +132,11 @@ class ClipGraph:
             feed("flip", [np.int32(view.flip) for view in views])
             feed("audio_start", [np.int32(view.audio_start) for view in views])
             feed("gain", [np.float32(view.gain) for view in views])
-            frames, sound = self._pipeline.run()
-            return self._tensor(frames), self._tensor(sound)
+            frames, sound = (self._tensor(each) for each in self._pipeline.run())
+            if self.on_gpu:
+                # The next run writes where these copies are taken from, on a stream of its own.
+                torch.cuda.current_stream(self.device).synchronize()
+            return frames, sound
         except (RuntimeError, ValueError, IndexError, av.error.FFmpegError) as error:
             self._pipeline = self._build()
             raise DecodeError(str(error).strip().splitlines()[0]) from None

@@ -71,6 +71,11 @@ class Split:
         return np.bincount(self.columns["shard"], minlength=len(self.shards)).tolist()
 
     @cached_property
+    def shortest_side(self) -> int:
+        """Shortest side of any stored frame, in pixels."""
+        return int(min(self.columns["width"].min(), self.columns["height"].min()))
+
+    @cached_property
     def source_codes(self) -> np.ndarray:
         """A number for the source video of each sample, [N] int64: clips cut from one video share it."""
         return np.unique(self.columns["source"], return_inverse=True)[1].astype(np.int64)
@@ -118,7 +123,10 @@ class ShardSet:
         """
         splits = self.manifest["splits"]
         if name not in splits:
-            raise UserError(f"{key}={name} is not in {self.root}; allowed: {listed(splits)}.{nearest(name, splits)}")
+            none = ", or empty for none" if key == "data.test_split" else ""
+            raise UserError(
+                f"{key}={name} is not in {self.root}; allowed: {listed(splits)}{none}.{nearest(name, splits)}"
+            )
         table = read_table(self.root / "index.parquet", filters=[("split", "=", name)])
         columns = {each: table.column(each).to_numpy(zero_copy_only=False) for each in table.column_names}
         if not np.array_equal(columns["id"], np.arange(len(table))):

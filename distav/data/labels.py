@@ -70,7 +70,10 @@ def load_labels(shards: ShardSet, split: Split, override: str = "") -> Labels:
 def _apply(path: Path, split: Split, classes: list[str], given: np.ndarray) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"data.labels={path}: no such file.")
-    table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else read_table(path)
+    try:
+        table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else read_table(path)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"data.labels={path} cannot be read as csv: {str(error).splitlines()[0]}") from None
     names = table.column_names
     name = next((each for each in ("corrected", "label") if each in names), None)
     if name is None or not {"id", "key"} & set(names):
@@ -82,7 +85,7 @@ def _apply(path: Path, split: Split, classes: list[str], given: np.ndarray) -> n
         rows = [row_of.get(key, 0) for key in wanted]
     else:
         rows = table.column("id").to_pylist()
-        unknown = [row for row in rows if row is None or not 0 <= row < len(split)]
+        unknown = [row for row in rows if not isinstance(row, int) or not 0 <= row < len(split)]
     if unknown:
         raise UserError(
             f"data.labels={path}: {len(unknown)} rows name samples that split {split.name} does not have: "

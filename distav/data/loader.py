@@ -67,10 +67,11 @@ class Loader:
     ):
         self.split, self.data, self.seed, self.device = split, data, seed, device
         self.viewer = Viewer(split, data, augment, seed)
-        self.graph = ClipGraph(data, split.codec, split.sample_rate_hz, batch, device)
+        self.graph = ClipGraph(data, split, batch, device)
         self.quarantine = Quarantine()
         self._files: dict[int, int] = {}
         self._spare: Encoded | None = None
+        self._proven: Encoded | None = None
 
     def close(self) -> None:
         """Close the shard files."""
@@ -135,16 +136,18 @@ class Loader:
         """Decode a batch; where DALI refuses it, find the samples at fault and take them out of `members`."""
         self._spare = self._spare or next((each for each in members if each is not None), None)
         try:
-            return self.graph.run(self._filled(members), views)
+            decoded = self.graph.run(self._filled(members), views)
+            self._proven = self._spare
+            return decoded
         except DecodeError as error:
             reason = str(error)
         for row, member in enumerate(members):
             if member is not None and (said := self._refused(member, views[row])):
                 members[row] = None
                 self.quarantine.reasons[int(ids[row])] = f"not decodable: {said}"
-        if all(each is None for each in members):
-            raise RuntimeError(f"no sample of a batch could be decoded: {reason}")
-        self._spare = next(each for each in members if each is not None)
+        self._spare = next((each for each in members if each is not None), self._proven)
+        if self._spare is None:
+            raise RuntimeError(f"no sample of the first batch could be decoded: {reason}")
         return self.graph.run(self._filled(members), views)
 
     def _filled(self, members: list[Encoded | None]) -> list[Encoded]:

@@ -6,6 +6,7 @@ is the same for any number of ranks or restarts, and where a run stands is told 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -43,6 +44,12 @@ def permutation(shard_sizes: Sequence[int], seed: int, epoch: int, block: int) -
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
 
 
+@lru_cache(maxsize=4)
+def _permutation(shard_sizes: tuple[int, ...], seed: int, epoch: int, block: int) -> Ids:
+    """Remember the last few permutations, since every step of an epoch asks for the same one."""
+    return permutation(shard_sizes, seed, epoch, block)
+
+
 @dataclass(frozen=True)
 class TrainingOrder:
     """Endless training batches: epochs of whole global batches, a remainder is left for other epochs."""
@@ -61,7 +68,7 @@ class TrainingOrder:
     def batch(self, step: int) -> Ids:
         """Return the ids of one optimiser step over all ranks and micro-batches, [global_batch]."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = permutation(self.shard_sizes, self.seed, epoch, self.block)
+        order = _permutation(tuple(self.shard_sizes), self.seed, epoch, self.block)
         return order[place * self.global_batch : (place + 1) * self.global_batch]
 
     def micro_batches(self, step: int, rank: int, num_ranks: int) -> list[Ids]:

@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Make a set of shards; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
+        if options.workers < 1 or options.seed < 0:
+            raise UserError(f"--workers={options.workers} --seed={options.seed}: allowed: from 1 up, from 0 up.")
         plan = Plan(
             Encoding(options.codec, options.fps, options.short_side, options.clip_s, options.sample_rate),
             options.seed,

@@ -61,7 +61,7 @@ def _frames(container: InputContainer, candidate: Candidate, encoding: Encoding)
     stream.codec_context.thread_count = 1
     if candidate.start_s > 1:
         container.seek(int((candidate.start_s - 1) * av.time_base))
-    origin = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
+    origin = (container.start_time or 0) / av.time_base
     kept: list[np.ndarray] = []
     shown: VideoFrame | None = None
     last_s = -1.0
@@ -123,7 +123,7 @@ def _sound(container: InputContainer, candidate: Candidate, encoding: Encoding) 
     if not len(sound):
         raise Unusable("no sound: no audio could be decoded")
     rate = encoding.sample_rate_hz
-    origin = float((container.start_time or 0) / av.time_base)
+    origin = (container.start_time or 0) / av.time_base
     lead = round(((begins or 0.0) - origin - candidate.start_s) * rate)
     sound = np.pad(sound, (lead, 0)) if lead > 0 else sound[-lead:]
     if candidate.end_s is not None:

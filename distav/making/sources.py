@@ -2,6 +2,8 @@
 
 import csv
 import hashlib
+import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,8 @@ class VideoFolder:
         Raises:
             UserError: where there is no such folder, or no class folder with a file in it.
         """
+        if not 0 <= self.test_share < 1:
+            raise UserError(f"--test-share={self.test_share}: has to be from 0 up to, not including, 1.")
         if not self.folder.is_dir():
             raise UserError(f"videos {self.folder}: no such folder.")
         found = []
@@ -80,7 +84,11 @@ class ClipList:
             raise UserError(f"csv {self.file}: no such file.")
         allowed = ("path", "label", "start_s", "end_s", "split")
         found = []
-        with open(self.file, newline="", encoding="utf-8-sig") as file:
+        try:
+            text = self.file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"csv {self.file}: not UTF-8 ({error}); save it as UTF-8.") from None
+        with io.StringIO(text, newline="") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             names = reader.fieldnames or []
             if not {"path", "label"} <= set(names) or set(names) - set(allowed):
@@ -95,7 +103,8 @@ class ClipList:
                     start, end = (float(row[name]) if row.get(name) else None for name in ("start_s", "end_s"))
                 except ValueError as error:
                     raise UserError(f"{where}: start_s and end_s are seconds; {error}.") from None
-                if (start or 0) < 0 or (end is not None and end <= (start or 0)):
+                times = (start or 0.0, math.inf if end is None else end)
+                if not 0 <= times[0] < times[1] or (end is not None and not math.isfinite(end)):
                     raise UserError(f"{where}: start_s={start} and end_s={end}; end_s has to come after start_s >= 0.")
                 found.append(Candidate(row["path"], row["label"], row.get("split") or "train", start or 0.0, end))
         if not found:

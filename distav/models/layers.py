@@ -3,8 +3,10 @@
 Legend: B rows of this rank, C channels.
 """
 
-from collections.abc import Iterable
-from typing import Any
+import contextlib
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from distav.seeding import uniform
 from distav.world import gather_rows, num_ranks, sum_
+
+_recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
+"""Whether activations are being computed a second time; running statistics have counted the batch then."""
 
 
 class _GlobalNormalise(torch.autograd.Function):
@@ -78,8 +83,12 @@ class GlobalBatchNorm(nn.Module):
             return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         if num_ranks() == 1 and x.dtype == torch.float32:
             mean, var = self.running_mean, self.running_var
+            if _recomputing.get():
+                mean, var = mean.clone(), var.clone()
             return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
         out, mean, var = _GlobalNormalise.apply(x, self.weight, self.bias, self.eps)  # pyright: ignore[reportGeneralTypeIssues]
+        if _recomputing.get():
+            return out
         count = x.numel() // x.shape[1] * num_ranks()
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
@@ -112,8 +121,24 @@ def with_global_batch_norm(module: nn.Module) -> nn.Module:
     return module
 
 
+@contextlib.contextmanager
+def _recomputation() -> Iterator[None]:
+    token = _recomputing.set(True)
+    try:
+        yield
+    finally:
+        _recomputing.reset(token)
+
+
+def _contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    return contextlib.nullcontext(), _recomputation()
+
+
 def run(blocks: Iterable[nn.Module], x: Tensor, recompute: bool) -> Tensor:
     """Apply blocks in turn; with `recompute`, their activations are computed again in the backward pass."""
     for block in blocks:
-        x = checkpoint(block, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x)  # pyright: ignore[reportAssignmentType]
+        if recompute and torch.is_grad_enabled():
+            x = cast(Tensor, checkpoint(block, x, use_reentrant=False, context_fn=_contexts))
+        else:
+            x = block(x)
     return x

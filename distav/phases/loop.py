@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distav.data.loader import Batch
+from distav.errors import UserError
 from distav.monitor import clock, peak_memory_gib
 from distav.run import Run
 from distav.world import any_rank, num_ranks, sum_
@@ -45,11 +46,11 @@ def train(
     order, optim = run.order(run.position.phase), run.settings.optim
     total = epochs * order.steps_per_epoch
     first = run.position.step
-    micro = [
+    micro = (
         (ids, step // order.steps_per_epoch)
         for step in range(first, total)
         for ids in order.micro_batches(step, run.world.rank, run.world.num_ranks)
-    ]
+    )
     meter = _Meter(run, name, total)
     run.engine.train()
     batches = iter(run.loader.batches(micro))
@@ -74,9 +75,10 @@ def train(
         meter.add(parts)
         if run.position.step % run.settings.run.log_every == 0 or run.position.step == total:
             meter.report(rates[1] * factor, norm)
-        if run.position.total_steps % run.settings.monitor.media_every == 1:
+        if (run.position.total_steps - 1) % run.settings.monitor.media_every == 0:
             show_inputs(run, batch)
         if run.position.step % run.settings.run.checkpoint_every == 0 and run.position.step < total:
+            require_finite(run, name, losses["loss"])
             run.save()
     batches.close()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -90,6 +92,19 @@ def show_inputs(run: Run, batch: Batch) -> None:
         spectrogram = run.engine.model.get_submodule("audio.front").forward(sound)
         rate = run.data.train.sample_rate_hz
         run.monitor.media(batch.frames[:some], sound, spectrogram, rate, run.position.total_steps)
+
+
+def require_finite(run: Run, name: str, loss: Tensor) -> None:
+    """Stop all ranks where the loss of any is not a number.
+
+    Raises:
+        UserError: on every rank.
+    """
+    if any_rank(not bool(torch.isfinite(loss))):
+        raise UserError(
+            f"the loss is not finite at step {run.position.step} of {name}; the last checkpoint is sound. "
+            "Lower optim.lr or optim.grad_clip and start under another run.name."
+        )
 
 
 class _Meter:
@@ -113,12 +128,9 @@ class _Meter:
         run = self.run
         keys = list(self.parts[0])
         means = torch.stack([torch.stack([part[key].float() for part in self.parts]).mean() for key in keys])
-        means = (sum_(means) / num_ranks()).tolist()
-        values = dict(zip(keys, means, strict=True))
-        if any_rank(not math.isfinite(values["loss"])):
-            raise RuntimeError(
-                f"the loss is {values['loss']} at step {run.position.step} of {self.name}; a lower optim.lr may help"
-            )
+        means = sum_(means) / num_ranks()
+        values = dict(zip(keys, means.tolist(), strict=True))
+        require_finite(run, self.name, means[keys.index("loss")])
         elapsed = max(time.monotonic() - self.since, 1e-9)
         steps = len(self.parts) / run.settings.optim.accumulation
         rate = steps * run.settings.optim.global_batch / elapsed

@@ -108,11 +108,14 @@ def test_two_ranks_at_any_zero_stage_learn_as_one(
         f"data.root={tiny_shards}",
         f"run.root={tmp_path}",
         f"deepspeed.zero_stage={stage}",
+        # Small tensors stay whole at stage 3 unless told not to.
+        *(["deepspeed.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}"] if stage == 3 else []),
+        f"model.activation_checkpointing={stage == 3}",
         ranks=2,
     )
     alone, together = losses(run), losses(tmp_path / "tiny")
     assert len(alone) == len(together) == 20
-    np.testing.assert_allclose(together, alone, rtol=1e-3)
+    np.testing.assert_allclose(together, alone, rtol=1e-4 if stage == 0 else 1e-3)
     tables = [pq.read_table(each / "labels" / "correction.parquet") for each in (run, tmp_path / "tiny")]
     same = np.mean([a == b for a, b in zip(*(each.column("corrected").to_pylist() for each in tables), strict=True)])
     assert same > 0.95

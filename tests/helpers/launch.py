@@ -10,7 +10,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"
 TINY = """defaults: [schema, _self_]
-run: {name: tiny, log_every: 1, checkpoint_every: 100}
+run: {name: tiny, device: cpu, log_every: 1, checkpoint_every: 100}
 data: {num_frames: 2, frame_stride: 2, frame_size: 16, audio_s: 0.5}
 model: {embed_dim: 16, hidden_dim: 32, visual: {width: 8}, audio: {width: 8, num_mels: 32}}
 optim: {global_batch: 24}

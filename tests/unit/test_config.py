@@ -13,7 +13,8 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "some.yaml"
     path.write_text(
-        "defaults: [schema, _self_]\nphases:\n  learn: {kind: contrastive, epochs: 2}\n  use: {kind: hybrid}\n"
+        "defaults: [schema, _self_]\nphases:\n  learn: {kind: contrastive, epochs: 2}\n"
+        "  fix: {kind: correction}\n  use: {kind: hybrid}\n"
     )
     return path
 
@@ -28,7 +29,7 @@ def test_every_config_loads_and_survives_a_round_trip(path: Path, tmp_path: Path
 
 def test_phases_keep_their_order_and_are_typed_by_kind(file: Path):
     settings = config.load(file, ["phases.learn.estimator=cdf", "deepspeed.extra={a: {b: 1}}"])
-    assert list(settings.phases) == ["learn", "use"]
+    assert list(settings.phases) == ["learn", "fix", "use"]
     learn = settings.phases["learn"]
     assert isinstance(learn, ContrastivePhase) and learn.estimator is Estimator.cdf and learn.epochs == 2
     assert isinstance(settings.phases["use"], HybridPhase)
@@ -43,7 +44,9 @@ def test_phases_keep_their_order_and_are_typed_by_kind(file: Path):
         ("phases.lern.epochs=1", ["phases.lern", "Did you mean 'learn'"]),
         ("phases.learn.estimator=gm", ["phases.learn.estimator", "'gm'", "oracle"]),
         ("optim.lr=fast", ["optim.lr", "'fast'", "Float"]),
-        ("optim.global_batch=0", ["optim.global_batch=0", "from 1 up"]),
+        ("optim.global_batch=0", ["optim.global_batch=0", "2 or more"]),
+        ("run.seed=-1", ["run.seed=-1", "0 or more"]),
+        ("optim.beta1=1", ["optim.beta1=1"]),
         ("augment.shift_s=1", ["augment.shift_s=1", "0 to 0.5"]),
         ("deepspeed.zero_stage=4", ["deepspeed.zero_stage=4", "0, 1, 2 or 3"]),
         ("phases.learn.temperature=0", ["phases.learn.temperature=0", "above 0"]),
@@ -64,6 +67,7 @@ def test_a_wrong_override_is_named_with_what_is_right(file: Path, override: str,
         ("optim: {lrate: 1}\nphases: {a: {kind: hybrid}}", "optim.lrate"),
         ("phases: {a: {kind: hybird}}", "Did you mean 'hybrid'"),
         ("phases: {}", "at least one phase"),
+        ("phases: {a: {kind: contrastive}, b: {kind: hybrid}}", "phases.b: a hybrid phase needs"),
         ("phases: [", "not valid YAML"),
     ],
 )

@@ -39,12 +39,12 @@ def test_towers_give_all_outputs_and_gradients(visual: str, audio: str):
     assert all(each.grad is not None for each in net.parameters())
 
 
-def test_activation_checkpointing_changes_no_gradient():
+def test_activation_checkpointing_changes_no_gradient_and_no_statistics():
     gradients = []
     for recompute in (False, True):
         net = model(activation_checkpointing=recompute)
         net(*inputs())["logits"].square().sum().backward()
-        gradients.append([each.grad for each in net.parameters() if each.grad is not None])
+        gradients.append([*(each.grad for each in net.parameters() if each.grad is not None), *net.buffers()])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
 
