@@ -38,26 +38,23 @@ class _GlobalNormalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, var = ctx.saved_tensors
-        given = (each.to(weight.dtype) for each in (mean, var))
-        # As if the statistics were constants; what they owe to x is taken off below.
-        grad_x, weight_grad, bias_grad = torch.ops.aten.native_batch_norm_backward(
-            gradients[0].contiguous(), x, weight, *given, None, None, False, ctx.eps, [True, True, True]
-        )
-        count = x.numel() // x.shape[1] * num_ranks()
-        of_bias, of_weight = sum_(torch.stack([bias_grad.float(), weight_grad.float()])) / count
+        shape, dims = [1, -1] + [1] * (x.dim() - 2), [0, *range(2, x.dim())]
         rstd = (var + ctx.eps).rsqrt()
-        scale = weight.float() * rstd
-        slope = scale * rstd * of_weight
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        offset = (scale * of_bias - slope * mean).view(shape).to(x.dtype)
-        grad_x = grad_x.sub_(offset).addcmul_(x, slope.view(shape).to(x.dtype), value=-1)
-        return grad_x, weight_grad, bias_grad, None
+        grad, centred = gradients[0].float(), x.float() - mean.view(shape)
+        bias_grad, weight_grad = grad.sum(dims), (grad * centred).sum(dims) * rstd
+        count = x.numel() // x.shape[1] * num_ranks()
+        of_bias, of_weight = sum_(torch.stack([bias_grad, weight_grad])) / count
+        grad_x = (grad - of_bias.view(shape)).addcmul_(centred, (of_weight * rstd).view(shape), value=-1)
+        grad_x = grad_x.mul_((weight.float() * rstd).view(shape)).to(x.dtype)
+        return grad_x, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None
 
 
 class GlobalBatchNorm(nn.Module):
     """Batch normalisation whose statistics are those of the global batch, on CPUs as on GPUs.
 
-    All ranks bring batches of one size. Running statistics stay in float32 whatever the model is cast to.
+    PyTorch's own is not used in training even on one rank: on a CPU its sums over 10^5 values are off by 10^-4, and
+    training makes another run of that. All ranks bring batches of one size. Running statistics stay in float32
+    whatever the model is cast to.
     """
 
     running_mean: Tensor
@@ -81,11 +78,6 @@ class GlobalBatchNorm(nn.Module):
         if not self.training:
             mean, var = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
             return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
-        if num_ranks() == 1 and x.dtype == torch.float32:
-            mean, var = self.running_mean, self.running_var
-            if _recomputing.get():
-                mean, var = mean.clone(), var.clone()
-            return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
         out, mean, var = _GlobalNormalise.apply(x, self.weight, self.bias, self.eps)  # pyright: ignore[reportGeneralTypeIssues]
         if _recomputing.get():
             return out
