@@ -177,6 +177,34 @@ def wait_for_all() -> None:
         sum_(torch.zeros(1))
 
 
+def passing_shards(rows: Tensor, sizes: list[int]) -> Iterator[tuple[int, Tensor]]:
+    """Yield the rows of every rank in turn, this rank's own first; the next ones travel while these are used.
+
+    Args:
+        rows: [n, ...] of this rank.
+        sizes: number of rows of each rank.
+
+    Yields:
+        The owner and its rows. A rank sends (W - 1) shards and receives as many.
+    """
+    world, me = num_ranks(), rank()
+    current = rows.contiguous()
+    for step in range(world):
+        owner = (me - step) % world
+        waiting, coming = [], current
+        if step + 1 < world:
+            coming = rows.new_empty(sizes[(owner - 1) % world], *rows.shape[1:])
+            transfers = [
+                dist.P2POp(dist.isend, current, (me + 1) % world),
+                dist.P2POp(dist.irecv, coming, (me - 1) % world),
+            ]
+            waiting = dist.batch_isend_irecv([each for each in transfers if each.tensor.numel()])
+        yield owner, current
+        for transfer in waiting:
+            transfer.wait()
+        current = coming
+
+
 def row_range(num_rows: int, owner: int | None = None, owners: int | None = None) -> range:
     """Return the contiguous ids that a rank owns out of 0..num_rows-1; sizes differ by one at most."""
     of, at = owners or num_ranks(), rank() if owner is None else owner

@@ -1,71 +1,133 @@
 """Exact nearest neighbours among features that are sharded over ranks by id.
 
+Queries stay where they are; the shards of keys travel round the ring of ranks, one step ahead of the search.
 Legend: N samples, n samples of this rank, D width, k neighbours.
 """
 
+import contextlib
+import queue
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from distav.world import num_ranks, rank, row_range
+from distav.memory.selection import NOT_SEEN, Shard, Tiling, Workspace, best_of, unpacked_ids, unpacked_scores
+from distav.world import gather_objects, num_ranks, passing_shards, row_range
 
-QUERY_TILE, KEY_TILE = 512, 4096
-NOT_SEEN = torch.iinfo(torch.int64).min
+LARGEST_K = 2048
 
 
-def nearest_neighbors(features: Tensor, k: int, groups: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_neighbors(
+    features: Tensor,
+    k: int,
+    groups: Tensor,
+    valid: Tensor,
+    *,
+    queries: Tensor | None = None,
+    tiling: Tiling | None = None,
+) -> tuple[Tensor, Tensor]:
     """Find the k samples of largest dot product for each of this rank's samples.
 
     A sample is never its own neighbour, nor is any of its group (clips of one source video carry the same wrong
-    label). Equal similarities are ordered by id, so every number of ranks finds the same neighbours.
+    label). Equal similarities are ordered by id. A similarity does not depend on how the work is cut, so every number
+    of ranks finds the same neighbours. On a GPU a first pass in bfloat16 leaves out what its rounding error cannot
+    bring back; the rest is scored in full.
 
     Args:
         features: [n, D] of this rank's ids, `row_range(N)`.
-        k: neighbours wanted.
+        k: neighbours wanted, at most 2048 and below N.
         groups: [N] int64 group of every sample, the same on every rank.
         valid: [N] bool, whether a sample has features at all.
+        queries: [q] int64 ids of this rank to search for; all of them where None.
+        tiling: how the search is cut; by the device where None.
 
     Returns:
-        ids [n, k] int64, -1 where a sample has fewer, and similarities [n, k] float32, 0 there.
+        ids [q, k] int64, -1 where a sample has fewer, and similarities [q, k] float32, 0 there.
 
     Raises:
-        ValueError: where k is not below N, or features of valid samples are not finite.
+        ValueError: where k is out of range, a query belongs to another rank, or features of valid samples are not
+            finite or all zero; on every rank alike.
     """
-    num_samples = len(groups)
+    num_samples, device = len(groups), features.device
     own = row_range(num_samples)
-    if not 1 <= k < num_samples:
-        raise ValueError(f"k={k} neighbours among {num_samples} samples; allowed: 1 to {num_samples - 1}")
-    if not torch.isfinite(features[valid[own.start : own.stop]]).all():
-        raise ValueError("features of some samples are not finite; nothing can be said about their neighbours")
-    best = torch.full((len(features), k), NOT_SEEN, device=features.device)
-    for owner in range(num_ranks()):
-        rows = row_range(num_samples, owner)
-        keys = features.float().contiguous() if owner == rank() else features.new_empty(len(rows), features.shape[1])
-        if num_ranks() > 1:
-            dist.broadcast(keys, owner)
-        for start in range(0, len(rows), KEY_TILE):
-            ids = torch.arange(rows.start + start, rows.start + min(start + KEY_TILE, len(rows)), device=keys.device)
-            for first in range(0, len(features), QUERY_TILE):
-                part = slice(first, first + QUERY_TILE)
-                scores = features[part].float() @ keys[start : start + KEY_TILE].T
-                mine = groups[own.start + first : own.start + first + len(scores)]
-                barred = (mine[:, None] == groups[ids][None, :]) | ~valid[ids][None, :]
-                ranked = _rankable(scores, ids).masked_fill_(barred, NOT_SEEN)
-                best[part] = torch.cat([best[part], ranked], dim=1).topk(k, dim=1).values
-    return _unranked(best)
+    if not 1 <= k <= min(LARGEST_K, num_samples - 1):
+        allowed = f"1 to {min(LARGEST_K, num_samples - 1)}"
+        raise ValueError(f"k={k} neighbours among {num_samples} samples; allowed: {allowed}")
+    features = features.detach().float().contiguous()
+    largest = _largest_length(features, valid[own.start : own.stop], own.start)
+    places = torch.arange(len(own), device=device) if queries is None else queries - own.start
+    if len(places) and (int(places.min()) < 0 or int(places.max()) >= len(own)):
+        raise ValueError(f"queries must be ids of this rank, {own.start} to {own.stop - 1}")
+    tiling = tiling or Tiling.for_device(device)
+    sorted_groups, order = groups.sort(stable=True)
+    best = torch.full((len(places), k), NOT_SEEN, device=device)
+    sizes = [len(row_range(num_samples, owner)) for owner in range(num_ranks())]
+    with _workers(device) as workers:
+        spaces: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
+        for _ in range(workers):
+            spaces.put(Workspace(tiling, device))
+        with ThreadPoolExecutor(workers) as pool:
+            for owner, keys in passing_shards(features, sizes):
+                if not len(keys):
+                    continue
+                rows = row_range(num_samples, owner)
+                shard = Shard.of(keys, rows.start, valid[rows.start : rows.stop], largest, tiling)
+
+                def search(start: int, shard: Shard = shard) -> None:
+                    part = slice(start, start + tiling.queries)
+                    asked = places[part]
+                    mine = groups[own.start + asked]
+                    barred = _same_group(mine, sorted_groups, order, shard.first_id, len(shard.keys))
+                    space = spaces.get()
+                    try:
+                        best[part] = best_of(features[asked], shard, best[part], barred, tiling, space)
+                    finally:
+                        spaces.put(space)
+
+                list(pool.map(search, range(0, len(places), tiling.queries)))
+    seen = best != NOT_SEEN
+    return unpacked_ids(best).masked_fill(~seen, -1), unpacked_scores(best).masked_fill(~seen, 0.0)
 
 
-def _rankable(scores: Tensor, ids: Tensor) -> Tensor:
-    """Pack a score and an id into one integer that sorts by score, then by smaller id: [.., n] -> [.., n] int64."""
-    bits = (scores + 0.0).contiguous().view(torch.int32)
-    ordered = torch.where(bits < 0, ~bits ^ torch.iinfo(torch.int32).min, bits).long()
-    return (ordered << 32) | (0xFFFFFFFF - ids)
+def _largest_length(features: Tensor, valid: Tensor, first_id: int) -> float:
+    """Return the largest length of a feature on any rank; refuse those that say nothing, on all ranks at once."""
+    length = features.norm(dim=1)
+    wrong = {"not finite": valid & ~torch.isfinite(length), "all zero": valid & (length == 0)}
+    largest = float(length[valid].amax()) if valid.any() else 0.0
+    firsts = {reason: (bad.nonzero().squeeze(1)[:5] + first_id).tolist() for reason, bad in wrong.items()}
+    told = gather_objects((largest, firsts))
+    for reason in wrong:
+        ids = sum((firsts[reason] for _, firsts in told), [])
+        if ids:
+            raise ValueError(
+                f"features of samples {', '.join(map(str, ids[:5]))} are {reason}, so they have no neighbours; "
+                "leave them out with valid=False"
+            )
+    return max(largest for largest, _ in told)
 
 
-def _unranked(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Take ids and scores out of what `_rankable` packed."""
-    seen = packed != NOT_SEEN
-    ordered = (packed >> 32).int()
-    bits = torch.where(ordered < 0, ~(ordered ^ torch.iinfo(torch.int32).min), ordered)
-    ids = 0xFFFFFFFF - (packed & 0xFFFFFFFF)
-    return ids.masked_fill(~seen, -1), bits.view(torch.float32).masked_fill(~seen, 0.0)
+def _same_group(
+    mine: Tensor, sorted_groups: Tensor, order: Tensor, first_id: int, num_keys: int
+) -> tuple[Tensor, Tensor]:
+    """Return rows and key places of all pairs of one group: groups [b] of the queries -> [p], [p]."""
+    low = torch.searchsorted(sorted_groups, mine)
+    counts = torch.searchsorted(sorted_groups, mine, right=True) - low
+    row = torch.repeat_interleave(torch.arange(len(mine), device=mine.device), counts)
+    within = torch.arange(len(row), device=mine.device) - (counts.cumsum(0) - counts)[row]
+    place = order[low[row] + within] - first_id
+    here = (place >= 0) & (place < num_keys)
+    return row[here], place[here]
+
+
+@contextlib.contextmanager
+def _workers(device: torch.device) -> Iterator[int]:
+    """Let each worker run on one CPU thread: blocks in parallel waste less than the parts of one block."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if threads > 1:
+        torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        if threads > 1:
+            torch.set_num_threads(threads)

@@ -1,0 +1,297 @@
+"""The k best keys of each query out of one block of queries and one shard of keys, exactly.
+
+A full top-k over every score costs more than the scores themselves. Here a bound per query, taken from the first tile
+of keys, lets only a few hundred scores of each row pass; those are kept in a reservoir and sorted once.
+Legend: b queries, n keys, D width, k wanted, s reservoir slots.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NOT_SEEN = torch.iinfo(torch.int64).min
+"""What fills the places of neighbours that do not exist; sorts below every score."""
+
+SMALLEST_GEMM = 32
+"""Fewest rows of either matrix of a product. BLAS sums the products of thinner matrices in another order, and with
+them the scores, and the order of near ties, would hang on how the work is cut."""
+
+LOWEST = torch.finfo(torch.float32).min
+"""Bound that any finite score passes and the -inf of a barred one does not."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a search is cut: queries and keys scored at a time, and the number format of the first pass."""
+
+    queries: int
+    keys: int
+    coarse: torch.dtype | None = None
+
+    @staticmethod
+    def for_device(device: torch.device) -> "Tiling":
+        """Return blocks whose scores stay in the last cache: 8 MiB on a CPU, 32 MiB on a GPU."""
+        if device.type == "cuda":
+            return Tiling(4096, 4096, torch.bfloat16)
+        return Tiling(1024, 2048)
+
+
+class Workspace:
+    """Buffers that one worker uses again and again."""
+
+    def __init__(self, tiling: Tiling, device: torch.device):
+        area = max(tiling.queries, SMALLEST_GEMM) * max(tiling.keys, SMALLEST_GEMM)
+        self.scores = torch.empty(area, dtype=tiling.coarse or torch.float32, device=device)
+        self.passed = torch.empty(area, dtype=torch.bool, device=device)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Keys of one rank, ready to be scored.
+
+    Attributes:
+        keys: [n, D] float32.
+        scored: [n', D] the keys in the format of the first pass, at least SMALLEST_GEMM rows.
+        first_id: id of the first key.
+        unusable: [u] places that are no neighbours of anyone.
+        largest: a length that no key exceeds.
+    """
+
+    keys: Tensor
+    scored: Tensor
+    first_id: int
+    unusable: Tensor
+    largest: float
+
+    @staticmethod
+    def of(keys: Tensor, first_id: int, valid: Tensor, largest: float, tiling: Tiling) -> "Shard":
+        """Prepare float32 keys [n, D] of that largest length; `valid` [n] says which of them may be neighbours."""
+        scored = keys.to(tiling.coarse or torch.float32)
+        short = SMALLEST_GEMM - len(keys)
+        unusable = (~valid).nonzero().squeeze(1)
+        if short > 0:
+            scored = torch.cat([scored, scored.new_zeros(short, keys.shape[1])])
+            unusable = torch.cat([unusable, torch.arange(len(keys), len(scored), device=keys.device)])
+        return Shard(keys, scored, first_id, unusable, largest)
+
+
+def best_of(
+    queries: Tensor,
+    shard: Shard,
+    best: Tensor,
+    barred: tuple[Tensor, Tensor],
+    tiling: Tiling,
+    space: Workspace,
+    guess: bool = True,
+) -> Tensor:
+    """Merge the best keys of a shard into the best found so far.
+
+    Key j goes to tile j mod T, so the tiles seen so far are an even sample of the shard. Each time their number doubles
+    they give a bound: the k-th largest score among them, which can never be too high, or, to let fewer scores pass, the
+    one that a sample of this size lets expect, with a margin of four standard deviations. Rows for which a guess was
+    too high end with fewer than k scores above the bound; they are searched again without guessing. So the result is
+    exact either way.
+
+    With a coarse first pass every score that comes within its rounding error of the bound is computed again in
+    float64 and rounded to float32.
+
+    Args:
+        queries: [b, D] float32.
+        shard: the keys.
+        best: [b, k] packed scores and ids, in descending order, NOT_SEEN where there are fewer.
+        barred: rows [p] and key places [p] of pairs that must not be neighbours.
+        tiling: how the work is cut.
+        space: buffers of this worker.
+        guess: whether the bound may be guessed.
+
+    Returns:
+        [b, k] packed, in descending order.
+    """
+    num, k, n = len(queries), best.shape[1], len(shard.scored)
+    num_tiles = max(1, min(math.ceil(n / tiling.keys), n // SMALLEST_GEMM))
+    coarse = queries.to(shard.scored.dtype)
+    if num < SMALLEST_GEMM:
+        coarse = torch.cat([coarse, coarse.new_zeros(SMALLEST_GEMM - num, coarse.shape[1])])
+    error = _rounding(queries, shard, tiling)
+    bound = _score_or_lowest(best[:, -1])[:, None] - error
+    reservoir = _Reservoir(best, slots=k + math.ceil(n / num_tiles))
+    barred_in = _by_tile(barred, shard.unusable, num_tiles)
+    for tile in range(num_tiles):
+        keys = shard.scored[tile::num_tiles]
+        area = len(coarse) * len(keys)
+        scores = torch.mm(coarse, keys.T, out=space.scores[:area].view(len(coarse), len(keys)))[:num]
+        rows, places, unusable = barred_in[tile]
+        scores[rows, places] = -torch.inf
+        if len(unusable):
+            scores[:, unusable] = -torch.inf
+        if tile & (tile - 1) == 0:  # 0 and the powers of two
+            seen = max(tile, 1) / num_tiles
+            rank = min(k, _guessed_rank(k * seen)) if guess else k
+            if tile:
+                bound = torch.maximum(bound, reservoir.nth_largest(rank) - error)
+            elif rank <= len(keys):
+                bound = torch.maximum(bound, _nth_largest(scores, rank)[:, None].float() - 2 * error)
+        bound.clamp_min_(LOWEST)
+        flat, row = _passing(scores, bound, space.passed)
+        counts = torch.bincount(row, minlength=num)
+        if not reservoir.has_room(counts):
+            bound = torch.maximum(bound, reservoir.compacted() - error).clamp_min_(LOWEST)
+            flat, row = _passing(scores, bound, space.passed)
+            counts = torch.bincount(row, minlength=num)
+        place = tile + (flat - row * len(keys)) * num_tiles
+        if tiling.coarse is None:
+            exact = scores.view(-1).index_select(0, flat)
+        else:
+            exact = dot_products(queries, shard.keys, row, place)
+        reservoir.add(row, counts, packed(exact, shard.first_id + place))
+    found = reservoir.sorted()
+    missed = (_score_or_lowest(found[:, -1])[:, None] < bound + error).squeeze(1).nonzero().squeeze(1)
+    if guess and len(missed):
+        position = torch.full_like(found[:, 0], -1)
+        position[missed] = torch.arange(len(missed), device=position.device)
+        row = position[barred[0]]
+        again = row[row >= 0], barred[1][row >= 0]
+        found[missed] = best_of(queries[missed], shard, best[missed], again, tiling, space, guess=False)
+    return found
+
+
+def _rounding(queries: Tensor, shard: Shard, tiling: Tiling) -> Tensor:
+    """Bound the error of a coarse score: [b, 1].
+
+    Three roundings to bfloat16 (both inputs and the result, 2^-9 each) and a float32 sum of D terms.
+    """
+    if tiling.coarse is None:
+        return queries.new_zeros(len(queries), 1)
+    unit = torch.finfo(tiling.coarse).eps / 2
+    relative = 1.02 * (3 * unit + queries.shape[1] * 2.0**-23)
+    return relative * shard.largest * queries.norm(dim=1, keepdim=True)
+
+
+def _guessed_rank(expected: float) -> int:
+    """Return the rank in a sample of a score that is too high for the whole in less than one of ten thousand rows."""
+    return math.ceil(((4 + math.sqrt(16 + 4 * expected)) / 2) ** 2)
+
+
+def _by_tile(
+    barred: tuple[Tensor, Tensor], unusable: Tensor, num_tiles: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Split barred pairs and unusable keys by tile: rows, columns, and columns that are barred in every row."""
+    rows, places = barred
+    order = (places % num_tiles).argsort(stable=True)
+    counts = torch.bincount(places % num_tiles, minlength=num_tiles).tolist()
+    pairs = zip(rows[order].split(counts), (places[order] // num_tiles).split(counts), strict=True)
+    return [(*pair, unusable[unusable % num_tiles == tile] // num_tiles) for tile, pair in enumerate(pairs)]
+
+
+def _score_or_lowest(values: Tensor) -> Tensor:
+    return unpacked_scores(values).masked_fill(values == NOT_SEEN, LOWEST)
+
+
+def _nth_largest(values: Tensor, rank: int) -> Tensor:
+    """Return the value of a rank in each row, 1 for the largest: [b, n] -> [b]."""
+    if values.device.type == "cpu" and values.dtype is not torch.bfloat16:
+        at = values.shape[1] - rank
+        return torch.from_numpy(np.partition(values.numpy(), at, axis=1)[:, at])
+    return values.topk(rank, dim=1, sorted=False).values.amin(1)
+
+
+def _passing(scores: Tensor, bound: Tensor, passed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the places in the flattened scores, and the rows, of those that reach the bound of their row."""
+    above = passed[: scores.numel()].view(scores.shape)
+    if scores.device.type == "cpu" and scores.dtype is torch.float32:
+        # NumPy compares and searches several times as fast as PyTorch does on one CPU thread.
+        np.greater_equal(scores.numpy(), bound.numpy(), out=above.numpy())
+        flat = torch.from_numpy(np.flatnonzero(above.numpy()))
+    else:
+        flat = torch.ge(scores, bound, out=above).view(-1).nonzero().squeeze(1)
+    return flat, torch.div(flat, scores.shape[1], rounding_mode="trunc")
+
+
+class _Reservoir:
+    """The scores that passed, row by row: [b, s] packed, of which the first `filled` count."""
+
+    def __init__(self, best: Tensor, slots: int):
+        self.best = best
+        self.held = best.new_empty(len(best), slots)
+        self.filled = torch.zeros(len(best), dtype=torch.int64, device=best.device)
+        self.row_start = torch.arange(len(best), device=best.device) * slots
+
+    def has_room(self, counts: Tensor) -> bool:
+        return int((self.filled + counts).max()) <= self.held.shape[1]
+
+    def add(self, row: Tensor, counts: Tensor, values: Tensor) -> None:
+        """Append values [p] of the rows [p], which ascend; `counts` [b] says how many each row gets."""
+        before = counts.cumsum(0) - counts
+        shift = (self.row_start + self.filled - before).index_select(0, row)
+        self.held.view(-1).scatter_(0, shift.add_(torch.arange(len(row), device=row.device)), values)
+        self.filled += counts
+
+    def nth_largest(self, rank: int) -> Tensor:
+        """Return the score of a rank among those held, or a score below all where fewer are: [b, 1]."""
+        held = self._used()
+        if rank > held.shape[1]:
+            return torch.full((len(held), 1), LOWEST, device=held.device)
+        return _score_or_lowest(_nth_largest(held, rank))[:, None]
+
+    def sorted(self) -> Tensor:
+        """Return the best k, with those found before: [b, k] in descending order."""
+        return _descending(torch.cat([self.best, self._used()], dim=1))[:, : self.best.shape[1]]
+
+    def compacted(self) -> Tensor:
+        """Keep only the best k; return the score of the last of each row: [b, 1]."""
+        self.best = self.sorted()
+        self.filled.zero_()
+        return _score_or_lowest(self.best[:, -1])[:, None]
+
+    def _used(self) -> Tensor:
+        width = int(self.filled.max())
+        unused = torch.arange(width, device=self.held.device) >= self.filled[:, None]
+        return self.held[:, :width].masked_fill(unused, NOT_SEEN)
+
+
+def _descending(values: Tensor) -> Tensor:
+    if values.device.type == "cpu":
+        rows = values.numpy()
+        rows.sort(axis=1)
+        return torch.from_numpy(rows[:, ::-1].copy())
+    return values.sort(dim=1, descending=True).values
+
+
+def dot_products(queries: Tensor, keys: Tensor, row: Tensor, place: Tensor) -> Tensor:
+    """Return queries[row] . keys[place] in float64, rounded to float32: [p].
+
+    Products are added by folding the vector in halves, an order that no device or batch size changes.
+    """
+    found = queries.new_empty(len(row))
+    chunk = 2**18
+    for start in range(0, len(row), chunk):
+        part = slice(start, start + chunk)
+        terms = queries[row[part]].double() * keys[place[part]].double()
+        while terms.shape[1] > 1:
+            half = terms.shape[1] // 2
+            odd = terms[:, 2 * half :]
+            terms = torch.cat([terms[:, :half] + terms[:, half : 2 * half], odd], dim=1)
+        found[part] = terms.squeeze(1).float()
+    return found
+
+
+def packed(scores: Tensor, ids: Tensor) -> Tensor:
+    """Pack a float32 score and an id into one integer that sorts by score, then by smaller id: [..] int64."""
+    bits = (scores + 0.0).view(torch.int32)
+    ordered = torch.where(bits < 0, ~bits ^ torch.iinfo(torch.int32).min, bits).long()
+    return (ordered << 32) | (0xFFFFFFFF - ids)
+
+
+def unpacked_scores(values: Tensor) -> Tensor:
+    """Take the scores out of what `packed` made."""
+    ordered = (values >> 32).int()
+    bits = torch.where(ordered < 0, ~(ordered ^ torch.iinfo(torch.int32).min), ordered)
+    return bits.view(torch.float32)
+
+
+def unpacked_ids(values: Tensor) -> Tensor:
+    """Take the ids out of what `packed` made."""
+    return 0xFFFFFFFF - (values & 0xFFFFFFFF)
