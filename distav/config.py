@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distav.errors import UserError, listed, nearest
-from distav.phase_settings import PHASE_KINDS, PhaseSettings
+from distav.phase_settings import PHASE_KINDS, ContrastivePhase, PhaseSettings, SoftTargets
 from distav.settings import Settings
 
 __all__ = ["check", "load", "to_yaml"]
@@ -111,6 +111,7 @@ def check(settings: Settings) -> None:
         "optim.grad_clip": settings.optim.grad_clip,
         "model.num_categories": settings.model.num_categories,
         "monitor.media_clips": settings.monitor.media_clips,
+        "bank.replicate_below_mib": settings.bank.replicate_below_mib,
     }
     for key, value in none_below_zero.items():
         _require(value >= 0, key, value, "0 or more")
@@ -151,8 +152,14 @@ def _check_phase(name: str, phase: PhaseSettings) -> None:
             _require(0 <= value <= 1, where, value, "0 to 1")
         elif key in ("epochs", "neighbors"):
             _require(value >= 1, where, value, "a whole number from 1 up")
-        elif key.endswith(("weight", "scale", "ramp")) or key == "refine_neighbors":
+        elif key.endswith(("weight", "scale", "ramp", "memory")) or key in ("refine_neighbors", "negatives"):
             _require(value >= 0, where, value, "0 or more")
+
+    if isinstance(phase, ContrastivePhase) and phase.negatives and phase.soft_targets is not SoftTargets.none:
+        raise UserError(
+            f"phases.{name}.negatives={phase.negatives}: drawn rows go with hard targets alone; set "
+            f"phases.{name}.soft_targets=none, or negatives=0 for the whole bank."
+        )
 
 
 def _require(right: bool, key: str, value: object, allowed: str) -> None:

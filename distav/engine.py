@@ -38,8 +38,6 @@ def deepspeed_config(settings: Settings, world: World) -> dict[str, Any]:
     for key in DERIVED_KEYS:
         if key in chosen.extra:
             raise UserError(f"deepspeed.extra.{key} follows from `optim`; set optim.* instead.")
-    on_gpu = world.device.type == "cuda"
-    bf16 = chosen.precision is Precision.bf16 or (chosen.precision is Precision.auto and on_gpu)
     config: dict[str, Any] = {
         "train_batch_size": optim.global_batch,
         "train_micro_batch_size_per_gpu": check_batch(optim.global_batch, optim.accumulation, world.num_ranks),
@@ -49,12 +47,18 @@ def deepspeed_config(settings: Settings, world: World) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": chosen.zero_stage},
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": trains_in_bf16(settings, world)},
     }
     for key, value in chosen.extra.items():
         both = isinstance(value, dict) and isinstance(config.get(key), dict)
         config[key] = {**config[key], **value} if both else value
     return config
+
+
+def trains_in_bf16(settings: Settings, world: World) -> bool:
+    """Whether the model runs in bfloat16."""
+    precision = settings.deepspeed.precision
+    return precision is Precision.bf16 or (precision is Precision.auto and world.device.type == "cuda")
 
 
 class Engine:

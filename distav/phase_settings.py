@@ -52,7 +52,11 @@ class ContrastivePhase:
     lr_scale: float = 1.0
     """Factor on `optim.lr`."""
     temperature: float = 0.07
-    """Divides the similarities of the instance loss (AVID: 0.07)."""
+    """Divides the similarities of the instance loss (AVID: 0.07); where `model.learn_temperature`, the model's does."""
+    negatives: int = 0
+    """Rows drawn for each sample in place of the whole bank (AVID: 1024); 0 uses all, and is exact."""
+    mask_unvisited: bool = False
+    """Leave rows that were never written out of the softmax; they start as random directions."""
     soft_targets: SoftTargets = SoftTargets.cycle
     """Soft targets over the bank (RAVID keeps cycle)."""
     soft_weight: float = 0.5
@@ -77,6 +81,8 @@ class ContrastivePhase:
     """Weight of the category-level loss (CC: 1)."""
     category_temperature: float = 1.0
     """Divides the similarities of the category-level loss (CC: 1)."""
+    category_memory: float = 1.0
+    """Weight of the bank's stored categories beside the batch's in the category-level loss; 0 leaves them out."""
     category_ramp: float = 0.1
     """Share of the phase over which the category-level loss fades in."""
     balance_weight: float = 1.0

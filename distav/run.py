@@ -19,12 +19,12 @@ from distav.data.format import ShardSet, Split, write_atomically
 from distav.data.labels import Labels, load_labels
 from distav.data.loader import Loader
 from distav.data.order import TrainingOrder, check_batch
-from distav.engine import Engine
+from distav.engine import Engine, trains_in_bf16
 from distav.errors import UserError
 from distav.memory.bank import Bank
 from distav.models.av import AVModel
 from distav.monitor import Monitor
-from distav.phase_settings import CorrectionPhase
+from distav.phase_settings import ContrastivePhase, CorrectionPhase
 from distav.settings import Settings
 from distav.world import World, broadcast, gather_objects, rank, wait_for_all
 
@@ -156,7 +156,7 @@ def opened(settings: Settings, world: World) -> Iterator[Run]:
         rate = data.train.sample_rate_hz
         num_classes = len(data.shards.classes)
         engine = Engine(lambda: AVModel(settings.model, settings.data, rate, num_classes), settings, world)
-        bank = Bank(len(data.train), settings.model.embed_dim, settings.bank.momentum, world.device, settings.run.seed)
+        bank = _bank(settings, world, len(data.train), num_classes)
         position, notes = checkpoint.restore(folder / "checkpoints", engine, bank)
         micro = check_batch(settings.optim.global_batch, settings.optim.accumulation, world.num_ranks)
         loader = Loader(data.train, settings.data, settings.augment, settings.run.seed, micro, world.device)
@@ -169,6 +169,22 @@ def opened(settings: Settings, world: World) -> Iterator[Run]:
             loader.close()
     finally:
         monitor.close()
+
+
+def _bank(settings: Settings, world: World, num_samples: int, num_classes: int) -> Bank:
+    size = 2 * num_samples * settings.model.embed_dim * 4
+    contrastive = [phase for phase in settings.phases.values() if isinstance(phase, ContrastivePhase)]
+    remembers = any(phase.category_memory for phase in contrastive)
+    return Bank(
+        num_samples,
+        settings.model.embed_dim,
+        settings.bank.momentum,
+        world.device,
+        settings.run.seed,
+        num_categories=(settings.model.num_categories or num_classes) if remembers else 0,
+        replicated=size <= settings.bank.replicate_below_mib * 2**20,
+        dtype=torch.bfloat16 if world.device.type == "cuda" and trains_in_bf16(settings, world) else torch.float32,
+    )
 
 
 def _claim_folder(folder: Path, settings: Settings, world: World) -> None:

@@ -174,6 +174,8 @@ class ModelSettings:
     """Width of the hidden layers of the heads."""
     num_categories: int = 0
     """Categories K of the category-level head; 0: as many as classes."""
+    learn_temperature: bool = False
+    """Learn the temperature of the instance loss, from 0.07 within 0.01 to 1, in place of the phase's."""
     dropout: float = 0.5
     """Dropout before the classifiers."""
     activation_checkpointing: bool = False
@@ -186,6 +188,8 @@ class BankSettings:
 
     momentum: float = 0.5
     """Share of the old row kept at each visit (AVID: 0.5)."""
+    replicate_below_mib: int = 256
+    """Every rank holds all embeddings up to this size in MiB, so that the loss needs no traffic; 0 always shards."""
 
 
 @dataclass

@@ -7,7 +7,7 @@ Legend: W ranks, b rows on this rank, B rows on all ranks.
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -111,6 +111,22 @@ def own_rows(whole: Tensor) -> Tensor:
     """Return this rank's part of rows gathered by `gather_rows`: [B, ...] -> [b, ...]."""
     size = len(whole) // num_ranks()
     return whole[rank() * size : (rank() + 1) * size]
+
+
+def exchange(rows: Tensor, to: Sequence[int] | None = None, of: Sequence[int] | None = None) -> Tensor:
+    """Send a part of the rows to each rank and return what the ranks sent here, in rank order; no gradient.
+
+    Args:
+        rows: [s, ...], the parts in rank order.
+        to: rows that go to each rank; equal parts where None.
+        of: rows that come from each rank; as many as are sent to it where None.
+    """
+    if num_ranks() == 1:
+        return rows
+    rows = rows.detach().contiguous()
+    came = rows.new_empty(sum(of) if of is not None else len(rows), *rows.shape[1:])
+    dist.all_to_all_single(came, rows, of and list(of), to and list(to))
+    return came
 
 
 def sum_(values: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The category-level contrastive loss over the global batch (Li et al. 2021, "Contrastive Clustering", equation 6).
 
 The two views are the two modalities. Cosines between category columns need only K x K Gram matrices, which ranks add
-up; rows are never gathered. Legend: b rows of this rank, K categories.
+up; rows are never gathered, and the bank's rows enter by sums that are kept beside it.
+Legend: b rows of this rank, B of all ranks, K categories.
 """
 
 import math
@@ -29,27 +30,50 @@ class CategoryLoss:
     row_entropy: Tensor
 
 
-def category_loss(visual: Tensor, audio: Tensor, weights: Tensor, temperature: float) -> CategoryLoss:
+def weighted_shares(visual: Tensor, audio: Tensor, weights: Tensor) -> Tensor:
+    """Return the rows that form the columns, sqrt(w) softmax(logits): [b, K] twice -> [b, 2, K]."""
+    return torch.stack([visual.softmax(1), audio.softmax(1)], dim=1) * weights.clamp_min(0).sqrt()[:, None, None]
+
+
+def category_loss(
+    visual: Tensor,
+    audio: Tensor,
+    weights: Tensor,
+    temperature: float,
+    memory: tuple[Tensor, int] | None = None,
+    memory_weight: float = 1.0,
+) -> CategoryLoss:
     """Compare how the two modalities use the categories.
+
+    With the bank's stored rows the columns are as if each batch row came with `memory_weight` average rows of the
+    bank: G = G_batch + memory_weight B G_bank / N_bank. The batch alone says little about columns where B < 5 K.
 
     Args:
         visual, audio: [b, K] category logits.
         weights: [b] weight of each pair; 0 for masked rows. Rows are scaled by its root before columns are formed.
         temperature: tau_c.
+        memory: Gram matrices [3, K, K] of this rank's bank rows that are not in the batch, and their number.
+        memory_weight: how much they count.
     """
-    shares = {"visual": visual.softmax(1), "audio": audio.softmax(1)}
+    shares = visual.softmax(1), audio.softmax(1)
     scale = weights.clamp_min(0).sqrt()[:, None]
-    u, z = shares["visual"] * scale, shares["audio"] * scale
+    u, z = shares[0] * scale, shares[1] * scale
     present = (weights > 0).float()[:, None]
-    entropies = [-(each * each.clamp_min(1e-12).log() * present).sum() for each in shares.values()]
+    logs = visual.log_softmax(1), audio.log_softmax(1)
+    entropies = [-(each * log * present).sum() for each, log in zip(shares, logs, strict=True)]
     num = visual.shape[1]
-    local = [u.T @ u, u.T @ z, z.T @ z, torch.stack([(each * present).sum(0) for each in shares.values()])]
-    tail = torch.stack([*entropies, present.sum()])
-    packed = sum_across(torch.cat([part.flatten() for part in [*local, tail]]))
-    sizes = [num * num] * 3 + [2 * num, 3]
-    uu, uz, zz, marginal, sums = packed.split(sizes)
-    uu, uz, zz = (each.view(num, num) for each in (uu, uz, zz))
+    local = [u.T @ u, u.T @ z, z.T @ z, torch.stack([(each * present).sum(0) for each in shares])]
+    stored, held = memory if memory else (visual.new_zeros(0), 0)
+    tail = torch.stack([*entropies, present.sum(), present.new_tensor(float(held))])
+    packed = sum_across(torch.cat([part.flatten() for part in [*local, tail, stored.to(u.dtype)]]))
+    products, marginal, sums, stored = packed.split([3 * num * num, 2 * num, 4, stored.numel()])
     count = sums[2].clamp_min(1)
+    products = products.view(3, num, num)
+    if memory:
+        products = (
+            products + stored.view(3, num, num).detach() * (memory_weight * count / sums[3].clamp_min(1)).detach()
+        )
+    uu, uz, zz = products
     marginal = marginal.view(2, num) / count
     norm_u, norm_z = uu.diagonal().clamp_min(1e-12).sqrt(), zz.diagonal().clamp_min(1e-12).sqrt()
     same_u = uu / (norm_u[:, None] * norm_u) / temperature

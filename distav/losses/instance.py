@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distav.memory.bank import Bank
+from distav.memory.bank import Bank, Visitors
+from distav.memory.sampled import sampled_attend
 from distav.memory.softmax import attend, merge_across_ranks
 from distav.world import gather_rows, own_rows, sum_
+
+MODALITIES = ("visual", "audio")
+DIRECTIONS: tuple[tuple[str, str], ...] = (("visual", "audio"), ("audio", "visual"))
 
 
 @dataclass(frozen=True)
@@ -31,28 +35,49 @@ class SoftTargets:
     excludes_self: bool = False
 
 
+@dataclass(frozen=True)
+class Negatives:
+    """Rows drawn in place of the whole bank, as AVID does.
+
+    Attributes:
+        number: M of each sample, drawn with replacement from all other ids, the same for both directions.
+        seed: seeds the draw.
+        step: the training step, another draw each.
+    """
+
+    number: int
+    seed: int
+    step: int
+
+
 class _KnownGradient(torch.autograd.Function):
     """A loss whose gradient was found along with its value."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, losses: Tensor, gradients: Tensor) -> Tensor:
-        ctx.save_for_backward(gradients)
+    def forward(ctx: Any, queries: Tensor, temperature: Tensor, losses: Tensor, gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(queries, temperature, gradients)
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (known,) = ctx.saved_tensors
-        return gradients[0][:, None] * known, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        queries, temperature, known = ctx.saved_tensors
+        by_temperature = None
+        if ctx.needs_input_grad[1]:  # d loss / d tau = -(q . d loss / d q) / tau
+            by_temperature = -(gradients[0] * (queries * known).sum(1)).sum() / temperature
+        return gradients[0][:, None] * known, by_temperature, None, None
 
 
 def instance_losses(
     bank: Bank,
-    ids: Tensor,
+    visitors: Visitors,
     visual: Tensor,
     audio: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     softness: Tensor | None = None,
     soft: SoftTargets | None = None,
+    *,
+    negatives: Negatives | None = None,
+    mask_unvisited: bool = False,
 ) -> Tensor:
     """Return each sample's loss in both directions, exact over all rows.
 
@@ -61,56 +86,83 @@ def instance_losses(
 
     Args:
         bank: holds the targets; not changed here.
-        ids: [b] int64.
+        visitors: this batch of all ranks.
         visual, audio: [b, D] unit vectors, with gradient.
-        temperature: tau.
-        softness: [b] share s of the soft target, 0..1; None for hard targets.
+        temperature: tau; a tensor of no dimensions gets a gradient.
+        softness: [b] share s of the soft target, 0..1; None for hard targets, on all ranks alike.
         soft: how S is made.
+        negatives: draw that many rows instead of using all; hard targets only.
+        mask_unvisited: leave rows that were never written out of the softmax; samples that were never seen before
+            then have no loss.
 
     Returns:
         [b] losses, the sum of picture-to-sound and sound-to-picture.
     """
-    queries = {"visual": gather_rows(visual), "audio": gather_rows(audio)}
-    all_ids = gather_rows(ids)
-    rows = {name: bank.fetch(name, all_ids) for name in ("visual", "audio")}
-    shares = gather_rows(softness) if softness is not None and soft and soft.kind != "none" else None
-    total = torch.zeros_like(own_rows(queries["visual"][:, 0]))
-    for own, other, with_gradient in (("visual", "audio", visual), ("audio", "visual", audio)):
-        keys = bank.columns[other]
-        lse, expected = merge_across_ranks(*attend(queries[own], keys, keys, temperature))
+    tau = float(temperature.detach()) if isinstance(temperature, Tensor) else temperature
+    learnt = temperature if isinstance(temperature, Tensor) else visual.new_tensor(tau)
+    queries = {"visual": visual, "audio": audio}
+    rows: dict[str, Tensor] = dict(zip(MODALITIES, bank.fetch(MODALITIES, visitors.ids), strict=True))
+    seen = None
+    if mask_unvisited:
+        seen = bank.held_column("visits") > 0
+    if negatives:
+        number, seed, step = negatives.number, negatives.seed, negatives.step
+        found = sampled_attend(bank, visitors, rows, DIRECTIONS, tau, number, seed, step)
+    else:
+        bias = None if seen is None else _closed(seen)
+        every = queries if bank.replicated else {"visual": visitors.visual, "audio": visitors.audio}
+        found = [attend(every[own], bank.keys(other), bank.keys(other), tau, bias=bias) for own, other in DIRECTIONS]
+        if softness is not None and soft is not None and soft.kind != "none":
+            found += _soft_rows(bank, soft, every, rows, visitors.ids, seen)
+        if not bank.replicated:
+            found = merge_across_ranks(found)
+    total = torch.zeros_like(visual[:, 0])
+    for each, (own, other) in enumerate(DIRECTIONS):
+        lse, expected = found[each]
         target = rows[other]
-        if shares is not None and soft is not None and bool((shares > 0).any()):
-            softened = _soft_rows(bank, soft, own, other, queries, rows, all_ids)
-            target = torch.lerp(target, softened, shares[:, None])
-        losses = lse - (queries[own] * target).sum(1) / temperature
-        gradients = (expected - target) / temperature
-        total = total + _KnownGradient.apply(with_gradient, own_rows(losses), own_rows(gradients))
+        if len(found) == 4 and softness is not None:
+            target = torch.lerp(target, found[2 + each][1], softness[:, None])
+        losses = lse - (queries[own].detach() * target).sum(1) / tau
+        total = total + _KnownGradient.apply(queries[own], learnt, losses, (expected - target) / tau)
+    if seen is not None:
+        known = bank.fetch(("visits",), visitors.ids)[0] > 0
+        total = torch.where(known, total, torch.zeros_like(total))
     return total
+
+
+def _closed(seen: Tensor) -> Tensor:
+    return torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, -torch.inf)
 
 
 def _soft_rows(
     bank: Bank,
     soft: SoftTargets,
-    own: str,
-    other: str,
     queries: dict[str, Tensor],
     rows: dict[str, Tensor],
     ids: Tensor,
-) -> Tensor:
-    """Return sum_j S(j|i) row_j over the other modality's rows, for queries of `own`: [B, D]."""
-    bias = None
-    if soft.kind == "bootstrapping":
-        asked, keys = queries[own], other
-    elif soft.kind == "swapped":
-        asked, keys = queries[other], own
-    elif soft.kind == "neighbour":
-        asked, keys = rows[own], own
-    else:  # Cycle: the query's own pair term is the same for all j and cancels.
-        asked, keys = rows[other], other
-        bias = (bank.columns["visual"] * bank.columns["audio"]).sum(1) / soft.cycle_temperature
-    exclude = bank.local(ids) if soft.excludes_self else None
-    found = attend(asked, bank.columns[keys], bank.columns[other], soft.temperature, bias=bias, exclude=exclude)
-    return merge_across_ranks(*found)[1]
+    seen: Tensor | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return, for each direction, the softmax S over this rank's rows and sum_j S(j|i) row_j of the other modality."""
+    bias = None if seen is None else _closed(seen)
+    if soft.kind == "cycle":  # The query's own pair term is the same for all j and cancels.
+        pairs = bank.held_column("pair_similarity") / soft.cycle_temperature
+        bias = pairs if bias is None else bias + pairs
+    if soft.kind in ("neighbour", "cycle") and not bank.replicated:
+        both = gather_rows(torch.cat([rows["visual"], rows["audio"]], dim=1)).chunk(2, dim=1)
+        rows = dict(zip(MODALITIES, both, strict=True))
+    asked_ids = own_rows(ids) if bank.replicated else ids
+    exclude = bank.place(asked_ids) if soft.excludes_self else None
+    found = []
+    for own, other in DIRECTIONS:
+        asked, compared = {
+            "bootstrapping": (queries[own], other),
+            "swapped": (queries[other], own),
+            "neighbour": (rows[own], own),
+            "cycle": (rows[other], other),
+        }[soft.kind]
+        keys, values = bank.keys(compared), bank.keys(other)
+        found.append(attend(asked, keys, values, soft.temperature, bias=bias, exclude=exclude))
+    return found
 
 
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:

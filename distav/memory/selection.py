@@ -175,9 +175,7 @@ def _guessed_rank(expected: float) -> int:
     return math.ceil(((4 + math.sqrt(16 + 4 * expected)) / 2) ** 2)
 
 
-def _by_tile(
-    barred: tuple[Tensor, Tensor], unusable: Tensor, num_tiles: int
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _by_tile(barred: tuple[Tensor, Tensor], unusable: Tensor, num_tiles: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Split barred pairs and unusable keys by tile: rows, columns, and columns that are barred in every row."""
     rows, places = barred
     order = (places % num_tiles).argsort(stable=True)

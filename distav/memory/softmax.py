@@ -1,17 +1,16 @@
-"""Exact softmax over every row of the sharded bank, without a matrix of logits.
+"""Exact softmax over every row of the bank, without a matrix of logits.
 
 Bank rows get no gradient, so the softmax of a query over all rows is one attention pass with the rows as keys and
 values: it returns the log-partition `lse` and the expected row `out = sum_j P_j value_j`, from which both a loss and
-its gradient follow. Chunks and ranks are merged by the same rule. Legend: B queries, n rows, D width.
+its gradient follow. Parts of a shard and shards of ranks are merged by the same rule.
+Legend: b queries of this rank, B of all ranks, n rows of this rank, D width.
 """
 
 import torch
 from torch import Tensor
 
-from distav.world import max_, num_ranks, sum_
-
-TILE = 4096
-"""Rows scored at a time."""
+from distav.memory.attention import BACK_ENDS, Asked, BackEnd, best_back_end, merge
+from distav.world import exchange, num_ranks
 
 
 def attend(
@@ -22,51 +21,58 @@ def attend(
     *,
     bias: Tensor | None = None,
     exclude: Tensor | None = None,
-    tile: int = TILE,
+    back_end: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """Softmax-average the values of this rank's rows in one pass, in float32, O(B * tile) memory.
+    """Softmax-average the values of this rank's rows in one pass of 4 B n D operations, in O(B D) memory.
 
     Args:
         queries: [B, D].
-        keys: [n, D].
-        values: [n, D].
+        keys: [n, D] float32, or bfloat16 on a GPU, where it is several times as fast; sums are in float32.
+        values: [n, D] of the same dtype.
         temperature: divides the dot products.
         bias: [n] added to the logits of each row; -inf leaves a row out.
-        exclude: [B] int64 row that a query must not see, or -1.
-        tile: rows scored at a time.
+        exclude: [B] or [B, E] int64 rows that a query must not see, or -1.
+        back_end: name of a back end in `distav.memory.attention`; the best one where empty.
 
     Returns:
-        lse [B] (-inf where no row is seen) and out [B, D].
+        lse [B] (-inf where no row is seen) and out [B, D], float32.
+
+    Raises:
+        ValueError: for a temperature that is not positive, or a back end that cannot do this.
     """
-    queries = queries.float() / temperature
-    top = queries.new_full((len(queries),), -torch.inf)
-    total = torch.zeros_like(top)
-    out = queries.new_zeros(len(queries), values.shape[1])
-    for start in range(0, len(keys), tile):
-        logits = queries @ keys[start : start + tile].float().T
-        if bias is not None:
-            logits += bias[start : start + tile]
-        if exclude is not None:
-            column = exclude - start
-            hit = (column >= 0) & (column < logits.shape[1])
-            logits[hit.nonzero().squeeze(1), column[hit]] = -torch.inf
-        higher = torch.maximum(top, logits.amax(1))
-        anchor = higher.masked_fill(higher == -torch.inf, 0.0)
-        logits.sub_(anchor[:, None]).exp_()
-        keep = (top - anchor).exp()
-        total = total * keep + logits.sum(1)
-        out = torch.addmm(out * keep[:, None], logits, values[start : start + tile].float())
-        top = higher
-    return top + total.log(), out / total.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature:g} must be above 0")
+    if not keys.is_cuda and keys.dtype is torch.bfloat16:  # CPUs multiply bfloat16 a hundred times as slowly.
+        keys, values = keys.float(), values.float()
+    if exclude is not None and exclude.dim() == 1:
+        exclude = exclude[:, None]
+    bias = None if bias is None else bias.to(keys.dtype)
+    asked = Asked(queries.detach(), keys, values, 1 / temperature, bias, exclude)
+    chosen = _named(back_end, asked) if back_end else best_back_end(asked)
+    return chosen.run(asked)
 
 
-def merge_across_ranks(lse: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge what every rank found over its own rows: lse [B], out [B, D] -> the same over all rows."""
-    if num_ranks() == 1:
-        return lse, out
-    top = max_(lse.clone())
-    anchor = top.masked_fill(top == -torch.inf, 0.0)
-    share = (lse - anchor).exp()
-    both = sum_(torch.cat([share[:, None], out * share[:, None]], dim=1))
-    total = both[:, 0]
-    return anchor + total.log(), both[:, 1:] / total.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+def _named(name: str, asked: Asked) -> BackEnd:
+    for each in BACK_ENDS:
+        if each.name == name and each.suits(asked):
+            return each
+    able = [each.name for each in BACK_ENDS if each.suits(asked)]
+    raise ValueError(f"back_end={name} cannot do this here; these can: {', '.join(able)}")
+
+
+def merge_across_ranks(found: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Merge what every rank found over its own rows, each rank for its own queries.
+
+    Args:
+        found: lse [B] and out [B, D] of the queries of all ranks over this rank's rows, once for each softmax.
+
+    Returns:
+        lse [b] and out [b, D] of this rank's queries over all rows. All of it takes one exchange, in which a rank
+        sends (W - 1) b (D + 1) numbers for each softmax.
+    """
+    ranks = num_ranks()
+    if ranks == 1:
+        return found
+    packed = torch.stack([torch.cat([lse[:, None], out], dim=1) for lse, out in found], dim=1)
+    parts = exchange(packed).view(ranks, -1, *packed.shape[1:])
+    return [merge(parts[:, :, each, 0], parts[:, :, each, 1:]) for each in range(len(found))]

@@ -3,6 +3,9 @@
 Legend: B clips, E tower width, D embedding width, K categories, C classes.
 """
 
+import math
+
+import torch
 from torch import Tensor, nn
 
 from distav.models.audio import build_audio
@@ -10,7 +13,8 @@ from distav.models.heads import CategoryHead, Classifiers, Projection
 from distav.models.visual import build_visual
 from distav.settings import DataSettings, ModelSettings
 
-HEADS = ("project_visual", "project_audio", "categorise_visual", "categorise_audio", "classify")
+HEADS = ("project_visual", "project_audio", "categorise_visual", "categorise_audio", "classify", "log_temperature")
+TEMPERATURE, TEMPERATURE_MIN = 0.07, 0.01
 
 
 class AVModel(nn.Module):
@@ -29,6 +33,8 @@ class AVModel(nn.Module):
         self.categorise_visual = CategoryHead(widths[0], hidden, num_categories)
         self.categorise_audio = CategoryHead(widths[1], hidden, num_categories)
         self.classify = Classifiers(*widths, num_classes, settings.dropout)
+        if settings.learn_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor([math.log(TEMPERATURE)]))
 
     def forward(self, frames: Tensor, sound: Tensor, seeds: Tensor) -> dict[str, Tensor]:
         """Run towers and heads.
@@ -40,10 +46,14 @@ class AVModel(nn.Module):
 
         Returns:
             visual_features, audio_features [B, E]; visual, audio [B, D] unit vectors; visual_categories,
-            audio_categories [B, K] logits; logits, visual_logits, audio_logits [B, C].
+            audio_categories [B, K] logits; logits, visual_logits, audio_logits [B, C]; and, where it is learnt, the
+            temperature of the instance loss, a number.
         """
         visual, audio = self.visual(frames), self.audio(sound, seeds)
         both, by_picture, by_sound = self.classify(visual, audio, seeds)
+        learnt = {}
+        if hasattr(self, "log_temperature"):
+            learnt["temperature"] = self.log_temperature.clamp(math.log(TEMPERATURE_MIN), 0.0).exp().squeeze(0)
         return {
             "visual_features": visual,
             "audio_features": audio,
@@ -54,6 +64,7 @@ class AVModel(nn.Module):
             "logits": both,
             "visual_logits": by_picture,
             "audio_logits": by_sound,
+            **learnt,
         }
 
 

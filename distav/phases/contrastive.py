@@ -5,13 +5,13 @@ from torch import Tensor
 
 from distav.data.loader import Batch
 from distav.evaluate import auroc
-from distav.losses.category import CategoryLoss, category_agreement, category_loss
-from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
+from distav.losses.category import CategoryLoss, category_agreement, category_loss, weighted_shares
+from distav.losses.instance import Negatives, SoftTargets, instance_losses, weighted_mean
+from distav.memory.bank import Visitors
 from distav.phase_settings import ContrastivePhase, Estimator
 from distav.phases.loop import Losses, train
 from distav.robust.correspondence import cdf_correspondence, gmm_correspondence, sample_weights
 from distav.run import Run
-from distav.world import gather_rows
 
 
 def run_contrastive(run: Run, name: str, settings: ContrastivePhase) -> None:
@@ -25,20 +25,30 @@ def run_contrastive(run: Run, name: str, settings: ContrastivePhase) -> None:
 
     def losses_of(batch: Batch, progress: float) -> Losses:
         outputs = run.engine(batch)
+        bank, pair = run.bank, (outputs["visual"], outputs["audio"])
+        visitors = Visitors.gather(batch.ids, batch.valid, *pair)
         trust = ramp(progress, settings.trust_after, settings.trust_ramp)
-        ids = gather_rows(batch.ids)
-        believed = run.bank.fetch("correspondence", ids)
-        mine = believed.view(run.world.num_ranks, -1)[run.world.rank]
+        believed = bank.fetch(("correspondence",), visitors.ids)[0]
         present = batch.valid.float()
-        weights = present * (1 + trust * (sample_weights(mine, settings.weight_min) - 1))
-        softness = trust * settings.soft_weight * (1 - mine)
+        weights = present * (1 + trust * (sample_weights(believed, settings.weight_min) - 1))
+        softens = trust > 0 and settings.estimator is not Estimator.none
         each = instance_losses(
-            run.bank, batch.ids, outputs["visual"], outputs["audio"], settings.temperature, softness, soft
+            bank,
+            visitors,
+            *pair,
+            outputs.get("temperature", settings.temperature),
+            trust * settings.soft_weight * (1 - believed) if softens else None,
+            soft,
+            negatives=Negatives(settings.negatives, run.settings.run.seed, run.position.total_steps)
+            if settings.negatives
+            else None,
+            mask_unvisited=settings.mask_unvisited,
         )
-        visit(run, batch, outputs)
         instance = weighted_mean(each, weights)
         logits = outputs["visual_categories"], outputs["audio_categories"]
-        category = category_loss(*logits, weights, settings.category_temperature)
+        memory = bank.other_assignments(visitors.ids) if settings.category_memory else None
+        category = category_loss(*logits, weights, settings.category_temperature, memory, settings.category_memory)
+        bank.update(visitors, category_agreement(*logits), weighted_shares(*logits, weights))
         fade = ramp(progress, 0.0, settings.category_ramp)
         loss = instance + fade * _weighed(category, settings)
         return {
@@ -71,18 +81,6 @@ def ramp(progress: float, start: float, length: float) -> float:
     if progress < start:
         return 0.0
     return min(1.0, (progress - start) / length) if length else 1.0
-
-
-def visit(run: Run, batch: Batch, outputs: dict[str, Tensor]) -> None:
-    """Move the bank's rows towards the embeddings of the global batch."""
-    agreement = category_agreement(outputs["visual_categories"], outputs["audio_categories"])
-    mine = torch.cat(
-        [outputs["visual"], outputs["audio"], agreement[:, None], batch.valid[:, None].float()], dim=1
-    ).detach()
-    ids, rows = gather_rows(batch.ids), gather_rows(mine)
-    dim = outputs["visual"].shape[1]
-    new = {"visual": rows[:, :dim], "audio": rows[:, dim : 2 * dim], "category_agreement": rows[:, -2]}
-    run.bank.update(ids, rows[:, -1] > 0, new)
 
 
 def estimate_correspondence(run: Run, settings: ContrastivePhase, trusted: bool) -> None:

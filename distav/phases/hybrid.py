@@ -4,14 +4,14 @@ import torch
 
 from distav.data.loader import Batch
 from distav.errors import UserError
+from distav.losses.category import category_agreement
 from distav.losses.instance import instance_losses, weighted_mean
 from distav.losses.supervised import hybrid_targets, soft_cross_entropy
+from distav.memory.bank import Visitors
 from distav.phase_settings import HybridPhase
-from distav.phases.contrastive import visit
 from distav.phases.loop import Losses, train
 from distav.robust.correspondence import sample_weights
 from distav.run import Run
-from distav.world import gather_rows, own_rows
 
 _WEIGHT_MIN = 0.25
 
@@ -34,9 +34,10 @@ def run_hybrid(run: Run, name: str, settings: HybridPhase) -> None:
     def losses_of(batch: Batch, progress: float) -> Losses:
         del progress
         outputs = run.engine(batch)
-        ids = gather_rows(batch.ids)
-        votes, by_picture, by_sound, believed = (
-            own_rows(run.bank.fetch(each, ids)) for each in ("votes", "visual_votes", "audio_votes", "correspondence")
+        bank, pair = run.bank, (outputs["visual"], outputs["audio"])
+        visitors = Visitors.gather(batch.ids, batch.valid, *pair)
+        votes, by_picture, by_sound, believed = bank.fetch(
+            ("votes", "visual_votes", "audio_votes", "correspondence"), visitors.ids
         )
         present = batch.valid.float()
         targets = hybrid_targets(given[batch.ids], votes, votes.amax(1))
@@ -50,10 +51,11 @@ def run_hybrid(run: Run, name: str, settings: HybridPhase) -> None:
         audio = weighted_mean(soft_cross_entropy(outputs["audio_logits"], audio_targets), present)
         losses = {"loss": both + visual + audio, "both": both, "visual": visual, "audio": audio}
         if settings.instance_weight:
-            each = instance_losses(run.bank, batch.ids, outputs["visual"], outputs["audio"], settings.temperature)
+            each = instance_losses(bank, visitors, *pair, settings.temperature)
             losses["instance"] = weighted_mean(each, present * sample_weights(believed, _WEIGHT_MIN))
             losses["loss"] = losses["loss"] + settings.instance_weight * losses["instance"]
-            visit(run, batch, outputs)
+            logits = outputs["visual_categories"], outputs["audio_categories"]
+            bank.update(visitors, category_agreement(*logits))
         return losses
 
     rate = run.settings.optim.lr * settings.lr_scale

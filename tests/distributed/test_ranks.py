@@ -4,16 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distav.losses.category import category_loss
-from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
-from distav.memory.bank import Bank
+from distav.losses.category import category_agreement, category_loss, weighted_shares
+from distav.losses.instance import Negatives, SoftTargets, instance_losses, weighted_mean
+from distav.memory.bank import Bank, Visitors
 from distav.memory.neighbors import nearest_neighbors
 from distav.memory.softmax import attend, merge_across_ranks
 from distav.models.av import AVModel
 from distav.models.layers import GlobalBatchNorm
 from distav.robust.correction import Voting, correct
 from distav.settings import AudioSettings, DataSettings, ModelSettings, VisualSettings
-from distav.world import gather_ragged_rows, num_ranks, own_rows, rank, row_range, sum_, sum_across
+from distav.world import gather_ragged_rows, gather_rows, num_ranks, own_rows, rank, row_range, sum_, sum_across
 from tests.helpers.spawn import on_ranks
 
 NUM, DIM = 37, 8
@@ -23,13 +23,13 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def losses_and_gradients() -> dict[str, torch.Tensor]:
+def losses_and_gradients(replicated: bool = False) -> dict[str, torch.Tensor]:
     """Run the loss of phase 1 on a small model over a global batch of 12; gradients averaged as DeepSpeed does."""
     torch.manual_seed(0)
     data = DataSettings(num_frames=2, frame_size=16, audio_s=0.25)
     settings = ModelSettings(VisualSettings(width=4), AudioSettings(width=4), embed_dim=DIM, hidden_dim=16)
     model = AVModel(settings, data, 8000, num_classes=5).train()
-    bank = Bank(NUM, DIM, 0.5, torch.device("cpu"), seed=4)
+    bank = Bank(NUM, DIM, 0.5, torch.device("cpu"), seed=4, num_categories=5, replicated=replicated)
     generator = torch.Generator().manual_seed(7)
     frames = torch.randint(0, 256, (12, 2, 16, 16, 3), dtype=torch.uint8, generator=generator)
     sound = torch.randn(12, 2000, generator=generator) * 0.1
@@ -40,20 +40,23 @@ def losses_and_gradients() -> dict[str, torch.Tensor]:
     softness = torch.rand(12, generator=generator)
     frames, sound, ids, weights, softness = map(own_rows, (frames, sound, ids, weights, softness))
     total = torch.zeros(())
-    for _ in range(2):
+    for step in range(2):
         model.zero_grad()
         out = model(frames, sound, ids + 1000)
-        each = instance_losses(bank, ids, out["visual"], out["audio"], 0.07, softness, SoftTargets("cycle", 0.1, 0.1))
-        category = category_loss(out["visual_categories"], out["audio_categories"], weights, 1.0)
+        visitors = Visitors.gather(ids, weights > 0, out["visual"], out["audio"])
+        pair = out["visual"], out["audio"]
+        logits = out["visual_categories"], out["audio_categories"]
+        total = torch.zeros(())
+        for kind in ("neighbour", "cycle"):
+            soft = SoftTargets(kind, 0.1, 0.1, excludes_self=kind == "neighbour")
+            total = total + weighted_mean(instance_losses(bank, visitors, *pair, 0.07, softness, soft), weights)
+        drawn = instance_losses(bank, visitors, *pair, 0.07, negatives=Negatives(16, 0, step), mask_unvisited=True)
+        category = category_loss(*logits, weights, 1.0, bank.other_assignments(visitors.ids), 1.0)
         supervised = F.cross_entropy(out["logits"], ids % 5, reduction="none")
-        total = weighted_mean(each, weights) + category.contrast + category.imbalance + category.row_entropy
-        total = total + weighted_mean(supervised, weights)
+        total = total + weighted_mean(drawn, weights) + weighted_mean(supervised, weights)
+        total = total + category.contrast + category.imbalance + category.row_entropy
         total.backward()
-        from distav.phases.contrastive import visit
-
-        batch = type("Batch", (), {"ids": ids, "valid": weights > 0})
-        run = type("Run", (), {"bank": bank})
-        visit(run, batch, out)  # type: ignore[arg-type]
+        bank.update(visitors, category_agreement(*logits), weighted_shares(*logits, weights))
     found = {
         f"grad {name}": sum_(each.grad.clone()) / num_ranks()
         for name, each in model.named_parameters()
@@ -61,16 +64,17 @@ def losses_and_gradients() -> dict[str, torch.Tensor]:
     }
     found |= {f"bank {name}": gather_ragged_rows(column) for name, column in bank.columns.items()}
     found |= {f"buffer {name}": each.clone() for name, each in model.named_buffers()}
+    found["categories of all"] = sum_(bank.assignments.gram.clone())
     return found | {"loss": sum_(total.detach().clone()) / num_ranks()}
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_losses_gradients_and_bank_equal_those_of_one_rank(ranks: int):
+@pytest.mark.parametrize(("ranks", "replicated"), [(2, False), (3, False), (4, False), (3, True)])
+def test_losses_gradients_and_bank_equal_those_of_one_rank(ranks: int, replicated: bool):
     alone = losses_and_gradients()
-    for together in on_ranks(ranks, losses_and_gradients):
+    for together in on_ranks(ranks, losses_and_gradients, replicated):
         assert together.keys() == alone.keys()
         for name, value in alone.items():
-            difference, size = (together[name] - value).norm(), value.norm()
+            difference, size = (together[name].double() - value).norm(), value.double().norm()
             assert difference <= 1e-3 * size + 5e-5, f"{name}: off by {difference} of {size}"
 
 
@@ -109,10 +113,11 @@ def test_neighbors_and_corrections_equal_those_of_one_rank():
 
 
 def attention_of_part(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    queries, keys = unit(4, DIM, seed=3), unit(rows, DIM, seed=4)
+    queries, keys = unit(12, DIM, seed=3), unit(rows, DIM, seed=4)
     own = row_range(rows)
     part = keys[own.start : own.stop]
-    return merge_across_ranks(*attend(queries, part, part, 0.05, tile=3))
+    found = merge_across_ranks([attend(queries, part, part, 0.05), attend(queries, part, part, 0.5)])
+    return gather_rows(found[0][0]), gather_rows(found[1][1])
 
 
 def attentions() -> list[torch.Tensor]:
@@ -142,6 +147,57 @@ def test_global_batch_norm_equals_that_of_the_whole_batch():
     for found in on_ranks(2, normalised_part):
         for ours, expected in zip(found, alone, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def bank_of_part(num: int) -> list[torch.Tensor]:
+    """More ranks than rows: fetch from, deliver to and write a bank in which some ranks own nothing."""
+    bank = Bank(num, DIM, 0.5, torch.device("cpu"), seed=4)
+    ids = torch.arange(12) % num
+    mine = own_rows(ids)
+    visual, audio = own_rows(unit(12, DIM, seed=5)), own_rows(unit(12, DIM, seed=6))
+    visitors = Visitors.gather(mine, torch.ones_like(mine, dtype=torch.bool), visual, audio)
+    losses = instance_losses(bank, visitors, visual, audio, 0.1)
+    bank.update(visitors, mine.float())
+    bank.columns["wide"] = torch.arange(bank.rows.start, bank.rows.stop)[:, None].expand(-1, 3).float()
+    fetched = bank.fetch(("category_agreement", "wide"), visitors.ids)
+    assert torch.equal(fetched[1], mine[:, None].expand(-1, 3).float())
+    delivered = bank.deliver(mine, visitors.ids)
+    assert torch.equal(delivered, ids[(ids >= bank.rows.start) & (ids < bank.rows.stop)])
+    return [gather_rows(losses), gather_rows(fetched[0]), *map(bank.whole, ("visits", "pair_similarity"))]
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_a_bank_may_have_fewer_rows_than_ranks(num: int):
+    alone = bank_of_part(num)
+    for found in on_ranks(4, bank_of_part, num):
+        for ours, expected in zip(found, alone, strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
+def saved_and_restored(parts: list[dict[str, torch.Tensor]] | None, replicated: bool) -> dict[str, torch.Tensor]:
+    """Return the state of this rank's bank, taken from the parts that other ranks saved."""
+    bank = Bank(NUM, DIM, 0.5, torch.device("cpu"), seed=9, num_categories=2, replicated=replicated)
+    if parts:
+        bank.restore(parts)
+        every = gather_ragged_rows(bank.columns["visual"])
+        held = every[bank.held.start : bank.held.stop]
+        assert torch.equal(bank.keys("visual"), held)
+    else:
+        ids, ones = torch.arange(6), torch.ones(6)
+        visitors = Visitors.gather(ids, ones > 0, unit(6, DIM, seed=1), unit(6, DIM, seed=2))
+        bank.update(visitors, ones, torch.rand(6, 2, 2, generator=torch.Generator().manual_seed(0)))
+        bank.columns["votes"] = torch.ones(len(bank.rows), 2)
+    return bank.state()
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+def test_state_goes_from_any_number_of_ranks_to_any_other(replicated: bool):
+    parts = on_ranks(3, saved_and_restored, None, replicated)
+    again = on_ranks(2, saved_and_restored, parts, replicated)
+    (alone,) = [saved_and_restored(again, False)]
+    for name in alone:
+        if name != "range":
+            assert torch.equal(torch.cat([part[name] for part in parts]), alone[name]), name
 
 
 def sum_with_gradient() -> tuple[float, float]:
