@@ -100,9 +100,10 @@ class Run:
             sizes, seed, settings.data.shuffle_block, settings.optim.global_batch, settings.optim.accumulation
         )
 
-    def begin_phase(self) -> None:
-        """Start the clock of a phase where a killed run left it."""
-        self._phase_began = time.monotonic() - self.notes.pop("seconds_in_phase", 0.0)
+    def begin_phase(self, afresh: bool = False) -> None:
+        """Start the clock of a phase: where a killed run left it, or afresh after another phase."""
+        before = self.notes.pop("seconds_in_phase", 0.0)
+        self._phase_began = time.monotonic() - (0.0 if afresh else before)
 
     def seconds_in_phase(self) -> float:
         """Return the seconds spent in this phase, those before a kill included up to the last checkpoint."""

@@ -5,7 +5,6 @@ Legend: B clips, T frames, H W pixels, N audio samples.
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import av
 import av.error
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from distav.data.augment import View
 from distav.data.format import Split
+from distav.data.reader import Encoded
 from distav.settings import DataSettings
 
 CPU_CODECS = ("mjpeg", "vp9")
@@ -29,14 +29,6 @@ SMALLEST_ON_GPU = 144
 
 class DecodeError(Exception):
     """DALI or PyAV could not decode a batch."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The members of one sample, as read."""
-
-    video: bytes
-    audio: bytes
 
 
 class ClipGraph:

@@ -1,13 +1,11 @@
-"""Batches from shards: byte ranges read by offset, checked by CRC-32, decoded and augmented by the DALI graph.
+"""Batches from shards: members read and checked, decoded and augmented by the DALI graph.
 
 A sample that cannot be used becomes a masked row, counted and named; the batch never gets shorter, so ranks never
 wait for one another. Legend: b rows of this rank, T frames, H W pixels, N audio samples.
 """
 
-import os
 import queue
 import threading
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -16,9 +14,10 @@ import torch
 from torch import Tensor
 
 from distav.data.augment import Viewer
-from distav.data.dali import ClipGraph, DecodeError, Encoded
+from distav.data.dali import ClipGraph, DecodeError
 from distav.data.format import Split
 from distav.data.order import PADDING, Ids
+from distav.data.reader import BadSample, Encoded, ShardReader
 from distav.seeding import sample_seeds
 from distav.settings import AugmentSettings, DataSettings
 
@@ -40,10 +39,6 @@ class Batch:
     frames: Tensor
     sound: Tensor
     seeds: Tensor
-
-
-class BadSample(Exception):
-    """A sample that cannot be used, with the reason."""
 
 
 @dataclass
@@ -68,16 +63,14 @@ class Loader:
         self.split, self.data, self.seed, self.device = split, data, seed, device
         self.viewer = Viewer(split, data, augment, seed)
         self.graph = ClipGraph(data, split, batch, device)
+        self.reader = ShardReader(split)
         self.quarantine = Quarantine()
-        self._files: dict[int, int] = {}
         self._spare: Encoded | None = None
         self._proven: Encoded | None = None
 
     def close(self) -> None:
         """Close the shard files."""
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
+        self.reader.close()
 
     def batches(self, plan: Iterable[tuple[Ids, int]]) -> Iterator[Batch]:
         """Yield a batch for each (ids, epoch), decoded ahead in a thread.
@@ -168,24 +161,7 @@ class Loader:
         if sample in self.quarantine.reasons:
             return None
         try:
-            return Encoded(self._member(sample, "video"), self._member(sample, "audio"))
+            return self.reader.read(sample)
         except BadSample as reason:
             self.quarantine.reasons[sample] = str(reason)
             return None
-
-    def _member(self, sample: int, kind: str) -> bytes:
-        columns = self.split.columns
-        shard = int(columns["shard"][sample])
-        path = self.split.shards[shard]
-        size = int(columns[f"{kind}_bytes"][sample])
-        try:
-            if shard not in self._files:
-                self._files[shard] = os.open(path, os.O_RDONLY)
-            content = os.pread(self._files[shard], size, int(columns[f"{kind}_offset"][sample]))
-        except OSError as error:
-            raise BadSample(f"{kind} unreadable in {path.name}: {error.strerror}") from None
-        if len(content) != size:
-            raise BadSample(f"{kind} truncated in {path.name}: {len(content)} of {size} bytes")
-        if zlib.crc32(content) != int(columns[f"{kind}_crc32"][sample]):
-            raise BadSample(f"{kind} altered in {path.name}: CRC-32 differs")
-        return content

@@ -1,5 +1,7 @@
 """Phase 1: noise-tolerant contrastive training, which looks at no label (NTL section "noise-tolerant contrastive")."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,18 @@ from distav.run import Run
 
 def run_contrastive(run: Run, name: str, settings: ContrastivePhase) -> None:
     """Train towers, projections and categories against the bank; estimate once an epoch which pairs correspond."""
+
+    def begin_epoch(epoch: int, progress: float) -> None:
+        del epoch
+        estimate_correspondence(run, settings, trusted=progress >= settings.trust_after)
+
+    rate = run.settings.optim.lr * settings.lr_scale
+    train(run, name, settings.epochs, (rate, rate), contrastive_losses(run, settings), begin_epoch)
+    estimate_correspondence(run, settings, trusted=True)
+
+
+def contrastive_losses(run: Run, settings: ContrastivePhase) -> Callable[[Batch, float], Losses]:
+    """Return the function that computes the losses of a batch at some progress of the phase and updates the bank."""
     soft = SoftTargets(
         settings.soft_targets.name,
         settings.soft_temperature,
@@ -59,13 +73,7 @@ def run_contrastive(run: Run, name: str, settings: ContrastivePhase) -> None:
             "row_entropy": category.row_entropy,
         }
 
-    def begin_epoch(epoch: int, progress: float) -> None:
-        del epoch
-        estimate_correspondence(run, settings, trusted=progress >= settings.trust_after)
-
-    rate = run.settings.optim.lr * settings.lr_scale
-    train(run, name, settings.epochs, (rate, rate), losses_of, begin_epoch)
-    estimate_correspondence(run, settings, trusted=True)
+    return losses_of
 
 
 def _weighed(category: CategoryLoss, settings: ContrastivePhase) -> Tensor:

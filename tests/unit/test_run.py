@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from distav import config
 from distav.engine import deepspeed_config
 from distav.errors import UserError
-from distav.run import Data
+from distav.run import Data, Run
 from distav.settings import Settings
 from distav.world import World
 from tests.helpers.launch import tiny_config
@@ -58,3 +59,17 @@ def test_deepspeeds_dictionary_follows_from_the_settings(settings):
 def test_batches_that_cannot_be_divided_are_named(settings, override: str, told: str):
     with pytest.raises(UserError, match=told):
         deepspeed_config(settings(override), TWO_RANKS)
+
+
+def test_the_clock_of_a_phase_goes_on_after_a_kill_but_not_into_the_next(monkeypatch: pytest.MonkeyPatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    run = Run.__new__(Run)
+    run.notes = {"seconds_in_phase": 30.0}  # as a checkpoint inside the phase left it
+    run.begin_phase()
+    now = 105.0
+    assert run.seconds_in_phase() == 35.0
+    run.notes["seconds_in_phase"] = run.seconds_in_phase()  # the last checkpoint before the phase ended
+    run.begin_phase(afresh=True)
+    now = 107.0
+    assert run.seconds_in_phase() == 2.0 and "seconds_in_phase" not in run.notes

@@ -1,0 +1,235 @@
+"""The exact loss over the bank, beside the matrix products that it cannot do without and beside dense cross-entropy.
+
+Legend: B queries, N bank rows, D width.
+"""
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from distav.bench.measure import Results, Setting
+from distav.bench.ranks import cpu_seconds, loopback_bytes, on_ranks
+from distav.losses.category import category_agreement, category_loss, weighted_shares
+from distav.losses.instance import SoftTargets, instance_losses
+from distav.memory.bank import Bank, Visitors
+from distav.world import gather_rows, num_ranks, own_rows
+
+TEMPERATURE = 0.07
+CATEGORIES = 300
+MEASURED_GLOO_STEPS = 3
+
+
+class Problem:
+    """A bank of random rows and a batch, the same on any number of ranks; each rank holds its part of the batch."""
+
+    def __init__(self, batch: int, rows: int, dim: int, device: torch.device, num_categories: int = 0):
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.bank = Bank(rows, dim, 0.5, device, seed=1, num_categories=num_categories, dtype=dtype)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randperm(rows, generator=generator)[:batch]
+        visual, audio = (F.normalize(torch.randn(batch, dim, generator=generator), dim=1) for _ in range(2))
+        logits = torch.randn(2, batch, max(1, num_categories), generator=generator)
+        self.ids, self.visual, self.audio = (own_rows(each).to(device) for each in (ids, visual, audio))
+        self.logits = own_rows(logits.transpose(0, 1)).transpose(0, 1).contiguous().to(device)
+        self.ones = torch.ones(len(self.ids), device=device)
+        self.tau = TEMPERATURE
+
+    def visitors(self) -> Visitors:
+        """Gather the batch."""
+        return Visitors.gather(self.ids, self.ones > 0, self.visual, self.audio)
+
+    def loss(self, soft: str = "") -> tuple[Tensor, Tensor, Tensor]:
+        """Return the summed loss of both directions and the gradients of both modalities."""
+        visual, audio = self.visual.clone().requires_grad_(), self.audio.clone().requires_grad_()
+        softness = 0.5 * self.ones if soft else None
+        losses = instance_losses(self.bank, self.visitors(), visual, audio, self.tau, softness, SoftTargets(soft))
+        losses.sum().backward()
+        assert visual.grad is not None and audio.grad is not None
+        return losses.detach(), visual.grad, audio.grad
+
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Do the same with a matrix of logits and autograd."""
+        visual, audio = self.visual.clone().requires_grad_(), self.audio.clone().requires_grad_()
+        losses = torch.zeros_like(self.ones)
+        for queries, other in ((visual, "audio"), (audio, "visual")):
+            logits = queries @ self.bank.columns[other].T / self.tau
+            losses = losses + F.cross_entropy(logits, self.ids, reduction="none")
+        losses.sum().backward()
+        assert visual.grad is not None and audio.grad is not None
+        return losses.detach(), visual.grad, audio.grad
+
+    def step(self, with_categories: bool) -> None:
+        """Loss, gradient and bank update, with or without the category-level loss."""
+        visual, audio = self.visual.clone().requires_grad_(), self.audio.clone().requires_grad_()
+        visitors = self.visitors()
+        loss = instance_losses(self.bank, visitors, visual, audio, self.tau).sum()
+        shares = None
+        if with_categories:
+            logits = self.logits.clone().requires_grad_()
+            memory = self.bank.other_assignments(visitors.ids)
+            category = category_loss(logits[0], logits[1], self.ones, 1.0, memory)
+            loss = loss + category.contrast + category.imbalance + category.row_entropy
+            with torch.no_grad():
+                shares = weighted_shares(logits[0], logits[1], self.ones)
+                agreement = category_agreement(logits[0], logits[1])
+        else:
+            agreement = self.ones
+        loss.backward()
+        self.bank.update(visitors, agreement, shares)
+
+    def floor(self) -> None:
+        """Do the matrix products of both directions alone, 4 B N D operations each, tile by tile."""
+        for queries, other in ((self.visual, "audio"), (self.audio, "visual")):
+            keys = self.bank.keys(other)
+            queries = queries.to(keys.dtype)
+            width = 2048 if keys.device.type == "cpu" else 2**17
+            logits = queries.new_empty(len(queries), width)
+            out = torch.zeros_like(queries)
+            for start in range(0, len(keys), width):
+                part = keys[start : start + width]
+                torch.mm(queries, part.T, out=logits[:, : len(part)])
+                out.addmm_(logits[:, : len(part)], part)
+
+
+def run(setting: Setting, batch: int, rows: int, dim: int, memory_rows: int, shard_rows: int) -> Results:
+    """Measure everything about the bank.
+
+    Args:
+        setting: device, threads, rounds.
+        batch, rows, dim: B, N, D of the timings.
+        memory_rows: N where memory is measured.
+        shard_rows: N of the bank that is spread over ranks.
+    """
+    results = Results(
+        "bank",
+        {"batch": batch, "rows": rows, "dim": dim, "threads": setting.threads, "device": setting.device.type},
+    )
+    problem = Problem(batch, rows, dim, setting.device)
+    candidates = {"matrix products": problem.floor, "loss + gradient": problem.loss}
+    if setting.device.type == "cpu":
+        candidates["dense cross-entropy"] = problem.dense
+    for kind in ("bootstrapping", "swapped", "neighbour", "cycle"):
+        candidates[f"loss + gradient, {kind}"] = lambda kind=kind: problem.loss(kind)
+    seconds = setting.interleaved(candidates)
+    operations = 8 * batch * rows * dim / 1e9
+    results.times(seconds, {"matrix products": (operations, "GFLOP/s")})
+    floor, plain = seconds["matrix products"], seconds["loss + gradient"]
+    on_cpu = setting.device.type == "cpu"
+    results.ratio("loss + gradient / matrix products", (plain, floor), "<= 1.25" if on_cpu else "<= 1.7")
+    if on_cpu:
+        results.ratio("dense cross-entropy / loss + gradient, time", (seconds["dense cross-entropy"], plain), ">= 3")
+    results.ratio("cycle-consistent / plain loss", (seconds["loss + gradient, cycle"], plain), "<= 2.2")
+    exact, dense = Problem(64, 4096, dim, setting.device), Problem(64, 4096, dim, setting.device)
+    worst = max(_difference(a, b) for a, b in zip(exact.loss(), dense.dense(), strict=True))
+    results.note("largest relative difference to dense", worst, "")
+
+    categories = Problem(batch, rows, dim, setting.device, CATEGORIES)
+    seconds = setting.interleaved(
+        {
+            "loss + gradient + update": lambda: categories.step(False),
+            f"the same with {CATEGORIES} categories": lambda: categories.step(True),
+        }
+    )
+    results.times(seconds)
+    plain, both = seconds.values()
+    results.ratio("instance + category / instance", (both, plain), "<= 1.1")
+    if on_cpu:
+        _memory(results, batch, memory_rows, dim)
+        _sharded(results, batch, shard_rows, dim, setting.rounds)
+    return results
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def _memory(results: Results, batch: int, rows: int, dim: int) -> None:
+    """Measure by how much the peak of a process grows, each way in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    grown = []
+    for way in ("loss", "dense"):
+        with context.Pool(1) as pool:
+            grown.append(pool.apply(_peak_growth, (way, batch, rows, dim)))
+    results.note(f"extra memory of loss + gradient, N={rows}", grown[0] / 2**20, "MiB")
+    results.note(f"extra memory of dense cross-entropy, N={rows}", grown[1] / 2**20, "MiB")
+    results.ratio("dense cross-entropy / loss + gradient, memory", grown[1] / grown[0], ">= 20")
+
+
+def _peak_growth(way: str, batch: int, rows: int, dim: int) -> int:
+    torch.set_num_threads(1)
+    Problem(8, 64, dim, torch.device("cpu")).loss()  # what the libraries allocate once
+    problem = Problem(batch, rows, dim, torch.device("cpu"))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _resident("VmRSS")
+    getattr(problem, way)()
+    return max(2**12, _resident("VmHWM") - before)
+
+
+def _resident(name: str) -> int:
+    """Return a size from the kernel's account of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def _sharded(results: Results, batch: int, rows: int, dim: int, rounds: int) -> None:
+    """Spread the bank over 2 and 4 processes: CPU time of all together, bytes on the wire, and the same numbers."""
+    (alone,) = on_ranks(1, sharded_part, batch, rows, dim, rounds)
+    results.note(f"one process, N={rows}", min(alone["seconds"]), "CPU-s")
+    for ranks in (2, 4):
+        parts = on_ranks(ranks, sharded_part, batch, rows, dim, rounds)
+        total = [sum(part["seconds"][number] for part in parts) for number in range(rounds)]
+        results.note(f"{ranks} ranks, N={rows}", min(total), "CPU-s")
+        results.ratio(f"{ranks} ranks / one process, CPU time of all", min(total) / min(alone["seconds"]), "<= 1.15")
+        wire = parts[0]["bytes"] / parts[0]["formula"]
+        results.note(f"{ranks} ranks, bytes on the wire a step", parts[0]["bytes"], "bytes")
+        results.note(f"{ranks} ranks, bytes by the formula", parts[0]["formula"], "bytes")
+        results.ratio(f"{ranks} ranks, bytes on the wire / formula", wire, "<= 1.02")
+        worst = max(_difference(a, b) for a, b in zip(parts[0]["found"], alone["found"], strict=True))
+        results.ratio(f"{ranks} ranks, largest relative difference", worst, "<= 1e-6")
+
+
+def sharded_part(batch: int, rows: int, dim: int, rounds: int) -> dict:
+    """Run the loss on this rank's part of the problem; returns times, numbers and traffic."""
+    problem = Problem(batch, rows, dim, torch.device("cpu"))
+    found = [gather_rows(each) for each in problem.loss()]
+    seconds = cpu_seconds(problem.loss, rounds)
+    return {"seconds": seconds, "found": found, "bytes": _traffic(problem), "formula": wire_bytes(problem)}
+
+
+def _traffic(problem: Problem) -> float:
+    """Return the bytes that a step puts on the loopback interface, all ranks together."""
+    if num_ranks() == 1:
+        return 0.0
+    dist.barrier()
+    time.sleep(0.2)
+    before = loopback_bytes()
+    time.sleep(0.2)
+    dist.barrier()
+    for _ in range(MEASURED_GLOO_STEPS):
+        problem.loss()
+    time.sleep(0.2)
+    dist.barrier()
+    return (loopback_bytes() - before) / MEASURED_GLOO_STEPS
+
+
+def wire_bytes(problem: Problem) -> int:
+    """Return the bytes that the loss of one step has to move, all ranks together.
+
+    Each rank receives the (2 D + 1) floats and the id of the (W - 1) b samples of others, sends them their parts of
+    two softmaxes, (D + 1) floats each, and gets the bank's rows of both modalities for those of its b samples that
+    another rank owns.
+    """
+    world, dim = num_ranks(), problem.visual.shape[1]
+    batch = len(problem.ids) * world
+    gathered = (world - 1) * batch * (4 * (2 * dim + 1) + 8)
+    parts = (world - 1) * batch * 2 * (dim + 1) * 4
+    owners = problem.bank._owner(gather_rows(problem.ids)).view(world, -1)
+    away = int((owners != torch.arange(world)[:, None]).sum())
+    return gathered + parts + away * 2 * dim * 4

@@ -1,0 +1,133 @@
+"""The command line of tools/bench.py."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from distav.bench.measure import Results, Setting
+from distav.errors import UserError
+
+_EPILOG = """Candidates take turns in one process with the same threads; ratios are medians over the rounds. One thread
+is timed by CPU time, more by the wall clock. exit status: 0 every bar is met; 3 one is missed; 1 or 2 it did not run.
+example: bench.py bank --json tools/results/bank.json
+example: bench.py neighbors --threads 2 --rows 20000"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one benchmark; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command == "readme":
+            from distav.bench.readme import write_section
+
+            write_section(options.readme, options.results)
+            return 0
+        results = _measured(options)
+    except UserError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f"bench: {error.name} is missing; pip install 'distav[bench]' brings it.", file=sys.stderr)
+        return 1
+    print(results.table())
+    if options.json:
+        results.save(options.json)
+    return 3 if any(ratio.get("met") is False for ratio in results.ratios.values()) else 0
+
+
+def _measured(options: argparse.Namespace) -> Results:
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda: PyTorch sees no GPU here; leave it out to measure on the CPU.")
+    for key, value in vars(options).items():
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"--{key.replace('_', '-')}={value}: allowed: from 1 up.")
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        return options.run(Setting(device, options.threads, options.rounds), options)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bank(setting: Setting, options: argparse.Namespace) -> Results:
+    from distav.bench import bank
+
+    return bank.run(setting, options.batch, options.rows, options.dim, options.memory_rows, options.shard_rows)
+
+
+def _neighbors(setting: Setting, options: argparse.Namespace) -> Results:
+    from distav.bench import neighbors
+
+    if not options.k < options.rows or not options.k < options.ring_rows:
+        raise UserError(f"--k={options.k}: allowed: below --rows and --ring-rows.")
+    return neighbors.run(setting, options.rows, options.dim, options.k, options.queries, options.ring_rows)
+
+
+def _shards(setting: Setting, options: argparse.Namespace) -> Results:
+    from distav.bench import shards
+
+    return shards.run(setting, options.samples)
+
+
+def _loader(setting: Setting, options: argparse.Namespace) -> Results:
+    from distav.bench import loader
+
+    return loader.run(setting, options.clips, options.batch)
+
+
+def _step(setting: Setting, options: argparse.Namespace) -> Results:
+    from distav.bench import step
+
+    return step.run(setting, options.towers, options.batch, options.clips)
+
+
+def _scaling(setting: Setting, options: argparse.Namespace) -> Results:
+    from distav.bench import scaling
+
+    return scaling.run(setting, options.batch, options.dim)
+
+
+_NUMBERS = {
+    "bank": (_bank, "the loss over the memory bank", {"batch": 1024, "rows": 32768, "dim": 128, "memory-rows": 65536,
+                                                      "shard-rows": 65536}),
+    "neighbors": (_neighbors, "exact nearest neighbours", {"rows": 50000, "dim": 128, "k": 200, "queries": 4096,
+                                                          "ring-rows": 20000}),
+    "shards": (_shards, "reading from tars", {"samples": 2000}),
+    "loader": (_loader, "batches end to end", {"clips": 384, "batch": 32}),
+    "step": (_step, "a training step", {"batch": 64, "clips": 384}),
+    "scaling": (_scaling, "cost as bank, batch and ranks grow", {"batch": 1024, "dim": 128}),
+}  # fmt: skip
+_THREADS = {"loader": 2}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bench.py",
+        description="How fast distav is beside what one would use instead.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (run, title, numbers) in _NUMBERS.items():
+        command = commands.add_parser(name, help=title, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(run=run)
+        for key, default in numbers.items():
+            command.add_argument(f"--{key}", type=int, default=default, help=" ")
+        if name == "step":
+            command.add_argument("--towers", choices=("small", "vit-l"), default="small", help="size of the towers")
+        _common(command, _THREADS.get(name, 1))
+    readme = commands.add_parser("readme", help="write the section of the README from the JSON files")
+    readme.add_argument("--results", type=Path, default=Path("tools/results"), help="folder of the JSON files")
+    readme.add_argument("--readme", type=Path, default=Path("README.md"), help="the file to change")
+    return parser
+
+
+def _common(command: argparse.ArgumentParser, threads: int) -> None:
+    command.add_argument("--threads", type=int, default=threads, help="threads of every candidate")
+    command.add_argument("--rounds", type=int, default=5, help="rounds that count")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
+    command.add_argument("--json", type=Path, help="file for everything as one JSON object")

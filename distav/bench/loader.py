@@ -1,0 +1,184 @@
+"""Batches from end to end, beside their slowest stage alone and beside webdataset with PyAV in a DataLoader."""
+
+import io
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distav.bench.measure import Results, Setting
+from distav.data.augment import Viewer
+from distav.data.dali import ClipGraph
+from distav.data.format import ShardSet, Split
+from distav.data.loader import Batch, Loader
+from distav.data.reader import ShardReader
+from distav.making.clips import Encoding
+from distav.making.synthetic import Scenes
+from distav.making.writer import Plan, make_set
+from distav.settings import AugmentSettings, DataSettings
+
+SHORT_SIDE, FRAMES, STRIDE, SIZE, AUDIO_S = 128, 8, 2, 112, 1.0
+STEP_OVER_LOADER = 1.25
+
+
+def make_clips(folder: Path, clips: int, codec: str = "mjpeg") -> Split:
+    """Render a set of two-second clips of 16 frames, 128 pixels."""
+    make_set(
+        Scenes(train_clips=clips, test_clips=1),
+        folder,
+        Plan(Encoding(codec, fps=8, short_side=SHORT_SIDE, clip_s=2.0)),
+        workers=torch.get_num_threads(),
+    )
+    return ShardSet.open(folder).split("train")
+
+
+def run(setting: Setting, clips: int, batch: int) -> Results:
+    """Measure the loader by the wall clock.
+
+    Args:
+        setting: device, threads, rounds.
+        clips: clips of the set.
+        batch: clips of a batch.
+    """
+    arguments = {"clips": clips, "batch": batch, "threads": setting.threads, "device": setting.device.type}
+    results = Results("loader", arguments | {"frames": f"{FRAMES} of 16, {SHORT_SIDE} px MJPEG -> {SIZE} px"})
+    setting = Setting(setting.device, max(2, setting.threads), setting.rounds)  # by the wall clock in any case
+    data = DataSettings(num_frames=FRAMES, frame_stride=STRIDE, frame_size=SIZE, audio_s=AUDIO_S)
+    data.decode_threads = setting.threads
+    with tempfile.TemporaryDirectory(prefix="distav-bench-") as name:
+        split = make_clips(Path(name) / "set", clips)
+        number = len(split) // batch
+        plan = [(ids, 0) for ids in np.arange(number * batch).reshape(number, batch)]
+        loader = Loader(split, data, AugmentSettings(), 0, batch, setting.device)
+        stages = _Stages(split, data, plan, setting.device)
+        candidates = {
+            "reading and checking alone": stages.read,
+            "decoding and augmenting alone": stages.decode,
+            "loader": lambda: [None for _ in loader.batches(plan)],
+            "webdataset + PyAV in a DataLoader": lambda: _exhaust(_webdataset(split, batch, "pyav", setting.threads)),
+            "webdataset + torchcodec in a DataLoader": lambda: _exhaust(
+                _webdataset(split, batch, "torchcodec", setting.threads)
+            ),
+        }
+        seconds = setting.interleaved(candidates)
+        results.times(seconds, {each: (number * batch, "clips/s") for each in seconds})
+        read, decode, whole, pyav, torchcodec = seconds.values()
+        slowest = [max(pair) for pair in zip(read, decode, strict=True)]
+        results.ratio("clips/s of the loader / its slowest stage", (slowest, whole), ">= 0.9")
+        results.ratio("clips/s of the loader / webdataset + PyAV", (pyav, whole), ">= 1.3")
+        results.ratio("clips/s of the loader / webdataset + torchcodec", (torchcodec, whole))
+        wait = _data_wait(loader, plan * 2, float(np.median(whole)) / number)
+        results.ratio("data wait, share of a step of 1.25 batches' time", wait, "<= 0.02")
+        loader.close()
+    return results
+
+
+class _Stages:
+    """The two stages of the loader, each with the input of the other at hand."""
+
+    def __init__(self, split: Split, data: DataSettings, plan: list, device: torch.device):
+        self.plan = plan
+        self.reader = ShardReader(split)
+        self.graph = ClipGraph(data, split, len(plan[0][0]), device)
+        viewer = Viewer(split, data, AugmentSettings(), 0)
+        self.views = [[viewer.view(int(sample), epoch) for sample in ids] for ids, epoch in plan]
+        self.members = [[self.reader.read(int(sample)) for sample in ids] for ids, _ in plan]
+
+    def read(self) -> None:
+        for ids, _ in self.plan:
+            for sample in ids:
+                self.reader.read(int(sample))
+
+    def decode(self) -> None:
+        for members, views in zip(self.members, self.views, strict=True):
+            self.graph.run(members, views)
+
+
+def _data_wait(loader: Loader, plan: list, batch_s: float) -> float:
+    """Return the share of a step that is spent waiting for data, by comparison with a batch kept in memory.
+
+    The step leaves the processor to the loader, as one on an accelerator does.
+    """
+
+    def steps(batches: Iterator[Batch]) -> float:
+        next(batches)
+        began = time.perf_counter()
+        for _ in range(len(plan) - 1):
+            time.sleep(STEP_OVER_LOADER * batch_s)
+            next(batches)
+        return time.perf_counter() - began
+
+    cached = next(iter(loader.batches(plan[:1])))
+    real, ideal = steps(loader.batches(plan)), steps(iter([cached] * len(plan)))
+    return max(0.0, (real - ideal) / real)
+
+
+def _exhaust(batches: Any) -> None:
+    for _ in batches:
+        pass
+
+
+def _webdataset(split: Split, batch: int, decoder: str, workers: int) -> torch.utils.data.DataLoader:
+    """Build what one would write without distav: the same frames, crops of random size, a flip, and the sound."""
+    from webdataset.compat import WebDataset
+
+    # One shard cannot be shared among workers, so each takes every n-th sample.
+    shards = [str(path) for path in split.shards]
+    dataset = WebDataset(shards, shardshuffle=False, nodesplitter=None, workersplitter=None)
+    dataset: Any = dataset.compose(_every_nth)
+    dataset = dataset.map(_Decoded(decoder, split.sample_rate_hz)).batched(batch, partial=True)
+    return torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers)
+
+
+def _every_nth(samples: Iterator[dict]) -> Iterator[dict]:
+    info = torch.utils.data.get_worker_info()
+    step, first = (info.num_workers, info.id) if info else (1, 0)
+    for number, sample in enumerate(samples):
+        if number % step == first:
+            yield sample
+
+
+class _Decoded:
+    """Decodes and augments one sample."""
+
+    def __init__(self, decoder: str, sample_rate_hz: int):
+        self.decoder, self.num_samples = decoder, round(AUDIO_S * sample_rate_hz)
+
+    def __call__(self, sample: dict) -> tuple[Tensor, Tensor]:
+        import soundfile
+        from torchvision.transforms import v2
+
+        torch.set_num_threads(1)
+        start = int(torch.randint(0, 16 - (FRAMES - 1) * STRIDE, ()))
+        wanted = [start + STRIDE * number for number in range(FRAMES)]
+        frames = (self._by_pyav if self.decoder == "pyav" else self._by_torchcodec)(sample["avi"], wanted)
+        change = v2.Compose(
+            [v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4)]
+        )
+        sound, _ = soundfile.read(io.BytesIO(sample["flac"]), dtype="float32")
+        return change(frames), torch.from_numpy(sound[: self.num_samples])
+
+    @staticmethod
+    def _by_pyav(video: bytes, wanted: list[int]) -> Tensor:
+        import av
+
+        frames = []
+        with av.open(io.BytesIO(video), "r") as container:
+            container.streams.video[0].codec_context.thread_count = 1
+            for number, frame in enumerate(container.decode(video=0)):
+                if number in wanted:
+                    frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+                if number >= wanted[-1]:
+                    break
+        return torch.stack(frames).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def _by_torchcodec(video: bytes, wanted: list[int]) -> Tensor:
+        from torchcodec.decoders import VideoDecoder
+
+        return VideoDecoder(video, num_ffmpeg_threads=1).get_frames_at(wanted).data

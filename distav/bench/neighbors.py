@@ -1,0 +1,145 @@
+"""Exact nearest neighbours, beside FAISS and beside a matrix product with a full top-k.
+
+Legend: N samples, D width, k neighbours.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distav.bench.measure import Results, Setting
+from distav.bench.ranks import cpu_seconds, on_ranks
+from distav.memory.neighbors import nearest_neighbors
+from distav.memory.selection import dot_products
+from distav.world import gather_ragged_rows, row_range
+
+
+def features_of(rows: int, dim: int, device: torch.device) -> Tensor:
+    """Return random unit vectors: [N, D]."""
+    generator = torch.Generator().manual_seed(0)
+    return F.normalize(torch.randn(rows, dim, generator=generator), dim=1).to(device)
+
+
+def search(features: Tensor, k: int, queries: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Find neighbours of some of the samples among all but themselves."""
+    rows = len(features)
+    groups = torch.arange(rows, device=features.device)
+    return nearest_neighbors(features, k, groups, torch.ones_like(groups, dtype=torch.bool), queries=queries)
+
+
+def full_top_k(features: Tensor, k: int, queries: Tensor) -> None:
+    """Do what one writes first: all scores of a block, then top-k."""
+    for part in queries.split(512):
+        scores = features[part] @ features.T
+        scores[torch.arange(len(part), device=part.device), part] = -torch.inf
+        scores.topk(k, dim=1)
+
+
+def products(features: Tensor, queries: Tensor) -> None:
+    """Do the matrix product alone, in blocks that stay in the cache."""
+    keys = features if features.device.type == "cpu" else features.bfloat16()
+    size, width = (1024, 2048) if features.device.type == "cpu" else (4096, 4096)
+    space = keys.new_empty(size * width)
+    for part in queries.split(size):
+        for block in keys.split(width):
+            torch.mm(keys[part], block.T, out=space[: len(part) * len(block)].view(len(part), len(block)))
+
+
+def run(setting: Setting, rows: int, dim: int, k: int, num_queries: int, ring_rows: int) -> Results:
+    """Measure the search.
+
+    Args:
+        setting: device, threads, rounds.
+        rows, dim, k: N, D, k.
+        num_queries: samples searched for beside all of them.
+        ring_rows: N of the set that is spread over ranks.
+    """
+    results = Results(
+        "neighbors",
+        {"rows": rows, "dim": dim, "k": k, "threads": setting.threads, "device": setting.device.type},
+    )
+    features = features_of(rows, dim, setting.device)
+    for name, count in ((f"{num_queries} queries", num_queries), ("all pairs", rows)):
+        queries = torch.arange(count, device=setting.device)
+        candidates = {
+            f"distav, {name}": lambda queries=queries: search(features, k, queries),
+            f"matrix product, {name}": lambda queries=queries: products(features, queries),
+        }
+        if setting.device.type == "cpu":
+            candidates[f"FAISS IndexFlatIP, {name}"] = _faiss(features, k, count, setting.threads)
+        if count < rows:
+            candidates[f"matrix product and top-k, {name}"] = lambda queries=queries: full_top_k(features, k, queries)
+        some = setting if count < rows else Setting(setting.device, setting.threads, max(1, min(3, setting.rounds)))
+        seconds = some.interleaved(candidates)
+        results.times(seconds, {each: (count, "queries/s") for each in seconds})
+        ours = seconds[f"distav, {name}"]
+        if setting.device.type == "cpu":
+            results.ratio(f"distav / FAISS, {name}", (ours, seconds[f"FAISS IndexFlatIP, {name}"]), "<= 1")
+        bar = "<= 3" if setting.device.type == "cuda" and count == rows else ""
+        results.ratio(f"distav / matrix product, {name}", (ours, seconds[f"matrix product, {name}"]), bar)
+        if count < rows:
+            naive = seconds[f"matrix product and top-k, {name}"]
+            results.ratio(f"matrix product and top-k / distav, {name}", (naive, ours))
+    if setting.device.type == "cpu":
+        same = _share_of_equal_ids(features, k, torch.arange(min(1000, rows)))
+        results.ratio("ids equal to FAISS's under the tie rule, share", same, ">= 1")
+        _ring(results, ring_rows, dim, k, setting.rounds)
+    return results
+
+
+def _faiss(features: Tensor, k: int, count: int, threads: int):  # noqa: ANN202
+    import faiss
+
+    faiss.omp_set_num_threads(threads)
+    index = faiss.IndexFlatIP(features.shape[1])
+    index.add(features.numpy())  # pyright: ignore[reportCallIssue]
+    return lambda: index.search(features[:count].numpy(), k + 1)  # pyright: ignore[reportCallIssue]
+
+
+def _share_of_equal_ids(features: Tensor, k: int, queries: Tensor) -> float:
+    """Compare with FAISS's ids after both are put in the order of the exact score, then of the id.
+
+    FAISS adds up a product in another order, so two scores that differ by a rounding may change places there.
+    """
+    import faiss
+
+    index = faiss.IndexFlatIP(features.shape[1])
+    index.add(features.numpy())  # pyright: ignore[reportCallIssue]
+    theirs = torch.from_numpy(index.search(features[queries].numpy(), k + 17)[1])  # pyright: ignore[reportCallIssue]
+    itself = theirs == queries[:, None]
+    theirs = theirs.masked_fill(itself, -1)
+    ours = search(features, k + 15, queries)[0]
+    return float(
+        (_in_order(features, queries, ours)[:, :k] == _in_order(features, queries, theirs)[:, :k]).float().mean()
+    )
+
+
+def _in_order(features: Tensor, queries: Tensor, ids: Tensor) -> Tensor:
+    row = torch.arange(len(ids)).repeat_interleave(ids.shape[1])
+    scores = dot_products(features[queries], features, row, ids.clamp_min(0).flatten()).view(ids.shape)
+    scores = scores.masked_fill(ids < 0, -torch.inf)
+    by_id = ids.argsort(dim=1)
+    ids, scores = ids.gather(1, by_id), scores.gather(1, by_id)
+    return ids.gather(1, scores.argsort(dim=1, descending=True, stable=True))
+
+
+def _ring(results: Results, rows: int, dim: int, k: int, rounds: int) -> None:
+    """Spread the set over 2 and 4 processes: CPU time of all together, and the same ids."""
+    (alone,) = on_ranks(1, _ring_part, rows, dim, k, rounds)
+    results.note(f"one process, N={rows}", min(alone["seconds"]), "CPU-s")
+    for ranks in (2, 4):
+        parts = on_ranks(ranks, _ring_part, rows, dim, k, rounds)
+        total = [sum(part["seconds"][number] for part in parts) for number in range(rounds)]
+        results.note(f"{ranks} ranks, N={rows}", min(total), "CPU-s")
+        results.ratio(f"{ranks} ranks / one process, CPU time of all", min(total) / min(alone["seconds"]), "<= 1.2")
+        same = float((parts[0]["ids"] == alone["ids"]).float().mean())
+        results.ratio(f"{ranks} ranks, share of ids equal to one process's", same, ">= 1")
+
+
+def _ring_part(rows: int, dim: int, k: int, rounds: int) -> dict:
+    own = row_range(rows)
+    features = features_of(rows, dim, torch.device("cpu"))[own.start : own.stop].clone()
+    groups = torch.arange(rows)
+    valid = torch.ones(rows, dtype=torch.bool)
+    seconds = cpu_seconds(lambda: nearest_neighbors(features, k, groups, valid), rounds)
+    return {"seconds": seconds, "ids": gather_ragged_rows(nearest_neighbors(features, k, groups, valid)[0])}

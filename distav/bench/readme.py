@@ -1,0 +1,93 @@
+"""The section of the README that the JSON files of the benchmarks make."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distav.data.format import write_atomically
+from distav.errors import UserError
+
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+ORDER = ("bank", "bank-2-threads", "neighbors", "neighbors-2-threads", "shards", "loader", "step")
+
+
+def write_section(readme: Path, results: Path) -> None:
+    """Replace what stands between the two markers.
+
+    Raises:
+        UserError: where a file or a marker is missing.
+    """
+    if not readme.is_file() or BEGIN not in readme.read_text():
+        raise UserError(f"--readme={readme}: no file with the line {BEGIN} is there; run this in the project's folder.")
+    text = readme.read_text()
+    head, rest = text.split(BEGIN, 1)
+    tail = rest.split(END, 1)[1]
+    write_atomically(readme, f"{head}{BEGIN}\n{section(results)}{END}{tail}".encode())
+
+
+def section(results: Path) -> str:
+    """Return the section for the JSON files of a folder.
+
+    Raises:
+        UserError: where the folder holds none.
+    """
+    runs = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    if not runs:
+        raise UserError(f"--results={results}: no JSON file there; make them with bench.py NAME --json.")
+    lines = ["", _machines(runs), "", "| what | ratio | bar |", "|---|---|---|"]
+    for name in [*ORDER, *sorted(set(runs) - set(ORDER) - {"scaling"})]:
+        if name in runs:
+            lines += _rows(name, runs[name])
+    if "scaling" in runs:
+        lines += ["", *_scaling(runs["scaling"])]
+    return "\n".join(lines) + "\n\n"
+
+
+def _machines(runs: dict[str, Any]) -> str:
+    seen: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        machine = run["machine"]
+        where = machine["gpu"] or f"{machine['cores']} cores of {machine['processor']}"
+        versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
+        seen.setdefault(f"{where}; Python {machine['python']}, {versions}", []).append(name)
+    return " ".join(f"Measured on {where} ({', '.join(names)})." for where, names in seen.items())
+
+
+def _rows(name: str, run: dict[str, Any]) -> list[str]:
+    sizes = ", ".join(f"{key} {value}" for key, value in run["arguments"].items())
+    lines = [f"| **{name}** ({sizes}) | | |"]
+    for what, ratio in run["ratios"].items():
+        bar = f"{ratio['bar']}, {'met' if ratio['met'] else '**missed**'}" if "bar" in ratio else ""
+        lines.append(f"| {what} | {_number(ratio['value'])} | {bar} |")
+    return lines
+
+
+def _scaling(run: dict[str, Any]) -> list[str]:
+    figures, ratios = run["figures"], run["ratios"]
+    lines = [
+        "Operations of the loss are 8 B N D over all ranks, rows take 2 N D numbers over all ranks, and the wire "
+        "carries (W - 1) B (16 D + 20) bytes for queries and parts of the softmax and 8 D B (W - 1) / W for fetched "
+        "rows: no N. Neighbours take 2 N^2 D operations and N D (W - 1) numbers round the ring.",
+        "",
+        "| point | measured | measured / formula |",
+        "|---|---|---|",
+    ]
+    for name, figure in figures.items():
+        if name.startswith("plan") or name.startswith("rate"):
+            continue
+        match = next(
+            (ratio for what, ratio in ratios.items() if what.startswith(name.replace(" of a step", " /"))), None
+        )
+        match = match or next((ratio for what, ratio in ratios.items() if what.startswith(name)), None)
+        told = _number(match["value"]) if match else ""
+        lines.append(f"| {name} | {_number(figure['value'])} {figure['unit']} | {told} |")
+    lines += ["", "On paper, not run: 1,024 GPUs, 10^8 clips, 64 a GPU and step, D = 128, a sharded bank.", ""]
+    lines += ["| plan | |", "|---|---|"]
+    for name, figure in figures.items():
+        if name.startswith("plan"):
+            lines.append(f"| {name.removeprefix('plan: ').strip()} | {_number(figure['value'])} {figure['unit']} |")
+    return lines
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"

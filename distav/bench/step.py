@@ -1,0 +1,141 @@
+"""A whole training step, beside a bare PyTorch loop with the same towers and losses."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from distav import config
+from distav.bench.loader import make_clips
+from distav.bench.measure import Results, Setting
+from distav.data.loader import Batch
+from distav.memory.bank import Bank
+from distav.models.av import AVModel, parameter_groups
+from distav.phase_settings import ContrastivePhase
+from distav.phases.contrastive import contrastive_losses
+from distav.phases.loop import learning_rate
+from distav.run import Run, opened
+from distav.settings import Settings
+from distav.world import joined
+
+STEPS = 5
+TOWERS = {
+    "small": ["model.visual.width=24", "model.audio.width=24", "data.num_frames=4", "data.frame_size=64"],
+    "vit-l": [
+        "model.visual.kind=vit", "model.visual.width=1024", "model.visual.depth=24", "model.visual.heads=16",
+        "model.visual.patch=16", "model.audio.kind=vit", "model.audio.width=1024", "model.audio.depth=24",
+        "model.audio.heads=16", "data.num_frames=8", "data.frame_size=224",
+    ],
+}  # fmt: skip
+
+
+class BareEngine:
+    """A model and its optimiser as one writes them by hand; called like the engine of a run."""
+
+    def __init__(self, settings: Settings, build: Callable[[], nn.Module], device: torch.device):
+        torch.manual_seed(settings.run.seed)
+        self.model = build().to(device)
+        optim = settings.optim
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2)
+        )
+        self.grad_clip = optim.grad_clip
+        self.half = device.type == "cuda"
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Run the model on a batch."""
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.half):
+            outputs = self.model(batch.frames, batch.sound, batch.seeds)
+        return {name: value.float() for name, value in outputs.items()}
+
+    def update(self, loss: Tensor) -> None:
+        """Backward, clip, step."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        self.optimizer.step()
+
+
+def run(setting: Setting, towers: str, batch: int, clips: int) -> Results:
+    """Measure phase 1's step on batches kept in memory.
+
+    Args:
+        setting: device, threads, rounds; a round is five steps.
+        towers: name of a size.
+        batch: clips of a step.
+        clips: clips of the set.
+    """
+    arguments = {"towers": towers, "batch": batch, "threads": setting.threads, "device": setting.device.type}
+    results = Results("step", arguments)
+    with tempfile.TemporaryDirectory(prefix="distav-bench-") as name:
+        folder = Path(name)
+        split = make_clips(folder / "set", clips)
+        del split
+        settings = config.load(
+            Path(__file__).parents[2] / "configs" / "quickstart.yaml",
+            [f"data.root={folder / 'set'}", f"run.root={folder}", "run.name=bench", f"optim.global_batch={batch}",
+             f"run.threads_per_rank={setting.threads}", "data.make.enabled=false",
+             f"run.device={'gpu' if setting.device.type == 'cuda' else 'cpu'}", *TOWERS[towers]],
+        )  # fmt: skip
+        with joined(settings.run.device.value, 600, setting.threads) as world, opened(settings, world) as whole:
+            _measure(results, setting, settings, whole, world.device)
+    return results
+
+
+def _measure(results: Results, setting: Setting, settings: Settings, whole: Run, device: torch.device) -> None:
+    phase = next(each for each in settings.phases.values() if isinstance(each, ContrastivePhase))
+    order = whole.order(0)
+    batches = [whole.loader.load(order.batch(step), 0) for step in range(min(STEPS, order.steps_per_epoch))]
+    classes, rate = len(whole.data.shards.classes), whole.data.train.sample_rate_hz
+    engine = BareEngine(settings, lambda: AVModel(settings.model, settings.data, rate, classes), device)
+    bank = Bank(
+        len(whole.data.train),
+        settings.model.embed_dim,
+        settings.bank.momentum,
+        device,
+        num_categories=classes,
+        dtype=whole.bank.dtype,
+    )
+    bare: Any = dataclasses.replace(whole, engine=engine, bank=bank)  # type: ignore[arg-type]
+    losses, bare_losses = contrastive_losses(whole, phase), contrastive_losses(bare, phase)
+    whole.engine.train()
+    engine.model.train()
+
+    def ours() -> None:
+        for number, batch in enumerate(batches):
+            rate = settings.optim.lr * learning_rate(number / 100, 0.1, 0.0)
+            whole.engine.set_lr(rate, rate)
+            found = losses(batch, 0.5)
+            whole.engine.backward(found["loss"])
+            whole.engine.step()
+
+    def by_hand() -> None:
+        for batch in batches:
+            engine.update(bare_losses(batch, 0.5)["loss"])
+
+    seconds = setting.interleaved({"distav": ours, "bare PyTorch loop": by_hand})
+    work = len(batches) * settings.optim.global_batch
+    results.times(seconds, {name: (work, "clips/s") for name in seconds})
+    results.ratio("distav / bare PyTorch loop", (seconds["distav"], seconds["bare PyTorch loop"]), "<= 1.05")
+    counter = FlopCounterMode(display=False)
+    with counter:
+        engine.update(bare_losses(batches[0], 0.5)["loss"])
+    operations = counter.get_total_flops() * len(batches)
+    peak = _matmul_rate(setting, device)
+    results.note("operations of a step", operations / len(batches) / 1e9, "GFLOP")
+    results.note("matrix product of 4096 x 4096", peak / 1e9, "GFLOP/s")
+    share = operations / results.figures["distav"]["median_s"] / peak
+    results.ratio("rate of a step / rate of a matrix product", share, ">= 0.4" if device.type == "cuda" else "")
+
+
+def _matmul_rate(setting: Setting, device: torch.device) -> float:
+    size = 4096 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = setting.interleaved({"product": lambda: a @ a})["product"]
+    return 2 * size**3 / min(seconds)
