@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distav.bench.measure import Results, Setting
 from distav.bench.ranks import cpu_seconds, loopback_bytes, on_ranks
-from distav.losses.category import category_agreement, category_loss, weighted_shares
+from distav.losses.category import category_agreement, category_loss
 from distav.losses.instance import SoftTargets, instance_losses
 from distav.memory.bank import Bank, Visitors
 from distav.world import gather_rows, num_ranks, own_rows
@@ -71,12 +71,10 @@ class Problem:
         shares = None
         if with_categories:
             logits = self.logits.clone().requires_grad_()
-            memory = self.bank.other_assignments(visitors.ids)
+            memory = self.bank.assignments.columns()
             category = category_loss(logits[0], logits[1], self.ones, 1.0, memory)
             loss = loss + category.contrast + category.imbalance + category.row_entropy
-            with torch.no_grad():
-                shares = weighted_shares(logits[0], logits[1], self.ones)
-                agreement = category_agreement(logits[0], logits[1])
+            shares, agreement = category.shares, category_agreement(category.shares)
         else:
             agreement = self.ones
         loss.backward()

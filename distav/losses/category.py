@@ -7,6 +7,7 @@ Legend: b rows of this rank, B of all ranks, K categories.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,13 @@ class CategoryLoss:
             row is uniform, so training has to bring it below that.
         imbalance: 0 where all categories are used equally, 2 log K where one takes all.
         row_entropy: mean entropy of a sample's categories.
+        shares: [b, 2, K] the rows that formed the columns, without gradient.
     """
 
     contrast: Tensor
     imbalance: Tensor
     row_entropy: Tensor
+    shares: Tensor
 
 
 def weighted_shares(visual: Tensor, audio: Tensor, weights: Tensor) -> Tensor:
@@ -52,17 +55,18 @@ def category_loss(
         visual, audio: [b, K] category logits.
         weights: [b] weight of each pair; 0 for masked rows. Rows are scaled by its root before columns are formed.
         temperature: tau_c.
-        memory: Gram matrices [3, K, K] of this rank's bank rows that are not in the batch, and their number.
+        memory: Gram matrices [3, K, K] of this rank's bank rows, and their number.
         memory_weight: how much they count.
     """
-    shares = visual.softmax(1), audio.softmax(1)
+    logs = visual.log_softmax(1), audio.log_softmax(1)
+    shares = logs[0].exp(), logs[1].exp()
     scale = weights.clamp_min(0).sqrt()[:, None]
     u, z = shares[0] * scale, shares[1] * scale
     present = (weights > 0).float()[:, None]
-    logs = visual.log_softmax(1), audio.log_softmax(1)
     entropies = [-(each * log * present).sum() for each, log in zip(shares, logs, strict=True)]
     num = visual.shape[1]
-    local = [u.T @ u, u.T @ z, z.T @ z, torch.stack([(each * present).sum(0) for each in shares])]
+    products: Any = _Products.apply(u, z)
+    local = [products, torch.stack([(each * present).sum(0) for each in shares])]
     stored, held = memory if memory else (visual.new_zeros(0), 0)
     tail = torch.stack([*entropies, present.sum(), present.new_tensor(float(held))])
     packed = sum_across(torch.cat([part.flatten() for part in [*local, tail, stored.to(u.dtype)]]))
@@ -89,10 +93,29 @@ def category_loss(
         contrast=torch.stack(terms).mean(),
         imbalance=2 * math.log(num) + (used * used.log()).sum(),
         row_entropy=sums[:2].sum() / (2 * count),
+        shares=torch.stack([u, z], dim=1).detach(),
     )
 
 
-def category_agreement(visual: Tensor, audio: Tensor) -> Tensor:
-    """Return how far both modalities name the same category, 0..1: logits [b, K] twice -> [b]."""
-    p, q = visual.softmax(1), audio.softmax(1)
-    return ((p * q).sum(1) / (p.amax(1) * q.amax(1))).clamp(0, 1)
+class _Products(torch.autograd.Function):
+    """The Gram matrices of columns u and z [b, K]; two of three are symmetric, which spares the backward a third."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, z: Tensor) -> Tensor:
+        ctx.save_for_backward(u, z)
+        return torch.stack([u.T @ u, u.T @ z, z.T @ z])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        u, z = ctx.saved_tensors
+        uu, uz, zz = gradients[0]
+        return torch.addmm(z @ uz.T, u, uu + uu.T), torch.addmm(u @ uz, z, zz + zz.T)
+
+
+def category_agreement(shares: Tensor) -> Tensor:
+    """Return how far both modalities name the same category, 0..1: `weighted_shares` [b, 2, K] -> [b].
+
+    A common factor of both, such as the pair's weight, cancels; rows of weight 0 give 0.
+    """
+    p, q = shares.unbind(1)
+    return ((p * q).sum(1) / (p.amax(1) * q.amax(1)).clamp_min(1e-12)).clamp(0, 1)

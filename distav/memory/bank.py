@@ -221,18 +221,6 @@ class Bank:
         if shares is not None:
             self.assignments.replace(touched.rows, mean[:, 1:].view(-1, *shares.shape[1:]))
 
-    def other_assignments(self, ids: Tensor) -> tuple[Tensor, int]:
-        """Return what the categories of this rank's rows add up to without those of a batch.
-
-        Args:
-            ids: [B] of all ranks.
-
-        Returns:
-            Gram matrices [3, K, K] and the number of rows in them.
-        """
-        place = _within(ids, self.rows)
-        return self.assignments.without(place[place >= 0].unique())
-
     def believe(self, correspondence: Tensor) -> None:
         """Store the correspondence of all pairs: [N], the same on every rank."""
         self.columns["correspondence"].copy_(correspondence[self.rows.start : self.rows.stop])
@@ -280,6 +268,8 @@ class _Touched:
     def mean(self, values: Tensor) -> Tensor:
         """Average values [B, ...] by row: [touched, ...]."""
         used = values[self.usable]
+        if len(self.rows) == len(used):  # no id twice
+            return torch.empty_like(used).index_copy_(0, self.row_of, used)
         total = used.new_zeros(len(self.rows), *used.shape[1:]).index_add_(0, self.row_of, used)
         count = used.new_zeros(len(self.rows)).index_add_(0, self.row_of, used.new_ones(len(used)))
         return total / count.view([-1] + [1] * (used.dim() - 1))

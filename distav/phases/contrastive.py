@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distav.data.loader import Batch
 from distav.evaluate import auroc
-from distav.losses.category import CategoryLoss, category_agreement, category_loss, weighted_shares
+from distav.losses.category import CategoryLoss, category_agreement, category_loss
 from distav.losses.instance import Negatives, SoftTargets, instance_losses, weighted_mean
 from distav.memory.bank import Visitors
 from distav.phase_settings import ContrastivePhase, Estimator
@@ -60,9 +60,9 @@ def contrastive_losses(run: Run, settings: ContrastivePhase) -> Callable[[Batch,
         )
         instance = weighted_mean(each, weights)
         logits = outputs["visual_categories"], outputs["audio_categories"]
-        memory = bank.other_assignments(visitors.ids) if settings.category_memory else None
+        memory = bank.assignments.columns() if settings.category_memory else None
         category = category_loss(*logits, weights, settings.category_temperature, memory, settings.category_memory)
-        bank.update(visitors, category_agreement(*logits), weighted_shares(*logits, weights))
+        bank.update(visitors, category_agreement(category.shares), category.shares)
         fade = ramp(progress, 0.0, settings.category_ramp)
         loss = instance + fade * _weighed(category, settings)
         return {

@@ -4,7 +4,7 @@ import torch
 
 from distav.data.loader import Batch
 from distav.errors import UserError
-from distav.losses.category import category_agreement
+from distav.losses.category import category_agreement, weighted_shares
 from distav.losses.instance import instance_losses, weighted_mean
 from distav.losses.supervised import hybrid_targets, soft_cross_entropy
 from distav.memory.bank import Visitors
@@ -55,7 +55,7 @@ def run_hybrid(run: Run, name: str, settings: HybridPhase) -> None:
             losses["instance"] = weighted_mean(each, present * sample_weights(believed, _WEIGHT_MIN))
             losses["loss"] = losses["loss"] + settings.instance_weight * losses["instance"]
             logits = outputs["visual_categories"], outputs["audio_categories"]
-            bank.update(visitors, category_agreement(*logits))
+            bank.update(visitors, category_agreement(weighted_shares(*logits, present)))
         return losses
 
     rate = run.settings.optim.lr * settings.lr_scale

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distav.losses.category import category_agreement, category_loss, weighted_shares
+from distav.losses.category import category_agreement, category_loss
 from distav.losses.instance import Negatives, SoftTargets, instance_losses, weighted_mean
 from distav.memory.bank import Bank, Visitors
 from distav.memory.neighbors import nearest_neighbors
@@ -51,12 +51,12 @@ def losses_and_gradients(replicated: bool = False) -> dict[str, torch.Tensor]:
             soft = SoftTargets(kind, 0.1, 0.1, excludes_self=kind == "neighbour")
             total = total + weighted_mean(instance_losses(bank, visitors, *pair, 0.07, softness, soft), weights)
         drawn = instance_losses(bank, visitors, *pair, 0.07, negatives=Negatives(16, 0, step), mask_unvisited=True)
-        category = category_loss(*logits, weights, 1.0, bank.other_assignments(visitors.ids), 1.0)
+        category = category_loss(*logits, weights, 1.0, bank.assignments.columns(), 1.0)
         supervised = F.cross_entropy(out["logits"], ids % 5, reduction="none")
         total = total + weighted_mean(drawn, weights) + weighted_mean(supervised, weights)
         total = total + category.contrast + category.imbalance + category.row_entropy
         total.backward()
-        bank.update(visitors, category_agreement(*logits), weighted_shares(*logits, weights))
+        bank.update(visitors, category_agreement(category.shares), category.shares)
     found = {
         f"grad {name}": sum_(each.grad.clone()) / num_ranks()
         for name, each in model.named_parameters()
