@@ -56,14 +56,13 @@ def run(setting: Setting, clips: int, batch: int) -> Results:
         plan = [(ids, 0) for ids in np.arange(number * batch).reshape(number, batch)]
         loader = Loader(split, data, AugmentSettings(), 0, batch, setting.device)
         stages = _Stages(split, data, plan, setting.device)
+        by_pyav, by_torchcodec = (_webdataset(split, batch, each, setting.threads) for each in ("pyav", "torchcodec"))
         candidates = {
             "reading and checking alone": stages.read,
             "decoding and augmenting alone": stages.decode,
             "loader": lambda: [None for _ in loader.batches(plan)],
-            "webdataset + PyAV in a DataLoader": lambda: _exhaust(_webdataset(split, batch, "pyav", setting.threads)),
-            "webdataset + torchcodec in a DataLoader": lambda: _exhaust(
-                _webdataset(split, batch, "torchcodec", setting.threads)
-            ),
+            "webdataset + PyAV in a DataLoader": lambda: _exhaust(by_pyav),
+            "webdataset + torchcodec in a DataLoader": lambda: _exhaust(by_torchcodec),
         }
         seconds = setting.interleaved(candidates)
         results.times(seconds, {each: (number * batch, "clips/s") for each in seconds})
@@ -132,7 +131,7 @@ def _webdataset(split: Split, batch: int, decoder: str, workers: int) -> torch.u
     dataset = WebDataset(shards, shardshuffle=False, nodesplitter=None, workersplitter=None)
     dataset: Any = dataset.compose(_every_nth)
     dataset = dataset.map(_Decoded(decoder, split.sample_rate_hz)).batched(batch, partial=True)
-    return torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers)
+    return torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=True)
 
 
 def _every_nth(samples: Iterator[dict]) -> Iterator[dict]:

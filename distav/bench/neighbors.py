@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distav.bench.measure import Results, Setting
 from distav.bench.ranks import cpu_seconds, on_ranks
-from distav.memory.neighbors import nearest_neighbors
+from distav.memory.neighbors import GATHER_BELOW_BYTES, nearest_neighbors
 from distav.memory.selection import dot_products
 from distav.world import gather_ragged_rows, row_range
 
@@ -83,7 +83,7 @@ def run(setting: Setting, rows: int, dim: int, k: int, num_queries: int, ring_ro
     if setting.device.type == "cpu":
         same = _share_of_equal_ids(features, k, torch.arange(min(1000, rows)))
         results.ratio("ids equal to FAISS's under the tie rule, share", same, ">= 1")
-        _ring(results, ring_rows, dim, k, setting.rounds)
+        _spread(results, ring_rows, dim, k, setting.rounds)
     return results
 
 
@@ -123,23 +123,28 @@ def _in_order(features: Tensor, queries: Tensor, ids: Tensor) -> Tensor:
     return ids.gather(1, scores.argsort(dim=1, descending=True, stable=True))
 
 
-def _ring(results: Results, rows: int, dim: int, k: int, rounds: int) -> None:
+def _spread(results: Results, rows: int, dim: int, k: int, rounds: int) -> None:
     """Spread the set over 2 and 4 processes: CPU time of all together, and the same ids."""
-    (alone,) = on_ranks(1, _ring_part, rows, dim, k, rounds)
+    (alone,) = on_ranks(1, _part, rows, dim, k, rounds)
     results.note(f"one process, N={rows}", min(alone["seconds"]), "CPU-s")
-    for ranks in (2, 4):
-        parts = on_ranks(ranks, _ring_part, rows, dim, k, rounds)
-        total = [sum(part["seconds"][number] for part in parts) for number in range(rounds)]
-        results.note(f"{ranks} ranks, N={rows}", min(total), "CPU-s")
-        results.ratio(f"{ranks} ranks / one process, CPU time of all", min(total) / min(alone["seconds"]), "<= 1.2")
-        same = float((parts[0]["ids"] == alone["ids"]).float().mean())
-        results.ratio(f"{ranks} ranks, share of ids equal to one process's", same, ">= 1")
+    for way, gather_below in (("keys gathered", GATHER_BELOW_BYTES), ("keys round the ring", 0)):
+        for ranks in (2, 4):
+            parts = on_ranks(ranks, _part, rows, dim, k, rounds, gather_below)
+            total = min(sum(part["seconds"][number] for part in parts) for number in range(rounds))
+            name = f"{ranks} ranks, {way}"
+            results.note(f"{name}, N={rows}", total, "CPU-s")
+            results.ratio(f"{name} / one process, CPU time of all", total / min(alone["seconds"]), "<= 1.2")
+            same = float((parts[0]["ids"] == alone["ids"]).float().mean())
+            results.ratio(f"{name}, share of ids equal to one process's", same, ">= 1")
 
 
-def _ring_part(rows: int, dim: int, k: int, rounds: int) -> dict:
+def _part(rows: int, dim: int, k: int, rounds: int, gather_below: int = GATHER_BELOW_BYTES) -> dict:
     own = row_range(rows)
     features = features_of(rows, dim, torch.device("cpu"))[own.start : own.stop].clone()
     groups = torch.arange(rows)
     valid = torch.ones(rows, dtype=torch.bool)
-    seconds = cpu_seconds(lambda: nearest_neighbors(features, k, groups, valid), rounds)
-    return {"seconds": seconds, "ids": gather_ragged_rows(nearest_neighbors(features, k, groups, valid)[0])}
+
+    def find() -> tuple[Tensor, Tensor]:
+        return nearest_neighbors(features, k, groups, valid, gather_below_bytes=gather_below)
+
+    return {"seconds": cpu_seconds(find, rounds), "ids": gather_ragged_rows(find()[0])}

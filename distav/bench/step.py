@@ -82,7 +82,7 @@ def run(setting: Setting, towers: str, batch: int, clips: int) -> Results:
              f"run.threads_per_rank={setting.threads}", "data.make.enabled=false",
              f"run.device={'gpu' if setting.device.type == 'cuda' else 'cpu'}", *TOWERS[towers]],
         )  # fmt: skip
-        with joined(settings.run.device.value, 600, setting.threads) as world, opened(settings, world) as whole:
+        with joined(settings.run.device.name, 600, setting.threads) as world, opened(settings, world) as whole:
             _measure(results, setting, settings, whole, world.device)
     return results
 

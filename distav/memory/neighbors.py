@@ -1,6 +1,7 @@
 """Exact nearest neighbours among features that are sharded over ranks by id.
 
-Queries stay where they are; the shards of keys travel round the ring of ranks, one step ahead of the search.
+Queries stay where they are. Keys come to them: all at once where they fit, or shard by shard round the ring of ranks,
+one step ahead of the search.
 Legend: N samples, n samples of this rank, D width, k neighbours.
 """
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from distav.memory.selection import NOT_SEEN, Shard, Tiling, Workspace, best_of, unpacked_ids, unpacked_scores
-from distav.world import gather_objects, num_ranks, passing_shards, row_range
+from distav.world import gather_objects, gather_ragged_rows, num_ranks, passing_shards, row_range
 
 LARGEST_K = 2048
+GATHER_BELOW_BYTES = 2**30
+"""Up to this size every rank takes all keys at once: the bound of a query is then found once and not in each shard."""
 
 
 def nearest_neighbors(
@@ -26,6 +29,7 @@ def nearest_neighbors(
     *,
     queries: Tensor | None = None,
     tiling: Tiling | None = None,
+    gather_below_bytes: int = GATHER_BELOW_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """Find the k samples of largest dot product for each of this rank's samples.
 
@@ -41,6 +45,7 @@ def nearest_neighbors(
         valid: [N] bool, whether a sample has features at all.
         queries: [q] int64 ids of this rank to search for; all of them where None.
         tiling: how the search is cut; by the device where None.
+        gather_below_bytes: size of all keys up to which they are gathered; above it they go round the ring.
 
     Returns:
         ids [q, k] int64, -1 where a sample has fewer, and similarities [q, k] float32, 0 there.
@@ -62,17 +67,15 @@ def nearest_neighbors(
     tiling = tiling or Tiling.for_device(device)
     sorted_groups, order = groups.sort(stable=True)
     best = torch.full((len(places), k), NOT_SEEN, device=device)
-    sizes = [len(row_range(num_samples, owner)) for owner in range(num_ranks())]
     with _workers(device) as workers:
         spaces: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
         for _ in range(workers):
             spaces.put(Workspace(tiling, device))
         with ThreadPoolExecutor(workers) as pool:
-            for owner, keys in passing_shards(features, sizes):
+            for first_id, keys in _keys(features, num_samples, gather_below_bytes):
                 if not len(keys):
                     continue
-                rows = row_range(num_samples, owner)
-                shard = Shard.of(keys, rows.start, valid[rows.start : rows.stop], largest, tiling)
+                shard = Shard.of(keys, first_id, valid[first_id : first_id + len(keys)], largest, tiling)
 
                 def search(start: int, shard: Shard = shard) -> None:
                     part = slice(start, start + tiling.queries)
@@ -88,6 +91,16 @@ def nearest_neighbors(
                 list(pool.map(search, range(0, len(places), tiling.queries)))
     seen = best != NOT_SEEN
     return unpacked_ids(best).masked_fill(~seen, -1), unpacked_scores(best).masked_fill(~seen, 0.0)
+
+
+def _keys(features: Tensor, num_samples: int, gather_below_bytes: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield the features of all ranks in one or more parts, each with the id of its first row."""
+    if num_samples * features.shape[1] * features.element_size() <= gather_below_bytes:
+        yield 0, gather_ragged_rows(features)
+        return
+    sizes = [len(row_range(num_samples, owner)) for owner in range(num_ranks())]
+    for owner, keys in passing_shards(features, sizes):
+        yield row_range(num_samples, owner).start, keys
 
 
 def _largest_length(features: Tensor, valid: Tensor, first_id: int) -> float:

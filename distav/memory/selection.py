@@ -43,7 +43,7 @@ class Workspace:
     """Buffers that one worker uses again and again."""
 
     def __init__(self, tiling: Tiling, device: torch.device):
-        area = max(tiling.queries, SMALLEST_GEMM) * max(tiling.keys, SMALLEST_GEMM)
+        area = max(tiling.queries, SMALLEST_GEMM) * (max(tiling.keys, SMALLEST_GEMM) + 16)
         self.scores = torch.empty(area, dtype=tiling.coarse or torch.float32, device=device)
         self.passed = torch.empty(area, dtype=torch.bool, device=device)
 
@@ -54,14 +54,15 @@ class Shard:
 
     Attributes:
         keys: [n, D] float32.
-        scored: [n', D] the keys in the format of the first pass, at least SMALLEST_GEMM rows.
+        tiles: T parts of the keys in the format of the first pass, filled up with zeros; key j is row j // T of tile
+            j mod T, so that each tile is an even sample of the shard.
         first_id: id of the first key.
-        unusable: [u] places that are no neighbours of anyone.
+        unusable: [u] places that are no neighbours of anyone, those filled up among them.
         largest: a length that no key exceeds.
     """
 
     keys: Tensor
-    scored: Tensor
+    tiles: list[Tensor]
     first_id: int
     unusable: Tensor
     largest: float
@@ -69,13 +70,15 @@ class Shard:
     @staticmethod
     def of(keys: Tensor, first_id: int, valid: Tensor, largest: float, tiling: Tiling) -> "Shard":
         """Prepare float32 keys [n, D] of that largest length; `valid` [n] says which of them may be neighbours."""
-        scored = keys.to(tiling.coarse or torch.float32)
-        short = SMALLEST_GEMM - len(keys)
-        unusable = (~valid).nonzero().squeeze(1)
-        if short > 0:
-            scored = torch.cat([scored, scored.new_zeros(short, keys.shape[1])])
-            unusable = torch.cat([unusable, torch.arange(len(keys), len(scored), device=keys.device)])
-        return Shard(keys, scored, first_id, unusable, largest)
+        num_tiles = max(1, min(math.ceil(len(keys) / tiling.keys), len(keys) // SMALLEST_GEMM))
+        # Products whose rows are no multiple of 64 bytes, or whose factors lie apart, take a quarter longer.
+        width = math.ceil(max(len(keys), SMALLEST_GEMM) / num_tiles / 16) * 16
+        filled = keys.new_zeros(width * num_tiles, keys.shape[1], dtype=tiling.coarse or torch.float32)
+        filled[: len(keys)] = keys
+        tiles = list(filled.view(width, num_tiles, -1).transpose(0, 1).contiguous())
+        fill = torch.arange(len(keys), len(filled), device=keys.device)
+        unusable = torch.cat([(~valid).nonzero().squeeze(1), fill])
+        return Shard(keys, tiles, first_id, unusable, largest)
 
 
 def best_of(
@@ -89,11 +92,11 @@ def best_of(
 ) -> Tensor:
     """Merge the best keys of a shard into the best found so far.
 
-    Key j goes to tile j mod T, so the tiles seen so far are an even sample of the shard. Each time their number doubles
-    they give a bound: the k-th largest score among them, which can never be too high, or, to let fewer scores pass, the
-    one that a sample of this size lets expect, with a margin of four standard deviations. Rows for which a guess was
-    too high end with fewer than k scores above the bound; they are searched again without guessing. So the result is
-    exact either way.
+    Each query's bound is the k-th best found in other shards. In the first shard there is none; there the tiles seen so
+    far, each time their number doubles, give one: the k-th largest score among them, which can never be too high, or,
+    to let fewer scores pass, the one that a sample of this size lets expect, with a margin of four standard deviations.
+    Rows for which a guess was too high end with fewer than k scores above the bound; they are searched again without
+    guessing. So the result is exact either way.
 
     With a coarse first pass every score that comes within its rounding error of the bound is computed again in
     float64 and rounded to float32.
@@ -110,25 +113,25 @@ def best_of(
     Returns:
         [b, k] packed, in descending order.
     """
-    num, k, n = len(queries), best.shape[1], len(shard.scored)
-    num_tiles = max(1, min(math.ceil(n / tiling.keys), n // SMALLEST_GEMM))
-    coarse = queries.to(shard.scored.dtype)
+    num, k, num_tiles = len(queries), best.shape[1], len(shard.tiles)
+    total = sum(map(len, shard.tiles))
+    coarse = queries.to(shard.tiles[0].dtype)
     if num < SMALLEST_GEMM:
         coarse = torch.cat([coarse, coarse.new_zeros(SMALLEST_GEMM - num, coarse.shape[1])])
     error = _rounding(queries, shard, tiling)
     bound = _score_or_lowest(best[:, -1])[:, None] - error
-    reservoir = _Reservoir(best, slots=k + math.ceil(n / num_tiles))
+    bounded = not bool((best[:, -1] == NOT_SEEN).any())
+    reservoir = _Reservoir(best, slots=k + len(shard.tiles[0]))
     barred_in = _by_tile(barred, shard.unusable, num_tiles)
-    for tile in range(num_tiles):
-        keys = shard.scored[tile::num_tiles]
+    for tile, keys in enumerate(shard.tiles):
         area = len(coarse) * len(keys)
         scores = torch.mm(coarse, keys.T, out=space.scores[:area].view(len(coarse), len(keys)))[:num]
         rows, places, unusable = barred_in[tile]
         scores[rows, places] = -torch.inf
         if len(unusable):
             scores[:, unusable] = -torch.inf
-        if tile & (tile - 1) == 0:  # 0 and the powers of two
-            seen = max(tile, 1) / num_tiles
+        if not bounded and tile & (tile - 1) == 0:  # 0 and the powers of two
+            seen = tile / num_tiles or len(keys) / total
             rank = min(k, _guessed_rank(k * seen)) if guess else k
             if tile:
                 bound = torch.maximum(bound, reservoir.nth_largest(rank) - error)
