@@ -1,6 +1,7 @@
 """Batches from end to end, beside their slowest stage alone and beside webdataset with PyAV in a DataLoader."""
 
 import io
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -56,21 +57,25 @@ def run(setting: Setting, clips: int, batch: int) -> Results:
         plan = [(ids, 0) for ids in np.arange(number * batch).reshape(number, batch)]
         loader = Loader(split, data, AugmentSettings(), 0, batch, setting.device)
         stages = _Stages(split, data, plan, setting.device)
-        by_pyav, by_torchcodec = (_webdataset(split, batch, each, setting.threads) for each in ("pyav", "torchcodec"))
+        peers = {name: _webdataset(split, batch, decoder, setting.threads) for name, decoder in _decoders().items()}
         candidates = {
             "reading and checking alone": stages.read,
             "decoding and augmenting alone": stages.decode,
             "loader": lambda: [None for _ in loader.batches(plan)],
-            "webdataset + PyAV in a DataLoader": lambda: _exhaust(by_pyav),
-            "webdataset + torchcodec in a DataLoader": lambda: _exhaust(by_torchcodec),
+        }
+        candidates |= {
+            f"webdataset + {name} in a DataLoader": lambda batches=batches: _exhaust(batches)
+            for name, batches in peers.items()
         }
         seconds = setting.interleaved(candidates)
         results.times(seconds, {each: (number * batch, "clips/s") for each in seconds})
-        read, decode, whole, pyav, torchcodec = seconds.values()
+        read, decode, whole = (seconds[each] for each in list(seconds)[:3])
         slowest = [max(pair) for pair in zip(read, decode, strict=True)]
         results.ratio("clips/s of the loader / its slowest stage", (slowest, whole), ">= 0.9")
-        results.ratio("clips/s of the loader / webdataset + PyAV", (pyav, whole), ">= 1.3")
-        results.ratio("clips/s of the loader / webdataset + torchcodec", (torchcodec, whole))
+        for name in peers:
+            peer = seconds[f"webdataset + {name} in a DataLoader"]
+            bar = ">= 1.3" if name == "PyAV" else ""
+            results.ratio(f"clips/s of the loader / webdataset + {name}", (peer, whole), bar)
         wait = _data_wait(loader, plan * 2, float(np.median(whole)) / number)
         results.ratio("data wait, share of a step of 1.25 batches' time", wait, "<= 0.02")
         loader.close()
@@ -115,6 +120,16 @@ def _data_wait(loader: Loader, plan: list, batch_s: float) -> float:
     cached = next(iter(loader.batches(plan[:1])))
     real, ideal = steps(loader.batches(plan)), steps(iter([cached] * len(plan)))
     return max(0.0, (real - ideal) / real)
+
+
+def _decoders() -> dict[str, str]:
+    """Return the decoders to compare with; torchcodec needs FFmpeg's libraries on the machine."""
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (RuntimeError, OSError) as error:
+        print(f"torchcodec is left out: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return {"PyAV": "pyav"}
+    return {"PyAV": "pyav", "torchcodec": "torchcodec"}
 
 
 def _exhaust(batches: Any) -> None:

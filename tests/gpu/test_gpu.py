@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from distav.data.format import ShardSet
 from distav.data.loader import Loader
-from distav.memory.bank import Bank
+from distav.memory.attention import BACK_ENDS, Asked, reference, works
+from distav.memory.bank import Bank, Visitors
 from distav.memory.neighbors import nearest_neighbors
 from distav.memory.softmax import attend
 from distav.seeding import sample_seeds, uniform
@@ -43,16 +45,53 @@ def test_random_numbers_are_the_same_on_both():
     torch.testing.assert_close(rows[0], rows[1])
 
 
-def test_attention_and_neighbors_are_the_same_on_both():
+@pytest.mark.parametrize("back_end", ["cudnn", "flash", "flex", "tiles"])
+@pytest.mark.parametrize(("num_queries", "num_rows"), [(9, 3000), (1024, 40_000), (100, 1), (33, 1025)])
+@pytest.mark.parametrize("temperature", [0.02, 0.07, 1.0])
+def test_back_ends_equal_the_reference(back_end: str, num_queries: int, num_rows: int, temperature: float):
     generator = torch.Generator().manual_seed(0)
-    keys = torch.nn.functional.normalize(torch.randn(3000, 32, generator=generator), dim=1)
+    rows = F.normalize(torch.randn(num_queries + num_rows, 128, generator=generator), dim=1).cuda().bfloat16()
+    queries, keys = rows[:num_queries], rows[num_queries:]
+    bias = torch.linspace(-1, 1, num_rows).cuda() if back_end in ("flex", "tiles") else None
+    exclude = torch.zeros(num_queries, 1, dtype=torch.long).cuda() if back_end in ("flex", "tiles") else None
+    asked = Asked(queries, keys, keys, 1 / temperature, bias, exclude)
+    if num_rows == 1:
+        asked = Asked(queries, keys, keys, 1 / temperature)
+    chosen = next(each for each in BACK_ENDS if each.name == back_end)
+    assert not chosen.device or works(back_end, keys.device, asked.bias is not None, asked.exclude is not None)
+    for ours, expected in zip(chosen.run(asked), reference(asked), strict=True):
+        torch.testing.assert_close(ours.double(), expected, atol=1e-2, rtol=1e-2)
+
+
+def test_attention_is_the_same_on_both():
+    generator = torch.Generator().manual_seed(0)
+    keys = F.normalize(torch.randn(3000, 32, generator=generator), dim=1)
     for ours, theirs in zip(
         attend(keys[:9], keys, keys, 0.07), attend(keys[:9].cuda(), keys.cuda(), keys.cuda(), 0.07), strict=True
     ):
         torch.testing.assert_close(ours, theirs.cpu(), atol=1e-4, rtol=1e-4)
-    groups, valid = torch.arange(3000), torch.ones(3000, dtype=torch.bool)
-    ids = [nearest_neighbors(keys.to(kind), 10, groups.to(kind), valid.to(kind))[0].cpu() for kind in ("cpu", "cuda")]
-    assert (ids[0] == ids[1]).float().mean() > 0.999
+
+
+def test_neighbors_are_the_same_on_both():
+    features = F.normalize(torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    features[100:200] = features[300]
+    groups, valid = torch.arange(20_000) // 3, torch.ones(20_000, dtype=torch.bool)
+    (ids, similarity), (gpu_ids, gpu_similarity) = (
+        nearest_neighbors(features.to(kind), 50, groups.to(kind), valid.to(kind)) for kind in ("cpu", "cuda")
+    )
+    torch.testing.assert_close(similarity, gpu_similarity.cpu(), atol=2e-6, rtol=0)
+    row, place = (ids != gpu_ids.cpu()).nonzero(as_tuple=True)  # only where float32 cannot tell two scores apart
+    ours, theirs = (features[each[row, place]].double() for each in (ids, gpu_ids.cpu()))
+    assert ((features[row].double() * (ours - theirs)).sum(1).abs() < 2e-6).all()
+
+
+def test_the_bank_keeps_a_rounded_copy_of_its_rows():
+    bank = Bank(50, 16, 0.5, torch.device("cuda"), dtype=torch.bfloat16, num_categories=4)
+    ids = torch.tensor([3, 3, 49]).cuda()
+    rows = F.normalize(torch.randn(2, 3, 16), dim=2).cuda()
+    bank.update(Visitors.gather(ids, ids >= 0, rows[0], rows[1]), torch.ones(3).cuda(), torch.rand(3, 2, 4).cuda())
+    for name in ("visual", "audio"):
+        assert torch.equal(bank.keys(name), bank.columns[name].bfloat16())
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

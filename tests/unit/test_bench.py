@@ -1,0 +1,87 @@
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from distav import config
+from distav.bench import readme
+from distav.bench.bank import Problem
+from distav.bench.command import main
+from distav.bench.measure import Results, Setting
+from distav.bench.step import TOWERS
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "tools" / "results"
+SMALL = {
+    "bank": ["--batch=32", "--rows=600", "--dim=16", "--memory-rows=600", "--shard-rows=600"],
+    "neighbors": ["--rows=1500", "--dim=16", "--k=20", "--queries=300", "--ring-rows=600"],
+    "shards": ["--samples=20"],
+    "loader": ["--clips=16", "--batch=8"],
+    "step": ["--clips=96", "--batch=16"],
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_benchmark_measures_and_says_whether_its_bars_are_met(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "deep" / "result.json"
+    status = main([name, *SMALL[name], "--rounds=1", f"--json={file}"])
+    found = json.loads(file.read_text())
+    barred = [ratio for ratio in found["ratios"].values() if "bar" in ratio]
+    assert barred and status == (0 if all(ratio["met"] for ratio in barred) else 3)
+    assert all(ratio["value"] >= 0 for ratio in found["ratios"].values())
+    assert all(figure.get("median_s", figure.get("value")) >= 0 for figure in found["figures"].values())
+    assert found["machine"]["versions"]["torch"] == metadata.version("torch") and found["machine"]["cores"] >= 1
+    # What does not hang on speed holds at any size.
+    for what, ratio in found["ratios"].items():
+        if any(word in what for word in ("ids equal", "share of ids", "largest relative difference", "bytes")):
+            if "plain read" not in what and "wire" not in what:
+                assert ratio["met"], what
+    said = capsys.readouterr().out
+    assert all(what in said for what in found["ratios"])
+
+
+def test_the_dense_peer_computes_the_same():
+    problem = Problem(16, 200, 24, torch.device("cpu"))
+    for ours, theirs in zip(problem.loss(), problem.dense(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_ratios_are_medians_over_rounds_and_bars_have_a_side():
+    results = Results("x", {})
+    results.ratio("half", ([1.0, 9.0, 2.0], [2.0, 3.0, 4.0]), "<= 0.5")
+    results.ratio("too low", 1.0, ">= 2")
+    assert results.ratios["half"] == {"value": 0.5, "bar": "<= 0.5", "met": True}
+    assert results.ratios["too low"]["met"] is False and "MISSED" in results.table()
+
+
+def test_candidates_take_turns_and_the_first_round_does_not_count():
+    calls: list[str] = []
+    setting = Setting(torch.device("cpu"), 1, 2)
+    seconds = setting.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")})
+    assert calls == ["a", "b"] * 3 and [len(each) for each in seconds.values()] == [2, 2]
+
+
+def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    assert main(["shards", "--samples=0"]) == 1
+    assert main(["neighbors", "--k=90", "--rows=80"]) == 1
+    assert main(["readme", f"--readme={tmp_path / 'none.md'}"]) == 1
+    told = capsys.readouterr().err
+    assert "--samples=0: allowed: from 1 up" in told and "--k=90" in told and "none.md" in told
+    if not torch.cuda.is_available():
+        assert main(["bank", "--device=cuda"]) == 1
+        assert "--device=cuda: PyTorch sees no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("towers", TOWERS)
+def test_the_towers_of_the_step_exist(towers: str):
+    config.load(ROOT / "configs" / "quickstart.yaml", TOWERS[towers])
+
+
+def test_the_readme_shows_what_the_record_says():
+    text = (ROOT / "README.md").read_text()
+    shown = text.split(readme.BEGIN + "\n")[1].split(readme.END)[0]
+    assert shown == readme.section(RESULTS)
