@@ -9,6 +9,7 @@ import torch
 
 from distav.bench.measure import Results, Setting
 from distav.errors import UserError
+from distav.making.clips import CODECS
 
 _EPILOG = """Candidates take turns in one process with the same threads; ratios are medians over the rounds. One thread
 is timed by CPU time, more by the wall clock. exit status: 0 every bar is met; 3 one is missed; 1 or 2 it did not run.
@@ -76,7 +77,7 @@ def _shards(setting: Setting, options: argparse.Namespace) -> Results:
 def _loader(setting: Setting, options: argparse.Namespace) -> Results:
     from distav.bench import loader
 
-    return loader.run(setting, options.clips, options.batch)
+    return loader.run(setting, options.clips, options.batch, options.codec)
 
 
 def _step(setting: Setting, options: argparse.Namespace) -> Results:
@@ -119,6 +120,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(f"--{key}", type=int, default=default, help=" ")
         if name == "step":
             command.add_argument("--towers", choices=("small", "vit-l"), default="small", help="size of the towers")
+        if name == "loader":
+            command.add_argument("--codec", choices=tuple(CODECS), default="mjpeg", help="codec of the clips")
         _common(command, _THREADS.get(name, 1))
     readme = commands.add_parser("readme", help="write the section of the README from the JSON files")
     readme.add_argument("--results", type=Path, default=Path("tools/results"), help="folder of the JSON files")

@@ -15,7 +15,7 @@ from torch import Tensor
 from distav.bench.measure import Results, Setting
 from distav.data.augment import Viewer
 from distav.data.dali import ClipGraph
-from distav.data.format import ShardSet, Split
+from distav.data.format import VIDEO_EXTENSIONS, ShardSet, Split
 from distav.data.loader import Batch, Loader
 from distav.data.reader import ShardReader
 from distav.making.clips import Encoding
@@ -38,21 +38,22 @@ def make_clips(folder: Path, clips: int, codec: str = "mjpeg") -> Split:
     return ShardSet.open(folder).split("train")
 
 
-def run(setting: Setting, clips: int, batch: int) -> Results:
+def run(setting: Setting, clips: int, batch: int, codec: str = "mjpeg") -> Results:
     """Measure the loader by the wall clock.
 
     Args:
         setting: device, threads, rounds.
         clips: clips of the set.
         batch: clips of a batch.
+        codec: codec of the clips.
     """
     arguments = {"clips": clips, "batch": batch, "threads": setting.threads, "device": setting.device.type}
-    results = Results("loader", arguments | {"frames": f"{FRAMES} of 16, {SHORT_SIDE} px MJPEG -> {SIZE} px"})
+    results = Results("loader", arguments | {"frames": f"{FRAMES} of 16, {SHORT_SIDE} px {codec} -> {SIZE} px"})
     setting = Setting(setting.device, max(2, setting.threads), setting.rounds)  # by the wall clock in any case
     data = DataSettings(num_frames=FRAMES, frame_stride=STRIDE, frame_size=SIZE, audio_s=AUDIO_S)
     data.decode_threads = setting.threads
     with tempfile.TemporaryDirectory(prefix="distav-bench-") as name:
-        split = make_clips(Path(name) / "set", clips)
+        split = make_clips(Path(name) / "set", clips, codec)
         number = len(split) // batch
         plan = [(ids, 0) for ids in np.arange(number * batch).reshape(number, batch)]
         loader = Loader(split, data, AugmentSettings(), 0, batch, setting.device)
@@ -170,7 +171,9 @@ class _Decoded:
         torch.set_num_threads(1)
         start = int(torch.randint(0, 16 - (FRAMES - 1) * STRIDE, ()))
         wanted = [start + STRIDE * number for number in range(FRAMES)]
-        frames = (self._by_pyav if self.decoder == "pyav" else self._by_torchcodec)(sample["avi"], wanted)
+        frames = (self._by_pyav if self.decoder == "pyav" else self._by_torchcodec)(
+            next(sample[key] for key in VIDEO_EXTENSIONS.values() if key in sample), wanted
+        )
         change = v2.Compose(
             [v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4)]
         )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distav.world import sum_across
+from distav.world import sum_, sum_across
 
 
 @dataclass(frozen=True)
@@ -62,21 +62,20 @@ def category_loss(
     shares = logs[0].exp(), logs[1].exp()
     scale = weights.clamp_min(0).sqrt()[:, None]
     u, z = shares[0] * scale, shares[1] * scale
-    present = (weights > 0).float()[:, None]
-    entropies = [-(each * log * present).sum() for each, log in zip(shares, logs, strict=True)]
+    present = (weights > 0).to(u.dtype)
+    entropies = [-(each * log).sum(1) @ present for each, log in zip(shares, logs, strict=True)]
     num = visual.shape[1]
     products: Any = _Products.apply(u, z)
-    local = [products, torch.stack([(each * present).sum(0) for each in shares])]
-    stored, held = memory if memory else (visual.new_zeros(0), 0)
-    tail = torch.stack([*entropies, present.sum(), present.new_tensor(float(held))])
-    packed = sum_across(torch.cat([part.flatten() for part in [*local, tail, stored.to(u.dtype)]]))
-    products, marginal, sums, stored = packed.split([3 * num * num, 2 * num, 4, stored.numel()])
+    local = [products, torch.stack([present @ each for each in shares])]
+    tail = torch.stack([*entropies, present.sum()])
+    packed = sum_across(torch.cat([part.flatten() for part in [*local, tail]]))
+    products, marginal, sums = packed.split([3 * num * num, 2 * num, 3])
     count = sums[2].clamp_min(1)
     products = products.view(3, num, num)
     if memory:
-        products = (
-            products + stored.view(3, num, num).detach() * (memory_weight * count / sums[3].clamp_min(1)).detach()
-        )
+        stored = sum_(torch.cat([memory[0].flatten(), memory[0].new_tensor([float(memory[1])])]))
+        scale = memory_weight * count.detach() / stored[-1].clamp_min(1)
+        products = products + (scale * stored[:-1]).view_as(products).to(products.dtype)
     uu, uz, zz = products
     marginal = marginal.view(2, num) / count
     norm_u, norm_z = uu.diagonal().clamp_min(1e-12).sqrt(), zz.diagonal().clamp_min(1e-12).sqrt()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 STEPS = 127
-_EXACT_ROWS = 256
-"""Rows whose sums and differences, integers up to 254 and 127, have products that add up exactly in float32."""
+_EXACT_ROWS = 512
+"""Rows whose sums and differences, integers up to 254 and 127, have products that add up to less than 2^24."""
 
 
 class Assignments:

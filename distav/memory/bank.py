@@ -150,7 +150,7 @@ class Bank:
             dim=1,
         )
         to = asked.view(num_ranks(), -1).sum(1).tolist()
-        owner = self._owner(mine)
+        owner = self.owner(mine)
         came = exchange(flat, to, torch.bincount(owner, minlength=num_ranks()).tolist())
         found = torch.empty_like(came)
         found[owner.argsort(stable=True)] = came
@@ -169,12 +169,13 @@ class Bank:
         """
         if num_ranks() == 1:
             return values
-        owner = self._owner(ids).view(num_ranks(), -1)
+        owner = self.owner(ids).view(num_ranks(), -1)
         mine = owner[rank()]
         to = torch.bincount(mine, minlength=num_ranks()).tolist()
         return exchange(values[mine.argsort(stable=True)], to, (owner == rank()).sum(1).tolist())
 
-    def _owner(self, ids: Tensor) -> Tensor:
+    def owner(self, ids: Tensor) -> Tensor:
+        """Return the rank that owns each id: [B] -> [B]."""
         starts = [row_range(self.num_samples, each).start for each in range(num_ranks())]
         return torch.searchsorted(torch.tensor(starts, device=ids.device), ids, right=True) - 1
 
@@ -198,7 +199,7 @@ class Bank:
             shares: [b, 2, K] category shares of picture and sound, 0..1, scaled by the root of the pair's weight.
         """
         ids = visitors.ids
-        sound = visitors.valid & torch.isfinite(visitors.visual).all(1) & torch.isfinite(visitors.audio).all(1)
+        sound = visitors.valid & torch.isfinite(visitors.visual.sum(1)) & torch.isfinite(visitors.audio.sum(1))
         moved = _Touched(_within(ids, self.held), sound)
         for name in ("visual", "audio"):
             column = self._held[name]
@@ -214,7 +215,7 @@ class Bank:
         own = self.deliver(own.detach().float(), ids)
         place = _within(ids, self.rows)
         asked = place >= 0
-        touched = _Touched(place[asked], sound[asked] & torch.isfinite(own).all(1))
+        touched = _Touched(place[asked], sound[asked] & torch.isfinite(own.sum(1)))
         mean = touched.mean(own)
         column = self.columns["category_agreement"]
         column[touched.rows] = self.momentum * column[touched.rows] + (1 - self.momentum) * mean[:, 0]

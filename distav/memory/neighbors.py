@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from distav.memory.selection import NOT_SEEN, Shard, Tiling, Workspace, best_of, unpacked_ids, unpacked_scores
+from distav.memory.reservoir import NOT_SEEN, unpacked_ids, unpacked_scores
+from distav.memory.selection import Shard, Tiling, Workspace, best_of
 from distav.world import gather_objects, gather_ragged_rows, num_ranks, passing_shards, row_range
 
 LARGEST_K = 2048

@@ -12,15 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NOT_SEEN = torch.iinfo(torch.int64).min
-"""What fills the places of neighbours that do not exist; sorts below every score."""
+from distav.memory.reservoir import LOWEST, NOT_SEEN, Reservoir, nth_largest, packed, score_or_lowest
 
 SMALLEST_GEMM = 32
 """Fewest rows of either matrix of a product. BLAS sums the products of thinner matrices in another order, and with
 them the scores, and the order of near ties, would hang on how the work is cut."""
-
-LOWEST = torch.finfo(torch.float32).min
-"""Bound that any finite score passes and the -inf of a barred one does not."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +69,14 @@ class Shard:
         num_tiles = max(1, min(math.ceil(len(keys) / tiling.keys), len(keys) // SMALLEST_GEMM))
         # Products whose rows are no multiple of 64 bytes, or whose factors lie apart, take a quarter longer.
         width = math.ceil(max(len(keys), SMALLEST_GEMM) / num_tiles / 16) * 16
-        filled = keys.new_zeros(width * num_tiles, keys.shape[1], dtype=tiling.coarse or torch.float32)
-        filled[: len(keys)] = keys
-        tiles = list(filled.view(width, num_tiles, -1).transpose(0, 1).contiguous())
-        fill = torch.arange(len(keys), len(filled), device=keys.device)
+        tiles = keys.new_empty(num_tiles, width, keys.shape[1], dtype=tiling.coarse or torch.float32)
+        full, rest = divmod(len(keys), num_tiles)
+        tiles[:, :full] = keys[: full * num_tiles].view(full, num_tiles, -1).transpose(0, 1)
+        tiles[:, full:] = 0
+        tiles[:rest, full : full + 1] = keys[full * num_tiles :, None]
+        fill = torch.arange(len(keys), width * num_tiles, device=keys.device)
         unusable = torch.cat([(~valid).nonzero().squeeze(1), fill])
-        return Shard(keys, tiles, first_id, unusable, largest)
+        return Shard(keys, list(tiles), first_id, unusable, largest)
 
 
 def best_of(
@@ -119,9 +117,9 @@ def best_of(
     if num < SMALLEST_GEMM:
         coarse = torch.cat([coarse, coarse.new_zeros(SMALLEST_GEMM - num, coarse.shape[1])])
     error = _rounding(queries, shard, tiling)
-    bound = _score_or_lowest(best[:, -1])[:, None] - error
+    bound = score_or_lowest(best[:, -1])[:, None] - error
     bounded = not bool((best[:, -1] == NOT_SEEN).any())
-    reservoir = _Reservoir(best, slots=k + len(shard.tiles[0]))
+    reservoir = Reservoir(best, slots=k + len(shard.tiles[0]))
     barred_in = _by_tile(barred, shard.unusable, num_tiles)
     for tile, keys in enumerate(shard.tiles):
         area = len(coarse) * len(keys)
@@ -136,7 +134,7 @@ def best_of(
             if tile:
                 bound = torch.maximum(bound, reservoir.nth_largest(rank) - error)
             elif rank <= len(keys):
-                bound = torch.maximum(bound, _nth_largest(scores, rank)[:, None].float() - 2 * error)
+                bound = torch.maximum(bound, nth_largest(scores, rank)[:, None].float() - 2 * error)
         bound.clamp_min_(LOWEST)
         flat, row = _passing(scores, bound, space.passed)
         counts = torch.bincount(row, minlength=num)
@@ -151,7 +149,7 @@ def best_of(
             exact = dot_products(queries, shard.keys, row, place)
         reservoir.add(row, counts, packed(exact, shard.first_id + place))
     found = reservoir.sorted()
-    missed = (_score_or_lowest(found[:, -1])[:, None] < bound + error).squeeze(1).nonzero().squeeze(1)
+    missed = (score_or_lowest(found[:, -1])[:, None] < bound + error).squeeze(1).nonzero().squeeze(1)
     if guess and len(missed):
         position = torch.full_like(found[:, 0], -1)
         position[missed] = torch.arange(len(missed), device=position.device)
@@ -187,18 +185,6 @@ def _by_tile(barred: tuple[Tensor, Tensor], unusable: Tensor, num_tiles: int) ->
     return [(*pair, unusable[unusable % num_tiles == tile] // num_tiles) for tile, pair in enumerate(pairs)]
 
 
-def _score_or_lowest(values: Tensor) -> Tensor:
-    return unpacked_scores(values).masked_fill(values == NOT_SEEN, LOWEST)
-
-
-def _nth_largest(values: Tensor, rank: int) -> Tensor:
-    """Return the value of a rank in each row, 1 for the largest: [b, n] -> [b]."""
-    if values.device.type == "cpu" and values.dtype is not torch.bfloat16:
-        at = values.shape[1] - rank
-        return torch.from_numpy(np.partition(values.numpy(), at, axis=1)[:, at])
-    return values.topk(rank, dim=1, sorted=False).values.amin(1)
-
-
 def _passing(scores: Tensor, bound: Tensor, passed: Tensor) -> tuple[Tensor, Tensor]:
     """Return the places in the flattened scores, and the rows, of those that reach the bound of their row."""
     above = passed[: scores.numel()].view(scores.shape)
@@ -209,56 +195,6 @@ def _passing(scores: Tensor, bound: Tensor, passed: Tensor) -> tuple[Tensor, Ten
     else:
         flat = torch.ge(scores, bound, out=above).view(-1).nonzero().squeeze(1)
     return flat, torch.div(flat, scores.shape[1], rounding_mode="trunc")
-
-
-class _Reservoir:
-    """The scores that passed, row by row: [b, s] packed, of which the first `filled` count."""
-
-    def __init__(self, best: Tensor, slots: int):
-        self.best = best
-        self.held = best.new_empty(len(best), slots)
-        self.filled = torch.zeros(len(best), dtype=torch.int64, device=best.device)
-        self.row_start = torch.arange(len(best), device=best.device) * slots
-
-    def has_room(self, counts: Tensor) -> bool:
-        return int((self.filled + counts).max()) <= self.held.shape[1]
-
-    def add(self, row: Tensor, counts: Tensor, values: Tensor) -> None:
-        """Append values [p] of the rows [p], which ascend; `counts` [b] says how many each row gets."""
-        before = counts.cumsum(0) - counts
-        shift = (self.row_start + self.filled - before).index_select(0, row)
-        self.held.view(-1).scatter_(0, shift.add_(torch.arange(len(row), device=row.device)), values)
-        self.filled += counts
-
-    def nth_largest(self, rank: int) -> Tensor:
-        """Return the score of a rank among those held, or a score below all where fewer are: [b, 1]."""
-        held = self._used()
-        if rank > held.shape[1]:
-            return torch.full((len(held), 1), LOWEST, device=held.device)
-        return _score_or_lowest(_nth_largest(held, rank))[:, None]
-
-    def sorted(self) -> Tensor:
-        """Return the best k, with those found before: [b, k] in descending order."""
-        return _descending(torch.cat([self.best, self._used()], dim=1))[:, : self.best.shape[1]]
-
-    def compacted(self) -> Tensor:
-        """Keep only the best k; return the score of the last of each row: [b, 1]."""
-        self.best = self.sorted()
-        self.filled.zero_()
-        return _score_or_lowest(self.best[:, -1])[:, None]
-
-    def _used(self) -> Tensor:
-        width = int(self.filled.max())
-        unused = torch.arange(width, device=self.held.device) >= self.filled[:, None]
-        return self.held[:, :width].masked_fill(unused, NOT_SEEN)
-
-
-def _descending(values: Tensor) -> Tensor:
-    if values.device.type == "cpu":
-        rows = values.numpy()
-        rows.sort(axis=1)
-        return torch.from_numpy(rows[:, ::-1].copy())
-    return values.sort(dim=1, descending=True).values
 
 
 def dot_products(queries: Tensor, keys: Tensor, row: Tensor, place: Tensor) -> Tensor:
@@ -277,22 +213,3 @@ def dot_products(queries: Tensor, keys: Tensor, row: Tensor, place: Tensor) -> T
             terms = torch.cat([terms[:, :half] + terms[:, half : 2 * half], odd], dim=1)
         found[part] = terms.squeeze(1).float()
     return found
-
-
-def packed(scores: Tensor, ids: Tensor) -> Tensor:
-    """Pack a float32 score and an id into one integer that sorts by score, then by smaller id: [..] int64."""
-    bits = (scores + 0.0).view(torch.int32)
-    ordered = torch.where(bits < 0, ~bits ^ torch.iinfo(torch.int32).min, bits).long()
-    return (ordered << 32) | (0xFFFFFFFF - ids)
-
-
-def unpacked_scores(values: Tensor) -> Tensor:
-    """Take the scores out of what `packed` made."""
-    ordered = (values >> 32).int()
-    bits = torch.where(ordered < 0, ~(ordered ^ torch.iinfo(torch.int32).min), ordered)
-    return bits.view(torch.float32)
-
-
-def unpacked_ids(values: Tensor) -> Tensor:
-    """Take the ids out of what `packed` made."""
-    return 0xFFFFFFFF - (values & 0xFFFFFFFF)

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from distav.losses.instance import Negatives, SoftTargets, instance_losses, weighted_mean
 from distav.memory import attention
@@ -46,10 +47,12 @@ SHAPES = [(3, 50, 16), (8, 64, 64), (5, 1, 8), (2, 130, 128), (300, 2051, 24), (
 @pytest.mark.parametrize(("num_queries", "num_rows", "dim"), SHAPES)
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attend_equals_the_reference(
-    back_end: str, num_queries: int, num_rows: int, dim: int, temperature: float, biased: bool
+    back_end: str, num_queries: int, num_rows: int, dim: int, temperature: float, biased: bool, dtype: torch.dtype
 ):
     queries, keys, values = unit(num_queries, dim), unit(num_rows, dim, seed=1), unit(num_rows, dim, seed=2)
+    keys, values = keys.to(dtype), values.to(dtype)
     keys[num_rows // 2 :] = keys[: num_rows - num_rows // 2].clone()  # every key twice
     bias = torch.linspace(-3, 3, num_rows) if biased else None
     if bias is not None:
@@ -68,6 +71,20 @@ def test_the_fused_operator_serves_here_and_excluded_keys_go_to_the_tiles():
     rows = unit(40, 16)
     assert best_back_end(Asked(rows, rows, rows, 1.0, torch.zeros(40))).name == "flash-cpu"
     assert best_back_end(Asked(rows, rows, rows, 1.0, None, torch.zeros(40, 1, dtype=torch.long))).name == "tiles"
+
+
+@pytest.mark.parametrize("num_rows", [1, 1000, 2600])
+@pytest.mark.parametrize("with_more", [False, True])
+def test_flex_attention_takes_bias_and_excluded_keys(num_rows: int, with_more: bool, monkeypatch: pytest.MonkeyPatch):
+    # Not compiled, as it would be on a GPU: the same function, slowly.
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    queries, keys, values = unit(20, 16), unit(num_rows, 16, seed=1), unit(num_rows, 16, seed=2)
+    bias = torch.linspace(-2, 2, num_rows) if with_more else None
+    exclude = torch.randint(-1, num_rows, (20, 2)) if with_more and num_rows > 1 else None
+    asked = Asked(queries, keys, values, 8.0, bias, exclude)
+    flex = next(each for each in attention.BACK_ENDS if each.name == "flex")
+    for ours, expected in zip(flex.run(asked), reference(asked), strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_back_end_that_answers_wrongly_is_passed_over(monkeypatch: pytest.MonkeyPatch):
@@ -287,7 +304,7 @@ TILINGS = [None, Tiling(100, 40), Tiling(1000, 33), Tiling(64, 50, torch.bfloat1
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
-@pytest.mark.parametrize(("num", "k"), [(300, 20), (33, 32), (3, 1), (1800, 200), (1200, 700)])
+@pytest.mark.parametrize(("num", "k"), [(300, 20), (33, 32), (3, 1), (1800, 200), (1200, 700), (2100, 2048)])
 def test_neighbors_are_those_of_a_full_sort(tiling: Tiling | None, num: int, k: int):
     features = unit(num, 12)
     groups = torch.arange(num) // 2 * 2 if num > 40 else torch.arange(num)
