@@ -142,6 +142,7 @@ def run(setting: Setting, batch: int, rows: int, dim: int, memory_rows: int, sha
     results.ratio("instance + category / instance", (both, plain), "<= 1.1")
     if on_cpu:
         _memory(results, batch, memory_rows, dim)
+    if on_cpu and setting.threads == 1:
         _sharded(results, batch, shard_rows, dim, setting.rounds)
     return results
 
