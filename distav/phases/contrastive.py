@@ -62,7 +62,7 @@ def contrastive_losses(run: Run, settings: ContrastivePhase) -> Callable[[Batch,
         logits = outputs["visual_categories"], outputs["audio_categories"]
         memory = bank.assignments.columns() if settings.category_memory else None
         category = category_loss(*logits, weights, settings.category_temperature, memory, settings.category_memory)
-        bank.update(visitors, category_agreement(category.shares), category.shares)
+        bank.update(visitors, category_agreement(category.shares), category.shares if memory else None)
         fade = ramp(progress, 0.0, settings.category_ramp)
         loss = instance + fade * _weighed(category, settings)
         return {

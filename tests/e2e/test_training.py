@@ -17,7 +17,7 @@ from distav.data.format import ShardSet
 from distav.data.loader import Loader
 from distav.export import load_encoders
 from distav.settings import DataSettings
-from tests.helpers.launch import command, environment, losses, records, tiny_config, train
+from tests.helpers.launch import TINY, command, environment, losses, records, tiny_config, train
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +149,24 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     np.testing.assert_allclose(
         [by_step[step] for step in range(1, 21)], losses(finished[0]), rtol=1e-5 if stage == 0 else 1e-3
     )
+
+
+def test_other_ways_to_use_the_bank_train(tiny_shards: Path, tmp_path: Path):
+    phases = """  drawn: {kind: contrastive, epochs: 2, negatives: 16, soft_targets: none, category_memory: 0}
+  masked: {kind: contrastive, epochs: 1, mask_unvisited: true, category_memory: 0}
+"""
+    text = TINY.replace("  contrastive: {kind: contrastive, epochs: 3}\n", phases)
+    said = train(
+        tiny_config(tmp_path, text),
+        f"data.root={tiny_shards}",
+        f"run.root={tmp_path}",
+        "bank.replicate_below_mib=0",
+        "model.learn_temperature=true",
+        "deepspeed.zero_stage=3",
+        ranks=2,
+    )
+    found = losses(tmp_path / "tiny")
+    assert "given training labels were right" in said and len(found) == 20 and np.isfinite(found).all()
 
 
 def test_accumulated_micro_batches_train(tiny_shards: Path, tmp_path: Path):
