@@ -103,6 +103,18 @@ _NUMBERS = {
     "scaling": (_scaling, "cost as bank, batch and ranks grow", {"batch": 1024, "dim": 128}),
 }  # fmt: skip
 _THREADS = {"loader": 2}
+_MEANINGS = {
+    "batch": "samples of a step",
+    "rows": "samples of the bank or set",
+    "dim": "width of an embedding",
+    "memory-rows": "rows where memory is measured",
+    "shard-rows": "rows of the bank spread over 2 and 4 processes",
+    "ring-rows": "samples of the set spread over 2 and 4 processes",
+    "k": "neighbours",
+    "queries": "samples searched for, besides all of them",
+    "samples": "samples of the tar, 360 kB each",
+    "clips": "clips of the rendered set",
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=title, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(run=run)
         for key, default in numbers.items():
-            command.add_argument(f"--{key}", type=int, default=default, help=" ")
+            command.add_argument(f"--{key}", type=int, default=default, help=_MEANINGS[key])
         if name == "step":
             command.add_argument("--towers", choices=("small", "vit-l"), default="small", help="size of the towers")
         if name == "loader":
