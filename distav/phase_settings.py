@@ -81,8 +81,9 @@ class ContrastivePhase:
     """Weight of the category-level loss (CC: 1)."""
     category_temperature: float = 1.0
     """Divides the similarities of the category-level loss (CC: 1)."""
-    category_memory: float = 1.0
-    """Weight of the bank's stored categories beside the batch's in the category-level loss; 0 leaves them out."""
+    category_memory: float = 0.0
+    """Weight of the bank's stored categories beside the batch's in the category-level loss, for batches below five
+    times the categories; 0 leaves them out."""
     category_ramp: float = 0.1
     """Share of the phase over which the category-level loss fades in."""
     balance_weight: float = 1.0
