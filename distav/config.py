@@ -16,7 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distav.errors import UserError, listed, nearest
-from distav.phase_settings import PHASE_KINDS, ContrastivePhase, PhaseSettings, SoftTargets
+from distav.phase_settings import (
+    NEED_CORRECTION,
+    PHASE_KINDS,
+    ContrastivePhase,
+    PhaseSettings,
+    SoftTargets,
+    SupervisedPhase,
+)
 from distav.settings import Settings
 
 __all__ = ["check", "load", "to_yaml"]
@@ -138,22 +145,27 @@ def check(settings: Settings) -> None:
     for name, phase in settings.phases.items():
         _check_phase(name, phase)
         corrected = corrected or phase.kind == "correction"
-        if phase.kind == "hybrid" and not corrected:
-            raise UserError(f"phases.{name}: a hybrid phase needs one with kind: correction before it; add one.")
+        if isinstance(phase, SupervisedPhase) and phase.targets in NEED_CORRECTION and not corrected:
+            raise UserError(
+                f"phases.{name}.targets={phase.targets.name}: needs a phase with kind: correction before it; add one, "
+                "or learn from targets: given."
+            )
 
 
 def _check_phase(name: str, phase: PhaseSettings) -> None:
-    values = dataclasses.asdict(phase)
-    for key, value in values.items():
+    for key, value in dataclasses.asdict(phase).items():
         where = f"phases.{name}.{key}"
-        if key.endswith("temperature"):
-            _require(value > 0, where, value, "a number above 0")
-        elif key in ("soft_weight", "weight_min", "trust_after", "mismatch_below", "correspondence_momentum"):
-            _require(0 <= value <= 1, where, value, "0 to 1")
-        elif key in ("epochs", "neighbors"):
-            _require(value >= 1, where, value, "a whole number from 1 up")
-        elif key.endswith(("weight", "scale", "ramp", "memory")) or key in ("refine_neighbors", "negatives"):
-            _require(value >= 0, where, value, "0 or more")
+        several: list[Any] = cast(list[Any], value) if isinstance(value, list) else [value]
+        _require(bool(several), where, several, "at least one value to choose among")
+        for each in several:
+            if key.endswith(("temperature", "temperatures", "_q")):
+                _require(each > 0, where, each, "a number above 0")
+            elif key in ("soft_weight", "weight_min", "trust_after", "whitening") or key.endswith("momentum"):
+                _require(0 <= each <= 1, where, each, "0 to 1")
+            elif key in ("epochs", "neighbors", "width"):
+                _require(each >= 1, where, each, "a whole number from 1 up")
+            elif key.endswith(("weight", "scale", "ramp", "memory")) or key in ("second", "negatives"):
+                _require(each >= 0, where, each, "0 or more")
 
     if isinstance(phase, ContrastivePhase) and phase.negatives and phase.soft_targets is not SoftTargets.none:
         raise UserError(

@@ -39,6 +39,21 @@ def label_accuracy(given: np.ndarray, corrected: np.ndarray, true: np.ndarray) -
     }
 
 
+def expected_calibration_error(shares: np.ndarray, true: np.ndarray, bins: int = 15) -> float:
+    """Return the mean gap between confidence and accuracy over bins of equal width (Guo et al. 2017, equation 3).
+
+    Args:
+        shares: [N, C] class shares.
+        true: [N] class numbers.
+        bins: of the confidence.
+    """
+    confidence, right = shares.max(axis=1), shares.argmax(axis=1) == true
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    count = np.bincount(which, minlength=bins)
+    gap = np.abs(np.bincount(which, right - confidence, minlength=bins))
+    return float(gap[count > 0].sum() / len(true))
+
+
 def test_accuracy(run: Run) -> dict[str, float] | None:
     """Return top-1 on the test split by both modalities and by each alone; None without a test split."""
     split, labels = run.data.test, run.data.test_labels

@@ -3,7 +3,7 @@
 AVID is Morgado et al. 2021a, RAVID Morgado et al. 2021b, CC Li et al. 2021.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -27,18 +27,31 @@ class SoftTargets(Enum):
     cycle = "cycle"
 
 
-class Vote(Enum):
-    """How neighbours vote: one vote over both modalities, or one for each with the pair's agreement as gate."""
+class Targets(Enum):
+    """What the classifiers learn.
 
-    joint = "joint"
-    gated = "gated"
+    given: the labels as they came. posterior: corrected labels, the given one weighed by how often labels are wrong.
+    held_out: corrected labels in which a sample's own given label had no part, so that the features that come of it
+    can be voted in again. mixed: given and corrected label, weighed by how far they agree. true: an upper bound.
+    """
+
+    given = "given"
+    posterior = "posterior"
+    held_out = "held_out"
+    mixed = "mixed"
+    true = "true"
 
 
-class Features(Enum):
-    """Which features neighbours are looked for in: tower outputs, or their projections."""
+NEED_CORRECTION = (Targets.posterior, Targets.held_out, Targets.mixed)
+"""Targets that a correction has to make."""
 
-    backbone = "backbone"
-    projected = "projected"
+
+class ClassLoss(Enum):
+    """ce: cross-entropy. gce: generalised cross-entropy. elr: cross-entropy with early-learning regularisation."""
+
+    ce = "ce"
+    gce = "gce"
+    elr = "elr"
 
 
 @dataclass
@@ -57,6 +70,9 @@ class ContrastivePhase:
     """Rows drawn for each sample in place of the whole bank (AVID: 1024); 0 uses all, and is exact."""
     mask_unvisited: bool = False
     """Leave rows that were never written out of the softmax; they start as random directions."""
+    within_weight: float = 0.0
+    """Weight of telling instances apart within each modality too (Joint-AVID); it learns what the other sense cannot
+    teach, which is much where clips are few or hard, and costs two more passes over the bank."""
     soft_targets: SoftTargets = SoftTargets.cycle
     """Soft targets over the bank (RAVID keeps cycle)."""
     soft_weight: float = 0.5
@@ -94,47 +110,54 @@ class ContrastivePhase:
 
 @dataclass
 class CorrectionPhase:
-    """Between the phases: every sample's label, voted for by its neighbours."""
+    """Every sample's label, voted for by its neighbours; the way of voting is the one that foretells labels best."""
 
     kind: str = "correction"
     """The kind of phase."""
-    neighbors: int = 100
-    """Neighbours of the first vote."""
-    refine_neighbors: int = 20
-    """Neighbours of the second vote, over the labels of the first; 0 leaves it out."""
-    temperature: float = 0.07
-    """Divides the similarity in a neighbour's weight."""
-    class_prior: float = 0.0
-    """Exponent of the correction for class frequency; 0 for balanced sets, 1 for imbalanced ones."""
-    features: Features = Features.backbone
-    """Features in which neighbours are looked for."""
-    vote: Vote = Vote.joint
-    """joint; or gated, for doubtful pairs: needs classes that each modality can tell alone."""
+    neighbors: list[int] = field(default_factory=lambda: [50, 200, 400])
+    """Neighbours of the first vote, to choose among; more for noisier labels, fewer than the samples of a class."""
+    second: list[int] = field(default_factory=lambda: [0, 20, 100])
+    """Voters of a second vote over what the first elected, to choose among; 0: one vote alone."""
+    temperatures: list[float] = field(default_factory=lambda: [0.07, 0.2, 0.4])
+    """Divide the similarity in a neighbour's weight, to choose among."""
+    whitening: list[float] = field(default_factory=lambda: [0.0, 0.5])
+    """Powers by which the principal axes of features are evened out, to choose among; both senses together are voted
+    in with the last."""
+    width: int = 48
+    """Principal axes of the features that are kept."""
 
 
 @dataclass
-class HybridPhase:
-    """Phase 2: supervised training on given and corrected labels, the bank kept as regulariser."""
+class SupervisedPhase:
+    """Phase 2: supervised training on given and corrected labels; on given labels alone, the usual baselines."""
 
-    kind: str = "hybrid"
+    kind: str = "supervised"
     """The kind of phase."""
-    epochs: int = 24
+    epochs: int = 12
     """Passes over the training split."""
     lr_scale: float = 1.0
     """Factor on `optim.lr`."""
-    tower_lr_scale: float = 0.1
-    """Further factor for the towers; the heads learn at the full rate."""
-    mismatch_below: float = 0.5
-    """Correspondence below which each modality learns its own corrected label."""
-    instance_weight: float = 0.1
-    """Weight of the instance loss against the bank; 0 leaves it out."""
+    tower_lr_scale: float = 1.0
+    """Further factor for the towers; 0 trains the classifiers alone, a linear probe."""
+    targets: Targets = Targets.posterior
+    """given, posterior, held_out, mixed or true."""
+    loss: ClassLoss = ClassLoss.ce
+    """ce, gce or elr; gce where corrected labels are asked for and the correction found no signal."""
+    gce_q: float = 0.7
+    """Exponent of generalised cross-entropy (Zhang and Sabuncu 2018: 0.7)."""
+    elr_weight: float = 3.0
+    """Weight of early-learning regularisation (Liu et al. 2020: 3 on CIFAR-10)."""
+    elr_momentum: float = 0.7
+    """Share of the remembered prediction kept at each visit (Liu et al. 2020: 0.7 on CIFAR-10)."""
+    instance_weight: float = 0.0
+    """Weight of the instance loss against the bank, as a regulariser; 0 leaves it out."""
     temperature: float = 0.07
     """Divides the similarities of that loss."""
 
 
-PhaseSettings = ContrastivePhase | CorrectionPhase | HybridPhase
-PHASE_KINDS: dict[str, type[ContrastivePhase] | type[CorrectionPhase] | type[HybridPhase]] = {
+PhaseSettings = ContrastivePhase | CorrectionPhase | SupervisedPhase
+PHASE_KINDS: dict[str, type[ContrastivePhase] | type[CorrectionPhase] | type[SupervisedPhase]] = {
     "contrastive": ContrastivePhase,
     "correction": CorrectionPhase,
-    "hybrid": HybridPhase,
+    "supervised": SupervisedPhase,
 }

@@ -60,11 +60,12 @@ class Data:
             )
         for name, phase in settings.phases.items():
             if isinstance(phase, CorrectionPhase):
-                for key, k in (("neighbors", phase.neighbors), ("refine_neighbors", phase.refine_neighbors)):
+                for key, k in (("neighbors", max(phase.neighbors)), ("second", max(phase.second))):
                     if k >= len(train):
                         raise UserError(
-                            f"phases.{name}.{key}={k}: the training split has {len(train)} samples; allowed: up to "
-                            f"{len(train) - 1}, sensible: below the {len(train) // len(shards.classes)} of a class."
+                            f"phases.{name}.{key}: {k} is too many for a training split of {len(train)} samples; "
+                            f"allowed: up to {len(train) - 1}, sensible: up to twice the "
+                            f"{len(train) // len(shards.classes)} of a class."
                         )
         return cls(shards, train, labels, test, test_labels)
 

@@ -15,7 +15,11 @@ from distav.memory.softmax import attend, merge_across_ranks
 from distav.world import gather_rows, own_rows, sum_
 
 MODALITIES = ("visual", "audio")
-DIRECTIONS: tuple[tuple[str, str], ...] = (("visual", "audio"), ("audio", "visual"))
+Directions = tuple[tuple[str, str], ...]
+DIRECTIONS: Directions = (("visual", "audio"), ("audio", "visual"))
+"""Whose embedding is compared with whose rows: across the modalities (Cross-AVID)."""
+WITHIN: Directions = (("visual", "visual"), ("audio", "audio"))
+"""Within each modality (Self-AVID); both together are Joint-AVID (Morgado et al. 2021a, section 3.2)."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ def instance_losses(
     *,
     negatives: Negatives | None = None,
     mask_unvisited: bool = False,
+    directions: Directions = DIRECTIONS,
 ) -> Tensor:
     """Return each sample's loss in both directions, exact over all rows.
 
@@ -94,9 +99,10 @@ def instance_losses(
         negatives: draw that many rows instead of using all; hard targets only.
         mask_unvisited: leave rows that were never written out of the softmax; samples that were never seen before
             then have no loss.
+        directions: across or within; soft targets are for those across.
 
     Returns:
-        [b] losses, the sum of picture-to-sound and sound-to-picture.
+        [b] losses, the sum over both directions.
     """
     tau = float(temperature.detach()) if isinstance(temperature, Tensor) else temperature
     learnt = temperature if isinstance(temperature, Tensor) else visual.new_tensor(tau)
@@ -107,17 +113,17 @@ def instance_losses(
         seen = bank.held_column("visits") > 0
     if negatives:
         number, seed, step = negatives.number, negatives.seed, negatives.step
-        found = sampled_attend(bank, visitors, rows, DIRECTIONS, tau, number, seed, step)
+        found = sampled_attend(bank, visitors, rows, directions, tau, number, seed, step)
     else:
         bias = None if seen is None else _closed(seen)
         every = queries if bank.replicated else {"visual": visitors.visual, "audio": visitors.audio}
-        found = [attend(every[own], bank.keys(other), bank.keys(other), tau, bias=bias) for own, other in DIRECTIONS]
+        found = [attend(every[own], bank.keys(other), bank.keys(other), tau, bias=bias) for own, other in directions]
         if softness is not None and soft is not None and soft.kind != "none":
             found += _soft_rows(bank, soft, every, rows, visitors.ids, seen)
         if not bank.replicated:
             found = merge_across_ranks(found)
     total = torch.zeros_like(visual[:, 0])
-    for each, (own, other) in enumerate(DIRECTIONS):
+    for each, (own, other) in enumerate(directions):
         lse, expected = found[each]
         target = rows[other]
         if len(found) == 4 and softness is not None:

@@ -174,6 +174,21 @@ class Bank:
         to = torch.bincount(mine, minlength=num_ranks()).tolist()
         return exchange(values[mine.argsort(stable=True)], to, (owner == rank()).sum(1).tolist())
 
+    def write(self, name: str, values: Tensor, ids: Tensor, valid: Tensor) -> None:
+        """Put rows of this rank's batch into a column, where their owners keep it; repeated ids are averaged.
+
+        Args:
+            name: a column of numbers.
+            values: [b, ...] of this rank.
+            ids, valid: [B] of all ranks; rows that are not valid are left out.
+        """
+        came = self.deliver(values.flatten(1).float(), ids)
+        place = _within(ids, self.rows)
+        asked = place >= 0
+        touched = _Touched(place[asked], valid[asked])
+        column = self.columns[name]
+        column[touched.rows] = touched.mean(came).view(-1, *column.shape[1:]).to(column.dtype)
+
     def owner(self, ids: Tensor) -> Tensor:
         """Return the rank that owns each id: [B] -> [B]."""
         starts = [row_range(self.num_samples, each).start for each in range(num_ranks())]

@@ -8,7 +8,7 @@ from torch import Tensor
 from distav.data.loader import Batch
 from distav.evaluate import auroc
 from distav.losses.category import CategoryLoss, category_agreement, category_loss
-from distav.losses.instance import Negatives, SoftTargets, instance_losses, weighted_mean
+from distav.losses.instance import WITHIN, Negatives, SoftTargets, instance_losses, weighted_mean
 from distav.memory.bank import Visitors
 from distav.phase_settings import ContrastivePhase, Estimator
 from distav.phases.loop import Losses, train
@@ -58,6 +58,10 @@ def contrastive_losses(run: Run, settings: ContrastivePhase) -> Callable[[Batch,
             else None,
             mask_unvisited=settings.mask_unvisited,
         )
+        if settings.within_weight:
+            each = each + settings.within_weight * instance_losses(
+                bank, visitors, *pair, outputs.get("temperature", settings.temperature), directions=WITHIN
+            )
         instance = weighted_mean(each, weights)
         logits = outputs["visual_categories"], outputs["audio_categories"]
         memory = bank.assignments.columns() if settings.category_memory else None

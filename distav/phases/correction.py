@@ -1,55 +1,131 @@
-"""Between the phases: clean features of every clip, exact neighbours over all ranks, and a vote on every label."""
+"""Between trainings: clean features of every clip, exact neighbours over all ranks, and a vote on every label."""
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distav.data.format import write_table
 from distav.data.labels import correction_table
 from distav.data.loader import Loader
 from distav.data.order import PADDING, owned_batches
-from distav.evaluate import auroc, label_accuracy
-from distav.phase_settings import CorrectionPhase, Features, Vote
-from distav.robust.correction import Correction, Voting, correct
+from distav.evaluate import auroc, expected_calibration_error, label_accuracy
+from distav.phase_settings import CorrectionPhase
+from distav.robust.correction import Correction, Space, Voting, correct
 from distav.run import Run
 from distav.world import gather_ragged_rows, row_range
+
+SPACES = {"towers": ("visual_features", "audio_features"), "projections": ("visual", "audio")}
 
 
 def run_correction(run: Run, name: str, settings: CorrectionPhase) -> None:
     """Vote on every label, keep the votes beside the bank, and write the table `labels/<phase>.parquet`."""
-    visual, audio, present = extract_features(run, settings.features)
-    labels, split = run.data.labels, run.data.train
-    device = run.world.device
+    spaces, present = extract_features(run)
+    labels, split, device = run.data.labels, run.data.train, run.world.device
     valid = gather_ragged_rows(present.float()) > 0
-    voting = Voting(
-        settings.neighbors,
-        settings.refine_neighbors,
-        settings.temperature,
-        settings.class_prior,
-        settings.vote is Vote.gated,
-    )
+    voting = Voting(settings.neighbors, settings.second, settings.temperatures, settings.whitening, settings.width)
     given = torch.from_numpy(labels.given).to(device)
     groups = torch.from_numpy(split.source_codes).to(device)
-    found = correct(visual, audio, given, len(labels.classes), groups, valid, voting)
-    keep(run, found, gated=voting.gated)
+    columns, before = run.bank.columns, None
+    if "held_out" in columns and run.notes["neighbors_have_signal"]:
+        before = columns["held_out"], torch.tensor(run.notes["rate_evidence"], dtype=torch.float64, device=device)
+    found = correct(spaces, given, len(labels.classes), groups, valid, voting, before)
+    keep(run, found)
     run.check_budget()
+    _report(run, name, found)
 
-    corrected = gather_ragged_rows(found.labels.argmax(1)).cpu().numpy()
-    confidence = gather_ragged_rows(found.labels.amax(1)).cpu().numpy()
+
+def extract_features(run: Run) -> tuple[list[Space], Tensor]:
+    """Run the network once over the middle of every clip that this rank owns, in evaluation mode.
+
+    Returns:
+        Tower outputs and their projections, by picture and by sound [n, E] float32 each, and whether a sample could
+        be used [n] bool.
+    """
+    data, settings, world = run.data, run.settings, run.world
+    batches = owned_batches(len(data.train), run.micro_batch, world.rank, world.num_ranks)
+    loader = Loader(data.train, settings.data, None, settings.run.seed, run.micro_batch, world.device)
+    loader.quarantine = run.loader.quarantine
+    own = row_range(len(data.train))
+    wanted = [each for pair in SPACES.values() for each in pair]
+    pieces: list[list[Tensor]] = [[] for _ in (*wanted, "valid")]
+    run.engine.train(False)
+    try:
+        with torch.no_grad():
+            for batch in loader.batches((ids, 0) for ids in batches):
+                outputs = run.engine(batch)
+                rows = [*(outputs[each].float() for each in wanted), batch.valid]
+                for piece, part in zip(pieces, rows, strict=True):
+                    piece.append(part)
+    finally:
+        loader.close()
+        run.engine.train()
+    real = torch.from_numpy(np.concatenate(batches) != PADDING).to(world.device)
+    *features, present = (torch.cat(piece)[real] for piece in pieces)
+    assert len(present) == len(own)
+    found = dict(zip(wanted, features, strict=True))
+    return [Space(name, found[visual], found[audio]) for name, (visual, audio) in SPACES.items()], present
+
+
+def keep(run: Run, found: Correction) -> None:
+    """Store the votes beside the bank's rows, where checkpoints and the next phases find them."""
+    first = "rate_evidence" not in run.notes
+    for name in ("held_out", "posterior", "audio_held_out", "audio_posterior", "correspondence"):
+        run.bank.columns[name] = getattr(found, name)
+    run.notes["neighbors_have_signal"] = found.has_signal
+    if first and found.has_signal:
+        run.notes["rate_evidence"] = found.evidence.tolist()
+
+
+def _report(run: Run, name: str, found: Correction) -> None:
+    """Write the table and tell what was found, beside the truth where the set knows it."""
+    labels, split = run.data.labels, run.data.train
     own = row_range(len(split))
-    agreement = found.labels.gather(1, given[own.start : own.stop, None]).squeeze(1)
-    agreement = gather_ragged_rows(agreement).cpu().numpy()
+    given = torch.from_numpy(labels.given).to(run.world.device)[own.start : own.stop, None]
+    corrected = gather_ragged_rows(found.posterior.argmax(1)).cpu().numpy()
+    confidence = gather_ragged_rows(found.posterior.amax(1)).cpu().numpy()
+    agreement = gather_ragged_rows(found.held_out.gather(1, given).squeeze(1)).cpu().numpy()
     correspondence = run.bank.whole("correspondence").cpu().numpy()
-    step = run.position.total_steps
-    changed = float((corrected != labels.given).mean())
-    record: dict[str, float | str] = {"phase": name, "labels/changed": changed}
+    step, changed = run.position.total_steps, float((corrected != labels.given).mean())
+    summary = {
+        "phase": name,
+        "signal_nats": round(found.nats, 1),
+        "chosen": found.chosen,
+        "changed": changed,
+        "label_noise": found.label_rate.as_dict(),
+        "label_noise_by_class": {
+            each: rate.as_dict() for each, rate in zip(labels.classes, found.class_rates, strict=True)
+        },
+        "pair_noise": found.pair_rate.as_dict(),
+    }
+    record: dict[str, float | str] = {
+        "phase": name,
+        "labels/changed": changed,
+        "labels/noise_rate": found.label_rate.rate,
+        "pairs/noise_rate": found.pair_rate.rate,
+    }
+    told = ""
     if labels.true is not None:
         accuracy = label_accuracy(labels.given, corrected, labels.true)
+        accuracy |= {
+            f"calibration_error_{each}": expected_calibration_error(
+                gather_ragged_rows(getattr(found, each)).cpu().numpy(), labels.true
+            )
+            for each in ("held_out", "posterior")
+        }
         record |= {f"labels/{key}": value for key, value in accuracy.items() if value is not None}
-        run.notes["label_accuracy"] = accuracy
+        summary["label_accuracy"] = run.notes["label_accuracy"] = accuracy
+        right = [100 * float((each == labels.true).mean()) for each in (corrected, labels.given)]
+        told = f", right for {right[0]:.1f} % (given: {right[1]:.1f} %)"
     wrong = labels.mismatched()
-    if wrong is not None and wrong.any():
+    if wrong is not None and wrong.any() and labels.pair_id is not None:
+        swapped = labels.pair_id != np.arange(len(split))
         run.notes["correspondence_auroc"] = record["pairs/auroc"] = auroc(correspondence, ~wrong)
+        summary["pair_auroc"] = {
+            "other_class": auroc(correspondence, ~wrong),
+            "swapped": auroc(correspondence, ~swapped),
+        }
     run.notes["labels_changed"] = changed
+    run.notes.setdefault("corrections", []).append(summary)
     if run.world.is_main:
         table = correction_table(split, labels, corrected, confidence, agreement, correspondence)
         (run.folder / "labels").mkdir(exist_ok=True)
@@ -57,47 +133,12 @@ def run_correction(run: Run, name: str, settings: CorrectionPhase) -> None:
     run.monitor.record(step, record)
     run.monitor.confusion("labels/given_to_corrected", labels.given, corrected, labels.classes, step)
     run.monitor.histogram("labels/confidence", torch.from_numpy(np.ascontiguousarray(confidence)), step)
-    told = ""
-    if labels.true is not None:
-        given_right, right = (100 * float((each == labels.true).mean()) for each in (labels.given, corrected))
-        told = f", right for {right:.1f} % (given: {given_right:.1f} %)"
-    run.monitor.say(
-        f"phase={name} corrected labels differ from the given ones for {100 * changed:.1f} % of clips{told}"
-    )
-
-
-def extract_features(run: Run, kind: Features) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run the towers once over the middle of every clip that this rank owns, in evaluation mode.
-
-    Returns:
-        Features by picture and by sound [n, E] float32, and whether a sample could be used [n] bool.
-    """
-    data, settings, world = run.data, run.settings, run.world
-    batches = owned_batches(len(data.train), run.micro_batch, world.rank, world.num_ranks)
-    loader = Loader(data.train, settings.data, None, settings.run.seed, run.micro_batch, world.device)
-    loader.quarantine = run.loader.quarantine
-    own = row_range(len(data.train))
-    names = ("visual_features", "audio_features") if kind is Features.backbone else ("visual", "audio")
-    pieces: list[list[torch.Tensor]] = [[], [], []]
-    run.engine.train(False)
-    try:
-        with torch.no_grad():
-            for batch in loader.batches((ids, 0) for ids in batches):
-                outputs = run.engine(batch)
-                for piece, rows in zip(pieces, (*(outputs[each].float() for each in names), batch.valid), strict=True):
-                    piece.append(rows)
-    finally:
-        loader.close()
-        run.engine.train()
-    real = torch.from_numpy(np.concatenate(batches) != PADDING).to(world.device)
-    visual, audio, present = (torch.cat(piece)[real] for piece in pieces)
-    assert len(visual) == len(own)
-    return visual, audio, present
-
-
-def keep(run: Run, found: Correction, gated: bool) -> None:
-    """Store the votes beside the bank's rows, where checkpoints and the next phase find them."""
-    columns = run.bank.columns
-    columns |= {"votes": found.labels, "visual_votes": found.visual, "audio_votes": found.audio}
-    if gated:
-        columns["correspondence"] = found.pairing
+    noise = "label noise {rate:.0%} ({low:.0%} to {high:.0%})".format(**found.label_rate.as_dict())
+    if found.has_signal:
+        share = f"{100 * changed:.1f} % of clips"
+        run.monitor.say(f"phase={name} corrected labels differ from the given ones for {share}{told}; {noise}")
+    else:
+        run.monitor.say(
+            f"phase={name} neighbours say nothing of the labels ({found.nats:.1f} nats over all clips), so the given "
+            "ones stay, and the next training takes them with a loss that bears wrong ones"
+        )

@@ -5,13 +5,13 @@ from typing import Any
 
 from distav.phases.contrastive import run_contrastive
 from distav.phases.correction import run_correction
-from distav.phases.hybrid import run_hybrid
+from distav.phases.supervised import run_supervised
 from distav.run import Run
 
 PHASES: dict[str, Callable[[Run, str, Any], None]] = {
     "contrastive": run_contrastive,
     "correction": run_correction,
-    "hybrid": run_hybrid,
+    "supervised": run_supervised,
 }
 
 

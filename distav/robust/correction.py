@@ -1,35 +1,56 @@
-"""Label correction: what a sample's neighbours say that it shows.
+"""Label correction: what a sample's neighbours say that it shows, and how far to believe them.
 
-Legend: N samples, n samples of this rank, C classes, k neighbours, E feature width.
+Every choice (features, whitening, neighbours, temperature, one vote or two, one sense or both) is made by how well
+held-out votes foretell the given labels (`distav.robust.calibration`); true labels are never asked.
+Legend: N samples, n samples of this rank, C classes, E feature width.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.memory.neighbors import nearest_neighbors
-from distav.world import gather_ragged_rows, row_range, sum_
+from distav.robust.calibration import Calibration, Judges, RateEstimate, class_rates, estimate_rate, noise_matrix, rates
+from distav.robust.pairing import Pairing, gated, pair_evidence
+from distav.robust.votes import Neighborhood, standardised
+from distav.world import gather_ragged_rows, row_range
+
+SIGNAL_NATS = 10.0
+"""Votes have to make the given labels this much likelier than their mere frequencies do, or they are not believed."""
+
+
+ALIKE = 0.05
+"""Votes whose gain over chance differs by less than this share say as much."""
 
 
 @dataclass(frozen=True)
 class Voting:
-    """How neighbours vote.
+    """The votes to choose among.
 
     Attributes:
         neighbors: k of the first vote.
-        refine_neighbors: k of the second vote, over the labels that the first one gave; 0 for none.
-        temperature: divides the similarity in a neighbour's weight.
-        class_prior: exponent of the correction for class frequency.
-        gated: whether each modality votes for itself and pairs are weighted by their agreement.
+        second: voters of a second vote over what the first elected; 0 for one vote alone.
+        temperatures: divide the similarity in a neighbour's weight.
+        whitening: powers by which principal axes of the features are evened out.
+        width: principal axes kept.
     """
 
-    neighbors: int
-    refine_neighbors: int
-    temperature: float
-    class_prior: float
-    gated: bool
+    neighbors: Sequence[int] = (50, 200, 400)
+    second: Sequence[int] = (0, 20, 100)
+    temperatures: Sequence[float] = (0.07, 0.2, 0.4)
+    whitening: Sequence[float] = (0.0, 0.5)
+    width: int = 48
+
+
+@dataclass(frozen=True)
+class Space:
+    """Features that neighbours can be looked for in, [n, E] of each modality."""
+
+    name: str
+    visual: Tensor
+    audio: Tensor
 
 
 @dataclass(frozen=True)
@@ -37,80 +58,197 @@ class Correction:
     """What the votes say of this rank's samples.
 
     Attributes:
-        labels: [n, C] by both modalities.
-        visual, audio: [n, C] by one modality.
-        pairing: [n] how far picture and sound agree, 0..1.
+        held_out: [n, C] class shares in which the sample's own label had no part.
+        posterior: [n, C] with the own label weighed by how often labels are wrong.
+        audio_held_out, audio_posterior: [n, C] the same for the class of the sound, its own where a pair is mismatched.
+        correspondence: [n] probability that sound and picture show one class.
+        evidence: [R] log-likelihood of the noise rates, the prior of a correction to come.
+        label_rate: share of wrong labels.
+        noise_matrix: [C, C + 1] how each class is labelled, P(given | true), and in the last column its samples.
+        pair_rate: share of mismatched pairs.
+        nats: by how much the votes make the labels likelier than their frequencies do.
+        chosen: the votes that won, by what they vote on, with weights.
     """
 
-    labels: Tensor
-    visual: Tensor
-    audio: Tensor
-    pairing: Tensor
+    held_out: Tensor
+    posterior: Tensor
+    audio_held_out: Tensor
+    audio_posterior: Tensor
+    correspondence: Tensor
+    evidence: Tensor
+    label_rate: RateEstimate
+    noise_matrix: Tensor
+    pair_rate: RateEstimate
+    nats: float
+    chosen: dict[str, str]
+
+    @property
+    def class_rates(self) -> list[RateEstimate]:
+        """Share of wrong labels of each class."""
+        return class_rates(self.noise_matrix)
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether the votes know anything of the labels."""
+        return self.nats > SIGNAL_NATS
+
+
+@dataclass(frozen=True)
+class _Problem:
+    given: Tensor
+    own: Tensor
+    num_classes: int
+    groups: Tensor
+    valid: Tensor
+    present: Tensor
+    voting: Voting
+    judges: Judges
 
 
 def correct(
-    visual: Tensor, audio: Tensor, given: Tensor, num_classes: int, groups: Tensor, valid: Tensor, voting: Voting
+    spaces: Sequence[Space],
+    given: Tensor,
+    num_classes: int,
+    groups: Tensor,
+    valid: Tensor,
+    voting: Voting,
+    before: tuple[Tensor, Tensor] | None = None,
 ) -> Correction:
-    """Vote on the label of each sample among its neighbours in feature space.
+    """Vote on the class of each sample among its neighbours in feature space.
 
-    Joint voting looks for neighbours by the mean cosine of both modalities. Gated voting first lets pictures vote
-    among pictures, then sounds among sounds with the labels of their pictures; how far the two agree weights the
-    sound in the joint similarity f_v.f_v' + W W' f_a.f_a'.
+    Pictures vote among pictures on the given labels. Sounds vote among sounds on what their pictures were found to
+    show, so that each sound gets a class of its own; how far both agree tells mismatched pairs. Clips vote in both
+    senses together. The three are pooled by what each adds.
 
     Args:
-        visual, audio: [n, E] features of this rank's ids, `row_range(N)`.
+        spaces: features of this rank's ids, `row_range(N)`.
         given: [N] int64 labels.
         num_classes: C.
         groups: [N] int64; samples of one group do not vote for each other.
         valid: [N] bool; samples without features neither vote nor are voted on, they keep their label.
-        voting: how.
+        voting: the votes to choose among.
+        before: what an earlier correction held out [n, C], one more voice, and its evidence [R] on the noise rate.
+            Later features were trained on votes that every label had a small part in, so the first correction's
+            estimate of the rate is the soundest.
     """
-    own = row_range(len(given))
-    present = valid[own.start : own.stop]
-    visual, audio = _standardised(visual, present), _standardised(audio, present)
+    own_rows = row_range(len(given))
+    own, present = given[own_rows.start : own_rows.stop], valid[own_rows.start : own_rows.stop]
+    judges = Judges(own, num_classes, present)
+    problem = _Problem(given, own, num_classes, groups, valid, present, voting, judges)
+    prior = before[1] if before else None
 
-    def vote(features: Tensor, labels: Tensor) -> Tensor:
-        first = _vote(features, voting.neighbors, labels, num_classes, groups, valid, voting)
-        if voting.refine_neighbors:
-            hardened = gather_ragged_rows(first.argmax(1))
-            return _vote(features, voting.refine_neighbors, hardened, num_classes, groups, valid, voting)
-        return first
+    seen, seen_name, seen_votes = _by_labels(problem, ((s.name, s.visual) for s in spaces), prior)
+    pictures = seen.sharpened(seen_votes)
+    rate = _rate(seen, num_classes)
+    shown, _ = noise_matrix(pictures, own, rate.rate, seen.confusion)
+    pairing, heard_name = _by_sound(problem, spaces, shown)
+    joint, joint_name, joint_votes = _by_labels(problem, _together(problem, spaces, pairing.correspondence), prior)
 
-    by_picture = vote(visual, given)
-    if voting.gated:
-        by_sound = vote(audio, gather_ragged_rows(by_picture.argmax(1)))
-    else:
-        by_sound = vote(audio, given)
-    overlap = (by_picture * by_sound).sum(1)
-    pairing = (overlap / (by_picture.amax(1) * by_sound.amax(1)).clamp_min(1e-12)).clamp(0, 1)
-    gate = pairing[:, None] if voting.gated else 1.0
-    labels = vote(torch.cat([visual, gate * audio], dim=1) / 2**0.5, given)
-    kept = F.one_hot(given[own.start : own.stop], num_classes).to(labels.dtype)
-    labels, by_picture, by_sound = (
-        torch.where(present[:, None], each, kept) for each in (labels, by_picture, by_sound)
+    fused = (pictures * gated(pairing.shares, pairing.correspondence)).clamp_min(1e-30)
+    experts = [fused / fused.sum(1, keepdim=True), joint.sharpened(joint_votes), pictures]
+    names = ["fused", "joint", "pictures"]
+    if before:
+        experts.append(before[0])
+        names.append("before")
+    pooled, weights = judges.pool(experts, seen.confusion, rate.rate if before else None)
+    soundest = min((seen, joint), key=lambda found: _width(_rate(found, num_classes)))
+    outcome = judges.calibrate(pooled, soundest.evidence if prior is None else prior)
+    held_out = outcome.sharpened(pooled)
+    label_rate = _rate(outcome, num_classes)
+    posterior, matrix = noise_matrix(held_out, own, label_rate.rate, outcome.confusion)
+    without_label, with_label = (_sound(pairing, each) for each in (held_out, posterior))
+    nats = (max(seen.per_sample, joint.per_sample) - judges.chance()) * outcome.judges
+
+    kept = F.one_hot(own, num_classes).to(held_out.dtype)
+    shares = [torch.where(present[:, None], each, kept) for each in (held_out, posterior, without_label, with_label)]
+    pooled_as = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, weights, strict=True))
+    return Correction(
+        *shares,
+        correspondence=pairing.correspondence,
+        evidence=outcome.evidence,
+        label_rate=label_rate,
+        noise_matrix=matrix,
+        pair_rate=pairing.rate,
+        nats=nats,
+        chosen={"pictures": seen_name, "sounds": heard_name, "joint": joint_name, "pooled": pooled_as},
     )
-    return Correction(labels, by_picture, by_sound, torch.where(present, pairing, torch.ones_like(pairing)))
 
 
-def _standardised(features: Tensor, present: Tensor) -> Tensor:
-    """Take the mean over all samples away and scale to unit length: [n, E] -> [n, E].
+def _rate(calibration: Calibration, num_classes: int) -> RateEstimate:
+    return estimate_rate(calibration.evidence, rates(num_classes).to(calibration.evidence.device))
 
-    Tower outputs are mostly positive; without their mean taken away every two of them look alike.
+
+def _width(rate: RateEstimate) -> float:
+    return rate.high - rate.low
+
+
+def _neighborhoods(problem: _Problem, features: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Neighborhood]]:
+    """Search each kind of features at each power of whitening, for as many neighbours as any vote asks."""
+    most = max(max(problem.voting.neighbors), max(problem.voting.second))
+    for name, raw in features:
+        for power in problem.voting.whitening:
+            directions = standardised(raw, problem.present, problem.voting.width, power)
+            yield f"{name}, whitening {power:g}", Neighborhood(directions, most, problem.groups, problem.valid)
+
+
+def _by_labels(
+    problem: _Problem, features: Iterator[tuple[str, Tensor]], prior: Tensor | None
+) -> tuple[Calibration, str, Tensor]:
+    """Let neighbours vote with their given labels, in every way, and take the way that foretells labels best.
+
+    Of ways that do so about as well the most decided is taken: a vote torn between two classes and a sure one whose
+    label is often mistaken for the other explain the labels alike, but a sample is of one class.
     """
-    some = features.float() * present[:, None]
-    total = sum_(torch.cat([some.sum(0), present.sum()[None].float()]))
-    return F.normalize(features.float() - total[:-1] / total[-1].clamp_min(1), dim=1) * present[:, None]
+    voting, labels = problem.voting, problem.given
+
+    def candidates() -> Iterator[tuple[str, Tensor]]:
+        for name, near in _neighborhoods(problem, features):
+            for k in voting.neighbors:
+                for temperature in voting.temperatures:
+                    for voters in voting.second:
+                        if voters <= k:
+                            said = f"{name}, k {k}, temperature {temperature:g}, second vote of {voters}"
+                            if voters:
+                                yield (
+                                    said,
+                                    near.second_vote(problem.own, labels, problem.num_classes, k, temperature, voters),
+                                )
+                            else:
+                                yield said, near.vote(labels, problem.num_classes, k, temperature)
+
+    chance = problem.judges.chance()
+    good: list[tuple[Calibration, str, Tensor]] = []
+    for name, votes in candidates():
+        good.append((problem.judges.calibrate(votes, prior), name, votes))
+        enough = chance + (1 - ALIKE) * (max(found.per_sample for found, _, _ in good) - chance)
+        good = [each for each in good if each[0].per_sample >= enough]
+    return min(good, key=lambda each: each[0].entropy)
 
 
-def _vote(
-    features: Tensor, k: int, labels: Tensor, num_classes: int, groups: Tensor, valid: Tensor, voting: Voting
-) -> Tensor:
-    """Return the weighted vote of the k nearest neighbours: [n, C], rows add up to 1."""
-    ids, similarity = nearest_neighbors(features, k, groups, valid)
-    weight = ((similarity - 1) / voting.temperature).exp().masked_fill(ids < 0, 0.0)
-    votes = weight.new_zeros(len(ids), num_classes).scatter_add_(1, labels[ids.clamp_min(0)], weight)
-    if voting.class_prior:
-        counts = torch.bincount(labels[valid], minlength=num_classes).clamp_min(1)
-        votes = votes / counts**voting.class_prior
-    total = votes.sum(1, keepdim=True)
-    return torch.where(total > 0, votes / total.clamp_min(1e-30), torch.full_like(votes, 1 / num_classes))
+def _by_sound(problem: _Problem, spaces: Sequence[Space], shown: Tensor) -> tuple[Pairing, str]:
+    """Let sounds vote with what their pictures show, and take the way in which both modalities agree best."""
+    elected = gather_ragged_rows(shown.argmax(1))
+
+    def candidates() -> Iterator[tuple[str, Tensor]]:
+        for name, near in _neighborhoods(problem, ((space.name, space.audio) for space in spaces)):
+            for k in problem.voting.neighbors:
+                for temperature in problem.voting.temperatures:
+                    said = f"{name}, k {k}, temperature {temperature:g}"
+                    yield said, near.vote(elected, problem.num_classes, k, temperature)
+
+    judged = ((pair_evidence(shown, votes, problem.present), name) for name, votes in candidates())
+    return max(judged, key=lambda each: each[0].per_sample)
+
+
+def _together(problem: _Problem, spaces: Sequence[Space], correspondence: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Put picture and sound side by side; a doubtful pair's sound counts less: f_v.f_v' + c c' f_a.f_a'."""
+    width, power = problem.voting.width, problem.voting.whitening[-1]
+    for space in spaces:
+        seen, heard = (standardised(each, problem.present, width, power) for each in (space.visual, space.audio))
+        yield space.name, torch.cat([seen, correspondence[:, None] * heard], dim=1)
+
+
+def _sound(pairing: Pairing, picture: Tensor) -> Tensor:
+    """Return the class of the sound: its own votes, and the picture's as far as they belong together."""
+    both = (pairing.shares * gated(picture, pairing.correspondence)).clamp_min(1e-30)
+    return both / both.sum(1, keepdim=True)

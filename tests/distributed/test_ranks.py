@@ -11,7 +11,7 @@ from distav.memory.neighbors import nearest_neighbors
 from distav.memory.softmax import attend, merge_across_ranks
 from distav.models.av import AVModel
 from distav.models.layers import GlobalBatchNorm
-from distav.robust.correction import Voting, correct
+from distav.robust.correction import Space, Voting, correct
 from distav.settings import AudioSettings, DataSettings, ModelSettings, VisualSettings
 from distav.world import gather_ragged_rows, gather_rows, num_ranks, own_rows, rank, row_range, sum_, sum_across
 from tests.helpers.spawn import on_ranks
@@ -95,11 +95,13 @@ def correction_of_part() -> torch.Tensor:
     own = row_range(NUM)
     part = slice(own.start, own.stop)
     every = torch.ones(NUM, dtype=torch.bool)
-    voting = Voting(8, 4, 0.07, 0.0, gated=True)
+    voting = Voting((4, 8), (0, 4), (0.1, 0.4), (0.0, 0.5), 6)
     given = torch.arange(NUM) % 3
     visual, audio = unit(NUM, DIM, seed=1)[part], unit(NUM, DIM, seed=2)[part]
-    found = correct(visual, audio, given, 3, torch.arange(NUM), every, voting)
-    return gather_ragged_rows(torch.cat([found.labels, found.visual, found.audio, found.pairing[:, None]], dim=1))
+    found = correct([Space("rows", visual, audio)], given, 3, torch.arange(NUM), every, voting)
+    return gather_ragged_rows(
+        torch.cat([found.held_out, found.posterior, found.audio_posterior, found.correspondence[:, None]], dim=1)
+    )
 
 
 def neighbors_and_correction() -> tuple[torch.Tensor, ...]:

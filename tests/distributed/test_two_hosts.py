@@ -15,8 +15,9 @@ SMALL = [
     "run.log_every=1", "run.device=cpu",
     "data.num_frames=2", "data.frame_stride=2", "data.frame_size=16", "data.audio_s=0.5",
     "model.visual.name=small_conv", "model.audio.name=small_conv", "model.visual.width=8", "model.audio.width=8",
-    "optim.global_batch=24", "phases.contrastive.epochs=2", "phases.hybrid.epochs=1", "phases.correction.neighbors=12",
-    "phases.correction.refine_neighbors=6", "data.max_bad_fraction=0", "data.decode_threads=1",
+    "optim.global_batch=24", "phases.contrastive.epochs=2", "phases.hybrid.epochs=1",
+    "phases.correction.neighbors=[12]",
+    "phases.correction.second=[0,6]", "data.max_bad_fraction=0", "data.decode_threads=1",
 ]  # fmt: skip
 
 

@@ -17,8 +17,8 @@ optim: {global_batch: 24}
 monitor: {media_every: 10, media_clips: 2}
 phases:
   contrastive: {kind: contrastive, epochs: 3}
-  correction: {kind: correction, neighbors: 12, refine_neighbors: 6}
-  hybrid: {kind: hybrid, epochs: 2}
+  correction: {kind: correction, neighbors: [6, 12], second: [0, 6]}
+  hybrid: {kind: supervised, epochs: 2, instance_weight: 0.1}
 """
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from distav import config
 from distav.errors import UserError
-from distav.phase_settings import ContrastivePhase, Estimator, HybridPhase
+from distav.phase_settings import ContrastivePhase, Estimator, SupervisedPhase
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -14,7 +14,7 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "some.yaml"
     path.write_text(
         "defaults: [schema, _self_]\nphases:\n  learn: {kind: contrastive, epochs: 2}\n"
-        "  fix: {kind: correction}\n  use: {kind: hybrid}\n"
+        "  fix: {kind: correction}\n  use: {kind: supervised}\n"
     )
     return path
 
@@ -32,7 +32,7 @@ def test_phases_keep_their_order_and_are_typed_by_kind(file: Path):
     assert list(settings.phases) == ["learn", "fix", "use"]
     learn = settings.phases["learn"]
     assert isinstance(learn, ContrastivePhase) and learn.estimator is Estimator.cdf and learn.epochs == 2
-    assert isinstance(settings.phases["use"], HybridPhase)
+    assert isinstance(settings.phases["use"], SupervisedPhase)
     assert settings.deepspeed.extra == {"a": {"b": 1}}
 
 
@@ -67,10 +67,13 @@ def test_a_wrong_override_is_named_with_what_is_right(file: Path, override: str,
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("optim: {lrate: 1}\nphases: {a: {kind: hybrid}}", "optim.lrate"),
-        ("phases: {a: {kind: hybird}}", "Did you mean 'hybrid'"),
+        ("optim: {lrate: 1}\nphases: {a: {kind: supervised}}", "optim.lrate"),
+        ("phases: {a: {kind: supervized}}", "Did you mean 'supervised'"),
         ("phases: {}", "at least one phase"),
-        ("phases: {a: {kind: contrastive}, b: {kind: hybrid}}", "phases.b: a hybrid phase needs"),
+        (
+            "phases: {a: {kind: contrastive}, b: {kind: supervised}}",
+            "phases.b.targets=posterior: needs a phase with kind: correction",
+        ),
         ("phases: [", "not valid YAML"),
     ],
 )

@@ -3,9 +3,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distav.evaluate import auroc, label_accuracy
-from distav.robust.correction import Voting, correct
+from distav.evaluate import auroc, expected_calibration_error, label_accuracy
+from distav.robust.correction import Space, Voting, correct
 from distav.robust.correspondence import cdf_correspondence, fit_mixture, gmm_correspondence, sample_weights
+from distav.robust.votes import Neighborhood, standardised
 
 
 def mixture(rate: float, num: int = 20000) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +47,7 @@ def test_cdf_weights_lessen_the_share_of_wrong_pairs_as_known(rate: float, carri
     assert (weights[wrong].sum() / weights.sum()).item() == pytest.approx(carried, abs=0.01)
 
 
-def scene(noise: float, swapped: float, num: int = 1000, classes: int = 10):
+def scene(noise: float, swapped: float, num: int = 1000, classes: int = 10, spread: float = 0.7):
     generator = torch.Generator().manual_seed(1)
     rng = np.random.default_rng(1)
     true = torch.arange(num) % classes
@@ -55,7 +56,7 @@ def scene(noise: float, swapped: float, num: int = 1000, classes: int = 10):
     heard[mixed] = true[mixed.roll(1)]
     centres = torch.randn(2, classes, 32, generator=generator)
     visual, audio = (
-        centres[side][which] + 0.7 * torch.randn(num, 32, generator=generator)
+        centres[side][which] + spread * torch.randn(num, 32, generator=generator)
         for side, which in ((0, true), (1, heard))
     )
     given = true.clone()
@@ -64,36 +65,103 @@ def scene(noise: float, swapped: float, num: int = 1000, classes: int = 10):
     return visual, audio, given, true, heard
 
 
-def vote(gated: bool, noise: float, swapped: float):
-    visual, audio, given, true, heard = scene(noise, swapped)
-    voting = Voting(60, 20, 0.07, 0.0, gated)
-    every = torch.ones(1000, dtype=torch.bool)
-    return correct(visual, audio, given, 10, torch.arange(1000), every, voting), given, true, heard
+def corrected(noise: float, swapped: float, **changes: float):
+    visual, audio, given, true, heard = scene(noise, swapped, **changes)
+    every = torch.ones(len(given), dtype=torch.bool)
+    voting = Voting(neighbors=(20, 60), second=(0, 20), temperatures=(0.1, 0.3))
+    found = correct([Space("rows", visual, audio)], given, 10, torch.arange(len(given)), every, voting)
+    return found, given, true, heard
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_neighbors_set_most_labels_right(gated: bool):
-    found, given, true, _ = vote(gated, noise=0.6, swapped=0.0)
-    assert (given == true).float().mean() == pytest.approx(0.4)
-    assert (found.labels.argmax(1) == true).float().mean() > 0.97
+@pytest.mark.parametrize("noise", [0.2, 0.6])
+def test_neighbors_set_most_labels_right_and_tell_how_many_were_wrong(noise: float):
+    found, given, true, _ = corrected(noise, swapped=0.0)
+    assert (given == true).float().mean() == pytest.approx(1 - noise)
+    assert (found.posterior.argmax(1) == true).float().mean() > 0.97
+    assert found.label_rate.low <= noise <= found.label_rate.high
+    assert found.label_rate.rate == pytest.approx(noise, abs=0.03)
+    assert len(found.class_rates) == 10 and all(each.low < noise < each.high for each in found.class_rates)
+    assert found.pair_rate.rate < 0.03
 
 
-def test_gated_voting_gives_each_sound_its_own_label_and_finds_swaps():
-    found, _, true, heard = vote(True, noise=0.5, swapped=0.4)
-    assert (found.labels.argmax(1) == true).float().mean() > 0.95
-    assert (found.audio.argmax(1) == heard).float().mean() > 0.9
+def test_each_sound_gets_its_own_label_and_swaps_are_found():
+    found, _, true, heard = corrected(noise=0.5, swapped=0.4)
+    assert (found.posterior.argmax(1) == true).float().mean() > 0.95
+    assert (found.audio_posterior.argmax(1) == heard).float().mean() > 0.95
     wrong = (true != heard).numpy()
-    assert auroc(found.pairing.numpy(), ~wrong) > 0.95
+    assert auroc(found.correspondence.numpy(), ~wrong) > 0.97
+    assert found.pair_rate.rate == pytest.approx(wrong.mean(), abs=0.04)
+
+
+def test_shares_are_calibrated():
+    found, _, true, _ = corrected(noise=0.6, swapped=0.2, spread=2.0)
+    for shares in (found.held_out, found.posterior):
+        accuracy = float((shares.argmax(1) == true).float().mean())
+        assert 0.6 < accuracy < 0.98
+        assert expected_calibration_error(shares.numpy(), true.numpy()) < 0.08
+
+
+def test_features_that_know_nothing_leave_the_labels_alone():
+    found, given, _, _ = corrected(noise=0.4, swapped=0.0, spread=100.0)
+    assert not found.has_signal
+    assert torch.equal(found.posterior.argmax(1), given)
+
+
+def test_a_label_never_reaches_its_own_vote():
+    """Changing the label of one sample leaves its own held-out votes as they were, and moves others."""
+    visual, _, given, _, _ = scene(0.6, 0.0, num=300, spread=2.0)
+    every = torch.ones(300, dtype=torch.bool)
+    near = Neighborhood(standardised(visual, every, 16, 0.5), 30, torch.arange(300), every)
+    moved = {0: 0, 10: 0}
+    for sample in range(0, 300, 3):
+        other = given.clone()
+        other[sample] = (given[sample] + 3) % 10
+        for voters in (0, 10):
+            votes = [
+                near.second_vote(each, each, 10, 30, 0.2, voters) if voters else near.vote(each, 10, 30, 0.2)
+                for each in (given, other)
+            ]
+            torch.testing.assert_close(votes[0][sample], votes[1][sample], rtol=1e-5, atol=1e-6)
+            moved[voters] += not torch.allclose(*votes, rtol=1e-5, atol=1e-6)
+    assert moved[0] == 100 and moved[10] > 50
+
+
+def test_whitening_evens_out_the_axes():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4000, 6, generator=generator) * torch.tensor([100.0, 10.0, 1.0, 1.0, 1.0, 1.0]) + 5
+    every = torch.ones(4000, dtype=torch.bool)
+    assert standardised(rows, every, 6, 0.0)[:, 0].square().mean() > 0.9
+    even = standardised(rows, every, 6, 1.0)
+    torch.testing.assert_close(even.square().mean(0), torch.full((6,), 1 / 6), rtol=0.1, atol=0)
+    torch.testing.assert_close(even.norm(dim=1), torch.ones(4000))
 
 
 def test_samples_without_features_keep_their_label():
     visual, audio, given, _, _ = scene(0.4, 0.0)
     valid = torch.ones(1000, dtype=torch.bool)
     valid[5] = False
-    visual[5] = 0
-    found = correct(visual, audio, given, 10, torch.arange(1000), valid, Voting(50, 0, 0.07, 0.0, True))
-    assert found.labels[5].tolist() == F.one_hot(given[5], 10).tolist()
-    torch.testing.assert_close(found.labels.sum(1), torch.ones(1000))
+    visual[5] = audio[5] = 0
+    found = correct([Space("rows", visual, audio)], given, 10, torch.arange(1000), valid, Voting((50,), (0, 20)))
+    assert found.posterior[5].tolist() == F.one_hot(given[5], 10).tolist()
+    torch.testing.assert_close(found.posterior.sum(1), torch.ones(1000))
+
+
+def test_asymmetric_noise_is_seen_as_such():
+    visual, audio, _, true, _ = scene(0.0, 0.0, num=2000)
+    flipped = torch.rand(2000, generator=torch.Generator().manual_seed(3)) < 0.4
+    given = torch.where(flipped, (true + 1) % 10, true)
+    every = torch.ones(2000, dtype=torch.bool)
+    voting = Voting(neighbors=(20, 60), second=(0, 20), temperatures=(0.1, 0.3))
+    found = correct([Space("rows", visual, audio)], given, 10, torch.arange(2000), every, voting)
+    assert (found.posterior.argmax(1) == true).float().mean() > 0.97
+    following = found.noise_matrix[torch.arange(10), (torch.arange(10) + 1) % 10]
+    assert (following > 0.3).all() and (following < 0.5).all()
+
+
+def test_calibration_error_of_known_shares():
+    shares = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.4, 0.6]])
+    assert expected_calibration_error(shares, np.array([0, 1, 0, 1])) == pytest.approx((2 * 0.4 + 2 * 0.4) / 4)
+    assert expected_calibration_error(np.eye(3), np.arange(3)) == 0
 
 
 def test_auroc_and_label_accuracy():

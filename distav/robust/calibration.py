@@ -1,0 +1,289 @@
+"""What votes are worth and how noisy labels are, told from the given labels alone.
+
+A vote of which a sample's own label had no part is held-out evidence on that label. Let a vote v be sharpened to
+p = softmax(b log v), and let labels be wrong at rate e, class c then being taken for y with probability D(c, y). The
+given labels y have
+
+    log L(e, b) = sum_i log[ (1 - e) p_i(y_i) + e sum_c p_i(c) D(c, y_i) ]
+
+D is even, 1 / (C - 1) for every other class, unless mistakes seen among the elected classes explain the labels far
+better.
+
+Votes that know nothing gain nothing by any b; of two votes the one with more to say of the labels has the larger
+maximum. That chooses among neighbourhoods, features and temperatures, calibrates the winner, and estimates the rate,
+with no true label in sight.
+Legend: N samples, n samples of this rank, C classes, R rates, S sharpness values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import beta
+from torch import Tensor
+
+from distav.world import broadcast, gather_ragged_rows, sum_
+
+NUM_RATES = 91
+SHARPNESS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.5, 7.0)
+FLOOR = 20.0
+"""A vote counts as so many, with one more spread over all classes: a class without votes is not ruled out."""
+MOST_JUDGES = 20_000
+"""Samples on which votes are compared; more say no more."""
+MATRIX_PRIOR = 10.0
+"""Samples of each class for which the even noise matrix counts."""
+
+
+def rates(num_classes: int) -> Tensor:
+    """Return the noise rates that are tried, from none to labels that say nothing: [R] float64."""
+    return torch.linspace(0, (num_classes - 1) / num_classes, NUM_RATES, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class RateEstimate:
+    """A noise rate.
+
+    Attributes:
+        rate: posterior mean.
+        low, high: ends of the 95 % interval.
+    """
+
+    rate: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Return it rounded for a report."""
+        return {name: round(getattr(self, name), 4) for name in ("rate", "low", "high")}
+
+
+def estimate_rate(evidence: Tensor, at: Tensor) -> RateEstimate:
+    """Summarise a log-likelihood [R] over the rates `at` [R]."""
+    mass = (evidence - evidence.max()).exp()
+    mass = mass / mass.sum()
+    below = mass.cumsum(0)
+    low, high = (float(at[int((below >= share).nonzero()[0, 0])]) for share in (0.025, 0.975))
+    return RateEstimate(float(mass @ at), low, high)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the given labels say of a vote.
+
+    Attributes:
+        likelihood: [R, S] log-likelihood of the given labels, the prior on the rate included.
+        confusion: [C, C] D, how wrong labels of each class are spread; rows add up to 1, the diagonal is 0.
+        per_sample: its maximum over the number of judges, in nats.
+        entropy: mean entropy of the calibrated shares, in nats.
+        judges: how many samples it was computed on.
+    """
+
+    likelihood: Tensor
+    confusion: Tensor
+    per_sample: float
+    entropy: float
+    judges: int
+
+    @property
+    def evidence(self) -> Tensor:
+        """Log-likelihood of each rate, whatever the sharpness: [R], its largest value 0."""
+        by_rate = self.likelihood.logsumexp(1)
+        return by_rate - by_rate.max()
+
+    def sharpened(self, votes: Tensor) -> Tensor:
+        """Return calibrated class shares, averaged over what the sharpness may be: [n, C] -> [n, C]."""
+        return _sharpened(self.likelihood, floored(votes).log())
+
+
+def _sharpened(likelihood: Tensor, logs: Tensor) -> Tensor:
+    mass = (likelihood - likelihood.max()).exp().sum(0)
+    mass = mass / mass.sum()
+    return sum(
+        (share * (sharpness * logs).softmax(1) for share, sharpness in zip(mass.tolist(), SHARPNESS, strict=True)),
+        torch.zeros_like(logs),
+    )
+
+
+def floored(votes: Tensor) -> Tensor:
+    """Add one vote spread over all classes."""
+    return (FLOOR * votes + 1 / votes.shape[1]) / (FLOOR + 1)
+
+
+class Judges:
+    """The samples whose given labels judge votes: all, or an even part of them where they are many."""
+
+    def __init__(self, own: Tensor, num_classes: int, usable: Tensor):
+        """Take part of this rank's samples.
+
+        Args:
+            own: [n] int64 given labels.
+            num_classes: C.
+            usable: [n] bool, samples that may judge.
+        """
+        self.num_classes = num_classes
+        stride = max(1, -(-int(sum_(usable.sum().double())) // MOST_JUDGES))
+        self.chosen = usable.nonzero().squeeze(1)[::stride]
+        self.labels = gather_ragged_rows(own[self.chosen])
+
+    def gather(self, votes: Tensor) -> Tensor:
+        """Return the judges' rows of [n, C], the same on every rank: [J, C] float64."""
+        return gather_ragged_rows(votes[self.chosen]).double()
+
+    def calibrate(self, votes: Tensor, prior: Tensor | None = None) -> Calibration:
+        """Compare votes with the given labels.
+
+        Args:
+            votes: [n, C] of this rank, each without a part of the sample's own label.
+            prior: [R] log-probability of the rates, from votes judged before.
+        """
+        gathered = self.gather(votes)
+        logs = floored(gathered).log()
+        even = self._judge(logs, _even(1.0, self.num_classes).to(logs), prior)
+        seen = self._judge(logs, self._confusion(gathered), prior)
+        # As many free numbers would gain half a nat each by chance.
+        better = (seen.per_sample - even.per_sample) * even.judges > self.num_classes * (self.num_classes - 1)
+        return seen if better else even
+
+    def _confusion(self, votes: Tensor) -> Tensor:
+        """Return how the labels of each elected class are spread over the others, drawn towards evenness: [C, C]."""
+        counts = MATRIX_PRIOR * _even(1.0, self.num_classes).to(votes)
+        counts.index_put_((votes.argmax(1), self.labels), votes.new_ones(len(votes)), accumulate=True)
+        counts.fill_diagonal_(0.0)
+        return counts / counts.sum(1, keepdim=True)
+
+    def _judge(self, logs: Tensor, confusion: Tensor, prior: Tensor | None) -> Calibration:
+        at = rates(self.num_classes).to(logs.device)
+        mistaken = confusion[:, self.labels].T
+        columns = []
+        for sharpness in SHARPNESS:
+            shares = (sharpness * logs).softmax(1)
+            columns.append(_log_mixed(shares, self.labels, mistaken, at).sum(1))
+        likelihood = torch.stack(columns, dim=1)
+        if prior is not None:
+            likelihood = likelihood + prior[:, None]
+        count = max(1, len(self.labels))
+        shares = _sharpened(likelihood, logs)
+        entropy = float(-(shares * shares.clamp_min(1e-30).log()).sum(1).mean())
+        return Calibration(likelihood, confusion, float(likelihood.max()) / count, entropy, count)
+
+    def chance(self) -> float:
+        """Return the mean log-likelihood of the labels where nothing is known but how frequent each is."""
+        counts = torch.bincount(self.labels, minlength=self.num_classes).double()
+        shares = (counts + 1) / (counts.sum() + self.num_classes)
+        return float(shares.log()[self.labels].mean())
+
+    def pool(
+        self, experts: Sequence[Tensor], confusion: Tensor, rate: float | None = None
+    ) -> tuple[Tensor, list[float]]:
+        """Weigh calibrated shares by what they add: softmax(sum_m w_m log p_m), the w of largest likelihood.
+
+        Args:
+            experts: [n, C] each.
+            confusion: [C, C] D.
+            rate: the noise rate, or None to fit it along.
+
+        Returns:
+            [n, C] pooled shares, and the weights.
+        """
+        stacked = torch.stack([self.gather(each).clamp_min(1e-4).log() for each in experts])
+        best: tuple[float, list[float]] | None = None
+        top = (self.num_classes - 1) / self.num_classes
+        mistaken = confusion[:, self.labels].T
+        with torch.enable_grad():
+            for start in (0.1, 0.4, 0.7, 0.9) if rate is None else (rate / top,):
+                weights = torch.full((len(experts),), -0.7, dtype=torch.float64, device=stacked.device)
+                logit = torch.logit(weights.new_tensor([start]), 1e-3)
+                weights.requires_grad_()
+                logit.requires_grad_(rate is None)
+                loss = _fit(weights, logit, stacked, self.labels, mistaken, top)
+                if best is None or loss < best[0]:
+                    best = loss, weights.detach().exp().tolist()
+        assert best is not None
+        chosen: list[float] = broadcast(best[1])
+        logs = sum(
+            (weight * each.clamp_min(1e-4).log() for weight, each in zip(chosen, experts, strict=True)),
+            torch.zeros_like(experts[0]),
+        )
+        return logs.softmax(1), chosen
+
+
+def _log_mixed(shares: Tensor, labels: Tensor, mistaken: Tensor, at: Tensor) -> Tensor:
+    """Return the log-probability of given labels at each rate.
+
+    Args:
+        shares: [J, C].
+        labels: [J].
+        mistaken: [J, C] D(c, y_i) of every class c.
+        at: [R] rates.
+
+    Returns:
+        [R, J].
+    """
+    right, wrong = shares.gather(1, labels[:, None]).squeeze(1), (shares * mistaken).sum(1)
+    return torch.lerp(right, wrong, at[:, None]).clamp_min(1e-12).log()
+
+
+def _fit(weights: Tensor, logit: Tensor, stacked: Tensor, labels: Tensor, mistaken: Tensor, top: float) -> float:
+    """Maximise the likelihood over weights [M] (and the rate, where its logit has a gradient) in place."""
+    parameters = [each for each in (weights, logit) if each.requires_grad]
+    optimiser = torch.optim.LBFGS(parameters, max_iter=60, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        shares = (weights.exp()[:, None, None] * stacked).sum(0).softmax(1)
+        return -_log_mixed(shares, labels, mistaken, logit.sigmoid() * top).mean() + 1e-4 * weights.exp().square().sum()
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimiser.step(closure)  # pyright: ignore[reportArgumentType]
+    return float(loss().detach())
+
+
+def noise_matrix(
+    shares: Tensor, own: Tensor, rate: float, confusion: Tensor, iterations: int = 30
+) -> tuple[Tensor, Tensor]:
+    """Estimate how classes are mistaken, and each sample's true class given its label (Bayes' rule).
+
+    Expectation-maximisation over T[c, y] = P(given y | true c), drawn towards (1 - e) I + e D by `MATRIX_PRIOR`
+    samples a class, with e the share of labels found wrong.
+
+    Args:
+        shares: [n, C] calibrated shares without the own label.
+        own: [n] int64 given labels.
+        rate: e where it starts.
+        confusion: [C, C] D.
+        iterations: of the expectation-maximisation.
+
+    Returns:
+        [n, C] posteriors and [C, C + 1]: T, and in the last column how many samples are of each class.
+    """
+    shares, confusion = shares.double(), confusion.double()
+    itself = torch.eye(shares.shape[1], dtype=shares.dtype, device=shares.device)
+    matrix = torch.lerp(itself, confusion, rate)
+    posterior, counts = shares, matrix
+    for _ in range(iterations):
+        posterior = shares * matrix[:, own].T
+        posterior = posterior / posterior.sum(1, keepdim=True).clamp_min(1e-30)
+        counts = sum_(torch.zeros_like(matrix).index_add_(0, own, posterior)).T
+        wrong = float(1 - counts.diagonal().sum() / counts.sum().clamp_min(1e-9))
+        matrix = counts + MATRIX_PRIOR * torch.lerp(itself, confusion, wrong)
+        matrix = matrix / matrix.sum(1, keepdim=True)
+    return posterior.float(), torch.cat([matrix, counts.sum(1, keepdim=True)], dim=1)
+
+
+def _even(rate: float, num_classes: int) -> Tensor:
+    matrix = torch.full((num_classes, num_classes), rate / (num_classes - 1))
+    return matrix.fill_diagonal_(1 - rate)
+
+
+def class_rates(matrix: Tensor) -> list[RateEstimate]:
+    """Return how often each class is mistaken, with 95 % Beta intervals, from what `noise_matrix` returned."""
+    found = []
+    for right, count in zip(matrix.diagonal().tolist(), matrix[:, -1].tolist(), strict=True):
+        wrong = 1 - right
+        low, high = beta.ppf([0.025, 0.975], 0.5 + wrong * count, 0.5 + right * count).tolist()
+        found.append(RateEstimate(wrong, low, high))
+    return found
