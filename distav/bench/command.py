@@ -1,6 +1,7 @@
 """The command line of tools/bench.py."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from distav.bench.readme import write_section
 
             write_section(options.readme, options.results)
+            return 0
+        if options.command == "noise":
+            from distav.bench import noise
+
+            rows = noise.run(options.digits, options.work, options.seeds, options.sets, options.at_once)
+            print(noise.table(rows))
+            if options.json:
+                noise.save(rows, options.json)
             return 0
         results = _measured(options)
     except UserError as error:
@@ -135,6 +144,17 @@ def _parser() -> argparse.ArgumentParser:
         if name == "loader":
             command.add_argument("--codec", choices=tuple(CODECS), default="mjpeg", help="codec of the clips")
         _common(command, _THREADS.get(name, 1))
+    noise = commands.add_parser(
+        "noise",
+        help="accuracy under wrong labels and wrong pairs, beside simple baselines",
+        description="Train every method in every cell of the grid; what is done is kept, so a stopped run goes on.",
+    )
+    noise.add_argument("--digits", type=Path, required=True, help="folder with MNIST's test files and FSDD's tar")
+    noise.add_argument("--work", type=Path, default=Path("runs/noise"), help="folder for shards, runs and results")
+    noise.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of data, noise and training")
+    noise.add_argument("--sets", nargs="+", default=["easy", "hard", "speaker held out"], help="sets of the grid")
+    noise.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="trainings at a time, of one core each")
+    noise.add_argument("--json", type=Path, help="file for the table as JSON")
     readme = commands.add_parser("readme", help="write the section of the README from the JSON files")
     readme.add_argument("--results", type=Path, default=Path("tools/results"), help="folder of the JSON files")
     readme.add_argument("--readme", type=Path, default=Path("README.md"), help="the file to change")

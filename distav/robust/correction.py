@@ -58,7 +58,7 @@ class Correction:
     """What the votes say of this rank's samples.
 
     Attributes:
-        held_out: [n, C] class shares in which the sample's own label had no part.
+        held_out: [n, C] class shares in which the sample's own label had no part; where votes know nothing, the label.
         posterior: [n, C] with the own label weighed by how often labels are wrong.
         audio_held_out, audio_posterior: [n, C] the same for the class of the sound, its own where a pair is mismatched.
         correspondence: [n] probability that sound and picture show one class.
@@ -160,11 +160,13 @@ def correct(
     nats = (max(seen.per_sample, joint.per_sample) - judges.chance()) * outcome.judges
 
     kept = F.one_hot(own, num_classes).to(held_out.dtype)
+    if nats <= SIGNAL_NATS:
+        present = torch.zeros_like(present)
     shares = [torch.where(present[:, None], each, kept) for each in (held_out, posterior, without_label, with_label)]
     pooled_as = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, weights, strict=True))
     return Correction(
         *shares,
-        correspondence=pairing.correspondence,
+        correspondence=torch.where(present, pairing.correspondence, torch.ones_like(pairing.correspondence)),
         evidence=outcome.evidence,
         label_rate=label_rate,
         noise_matrix=matrix,

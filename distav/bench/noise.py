@@ -1,0 +1,306 @@
+"""How well a model and its labels come out of wrong labels and wrong pairs, beside simple baselines.
+
+Digits seen and spoken, easy and degraded, at a grid of noise rates. Every method has the same towers, augmentation and
+epochs on labels, and the same settings in every cell; the last epoch counts. Phase 1 looks at no label, so runs that
+differ in their labels alone start from one phase 1.
+"""
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from distav.bench.measure import machine
+from distav.data.format import ShardSet, write_atomically, write_table
+from distav.data.labels import load_labels
+from distav.data.noise import LabelNoise, flip_labels
+from distav.errors import UserError, listed
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+METHODS = {
+    "distav": "avdigits",
+    "ce": "baselines/ce",
+    "gce": "baselines/gce",
+    "elr": "baselines/elr",
+    "true labels": "baselines/true_labels",
+    "ce after contrast": "baselines/ce_after_contrast",
+    "contrast + probe": "baselines/contrast_probe",
+    "infonce + probe": "baselines/infonce_probe",
+}
+SIMPLE = ("ce", "gce", "elr")
+"""The baselines that distav has to beat wherever they are asked for."""
+SHARES_PHASE_1 = ("distav", "ce after contrast", "contrast + probe")
+SETS = {"easy": (), "hard": ("--degrade",), "speaker held out": ("--hold-out-speaker", "theo")}
+PRELOADED = ("distav.train", "distav.run", "distav.phases.table", "distav.report", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the grid: a set, its label noise, and its share of mismatched pairs."""
+
+    set: str
+    labels: str
+    pairs: float
+
+    @property
+    def name(self) -> str:
+        """A name for people and files."""
+        return f"{self.set}, {self.labels or 'right labels'}, pairs {self.pairs:g}"
+
+
+def grid() -> list[tuple[Cell, tuple[str, ...]]]:
+    """Return every cell with the methods that are compared there."""
+    rates = ("symmetric:0.2", "symmetric:0.4", "symmetric:0.6")
+    found = [(Cell("easy", "symmetric:0.8", 0.4), tuple(METHODS))]
+    found += [(Cell("easy", "symmetric:0.8", 0.0), ("distav", *SIMPLE))]
+    found += [(Cell("easy", "asymmetric:0.4", 0.4), ("distav", *SIMPLE))]
+    found += [(Cell("easy", "", 0.0), ("distav", "ce", "true labels"))]
+    found += [
+        (Cell("hard", labels, pairs), ("distav", *SIMPLE))
+        for pairs in (0.4, 0.0)
+        for labels in ("symmetric:0.2", "symmetric:0.8", "symmetric:0.4", "symmetric:0.6")
+    ]
+    found += [(Cell("easy", labels, pairs), ("distav",)) for labels in rates for pairs in (0.0, 0.2, 0.4)]
+    found += [(Cell("speaker held out", "symmetric:0.6", 0.4), ("distav", *SIMPLE))]
+    return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: a method in a cell with a seed; or the phase 1 that several start from."""
+
+    cell: Cell
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its run folder and of its result."""
+        return f"{self.cell.name}, {self.method}, seed {self.seed}".replace(", ", "_").replace(" ", "-")
+
+    @property
+    def phase_1(self) -> "Job | None":
+        """The job that it starts from."""
+        if self.method not in SHARES_PHASE_1:
+            return None
+        return Job(Cell(self.cell.set, "", self.cell.pairs), "phase 1", self.seed)
+
+
+class Bench:
+    """Runs the grid, several trainings at a time, and goes on where it was left."""
+
+    def __init__(self, digits: Path, work: Path, overrides: Sequence[str] = ()):
+        """Take the folder of the digits' files and the folder to work in."""
+        self.digits, self.work, self.overrides = digits, work, tuple(overrides)
+        for name in ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz", "fsdd-recordings.tar.gz"):
+            if not (digits / name).is_file():
+                raise UserError(f"--digits={digits}: has no {name}; get MNIST's test files and FSDD's recordings.")
+
+    def run(self, jobs: Iterable[Job], at_once: int) -> None:
+        """Train what has no result yet; earlier jobs first, as soon as what they start from is there."""
+        waiting = [job for job in jobs if not self.result_path(job).exists()]
+        phase_1 = dict.fromkeys(job.phase_1 for job in waiting if job.phase_1)
+        missing = [job for job in phase_1 if job and not self.result_path(job).exists()]
+        waiting = _before_their_users(waiting, missing)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOADED))
+        running: dict[Job, tuple[ForkServerProcess, float]] = {}
+        while waiting or running:
+            ready = [job for job in waiting if job.phase_1 is None or self.result_path(job.phase_1).exists()]
+            while ready and len(running) < at_once:
+                job = ready.pop(0)
+                waiting.remove(job)
+                process = context.Process(target=_train, args=(self.arguments(job), str(self.log_path(job))))
+                process.start()
+                running[job] = process, time.monotonic()
+            time.sleep(0.5)
+            for job, (process, began) in list(running.items()):
+                if process.is_alive():
+                    continue
+                del running[job]
+                if process.exitcode:
+                    raise UserError(f"{job.name} ended with status {process.exitcode}; see {self.log_path(job)}.")
+                self.keep(job)
+                print(f"{job.name}: {time.monotonic() - began:.0f} s, {len(waiting)} to go", flush=True)
+
+    def arguments(self, job: Job) -> list[str]:
+        """Make what the training needs and return its command line."""
+        shards, labels = self.shards(job.cell, job.seed), self.labels(job.cell, job.seed)
+        config = CONFIGS / f"{METHODS.get(job.method, 'avdigits')}.yaml"
+        if job.method == "phase 1":
+            config = self.work / "phase_1.yaml"
+            write_atomically(config, _only_phase_1().encode())
+        folder = self.work / "runs" / job.name
+        if job.phase_1 and not folder.exists():
+            # Its checkpoint is one of this very run after the first phase: the label has had no part in it so far.
+            shutil.copytree(self.work / "runs" / job.phase_1.name / "checkpoints", folder / "checkpoints")
+        return [
+            "--config", str(config), f"data.root={shards}", f"data.labels={labels}", f"run.root={self.work / 'runs'}",
+            f"run.name={job.name}", f"run.seed={job.seed}", "run.device=cpu", "run.threads_per_rank=1",
+            "run.keep_checkpoints=1", "monitor.media_clips=0", *self.overrides,
+        ]  # fmt: skip
+
+    def shards(self, cell: Cell, seed: int) -> Path:
+        """Return the set of a cell, with right labels; it is rendered where it is not there yet."""
+        out = self.work / "shards" / f"{cell.set}-{cell.pairs:g}-{seed}".replace(" ", "-")
+        if not (out / "manifest.json").exists():
+            from distav.making.command import main as make_shards
+
+            status = make_shards([
+                "digits", str(out), "--images", str(self.digits / "t10k-images-idx3-ubyte.gz"),
+                "--image-labels", str(self.digits / "t10k-labels-idx1-ubyte.gz"),
+                "--recordings", str(self.digits / "fsdd-recordings.tar.gz"), "--seed", str(seed),
+                "--label-noise", "symmetric:0", "--correspondence-noise", str(cell.pairs), *SETS[cell.set],
+            ])  # fmt: skip
+            if status:
+                raise UserError(f"{out}: the set could not be made.")
+        return out
+
+    def labels(self, cell: Cell, seed: int) -> Path:
+        """Return the table of a cell's given labels."""
+        path = self.work / "labels" / f"{cell.name}-{seed}.parquet".replace(", ", "_").replace(" ", "-")
+        if not path.exists():
+            shards = ShardSet.open(self.shards(cell, seed))
+            right = load_labels(shards, shards.split("train"))
+            noise = LabelNoise.parse(cell.labels)
+            given = right.given
+            if noise:
+                given = flip_labels(right.given, len(right.classes), noise, np.random.default_rng([seed, 7]))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            names = np.array(right.classes, dtype=object)
+            write_table(path, pa.table({"id": np.arange(len(given)), "label": names[given]}))
+        return path
+
+    def keep(self, job: Job) -> None:
+        """Store a training's figures, and let go of what they were made of."""
+        folder = self.work / "runs" / job.name
+        report = json.loads((folder / "report.json").read_text())
+        path = self.result_path(job)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
+        if job.method != "phase 1":
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    def result_path(self, job: Job) -> Path:
+        """Where a training's figures are kept."""
+        return self.work / "results" / f"{job.name}.json"
+
+    def log_path(self, job: Job) -> Path:
+        """Where a training writes what it says."""
+        path = self.work / "logs" / f"{job.name}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def collect(self, jobs: Iterable[Job]) -> list[dict[str, Any]]:
+        """Return mean and standard deviation over the seeds that are done, for each cell and method."""
+        groups: dict[tuple[Cell, str], list[dict[str, Any]]] = {}
+        for job in jobs:
+            if self.result_path(job).exists():
+                report = json.loads(self.result_path(job).read_text())
+                groups.setdefault((job.cell, job.method), []).append(_figures(report))
+        return [
+            {"set": cell.set, "labels": cell.labels, "pairs": cell.pairs, "method": method, "seeds": len(found)}
+            | {key: _spread([each[key] for each in found]) for key in found[0] if all(key in each for each in found)}
+            for (cell, method), found in groups.items()
+        ]
+
+
+def _before_their_users(jobs: list[Job], first: Sequence[Job | None]) -> list[Job]:
+    ordered: list[Job] = []
+    for job in jobs:
+        if job.phase_1 in first and job.phase_1 not in ordered and job.phase_1:
+            ordered.append(job.phase_1)
+        ordered.append(job)
+    return ordered
+
+
+def _only_phase_1() -> str:
+    """Return the recipe's text with the phases after the first left out."""
+    lines = (CONFIGS / "avdigits.yaml").read_text().splitlines()
+    return "\n".join(lines[: next(n for n, line in enumerate(lines) if "kind: contrastive" in line) + 1]) + "\n"
+
+
+def _train(arguments: list[str], log: str) -> None:
+    with Path(log).open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from distav.train import main
+
+    sys.exit(main(arguments))
+
+
+def _figures(report: dict[str, Any]) -> dict[str, float]:
+    found = {f"test_{key}": 100 * value for key, value in report["test"].items()}
+    found |= {f"seconds_{each['name']}": each["seconds"] for each in report["phases"]}
+    found["seconds"] = sum(each["seconds"] for each in report["phases"])
+    for number, each in enumerate(report.get("corrections", [])):
+        last = number + 1 == len(report["corrections"])
+        name = "last" if last else str(number + 1)
+        found[f"label_rate_{name}"] = 100 * each["label_noise"]["rate"]
+        found[f"pair_rate_{name}"] = 100 * each["pair_noise"]["rate"]
+        found[f"changed_{name}"] = 100 * each["changed"]
+        for key, value in each.get("label_accuracy", {}).items():
+            if value is not None:
+                found[f"labels_{key}_{name}"] = 100 * value
+        for key, value in each.get("pair_auroc", {}).items():
+            if value is not None and math.isfinite(value):
+                found[f"auroc_{key}_{name}"] = 100 * value
+    return found
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": round(statistics.fmean(values), 3), "sd": round(deviation, 3)}
+
+
+def run(digits: Path, work: Path, seeds: Sequence[int], sets: Sequence[str], at_once: int) -> list[dict[str, Any]]:
+    """Run what is missing of the grid and return all of it.
+
+    Raises:
+        UserError: for unknown sets, missing files, or a training that fails.
+    """
+    unknown = set(sets) - set(SETS)
+    if unknown:
+        raise UserError(f"--sets: there is no '{min(unknown)}'; allowed: {listed(SETS)}.")
+    jobs = [
+        Job(cell, method, seed) for seed in seeds for cell, methods in grid() if cell.set in sets for method in methods
+    ]
+    bench = Bench(digits, work)
+    with contextlib.suppress(KeyboardInterrupt):
+        bench.run(jobs, at_once)
+    return bench.collect(jobs)
+
+
+def save(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the table as JSON, with the machine and the versions."""
+    facts = {"benchmark": "noise", "machine": machine(), "rows": list(rows)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return top-1 of every method in every cell as Markdown."""
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    lines = ["| set | label noise | pair noise | " + " | ".join(methods) + " |", "|---" * (3 + len(methods)) + "|"]
+    cells = list(dict.fromkeys((row["set"], row["labels"], row["pairs"]) for row in rows))
+    for cell in cells:
+        found = {row["method"]: row for row in rows if (row["set"], row["labels"], row["pairs"]) == cell}
+        scores = []
+        for method in methods:
+            score = found.get(method, {}).get("test_top1")
+            scores.append(f"{score['mean']:.1f} ± {score['sd']:.1f}" if score else "")
+        lines.append(f"| {cell[0]} | {cell[1] or 'none'} | {cell[2]:g} | " + " | ".join(scores) + " |")
+    return "\n".join(lines)
