@@ -173,6 +173,12 @@ def _check_phase(name: str, phase: PhaseSettings) -> None:
             f"phases.{name}.soft_targets=none, or negatives=0 for the whole bank."
         )
 
+    if isinstance(phase, ContrastivePhase) and phase.nce and not phase.negatives:
+        raise UserError(
+            f"phases.{name}.nce=true: needs drawn rows; set phases.{name}.negatives (AVID: 1024), or nce=false for the "
+            "softmax over the whole bank."
+        )
+
 
 def _require(right: bool, key: str, value: object, allowed: str) -> None:
     if not right:

@@ -68,6 +68,8 @@ class ContrastivePhase:
     """Divides the similarities of the instance loss (AVID: 0.07); where `model.learn_temperature`, the model's does."""
     negatives: int = 0
     """Rows drawn for each sample in place of the whole bank (AVID: 1024); 0 uses all, and is exact."""
+    nce: bool = False
+    """Tell the own row from the drawn ones by noise-contrastive estimation (AVID), in place of their softmax."""
     mask_unvisited: bool = False
     """Leave rows that were never written out of the softmax; they start as random directions."""
     within_weight: float = 0.0
@@ -76,7 +78,9 @@ class ContrastivePhase:
     soft_targets: SoftTargets = SoftTargets.cycle
     """Soft targets over the bank (RAVID keeps cycle)."""
     soft_weight: float = 0.5
-    """Largest share of the soft target; a sample gets this times (1 - correspondence)."""
+    """Largest share of the soft target; a sample gets this times (1 - correspondence) (RAVID: 0.5, sweep 0.25)."""
+    soften_all: bool = False
+    """Give every sample that largest share (RAVID), doubted or not."""
     soft_temperature: float = 0.02
     """Divides the similarities that make the soft target (RAVID)."""
     cycle_temperature: float = 0.07

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distav.memory.bank import Bank, Visitors
-from distav.memory.sampled import sampled_attend
+from distav.memory.sampled import Partition, sampled_attend
 from distav.memory.softmax import attend, merge_across_ranks
 from distav.world import gather_rows, own_rows, sum_
 
@@ -47,11 +47,13 @@ class Negatives:
         number: M of each sample, drawn with replacement from all other ids, the same for both directions.
         seed: seeds the draw.
         step: the training step, another draw each.
+        partition: for noise-contrastive estimation (AVID equation 1) in place of a softmax over the drawn rows.
     """
 
     number: int
     seed: int
     step: int
+    partition: Partition | None = None
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -113,7 +115,7 @@ def instance_losses(
         seen = bank.held_column("visits") > 0
     if negatives:
         number, seed, step = negatives.number, negatives.seed, negatives.step
-        found = sampled_attend(bank, visitors, rows, directions, tau, number, seed, step)
+        found = sampled_attend(bank, visitors, rows, directions, tau, number, seed, step, negatives.partition)
     else:
         bias = None if seen is None else _closed(seen)
         every = queries if bank.replicated else {"visual": visitors.visual, "audio": visitors.audio}

@@ -1,18 +1,39 @@
-"""Softmax over drawn rows of the bank instead of all (AVID; Morgado et al. 2021a), for comparison with the exact one.
+"""Drawn rows of the bank instead of all (AVID; Morgado et al. 2021a), for comparison with the exact softmax.
 
 Owners score the drawn rows and average them; scores and averages travel, rows do not.
 Legend: b queries of this rank, B of all ranks, M negatives, D width.
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distav.memory.bank import Bank, Visitors
 from distav.seeding import sample_seeds, uniform
-from distav.world import exchange, gather_rows, num_ranks, own_rows
+from distav.world import exchange, gather_rows, num_ranks, own_rows, sum_
 
 _QUERIES = 128
 """Queries whose drawn rows are looked up at a time."""
+
+
+@dataclass
+class Partition:
+    """The constant Z of noise-contrastive estimation: the mean of exp(score) over the first negatives ever drawn.
+
+    It is taken once, for both directions, and kept for the whole run (AVID's `avg_exp_score`).
+    """
+
+    value: float | None = None
+
+    def take(self, logits: Tensor) -> float:
+        """Return Z, from these scores [b, M] of all ranks where it is not known yet."""
+        if self.value is None:
+            total = sum_(torch.stack([logits.exp().sum().double(), logits.new_tensor(logits.numel()).double()]))
+            self.value = float(total[0] / total[1])
+        return self.value
 
 
 def drawn_ids(ids: Tensor, number: int, num_samples: int, seed: int, step: int) -> Tensor:
@@ -34,8 +55,13 @@ def sampled_attend(
     number: int,
     seed: int,
     step: int,
+    partition: Partition | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Attend over each sample's own row and M drawn ones.
+
+    With a partition Z the own row is told from the drawn ones one by one, by binary cross-entropy against M Z:
+    loss = softplus(log MZ - s) + sum_n softplus(s_n - log MZ). It comes as the lse and out that give this loss and its
+    gradient where a softmax would stand: lse - s, and (out - row) / temperature.
 
     Args:
         bank: the rows.
@@ -45,6 +71,7 @@ def sampled_attend(
         temperature: divides the dot products.
         number: M.
         seed, step: make the draw.
+        partition: Z of noise-contrastive estimation; None for a softmax.
 
     Returns:
         For each direction lse [b] and out [b, D] of this rank's queries.
@@ -60,8 +87,13 @@ def sampled_attend(
         logits = _sum_for_own(_scores(queries, column, place, own)) / temperature
         positive = (mine * targets[answering]).sum(1, keepdim=True) / temperature
         every = torch.cat([positive, logits], dim=1)
-        lse = every.logsumexp(1)
-        share = (every - lse[:, None]).exp()
+        if partition:
+            above = every - math.log(number * partition.take(logits))
+            lse = F.softplus(-above[:, 0]) + F.softplus(above[:, 1:]).sum(1) + positive.squeeze(1)
+            share = above.sigmoid()
+        else:
+            lse = every.logsumexp(1)
+            share = (every - lse[:, None]).exp()
         drawn = _sum_for_own(_averages(gather_rows(share[:, 1:]), column, place, own))
         found.append((lse, share[:, :1] * targets[answering] + drawn))
     return found

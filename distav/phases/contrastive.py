@@ -10,6 +10,7 @@ from distav.evaluate import auroc
 from distav.losses.category import CategoryLoss, category_agreement, category_loss
 from distav.losses.instance import WITHIN, Negatives, SoftTargets, instance_losses, weighted_mean
 from distav.memory.bank import Visitors
+from distav.memory.sampled import Partition
 from distav.phase_settings import ContrastivePhase, Estimator
 from distav.phases.loop import Losses, train
 from distav.robust.correspondence import cdf_correspondence, gmm_correspondence, sample_weights
@@ -37,6 +38,8 @@ def contrastive_losses(run: Run, settings: ContrastivePhase) -> Callable[[Batch,
         settings.soft_excludes_self,
     )
 
+    partition = Partition(run.notes.get("nce_partition")) if settings.nce else None
+
     def losses_of(batch: Batch, progress: float) -> Losses:
         outputs = run.engine(batch)
         bank, pair = run.bank, (outputs["visual"], outputs["audio"])
@@ -45,15 +48,16 @@ def contrastive_losses(run: Run, settings: ContrastivePhase) -> Callable[[Batch,
         believed = bank.fetch(("correspondence",), visitors.ids)[0]
         present = batch.valid.float()
         weights = present * (1 + trust * (sample_weights(believed, settings.weight_min) - 1))
-        softens = trust > 0 and settings.estimator is not Estimator.none
+        softens = trust > 0 and (settings.soften_all or settings.estimator is not Estimator.none)
+        doubt = torch.ones_like(believed) if settings.soften_all else 1 - believed
         each = instance_losses(
             bank,
             visitors,
             *pair,
             outputs.get("temperature", settings.temperature),
-            trust * settings.soft_weight * (1 - believed) if softens else None,
+            trust * settings.soft_weight * doubt if softens else None,
             soft,
-            negatives=Negatives(settings.negatives, run.settings.run.seed, run.position.total_steps)
+            negatives=Negatives(settings.negatives, run.settings.run.seed, run.position.total_steps, partition)
             if settings.negatives
             else None,
             mask_unvisited=settings.mask_unvisited,
@@ -62,6 +66,8 @@ def contrastive_losses(run: Run, settings: ContrastivePhase) -> Callable[[Batch,
             each = each + settings.within_weight * instance_losses(
                 bank, visitors, *pair, outputs.get("temperature", settings.temperature), directions=WITHIN
             )
+        if partition:
+            run.notes["nce_partition"] = partition.value
         instance = weighted_mean(each, weights)
         logits = outputs["visual_categories"], outputs["audio_categories"]
         memory = bank.assignments.columns() if settings.category_memory else None

@@ -27,17 +27,22 @@ def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     return folder / "tiny", said
 
 
-def test_the_report_has_what_was_promised(finished: tuple[Path, str]):
+def test_the_report_has_what_was_promised(finished: tuple[Path, str], tiny_shards: Path):
     run, said = finished
     report = json.loads((run / "report.json").read_text())
     assert report["samples"] == 96 and report["skipped_samples"] == []
     assert [(each["name"], each["kind"], each["steps"]) for each in report["phases"]] == [
         ("contrastive", "contrastive", 12),
         ("correction", "correction", 0),
-        ("hybrid", "hybrid", 8),
+        ("hybrid", "supervised", 8),
     ]
     assert all(each["seconds"] > 0 and each["clips_per_s"] > 0 for each in report["phases"])
-    assert report["label_accuracy"].keys() == {"given", "corrected", "flipped_recovered", "clean_damaged"}
+    assert report["label_accuracy"].keys() == {"given", "corrected", "flipped_recovered", "clean_damaged",
+                                               "calibration_error_held_out", "calibration_error_posterior"}  # fmt: skip
+    found = report["corrections"][0]
+    assert found["phase"] == "correction" and found["label_noise"].keys() == {"rate", "low", "high"}
+    assert found["label_noise_by_class"].keys() == set(ShardSet.open(tiny_shards).classes)
+    assert 0 <= found["pair_noise"]["low"] <= found["pair_noise"]["rate"] <= found["pair_noise"]["high"] <= 1
     assert report["label_accuracy"]["given"] == 0.75
     assert 0 <= report["correspondence_auroc"] <= 1
     assert report["test"].keys() == {"top1", "top1_visual", "top1_audio"}

@@ -47,6 +47,7 @@ def test_phases_keep_their_order_and_are_typed_by_kind(file: Path):
         ("optim.global_batch=0", ["optim.global_batch=0", "2 or more"]),
         ("run.seed=-1", ["run.seed=-1", "0 or more"]),
         ("phases.learn.negatives=8", ["phases.learn.negatives=8", "soft_targets=none"]),
+        ("phases.learn.nce=true", ["phases.learn.nce=true", "phases.learn.negatives"]),
         ("phases.learn.category_memory=-1", ["phases.learn.category_memory=-1", "0 or more"]),
         ("bank.replicate_below_mib=-1", ["bank.replicate_below_mib=-1", "0 or more"]),
         ("optim.beta1=1", ["optim.beta1=1"]),

@@ -12,7 +12,7 @@ from distav.memory import attention
 from distav.memory.attention import Asked, BackEnd, best_back_end, reference, tiles
 from distav.memory.bank import Bank, Visitors
 from distav.memory.neighbors import nearest_neighbors
-from distav.memory.sampled import drawn_ids
+from distav.memory.sampled import Partition, drawn_ids
 from distav.memory.selection import Tiling
 from distav.memory.softmax import attend
 
@@ -217,6 +217,39 @@ def test_drawn_rows_give_the_softmax_over_themselves():
         losses.sum().backward()
         gradients.append((losses, visual.grad, audio.grad))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_contrastive_estimation_starts_where_avid_does_and_has_its_gradient():
+    """Random unit rows, D = 128, temperature 0.07, M = 1024: Z = 2.215, and 7.71 + 1.00 for each direction."""
+    bank, ids = Bank(20_000, 128, 0.5, torch.device("cpu"), seed=2), torch.arange(64)
+    visual, audio = (unit(64, 128, seed=seed).double().float().requires_grad_() for seed in (8, 9))
+    partition = Partition()
+    negatives = Negatives(1024, 1, 5, partition)
+    losses = losses_of(bank, ids, visual, audio, 0.07, negatives=negatives)
+    assert partition.value == pytest.approx(2.215, abs=0.02)
+    assert losses.mean().item() / 2 == pytest.approx(8.71, abs=0.2)
+    losses.sum().backward()
+
+    drawn = drawn_ids(ids, 1024, 20_000, seed=1, step=5)
+    total = torch.zeros(64)
+    copies = [each.detach().clone().requires_grad_() for each in (visual, audio)]
+    for query, rows in zip(copies, (bank.columns["audio"], bank.columns["visual"]), strict=True):
+        scores = (torch.einsum("bd,bmd->bm", query, rows[torch.cat([ids[:, None], drawn], dim=1)]) / 0.07).exp()
+        noise = 1024 * partition.value
+        total = total - (scores[:, 0] / (scores[:, 0] + noise)).log() - (noise / (scores[:, 1:] + noise)).log().sum(1)
+    torch.testing.assert_close(losses, total, rtol=1e-4, atol=1e-4)
+    total.sum().backward()
+    for ours, theirs in zip((visual, audio), copies, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
+    first = partition.value
+    losses_of(bank, ids, audio, visual, 0.07, negatives=negatives)
+    assert partition.value == first
+
+
+def test_the_exact_softmax_starts_at_log_n_and_what_random_rows_add():
+    bank, ids = Bank(20_000, 128, 0.5, torch.device("cpu"), seed=2), torch.arange(256)
+    losses = losses_of(bank, ids, unit(256, 128, seed=8), unit(256, 128, seed=9), 0.07)
+    assert losses.mean().item() / 2 == pytest.approx(math.log(20_000) + 0.80, abs=0.15)
 
 
 def test_drawn_ids_cover_all_others_evenly():
