@@ -10,6 +10,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -61,6 +62,10 @@ class Cell:
         return f"{self.set}, {self.labels or 'right labels'}, pairs {self.pairs:g}"
 
 
+def _file_name(text: str) -> str:
+    return re.sub(r"[ :+]+", "-", text.replace(", ", "_"))
+
+
 def grid() -> list[tuple[Cell, tuple[str, ...]]]:
     """Return every cell with the methods that are compared there."""
     rates = ("symmetric:0.2", "symmetric:0.4", "symmetric:0.6")
@@ -89,7 +94,7 @@ class Job:
     @property
     def name(self) -> str:
         """Name of its run folder and of its result."""
-        return f"{self.cell.name}, {self.method}, seed {self.seed}".replace(", ", "_").replace(" ", "-")
+        return _file_name(f"{self.cell.name}, {self.method}, seed {self.seed}")
 
     @property
     def phase_1(self) -> "Job | None":
@@ -155,7 +160,7 @@ class Bench:
 
     def shards(self, cell: Cell, seed: int) -> Path:
         """Return the set of a cell, with right labels; it is rendered where it is not there yet."""
-        out = self.work / "shards" / f"{cell.set}-{cell.pairs:g}-{seed}".replace(" ", "-")
+        out = self.work / "shards" / _file_name(f"{cell.set}, pairs {cell.pairs:g}, seed {seed}")
         if not (out / "manifest.json").exists():
             from distav.making.command import main as make_shards
 
@@ -171,7 +176,7 @@ class Bench:
 
     def labels(self, cell: Cell, seed: int) -> Path:
         """Return the table of a cell's given labels."""
-        path = self.work / "labels" / f"{cell.name}-{seed}.parquet".replace(", ", "_").replace(" ", "-")
+        path = self.work / "labels" / _file_name(f"{cell.name}, seed {seed}.parquet")
         if not path.exists():
             shards = ShardSet.open(self.shards(cell, seed))
             right = load_labels(shards, shards.split("train"))
