@@ -32,14 +32,14 @@ class Targets(Enum):
 
     given: the labels as they came. posterior: corrected labels, the given one weighed by how often labels are wrong.
     held_out: corrected labels in which a sample's own given label had no part, so that the features that come of it
-    can be voted in again. mixed: given and corrected label, weighed by how far they agree. true: an upper bound.
+    can be voted in again. mixed: given and corrected label, weighed by how far they agree. truth: an upper bound.
     """
 
     given = "given"
     posterior = "posterior"
     held_out = "held_out"
     mixed = "mixed"
-    true = "true"
+    truth = "truth"
 
 
 NEED_CORRECTION = (Targets.posterior, Targets.held_out, Targets.mixed)
@@ -144,7 +144,7 @@ class SupervisedPhase:
     tower_lr_scale: float = 1.0
     """Further factor for the towers; 0 trains the classifiers alone, a linear probe."""
     targets: Targets = Targets.posterior
-    """given, posterior, held_out, mixed or true."""
+    """given, posterior, held_out, mixed or truth."""
     loss: ClassLoss = ClassLoss.ce
     """ce, gce or elr; gce where corrected labels are asked for and the correction found no signal."""
     gce_q: float = 0.7

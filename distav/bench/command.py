@@ -28,12 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_section(options.readme, options.results)
             return 0
         if options.command == "noise":
-            from distav.bench import noise
+            from distav.bench import noise, noise_table
 
             rows = noise.run(options.digits, options.work, options.seeds, options.sets, options.at_once)
-            print(noise.table(rows))
+            print(noise_table.accuracy(rows), noise_table.correction(rows), sep="\n\n")
             if options.json:
                 noise.save(rows, options.json)
+                noise_table.plots(rows, options.json.with_suffix(".svg"))
             return 0
         results = _measured(options)
     except UserError as error:

@@ -10,13 +10,11 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -25,83 +23,14 @@ import numpy as np
 import pyarrow as pa
 
 from distav.bench.measure import machine
+from distav.bench.noise_grid import METHODS, SETS, Cell, Job, file_name, grid
 from distav.data.format import ShardSet, write_atomically, write_table
 from distav.data.labels import load_labels
 from distav.data.noise import LabelNoise, flip_labels
 from distav.errors import UserError, listed
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-METHODS = {
-    "distav": "avdigits",
-    "ce": "baselines/ce",
-    "gce": "baselines/gce",
-    "elr": "baselines/elr",
-    "true labels": "baselines/true_labels",
-    "ce after contrast": "baselines/ce_after_contrast",
-    "contrast + probe": "baselines/contrast_probe",
-    "infonce + probe": "baselines/infonce_probe",
-}
-SIMPLE = ("ce", "gce", "elr")
-"""The baselines that distav has to beat wherever they are asked for."""
-SHARES_PHASE_1 = ("distav", "ce after contrast", "contrast + probe")
-SETS = {"easy": (), "hard": ("--degrade",), "speaker held out": ("--hold-out-speaker", "theo")}
 PRELOADED = ("distav.train", "distav.run", "distav.phases.table", "distav.report", "deepspeed")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One place of the grid: a set, its label noise, and its share of mismatched pairs."""
-
-    set: str
-    labels: str
-    pairs: float
-
-    @property
-    def name(self) -> str:
-        """A name for people and files."""
-        return f"{self.set}, {self.labels or 'right labels'}, pairs {self.pairs:g}"
-
-
-def _file_name(text: str) -> str:
-    return re.sub(r"[ :+]+", "-", text.replace(", ", "_"))
-
-
-def grid() -> list[tuple[Cell, tuple[str, ...]]]:
-    """Return every cell with the methods that are compared there."""
-    rates = ("symmetric:0.2", "symmetric:0.4", "symmetric:0.6")
-    found = [(Cell("easy", "symmetric:0.8", 0.4), tuple(METHODS))]
-    found += [(Cell("easy", "symmetric:0.8", 0.0), ("distav", *SIMPLE))]
-    found += [(Cell("easy", "asymmetric:0.4", 0.4), ("distav", *SIMPLE))]
-    found += [(Cell("easy", "", 0.0), ("distav", "ce", "true labels"))]
-    found += [
-        (Cell("hard", labels, pairs), ("distav", *SIMPLE))
-        for pairs in (0.4, 0.0)
-        for labels in ("symmetric:0.2", "symmetric:0.8", "symmetric:0.4", "symmetric:0.6")
-    ]
-    found += [(Cell("easy", labels, pairs), ("distav",)) for labels in rates for pairs in (0.0, 0.2, 0.4)]
-    found += [(Cell("speaker held out", "symmetric:0.6", 0.4), ("distav", *SIMPLE))]
-    return found
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training: a method in a cell with a seed; or the phase 1 that several start from."""
-
-    cell: Cell
-    method: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Name of its run folder and of its result."""
-        return _file_name(f"{self.cell.name}, {self.method}, seed {self.seed}")
-
-    @property
-    def phase_1(self) -> "Job | None":
-        """The job that it starts from."""
-        if self.method not in SHARES_PHASE_1:
-            return None
-        return Job(Cell(self.cell.set, "", self.cell.pairs), "phase 1", self.seed)
 
 
 class Bench:
@@ -128,7 +57,7 @@ class Bench:
             while ready and len(running) < at_once:
                 job = ready.pop(0)
                 waiting.remove(job)
-                process = context.Process(target=_train, args=(self.arguments(job), str(self.log_path(job))))
+                process = context.Process(target=_train, args=self.task(job))
                 process.start()
                 running[job] = process, time.monotonic()
             time.sleep(0.5)
@@ -141,9 +70,13 @@ class Bench:
                 self.keep(job)
                 print(f"{job.name}: {time.monotonic() - began:.0f} s, {len(waiting)} to go", flush=True)
 
-    def arguments(self, job: Job) -> list[str]:
-        """Make what the training needs and return its command line."""
+    def task(self, job: Job) -> tuple[list[str], str, Path, Path, bool]:
+        """Make what the training needs and return its command line, its log, and what to judge its correction by."""
         shards, labels = self.shards(job.cell, job.seed), self.labels(job.cell, job.seed)
+        return self.arguments(job, shards, labels), str(self.log_path(job)), shards, labels, job.method == "distav"
+
+    def arguments(self, job: Job, shards: Path, labels: Path) -> list[str]:
+        """Return the command line of a training, whose phase 1 is put in place where another has done it."""
         config = CONFIGS / f"{METHODS.get(job.method, 'avdigits')}.yaml"
         if job.method == "phase 1":
             config = self.work / "phase_1.yaml"
@@ -160,7 +93,7 @@ class Bench:
 
     def shards(self, cell: Cell, seed: int) -> Path:
         """Return the set of a cell, with right labels; it is rendered where it is not there yet."""
-        out = self.work / "shards" / _file_name(f"{cell.set}, pairs {cell.pairs:g}, seed {seed}")
+        out = self.work / "shards" / file_name(f"{cell.set}, pairs {cell.pairs:g}, seed {seed}")
         if not (out / "manifest.json").exists():
             from distav.making.command import main as make_shards
 
@@ -176,7 +109,7 @@ class Bench:
 
     def labels(self, cell: Cell, seed: int) -> Path:
         """Return the table of a cell's given labels."""
-        path = self.work / "labels" / _file_name(f"{cell.name}, seed {seed}.parquet")
+        path = self.work / "labels" / file_name(f"{cell.name}, seed {seed}.parquet")
         if not path.exists():
             shards = ShardSet.open(self.shards(cell, seed))
             right = load_labels(shards, shards.split("train"))
@@ -193,6 +126,8 @@ class Bench:
         """Store a training's figures, and let go of what they were made of."""
         folder = self.work / "runs" / job.name
         report = json.loads((folder / "report.json").read_text())
+        if (folder / "detection.json").exists():
+            report["detection"] = json.loads((folder / "detection.json").read_text())
         path = self.result_path(job)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
@@ -238,19 +173,25 @@ def _only_phase_1() -> str:
     return "\n".join(lines[: next(n for n, line in enumerate(lines) if "kind: contrastive" in line) + 1]) + "\n"
 
 
-def _train(arguments: list[str], log: str) -> None:
+def _train(arguments: list[str], log: str, shards: Path, labels: Path, corrects: bool) -> None:
     with Path(log).open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     from distav.train import main
 
-    sys.exit(main(arguments))
+    status = main(arguments)
+    if corrects and not status:
+        from distav.bench.detection import compare
+
+        compare(Path(log).parents[1] / "runs" / Path(log).stem, shards, labels, "labels")
+    sys.exit(status)
 
 
 def _figures(report: dict[str, Any]) -> dict[str, float]:
     found = {f"test_{key}": 100 * value for key, value in report["test"].items()}
     found |= {f"seconds_{each['name']}": each["seconds"] for each in report["phases"]}
     found["seconds"] = sum(each["seconds"] for each in report["phases"])
+    found |= {key: 100 * value for key, value in report.get("detection", {}).items()}
     for number, each in enumerate(report.get("corrections", [])):
         last = number + 1 == len(report["corrections"])
         name = "last" if last else str(number + 1)
@@ -294,18 +235,3 @@ def save(rows: Sequence[dict[str, Any]], path: Path) -> None:
     facts = {"benchmark": "noise", "machine": machine(), "rows": list(rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return top-1 of every method in every cell as Markdown."""
-    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
-    lines = ["| set | label noise | pair noise | " + " | ".join(methods) + " |", "|---" * (3 + len(methods)) + "|"]
-    cells = list(dict.fromkeys((row["set"], row["labels"], row["pairs"]) for row in rows))
-    for cell in cells:
-        found = {row["method"]: row for row in rows if (row["set"], row["labels"], row["pairs"]) == cell}
-        scores = []
-        for method in methods:
-            score = found.get(method, {}).get("test_top1")
-            scores.append(f"{score['mean']:.1f} ± {score['sd']:.1f}" if score else "")
-        lines.append(f"| {cell[0]} | {cell[1] or 'none'} | {cell[2]:g} | " + " | ".join(scores) + " |")
-    return "\n".join(lines)

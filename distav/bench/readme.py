@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from distav.bench.noise_table import accuracy, correction
 from distav.data.format import write_atomically
 from distav.errors import UserError
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+NOISE_BEGIN, NOISE_END = "<!-- noise: begin -->", "<!-- noise: end -->"
 ORDER = ("bank", "bank-2-threads", "neighbors", "neighbors-2-threads", "shards", "loader", "step")
 
 
@@ -19,10 +21,22 @@ def write_section(readme: Path, results: Path) -> None:
     """
     if not readme.is_file() or BEGIN not in readme.read_text():
         raise UserError(f"--readme={readme}: no file with the line {BEGIN} is there; run this in the project's folder.")
-    text = readme.read_text()
-    head, rest = text.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    write_atomically(readme, f"{head}{BEGIN}\n{section(results)}{END}{tail}".encode())
+    text = _replaced(readme.read_text(), BEGIN, END, section(results))
+    if (results / "noise.json").exists() and NOISE_BEGIN in text:
+        text = _replaced(text, NOISE_BEGIN, NOISE_END, noise_section(results))
+    write_atomically(readme, text.encode())
+
+
+def _replaced(text: str, begin: str, end: str, section: str) -> str:
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n{section}{end}{rest.split(end, 1)[1]}"
+
+
+def noise_section(results: Path) -> str:
+    """Return the tables of the noise benchmark."""
+    found = json.loads((results / "noise.json").read_text())
+    tables = accuracy(found["rows"]), correction(found["rows"])
+    return "\n".join(["", _machines({"noise": found}), "", tables[0], "", tables[1], "", ""])
 
 
 def section(results: Path) -> str:
@@ -31,7 +45,7 @@ def section(results: Path) -> str:
     Raises:
         UserError: where the folder holds none.
     """
-    runs = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    runs = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json")) if path.stem != "noise"}
     if not runs:
         raise UserError(f"--results={results}: no JSON file there; make them with bench.py NAME --json.")
     lines = ["", _machines(runs), "", "| what | ratio | bar |", "|---|---|---|"]

@@ -34,8 +34,8 @@ def run_supervised(run: Run, name: str, settings: SupervisedPhase) -> None:
     Raises:
         UserError: where true labels are asked for and there are none.
     """
-    if settings.targets is Targets.true and run.data.labels.true is None:
-        raise UserError(f"phases.{name}.targets=true: this set has no true labels; choose given or posterior.")
+    if settings.targets is Targets.truth and run.data.labels.true is None:
+        raise UserError(f"phases.{name}.targets=truth: this set has no true labels; choose given or posterior.")
     lost = settings.targets in NEED_CORRECTION and not run.notes["neighbors_have_signal"]
     loss = ClassLoss.gce if lost else settings.loss
     targets_of = _Targets(run, settings.targets if not lost else Targets.given)
@@ -79,10 +79,10 @@ class _Targets:
     def __init__(self, run: Run, kind: Targets):
         self.bank, self.kind = run.bank, kind
         labels = run.data.labels
-        known = labels.true if kind is Targets.true and labels.true is not None else labels.given
+        known = labels.true if kind is Targets.truth and labels.true is not None else labels.given
         self.known = torch.from_numpy(known).to(run.world.device)
         self.num_classes = len(run.data.shards.classes)
-        wrong = labels.mismatched() if kind is Targets.true else None
+        wrong = labels.mismatched() if kind is Targets.truth else None
         self.pairs = None if wrong is None else torch.from_numpy(~wrong).float().to(run.world.device)
         self.heard = self.known
         if wrong is not None and labels.pair_id is not None:
@@ -95,7 +95,7 @@ class _Targets:
             batch: this rank's.
             ids: [B] of all ranks.
         """
-        if self.kind in (Targets.given, Targets.true):
+        if self.kind in (Targets.given, Targets.truth):
             seen, heard = (F.one_hot(each[batch.ids], self.num_classes).float() for each in (self.known, self.heard))
             paired = torch.ones_like(seen[:, 0]) if self.pairs is None else self.pairs[batch.ids]
             return (seen, seen, heard), paired

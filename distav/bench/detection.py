@@ -1,0 +1,71 @@
+"""How well wrong labels are found, beside cleanlab on the same features.
+
+cleanlab gets what it asks for: class probabilities of a logistic regression on the towers' features, cross-validated.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from cleanlab.filter import find_label_issues
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from distav.data.format import ShardSet, Split, read_table, write_atomically
+from distav.data.labels import load_labels
+from distav.data.loader import Loader
+from distav.data.order import owned_batches
+from distav.export import load_encoders
+from distav.settings import DataSettings
+
+
+def f1(found: np.ndarray, wrong: np.ndarray) -> float:
+    """Return the F1 score of samples said to be wrong, [N] bool twice; 1 where there are none and none is named."""
+    both = int((found & wrong).sum())
+    total = int(found.sum() + wrong.sum())
+    return 2 * both / total if total else 1.0
+
+
+def features(export: Path, split: Split) -> np.ndarray:
+    """Return the towers' features of every clip, picture and sound side by side: [N, 2 E]."""
+    model, description = load_encoders(export)
+    names = ("num_frames", "frame_stride", "frame_size", "audio_s")
+    data = DataSettings(**{name: description["input"][name] for name in names})
+    loader = Loader(split, data, None, 0, 128, torch.device("cpu"))
+    rows = []
+    try:
+        with torch.no_grad():
+            for batch in loader.batches((ids, 0) for ids in owned_batches(len(split), 128, 0, 1)):
+                both = torch.cat([model.visual(batch.frames), model.audio(batch.sound)], dim=1)
+                rows.append(both[batch.valid].numpy())
+    finally:
+        loader.close()
+    return np.concatenate(rows)
+
+
+def compare(run: Path, shards: Path, given: Path, table: str) -> dict[str, float]:
+    """Compare what a run's correction calls wrong with what cleanlab does; writes `detection.json` in the run's folder.
+
+    Args:
+        run: its folder, with the export.
+        shards: the set, which knows the true labels.
+        given: the table of given labels.
+        table: name of the correction.
+    """
+    opened = ShardSet.open(shards)
+    split = opened.split("train")
+    labels = load_labels(opened, split, str(given))
+    truth = labels.given if labels.true is None else labels.true
+    wrong = labels.given != truth
+    corrected = read_table(run / "labels" / f"{table}.parquet")
+    ours = np.array(corrected.column("given").to_pylist()) != np.array(corrected.column("corrected").to_pylist())
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01))
+    inputs = features(run / "export", split)
+    chances = np.asarray(cross_val_predict(classifier, inputs, labels.given, cv=5, method="predict_proba"))
+    theirs = np.asarray(find_label_issues(labels.given, chances, n_jobs=1), dtype=bool)
+    found = {"f1": f1(ours, wrong), "f1_cleanlab": f1(theirs, wrong)}
+    write_atomically(run / "detection.json", (json.dumps(found) + "\n").encode())
+    return found
