@@ -64,9 +64,14 @@ def in_words(run: Run, report: dict[str, Any]) -> str:
             f"{_percent(test['top1_visual'])} by picture alone, {_percent(test['top1_audio'])} by sound alone "
             f"(chance: {_percent(chance)})."
         )
+    if run.notes.get("corrections"):
+        last = run.notes["corrections"][-1]
+        for what, key in (("labels", "label_noise"), ("pairs", "pair_noise")):
+            low, high = (_percent(last[key][end]) for end in ("low", "high"))
+            lines.append(f"  Noise:   {_percent(last[key]['rate'])} of the {what} look wrong ({low} to {high}).")
     lines.append(f"  Skipped: {len(report['skipped_samples'])} clips that could not be read.")
-    tables = sorted((run.folder / "labels").glob("*.parquet"))
-    lines += [f"  Labels to keep:   {tables[-1]}"] if tables else []
+    if run.notes.get("corrections"):
+        lines.append(f"  Labels to keep:   {run.folder / 'labels' / run.notes['corrections'][-1]['phase']}.parquet")
     lines += [
         f"  Network to keep:  {run.folder / 'export'}",
         f"  Look inside:      tensorboard --logdir {run.folder}",
