@@ -119,7 +119,8 @@ class CorrectionPhase:
     kind: str = "correction"
     """The kind of phase."""
     neighbors: list[int] = field(default_factory=lambda: [50, 200, 400])
-    """Neighbours of the first vote, to choose among; more for noisier labels, fewer than the samples of a class."""
+    """Neighbours of the first vote, to choose among; more for noisier labels. Those that the set is too small
+    for are left out."""
     second: list[int] = field(default_factory=lambda: [0, 20, 100])
     """Voters of a second vote over what the first elected, to choose among; 0: one vote alone."""
     temperatures: list[float] = field(default_factory=lambda: [0.07, 0.2, 0.4])

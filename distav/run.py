@@ -60,13 +60,13 @@ class Data:
             )
         for name, phase in settings.phases.items():
             if isinstance(phase, CorrectionPhase):
-                for key, k in (("neighbors", max(phase.neighbors)), ("second", max(phase.second))):
-                    if k >= len(train):
-                        raise UserError(
-                            f"phases.{name}.{key}: {k} is too many for a training split of {len(train)} samples; "
-                            f"allowed: up to {len(train) - 1}, sensible: up to twice the "
-                            f"{len(train) // len(shards.classes)} of a class."
-                        )
+                k = min(phase.neighbors)
+                if k >= len(train):
+                    raise UserError(
+                        f"phases.{name}.neighbors={phase.neighbors}: all are too many for a training split of "
+                        f"{len(train)} samples; allowed: up to {len(train) - 1}, sensible: up to twice the "
+                        f"{len(train) // len(shards.classes)} of a class."
+                    )
         return cls(shards, train, labels, test, test_labels)
 
 

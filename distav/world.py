@@ -6,7 +6,6 @@ Legend: W ranks, b rows on this rank, B rows on all ranks.
 
 import contextlib
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -60,20 +59,15 @@ def joined(device: str, timeout_s: float, threads_per_rank: int = 0) -> Iterator
     if on_gpu:
         torch.cuda.set_device(target)
     torch.set_num_threads(threads_per_rank or max(1, len(os.sched_getaffinity(0)) // max(1, local_size)))
-    if "MASTER_ADDR" not in os.environ:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "RANK": "0", "WORLD_SIZE": "1"}
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    backend, timeout = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timedelta(seconds=timeout_s)
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:  # Alone, and without a port that another process might take first.
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     try:
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, target)
     finally:
         dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def num_ranks() -> int:

@@ -6,7 +6,7 @@ Legend: N samples, n samples of this rank, C classes, E feature width.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class Voting:
     """The votes to choose among.
 
     Attributes:
-        neighbors: k of the first vote.
+        neighbors: k of the first vote; those that the set is too small for are left out.
         second: voters of a second vote over what the first elected; 0 for one vote alone.
         temperatures: divide the similarity in a neighbour's weight.
         whitening: powers by which principal axes of the features are evened out.
@@ -133,6 +133,8 @@ def correct(
     """
     own_rows = row_range(len(given))
     own, present = given[own_rows.start : own_rows.stop], valid[own_rows.start : own_rows.stop]
+    fitting = [k for k in voting.neighbors if k < len(given)]
+    voting = replace(voting, neighbors=fitting, second=[each for each in voting.second if each <= max(fitting)] or [0])
     judges = Judges(own, num_classes, present)
     problem = _Problem(given, own, num_classes, groups, valid, present, voting, judges)
     prior = before[1] if before else None
@@ -186,7 +188,7 @@ def _width(rate: RateEstimate) -> float:
 
 def _neighborhoods(problem: _Problem, features: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Neighborhood]]:
     """Search each kind of features at each power of whitening, for as many neighbours as any vote asks."""
-    most = max(max(problem.voting.neighbors), max(problem.voting.second))
+    most = max(problem.voting.neighbors)
     for name, raw in features:
         for power in problem.voting.whitening:
             directions = standardised(raw, problem.present, problem.voting.width, power)
