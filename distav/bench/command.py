@@ -28,13 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_section(options.readme, options.results)
             return 0
         if options.command == "noise":
-            from distav.bench import noise, noise_table
+            from distav.bench import noise, noise_plots, noise_results, noise_table
 
-            rows = noise.run(options.digits, options.work, options.seeds, options.sets, options.at_once)
-            print(noise_table.accuracy(rows), noise_table.correction(rows), sep="\n\n")
+            made = noise.run(options.digits, options.work, options.seeds, options.sets, options.parts, options.at_once)
+            found = {"rows": noise_results.trainings(*made), "votes": noise_results.votes(*made)}
+            print(*noise_table.tables(found["rows"]), sep="\n\n")
             if options.json:
-                noise.save(rows, options.json)
-                noise_table.plots(rows, options.json.with_suffix(".svg"))
+                noise_results.save(found, options.json)
+                noise_plots.save(found, options.json.with_suffix(".svg"))
             return 0
         results = _measured(options)
     except UserError as error:
@@ -154,8 +155,9 @@ def _parser() -> argparse.ArgumentParser:
     noise.add_argument("--work", type=Path, default=Path("runs/noise"), help="folder for shards, runs and results")
     noise.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of data, noise and training")
     noise.add_argument("--sets", nargs="+", default=["easy", "hard", "speaker held out"], help="sets of the grid")
+    noise.add_argument("--parts", nargs="+", default=["grid", "ablations"], help="which trainings: grid, ablations")
     noise.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="trainings at a time, of one core each")
-    noise.add_argument("--json", type=Path, help="file for the table as JSON")
+    noise.add_argument("--json", type=Path, help="file for the tables as JSON; plots beside it as SVG")
     readme = commands.add_parser("readme", help="write the section of the README from the JSON files")
     readme.add_argument("--results", type=Path, default=Path("tools/results"), help="folder of the JSON files")
     readme.add_argument("--readme", type=Path, default=Path("README.md"), help="the file to change")

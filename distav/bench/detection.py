@@ -29,21 +29,21 @@ def f1(found: np.ndarray, wrong: np.ndarray) -> float:
     return 2 * both / total if total else 1.0
 
 
-def features(export: Path, split: Split) -> np.ndarray:
-    """Return the towers' features of every clip, picture and sound side by side: [N, 2 E]."""
+def features(export: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Return the towers' features of every clip, by picture and by sound: [N, E] each."""
     model, description = load_encoders(export)
     names = ("num_frames", "frame_stride", "frame_size", "audio_s")
     data = DataSettings(**{name: description["input"][name] for name in names})
     loader = Loader(split, data, None, 0, 128, torch.device("cpu"))
-    rows = []
+    rows: tuple[list[np.ndarray], list[np.ndarray]] = [], []
     try:
         with torch.no_grad():
             for batch in loader.batches((ids, 0) for ids in owned_batches(len(split), 128, 0, 1)):
-                both = torch.cat([model.visual(batch.frames), model.audio(batch.sound)], dim=1)
-                rows.append(both[batch.valid].numpy())
+                for part, found in zip(rows, (model.visual(batch.frames), model.audio(batch.sound)), strict=True):
+                    part.append(found[batch.valid].numpy())
     finally:
         loader.close()
-    return np.concatenate(rows)
+    return np.concatenate(rows[0]), np.concatenate(rows[1])
 
 
 def compare(run: Path, shards: Path, given: Path, table: str) -> dict[str, float]:
@@ -63,7 +63,7 @@ def compare(run: Path, shards: Path, given: Path, table: str) -> dict[str, float
     corrected = read_table(run / "labels" / f"{table}.parquet")
     ours = np.array(corrected.column("given").to_pylist()) != np.array(corrected.column("corrected").to_pylist())
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01))
-    inputs = features(run / "export", split)
+    inputs = np.concatenate(features(run / "export", split), axis=1)
     chances = np.asarray(cross_val_predict(classifier, inputs, labels.given, cv=5, method="predict_proba"))
     theirs = np.asarray(find_label_issues(labels.given, chances, n_jobs=1), dtype=bool)
     found = {"f1": f1(ours, wrong), "f1_cleanlab": f1(theirs, wrong)}

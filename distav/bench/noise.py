@@ -7,29 +7,26 @@ differ in their labels alone start from one phase 1.
 
 import contextlib
 import json
-import math
 import multiprocessing
 import os
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from distav.bench.measure import machine
-from distav.bench.noise_grid import METHODS, SETS, Cell, Job, file_name, grid
+from distav.bench.noise_grid import ABLATIONS, PHASE_1, SETS, Cell, Job, ablations, file_name, grid
 from distav.data.format import ShardSet, write_atomically, write_table
 from distav.data.labels import load_labels
 from distav.data.noise import LabelNoise, flip_labels
 from distav.errors import UserError, listed
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+PARTS = {"grid": grid, "ablations": ablations}
 PRELOADED = ("distav.train", "distav.run", "distav.phases.table", "distav.report", "deepspeed")
 
 
@@ -73,14 +70,22 @@ class Bench:
     def task(self, job: Job) -> tuple[list[str], str, Path, Path, bool]:
         """Make what the training needs and return its command line, its log, and what to judge its correction by."""
         shards, labels = self.shards(job.cell, job.seed), self.labels(job.cell, job.seed)
-        return self.arguments(job, shards, labels), str(self.log_path(job)), shards, labels, job.method == "distav"
+        return (
+            self.arguments(job, shards, labels),
+            str(self.log_path(job)),
+            shards,
+            labels,
+            job.method in ("distav", *ABLATIONS),
+        )
 
     def arguments(self, job: Job, shards: Path, labels: Path) -> list[str]:
         """Return the command line of a training, whose phase 1 is put in place where another has done it."""
-        config = CONFIGS / f"{METHODS.get(job.method, 'avdigits')}.yaml"
-        if job.method == "phase 1":
+        changes: tuple[str, ...] = ()
+        if job.method == PHASE_1:
             config = self.work / "phase_1.yaml"
             write_atomically(config, _only_phase_1().encode())
+        else:
+            config, changes = CONFIGS / f"{job.settings.config}.yaml", job.settings.changes
         folder = self.work / "runs" / job.name
         if job.phase_1 and not folder.exists():
             # Its checkpoint is one of this very run after the first phase: the label has had no part in it so far.
@@ -88,7 +93,7 @@ class Bench:
         return [
             "--config", str(config), f"data.root={shards}", f"data.labels={labels}", f"run.root={self.work / 'runs'}",
             f"run.name={job.name}", f"run.seed={job.seed}", "run.device=cpu", "run.threads_per_rank=1",
-            "run.keep_checkpoints=1", "monitor.media_clips=0", *self.overrides,
+            "run.keep_checkpoints=1", "monitor.media_clips=0", *changes, *self.overrides,
         ]  # fmt: skip
 
     def shards(self, cell: Cell, seed: int) -> Path:
@@ -131,7 +136,7 @@ class Bench:
         path = self.result_path(job)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
-        if job.method != "phase 1":
+        if job.method != PHASE_1:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def result_path(self, job: Job) -> Path:
@@ -143,19 +148,6 @@ class Bench:
         path = self.work / "logs" / f"{job.name}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
-
-    def collect(self, jobs: Iterable[Job]) -> list[dict[str, Any]]:
-        """Return mean and standard deviation over the seeds that are done, for each cell and method."""
-        groups: dict[tuple[Cell, str], list[dict[str, Any]]] = {}
-        for job in jobs:
-            if self.result_path(job).exists():
-                report = json.loads(self.result_path(job).read_text())
-                groups.setdefault((job.cell, job.method), []).append(_figures(report))
-        return [
-            {"set": cell.set, "labels": cell.labels, "pairs": cell.pairs, "method": method, "seeds": len(found)}
-            | {key: _spread([each[key] for each in found]) for key in found[0] if all(key in each for each in found)}
-            for (cell, method), found in groups.items()
-        ]
 
 
 def _before_their_users(jobs: list[Job], first: Sequence[Job | None]) -> list[Job]:
@@ -187,51 +179,22 @@ def _train(arguments: list[str], log: str, shards: Path, labels: Path, corrects:
     sys.exit(status)
 
 
-def _figures(report: dict[str, Any]) -> dict[str, float]:
-    found = {f"test_{key}": 100 * value for key, value in report["test"].items()}
-    found |= {f"seconds_{each['name']}": each["seconds"] for each in report["phases"]}
-    found["seconds"] = sum(each["seconds"] for each in report["phases"])
-    found |= {key: 100 * value for key, value in report.get("detection", {}).items()}
-    for number, each in enumerate(report.get("corrections", [])):
-        last = number + 1 == len(report["corrections"])
-        name = "last" if last else str(number + 1)
-        found[f"label_rate_{name}"] = 100 * each["label_noise"]["rate"]
-        found[f"pair_rate_{name}"] = 100 * each["pair_noise"]["rate"]
-        found[f"changed_{name}"] = 100 * each["changed"]
-        for key, value in each.get("label_accuracy", {}).items():
-            if value is not None:
-                found[f"labels_{key}_{name}"] = 100 * value
-        for key, value in each.get("pair_auroc", {}).items():
-            if value is not None and math.isfinite(value):
-                found[f"auroc_{key}_{name}"] = 100 * value
-    return found
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": round(statistics.fmean(values), 3), "sd": round(deviation, 3)}
-
-
-def run(digits: Path, work: Path, seeds: Sequence[int], sets: Sequence[str], at_once: int) -> list[dict[str, Any]]:
-    """Run what is missing of the grid and return all of it.
+def run(
+    digits: Path, work: Path, seeds: Sequence[int], sets: Sequence[str], parts: Sequence[str], at_once: int
+) -> tuple["Bench", list[Job]]:
+    """Run what is missing; returns the bench and its jobs, of which those without a result were not reached.
 
     Raises:
-        UserError: for unknown sets, missing files, or a training that fails.
+        UserError: for unknown sets or parts, missing files, or a training that fails.
     """
-    unknown = set(sets) - set(SETS)
-    if unknown:
-        raise UserError(f"--sets: there is no '{min(unknown)}'; allowed: {listed(SETS)}.")
-    jobs = [
-        Job(cell, method, seed) for seed in seeds for cell, methods in grid() if cell.set in sets for method in methods
-    ]
+    for option, asked, known in (("--sets", sets, SETS), ("--parts", parts, PARTS)):
+        unknown = set(asked) - set(known)
+        if unknown:
+            raise UserError(f"{option}: there is no '{min(unknown)}'; allowed: {listed(known)}.")
+    cells = [cell for part in parts for cell in PARTS[part]() if cell[0].set in sets]
+    jobs = [Job(cell, method, seed) for seed in seeds for cell, methods in cells for method in methods]
+    jobs = list(dict.fromkeys(jobs))
     bench = Bench(digits, work)
     with contextlib.suppress(KeyboardInterrupt):
         bench.run(jobs, at_once)
-    return bench.collect(jobs)
-
-
-def save(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the table as JSON, with the machine and the versions."""
-    facts = {"benchmark": "noise", "machine": machine(), "rows": list(rows)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
+    return bench, jobs

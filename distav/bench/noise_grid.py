@@ -1,21 +1,71 @@
-"""The grid of the noise benchmark: sets, noise rates, methods, and the trainings that they come to."""
+"""The grid of the noise benchmark: sets, noise rates, methods, ablations, and the trainings that they come to."""
 
 import re
 from dataclasses import dataclass
 
+
+@dataclass(frozen=True)
+class Method:
+    """A configuration under configs/, with changes, that may start from the phase 1 that others have had too."""
+
+    config: str
+    changes: tuple[str, ...] = ()
+    shares_phase_1: bool = False
+
+
 METHODS = {
-    "distav": "avdigits",
-    "ce": "baselines/ce",
-    "gce": "baselines/gce",
-    "elr": "baselines/elr",
-    "true labels": "baselines/true_labels",
-    "ce after contrast": "baselines/ce_after_contrast",
-    "contrast + probe": "baselines/contrast_probe",
-    "infonce + probe": "baselines/infonce_probe",
+    "distav": Method("avdigits", shares_phase_1=True),
+    "ce": Method("baselines/ce"),
+    "gce": Method("baselines/gce"),
+    "elr": Method("baselines/elr"),
+    "true labels": Method("baselines/true_labels"),
+    "ce after contrast": Method("baselines/ce_after_contrast", shares_phase_1=True),
+    "contrast + probe": Method("baselines/contrast_probe", shares_phase_1=True),
+    "infonce + probe": Method("baselines/infonce_probe"),
+    "robust-xid + probe": Method("ravid"),
 }
 SIMPLE = ("ce", "gce", "elr")
 """The baselines that distav has to beat wherever they are asked for."""
-SHARES_PHASE_1 = ("distav", "ce after contrast", "contrast + probe")
+
+CORRECTIONS = ("correct_1", "correct_2", "correct_3", "labels")
+NO_CATEGORIES = ("category_weight=0", "balance_weight=0", "sharpen_weight=0")
+
+
+def _contrast(*changes: str) -> Method:
+    return Method("avdigits", tuple(f"phases.contrastive.{change}" for change in changes))
+
+
+def _votes(change: str) -> Method:
+    return Method("avdigits", tuple(f"phases.{phase}.{change}" for phase in CORRECTIONS), shares_phase_1=True)
+
+
+def _turns(*changes: str) -> Method:
+    return Method("avdigits", changes, shares_phase_1=True)
+
+
+ABLATIONS = {
+    "no phase 1": Method("avdigits", ("~phases.contrastive",)),
+    "no terms within a modality": _contrast("within_weight=0"),
+    "no category loss": _contrast(*NO_CATEGORIES),
+    "no soft targets": _contrast("soft_targets=none"),
+    "pairs all believed": _contrast("estimator=none"),
+    "pairs by RAVID's cdf": _contrast("estimator=cdf"),
+    "pairs by categories": _contrast("estimator=category"),
+    "pairs by the truth": _contrast("estimator=oracle"),
+    "no whitening": _votes("whitening=[0.0]"),
+    "no second vote": _votes("second=[0]"),
+    "k 20": _votes("neighbors=[20]"),
+    "no turns": _turns(
+        *(f"~phases.{phase}" for phase in ("learn_1", "correct_2", "learn_2", "correct_3")), "phases.learn_3.epochs=36"
+    ),
+    "own labels in turns": _turns("phases.learn_1.targets=posterior", "phases.learn_2.targets=posterior"),
+    "cross-entropy last": _turns("phases.learn_3.loss=ce"),
+}
+"""The recipe with one component off or exchanged."""
+
+PHASE_1 = "phase 1"
+MOST_PAIRS = 0.4
+"""The largest share of mismatched pairs."""
 SETS = {"easy": (), "hard": ("--degrade",), "speaker held out": ("--hold-out-speaker", "theo")}
 
 
@@ -55,6 +105,11 @@ def grid() -> list[tuple[Cell, tuple[str, ...]]]:
     return found
 
 
+def ablations() -> list[tuple[Cell, tuple[str, ...]]]:
+    """Return the cells where components are taken off, with the whole recipe beside."""
+    return [(Cell(name, "symmetric:0.8", MOST_PAIRS), ("distav", *ABLATIONS)) for name in ("hard", "easy")]
+
+
 @dataclass(frozen=True)
 class Job:
     """One training: a method in a cell with a seed; or the phase 1 that several start from."""
@@ -71,6 +126,11 @@ class Job:
     @property
     def phase_1(self) -> "Job | None":
         """The job that it starts from."""
-        if self.method not in SHARES_PHASE_1:
+        if self.method == PHASE_1 or not self.settings.shares_phase_1:
             return None
-        return Job(Cell(self.cell.set, "", self.cell.pairs), "phase 1", self.seed)
+        return Job(Cell(self.cell.set, "", self.cell.pairs), PHASE_1, self.seed)
+
+    @property
+    def settings(self) -> Method:
+        """What its method is."""
+        return (METHODS | ABLATIONS)[self.method]

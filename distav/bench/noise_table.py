@@ -1,10 +1,10 @@
-"""Tables and plots of the noise benchmark, from its JSON file."""
+"""Tables of the noise benchmark, from its JSON file."""
 
+import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from distav.bench.noise_grid import METHODS
+from distav.bench.noise_grid import ABLATIONS, METHODS
 
 Rows = Sequence[dict[str, Any]]
 DETAILS = {
@@ -23,7 +23,7 @@ def accuracy(rows: Rows) -> str:
     """Return top-1 of every method in every cell as Markdown, the best of each cell in bold."""
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
     lines = [_line("set", "label noise", "pair noise", *methods), "|---" * (3 + len(methods)) + "|"]
-    for cell, found in _by_cell(rows).items():
+    for cell, found in by_cell(rows).items():
         scores = {method: row["test_top1"] for method, row in found.items()}
         fair = [score["mean"] for method, score in scores.items() if method != "true labels"]
         told = []
@@ -37,40 +37,53 @@ def accuracy(rows: Rows) -> str:
 def correction(rows: Rows) -> str:
     """Return what distav's correction made of the labels and what it told of the noise, in %, as Markdown."""
     lines = [_line("set", "label noise", "pair noise", *DETAILS), "|---" * (3 + len(DETAILS)) + "|"]
-    for cell, found in _by_cell(rows).items():
+    for cell, found in by_cell(rows).items():
         if row := found.get("distav"):
             told = (_spread(row[key]) if key in row else "" for key in DETAILS.values())
             lines.append(_line(*_cell(cell), *told))
     return "\n".join(lines)
 
 
-def plots(rows: Rows, file: Path) -> None:
-    """Draw accuracy against label noise, one panel for each set and share of mismatched pairs with several rates."""
-    import matplotlib.pyplot as plt
-
-    panels: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["labels"].startswith("symmetric"):
-            panels.setdefault((row["set"], row["pairs"]), []).append(row)
-    panels = {key: found for key, found in panels.items() if len({row["labels"] for row in found}) > 1}
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3), sharey=True, squeeze=False)
-    for axis, ((name, pairs), found) in zip(axes[0], sorted(panels.items()), strict=True):
-        for method in METHODS:
-            line = sorted((_rate(row), row["test_top1"]) for row in found if row["method"] == method)
-            if line:
-                rates, scores = zip(*line, strict=True)
-                means, spreads = ([score[key] for score in scores] for key in ("mean", "sd"))
-                axis.errorbar(rates, means, spreads, label=method, marker="o", markersize=3, capsize=2)
-        axis.set(title=f"{name}, pairs {pairs:g}", xlabel="share of wrong labels")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("top-1, %")
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(file, metadata={"Date": None})
-    plt.close(figure)
+def ablation(rows: Rows) -> str:
+    """Return the recipe with single components off or exchanged: top-1, and labels right after correction."""
+    cells = {cell: found for cell, found in by_cell(rows).items() if set(found) & set(ABLATIONS)}
+    if not cells:
+        return ""
+    names = [", ".join(_cell(cell)) for cell in cells]
+    columns = [f"{name}: {what}" for name in names for what in ("top-1", "labels right")]
+    lines = [_line("recipe", *columns), "|---" * (1 + len(columns)) + "|"]
+    for method in ("distav", *ABLATIONS):
+        told = []
+        for found in cells.values():
+            row = found.get(method, {})
+            told += [_spread(row[key]) if key in row else "" for key in ("test_top1", "labels_corrected_last")]
+        if any(told):
+            lines.append(_line("as it is" if method == "distav" else method, *told))
+    return "\n".join(lines)
 
 
-def _by_cell(rows: Rows) -> dict[tuple[str, str, float], dict[str, dict[str, Any]]]:
+def times(rows: Rows) -> str:
+    """Return how long phases take beside cross-entropy's training, the median over cells and seeds' means."""
+    ratios: dict[str, list[float]] = {kind: [] for kind in ("contrastive", "correction", "supervised")}
+    for found in by_cell(rows).values():
+        if "distav" in found and "ce" in found:
+            for kind, values in ratios.items():
+                values.append(found["distav"][f"seconds_{kind}"]["mean"] / found["ce"]["seconds"]["mean"])
+    if not ratios["contrastive"]:
+        return ""
+    shares = {kind: statistics.median(values) for kind, values in ratios.items()}
+    lines = [_line("phases", "time / time of cross-entropy's training"), "|---|---|"]
+    lines += [_line(kind, f"{share:.2f}") for kind, share in shares.items()]
+    return "\n".join([*lines, _line("all", f"{sum(shares.values()):.2f}")])
+
+
+def tables(rows: Rows) -> list[str]:
+    """Return every table that has rows."""
+    return [text for text in (accuracy(rows), correction(rows), ablation(rows), times(rows)) if text]
+
+
+def by_cell(rows: Rows) -> dict[tuple[str, str, float], dict[str, dict[str, Any]]]:
+    """Return the rows of each cell by method."""
     cells: dict[tuple[str, str, float], dict[str, dict[str, Any]]] = {}
     for row in rows:
         cells.setdefault((row["set"], row["labels"], row["pairs"]), {})[row["method"]] = row
@@ -81,12 +94,8 @@ def _cell(cell: tuple[str, str, float]) -> tuple[str, str, str]:
     return cell[0], cell[1] or "none", f"{cell[2]:g}"
 
 
-def _rate(row: dict[str, Any]) -> float:
-    return float(row["labels"].partition(":")[2])
-
-
-def _spread(score: dict[str, float]) -> str:
-    return f"{score['mean']:.1f} ± {score['sd']:.1f}"
+def _spread(score: dict[str, float | None]) -> str:
+    return f"{score['mean']:.1f}" + ("" if score["sd"] is None else f" ± {score['sd']:.1f}")
 
 
 def _line(*cells: str) -> str:

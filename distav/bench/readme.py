@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distav.bench.noise_table import accuracy, correction
+from distav.bench.noise_table import tables
 from distav.data.format import write_atomically
 from distav.errors import UserError
 
@@ -35,8 +35,8 @@ def _replaced(text: str, begin: str, end: str, section: str) -> str:
 def noise_section(results: Path) -> str:
     """Return the tables of the noise benchmark."""
     found = json.loads((results / "noise.json").read_text())
-    tables = accuracy(found["rows"]), correction(found["rows"])
-    return "\n".join(["", _machines({"noise": found}), "", tables[0], "", tables[1], "", ""])
+    plots = "![Accuracy, votes and pairs under noise](tools/results/noise.svg)"
+    return "\n\n".join(["", _machines({"noise": found}), plots, *tables(found["rows"]), ""])[1:]
 
 
 def section(results: Path) -> str:

@@ -6,8 +6,10 @@ import pytest
 
 from distav import config
 from distav.bench.noise import Bench
-from distav.bench.noise_grid import METHODS, Cell, Job, grid
-from distav.bench.noise_table import accuracy, correction, plots
+from distav.bench.noise_grid import ABLATIONS, METHODS, Cell, Job, ablations, grid
+from distav.bench.noise_plots import save
+from distav.bench.noise_results import trainings, votes
+from distav.bench.noise_table import ablation, accuracy, correction, tables, times
 from distav.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -16,14 +18,28 @@ SHORT = ["data.num_frames=1", "optim.global_batch=300", "model.visual.width=8", 
 
 def test_every_method_has_a_configuration_with_the_data_and_towers_of_the_recipe():
     recipe = config.load(ROOT / "configs" / "avdigits.yaml")
-    for name in METHODS.values():
-        settings = config.load(ROOT / "configs" / f"{name}.yaml")
+    for name, method in METHODS.items():
+        settings = config.load(ROOT / "configs" / f"{method.config}.yaml", method.changes)
         for section in ("data", "augment", "model", "optim", "bank"):
             assert getattr(settings, section) == getattr(recipe, section), (name, section)
+        if method.shares_phase_1:
+            assert settings.phases["contrastive"] == recipe.phases["contrastive"], name
     learnt = [phase.epochs for phase in recipe.phases.values() if phase.kind == "supervised"]
     for name in ("ce", "gce", "elr", "true_labels"):
         settings = config.load(ROOT / "configs" / "baselines" / f"{name}.yaml")
         assert [phase.epochs for phase in settings.phases.values()] == [sum(learnt)]
+
+
+def test_every_ablation_changes_the_recipe_and_nothing_else():
+    recipe = config.load(ROOT / "configs" / "avdigits.yaml")
+    for name, method in ABLATIONS.items():
+        changed = config.load(ROOT / "configs" / f"{method.config}.yaml", method.changes)
+        assert changed.phases != recipe.phases, name
+        assert (changed.data, changed.model, changed.optim) == (recipe.data, recipe.model, recipe.optim), name
+        assert method.shares_phase_1 == (changed.phases.get("contrastive") == recipe.phases["contrastive"]), name
+        learnt = [phase.epochs for phase in changed.phases.values() if phase.kind == "supervised"]
+        assert sum(learnt) == 36, name
+    assert {cell.name for cell, _ in ablations()} <= {cell.name for cell, methods in grid() if "distav" in methods}
 
 
 def test_the_grid_has_every_hard_cell_with_every_simple_baseline():
@@ -49,18 +65,22 @@ def test_trainings_share_phase_1_are_kept_and_not_repeated(bench: Bench, tmp_pat
         (short / path.relative_to(ROOT / "configs")).parent.mkdir(parents=True, exist_ok=True)
         (short / path.relative_to(ROOT / "configs")).write_text(text)
     monkeypatch.setattr("distav.bench.noise.CONFIGS", short)
-    cell = Cell("easy", "symmetric:0.4", 0.2)
+    cell = Cell("easy", "symmetric:0.4", 0.4)
     jobs = [Job(cell, "contrast + probe", 0), Job(cell, "ce", 0)]
     bench.run(jobs, at_once=2)
     said = capsys.readouterr().out
     assert "phase-1" in said and said.count(" s, ") == 3
     report = json.loads(bench.result_path(jobs[0]).read_text())
     assert [each["name"] for each in report["phases"]] == ["contrastive", "probe"]
-    rows = bench.collect(jobs)
+    rows = trainings(bench, jobs)
     assert [row["method"] for row in rows] == ["contrast + probe", "ce"]
     assert all(0 <= row["test_top1"]["mean"] <= 100 and row["seeds"] == 1 for row in rows)
     bench.run(jobs, at_once=2)
     assert not capsys.readouterr().out
+    swept = votes(bench, jobs)
+    assert {(row["set"], row["labels"], row["seeds"]) for row in swept} == {("easy", "symmetric:0.4", 1)}
+    right = {(row["k"], row["second"]): row["right"]["mean"] for row in swept}
+    assert len(right) == len(swept) == 8 + 6 and right[5, 0] < right[200, 0]
 
 
 def test_a_training_that_fails_is_named_with_its_log(real_data: Path, tmp_path: Path):
@@ -74,18 +94,48 @@ def test_a_folder_without_the_digits_is_named(tmp_path: Path):
         Bench(tmp_path, tmp_path)
 
 
-def test_tables_and_plots_show_the_rows(tmp_path: Path):
-    rows = [
-        {"set": "hard", "labels": labels, "pairs": 0.4, "method": method, "seeds": 3,
-         "test_top1": {"mean": score, "sd": 1.0}, "labels_corrected_last": {"mean": 97.25, "sd": 0.5}}
-        for labels, scores in (("symmetric:0.4", (90.0, 80.0)), ("symmetric:0.8", (60.0, 70.0)))
-        for method, score in zip(("distav", "ce"), scores, strict=True)
-    ]  # fmt: skip
+def _row(name: str, labels: str, method: str, score: float, **more: float) -> dict:
+    figures = {"test_top1": score, "seconds": 200.0, "seconds_supervised": 100.0} | more
+    spreads = {key: {"mean": value, "sd": 1.0} for key, value in figures.items()}
+    return {"set": name, "labels": labels, "pairs": 0.4, "method": method, "seeds": 3} | spreads
+
+
+@pytest.fixture
+def rows() -> list[dict]:
+    told = {"labels_corrected_last": 97.25, "auroc_swapped_last": 94.0, "auroc_other_class_last": 99.0}
+    spent = {"seconds_contrastive": 180.0, "seconds_correction": 40.0}
+    scores = ("symmetric:0.4", 90.0, 80.0), ("symmetric:0.8", 60.0, 70.0)
+    found = [_row("hard", labels, "distav", ours, **told, **spent) for labels, ours, _ in scores]
+    found += [_row("hard", labels, "ce", theirs) for labels, _, theirs in scores]
+    return [*found, _row("hard", "symmetric:0.8", "k 20", 30.0, labels_corrected_last=33.0)]
+
+
+def test_tables_show_the_rows(rows: list[dict]):
     assert "| hard | symmetric:0.4 | 0.4 | **90.0 ± 1.0** | 80.0 ± 1.0 |" in accuracy(rows)
     assert "| hard | symmetric:0.8 | 0.4 | 60.0 ± 1.0 | **70.0 ± 1.0** |" in accuracy(rows)
-    assert "97.2 ± 0.5" in correction(rows) or "97.3 ± 0.5" in correction(rows)
-    plots(rows, tmp_path / "noise.svg")
-    assert (tmp_path / "noise.svg").read_text().startswith("<?xml")
+    assert "30.0" not in accuracy(rows)
+    assert "97.2 ± 1.0" in correction(rows)
+    assert "| as it is | 60.0 ± 1.0 | 97.2 ± 1.0 |" in ablation(rows)
+    assert "| k 20 | 30.0 ± 1.0 | 33.0 ± 1.0 |" in ablation(rows) and "no whitening" not in ablation(rows)
+    assert "| contrastive | 0.90 |" in times(rows) and "| all | 1.60 |" in times(rows)
+    assert len(tables(rows)) == 4 and len(tables([row for row in rows if row["method"] == "ce"])) == 2
+
+
+def test_one_seed_has_no_deviation(rows: list[dict]):
+    rows[0]["test_top1"] = {"mean": 90.0, "sd": None}
+    assert "| **90.0** |" in accuracy(rows)
+
+
+def test_plots_show_the_rows_and_are_the_same_again(rows: list[dict], tmp_path: Path):
+    swept = [
+        {"set": "hard", "labels": "symmetric:0.8", "k": k, "second": second, "seeds": 1,
+         "right": {"mean": 50.0 + k, "sd": None}, "nats": {"mean": 0.01 * k, "sd": None}}
+        for second in (0, 20) for k in (20, 50)
+    ]  # fmt: skip
+    for name in ("one.svg", "two.svg"):
+        save({"rows": rows, "votes": swept}, tmp_path / name)
+    assert (tmp_path / "one.svg").read_text() == (tmp_path / "two.svg").read_text()
+    assert "<svg" in (tmp_path / "one.svg").read_text()
 
 
 def test_f1_counts_both_kinds_of_mistake():

@@ -1,0 +1,67 @@
+"""How many of the labels that neighbours elect are right, by the number of neighbours, and what likelihood says of it.
+
+The votes are those of the first correction: among pictures, after phase 1, at the middle of its other settings.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distav.bench.detection import features
+from distav.data.format import ShardSet
+from distav.data.labels import load_labels
+from distav.data.noise import LabelNoise, flip_labels
+from distav.robust.calibration import Judges
+from distav.robust.correction import Voting
+from distav.robust.votes import Neighborhood, standardised
+
+NEIGHBORS = (5, 10, 20, 50, 100, 200, 400, 800)
+SECOND = 20
+TEMPERATURE, WHITENING = 0.2, 0.5
+
+
+def sweep(run: Path, shards: Path, noises: Sequence[str], seed: int) -> list[dict[str, Any]]:
+    """Vote on a set's labels under each noise with each number of neighbours.
+
+    Args:
+        run: folder of a training of phase 1, with the export.
+        shards: the set, with right labels given.
+        noises: label noises such as "symmetric:0.8".
+        seed: of the flips; those of the benchmark's tables for the same seed.
+
+    Returns:
+        For each noise, k, and one vote or two: share of labels right, and log-likelihood of the given labels over
+        that of their frequencies, in nats a clip.
+    """
+    opened = ShardSet.open(shards)
+    split = opened.split("train")
+    labels, num_classes = load_labels(opened, split), len(opened.classes)
+    pictures, _ = features(run / "export", split)
+    everyone = torch.ones(len(split), dtype=torch.bool)
+    directions = standardised(torch.from_numpy(pictures), everyone, Voting().width, WHITENING)
+    groups = torch.from_numpy(split.source_codes)
+    near = Neighborhood(directions, min(max(NEIGHBORS), len(split) - 1), groups, everyone)
+    found = []
+    for noise in noises:
+        flips = LabelNoise.parse(noise)
+        assert flips is not None
+        drawn = np.random.default_rng([seed, 7])
+        given = torch.from_numpy(flip_labels(labels.given, num_classes, flips, drawn))
+        judges = Judges(given, num_classes, everyone)
+        for k in (each for each in NEIGHBORS if each < len(split)):
+            for voters in (0, SECOND):
+                if voters > k:
+                    continue
+                if voters:
+                    votes = near.second_vote(given, given, num_classes, k, TEMPERATURE, voters)
+                else:
+                    votes = near.vote(given, num_classes, k, TEMPERATURE)
+                right = (votes.argmax(1).numpy() == labels.given).mean()
+                gain = judges.calibrate(votes, None).per_sample - judges.chance()
+                found.append(
+                    {"labels": noise, "k": k, "second": voters, "right": 100 * float(right), "nats": float(gain)}
+                )
+    return found
