@@ -14,6 +14,11 @@ from torch import Tensor
 
 from distav.world import sum_, sum_across
 
+PLATEAU_MARGIN = 0.01
+"""Nats below log(2K - 1) that a contrast has to fall to have left the plateau."""
+FEWEST_USED = 0.25
+"""Share of the categories below which their use counts as a collapse."""
+
 
 @dataclass(frozen=True)
 class CategoryLoss:
@@ -94,6 +99,29 @@ def category_loss(
         row_entropy=sums[:2].sum() / (2 * count),
         shares=torch.stack([u, z], dim=1).detach(),
     )
+
+
+def category_fault(contrast: float, imbalance: float, num_categories: int) -> str | None:
+    """Say what is wrong with the use of categories, if anything is.
+
+    The loss falls into two traps: all samples in one category, against which the imbalance term works, and the
+    plateau where every sample is in all categories alike, against which the row entropy does.
+
+    Args:
+        contrast, imbalance: means over some steps of the parts of `CategoryLoss`.
+        num_categories: K.
+    """
+    if contrast >= math.log(2 * num_categories - 1) - PLATEAU_MARGIN:
+        return "each sample is in all categories about alike"
+    used = categories_used(imbalance, num_categories)
+    if used < FEWEST_USED * num_categories:
+        return f"about {used:.1f} of {num_categories} categories are used"
+    return None
+
+
+def categories_used(imbalance: float, num_categories: int) -> float:
+    """Return how many categories, equally used, have the imbalance of these: exp of the mean marginal entropy."""
+    return num_categories * math.exp(-imbalance / 2)
 
 
 class _Products(torch.autograd.Function):

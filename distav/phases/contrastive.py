@@ -7,7 +7,13 @@ from torch import Tensor
 
 from distav.data.loader import Batch
 from distav.evaluate import auroc
-from distav.losses.category import CategoryLoss, category_agreement, category_loss
+from distav.losses.category import (
+    CategoryLoss,
+    categories_used,
+    category_agreement,
+    category_fault,
+    category_loss,
+)
 from distav.losses.instance import WITHIN, Negatives, SoftTargets, instance_losses, weighted_mean
 from distav.memory.bank import Visitors
 from distav.memory.sampled import Partition
@@ -19,14 +25,52 @@ from distav.run import Run
 
 def run_contrastive(run: Run, name: str, settings: ContrastivePhase) -> None:
     """Train towers, projections and categories against the bank; estimate once an epoch which pairs correspond."""
+    losses_of = contrastive_losses(run, settings)
+    watch = _CategoryWatch(run, name, settings)
+
+    def watched(batch: Batch, progress: float) -> Losses:
+        losses = losses_of(batch, progress)
+        watch.see(losses)
+        return losses
 
     def begin_epoch(epoch: int, progress: float) -> None:
         del epoch
+        watch.judge(progress)
         estimate_correspondence(run, settings, trusted=progress >= settings.trust_after)
 
     rate = run.settings.optim.lr * settings.lr_scale
-    train(run, name, settings.epochs, (rate, rate), contrastive_losses(run, settings), begin_epoch)
+    train(run, name, settings.epochs, (rate, rate), watched, begin_epoch)
+    watch.judge(1.0)
     estimate_correspondence(run, settings, trusted=True)
+
+
+class _CategoryWatch:
+    """Tells once an epoch how many categories are used, and warns where they have collapsed."""
+
+    def __init__(self, run: Run, name: str, settings: ContrastivePhase):
+        self.run, self.name, self.settings = run, name, settings
+        self.seen: list[Tensor] = []
+        self.warned = False
+
+    def see(self, losses: Losses) -> None:
+        """Note a step's parts of the loss, which are the same on all ranks."""
+        self.seen.append(torch.stack([losses["category"].detach(), losses["imbalance"].detach()]))
+
+    def judge(self, progress: float) -> None:
+        """Look back on the steps since the last time; nothing is expected before the loss has faded in."""
+        if self.seen and self.settings.category_weight:
+            contrast, imbalance = torch.stack(self.seen).mean(0).tolist()
+            num_categories = self.run.settings.model.num_categories or len(self.run.data.shards.classes)
+            used = categories_used(imbalance, num_categories)
+            self.run.monitor.record(self.run.position.total_steps, {"categories/used": used})
+            fault = category_fault(contrast, imbalance, num_categories)
+            if fault and not self.warned and self.run.world.is_main and progress > 2 * self.settings.category_ramp:
+                self.warned = True
+                self.run.monitor.warn(
+                    f"phase={self.name} {fault}, so the category-level loss teaches little; raise "
+                    f"phases.{self.name}.balance_weight or sharpen_weight, or set category_weight=0"
+                )
+        self.seen.clear()
 
 
 def contrastive_losses(run: Run, settings: ContrastivePhase) -> Callable[[Batch, float], Losses]:
@@ -132,7 +176,9 @@ def estimate_correspondence(run: Run, settings: ContrastivePhase, trusted: bool)
         run.notes["correspondence_estimated"] = True
         run.bank.believe(estimate)
         run.monitor.histogram("pairs/correspondence", estimate, step)
-        run.monitor.histogram("pairs/weight", sample_weights(estimate, settings.weight_min), step)
+        weights = sample_weights(estimate, settings.weight_min)
+        run.monitor.histogram("pairs/weight", weights, step)
+        record["pairs/weight_mean"] = float(weights.mean())
     wrong = run.data.labels.mismatched()
     if wrong is not None and wrong.any():
         agreement = run.bank.whole("category_agreement").cpu().numpy()

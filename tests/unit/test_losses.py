@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distav.losses.category import category_agreement, category_loss, weighted_shares
+from distav.losses.category import categories_used, category_agreement, category_fault, category_loss, weighted_shares
 from distav.losses.supervised import hybrid_targets, soft_cross_entropy
 
 K = 10
@@ -90,3 +90,21 @@ def test_hybrid_targets_mix_by_trust():
     logits = torch.randn(2, 3)
     expected = F.cross_entropy(logits, torch.tensor([1, 0]), reduction="none")
     torch.testing.assert_close(soft_cross_entropy(logits, F.one_hot(torch.tensor([1, 0]), 3).float()), expected)
+
+
+def test_collapsed_and_undecided_categories_are_named():
+    some = torch.ones(60)
+    even, one = torch.arange(60) % K, torch.zeros(60, dtype=torch.long)
+    cases = [
+        (torch.zeros(60, K), "alike", K),
+        (one_hot_logits(one), "about 1.0 of 10 categories", 1),
+        (one_hot_logits(even % 2), "about 2.0 of 10 categories", 2),
+        (one_hot_logits(even % 4), None, 4),
+        (one_hot_logits(even), None, K),
+    ]
+    for logits, said, used in cases:
+        loss = category_loss(logits, logits, some, 1.0)
+        contrast, imbalance = loss.contrast.item(), loss.imbalance.item()
+        fault = category_fault(contrast, imbalance, K)
+        assert (said in fault) if said else fault is None
+        assert categories_used(imbalance, K) == pytest.approx(used, rel=0.05)

@@ -1,0 +1,36 @@
+"""The recipes that are shipped, at a fraction of their size."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.launch import ROOT, records, train
+
+SMALL = (
+    "run.device=cpu", "run.log_every=1", "data.num_frames=2", "data.frame_stride=2", "data.frame_size=16",
+    "data.audio_s=0.5", "model.embed_dim=16", "model.hidden_dim=32", "model.visual.width=8", "model.audio.width=8",
+    "optim.global_batch=24", "phases.contrastive.epochs=3", "phases.probe.epochs=1",
+)  # fmt: skip
+AVID = ("estimator=none", "soft_targets=none", "negatives=32", "nce=true")
+TRAIN_CLIPS = 96
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks"), [((), 1), (AVID, 2)], ids=["Robust-xID on one rank", "AVID on two ranks"]
+)
+def test_ravid_yaml(changes: tuple[str, ...], ranks: int, tiny_shards: Path, tmp_path: Path):
+    overrides = [f"phases.contrastive.{change}" for change in changes]
+    train(ROOT / "configs" / "ravid.yaml", f"data.root={tiny_shards}", f"run.root={tmp_path}", *SMALL, *overrides,
+          ranks=ranks)  # fmt: skip
+    run = tmp_path / "ravid"
+    steps = [each for each in records(run) if each.get("phase") == "contrastive"]
+    assert len(steps) == 3 * TRAIN_CLIPS // 24
+    for each in steps:
+        assert each["train/loss"] == pytest.approx(each["train/instance"], rel=1e-6)
+    report = json.loads((run / "report.json").read_text())
+    assert [each["name"] for each in report["phases"]] == ["contrastive", "probe"]
+    assert report["phases"][1]["steps"] == TRAIN_CLIPS // 24 and 0 <= report["test"]["top1"] <= 1
+    weight = [each["pairs/weight_mean"] for each in records(run) if "pairs/weight_mean" in each][-1]
+    # RAVID's weights by the cdf: 0.25 + 0.75 / 2 on average, whatever the noise.
+    assert weight == (pytest.approx(1) if changes else pytest.approx(0.625, abs=0.08))
