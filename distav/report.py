@@ -66,7 +66,10 @@ def in_words(run: Run, report: dict[str, Any]) -> str:
         )
     if run.notes.get("corrections"):
         last = run.notes["corrections"][-1]
-        for what, key in (("labels", "label_noise"), ("pairs", "pair_noise")):
+        known = (("labels", "label_noise"), ("pairs", "pair_noise")) if run.notes["neighbors_have_signal"] else ()
+        if not known:
+            lines.append("  Noise:   not known; neighbours say nothing of the labels, so these stay as given.")
+        for what, key in known:
             low, high = (_percent(last[key][end]) for end in ("low", "high"))
             lines.append(f"  Noise:   {_percent(last[key]['rate'])} of the {what} look wrong ({low} to {high}).")
     lines.append(f"  Skipped: {len(report['skipped_samples'])} clips that could not be read.")

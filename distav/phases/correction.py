@@ -10,7 +10,7 @@ from distav.data.loader import Loader
 from distav.data.order import PADDING, owned_batches
 from distav.evaluate import auroc, expected_calibration_error, label_accuracy
 from distav.phase_settings import CorrectionPhase
-from distav.robust.correction import Correction, Space, Voting, correct
+from distav.robust.correction import Correction, Space, Voting, correct, nothing_known
 from distav.run import Run
 from distav.world import gather_ragged_rows, row_range
 
@@ -19,7 +19,25 @@ SPACES = {"towers": ("visual_features", "audio_features"), "projections": ("visu
 
 def run_correction(run: Run, name: str, settings: CorrectionPhase) -> None:
     """Vote on every label, keep the votes beside the bank, and write the table `labels/<phase>.parquet`."""
+    if run.notes.get("given_labels_learnt") and not run.notes.get("neighbors_have_signal", True):
+        # Such features hold the given labels, right and wrong; votes among them would only repeat these.
+        given = torch.from_numpy(run.data.labels.given).to(run.world.device)
+        found = nothing_known(given, len(run.data.labels.classes))
+    else:
+        if run.notes.get("given_labels_learnt") and "rate_evidence" not in run.notes and run.world.is_main:
+            run.monitor.warn(
+                f"phase={name} votes among features that have learnt the given labels agree with them more than they "
+                "should, and tell too little noise; put a correction before the first training on labels"
+            )
+        found = vote(run, settings)
+    keep(run, found)
+    _report(run, name, found)
+
+
+def vote(run: Run, settings: CorrectionPhase) -> Correction:
+    """Extract features and let neighbours vote."""
     spaces, present = extract_features(run)
+    run.check_budget()
     labels, split, device = run.data.labels, run.data.train, run.world.device
     valid = gather_ragged_rows(present.float()) > 0
     voting = Voting(settings.neighbors, settings.second, settings.temperatures, settings.whitening, settings.width)
@@ -28,10 +46,7 @@ def run_correction(run: Run, name: str, settings: CorrectionPhase) -> None:
     columns, before = run.bank.columns, None
     if "held_out" in columns and run.notes["neighbors_have_signal"]:
         before = columns["held_out"], torch.tensor(run.notes["rate_evidence"], dtype=torch.float64, device=device)
-    found = correct(spaces, given, len(labels.classes), groups, valid, voting, before)
-    keep(run, found)
-    run.check_budget()
-    _report(run, name, found)
+    return correct(spaces, given, len(labels.classes), groups, valid, voting, before)
 
 
 def extract_features(run: Run) -> tuple[list[Space], Tensor]:
@@ -92,11 +107,11 @@ def _report(run: Run, name: str, found: Correction) -> None:
         "chosen": found.chosen,
         "changed": changed,
         "label_noise": found.label_rate.as_dict(),
-        "label_noise_by_class": {
-            each: rate.as_dict() for each, rate in zip(labels.classes, found.class_rates, strict=True)
-        },
         "pair_noise": found.pair_rate.as_dict(),
     }
+    if found.has_signal:
+        by_class = zip(labels.classes, found.class_rates, strict=True)
+        summary["label_noise_by_class"] = {each: rate.as_dict() for each, rate in by_class}
     record: dict[str, float | str] = {
         "phase": name,
         "labels/changed": changed,

@@ -178,6 +178,21 @@ def correct(
     )
 
 
+def nothing_known(given: Tensor, num_classes: int) -> Correction:
+    """Return the correction that leaves all labels and pairs as they are and tells nothing of the noise.
+
+    Args:
+        given: [N] int64 labels.
+        num_classes: C.
+    """
+    rows = row_range(len(given))
+    shares = [F.one_hot(given[rows.start : rows.stop], num_classes).float() for _ in range(4)]
+    evidence = rates(num_classes).to(given.device) * 0
+    rate = estimate_rate(evidence, rates(num_classes).to(given.device))
+    untold = shares[0].new_zeros(num_classes, num_classes + 1)
+    return Correction(*shares, torch.ones_like(shares[0][:, 0]), evidence, rate, untold, rate, 0.0, {})
+
+
 def _rate(calibration: Calibration, num_classes: int) -> RateEstimate:
     return estimate_rate(calibration.evidence, rates(num_classes).to(calibration.evidence.device))
 
@@ -224,7 +239,8 @@ def _by_labels(
     good: list[tuple[Calibration, str, Tensor]] = []
     for name, votes in candidates():
         good.append((problem.judges.calibrate(votes, prior), name, votes))
-        enough = chance + (1 - ALIKE) * (max(found.per_sample for found, _, _ in good) - chance)
+        best = max(found.per_sample for found, _, _ in good)
+        enough = best - ALIKE * max(best - chance, 0.0)
         good = [each for each in good if each[0].per_sample >= enough]
     return min(good, key=lambda each: each[0].entropy)
 

@@ -107,6 +107,15 @@ def test_features_that_know_nothing_leave_the_labels_alone():
     assert torch.equal(found.posterior.argmax(1), given)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_few_samples_whose_votes_are_worse_than_chance_keep_their_labels(seed: int):
+    torch.manual_seed(seed)
+    given, everyone = torch.randint(0, 4, (60,)), torch.ones(60, dtype=torch.bool)
+    space = Space("noise", torch.randn(60, 8), torch.randn(60, 8))
+    found = correct([space], given, 4, torch.arange(60), everyone, Voting(neighbors=(6, 12), second=(0, 6)))
+    assert not found.has_signal and torch.equal(found.posterior.argmax(1), given)
+
+
 def test_a_label_never_reaches_its_own_vote():
     """Changing the label of one sample leaves its own held-out votes as they were, and moves others."""
     visual, _, given, _, _ = scene(0.6, 0.0, num=300, spread=2.0)
