@@ -52,13 +52,9 @@ def sweep(run: Path, shards: Path, noises: Sequence[str], seed: int) -> list[dic
         given = torch.from_numpy(flip_labels(labels.given, num_classes, flips, drawn))
         judges = Judges(given, num_classes, everyone)
         for k in (each for each in NEIGHBORS if each < len(split)):
-            for voters in (0, SECOND):
-                if voters > k:
-                    continue
-                if voters:
-                    votes = near.second_vote(given, given, num_classes, k, TEMPERATURE, voters)
-                else:
-                    votes = near.vote(given, num_classes, k, TEMPERATURE)
+            election = near.election(given, num_classes, k, TEMPERATURE)
+            for voters in (each for each in (0, SECOND) if each <= k):
+                votes = election.second_vote(given, voters) if voters else election.shares
                 right = (votes.argmax(1).numpy() == labels.given).mean()
                 gain = judges.calibrate(votes, None).per_sample - judges.chance()
                 found.append(

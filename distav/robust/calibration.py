@@ -19,51 +19,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import beta
+import torch.nn.functional as F
 from torch import Tensor
 
+from distav.robust.noise_rate import MATRIX_PRIOR, even_matrix, rates
 from distav.world import broadcast, gather_ragged_rows, sum_
 
-NUM_RATES = 91
+RAREST = 1e-12
+"""Least probability of a label; sixteen of these multiplied are still a number."""
 SHARPNESS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.5, 7.0)
 FLOOR = 20.0
 """A vote counts as so many, with one more spread over all classes: a class without votes is not ruled out."""
 MOST_JUDGES = 20_000
 """Samples on which votes are compared; more say no more."""
-MATRIX_PRIOR = 10.0
-"""Samples of each class for which the even noise matrix counts."""
-
-
-def rates(num_classes: int) -> Tensor:
-    """Return the noise rates that are tried, from none to labels that say nothing: [R] float64."""
-    return torch.linspace(0, (num_classes - 1) / num_classes, NUM_RATES, dtype=torch.float64)
-
-
-@dataclass(frozen=True)
-class RateEstimate:
-    """A noise rate.
-
-    Attributes:
-        rate: posterior mean.
-        low, high: ends of the 95 % interval.
-    """
-
-    rate: float
-    low: float
-    high: float
-
-    def as_dict(self) -> dict[str, float]:
-        """Return it rounded for a report."""
-        return {name: round(getattr(self, name), 4) for name in ("rate", "low", "high")}
-
-
-def estimate_rate(evidence: Tensor, at: Tensor) -> RateEstimate:
-    """Summarise a log-likelihood [R] over the rates `at` [R]."""
-    mass = (evidence - evidence.max()).exp()
-    mass = mass / mass.sum()
-    below = mass.cumsum(0)
-    low, high = (float(at[int((below >= share).nonzero()[0, 0])]) for share in (0.025, 0.975))
-    return RateEstimate(float(mass @ at), low, high)
 
 
 @dataclass(frozen=True)
@@ -92,16 +60,19 @@ class Calibration:
 
     def sharpened(self, votes: Tensor) -> Tensor:
         """Return calibrated class shares, averaged over what the sharpness may be: [n, C] -> [n, C]."""
-        return _sharpened(self.likelihood, floored(votes).log())
+        return _averaged(self.likelihood, _powers(floored(votes).log()))
 
 
-def _sharpened(likelihood: Tensor, logs: Tensor) -> Tensor:
+def _powers(logs: Tensor) -> list[Tensor]:
+    """Return the votes at each sharpness, softmax(b log v): S times [J, C]."""
+    return [(sharpness * logs).softmax(1) for sharpness in SHARPNESS]
+
+
+def _averaged(likelihood: Tensor, powers: Sequence[Tensor]) -> Tensor:
+    """Average votes over what the sharpness may be: [R, S] and S times [J, C] -> [J, C]."""
     mass = (likelihood - likelihood.max()).exp().sum(0)
-    mass = mass / mass.sum()
-    return sum(
-        (share * (sharpness * logs).softmax(1) for share, sharpness in zip(mass.tolist(), SHARPNESS, strict=True)),
-        torch.zeros_like(logs),
-    )
+    mass = (mass / mass.sum()).tolist()
+    return sum((share * each for share, each in zip(mass, powers, strict=True)), torch.zeros_like(powers[0]))
 
 
 def floored(votes: Tensor) -> Tensor:
@@ -137,32 +108,29 @@ class Judges:
             prior: [R] log-probability of the rates, from votes judged before.
         """
         gathered = self.gather(votes)
-        logs = floored(gathered).log()
-        even = self._judge(logs, _even(1.0, self.num_classes).to(logs), prior)
-        seen = self._judge(logs, self._confusion(gathered), prior)
+        powers = _powers(floored(gathered).log())
+        even = self._judge(powers, even_matrix(1.0, self.num_classes).to(gathered), prior)
+        seen = self._judge(powers, self._confusion(gathered), prior)
         # As many free numbers would gain half a nat each by chance.
         better = (seen.per_sample - even.per_sample) * even.judges > self.num_classes * (self.num_classes - 1)
         return seen if better else even
 
     def _confusion(self, votes: Tensor) -> Tensor:
         """Return how the labels of each elected class are spread over the others, drawn towards evenness: [C, C]."""
-        counts = MATRIX_PRIOR * _even(1.0, self.num_classes).to(votes)
+        counts = MATRIX_PRIOR * even_matrix(1.0, self.num_classes).to(votes)
         counts.index_put_((votes.argmax(1), self.labels), votes.new_ones(len(votes)), accumulate=True)
         counts.fill_diagonal_(0.0)
         return counts / counts.sum(1, keepdim=True)
 
-    def _judge(self, logs: Tensor, confusion: Tensor, prior: Tensor | None) -> Calibration:
-        at = rates(self.num_classes).to(logs.device)
+    def _judge(self, powers: Sequence[Tensor], confusion: Tensor, prior: Tensor | None) -> Calibration:
+        at = rates(self.num_classes).to(confusion.device)
         mistaken = confusion[:, self.labels].T
-        columns = []
-        for sharpness in SHARPNESS:
-            shares = (sharpness * logs).softmax(1)
-            columns.append(_log_mixed(shares, self.labels, mistaken, at).sum(1))
+        columns = [_log_product(_mixed(shares, self.labels, mistaken, at)) for shares in powers]
         likelihood = torch.stack(columns, dim=1)
         if prior is not None:
             likelihood = likelihood + prior[:, None]
         count = max(1, len(self.labels))
-        shares = _sharpened(likelihood, logs)
+        shares = _averaged(likelihood, powers)
         entropy = float(-(shares * shares.clamp_min(1e-30).log()).sum(1).mean())
         return Calibration(likelihood, confusion, float(likelihood.max()) / count, entropy, count)
 
@@ -207,8 +175,8 @@ class Judges:
         return logs.softmax(1), chosen
 
 
-def _log_mixed(shares: Tensor, labels: Tensor, mistaken: Tensor, at: Tensor) -> Tensor:
-    """Return the log-probability of given labels at each rate.
+def _mixed(shares: Tensor, labels: Tensor, mistaken: Tensor, at: Tensor) -> Tensor:
+    """Return the probability of given labels at each rate.
 
     Args:
         shares: [J, C].
@@ -217,10 +185,19 @@ def _log_mixed(shares: Tensor, labels: Tensor, mistaken: Tensor, at: Tensor) -> 
         at: [R] rates.
 
     Returns:
-        [R, J].
+        [R, J], at least `RAREST`.
     """
     right, wrong = shares.gather(1, labels[:, None]).squeeze(1), (shares * mistaken).sum(1)
-    return torch.lerp(right, wrong, at[:, None]).clamp_min(1e-12).log()
+    return torch.lerp(right, wrong, at[:, None]).clamp_min(RAREST)
+
+
+def _log_product(probabilities: Tensor) -> Tensor:
+    """Return the sum of logarithms of [R, J] float64 over J; sixteen are multiplied before one logarithm is taken."""
+    product = F.pad(probabilities, (0, -probabilities.shape[1] % 16), value=1.0)
+    for _ in range(4):
+        one, other = product.chunk(2, dim=1)
+        product = one * other
+    return product.log().sum(1)
 
 
 def _fit(weights: Tensor, logit: Tensor, stacked: Tensor, labels: Tensor, mistaken: Tensor, top: float) -> float:
@@ -230,7 +207,9 @@ def _fit(weights: Tensor, logit: Tensor, stacked: Tensor, labels: Tensor, mistak
 
     def loss() -> Tensor:
         shares = (weights.exp()[:, None, None] * stacked).sum(0).softmax(1)
-        return -_log_mixed(shares, labels, mistaken, logit.sigmoid() * top).mean() + 1e-4 * weights.exp().square().sum()
+        return (
+            -_mixed(shares, labels, mistaken, logit.sigmoid() * top).log().mean() + 1e-4 * weights.exp().square().sum()
+        )
 
     def closure() -> Tensor:
         optimiser.zero_grad()
@@ -240,50 +219,3 @@ def _fit(weights: Tensor, logit: Tensor, stacked: Tensor, labels: Tensor, mistak
 
     optimiser.step(closure)  # pyright: ignore[reportArgumentType]
     return float(loss().detach())
-
-
-def noise_matrix(
-    shares: Tensor, own: Tensor, rate: float, confusion: Tensor, iterations: int = 30
-) -> tuple[Tensor, Tensor]:
-    """Estimate how classes are mistaken, and each sample's true class given its label (Bayes' rule).
-
-    Expectation-maximisation over T[c, y] = P(given y | true c), drawn towards (1 - e) I + e D by `MATRIX_PRIOR`
-    samples a class, with e the share of labels found wrong.
-
-    Args:
-        shares: [n, C] calibrated shares without the own label.
-        own: [n] int64 given labels.
-        rate: e where it starts.
-        confusion: [C, C] D.
-        iterations: of the expectation-maximisation.
-
-    Returns:
-        [n, C] posteriors and [C, C + 1]: T, and in the last column how many samples are of each class.
-    """
-    shares, confusion = shares.double(), confusion.double()
-    itself = torch.eye(shares.shape[1], dtype=shares.dtype, device=shares.device)
-    matrix = torch.lerp(itself, confusion, rate)
-    posterior, counts = shares, matrix
-    for _ in range(iterations):
-        posterior = shares * matrix[:, own].T
-        posterior = posterior / posterior.sum(1, keepdim=True).clamp_min(1e-30)
-        counts = sum_(torch.zeros_like(matrix).index_add_(0, own, posterior)).T
-        wrong = float(1 - counts.diagonal().sum() / counts.sum().clamp_min(1e-9))
-        matrix = counts + MATRIX_PRIOR * torch.lerp(itself, confusion, wrong)
-        matrix = matrix / matrix.sum(1, keepdim=True)
-    return posterior.float(), torch.cat([matrix, counts.sum(1, keepdim=True)], dim=1)
-
-
-def _even(rate: float, num_classes: int) -> Tensor:
-    matrix = torch.full((num_classes, num_classes), rate / (num_classes - 1))
-    return matrix.fill_diagonal_(1 - rate)
-
-
-def class_rates(matrix: Tensor) -> list[RateEstimate]:
-    """Return how often each class is mistaken, with 95 % Beta intervals, from what `noise_matrix` returned."""
-    found = []
-    for right, count in zip(matrix.diagonal().tolist(), matrix[:, -1].tolist(), strict=True):
-        wrong = 1 - right
-        low, high = beta.ppf([0.025, 0.975], 0.5 + wrong * count, 0.5 + right * count).tolist()
-        found.append(RateEstimate(wrong, low, high))
-    return found

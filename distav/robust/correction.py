@@ -5,6 +5,7 @@ held-out votes foretell the given labels (`distav.robust.calibration`); true lab
 Legend: N samples, n samples of this rank, C classes, E feature width.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.robust.calibration import Calibration, Judges, RateEstimate, class_rates, estimate_rate, noise_matrix, rates
+from distav.robust.calibration import Calibration, Judges
+from distav.robust.noise_rate import RateEstimate, class_rates, estimate_rate, noise_matrix, rates
 from distav.robust.pairing import Pairing, gated, pair_evidence
 from distav.robust.votes import Neighborhood, standardised
 from distav.world import gather_ragged_rows, row_range
@@ -186,11 +188,22 @@ def nothing_known(given: Tensor, num_classes: int) -> Correction:
         num_classes: C.
     """
     rows = row_range(len(given))
-    shares = [F.one_hot(given[rows.start : rows.stop], num_classes).float() for _ in range(4)]
-    evidence = rates(num_classes).to(given.device) * 0
+    kept = F.one_hot(given[rows.start : rows.stop], num_classes).float()
+    evidence = torch.zeros_like(rates(num_classes), device=given.device)
     rate = estimate_rate(evidence, rates(num_classes).to(given.device))
-    untold = shares[0].new_zeros(num_classes, num_classes + 1)
-    return Correction(*shares, torch.ones_like(shares[0][:, 0]), evidence, rate, untold, rate, 0.0, {})
+    return Correction(
+        held_out=kept,
+        posterior=kept.clone(),
+        audio_held_out=kept.clone(),
+        audio_posterior=kept.clone(),
+        correspondence=torch.ones_like(kept[:, 0]),
+        evidence=evidence,
+        label_rate=rate,
+        noise_matrix=kept.new_zeros(num_classes, num_classes + 1),
+        pair_rate=rate,
+        nats=0.0,
+        chosen={},
+    )
 
 
 def _rate(calibration: Calibration, num_classes: int) -> RateEstimate:
@@ -222,18 +235,11 @@ def _by_labels(
 
     def candidates() -> Iterator[tuple[str, Tensor]]:
         for name, near in _neighborhoods(problem, features):
-            for k in voting.neighbors:
-                for temperature in voting.temperatures:
-                    for voters in voting.second:
-                        if voters <= k:
-                            said = f"{name}, k {k}, temperature {temperature:g}, second vote of {voters}"
-                            if voters:
-                                yield (
-                                    said,
-                                    near.second_vote(problem.own, labels, problem.num_classes, k, temperature, voters),
-                                )
-                            else:
-                                yield said, near.vote(labels, problem.num_classes, k, temperature)
+            for k, temperature in itertools.product(voting.neighbors, voting.temperatures):
+                election = near.election(labels, problem.num_classes, k, temperature)
+                for voters in (each for each in voting.second if each <= k):
+                    votes = election.second_vote(problem.own, voters) if voters else election.shares
+                    yield f"{name}, k {k}, temperature {temperature:g}, second vote of {voters}", votes
 
     chance = problem.judges.chance()
     good: list[tuple[Calibration, str, Tensor]] = []
@@ -251,10 +257,9 @@ def _by_sound(problem: _Problem, spaces: Sequence[Space], shown: Tensor) -> tupl
 
     def candidates() -> Iterator[tuple[str, Tensor]]:
         for name, near in _neighborhoods(problem, ((space.name, space.audio) for space in spaces)):
-            for k in problem.voting.neighbors:
-                for temperature in problem.voting.temperatures:
-                    said = f"{name}, k {k}, temperature {temperature:g}"
-                    yield said, near.vote(elected, problem.num_classes, k, temperature)
+            for k, temperature in itertools.product(problem.voting.neighbors, problem.voting.temperatures):
+                election = near.election(elected, problem.num_classes, k, temperature)
+                yield f"{name}, k {k}, temperature {temperature:g}", election.shares
 
     judged = ((pair_evidence(shown, votes, problem.present), name) for name, votes in candidates())
     return max(judged, key=lambda each: each[0].per_sample)

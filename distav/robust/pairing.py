@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distav.robust.calibration import SHARPNESS, RateEstimate, estimate_rate, floored, rates
+from distav.robust.calibration import SHARPNESS, floored
+from distav.robust.noise_rate import RateEstimate, estimate_rate, rates
 from distav.world import sum_
 
 

@@ -3,7 +3,7 @@
 Legend: N samples, n samples of this rank, C classes, k neighbours, E feature width.
 """
 
-from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -42,49 +42,36 @@ def standardised(features: Tensor, present: Tensor, width: int, whitening: float
     return F.normalize(centred @ turn.to(centred.device), dim=1).float()
 
 
-@dataclass(frozen=True)
-class _Table:
-    """What a second vote has to know of every sample's first: [N] each.
-
-    Attributes:
-        first, second: the classes with most and second most votes.
-        margin: by how much the first leads.
-        total: sum of the weights of the voters.
-        reach: similarity of the farthest voter.
-    """
-
-    first: Tensor
-    second: Tensor
-    margin: Tensor
-    total: Tensor
-    reach: Tensor
-
-
 class Neighborhood:
-    """The nearest neighbours of this rank's samples, and votes among them."""
+    """The nearest neighbours of this rank's samples."""
 
     def __init__(self, features: Tensor, k: int, groups: Tensor, valid: Tensor):
         """Search for k neighbours; see `nearest_neighbors` for the arguments and errors."""
         self.ids, self.similarity = nearest_neighbors(features, k, groups, valid)
 
-    def vote(self, labels: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:
-        """Return the votes of the k nearest, weighted by exp(similarity / temperature).
+    def election(self, labels: Tensor, num_classes: int, k: int, temperature: float) -> "Election":
+        """Let the k nearest vote with their labels.
 
         Args:
             labels: [N] int64 of all samples.
             num_classes: C.
             k: voters, at most as many as were searched for.
-            temperature: divides the similarity.
-
-        Returns:
-            [n, C], rows add up to 1; uniform where a sample has no neighbour.
+            temperature: divides the similarity; votes are weighted by exp(similarity / temperature).
         """
-        weights, _ = self._weights(k, temperature)
-        return _tally(labels[self.ids[:, :k].clamp_min(0)], weights, num_classes)
+        weights = ((self.similarity[:, :k] - 1) / temperature).exp().masked_fill(self.ids[:, :k] < 0, 0.0)
+        return Election(self, labels, num_classes, weights, temperature)
 
-    def second_vote(
-        self, own: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float, voters: int
-    ) -> Tensor:
+
+class Election:
+    """A vote among neighbours, and second votes over what it elected."""
+
+    def __init__(self, near: Neighborhood, labels: Tensor, num_classes: int, weights: Tensor, temperature: float):
+        """Count the votes; made by `Neighborhood.election`."""
+        self.near, self.num_classes, self.weights, self.temperature = near, num_classes, weights, temperature
+        self.shares = _tally(labels[near.ids[:, : weights.shape[1]].clamp_min(0)], weights, num_classes)
+        """[n, C], rows add up to 1; uniform where a sample has no neighbour."""
+
+    def second_vote(self, own: Tensor, voters: int) -> Tensor:
         """Vote again, each neighbour with the class that its own neighbours elected.
 
         Where a sample took part in its neighbour's election, it is first taken out of it. Otherwise its label would
@@ -92,37 +79,35 @@ class Neighborhood:
 
         Args:
             own: [n] int64 labels of this rank's samples.
-            labels: [N] int64 labels of all samples.
-            num_classes: C.
-            k, temperature: of the first vote.
-            voters: of the second vote.
+            voters: the nearest that vote, at most k.
 
         Returns:
             [n, C], rows add up to 1.
         """
-        table = self._table(self.vote(labels, num_classes, k, temperature), k, temperature)
-        near, similarity = self.ids[:, :voters].clamp_min(0), self.similarity[:, :voters]
-        share = ((similarity - 1) / temperature).exp() / table.total[near].clamp_min(1e-30)
-        share = share.masked_fill(similarity < table.reach[near] - TIE, 0.0)
-        first = table.first[near]
-        turned = (first == own[:, None]) & (table.margin[near] < share)
-        weights, _ = self._weights(voters, temperature)
-        return _tally(torch.where(turned, table.second[near], first), weights, num_classes)
+        first, runner_up, margin, total, reach = self._outcome
+        near, similarity = self.near.ids[:, :voters].clamp_min(0), self.near.similarity[:, :voters]
+        share = ((similarity - 1) / self.temperature).exp() / total[near].clamp_min(1e-30)
+        share = share.masked_fill(similarity < reach[near] - TIE, 0.0)
+        turned = (first[near] == own[:, None]) & (margin[near] < share)
+        return _tally(torch.where(turned, runner_up[near], first[near]), self.weights[:, :voters], self.num_classes)
 
-    def _weights(self, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        weights = ((self.similarity[:, :k] - 1) / temperature).exp().masked_fill(self.ids[:, :k] < 0, 0.0)
-        total = weights.sum(1)
-        return weights / total.clamp_min(1e-30)[:, None], total
+    @cached_property
+    def _outcome(self) -> tuple[Tensor, ...]:
+        """What a second vote has to know of every sample's first, [N] each.
 
-    def _table(self, votes: Tensor, k: int, temperature: float) -> _Table:
-        top, order = votes.topk(2, dim=1)
-        _, total = self._weights(k, temperature)
-        reach = torch.where(self.ids[:, k - 1] < 0, torch.full_like(total, -2.0), self.similarity[:, k - 1])
+        The classes with most and second most votes, by how much the first leads, the sum of the voters' weights, and
+        the similarity of the farthest voter.
+        """
+        top, order = self.shares.topk(2, dim=1)
+        last = self.weights.shape[1] - 1
+        total, farthest = self.weights.sum(1), self.near.similarity[:, last]
+        reach = torch.where(self.near.ids[:, last] < 0, torch.full_like(total, -2.0), farthest)
         classes = gather_ragged_rows(order)
         numbers = gather_ragged_rows(torch.stack([top[:, 0] - top[:, 1], total, reach], dim=1))
-        return _Table(classes[:, 0], classes[:, 1], *numbers.unbind(1))
+        return *classes.unbind(1), *numbers.unbind(1)
 
 
 def _tally(classes: Tensor, weights: Tensor, num_classes: int) -> Tensor:
+    weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-30)
     votes = weights.new_zeros(len(weights), num_classes).scatter_add_(1, classes, weights)
     return torch.where(votes.sum(1, keepdim=True) > 0, votes, torch.full_like(votes, 1 / num_classes))

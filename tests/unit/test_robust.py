@@ -125,10 +125,11 @@ def test_a_label_never_reaches_its_own_vote():
     for sample in range(0, 300, 3):
         other = given.clone()
         other[sample] = (given[sample] + 3) % 10
+        elections = [near.election(each, 10, 30, 0.2) for each in (given, other)]
         for voters in (0, 10):
             votes = [
-                near.second_vote(each, each, 10, 30, 0.2, voters) if voters else near.vote(each, 10, 30, 0.2)
-                for each in (given, other)
+                election.second_vote(each, voters) if voters else election.shares
+                for election, each in zip(elections, (given, other), strict=True)
             ]
             torch.testing.assert_close(votes[0][sample], votes[1][sample], rtol=1e-5, atol=1e-6)
             moved[voters] += not torch.allclose(*votes, rtol=1e-5, atol=1e-6)

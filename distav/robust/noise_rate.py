@@ -1,0 +1,97 @@
+"""How many labels are wrong, in all and of each class, with intervals.
+
+Legend: N samples, n samples of this rank, C classes, R rates.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import beta
+from torch import Tensor
+
+from distav.world import sum_
+
+NUM_RATES = 91
+"""Rates that are tried."""
+MATRIX_PRIOR = 10.0
+"""Samples of each class for which the even noise matrix counts."""
+
+
+def rates(num_classes: int) -> Tensor:
+    """Return the noise rates that are tried, from none to labels that say nothing: [R] float64."""
+    return torch.linspace(0, (num_classes - 1) / num_classes, NUM_RATES, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class RateEstimate:
+    """A noise rate.
+
+    Attributes:
+        rate: posterior mean.
+        low, high: ends of the 95 % interval.
+    """
+
+    rate: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Return it rounded for a report."""
+        return {name: round(getattr(self, name), 4) for name in ("rate", "low", "high")}
+
+
+def estimate_rate(evidence: Tensor, at: Tensor) -> RateEstimate:
+    """Summarise a log-likelihood [R] over the rates `at` [R]."""
+    mass = (evidence - evidence.max()).exp()
+    mass = mass / mass.sum()
+    below = mass.cumsum(0)
+    low, high = (float(at[int((below >= share).nonzero()[0, 0])]) for share in (0.025, 0.975))
+    return RateEstimate(float(mass @ at), low, high)
+
+
+def even_matrix(rate: float, num_classes: int) -> Tensor:
+    """Return T[c, y] where classes are mistaken at this rate, for any other alike: [C, C]."""
+    matrix = torch.full((num_classes, num_classes), rate / (num_classes - 1))
+    return matrix.fill_diagonal_(1 - rate)
+
+
+def noise_matrix(
+    shares: Tensor, own: Tensor, rate: float, confusion: Tensor, iterations: int = 30
+) -> tuple[Tensor, Tensor]:
+    """Estimate how classes are mistaken, and each sample's true class given its label (Bayes' rule).
+
+    Expectation-maximisation over T[c, y] = P(given y | true c), drawn towards (1 - e) I + e D by `MATRIX_PRIOR`
+    samples a class, with e the share of labels found wrong.
+
+    Args:
+        shares: [n, C] calibrated shares without the own label.
+        own: [n] int64 given labels.
+        rate: e where it starts.
+        confusion: [C, C] D.
+        iterations: of the expectation-maximisation.
+
+    Returns:
+        [n, C] posteriors and [C, C + 1]: T, and in the last column how many samples are of each class.
+    """
+    shares, confusion = shares.double(), confusion.double()
+    itself = torch.eye(shares.shape[1], dtype=shares.dtype, device=shares.device)
+    matrix = torch.lerp(itself, confusion, rate)
+    posterior, counts = shares, matrix
+    for _ in range(iterations):
+        posterior = shares * matrix[:, own].T
+        posterior = posterior / posterior.sum(1, keepdim=True).clamp_min(1e-30)
+        counts = sum_(torch.zeros_like(matrix).index_add_(0, own, posterior)).T
+        wrong = float(1 - counts.diagonal().sum() / counts.sum().clamp_min(1e-9))
+        matrix = counts + MATRIX_PRIOR * torch.lerp(itself, confusion, wrong)
+        matrix = matrix / matrix.sum(1, keepdim=True)
+    return posterior.float(), torch.cat([matrix, counts.sum(1, keepdim=True)], dim=1)
+
+
+def class_rates(matrix: Tensor) -> list[RateEstimate]:
+    """Return how often each class is mistaken, with 95 % Beta intervals, from what `noise_matrix` returned."""
+    found = []
+    for right, count in zip(matrix.diagonal().tolist(), matrix[:, -1].tolist(), strict=True):
+        wrong = 1 - right
+        low, high = beta.ppf([0.025, 0.975], 0.5 + wrong * count, 0.5 + right * count).tolist()
+        found.append(RateEstimate(wrong, low, high))
+    return found
