@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,13 @@ def trainings(bench: Bench, jobs: Iterable[Job]) -> list[dict[str, Any]]:
     ]
 
 
-def save(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Write the tables as JSON, with the machine and the versions."""
-    facts = {"benchmark": "noise", "machine": machine()} | found
+def save(found: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
+    """Write the tables as JSON, a line a row, with the machine and the versions."""
+    parts = ['"benchmark": "noise"', f'"machine": {json.dumps(machine())}']
+    for name, rows in found.items():
+        parts.append(f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
+    write_atomically(path, ("{" + ",\n".join(parts) + "}\n").encode())
 
 
 def _figures(report: dict[str, Any]) -> dict[str, float]:

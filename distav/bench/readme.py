@@ -36,7 +36,10 @@ def noise_section(results: Path) -> str:
     """Return the tables of the noise benchmark."""
     found = json.loads((results / "noise.json").read_text())
     plots = "![Accuracy, votes and pairs under noise](tools/results/noise.svg)"
-    return "\n\n".join(["", _machines({"noise": found}), plots, *tables(found["rows"]), ""])[1:]
+    seeds = sorted({row["seeds"] for row in found["rows"]})
+    counted = " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))
+    told = f"Test top-1 and shares in %, mean ± standard deviation over {counted} seeds; the best of a cell in bold."
+    return "\n\n".join(["", _machines({"noise": found}), told, *tables(found["rows"]), plots, ""])[1:]
 
 
 def section(results: Path) -> str:
