@@ -164,7 +164,7 @@ def _check_phase(name: str, phase: PhaseSettings) -> None:
                 _require(0 <= each <= 1, where, each, "0 to 1")
             elif key in ("epochs", "neighbors", "width"):
                 _require(each >= 1, where, each, "a whole number from 1 up")
-            elif key.endswith(("weight", "scale", "ramp", "memory")) or key in ("second", "negatives"):
+            elif key.endswith(("weight", "scale", "ramp", "memory")) or key in ("second", "negatives", "signal_nats"):
                 _require(each >= 0, where, each, "0 or more")
 
     if isinstance(phase, ContrastivePhase) and phase.negatives and phase.soft_targets is not SoftTargets.none:

@@ -130,6 +130,9 @@ class CorrectionPhase:
     in with the last."""
     width: int = 48
     """Principal axes of the features that are kept."""
+    signal_nats: float = 10.0
+    """Votes that do not make the given labels likelier than their frequencies do by this much are not believed; random
+    features come to 1."""
 
 
 @dataclass

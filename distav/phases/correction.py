@@ -1,5 +1,7 @@
 """Between trainings: clean features of every clip, exact neighbours over all ranks, and a vote on every label."""
 
+from dataclasses import fields
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,7 +42,7 @@ def vote(run: Run, settings: CorrectionPhase) -> Correction:
     run.check_budget()
     labels, split, device = run.data.labels, run.data.train, run.world.device
     valid = gather_ragged_rows(present.float()) > 0
-    voting = Voting(settings.neighbors, settings.second, settings.temperatures, settings.whitening, settings.width)
+    voting = Voting(**{each.name: getattr(settings, each.name) for each in fields(Voting)})
     given = torch.from_numpy(labels.given).to(device)
     groups = torch.from_numpy(split.source_codes).to(device)
     columns, before = run.bank.columns, None

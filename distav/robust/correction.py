@@ -19,10 +19,6 @@ from distav.robust.pairing import Pairing, gated, pair_evidence
 from distav.robust.votes import Neighborhood, standardised
 from distav.world import gather_ragged_rows, row_range
 
-SIGNAL_NATS = 10.0
-"""Votes have to make the given labels this much likelier than their mere frequencies do, or they are not believed."""
-
-
 ALIKE = 0.05
 """Votes whose gain over chance differs by less than this share say as much."""
 
@@ -37,6 +33,7 @@ class Voting:
         temperatures: divide the similarity in a neighbour's weight.
         whitening: powers by which principal axes of the features are evened out.
         width: principal axes kept.
+        signal_nats: votes that make the given labels likelier than their frequencies do by less are not believed.
     """
 
     neighbors: Sequence[int] = (50, 200, 400)
@@ -44,6 +41,7 @@ class Voting:
     temperatures: Sequence[float] = (0.07, 0.2, 0.4)
     whitening: Sequence[float] = (0.0, 0.5)
     width: int = 48
+    signal_nats: float = 10.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,7 @@ class Correction:
         noise_matrix: [C, C + 1] how each class is labelled, P(given | true), and in the last column its samples.
         pair_rate: share of mismatched pairs.
         nats: by how much the votes make the labels likelier than their frequencies do.
+        has_signal: whether that is enough to believe them.
         chosen: the votes that won, by what they vote on, with weights.
     """
 
@@ -82,17 +81,13 @@ class Correction:
     noise_matrix: Tensor
     pair_rate: RateEstimate
     nats: float
+    has_signal: bool
     chosen: dict[str, str]
 
     @property
     def class_rates(self) -> list[RateEstimate]:
         """Share of wrong labels of each class."""
         return class_rates(self.noise_matrix)
-
-    @property
-    def has_signal(self) -> bool:
-        """Whether the votes know anything of the labels."""
-        return self.nats > SIGNAL_NATS
 
 
 @dataclass(frozen=True)
@@ -164,7 +159,8 @@ def correct(
     nats = (max(seen.per_sample, joint.per_sample) - judges.chance()) * outcome.judges
 
     kept = F.one_hot(own, num_classes).to(held_out.dtype)
-    if nats <= SIGNAL_NATS:
+    has_signal = nats > voting.signal_nats
+    if not has_signal:
         present = torch.zeros_like(present)
     shares = [torch.where(present[:, None], each, kept) for each in (held_out, posterior, without_label, with_label)]
     pooled_as = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, weights, strict=True))
@@ -176,6 +172,7 @@ def correct(
         noise_matrix=matrix,
         pair_rate=pairing.rate,
         nats=nats,
+        has_signal=has_signal,
         chosen={"pictures": seen_name, "sounds": heard_name, "joint": joint_name, "pooled": pooled_as},
     )
 
@@ -202,6 +199,7 @@ def nothing_known(given: Tensor, num_classes: int) -> Correction:
         noise_matrix=kept.new_zeros(num_classes, num_classes + 1),
         pair_rate=rate,
         nats=0.0,
+        has_signal=False,
         chosen={},
     )
 
