@@ -28,14 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_section(options.readme, options.results)
             return 0
         if options.command == "noise":
-            from distav.bench import noise, noise_plots, noise_results, noise_table
-
-            made = noise.run(options.digits, options.work, options.seeds, options.sets, options.parts, options.at_once)
-            found = {"rows": noise_results.trainings(*made), "votes": noise_results.votes(*made)}
-            print(*noise_table.tables(found["rows"]), sep="\n\n")
-            if options.json:
-                noise_results.save(found, options.json)
-                noise_plots.save(found, options.json.with_suffix(".svg"))
+            _noise(options)
             return 0
         results = _measured(options)
     except UserError as error:
@@ -48,6 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         results.save(options.json)
     return 3 if any(ratio.get("met") is False for ratio in results.ratios.values()) else 0
+
+
+def _noise(options: argparse.Namespace) -> None:
+    from distav.bench.noise import plots, results, runner, tables
+
+    made = runner.run(options.digits, options.work, options.seeds, options.sets, options.parts, options.at_once)
+    found = {"rows": results.trainings(*made), "votes": results.votes(*made)}
+    print(*tables.every(found["rows"]), sep="\n\n")
+    if options.json:
+        results.save(found, options.json)
+        plots.save(found, options.json.with_suffix(".svg"))
 
 
 def _measured(options: argparse.Namespace) -> Results:

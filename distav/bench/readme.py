@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distav.bench.noise_table import tables
+from distav.bench.noise.tables import every
 from distav.data.format import write_atomically
 from distav.errors import UserError
 
@@ -39,7 +39,7 @@ def noise_section(results: Path) -> str:
     seeds = sorted({row["seeds"] for row in found["rows"]})
     counted = " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))
     told = f"Test top-1 and shares in %, mean ± standard deviation over {counted} seeds; the best of a cell in bold."
-    return "\n\n".join(["", _machines({"noise": found}), told, *tables(found["rows"]), plots, ""])[1:]
+    return "\n\n".join(["", _machines({"noise": found}), told, *every(found["rows"]), plots, ""])[1:]
 
 
 def section(results: Path) -> str:

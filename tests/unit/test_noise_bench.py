@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from distav import config
-from distav.bench.noise import Bench
-from distav.bench.noise_grid import ABLATIONS, METHODS, Cell, Job, ablations, grid
-from distav.bench.noise_plots import save
-from distav.bench.noise_results import trainings, votes
-from distav.bench.noise_table import ablation, accuracy, correction, tables, times
+from distav.bench.noise.grid import ABLATIONS, METHODS, Cell, Job, ablations, grid
+from distav.bench.noise.plots import save
+from distav.bench.noise.results import trainings, votes
+from distav.bench.noise.runner import Bench
+from distav.bench.noise.tables import ablation, accuracy, correction, every, times
 from distav.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def test_trainings_share_phase_1_are_kept_and_not_repeated(bench: Bench, tmp_pat
         text = path.read_text().replace("epochs: 28", "epochs: 1").replace("epochs: 36", "epochs: 1")
         (short / path.relative_to(ROOT / "configs")).parent.mkdir(parents=True, exist_ok=True)
         (short / path.relative_to(ROOT / "configs")).write_text(text)
-    monkeypatch.setattr("distav.bench.noise.CONFIGS", short)
+    monkeypatch.setattr("distav.bench.noise.runner.CONFIGS", short)
     cell = Cell("easy", "symmetric:0.4", 0.4)
     jobs = [Job(cell, "contrast + probe", 0), Job(cell, "ce", 0)]
     bench.run(jobs, at_once=2)
@@ -118,7 +118,7 @@ def test_tables_show_the_rows(rows: list[dict]):
     assert "| as it is | 60.0 ± 1.0 | 97.2 ± 1.0 |" in ablation(rows)
     assert "| k 20 | 30.0 ± 1.0 | 33.0 ± 1.0 |" in ablation(rows) and "no whitening" not in ablation(rows)
     assert "| contrastive | 0.90 |" in times(rows) and "| all | 1.60 |" in times(rows)
-    assert len(tables(rows)) == 4 and len(tables([row for row in rows if row["method"] == "ce"])) == 2
+    assert len(every(rows)) == 4 and len(every([row for row in rows if row["method"] == "ce"])) == 2
 
 
 def test_one_seed_has_no_deviation(rows: list[dict]):
@@ -139,7 +139,7 @@ def test_plots_show_the_rows_and_are_the_same_again(rows: list[dict], tmp_path: 
 
 
 def test_f1_counts_both_kinds_of_mistake():
-    detection = pytest.importorskip("distav.bench.detection")
+    detection = pytest.importorskip("distav.bench.noise.detection")
     found, wrong = np.array([True, True, False, False]), np.array([True, False, True, False])
     assert detection.f1(found, wrong) == 0.5
     assert detection.f1(wrong, wrong) == 1 and detection.f1(~wrong & False, ~wrong & False) == 1

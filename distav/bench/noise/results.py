@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from distav.bench.measure import machine
-from distav.bench.noise import Bench
-from distav.bench.noise_grid import MOST_PAIRS, Cell, Job
+from distav.bench.noise.grid import MOST_PAIRS, Cell, Job
+from distav.bench.noise.runner import Bench
 from distav.data.format import write_atomically
 
 
 def votes(bench: Bench, jobs: Iterable[Job]) -> list[dict[str, Any]]:
     """Return how right votes are by the number of neighbours, after each phase 1 with mismatched pairs."""
-    from distav.bench.vote_sweep import sweep
+    from distav.bench.noise.votes import sweep
 
     noises = sorted({job.cell.labels for job in jobs if job.cell.labels.startswith("symmetric")})
     groups: dict[tuple[str, str, int, int], list[dict[str, float]]] = {}

@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from distav.bench.noise_grid import ABLATIONS, PHASE_1, SETS, Cell, Job, ablations, file_name, grid
+from distav.bench.noise.grid import ABLATIONS, PHASE_1, SETS, Cell, Job, ablations, file_name, grid
 from distav.data.format import ShardSet, write_atomically, write_table
 from distav.data.labels import load_labels
 from distav.data.noise import LabelNoise, flip_labels
 from distav.errors import UserError, listed
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 PARTS = {"grid": grid, "ablations": ablations}
 PRELOADED = ("distav.train", "distav.run", "distav.phases.table", "distav.report", "deepspeed")
 
@@ -173,7 +173,7 @@ def _train(arguments: list[str], log: str, shards: Path, labels: Path, corrects:
 
     status = main(arguments)
     if corrects and not status:
-        from distav.bench.detection import compare
+        from distav.bench.noise.detection import compare
 
         compare(Path(log).parents[1] / "runs" / Path(log).stem, shards, labels, "labels")
     sys.exit(status)

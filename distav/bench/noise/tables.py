@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from distav.bench.noise_grid import ABLATIONS, METHODS
+from distav.bench.noise.grid import ABLATIONS, METHODS
 
 Rows = Sequence[dict[str, Any]]
 DETAILS = {
@@ -77,7 +77,7 @@ def times(rows: Rows) -> str:
     return "\n".join([*lines, _line("all", f"{sum(shares.values()):.2f}")])
 
 
-def tables(rows: Rows) -> list[str]:
+def every(rows: Rows) -> list[str]:
     """Return every table that has rows."""
     return [text for text in (accuracy(rows), correction(rows), ablation(rows), times(rows)) if text]
 

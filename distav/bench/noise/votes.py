@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distav.bench.detection import features
+from distav.bench.noise.detection import features
 from distav.data.format import ShardSet
 from distav.data.labels import load_labels
 from distav.data.noise import LabelNoise, flip_labels

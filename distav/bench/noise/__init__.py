@@ -1,0 +1,1 @@
+"""The benchmark of learning from wrong labels and wrong pairs."""
