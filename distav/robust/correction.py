@@ -15,8 +15,8 @@ from torch import Tensor
 
 from distav.robust.calibration import Calibration, Judges
 from distav.robust.noise_rate import RateEstimate, class_rates, estimate_rate, noise_matrix, rates
-from distav.robust.pairing import Pairing, gated, pair_evidence
-from distav.robust.votes import Neighborhood, standardised
+from distav.robust.pairing import Pairing, checked_rate, gated, pair_evidence
+from distav.robust.votes import Election, Neighborhood, standardised
 from distav.world import gather_ragged_rows, row_range
 
 ALIKE = 0.05
@@ -140,7 +140,7 @@ def correct(
     pictures = seen.sharpened(seen_votes)
     rate = _rate(seen, num_classes)
     shown, _ = noise_matrix(pictures, own, rate.rate, seen.confusion)
-    pairing, heard_name = _by_sound(problem, spaces, shown)
+    pairing, heard_name, heard = _by_sound(problem, spaces, shown)
     joint, joint_name, joint_votes = _by_labels(problem, _together(problem, spaces, pairing.correspondence), prior)
 
     fused = (pictures * gated(pairing.shares, pairing.correspondence)).clamp_min(1e-30)
@@ -170,7 +170,7 @@ def correct(
         evidence=outcome.evidence,
         label_rate=label_rate,
         noise_matrix=matrix,
-        pair_rate=pairing.rate,
+        pair_rate=checked_rate(pairing.rate, seen.evidence, heard, num_classes),
         nats=nats,
         has_signal=has_signal,
         chosen={"pictures": seen_name, "sounds": heard_name, "joint": joint_name, "pooled": pooled_as},
@@ -235,8 +235,7 @@ def _by_labels(
         for name, near in _neighborhoods(problem, features):
             for k, temperature in itertools.product(voting.neighbors, voting.temperatures):
                 election = near.election(labels, problem.num_classes, k, temperature)
-                for voters in (each for each in voting.second if each <= k):
-                    votes = election.second_vote(problem.own, voters) if voters else election.shares
+                for voters, votes in _votes(problem, election, k):
                     yield f"{name}, k {k}, temperature {temperature:g}, second vote of {voters}", votes
 
     chance = problem.judges.chance()
@@ -249,18 +248,30 @@ def _by_labels(
     return min(good, key=lambda each: each[0].entropy)
 
 
-def _by_sound(problem: _Problem, spaces: Sequence[Space], shown: Tensor) -> tuple[Pairing, str]:
-    """Let sounds vote with what their pictures show, and take the way in which both modalities agree best."""
+def _by_sound(problem: _Problem, spaces: Sequence[Space], shown: Tensor) -> tuple[Pairing, str, Tensor]:
+    """Let sounds vote with what their pictures show, and take the way in which both modalities agree best.
+
+    The same neighbours also vote with the given labels, for what these say of the noise that is heard: [R].
+    """
     elected = gather_ragged_rows(shown.argmax(1))
 
-    def candidates() -> Iterator[tuple[str, Tensor]]:
+    def candidates() -> Iterator[tuple[Pairing, str, Neighborhood, int, float]]:
         for name, near in _neighborhoods(problem, ((space.name, space.audio) for space in spaces)):
             for k, temperature in itertools.product(problem.voting.neighbors, problem.voting.temperatures):
-                election = near.election(elected, problem.num_classes, k, temperature)
-                yield f"{name}, k {k}, temperature {temperature:g}", election.shares
+                votes = near.election(elected, problem.num_classes, k, temperature).shares
+                found = pair_evidence(shown, votes, problem.present)
+                yield found, f"{name}, k {k}, temperature {temperature:g}", near, k, temperature
 
-    judged = ((pair_evidence(shown, votes, problem.present), name) for name, votes in candidates())
-    return max(judged, key=lambda each: each[0].per_sample)
+    found, name, near, k, temperature = max(candidates(), key=lambda each: each[0].per_sample)
+    labelled = near.election(problem.given, problem.num_classes, k, temperature)
+    judged = [problem.judges.calibrate(votes) for _, votes in _votes(problem, labelled, k)]
+    return found, name, max(judged, key=lambda each: each.per_sample).evidence
+
+
+def _votes(problem: _Problem, election: Election, k: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield the votes of an election of k and of every second vote over it, with the number of second voters."""
+    for voters in (each for each in problem.voting.second if each <= k):
+        yield voters, election.second_vote(problem.own, voters) if voters else election.shares
 
 
 def _together(problem: _Problem, spaces: Sequence[Space], correspondence: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -24,7 +24,7 @@ class Pairing:
     Attributes:
         correspondence: [n] probability that both show one class.
         shares: [n, C] calibrated shares of the sound.
-        rate: estimated share of mismatched pairs.
+        rate: share of mismatched pairs by the shape of the agreement; see `checked_rate`.
         per_sample: largest mean log-likelihood ratio to chance, in nats.
     """
 
@@ -65,6 +65,29 @@ def pair_evidence(picture: Tensor, votes: Tensor, usable: Tensor) -> Pairing:
     correspondence = torch.where(usable, correspondence.clamp(0, 1), torch.ones_like(correspondence))
     evidence = likelihood.logsumexp(1)
     return Pairing(correspondence, sharpened, estimate_rate(evidence, at), float(likelihood.max()) / max(1.0, count))
+
+
+def checked_rate(shaped: RateEstimate, seen: Tensor, heard: Tensor, num_classes: int) -> RateEstimate:
+    """Hold the rate of mismatched pairs against how much better pictures foretell labels than sounds do.
+
+    `pair_evidence` tells the rate from how agreement grows with the sureness of votes, of which shape little is known:
+    blunt votes and many mismatches look alike. Labels tell it by another way. Where labels are wrong for a share e
+    given what is seen, they are for t = e + m (1 - e - e / (C - 1)) given what is heard. The rate is brought within
+    the interval that follows, and the interval of both spans the two.
+
+    Args:
+        shaped: the rate by `pair_evidence`.
+        seen, heard: [R] log-likelihood of e and of t, over `rates(C)`.
+        num_classes: C.
+    """
+    at = rates(num_classes).to(seen.device)
+    gain = 1 - at - at / (num_classes - 1)
+    place = (at[None, :] + at[:, None] * gain[None, :]) / at[-1] * (len(at) - 1)  # [R of m, R of e]
+    below = place.floor().long().clamp(0, len(at) - 2)
+    expected = torch.lerp(heard[below], heard[below + 1], (place - below).clamp(0, 1))
+    told = estimate_rate((expected + seen[None, :]).logsumexp(1), at)
+    inside = min(max(shaped.rate, told.low), told.high)
+    return RateEstimate(inside, min(shaped.low, told.low), max(shaped.high, told.high))
 
 
 def gated(shares: Tensor, correspondence: Tensor) -> Tensor:

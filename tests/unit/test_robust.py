@@ -81,7 +81,7 @@ def test_neighbors_set_most_labels_right_and_tell_how_many_were_wrong(noise: flo
     assert found.label_rate.low <= noise <= found.label_rate.high
     assert found.label_rate.rate == pytest.approx(noise, abs=0.03)
     assert len(found.class_rates) == 10 and all(each.low < noise < each.high for each in found.class_rates)
-    assert found.pair_rate.rate < 0.03
+    assert found.pair_rate.rate < 0.03 and found.pair_rate.high < 0.2
 
 
 def test_each_sound_gets_its_own_label_and_swaps_are_found():
@@ -91,6 +91,15 @@ def test_each_sound_gets_its_own_label_and_swaps_are_found():
     wrong = (true != heard).numpy()
     assert auroc(found.correspondence.numpy(), ~wrong) > 0.97
     assert found.pair_rate.rate == pytest.approx(wrong.mean(), abs=0.04)
+
+
+@pytest.mark.parametrize("spread", [0.7, 2.0, 2.8])
+@pytest.mark.parametrize("noise", [0.2, 0.6])
+def test_the_interval_of_the_pair_noise_holds_it_however_blunt_the_votes(noise: float, spread: float):
+    found, _, true, heard = corrected(noise=noise, swapped=0.4, spread=spread)
+    wrong = float((true != heard).float().mean())
+    assert found.pair_rate.low - 0.03 <= wrong <= found.pair_rate.high + 0.03, found.pair_rate
+    assert found.pair_rate.low <= found.pair_rate.rate <= found.pair_rate.high
 
 
 def test_shares_are_calibrated():
