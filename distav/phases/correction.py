@@ -103,17 +103,16 @@ def _report(run: Run, name: str, found: Correction) -> None:
     agreement = gather_ragged_rows(found.held_out.gather(1, given).squeeze(1)).cpu().numpy()
     correspondence = run.bank.whole("correspondence").cpu().numpy()
     step, changed = run.position.total_steps, float((corrected != labels.given).mean())
+    by_class = zip(labels.classes, found.class_rates, strict=True) if found.has_signal else ()
     summary = {
         "phase": name,
         "signal_nats": round(found.nats, 1),
         "chosen": found.chosen,
         "changed": changed,
         "label_noise": found.label_rate.as_dict(),
+        "label_noise_by_class": {each: rate.as_dict() for each, rate in by_class},
         "pair_noise": found.pair_rate.as_dict(),
     }
-    if found.has_signal:
-        by_class = zip(labels.classes, found.class_rates, strict=True)
-        summary["label_noise_by_class"] = {each: rate.as_dict() for each, rate in by_class}
     record: dict[str, float | str] = {
         "phase": name,
         "labels/changed": changed,
