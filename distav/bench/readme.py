@@ -38,7 +38,7 @@ def noise_section(results: Path) -> str:
     plots = "![Accuracy, votes and pairs under noise](tools/results/noise.svg)"
     seeds = sorted({row["seeds"] for row in found["rows"]})
     counted = " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))
-    told = f"Test top-1 and shares in %, mean ± standard deviation over {counted} seeds; the best of a cell in bold."
+    told = f"Test top-1 and shares in %, mean ± standard deviation (seeds: {counted}); the best of a cell in bold."
     return "\n\n".join(["", _machines({"noise": found}), told, *every(found["rows"]), plots, ""])[1:]
 
 
