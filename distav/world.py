@@ -80,7 +80,7 @@ def joined(device: str, timeout_s: float, threads_per_rank: int = 0) -> Iterator
 def _keep_freed_memory() -> None:
     """Let glibc hand out freed activations again, not give them back to the system at every step.
 
-    Fresh pages cost a small network on a CPU a third of its time.
+    Fresh pages cost a small network on a CPU a quarter to a third of its time.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -30,6 +30,8 @@ PACKAGES = (
     "faiss-cpu",
     "torchcodec",
     "av",
+    "cleanlab",
+    "scikit-learn",
 )
 
 

@@ -60,24 +60,23 @@ class Calibration:
 
     def sharpened(self, votes: Tensor) -> Tensor:
         """Return calibrated class shares, averaged over what the sharpness may be: [n, C] -> [n, C]."""
-        return _averaged(self.likelihood, _powers(floored(votes).log()))
+        return _averaged(self.likelihood, sharpened(votes))
 
 
-def _powers(logs: Tensor) -> list[Tensor]:
-    """Return the votes at each sharpness, softmax(b log v): S times [J, C]."""
+def sharpened(votes: Tensor) -> list[Tensor]:
+    """Return votes at each sharpness, softmax(b log v): [n, C] -> S times [n, C].
+
+    One vote spread over all classes is added first.
+    """
+    logs = ((FLOOR * votes + 1 / votes.shape[1]) / (FLOOR + 1)).log()
     return [(sharpness * logs).softmax(1) for sharpness in SHARPNESS]
 
 
-def _averaged(likelihood: Tensor, powers: Sequence[Tensor]) -> Tensor:
-    """Average votes over what the sharpness may be: [R, S] and S times [J, C] -> [J, C]."""
+def _averaged(likelihood: Tensor, shares: Sequence[Tensor]) -> Tensor:
+    """Average votes over what the sharpness may be: [R, S] and S times [n, C] -> [n, C]."""
     mass = (likelihood - likelihood.max()).exp().sum(0)
     mass = (mass / mass.sum()).tolist()
-    return sum((share * each for share, each in zip(mass, powers, strict=True)), torch.zeros_like(powers[0]))
-
-
-def floored(votes: Tensor) -> Tensor:
-    """Add one vote spread over all classes."""
-    return (FLOOR * votes + 1 / votes.shape[1]) / (FLOOR + 1)
+    return sum((share * each for share, each in zip(mass, shares, strict=True)), torch.zeros_like(shares[0]))
 
 
 class Judges:
@@ -108,9 +107,9 @@ class Judges:
             prior: [R] log-probability of the rates, from votes judged before.
         """
         gathered = self.gather(votes)
-        powers = _powers(floored(gathered).log())
-        even = self._judge(powers, even_matrix(1.0, self.num_classes).to(gathered), prior)
-        seen = self._judge(powers, self._confusion(gathered), prior)
+        shares = sharpened(gathered)
+        even = self._judge(shares, even_matrix(1.0, self.num_classes).to(gathered), prior)
+        seen = self._judge(shares, self._confusion(gathered), prior)
         # As many free numbers would gain half a nat each by chance.
         better = (seen.per_sample - even.per_sample) * even.judges > self.num_classes * (self.num_classes - 1)
         return seen if better else even
@@ -122,15 +121,15 @@ class Judges:
         counts.fill_diagonal_(0.0)
         return counts / counts.sum(1, keepdim=True)
 
-    def _judge(self, powers: Sequence[Tensor], confusion: Tensor, prior: Tensor | None) -> Calibration:
+    def _judge(self, votes: Sequence[Tensor], confusion: Tensor, prior: Tensor | None) -> Calibration:
         at = rates(self.num_classes).to(confusion.device)
         mistaken = confusion[:, self.labels].T
-        columns = [_log_product(_mixed(shares, self.labels, mistaken, at)) for shares in powers]
+        columns = [_log_product(_mixed(shares, self.labels, mistaken, at)) for shares in votes]
         likelihood = torch.stack(columns, dim=1)
         if prior is not None:
             likelihood = likelihood + prior[:, None]
         count = max(1, len(self.labels))
-        shares = _averaged(likelihood, powers)
+        shares = _averaged(likelihood, votes)
         entropy = float(-(shares * shares.clamp_min(1e-30).log()).sum(1).mean())
         return Calibration(likelihood, confusion, float(likelihood.max()) / count, entropy, count)
 

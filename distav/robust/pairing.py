@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distav.robust.calibration import SHARPNESS, floored
+from distav.robust.calibration import sharpened
 from distav.robust.noise_rate import RateEstimate, estimate_rate, rates
 from distav.world import sum_
 
@@ -44,8 +44,7 @@ def pair_evidence(picture: Tensor, votes: Tensor, usable: Tensor) -> Pairing:
     """
     num_classes = picture.shape[1]
     at = rates(2).to(picture.device) * 2 * (num_classes - 1) / num_classes
-    logs = floored(votes).log()
-    shares = [(sharpness * logs).softmax(1) for sharpness in SHARPNESS]
+    shares = sharpened(votes)
     ratios = [num_classes * (picture * each).sum(1) for each in shares]
     likelihood = sum_(
         torch.stack([((1 - at[:, None]) * r[usable].double() + at[:, None]).log().sum(1) for r in ratios], dim=1)
@@ -53,18 +52,18 @@ def pair_evidence(picture: Tensor, votes: Tensor, usable: Tensor) -> Pairing:
     count = float(sum_(usable.sum().double()))
     mass = (likelihood - likelihood.max()).exp()
     mass = (mass / mass.sum()).to(picture.dtype)
-    correspondence, sharpened = torch.zeros_like(ratios[0]), torch.zeros_like(picture)
+    correspondence, averaged = torch.zeros_like(ratios[0]), torch.zeros_like(picture)
     for column, (ratio, each) in enumerate(zip(ratios, shares, strict=True)):
         if mass[:, column].sum() > 1e-4:
-            sharpened += mass[:, column].sum() * each
+            averaged += mass[:, column].sum() * each
             for share, mismatched in zip(mass[:, column].tolist(), at.tolist(), strict=True):
                 if share > 1e-5:
                     together = (1 - mismatched) * ratio
                     correspondence += share * together / (together + mismatched).clamp_min(1e-12)
-    sharpened = sharpened / sharpened.sum(1, keepdim=True)
+    averaged = averaged / averaged.sum(1, keepdim=True)
     correspondence = torch.where(usable, correspondence.clamp(0, 1), torch.ones_like(correspondence))
     evidence = likelihood.logsumexp(1)
-    return Pairing(correspondence, sharpened, estimate_rate(evidence, at), float(likelihood.max()) / max(1.0, count))
+    return Pairing(correspondence, averaged, estimate_rate(evidence, at), float(likelihood.max()) / max(1.0, count))
 
 
 def checked_rate(shaped: RateEstimate, seen: Tensor, heard: Tensor, num_classes: int) -> RateEstimate:
