@@ -1,24 +1,34 @@
 """Saving and restoring a run, by all ranks together.
 
-A checkpoint is a folder that gets its name only when it is complete: `step-000000120/` with `state.json`, DeepSpeed's
-files, and the bank's rows by id range. `latest` names the newest.
+A checkpoint is a folder, `step-000000120-000-000000`: weights, optimiser state and bank rows by ranges, `state.json`,
+and a manifest with size and SHA-256 of each. It is written beside the training under another name and gets its own
+when all of it is on disk. It is safetensors and JSON: nothing in it can run.
 """
 
 import json
 import os
+import re
 import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
+import torch
+from torch import Tensor
 
 from distav.data.format import write_atomically
 from distav.engine import Engine
 from distav.errors import UserError
 from distav.memory.bank import Bank
-from distav.world import broadcast, num_ranks, rank, wait_for_all
+from distav.sealing import Damaged, check, described, files_of, seal, sync
+from distav.world import broadcast, gather_objects, num_ranks, rank, wait_for_all
 
-_PREFIX = "step-"
+_NAME = re.compile(r"step-\d{9}-\d{3}-\d{6}")
+_WRITING, _BROKEN = ".writing-", ".broken-"
 
 
 @dataclass
@@ -30,86 +40,272 @@ class Position:
         step: optimiser steps done in that phase.
         total_steps: optimiser steps done in all phases.
         samples: samples seen.
+        passed_over: batches of this phase's order that were left out, after spikes of the loss.
+        extracted: batches of a correction whose features are there.
     """
 
     phase: int = 0
     step: int = 0
     total_steps: int = 0
     samples: int = 0
+    passed_over: int = 0
+    extracted: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint at this place; names sort like places."""
+        return f"step-{self.total_steps:09d}-{self.phase:03d}-{self.extracted:06d}"
 
 
-def save(folder: Path, position: Position, engine: Engine, bank: Bank, keep: int, notes: dict) -> None:
-    """Write a checkpoint; every rank calls this at the same step.
+class Checkpoints:
+    """The checkpoints of one run.
 
-    Args:
-        folder: the run's checkpoint folder.
-        position: where the run stands.
-        engine: weights and optimiser state.
-        bank: every rank writes its own rows.
-        keep: checkpoints to keep.
-        notes: JSON values of the main rank that come back from `restore`.
+    Attributes:
+        write_s: seconds that the last one took to be written, beside the training.
     """
-    name = f"{_PREFIX}{position.total_steps:09d}-{position.phase}"
-    part = folder / f".writing-{name}"
-    if rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    wait_for_all()
-    engine.save(part)
-    safetensors.torch.save_file(bank.state(), part / f"bank-{rank():05d}.safetensors")
-    wait_for_all()
-    if rank() == 0:
-        state = {"position": asdict(position), "num_ranks": num_ranks(), "zero_stage": engine.stage, "notes": notes}
-        write_atomically(part / "state.json", json.dumps(state).encode())
-        for file in part.rglob("*"):
-            _sync(file)
-        shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(part, folder / name)
-        _sync(folder)
-        write_atomically(folder / "latest", name.encode())
-        for old in sorted(folder.glob(f"{_PREFIX}*"))[:-keep]:
-            shutil.rmtree(old)
-    wait_for_all()
 
+    def __init__(self, folder: Path, keep: int):
+        """Take the folder that they lie in, and how many of them are kept."""
+        self.folder, self.keep = folder, keep
+        self.write_s = 0.0
+        self._writer: _Writer | None = None
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def save(self, position: Position, engine: Engine, bank: Bank, notes: dict[str, Any]) -> list[str]:
+        """Copy the state and have it written while the training goes on; every rank calls this at the same step.
 
+        Args:
+            position: where the run stands.
+            engine: weights and optimiser state; a rank writes what it holds of them.
+            bank: a rank writes its own rows.
+            notes: JSON values of the main rank that come back from `restore`.
 
-def restore(folder: Path, engine: Engine, bank: Bank) -> tuple[Position, dict]:
-    """Take up the newest checkpoint, or start at the beginning where there is none.
+        Returns:
+            Why the checkpoint before could not be written, by rank; nothing where it was.
+        """
+        faults = self.wait()
+        part = self.folder / f"{_WRITING}{position.name}"
+        fault = broadcast(self._make(part) if rank() == 0 else None)
+        if fault:
+            return [*faults, fault]
+        tensors, steps = engine.state()
+        kinds = sorted({name.partition("/")[0] for name in tensors} - {"weight", "buffer"})
+        optimizer = {"steps": steps, "kinds": kinds}
+        state = {"format": 1, "position": asdict(position), "optimizer": optimizer, "notes": notes}
+        content = json.dumps(state).encode() if rank() == 0 else None
+        files = {f"engine-{rank():05d}.safetensors": tensors, f"bank-{rank():05d}.safetensors": bank.state()}
+        self._writer = _Writer(part, self.folder / position.name, files, content, self.keep)
+        self._writer.start()
+        return faults
 
-    Raises:
-        UserError: where it was written by another number of ranks or at another ZeRO stage.
-    """
-    name = broadcast(_newest(folder) if rank() == 0 else None)
-    if name is None:
-        return Position(), {}
-    where = folder / name
-    state = json.loads((where / "state.json").read_text())
-    for key, now in (("num_ranks", num_ranks()), ("zero_stage", engine.stage)):
-        if state[key] != now:
+    def wait(self) -> list[str]:
+        """Return when the last checkpoint is on disk on all ranks, or why it is not, by rank."""
+        if not self._writer:
+            return []
+        writer, self._writer = self._writer, None
+        writer.written.wait()
+        faults = [each for each in gather_objects(writer.fault) if each]
+        if faults:
+            writer.given_up.set()
+        writer.join()
+        if not faults:
+            faults = [each for each in gather_objects(writer.fault) if each]
+        if faults and rank() == 0:
+            shutil.rmtree(writer.part, ignore_errors=True)
+        wait_for_all()
+        self.write_s = writer.seconds
+        return faults
+
+    def _make(self, part: Path) -> str | None:
+        """Make the folder to write into; those of killed runs are taken away."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in self.folder.glob(f"{_WRITING}*"):
+                shutil.rmtree(old)
+            part.mkdir()
+        except OSError as error:
+            return f"{self.folder}: {error.strerror}"
+        return None
+
+    def names(self) -> list[str]:
+        """Return the names of the checkpoints there, the newest first."""
+        return sorted((each.name for each in self.folder.glob("step-*") if _NAME.fullmatch(each.name)), reverse=True)
+
+    def restore(
+        self, engine: Engine, bank: Bank, warn: Callable[[str], None], phase: int | None = None
+    ) -> tuple[Position, dict[str, Any]] | None:
+        """Take up the newest whole checkpoint.
+
+        Args:
+            engine, bank: what is filled.
+            warn: told of checkpoints that are passed over, on the main rank.
+            phase: the phase that it has to be of; None for any.
+
+        Returns:
+            Where it stands and the notes; None where there is no checkpoint, or it is of another phase.
+
+        Raises:
+            UserError: where there are checkpoints and none is whole, or it is of another set or network.
+        """
+        faults: list[str] = []
+        names: list[str] = broadcast(self.names() if rank() == 0 else None)
+        for name in names:
+            fault = self._fault(self.folder / name)
+            if fault is None:
+                self._pass_over(faults, warn)
+                return self._read(self.folder / name, engine, bank, phase)
+            faults.append(f"{name}: {fault}")
+        if faults:
             raise UserError(
-                f"{where} was written with {key}={state[key]}, this run has {now}; "
-                f"go on with {state[key]}, or start afresh under another run.name."
+                f"{self.folder}: no checkpoint is whole ({'; '.join(faults)}). Copy one back from a backup, or delete "
+                "the run's folder to start afresh."
             )
-    engine.load(where)
-    parts = [safetensors.torch.load_file(file) for file in sorted(where.glob("bank-*.safetensors"))]
-    try:
-        bank.restore(parts)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}; start afresh under another run.name.") from None
-    return Position(**state["position"]), state["notes"]
+        return None
+
+    def _fault(self, folder: Path) -> str | None:
+        """Return what is wrong with a checkpoint; ranks share the files, all get the same answer."""
+        fault = None
+        try:
+            for number, (name, expected) in enumerate(sorted(files_of(folder).items())):
+                if number % num_ranks() == rank():
+                    check(folder, name, expected)
+        except Damaged as error:
+            fault = str(error)
+        return next((each for each in gather_objects(fault) if each), None)
+
+    def _pass_over(self, faults: Sequence[str], warn: Callable[[str], None]) -> None:
+        """Put damaged checkpoints aside, so that they neither count as kept ones nor are in the way."""
+        for fault in faults if rank() == 0 else ():
+            name = fault.partition(":")[0]
+            aside = self.folder / f"{_BROKEN}{name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(self.folder / name, aside)
+            warn(f"checkpoint {fault}; it is put aside as {aside.name}, and the one before is taken")
+        wait_for_all()
+
+    def _read(
+        self, folder: Path, engine: Engine, bank: Bank, phase: int | None
+    ) -> tuple[Position, dict[str, Any]] | None:
+        state = json.loads((folder / "state.json").read_text())
+        position = Position(**state["position"])
+        if phase not in (None, position.phase):
+            return None
+        try:
+            engine.restore(_Ranges(folder).read, **state["optimizer"])
+            bank.restore(_bank_parts(folder))
+        except ValueError as error:
+            raise UserError(
+                f"{folder}: {error}; it is of another set or network, start afresh under another run.name."
+            ) from None
+        return position, state["notes"]
 
 
-def _newest(folder: Path) -> str | None:
-    """Return the name of the newest complete checkpoint."""
-    pointer = folder / "latest"
-    if pointer.is_file() and (folder / pointer.read_text() / "state.json").is_file():
-        return pointer.read_text()
-    complete = sorted(each.parent.name for each in folder.glob(f"{_PREFIX}*/state.json"))
-    return complete[-1] if complete else None
+class _Writer(threading.Thread):
+    """Writes one rank's files; on the main rank also waits for those of the others, and gives the whole its name."""
+
+    def __init__(
+        self, part: Path, whole: Path, files: dict[str, dict[str, Tensor]], state: bytes | None, keep: int
+    ) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.part, self.whole, self.files, self.state, self.keep = part, whole, files, state, keep
+        self.written, self.given_up = threading.Event(), threading.Event()
+        self.fault: str | None = None
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        """Write, and note what went wrong."""
+        began = time.monotonic()
+        try:
+            self._write()
+            self.written.set()
+            if rank() == 0:
+                self._publish()
+        except Exception as error:  # noqa: BLE001  # told at the next checkpoint, by whoever waits
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            self.fault = f"rank {rank()}, {self.part}: {reason}"
+        finally:
+            self.seconds = time.monotonic() - began
+            self.files.clear()
+            self.written.set()
+
+    def _write(self) -> None:
+        for name, tensors in self.files.items():
+            safetensors.torch.save_file(tensors, self.part / name)
+        if self.state is not None:
+            (self.part / "state.json").write_bytes(self.state)
+        names = [*self.files, *(["state.json"] if self.state is not None else [])]
+        found = {name: described(self.part / name) for name in names}
+        write_atomically(self.part / _done(rank()), json.dumps(found).encode())
+
+    def _publish(self) -> None:
+        files: dict[str, Any] = {}
+        for each in range(num_ranks()):
+            path = self.part / _done(each)
+            while not path.exists():
+                if self.given_up.wait(0.02):
+                    return
+            files |= json.loads(path.read_text())
+            path.unlink()
+        seal(self.part, files)
+        if self.whole.exists():  # A run that was rolled back comes by here again.
+            os.replace(self.whole, self.part / ".before")
+        os.replace(self.part, self.whole)
+        shutil.rmtree(self.whole / ".before", ignore_errors=True)
+        sync(self.whole.parent)
+        old = sorted(each for each in self.whole.parent.glob("step-*") if _NAME.fullmatch(each.name))
+        for each in old[: -self.keep]:
+            shutil.rmtree(each, ignore_errors=True)
+
+
+def _done(of: int) -> str:
+    return f"rank-{of:05d}.json"
+
+
+class _Ranges:
+    """Reads ranges of flattened parameters out of the files of all ranks, a rank's own first."""
+
+    def __init__(self, folder: Path):
+        own = folder / f"engine-{rank():05d}.safetensors"
+        files = sorted(folder.glob("engine-*.safetensors"))
+        self._files: Iterator[Path] = iter(sorted(files, key=lambda each: each != own))
+        self._places: dict[str, list[tuple[int, int, Any, str]]] = {}
+
+    def _open(self) -> bool:
+        path = next(self._files, None)
+        if path is None:
+            return False
+        file = safetensors.safe_open(path, "pt")
+        for key in file.keys():  # noqa: SIM118  # no dict
+            name, _, start = key.rpartition("/")
+            size = file.get_slice(key).get_shape()[0]
+            self._places.setdefault(name, []).append((int(start), size, file, key))
+        return True
+
+    def read(self, name: str, start: int, size: int) -> Tensor:
+        """Return elements [start, start + size) of a flattened tensor.
+
+        Raises:
+            ValueError: where no file has them.
+        """
+        found: Tensor | None = None
+        missing = torch.ones(size, dtype=torch.bool)
+        seen = 0
+        while missing.any():
+            places = self._places.get(name, [])
+            for begin, count, file, key in places[seen:]:
+                low, high = max(start, begin), min(start + size, begin + count)
+                if low < high:
+                    values = file.get_slice(key)[low - begin : high - begin]
+                    found = torch.empty(size, dtype=values.dtype) if found is None else found
+                    found[low - start : high - start] = values
+                    missing[low - start : high - start] = False
+            seen = len(places)
+            if missing.any() and not self._open():
+                raise ValueError(f"it lacks {int(missing.sum())} of {size} values of {name}")
+        return torch.empty(0) if found is None else found
+
+
+def _bank_parts(folder: Path) -> Iterator[dict[str, Tensor]]:
+    """Yield the saved bank rows of each rank, a rank's own first."""
+    own = folder / f"bank-{rank():05d}.safetensors"
+    for path in sorted(folder.glob("bank-*.safetensors"), key=lambda each: each != own):
+        yield safetensors.torch.load_file(path)

@@ -84,8 +84,8 @@ def check(settings: Settings) -> None:
         "data.decode_threads": settings.data.decode_threads,
         "data.prefetch": settings.data.prefetch,
         "run.log_every": settings.run.log_every,
+        "run.max_skipped_steps": settings.run.max_skipped_steps,
         "run.checkpoint_every": settings.run.checkpoint_every,
-        "run.keep_checkpoints": settings.run.keep_checkpoints,
         "monitor.media_every": settings.monitor.media_every,
         "model.visual.patch": settings.model.visual.patch,
         "model.visual.tubelet": settings.model.visual.tubelet,
@@ -98,6 +98,7 @@ def check(settings: Settings) -> None:
     }
     for key, value in at_least_one.items():
         _require(value >= 1, key, value, "a whole number from 1 up")
+    _require(settings.run.keep_checkpoints >= 2, "run.keep_checkpoints", settings.run.keep_checkpoints, "2 or more")
     shares = {
         "data.max_bad_fraction": settings.data.max_bad_fraction,
         "augment.flip": settings.augment.flip,
@@ -114,6 +115,7 @@ def check(settings: Settings) -> None:
     none_below_zero = {
         "run.seed": settings.run.seed,
         "run.threads_per_rank": settings.run.threads_per_rank,
+        "optim.spike_skip": settings.optim.spike_skip,
         "optim.weight_decay": settings.optim.weight_decay,
         "optim.grad_clip": settings.optim.grad_clip,
         "model.num_categories": settings.model.num_categories,
@@ -124,6 +126,8 @@ def check(settings: Settings) -> None:
         _require(value >= 0, key, value, "0 or more")
     for key, value in {"optim.beta1": settings.optim.beta1, "optim.beta2": settings.optim.beta2}.items():
         _require(0 <= value < 1, key, value, "0 up to, not including, 1")
+    spike = settings.optim.spike_factor
+    _require(spike == 0 or spike > 1, "optim.spike_factor", spike, "0 for never, or a factor above 1")
     _require(settings.run.timeout_s > 0, "run.timeout_s", settings.run.timeout_s, "seconds above 0")
     _require(settings.optim.lr > 0, "optim.lr", settings.optim.lr, "a number above 0")
     _require(settings.data.audio_s > 0, "data.audio_s", settings.data.audio_s, "seconds above 0")

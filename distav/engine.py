@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from distav.data.loader import Batch
 from distav.data.order import check_batch
+from distav.engine_state import collect, put_back
 from distav.errors import UserError
 from distav.models.av import parameter_groups
 from distav.settings import Precision, Settings
@@ -61,8 +61,21 @@ def trains_in_bf16(settings: Settings, world: World) -> bool:
     return precision is Precision.bf16 or (precision is Precision.auto and world.device.type == "cuda")
 
 
+class _AdamW(torch.optim.AdamW):
+    """AdamW that can be told to leave a step out; DeepSpeed does so by itself in all but plain float32."""
+
+    skips = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.skips else super().step(closure)
+
+
 class Engine:
-    """A model under DeepSpeed: forward, backward, step, and its whole state."""
+    """A model under DeepSpeed: forward, backward, step, and its whole state.
+
+    Attributes:
+        skipped: whether the last step left the weights as they were, since a gradient was not finite.
+    """
 
     def __init__(self, build_model: Callable[[], nn.Module], settings: Settings, world: World):
         # Imported late: it takes seconds, and chooses its accelerator when it is.
@@ -80,14 +93,13 @@ class Engine:
         with sharded:
             model = build_model()
         optim = settings.optim
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2)
-        )
+        self._adamw = _AdamW(parameter_groups(model, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2))
+        self.skipped = False
         self._gathered = deepspeed.zero.GatheredParameters
         self._engine: Any
         self._optimizer: Any
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self.config, dist_init_required=False
+            model=model, optimizer=self._adamw, config=self.config, dist_init_required=False
         )
 
     @property
@@ -104,13 +116,22 @@ class Engine:
         self._engine.train(mode)
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradients; averaged over ranks and micro-batches."""
-        self._engine.backward(loss)
+        """Add a micro-batch's gradients; averaged over ranks and micro-batches.
+
+        A loss that is not finite on any rank makes every gradient of the step so, and with that `step` skips it.
+        """
+        self._engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan))
 
     def step(self) -> float:
-        """Update the parameters if the micro-batches of the step are complete; return the gradient norm."""
+        """Update the parameters if the micro-batches of the step are complete; return the gradient norm.
+
+        A step whose gradient is not finite is skipped on all ranks: weights and optimiser state stay, see `skipped`.
+        """
+        complete = self._engine.is_gradient_accumulation_boundary()
         norm = self._plain_norm() if self.stage == 0 else None
+        self._adamw.skips = complete and norm is not None and not bool(torch.isfinite(norm))
         self._engine.step()
+        self.skipped = complete and (self._adamw.skips or not self._engine.was_step_applied())
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return float(norm) if norm is not None else float("nan")
 
@@ -126,17 +147,13 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = towers if group.get("part") == "towers" else heads
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimiser state; every rank calls this."""
-        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+    def state(self) -> tuple[dict[str, Tensor], int]:
+        """Return this rank's part of weights, buffers and optimiser state, and the optimiser's steps."""
+        return collect(self._engine)
 
-    def load(self, folder: Path) -> None:
-        """Read weights and optimiser state; every rank calls this."""
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag="engine")
-        if loaded is None:
-            raise UserError(
-                f"{folder}: DeepSpeed could not load the checkpoint; delete that folder to take the one before."
-            )
+    def restore(self, read: Callable[[str, int, int], Tensor], steps: int, kinds: list[str]) -> None:
+        """Take up a saved state; every rank calls this. See `distav.engine_state.put_back`."""
+        put_back(self._engine, read, steps, kinds)
 
     def whole_state(self) -> dict[str, Tensor]:
         """Return all parameters and buffers in float32 on the CPU, gathered where they are sharded."""

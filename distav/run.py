@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from distav import checkpoint, config
-from distav.checkpoint import Position
+from distav import config
+from distav.checkpoint import Checkpoints, Position
 from distav.data.format import ShardSet, Split, write_atomically
 from distav.data.labels import Labels, load_labels
 from distav.data.loader import Loader
@@ -26,7 +26,8 @@ from distav.models.av import AVModel
 from distav.monitor import Monitor
 from distav.phase_settings import ContrastivePhase, CorrectionPhase
 from distav.settings import Settings
-from distav.world import World, broadcast, gather_objects, rank, wait_for_all
+from distav.stopping import Interrupted, Stop, listening
+from distav.world import World, any_rank, broadcast, gather_objects, rank, wait_for_all
 
 
 @dataclass
@@ -82,6 +83,8 @@ class Run:
     engine: Engine
     bank: Bank
     loader: Loader
+    checkpoints: Checkpoints
+    stop: Stop
     position: Position
     notes: dict[str, Any] = field(default_factory=dict)
     """JSON values that are saved with the run, such as the figures for the report."""
@@ -111,19 +114,49 @@ class Run:
         return time.monotonic() - self._phase_began
 
     def save(self) -> None:
-        """Write a checkpoint."""
-        folder = self.folder / "checkpoints"
+        """Take a checkpoint; it is written while the run goes on. One that could not be written is told and missed."""
         began = time.monotonic()
         self.notes["seconds_in_phase"] = self.seconds_in_phase()
         self.notes["bad_samples"] = list(self.bad_samples().items())
-        keep = self.settings.run.keep_checkpoints
-        checkpoint.save(folder, self.position, self.engine, self.bank, keep, self.notes)
-        self.monitor.record(self.position.total_steps, {"time/checkpoint_s": time.monotonic() - began})
+        faults = self.checkpoints.save(self.position, self.engine, self.bank, self.notes)
+        if faults and self.world.is_main:
+            self.monitor.warn(f"a checkpoint could not be written, the run goes on without it: {'; '.join(faults)}")
+        times = {"time/checkpoint_s": time.monotonic() - began, "time/checkpoint_write_s": self.checkpoints.write_s}
+        self.monitor.record(self.position.total_steps, times)
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is on disk.
+
+        Raises:
+            UserError: where it could not be written.
+        """
+        if faults := self.checkpoints.wait():
+            raise UserError(f"the last checkpoint could not be written: {'; '.join(faults)}.")
+
+    def roll_back(self) -> bool:
+        """Go back to the last checkpoint of this phase; returns False where there is none."""
+        self.finish_saving()
+        found = self.checkpoints.restore(self.engine, self.bank, self.monitor.warn, self.position.phase)
+        if found:
+            self.position, self.notes = found
+            self.begin_phase()
+        return found is not None
+
+    def end_if_asked(self) -> None:
+        """Save and end the run on all ranks where any was asked to.
+
+        Raises:
+            Interrupted: when the checkpoint is on disk.
+        """
+        if any_rank(self.stop.asked):
+            self.save()
+            self.finish_saving()
+            raise Interrupted(f"asked to end; saved after step {self.position.total_steps}")
 
     def bad_samples(self) -> dict[int, str]:
         """Return every training sample that any rank could not use, and why."""
         reasons: dict[int, str] = {}
-        for part in gather_objects(self.loader.quarantine.reasons):
+        for part in gather_objects(dict(self.loader.quarantine.reasons)):
             reasons |= part
         return dict(sorted(reasons.items()))
 
@@ -134,6 +167,7 @@ class Run:
             UserError: naming the first of them and the reasons.
         """
         bad, most = self.bad_samples(), self.settings.data.max_bad_fraction
+        self.loader.quarantine.reasons.update(bad)
         if len(bad) > most * len(self.data.train):
             first = "; ".join(f"{self.data.train.keys[sample]}: {reason}" for sample, reason in list(bad.items())[:3])
             raise UserError(
@@ -159,14 +193,19 @@ def opened(settings: Settings, world: World) -> Iterator[Run]:
         num_classes = len(data.shards.classes)
         engine = Engine(lambda: AVModel(settings.model, settings.data, rate, num_classes), settings, world)
         bank = _bank(settings, world, len(data.train), num_classes)
-        position, notes = checkpoint.restore(folder / "checkpoints", engine, bank)
+        checkpoints = Checkpoints(folder / "checkpoints", settings.run.keep_checkpoints)
+        position, notes = checkpoints.restore(engine, bank, monitor.warn) or (Position(), {})
         micro = check_batch(settings.optim.global_batch, settings.optim.accumulation, world.num_ranks)
         loader = Loader(data.train, settings.data, settings.augment, settings.run.seed, micro, world.device)
         loader.quarantine.reasons |= {int(sample): reason for sample, reason in notes.get("bad_samples", [])}
         try:
-            run = Run(settings, world, folder, data, monitor, engine, bank, loader, position, notes=notes)
-            _greet(run)
-            yield run
+            with listening() as stop:
+                run = Run(
+                    settings, world, folder, data, monitor, engine, bank, loader, checkpoints, stop, position, notes
+                )
+                _greet(run)
+                yield run
+                run.finish_saving()
         finally:
             loader.close()
     finally:

@@ -43,9 +43,11 @@ class RunSettings:
     checkpoint_every: int = 500
     """Optimiser steps between two checkpoints; phase ends are always saved."""
     keep_checkpoints: int = 2
-    """Checkpoints kept; older ones are deleted."""
+    """Checkpoints kept, at least 2; older ones are deleted."""
+    max_skipped_steps: int = 10
+    """Steps in a row whose loss or gradient is not finite, and which are skipped, before the run stops."""
     timeout_s: float = 600.0
-    """Seconds a rank waits for another before the run is stopped."""
+    """Seconds a rank may keep the others waiting before it is named and all of them stop."""
     threads_per_rank: int = 0
     """CPU threads of each rank; 0: the machine's cores shared among the ranks on it."""
 
@@ -214,6 +216,10 @@ class OptimSettings:
     """AdamW's second decay rate."""
     grad_clip: float = 5.0
     """Largest global gradient norm; 0 clips nothing."""
+    spike_factor: float = 0.0
+    """A loss so many times the median of the last 50 steps rolls the run back to the last checkpoint; 0: none does."""
+    spike_skip: int = 200
+    """Batches left out from the checkpoint on, besides those up to the spike (PaLM: 200 to 500)."""
 
 
 @dataclass

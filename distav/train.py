@@ -19,6 +19,7 @@ sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(
 
 from distav import config  # noqa: E402
 from distav.errors import UserError  # noqa: E402
+from distav.stopping import STATUS, Interrupted  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(config.to_yaml(settings), end="")
             return 0
         _train(settings)
+    except Interrupted as asked:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"distav: {asked}; the same command goes on (exit status {STATUS})", file=sys.stderr)
+        return STATUS
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distav.errors import UserError
+from distav.rendezvous import mark, met
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT, _MOST_KEPT = 64 << 20, 512 << 20
@@ -44,7 +45,7 @@ def joined(device: str, timeout_s: float, threads_per_rank: int = 0) -> Iterator
 
     Args:
         device: auto, gpu or cpu.
-        timeout_s: seconds after which a silent rank fails the others' collectives.
+        timeout_s: seconds after which a rank that keeps the others waiting is named, and all of them end.
         threads_per_rank: CPU threads of this process; 0 shares the cores among the ranks of the machine.
 
     Raises:
@@ -66,15 +67,19 @@ def joined(device: str, timeout_s: float, threads_per_rank: int = 0) -> Iterator
     else:
         _keep_freed_memory()
     torch.set_num_threads(threads_per_rank or max(1, len(os.sched_getaffinity(0)) // max(1, local_size)))
-    backend, timeout = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timedelta(seconds=timeout_s)
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+    # The watch comes first: it knows who is at fault, a collective only that it took too long.
+    backend, timeout = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timedelta(seconds=1.5 * timeout_s)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        with met(timeout_s) as (store, at, of):
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=at, world_size=of)
+            yield World(at, of, local_rank, target)
+            dist.destroy_process_group()
     else:  # Alone, and without a port that another process might take first.
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), local_rank, target)
-    finally:
-        dist.destroy_process_group()
+        try:
+            yield World(0, 1, local_rank, target)
+        finally:
+            dist.destroy_process_group()
 
 
 def _keep_freed_memory() -> None:
@@ -103,6 +108,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     rows = rows.detach().contiguous()
     if num_ranks() == 1:
         return rows
+    mark("gathering rows")
     parts = [torch.empty_like(rows) for _ in range(num_ranks())]
     dist.all_gather(parts, rows)
     return torch.cat(parts)
@@ -135,6 +141,7 @@ def exchange(rows: Tensor, to: Sequence[int] | None = None, of: Sequence[int] | 
     """
     if num_ranks() == 1:
         return rows
+    mark("exchanging rows")
     rows = rows.detach().contiguous()
     came = rows.new_empty(sum(of) if of is not None else len(rows), *rows.shape[1:])
     dist.all_to_all_single(came, rows, of and list(of), to and list(to))
@@ -144,6 +151,7 @@ def exchange(rows: Tensor, to: Sequence[int] | None = None, of: Sequence[int] | 
 def sum_(values: Tensor) -> Tensor:
     """Add up a tensor over ranks, in place; no gradient."""
     if num_ranks() > 1:
+        mark("adding up")
         dist.all_reduce(values)
     return values
 
@@ -151,6 +159,7 @@ def sum_(values: Tensor) -> Tensor:
 def max_(values: Tensor) -> Tensor:
     """Take the maximum of a tensor over ranks, in place; no gradient."""
     if num_ranks() > 1:
+        mark("agreeing")
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
@@ -185,6 +194,7 @@ def broadcast(value: Any, source: int = 0) -> Any:
     """Return what one rank holds to all ranks (picklable, trusted values only)."""
     if num_ranks() == 1:
         return value
+    mark("telling all ranks")
     box = [value]
     dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
     return box[0]
@@ -194,6 +204,7 @@ def gather_objects(value: Any) -> list[Any]:
     """Return what every rank holds, in rank order, to all ranks (picklable, trusted values only)."""
     if num_ranks() == 1:
         return [value]
+    mark("asking all ranks")
     values: list[Any] = [None] * num_ranks()
     dist.all_gather_object(values, value)
     return values
@@ -220,6 +231,7 @@ def passing_shards(rows: Tensor, sizes: list[int]) -> Iterator[tuple[int, Tensor
     for step in range(world):
         owner = (me - step) % world
         waiting, coming = [], current
+        mark("passing rows on")
         if step + 1 < world:
             coming = rows.new_empty(sizes[(owner - 1) % world], *rows.shape[1:])
             transfers = [

@@ -100,6 +100,11 @@ def owned_batches(num_samples: int, batch: int, rank: int, num_ranks: int) -> li
     """
     low, high = num_samples * rank // num_ranks, num_samples * (rank + 1) // num_ranks
     most = -(-num_samples // num_ranks)
-    ids = np.full(-(-most // batch) * batch, PADDING, dtype=np.int64)
-    ids[: high - low] = np.arange(low, high)
-    return list(ids.reshape(-1, batch))
+    return padded_batches(np.arange(low, high), batch, -(-most // batch))
+
+
+def padded_batches(ids: Ids, batch: int, count: int) -> list[Ids]:
+    """Cut ids into `count` batches of one length, filled with PADDING."""
+    padded = np.full(count * batch, PADDING, dtype=np.int64)
+    padded[: len(ids)] = ids
+    return list(padded.reshape(-1, batch))

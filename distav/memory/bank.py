@@ -7,7 +7,7 @@ Legend: N rows in all, n rows of this rank, b batch of this rank, B of all ranks
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -177,6 +177,8 @@ class Bank:
     def write(self, name: str, values: Tensor, ids: Tensor, valid: Tensor) -> None:
         """Put rows of this rank's batch into a column, where their owners keep it; repeated ids are averaged.
 
+        Values that are not finite leave their rows as they are.
+
         Args:
             name: a column of numbers.
             values: [b, ...] of this rank.
@@ -185,7 +187,7 @@ class Bank:
         came = self.deliver(values.flatten(1).float(), ids)
         place = _within(ids, self.rows)
         asked = place >= 0
-        touched = _Touched(place[asked], valid[asked])
+        touched = _Touched(place[asked], valid[asked] & torch.isfinite(came.sum(1)))
         column = self.columns[name]
         column[touched.rows] = touched.mean(came).view(-1, *column.shape[1:]).to(column.dtype)
 
@@ -244,34 +246,40 @@ class Bank:
     def state(self) -> dict[str, Tensor]:
         """Return this rank's rows for a checkpoint, with the range of ids that they cover."""
         ends = torch.tensor([self.rows.start, self.rows.stop, self.num_samples])
-        return {name: column.cpu().contiguous() for name, column in self.columns.items()} | {"range": ends}
+        return {name: column.to("cpu", copy=True).contiguous() for name, column in self.columns.items()} | {
+            "range": ends
+        }
 
-    def restore(self, parts: Sequence[dict[str, Tensor]]) -> None:
-        """Take this rank's rows out of the parts that any number of ranks saved.
+    def restore(self, parts: Iterable[dict[str, Tensor]]) -> None:
+        """Take this rank's rows out of the parts that any number of ranks saved; reads no more of them than it needs.
 
         Raises:
             ValueError: where the parts do not cover this rank's rows.
         """
-        for name in {name for part in parts for name in part} - {"range"} - set(self.columns):
-            like = next(part[name] for part in parts if name in part)
-            self.columns[name] = torch.zeros(len(self.rows), *like.shape[1:], dtype=like.dtype, device=self.device)
         missing = torch.ones(len(self.held), dtype=torch.bool)
         for part in parts:
             start, stop, total = part["range"].tolist()
             if total != self.num_samples:
                 raise ValueError(f"the saved bank has {total} rows, this run has {self.num_samples} training samples")
-            for name in self.columns:
-                rows = self.held if name in self._held else self.rows
-                column = self._held.get(name, self.columns[name])
-                low, high = max(start, rows.start), min(stop, rows.stop)
-                if low < high:
-                    column[low - rows.start : high - rows.start] = part[name][low - start : high - start].to(
-                        self.device
-                    )
+            for name, saved in part.items():
+                if name != "range":
+                    self._take(name, saved, start)
             missing[max(0, start - self.held.start) : max(0, stop - self.held.start)] = False
+            if not missing.any():
+                break
         if missing.any():
             raise ValueError(f"the saved bank lacks {int(missing.sum())} of this rank's rows")
         self._follow()
+
+    def _take(self, name: str, saved: Tensor, start: int) -> None:
+        """Copy what this rank holds of a saved column, whose first row has the id `start`."""
+        if name not in self.columns:
+            self.columns[name] = torch.zeros(len(self.rows), *saved.shape[1:], dtype=saved.dtype, device=self.device)
+        rows = self.held if name in self._held else self.rows
+        column = self._held.get(name, self.columns[name])
+        low, high = max(start, rows.start), min(start + len(saved), rows.stop)
+        if low < high:
+            column[low - rows.start : high - rows.start] = saved[low - start : high - start].to(self.device)
 
 
 class _Touched:

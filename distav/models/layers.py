@@ -95,6 +95,8 @@ class GlobalBatchNorm(nn.Module):
             return out
         count = x.numel() // x.shape[1] * num_ranks()
         with torch.no_grad():
+            sound = torch.isfinite(mean) & torch.isfinite(var)  # One bad batch must not stay in them for ever.
+            mean, var = torch.where(sound, mean, self.running_mean), torch.where(sound, var, self.running_var)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / max(1, count - 1), self.momentum)
         return out

@@ -9,13 +9,14 @@ from torch import Tensor
 from distav.data.format import write_table
 from distav.data.labels import correction_table
 from distav.data.loader import Loader
-from distav.data.order import PADDING, owned_batches
+from distav.data.order import PADDING, padded_batches
 from distav.evaluate import auroc, expected_calibration_error, label_accuracy
 from distav.phase_settings import CorrectionPhase
 from distav.robust.correction import Correction, Space, Voting, correct, nothing_known
 from distav.run import Run
-from distav.world import gather_ragged_rows, row_range
+from distav.world import gather_ragged_rows, max_, row_range
 
+_USABLE, _UNUSABLE = 1, 2
 SPACES = {"towers": ("visual_features", "audio_features"), "projections": ("visual", "audio")}
 
 
@@ -54,32 +55,44 @@ def vote(run: Run, settings: CorrectionPhase) -> Correction:
 def extract_features(run: Run) -> tuple[list[Space], Tensor]:
     """Run the network once over the middle of every clip that this rank owns, in evaluation mode.
 
+    Features are kept beside the bank's rows until the votes are counted, so a run that ends in between goes on with
+    the clips that are left.
+
     Returns:
         Tower outputs and their projections, by picture and by sound [n, E] float32 each, and whether a sample could
         be used [n] bool.
     """
-    data, settings, world = run.data, run.settings, run.world
-    batches = owned_batches(len(data.train), run.micro_batch, world.rank, world.num_ranks)
+    data, settings, world, columns = run.data, run.settings, run.world, run.bank.columns
+    own = row_range(len(data.train))
+    done = columns.setdefault("extracted", torch.zeros(len(own), dtype=torch.uint8, device=world.device))
+    left = (done == 0).nonzero().squeeze(1).cpu().numpy() + own.start
+    count = int(max_(torch.tensor([-(-len(left) // run.micro_batch)])))
+    batches = padded_batches(left, run.micro_batch, count)
     loader = Loader(data.train, settings.data, None, settings.run.seed, run.micro_batch, world.device)
     loader.quarantine = run.loader.quarantine
-    own = row_range(len(data.train))
-    wanted = [each for pair in SPACES.values() for each in pair]
-    pieces: list[list[Tensor]] = [[] for _ in (*wanted, "valid")]
+    wanted = {f"extracted_{each}": each for pair in SPACES.values() for each in pair}
     run.engine.train(False)
     try:
         with torch.no_grad():
-            for batch in loader.batches((ids, 0) for ids in batches):
+            for ids, batch in zip(batches, loader.batches((ids, 0) for ids in batches), strict=True):
                 outputs = run.engine(batch)
-                rows = [*(outputs[each].float() for each in wanted), batch.valid]
-                for piece, part in zip(pieces, rows, strict=True):
-                    piece.append(part)
+                real = torch.from_numpy(ids != PADDING).to(world.device)
+                rows = batch.ids[real] - own.start
+                for column, name in wanted.items():
+                    values = outputs[name].float()
+                    if column not in columns:
+                        columns[column] = torch.zeros(len(own), values.shape[1], device=world.device)
+                    columns[column][rows] = values[real]
+                done[rows] = torch.where(batch.valid[real], _USABLE, _UNUSABLE).to(done.dtype)
+                run.position.extracted += 1
+                if run.position.extracted % settings.run.checkpoint_every == 0:
+                    run.save()
+                run.end_if_asked()
     finally:
         loader.close()
         run.engine.train()
-    real = torch.from_numpy(np.concatenate(batches) != PADDING).to(world.device)
-    *features, present = (torch.cat(piece)[real] for piece in pieces)
-    assert len(present) == len(own)
-    found = dict(zip(wanted, features, strict=True))
+    present = columns.pop("extracted") == _USABLE
+    found = {name: columns.pop(column) for column, name in wanted.items()}
     return [Space(name, found[visual], found[audio]) for name, (visual, audio) in SPACES.items()], present
 
 

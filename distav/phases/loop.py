@@ -5,16 +5,13 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from distav.data.loader import Batch
-from distav.errors import UserError
 from distav.monitor import clock, peak_memory_gib
+from distav.phases.guard import Guard, Losses, roll_back
+from distav.rendezvous import mark
 from distav.run import Run
-from distav.world import any_rank, num_ranks, sum_
-
-Losses = dict[str, Tensor]
-"""Scalars by name; `loss` is the one that is minimised, the others are its parts and are logged."""
+from distav.world import num_ranks, sum_
 
 
 def learning_rate(progress: float, warmup: float, floor: float) -> float:
@@ -43,44 +40,72 @@ def train(
         losses_of: computes the losses of a micro-batch; also gets the progress of the phase, 0..1.
         begin_epoch: called with the epoch and the progress before its first step.
     """
-    order, optim = run.order(run.position.phase), run.settings.optim
-    total = epochs * order.steps_per_epoch
-    first = run.position.step
+    total = epochs * run.order(run.position.phase).steps_per_epoch
+    meter, guard = _Meter(run, name, total), Guard(run, name)
+    while not _stretch(run, total, rates, losses_of, begin_epoch, meter, guard):
+        roll_back(run)
+        guard.forget()
+
+
+def _stretch(
+    run: Run,
+    total: int,
+    rates: tuple[float, float],
+    losses_of: Callable[[Batch, float], Losses],
+    begin_epoch: Callable[[int, float], None] | None,
+    meter: "_Meter",
+    guard: Guard,
+) -> bool:
+    """Train to the end of the phase; returns False where a spike of the loss came before."""
+    order, optim, chosen = run.order(run.position.phase), run.settings.optim, run.settings
+    first, per_epoch = run.position.step, order.steps_per_epoch
+    places = (step + run.position.passed_over for step in range(first, total))
     micro = (
-        (ids, step // order.steps_per_epoch)
-        for step in range(first, total)
-        for ids in order.micro_batches(step, run.world.rank, run.world.num_ranks)
+        (ids, place // per_epoch)
+        for place in places
+        for ids in order.micro_batches(place, run.world.rank, run.world.num_ranks)
     )
-    meter = _Meter(run, name, total)
     run.engine.train()
     batches = iter(run.loader.batches(micro))
-    for step in range(first, total):
-        if begin_epoch and step % order.steps_per_epoch == 0:
-            begin_epoch(step // order.steps_per_epoch, step / total)
-        factor = learning_rate((step + 1) / total, optim.warmup_fraction, optim.min_lr_fraction)
-        run.engine.set_lr(rates[0] * factor, rates[1] * factor)
-        parts: list[Losses] = []
-        norm = 0.0
-        for _ in range(optim.accumulation):
-            waiting = time.monotonic()
-            batch = next(batches)
-            meter.waited += time.monotonic() - waiting
-            losses = losses_of(batch, step / total)
-            run.engine.backward(losses["loss"])
-            norm = run.engine.step()
-            parts.append({key: value.detach() for key, value in losses.items()})
-        run.position.step += 1
-        run.position.total_steps += 1
-        run.position.samples += optim.global_batch
-        meter.add(parts)
-        if run.position.step % run.settings.run.log_every == 0 or run.position.step == total:
-            meter.report(rates[1] * factor, norm)
-        if (run.position.total_steps - 1) % run.settings.monitor.media_every == 0:
-            show_inputs(run, batch)
-        if run.position.step % run.settings.run.checkpoint_every == 0 and run.position.step < total:
-            require_finite(run, name, losses["loss"])
-            run.save()
-    batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        for step in range(first, total):
+            if begin_epoch and step % per_epoch == 0:
+                begin_epoch(step // per_epoch, step / total)
+            factor = learning_rate((step + 1) / total, optim.warmup_fraction, optim.min_lr_fraction)
+            run.engine.set_lr(rates[0] * factor, rates[1] * factor)
+            parts: list[tuple[Batch, Losses]] = []
+            norm = 0.0
+            for _ in range(optim.accumulation):
+                waiting = time.monotonic()
+                batch = next(batches)
+                meter.waited += time.monotonic() - waiting
+                mark(f"step {step + 1}, forward")
+                losses = losses_of(batch, step / total)
+                mark(f"step {step + 1}, backward")
+                run.engine.backward(losses["loss"])
+                norm = run.engine.step()
+                parts.append((batch, {key: value.detach() for key, value in losses.items()}))
+            run.position.step += 1
+            run.position.total_steps += 1
+            run.position.samples += optim.global_batch
+            if guard.spike([each["loss"] for _, each in parts]):
+                return False
+            if run.engine.skipped:
+                guard.skip(parts)
+            else:
+                guard.passed()
+                meter.add([each for _, each in parts])
+            if run.position.step % chosen.run.log_every == 0 or run.position.step == total:
+                meter.report(rates[1] * factor, norm)
+            if (run.position.total_steps - 1) % chosen.monitor.media_every == 0:
+                show_inputs(run, parts[-1][0])
+            if run.position.step < total:
+                if run.position.step % chosen.run.checkpoint_every == 0:
+                    run.save()
+                run.end_if_asked()
+    finally:
+        batches.close()  # pyright: ignore[reportAttributeAccessIssue]
+    return True
 
 
 def show_inputs(run: Run, batch: Batch) -> None:
@@ -92,19 +117,6 @@ def show_inputs(run: Run, batch: Batch) -> None:
         spectrogram = run.engine.model.get_submodule("audio.front").forward(sound)
         rate = run.data.train.sample_rate_hz
         run.monitor.media(batch.frames[:some], sound, spectrogram, rate, run.position.total_steps)
-
-
-def require_finite(run: Run, name: str, loss: Tensor) -> None:
-    """Stop all ranks where the loss of any is not a number.
-
-    Raises:
-        UserError: on every rank.
-    """
-    if any_rank(not bool(torch.isfinite(loss))):
-        raise UserError(
-            f"the loss is not finite at step {run.position.step} of {name}; the last checkpoint is sound. "
-            "Lower optim.lr or optim.grad_clip and start under another run.name."
-        )
 
 
 class _Meter:
@@ -126,11 +138,12 @@ class _Meter:
     def report(self, lr: float, norm: float) -> None:
         """Write a line, averaged over ranks and over the steps since the last one."""
         run = self.run
+        if not self.parts:  # All steps were skipped, and told.
+            return
         keys = list(self.parts[0])
         means = torch.stack([torch.stack([part[key].float() for part in self.parts]).mean() for key in keys])
         means = sum_(means) / num_ranks()
         values = dict(zip(keys, means.tolist(), strict=True))
-        require_finite(run, self.name, means[keys.index("loss")])
         elapsed = max(time.monotonic() - self.since, 1e-9)
         steps = len(self.parts) / run.settings.optim.accumulation
         rate = steps * run.settings.optim.global_batch / elapsed

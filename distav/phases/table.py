@@ -33,5 +33,6 @@ def run_remaining(run: Run) -> None:
         }
         run.notes.setdefault("phases", []).append(entry)
         run.position.phase, run.position.step = number + 1, 0
+        run.position.passed_over = run.position.extracted = 0
         run.begin_phase(afresh=True)
         run.save()

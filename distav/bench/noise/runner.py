@@ -93,7 +93,7 @@ class Bench:
         return [
             "--config", str(config), f"data.root={shards}", f"data.labels={labels}", f"run.root={self.work / 'runs'}",
             f"run.name={job.name}", f"run.seed={job.seed}", "run.device=cpu", "run.threads_per_rank=1",
-            "run.keep_checkpoints=1", "monitor.media_clips=0", *changes, *self.overrides,
+            "monitor.media_clips=0", *changes, *self.overrides,
         ]  # fmt: skip
 
     def shards(self, cell: Cell, seed: int) -> Path:

@@ -1,0 +1,49 @@
+"""Signals that end a run: the first asks for a checkpoint, a second one ends the process at once."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STATUS = 75
+"""Exit status of a run that was asked to end and has saved: start the same command again."""
+SAME_S = 5.0
+"""A signal that comes again within so many seconds is the same: schedulers signal a launcher and its ranks, and the
+launcher then signals the ranks too."""
+
+
+class Interrupted(Exception):
+    """The run was asked to end, and has saved."""
+
+
+class Stop:
+    """Whether this rank was asked to end."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has come."""
+        return self._first is not None
+
+    def _hear(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        elif now - self._first > SAME_S:
+            os._exit(128 + number)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Stop]:
+    """Note the signals instead of ending by them."""
+    stop = Stop()
+    before = {each: signal.signal(each, stop._hear) for each in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
