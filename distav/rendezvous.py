@@ -43,8 +43,8 @@ def met(timeout_s: float) -> Iterator[tuple[Store, int, int]]:
         error.add_note(f"distav: rank {at}: {watch.explain(error)}")
         raise
     finally:
-        watch.stop()
         _watch = None
+        watch.stop()
 
 
 def _listening(address: str, port: int) -> int | None:
@@ -65,7 +65,13 @@ def _listening(address: str, port: int) -> int | None:
     return listener.detach()
 
 
+def enter(stage: str) -> None:
+    """Note what this rank is about, for when it keeps others waiting."""
+    if _watch:
+        _watch.stage = stage
+
+
 def mark(what: str) -> None:
-    """Note what this rank begins that others may come to wait for."""
+    """Note that this rank begins a collective."""
     if _watch:
         _watch.mark(what)

@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 # Started as a file, Python puts this folder first, where `config`, `data` or `models` would hide other packages.
@@ -30,11 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.print_config:
             print(config.to_yaml(settings), end="")
             return 0
-        _train(settings)
-    except Interrupted as asked:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"distav: {asked}; the same command goes on (exit status {STATUS})", file=sys.stderr)
-        return STATUS
+        return _train(settings)
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(
@@ -42,7 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )  # The first rank says the same and takes the others down; what is said here is this rank's own.
         print(f"distav: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -56,7 +50,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _train(settings: config.Settings) -> None:
+def _train(settings: config.Settings) -> int:
     # Imported late, so that mistakes in the configuration show at once.
     from distav import world
     from distav.making.quickstart import make_missing
@@ -64,13 +58,18 @@ def _train(settings: config.Settings) -> None:
     from distav.report import finish
     from distav.run import opened
 
-    with ExitStack() as stack:
-        chosen = settings.run
-        here = stack.enter_context(world.joined(chosen.device.name, chosen.timeout_s, chosen.threads_per_rank))
+    chosen = settings.run
+    with world.joined(chosen.device.name, chosen.timeout_s, chosen.threads_per_rank) as here:
         make_missing(settings.data, here)
-        run = stack.enter_context(opened(settings, here))
-        run_remaining(run)
-        finish(run)
+        try:
+            with opened(settings, here) as run:
+                run_remaining(run)
+                finish(run)
+        except Interrupted as asked:
+            if here.is_main:
+                print(f"distav: {asked}; the same command goes on (exit status {STATUS})", file=sys.stderr)
+            return STATUS
+    return 0
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ STATUS = 76
 @dataclass
 class _Sign:
     said: bytes = b""
-    place: tuple[int, str] = (0, "")
+    count: int = 0
+    waits: bool = False
+    place: str = "start"
     heard: float = 0.0
     moved: float = 0.0
 
@@ -41,20 +43,23 @@ class Watch(threading.Thread):
         self.store = TCPStore(
             address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=max(2.0, timeout_s / 2))
         )
-        self._place = (0, "start")
+        self.stage, self._place = "start", (0, "nothing")
         self._done, self._beats = threading.Event(), 0
-        now = time.monotonic()
+        self._answered = now = time.monotonic()
+        self._deadman = threading.Thread(target=self._await_answers, name="watch's watch", daemon=True)
         self._signs = [_Sign(heard=now, moved=now) for _ in range(num_ranks)]
         self._beat()
 
     def mark(self, what: str) -> None:
-        """Note that the rank begins something that others may wait for."""
+        """Note that the rank begins a collective."""
         self._place = self._place[0] + 1, what
 
     def stop(self) -> None:
         """End the watch; a rank that leaves in order is not missed."""
         self._done.set()
-        self.join()
+        self.join(self.interval_s + 1)
+        if self.is_alive():  # It waits for a store that answers no more.
+            return
         try:
             self.store.set(f"sign/{self.rank}", "done")
         except RuntimeError:  # The first rank has gone, and its store with it.
@@ -62,14 +67,23 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Send signs and look for a verdict until stopped."""
+        self._deadman.start()
         while not self._done.wait(self.interval_s):
             try:
                 self._beat()
                 verdict = self._judge() if self.rank == 0 else self._told()
+                self._answered = time.monotonic()
             except RuntimeError:
-                verdict = f"rank 0 has not answered for {self.timeout_s / 2:.0f} s, or the network to it is cut"
+                verdict = "rank 0 has gone, or the network to it is cut"
             if verdict and not self._done.is_set():
                 self._give_up(verdict)
+
+    def _await_answers(self) -> None:
+        """Give up where the store, which lives in the first rank, answers no more; asking it blocks for ever."""
+        while not self._done.wait(self.interval_s):
+            silent_s = time.monotonic() - self._answered
+            if silent_s > self.timeout_s:
+                self._give_up(f"rank 0 has not answered for {silent_s:.0f} s, or the network to it is cut")
 
     def explain(self, error: BaseException) -> str:
         """Say who is at fault for an error of this rank: itself, or one that it was waiting for."""
@@ -90,14 +104,17 @@ class Watch(threading.Thread):
             except RuntimeError:
                 return "rank 0 has gone, or the network to it is cut"
             if found:
-                return f"{found} while this rank waited in {self._place[1]}"
+                return f"{found} while this rank waited in {self._here()}"
             time.sleep(self.interval_s / 4)
-        return f"another rank broke off while this one waited in {self._place[1]} ({own.splitlines()[0]})"
+        return f"another rank broke off while this one waited in {self._here()} ({own.splitlines()[0]})"
 
     def _beat(self) -> None:
         self._beats += 1
-        count, what = self._place
-        self.store.set(f"sign/{self.rank}", f"{self._beats}|{count}|{what}|{_host()}")
+        count = self._place[0]
+        self.store.set(f"sign/{self.rank}", f"{self._beats}|{count}|{int(_waits())}|{self._here()}|{_host()}")
+
+    def _here(self) -> str:
+        return f"{self.stage}, last collective {self._place[1]}"
 
     def _look(self) -> None:
         """Take in the signs of all ranks."""
@@ -108,36 +125,39 @@ class Watch(threading.Thread):
             if said != sign.said:
                 sign.said, sign.heard = said, now
                 if said and said != b"done":
-                    _, count, what, host = said.decode().split("|", 3)
-                    if int(count) != sign.place[0]:
+                    _, count, waits, what, host = said.decode().split("|", 4)
+                    if int(count) != sign.count:
                         sign.moved = now
-                    sign.place = int(count), f"{what} on {host}"
+                    sign.count, sign.waits, sign.place = int(count), waits == "1", f"{what} on {host}"
 
     def _silent(self, longest_s: float) -> str:
         """Name the ranks without a sign for so long."""
         self._look()
         now = time.monotonic()
         silent = [
-            f"rank {each} (in {sign.place[1]}) has not been heard of for {now - sign.heard:.0f} s"
+            f"rank {each} (in {sign.place}) has not been heard of for {now - sign.heard:.0f} s"
             for each, sign in enumerate(self._signs)
             if each != self.rank and sign.said != b"done" and now - sign.heard > longest_s
         ]
         return ", ".join(silent)
 
     def _judge(self) -> str:
-        verdict = self._silent(self.timeout_s)
-        counts = [sign.place[0] for sign in self._signs if sign.said != b"done"]
-        still = time.monotonic() - max(sign.moved for sign in self._signs)
-        if not verdict and still > self.timeout_s and counts and min(counts) < max(counts):
-            behind = [
-                f"rank {each} (in {sign.place[1]})"
-                for each, sign in enumerate(self._signs)
-                if sign.place[0] == min(counts)
-            ]
-            verdict = f"{', '.join(behind)} keeps the others waiting for {still:.0f} s"
+        verdict = self._silent(self.timeout_s) or self._behind()
         if verdict:
             self.store.set("verdict", verdict)
         return verdict
+
+    def _behind(self) -> str:
+        """Name the ranks that others wait for: of those that have begun fewest collectives, the ones in none."""
+        here = [(each, sign) for each, sign in enumerate(self._signs) if sign.said != b"done"]
+        still_s = time.monotonic() - max(sign.moved for sign in self._signs)
+        if still_s <= self.timeout_s or not any(sign.waits for _, sign in here):
+            return ""
+        fewest = min(sign.count for _, sign in here)
+        last = [(each, sign) for each, sign in here if sign.count == fewest]
+        at_fault = [(each, sign) for each, sign in last if not sign.waits] or last
+        named = ", ".join(f"rank {each} (in {sign.place})" for each, sign in at_fault)
+        return f"{named} keeps the others waiting for {still_s:.0f} s"
 
     def _told(self) -> str:
         return self.store.get("verdict").decode() if self.store.check(["verdict"]) else ""
@@ -154,6 +174,16 @@ def _of_communication(error: BaseException) -> bool:
     words = ("gloo", "nccl", "connection", "timed out", "socket", "broken pipe", "peer")
     heard = any(word in str(error).lower() for word in words)
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and heard)
+
+
+def _waits() -> bool:
+    """Whether this process's main thread is inside a collective."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame:
+        if frame.f_code.co_filename.endswith("distributed_c10d.py"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _host() -> str:

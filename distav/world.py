@@ -73,7 +73,8 @@ def joined(device: str, timeout_s: float, threads_per_rank: int = 0) -> Iterator
         with met(timeout_s) as (store, at, of):
             dist.init_process_group(backend, timeout=timeout, store=store, rank=at, world_size=of)
             yield World(at, of, local_rank, target)
-            dist.destroy_process_group()
+        wait_for_all()  # The first rank takes the store along when it goes.
+        dist.destroy_process_group()
     else:  # Alone, and without a port that another process might take first.
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
         try:

@@ -9,7 +9,7 @@ import torch
 from distav.data.loader import Batch
 from distav.monitor import clock, peak_memory_gib
 from distav.phases.guard import Guard, Losses, roll_back
-from distav.rendezvous import mark
+from distav.rendezvous import enter
 from distav.run import Run
 from distav.world import num_ranks, sum_
 
@@ -69,6 +69,7 @@ def _stretch(
     batches = iter(run.loader.batches(micro))
     try:
         for step in range(first, total):
+            enter(f"{meter.name} step {step + 1}")
             if begin_epoch and step % per_epoch == 0:
                 begin_epoch(step // per_epoch, step / total)
             factor = learning_rate((step + 1) / total, optim.warmup_fraction, optim.min_lr_fraction)
@@ -79,9 +80,7 @@ def _stretch(
                 waiting = time.monotonic()
                 batch = next(batches)
                 meter.waited += time.monotonic() - waiting
-                mark(f"step {step + 1}, forward")
                 losses = losses_of(batch, step / total)
-                mark(f"step {step + 1}, backward")
                 run.engine.backward(losses["loss"])
                 norm = run.engine.step()
                 parts.append((batch, {key: value.detach() for key, value in losses.items()}))

@@ -6,6 +6,7 @@ from typing import Any
 from distav.phases.contrastive import run_contrastive
 from distav.phases.correction import run_correction
 from distav.phases.supervised import run_supervised
+from distav.rendezvous import enter
 from distav.run import Run
 
 PHASES: dict[str, Callable[[Run, str, Any], None]] = {
@@ -21,6 +22,7 @@ def run_remaining(run: Run) -> None:
         if number < run.position.phase:
             continue
         run.begin_phase()
+        enter(name)
         PHASES[settings.kind](run, name, settings)
         seconds, steps = run.seconds_in_phase(), run.position.step
         clips = steps * run.settings.optim.global_batch or len(run.data.train)

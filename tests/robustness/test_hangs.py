@@ -1,0 +1,125 @@
+"""A rank that stops, dies or fails is named, all ranks end, and the same command goes on."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from distav.watch import STATUS as GAVE_UP
+from tests.helpers.launch import command, environment
+from tests.helpers.team import Team, run_whole
+from tests.robustness.test_kills import arguments
+
+TIMEOUT_S = 6
+
+
+def begun(team: Team) -> bool:
+    return "step 3/12 phase=contrastive" in team.said()
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_is_named_within_the_timeout(tiny_shards: Path, tmp_path: Path, stopped: int):
+    given = arguments(tmp_path, tiny_shards)
+    team = Team(3, given, tmp_path / "first")
+    team.wait_for(lambda: begun(team))
+    team.signal(signal.SIGSTOP, stopped)
+    began = time.monotonic()
+    for rank, each in enumerate(team.ranks):
+        if rank != stopped:
+            each.join(4 * TIMEOUT_S)
+    waited = time.monotonic() - began
+    statuses = [each.exitcode for rank, each in enumerate(team.ranks) if rank != stopped]
+    assert statuses == [GAVE_UP, GAVE_UP], (statuses, team.said()[-6000:])
+    assert waited < 2 * TIMEOUT_S + 2
+    for rank, log in enumerate(team.logs):
+        if rank != stopped:
+            said = log.read_text()
+            assert re.search(
+                rf"distav: rank {rank}: rank {stopped} .*(has not been heard of|has not answered)", said
+            ), said
+            assert 'File "' in said and "Thread 0x" in said
+    team.signal(signal.SIGCONT, stopped)
+    team.end(10)
+    run_whole(3, given, tmp_path / "second")
+
+
+def _fail_at_step_3(rank: int) -> None:
+    if rank == 1:
+        from distav.engine import Engine
+
+        plain, calls = Engine.step, [0]
+
+        def step(self: Engine) -> float:
+            calls[0] += 1
+            if calls[0] == 3:
+                raise ZeroDivisionError("a fault of this rank alone")
+            return plain(self)
+
+        Engine.step = step
+
+
+def _dawdle_at_step_3(rank: int) -> None:
+    if rank == 1:
+        from distav.engine import Engine
+
+        plain, calls = Engine.step, [0]
+
+        def step(self: Engine) -> float:
+            calls[0] += 1
+            if calls[0] == 3:
+                time.sleep(60)
+            return plain(self)
+
+        Engine.step = step
+
+
+def test_the_fault_of_one_rank_is_told_by_all(tiny_shards: Path, tmp_path: Path):
+    given = arguments(tmp_path, tiny_shards)
+    team = Team(2, given, tmp_path / "first", _fail_at_step_3)
+    statuses = team.end(40)
+    assert all(statuses), (statuses, team.said()[-6000:])
+    assert "rank 1 failed on" in team.logs[0].read_text() and "a fault of this rank alone" in team.logs[0].read_text()
+    assert "ZeroDivisionError: a fault of this rank alone" in team.logs[1].read_text()
+    run_whole(2, given, tmp_path / "second")
+
+
+def test_a_rank_that_lives_but_does_not_get_on_is_named(tiny_shards: Path, tmp_path: Path):
+    team = Team(2, arguments(tmp_path, tiny_shards), tmp_path / "first", _dawdle_at_step_3)
+    statuses = team.end(60)
+    assert statuses == [GAVE_UP, GAVE_UP], (statuses, team.said()[-6000:])
+    assert re.search(r"rank 0: rank 1 \(in contrastive step 3, .*\) keeps the others waiting", team.logs[0].read_text())
+
+
+def test_a_killed_rank_is_named_by_the_others(tiny_shards: Path, tmp_path: Path):
+    team = Team(3, arguments(tmp_path, tiny_shards), tmp_path / "first")
+    team.wait_for(lambda: begun(team))
+    team.signal(signal.SIGKILL, 2)
+    statuses = team.end(40)
+    assert all(statuses), (statuses, team.said()[-6000:])
+    assert re.search(r"distav: rank 0: .*rank 2 \(in .*\) has not been heard of", team.logs[0].read_text())
+
+
+def test_the_launcher_hands_on_signals_and_the_status(tiny_shards: Path, tmp_path: Path):
+    given = arguments(tmp_path, tiny_shards)
+    log = tmp_path / "said.txt"
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            command(Path(given[1]), *given[2:], ranks=2), env=environment(), stdout=file, stderr=file,
+            start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while "step 3/12 phase=contrastive" not in log.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.02)
+    # As a scheduler does: launcher and ranks alike, and the launcher then signals the ranks once more.
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(60)
+    deadline = time.monotonic() + 30
+    while "asked to end; saved" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert process.returncode != 0 and "asked to end; saved after step" in log.read_text(), log.read_text()[-3000:]
+    assert not list((tmp_path / "tiny" / "checkpoints").glob(".writing-*"))
