@@ -1,21 +1,16 @@
 """What a phase works on: the settings, the data, the engine, the bank, and where the run stands."""
 
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distav import config
 from distav.checkpoint import Checkpoints, Position
-from distav.data.format import ShardSet, Split, write_atomically
+from distav.data.format import ShardSet, Split
 from distav.data.labels import Labels, load_labels
 from distav.data.loader import Loader
 from distav.data.order import TrainingOrder, check_batch
@@ -25,9 +20,10 @@ from distav.memory.bank import Bank
 from distav.models.av import AVModel
 from distav.monitor import Monitor
 from distav.phase_settings import ContrastivePhase, CorrectionPhase
+from distav.run_folder import claim
 from distav.settings import Settings
 from distav.stopping import Interrupted, Stop, listening
-from distav.world import World, any_rank, broadcast, gather_objects, rank, wait_for_all
+from distav.world import World, any_rank, gather_objects
 
 
 @dataclass
@@ -186,7 +182,7 @@ def opened(settings: Settings, world: World) -> Iterator[Run]:
     """
     data = Data.open(settings)
     folder = Path(settings.run.root) / settings.run.name
-    _claim_folder(folder, settings, world)
+    claim(folder, settings, world)
     monitor = Monitor(folder, world)
     try:
         rate = data.train.sample_rate_hz
@@ -226,54 +222,6 @@ def _bank(settings: Settings, world: World, num_samples: int, num_classes: int) 
         replicated=size <= settings.bank.replicate_below_mib * 2**20,
         dtype=torch.bfloat16 if world.device.type == "cuda" and trains_in_bf16(settings, world) else torch.float32,
     )
-
-
-def _claim_folder(folder: Path, settings: Settings, world: World) -> None:
-    """Make the run's folder, or see that it holds this very run; all ranks agree."""
-    problem = None
-    if rank() == 0:
-        stored, text = folder / "config.yaml", config.to_yaml(settings)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if stored.exists() and stored.read_text() != text:
-                problem = (
-                    f"{folder} holds a run with other settings ({_first_difference(stored.read_text(), text)}); choose "
-                    "another run.name, or delete the folder to start afresh."
-                )
-            else:
-                write_atomically(stored, text.encode())
-                write_atomically(folder / "environment.json", json.dumps(_environment(world), indent=1).encode())
-        except OSError as error:
-            problem = f"run.root={settings.run.root}: {folder} cannot be written: {error.strerror}."
-    problem = broadcast(problem)
-    if problem:
-        raise UserError(problem)
-    wait_for_all()
-
-
-def _first_difference(before: str, now: str) -> str:
-    old, new = before.splitlines(), now.splitlines()
-    pairs = [(a.strip(), b.strip()) for a, b in zip(old, new, strict=False) if a != b]
-    return f"there: {pairs[0][0]}, here: {pairs[0][1]}" if pairs else "it has more or fewer of them"
-
-
-def _environment(world: World) -> dict[str, Any]:
-    names = ("distav", "torch", "torchvision", "torchaudio", "deepspeed", "nvidia-dali-cuda130", "webdataset", "av")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed as a package"
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or None,
-        "num_ranks": world.num_ranks,
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
-    }
 
 
 def _greet(run: Run) -> None:

@@ -100,7 +100,7 @@ def test_a_finished_run_is_told_and_not_repeated(finished: tuple[Path, str], tin
     said = train(
         run.parent / "tiny.yaml", f"data.root={tiny_shards}", f"run.root={run.parent}", "optim.lr=0.5", status=1
     )
-    assert "other settings" in said and "lr: 0.5" in said
+    assert "other settings" in said and "here: optim.lr=0.5" in said
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -1,5 +1,6 @@
 """A checkpoint is whole, or it is recognised and passed over; a save that fails costs nothing but itself."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -89,13 +90,19 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(
     assert len(list((tmp_path / "tiny" / "checkpoints").glob("step-*"))) == 2
 
 
+def fill(disk: Path) -> None:
+    with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MiB."""
+    """A file system of 16 MiB."""
     where = tmp_path / "disk"
     where.mkdir()
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(where)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(where)], capture_output=True, text=True, check=False
     )
     if made.returncode:
         pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
@@ -111,7 +118,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_succeeds(
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "checkpoints").symlink_to(small_disk)
     if fault == "full":
-        (small_disk / "filler").write_bytes(bytes(3 << 20))
+        fill(small_disk)
     else:
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     team = Team(2, given, tmp_path / "logs")
@@ -131,7 +138,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_succeeds(
 def test_a_run_that_could_not_save_its_end_says_so(tiny_shards: Path, tmp_path: Path, small_disk: Path):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "checkpoints").symlink_to(small_disk)
-    (small_disk / "filler").write_bytes(bytes(3 << 20))
+    fill(small_disk)
     team = Team(1, arguments(tmp_path, tiny_shards), tmp_path / "logs")
     assert team.end() == [1], team.said()[-6000:]
     assert "the last checkpoint could not be written" in team.said() and "No space left" in team.said()
