@@ -7,8 +7,9 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from distav.bench.measure import Results, Setting
-from distav.data.format import Split, tar_members
+from distav.data.format import Split
 from distav.data.reader import ShardReader
+from distav.data.tar import by_key
 
 VIDEO_BYTES, AUDIO_BYTES = 300_000, 60_000
 
@@ -28,7 +29,7 @@ def write_shard(folder: Path, samples: int) -> Split:
             checks["audio_crc32"].append(crc32(audio))
     columns = {name: np.array(values, np.uint32) for name, values in checks.items()}
     columns |= {"id": np.arange(samples), "shard": np.zeros(samples, np.int32)}
-    parts = [{extension: (offset, size) for extension, offset, size in each} for each in tar_members(path).values()]
+    parts = [{extension: (offset, size) for extension, offset, size in each} for each in by_key(path).values()]
     for kind, extension in (("video", "avi"), ("audio", "flac")):
         columns[f"{kind}_offset"] = np.array([part[extension][0] for part in parts])
         columns[f"{kind}_bytes"] = np.array([part[extension][1] for part in parts])

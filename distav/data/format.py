@@ -8,7 +8,7 @@ Within a split, ids run from 0 to N-1 in the order of writing; every table and t
 
 import json
 import os
-import tarfile
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -108,11 +108,11 @@ class ShardSet:
                 "if it was interrupted, run it again and it goes on."
             )
         try:
-            manifest = json.loads(path.read_text())
-            for key in ("splits", "classes", "codec", "fps", "sample_rate_hz"):
-                manifest[key]
-        except (json.JSONDecodeError, KeyError) as error:
+            manifest = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}); make the shards again.") from None
+        if fault := _manifest_fault(manifest):
+            raise UserError(f"{path} is damaged ({fault}); make the shards again.")
         return cls(root, manifest)
 
     def split(self, name: str, key: str = "data.train_split") -> Split:
@@ -128,6 +128,9 @@ class ShardSet:
                 f"{key}={name} is not in {self.root}; allowed: {listed(splits)}{none}.{nearest(name, splits)}"
             )
         table = read_table(self.root / "index.parquet", filters=[("split", "=", name)])
+        for field in INDEX_SCHEMA:
+            if field.name not in table.column_names or table.schema.field(field.name).type != field.type:
+                raise UserError(f"{self.root / 'index.parquet'}: column '{field.name}' is missing or of another kind.")
         columns = {each: table.column(each).to_numpy(zero_copy_only=False) for each in table.column_names}
         if not np.array_equal(columns["id"], np.arange(len(table))):
             raise UserError(f"{self.root / 'index.parquet'}: the ids of split {name} do not run from 0 to N-1.")
@@ -144,6 +147,33 @@ class ShardSet:
         return Split(self.root, name, shards, manifest["codec"], manifest["fps"], manifest["sample_rate_hz"], columns)
 
 
+def _manifest_fault(manifest: Any) -> str:
+    """Return what is wrong with a manifest; nothing of it is used before."""
+    kinds = {"splits": dict, "classes": list, "codec": str, "fps": int | float, "sample_rate_hz": int}
+    if not isinstance(manifest, dict):
+        return "no JSON object"
+    for key, kind in kinds.items():
+        if not isinstance(manifest.get(key), kind):
+            return f"'{key}' is missing or of another kind"
+    classes, codec = manifest["classes"], manifest["codec"]
+    if not classes or not all(isinstance(each, str) for each in classes) or len(set(classes)) < len(classes):
+        return "'classes' is no list of different names"
+    if codec not in VIDEO_EXTENSIONS:
+        return f"codec '{codec}'; allowed: {listed(VIDEO_EXTENSIONS)}"
+    if not 0 < manifest["fps"] < 1e4 or not 0 < manifest["sample_rate_hz"] < 1e6:
+        return "a rate that no clip has"
+    for name, split in manifest["splits"].items():
+        shards = split.get("shards") if isinstance(split, dict) else None
+        if not isinstance(shards, list) or not all(map(_is_shard, shards)):
+            return f"split '{name}' has no list of shards with plain names and sizes"
+    return ""
+
+
+def _is_shard(each: Any) -> bool:
+    name, size = (each.get("name"), each.get("bytes")) if isinstance(each, dict) else (None, None)
+    return isinstance(name, str) and bool(re.fullmatch(r"[\w-]+\.tar", name)) and isinstance(size, int)
+
+
 def read_table(path: Path, **options: Any) -> pa.Table:
     """Read a Parquet file, or raise a UserError that names it."""
     if not path.is_file():
@@ -154,35 +184,17 @@ def read_table(path: Path, **options: Any) -> pa.Table:
         raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
 
 
-def tar_members(path: Path) -> dict[str, list[tuple[str, int, int]]]:
-    """Return the members of a shard by key: {key: [(extension, offset, bytes), ...]}, in file order.
-
-    Raises:
-        UserError: for anything but plain files whose members stand together, as WebDataset needs.
-    """
-    members: dict[str, list[tuple[str, int, int]]] = {}
-    last = ""
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                if not member.isreg() or "/" in member.name or not extension:
-                    raise UserError(f"{path}: member '{member.name}' is not a plain file named key.extension.")
-                if key in members and key != last:
-                    raise UserError(f"{path}: the members of '{key}' do not stand together.")
-                members.setdefault(key, []).append((extension, member.offset_data, member.size))
-                last = key
-    except tarfile.TarError as error:
-        raise UserError(f"{path} is no readable tar: {error}") from None
-    return members
-
-
 def write_dali_index(tar: Path, members: dict[str, list[tuple[str, int, int]]]) -> None:
     """Write the `.idx` beside a shard, in the v1.2 format of DALI's wds2idx."""
+    write_atomically(tar.with_suffix(".idx"), dali_index(members))
+
+
+def dali_index(members: dict[str, list[tuple[str, int, int]]]) -> bytes:
+    """Return the content of a shard's `.idx`."""
     lines = [f"v1.2 {len(members)}"]
     for key, parts in members.items():
         lines.append(" ".join(f"{extension} {offset} {size} {key}.{extension}" for extension, offset, size in parts))
-    write_atomically(tar.with_suffix(".idx"), ("\n".join(lines) + "\n").encode())
+    return ("\n".join(lines) + "\n").encode()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

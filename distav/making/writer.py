@@ -24,12 +24,12 @@ from distav.data.format import (
     AUDIO_EXTENSION,
     INDEX_SCHEMA,
     VIDEO_EXTENSIONS,
-    tar_members,
     write_atomically,
     write_dali_index,
     write_table,
 )
 from distav.data.noise import LabelNoise, flip_labels, mismatch_pairs
+from distav.data.tar import by_key
 from distav.errors import UserError
 from distav.making.chunks import Encoded, encode_all
 from distav.making.clips import Encoding
@@ -147,7 +147,7 @@ def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: Plan) -> dict
             ids = range(start, min(start + plan.shard_samples, len(clips)))
             if not path.exists():
                 _write_tar(path, name, ids, clips, pair, plan.encoding, work)
-            members = tar_members(path)
+            members = by_key(path)
             write_dali_index(path, members)
             index += _index_rows(name, number, ids, clips, pair, members, plan.encoding)
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -208,10 +208,13 @@ def _write_tar(
     path: Path, split: str, ids: range, clips: list[Encoded], pair: np.ndarray, encoding: Encoding, work: Path
 ) -> None:
     """Write one shard beside its place and rename it."""
+    # It then opens nothing by name, runs no command that a URL may hold, and unpickles nothing.
+    os.environ.setdefault("WDS_SECURE", "1")
     import webdataset.writer  # It brings torch along, which the encoding processes have no use for.
 
     part = work / path.name
-    with webdataset.writer.TarWriter(str(part), mtime=0, user="distav", group="distav", encoder=False) as tar:
+    whose = {"mtime": 0, "user": "distav", "group": "distav"}
+    with open(part, "wb") as file, webdataset.writer.TarWriter(file, encoder=False, **whose) as tar:
         for number in ids:
             clip, donor = clips[number], clips[pair[number]]
             video, sound = clip.video(work), donor.audio(work)
