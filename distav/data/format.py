@@ -19,9 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distav.errors import UserError, listed, nearest
+from distav.sealing import Damaged, check
 
 VIDEO_EXTENSIONS = {"mjpeg": "avi", "vp9": "webm", "h264": "mp4"}
 AUDIO_EXTENSION = "flac"
+TABLES = ("index.parquet", "labels.parquet")
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -115,6 +117,22 @@ class ShardSet:
             raise UserError(f"{path} is damaged ({fault}); make the shards again.")
         return cls(root, manifest)
 
+    def table(self, name: str, split: str) -> pa.Table:
+        """Return the rows of a split in one of the set's own tables.
+
+        Raises:
+            UserError: where it is missing, is not what was written with the set, or cannot be read.
+        """
+        expected = self.manifest.get("tables", {}).get(name)
+        try:
+            if expected:
+                check(self.root, name, expected)
+        except Damaged as fault:
+            raise UserError(
+                f"{self.root}: {fault}; copy it again. Labels of your own go into a table named by data.labels."
+            ) from None
+        return read_table(self.root / name, filters=[("split", "=", split)])
+
     def split(self, name: str, key: str = "data.train_split") -> Split:
         """Return where the samples of a split lie.
 
@@ -127,7 +145,7 @@ class ShardSet:
             raise UserError(
                 f"{key}={name} is not in {self.root}; allowed: {listed(splits)}{none}.{nearest(name, splits)}"
             )
-        table = read_table(self.root / "index.parquet", filters=[("split", "=", name)])
+        table = self.table("index.parquet", name)
         for field in INDEX_SCHEMA:
             if field.name not in table.column_names or table.schema.field(field.name).type != field.type:
                 raise UserError(f"{self.root / 'index.parquet'}: column '{field.name}' is missing or of another kind.")
@@ -162,6 +180,9 @@ def _manifest_fault(manifest: Any) -> str:
         return f"codec '{codec}'; allowed: {listed(VIDEO_EXTENSIONS)}"
     if not 0 < manifest["fps"] < 1e4 or not 0 < manifest["sample_rate_hz"] < 1e6:
         return "a rate that no clip has"
+    tables = manifest.get("tables", {})
+    if not isinstance(tables, dict) or not all(isinstance(each, dict) for each in tables.values()):
+        return "'tables' is of another kind"
     for name, split in manifest["splits"].items():
         shards = split.get("shards") if isinstance(split, dict) else None
         if not isinstance(shards, list) or not all(map(_is_shard, shards)):
@@ -179,9 +200,17 @@ def read_table(path: Path, **options: Any) -> pa.Table:
     if not path.is_file():
         raise UserError(f"{path} is missing; copy the whole folder, or make it anew.")
     try:
-        return pq.read_table(path, **options)
-    except (pa.ArrowInvalid, OSError) as error:
+        return columns_once(pq.read_table(path, **options))
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+
+
+def columns_once(table: pa.Table) -> pa.Table:
+    """Return the table, or raise ArrowInvalid where two columns have one name."""
+    twice = [name for name in table.column_names if table.column_names.count(name) > 1]
+    if twice:
+        raise pa.ArrowInvalid(f"column '{twice[0]}' is there more than once")
+    return table
 
 
 def write_dali_index(tar: Path, members: dict[str, list[tuple[str, int, int]]]) -> None:

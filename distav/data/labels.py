@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from distav.data.format import ShardSet, Split, read_table
+from distav.data.format import ShardSet, Split, columns_once, read_table
 from distav.errors import UserError, listed, nearest
 
 
@@ -46,7 +46,9 @@ def load_labels(shards: ShardSet, split: Split, override: str = "") -> Labels:
         UserError: for labels outside the classes of the set, ids or keys it does not have, or a broken table.
     """
     path = shards.root / "labels.parquet"
-    table = read_table(path, filters=[("split", "=", split.name)])
+    table = shards.table("labels.parquet", split.name)
+    if "id" not in table.column_names or not pa.types.is_integer(table.schema.field("id").type):
+        raise UserError(f"{path}: column 'id' is missing or does not hold whole numbers.")
     ids = table.column("id").to_numpy()
     if not np.array_equal(ids, np.arange(len(split))):
         raise UserError(
@@ -71,10 +73,10 @@ def _apply(path: Path, split: Split, classes: list[str], given: np.ndarray) -> n
     if not path.is_file():
         raise UserError(f"data.labels={path}: no such file.")
     try:
-        table = pyarrow.csv.read_csv(path) if path.suffix == ".csv" else read_table(path)
-    except pa.ArrowInvalid as error:
+        table = columns_once(pyarrow.csv.read_csv(path)) if path.suffix == ".csv" else read_table(path)
+        names = table.column_names
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"data.labels={path} cannot be read as csv: {str(error).splitlines()[0]}") from None
-    names = table.column_names
     name = next((each for each in ("corrected", "label") if each in names), None)
     if name is None or not {"id", "key"} & set(names):
         raise UserError(f"data.labels={path}: needs `id` or `key`, and `label`; found: {listed(names)}.")

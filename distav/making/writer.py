@@ -23,6 +23,7 @@ from distav import __version__
 from distav.data.format import (
     AUDIO_EXTENSION,
     INDEX_SCHEMA,
+    TABLES,
     VIDEO_EXTENSIONS,
     write_atomically,
     write_dali_index,
@@ -34,6 +35,7 @@ from distav.errors import UserError
 from distav.making.chunks import Encoded, encode_all
 from distav.making.clips import Encoding
 from distav.making.sources import Source
+from distav.sealing import described
 
 CHUNK = 64
 """Candidates encoded as one piece of work."""
@@ -94,7 +96,8 @@ def make_set(source: Source, out: Path, plan: Plan, workers: int) -> Outcome:
             f"none of {len(candidates)} candidates could be used; {out / 'rejected.csv'} gives the reasons."
         )
     manifest = _assemble(encoded, out, work, plan)
-    manifest |= {"recipe": recipe, "rejected": len(rejected)}
+    tables = {name: described(out / name) for name in TABLES}
+    manifest |= {"recipe": recipe, "rejected": len(rejected), "tables": tables}
     write_atomically(out / "manifest.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
     shutil.rmtree(work)
     return Outcome({name: split["clips"] for name, split in manifest["splits"].items()}, len(rejected), seconds)

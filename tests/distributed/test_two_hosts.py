@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,32 +54,57 @@ def hosts() -> Iterator[list[tuple[str, str]]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def test_multinode_configuration_trains_on_two_hosts(hosts: list[tuple[str, str]], tiny_shards: Path, tmp_path: Path):
-    hostfile = tmp_path / "hostfile"
+def started(hosts: list[tuple[str, str]], shards: Path, folder: Path, *more: str) -> list[subprocess.Popen[str]]:
+    """Start the run on both hosts, each by its own launcher; what they say goes to host-N.txt."""
+    hostfile = folder / "hostfile"
     hostfile.write_text("".join(f"{address} slots=1\n" for _, address in hosts))
     processes = []
     for number, (name, _) in enumerate(hosts):
         launcher = ("--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(number), "--master_addr", hosts[0][1],
                     "--master_port", "29711")  # fmt: skip
-        words = command(
-            ROOT / "configs" / "multinode.yaml",
-            f"data.root={tiny_shards}",
-            f"run.root={tmp_path}",
-            *SMALL,
-            launcher=launcher,
-        )
-        link = f"dv{number}{os.getpid() % 100000}"
-        processes.append(
-            subprocess.Popen(
-                ["ip", "netns", "exec", name, *words],
-                env={**environment(), "GLOO_SOCKET_IFNAME": link},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+        given = (f"data.root={shards}", f"run.root={folder}", *SMALL, *more)
+        words = command(ROOT / "configs" / "multinode.yaml", *given, launcher=launcher)
+        with open(folder / f"host-{number}.txt", "w") as said:
+            processes.append(
+                subprocess.Popen(
+                    ["ip", "netns", "exec", name, *words],
+                    env={**environment(), "GLOO_SOCKET_IFNAME": f"dv{number}{os.getpid() % 100000}"},
+                    stdout=said,
+                    stderr=said,
+                    text=True,
+                )
             )
-        )
-    said = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    return processes
+
+
+def said_by(folder: Path) -> list[str]:
+    return [(folder / f"host-{number}.txt").read_text() for number in range(2)]
+
+
+def test_multinode_configuration_trains_on_two_hosts(hosts: list[tuple[str, str]], tiny_shards: Path, tmp_path: Path):
+    statuses = [each.wait(240) for each in started(hosts, tiny_shards, tmp_path)]
+    assert statuses == [0, 0], [each[-3000:] for each in said_by(tmp_path)]
     report = json.loads((tmp_path / "multinode" / "report.json").read_text())
     assert report["samples"] == 96 and len(losses(tmp_path / "multinode")) == 12
     assert json.loads((tmp_path / "multinode" / "environment.json").read_text())["num_ranks"] == 2
+
+
+def test_a_host_cut_off_in_mid_step_is_named_on_both_sides_and_the_run_goes_on(
+    hosts: list[tuple[str, str]], tiny_shards: Path, tmp_path: Path
+):
+    more = ("run.timeout_s=8", "run.checkpoint_every=2", "phases.contrastive.epochs=40")
+    processes = started(hosts, tiny_shards, tmp_path, *more)
+    deadline = time.monotonic() + 120
+    while "step 8/160 phase=contrastive" not in said_by(tmp_path)[0]:
+        assert time.monotonic() < deadline and all(each.poll() is None for each in processes), said_by(tmp_path)
+        time.sleep(0.02)
+    name, link = hosts[1][0], f"dv1{os.getpid() % 100000}"
+    subprocess.run(["ip", "-n", name, "link", "set", link, "down"], check=True)
+    statuses = [each.wait(60) for each in processes]
+    first, second = said_by(tmp_path)
+    assert all(statuses), (statuses, first[-3000:], second[-3000:])
+    assert re.search(r"rank 0: rank 1 \(in contrastive step \d+, .*has not been heard of for", first), first[-3000:]
+    assert re.search(r"rank 1: .*rank 0 .*(has not answered|has gone)", second), second[-3000:]
+    subprocess.run(["ip", "-n", name, "link", "set", link, "up"], check=True)
+    again = [each.wait(240) for each in started(hosts, tiny_shards, tmp_path, *more)]
+    assert again == [0, 0] and "going on in contrastive after step" in said_by(tmp_path)[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from distav import sealing
 from distav.data.format import ShardSet, read_table, write_table
 from distav.data.reader import BadSample, ShardReader
 from distav.data.tar import by_key
@@ -63,8 +64,11 @@ def _swap(root: Path) -> None:
 
 
 def _rewrite(root: Path, name: str, change) -> None:
-    table = read_table(root / name)
-    write_table(root / name, change(table))
+    """Change a table, and the manifest with it, as a program at fault would have."""
+    write_table(root / name, change(read_table(root / name)))
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["tables"][name] = sealing.described(root / name)
+    (root / "manifest.json").write_text(json.dumps(manifest))
 
 
 def _replaced(table: pa.Table, column: str, row: int, value) -> pa.Table:
@@ -98,6 +102,14 @@ FAULTS = {
     "an offset that is another": (
         lambda root: _rewrite(root, "index.parquet", lambda table: _replaced(table, "video_offset", 30, 512)),
         "offset and bytes (512",
+    ),
+    "an index that was altered": (
+        lambda root: write_table(root / "index.parquet", read_table(root / "index.parquet").slice(1)),
+        "index.parquet has",
+    ),
+    "labels that were altered": (
+        lambda root: overwrite(root / "labels.parquet", 300, b"\xa5\x5a"),
+        "labels.parquet was altered",
     ),
     "ids in disorder": (
         lambda root: _rewrite(root, "index.parquet", lambda table: table.slice(1)),

@@ -1,0 +1,137 @@
+"""What reads bytes that others wrote: each takes any bytes and ends with a value or with a typed error."""
+
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distav import sealing
+from distav.data.format import INDEX_SCHEMA, ShardSet
+from distav.data.labels import load_labels
+from distav.data.tar import by_key
+from distav.data.verify import sample_json
+from distav.errors import UserError
+
+TYPED = (UserError, sealing.Damaged)
+CLASSES = ["cat", "dog"]
+
+
+def _manifest() -> bytes:
+    shard = {"name": "train-000000.tar", "bytes": 4, "clips": 3}
+    content = {"classes": CLASSES, "codec": "mjpeg", "fps": 8.0, "sample_rate_hz": 8000,
+               "splits": {"train": {"shards": [shard]}}}  # fmt: skip
+    return json.dumps(content).encode()
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def _index() -> bytes:
+    rows = {field.name: np.zeros(3).astype(field.type.to_pandas_dtype()) for field in INDEX_SCHEMA
+            if not pa.types.is_string(field.type)}  # fmt: skip
+    words = {"split": ["train"] * 3, "key": ["a", "b", "c"], "source": ["x", "x", "y"]}
+    rows["id"] = np.arange(3)
+    return _parquet(pa.table({**rows, **words}).select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA))
+
+
+def _labels() -> bytes:
+    return _parquet(pa.table({"split": ["train"] * 3, "id": [0, 1, 2], "label": ["cat", "dog", "cat"]}))
+
+
+def _tar() -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in ("a.avi", "a.flac", "a.json", "b.avi"):
+            info = tarfile.TarInfo(name)
+            info.size = 700
+            tar.addfile(info, io.BytesIO(bytes(700)))
+    return sink.getvalue()
+
+
+def _set(folder: Path, **files: bytes) -> Path:
+    content = {"manifest.json": _manifest(), "index.parquet": _index(), "labels.parquet": _labels(),
+               "train-000000.tar": b"1234"}  # fmt: skip
+    for name, each in (content | {name.replace("_", "."): each for name, each in files.items()}).items():
+        (folder / name).write_bytes(each)
+    return folder
+
+
+def tar(content: bytes, folder: Path) -> None:
+    (folder / "any.tar").write_bytes(content)
+    by_key(folder / "any.tar")
+
+
+def manifest(content: bytes, folder: Path) -> None:
+    shards = ShardSet.open(_set(folder, manifest_json=content))
+    for name in shards.manifest["splits"]:
+        shards.split(name)
+
+
+def index(content: bytes, folder: Path) -> None:
+    split = ShardSet.open(_set(folder, index_parquet=content)).split("train")
+    assert len(split) == len(split.keys) and len(split.source_codes) == len(split)
+
+
+def labels(content: bytes, folder: Path) -> None:
+    shards = ShardSet.open(_set(folder, labels_parquet=content))
+    load_labels(shards, shards.split("train"))
+
+
+def _table(content: bytes, folder: Path, name: str) -> None:
+    shards = ShardSet.open(_set(folder))
+    (folder / name).write_bytes(content)
+    load_labels(shards, shards.split("train"), str(folder / name))
+
+
+def label_csv(content: bytes, folder: Path) -> None:
+    _table(content, folder, "mine.csv")
+
+
+def label_parquet(content: bytes, folder: Path) -> None:
+    _table(content, folder, "mine.parquet")
+
+
+def sample(content: bytes, folder: Path) -> None:
+    sample_json(content)
+
+
+def checkpoint_manifest(content: bytes, folder: Path) -> None:
+    sealing.opened(content)
+
+
+def _sealed() -> bytes:
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "state.json").write_bytes(b"{}")
+        sealing.seal(Path(name), {"state.json": sealing.described(Path(name) / "state.json")})
+        return (Path(name) / sealing.MANIFEST).read_bytes()
+
+
+TARGETS: dict[str, tuple[Callable[[bytes, Path], None], bytes]] = {
+    "tar": (tar, _tar()),
+    "manifest": (manifest, _manifest()),
+    "index": (index, _index()),
+    "labels": (labels, _labels()),
+    "label_csv": (label_csv, b"id,label\n0,cat\n1,dog\n"),
+    "label_parquet": (label_parquet, _labels()),
+    "sample": (sample, b'{"id": 3, "source": "x"}'),
+    "checkpoint_manifest": (checkpoint_manifest, _sealed()),
+}
+"""By name: what reads, and bytes that it reads well."""
+
+
+def feed(name: str, content: bytes) -> None:
+    """Give bytes to a target; anything but a value or a typed error comes out as it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            TARGETS[name][0](content, Path(folder))
+        except TYPED:
+            return

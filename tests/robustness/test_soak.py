@@ -1,0 +1,63 @@
+"""Thousands of batches leave memory and open files as they were; checking members costs next to nothing."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distav.data.format import ShardSet
+from distav.data.loader import Loader
+from distav.data.order import TrainingOrder
+from distav.data.reader import crc32
+from distav.settings import AugmentSettings, DataSettings
+from tests.conftest import make_shards
+
+DATA = DataSettings(num_frames=2, frame_stride=2, frame_size=16, audio_s=0.5)
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.parametrize("batches", [400, pytest.param(5000, marks=pytest.mark.long)])
+def test_memory_and_open_files_stay_flat(tiny_shards: Path, batches: int):
+    split = ShardSet.open(tiny_shards).split("train")
+    loader = Loader(split, DATA, AugmentSettings(), 0, 24, torch.device("cpu"))
+    order = TrainingOrder(split.shard_sizes, 0, 64, 24, 1)
+    plan = ((order.batch(step), step // order.steps_per_epoch) for step in range(batches))
+    memory, files = [], []
+    for number, _ in enumerate(loader.batches(plan)):
+        if number % (batches // 100) == 0:
+            memory.append(resident_mib())
+            files.append(len(os.listdir("/proc/self/fd")))
+    loader.close()
+    late = memory[len(memory) // 2 :]
+    slope = np.polyfit(np.arange(len(late)), late, 1)[0] * 100  # MiB over as many batches as the whole
+    print(f"{batches} batches: {memory[0]:.0f} to {memory[-1]:.0f} MiB, slope {slope:.2f} MiB, files {set(files)}")
+    assert slope < 8 and max(files) - min(files) <= 1
+
+
+def test_checking_members_takes_no_more_than_two_percent_of_the_loader(tmp_path: Path):
+    make_shards("synthetic", tmp_path / "set", "--train-clips=64", "--test-clips=0", "--short-side=128")
+    split = ShardSet.open(tmp_path / "set").split("train")
+    data = DataSettings(num_frames=4, frame_stride=2, frame_size=112, audio_s=1.0)
+    loader = Loader(split, data, None, 0, 32, torch.device("cpu"))
+    ids = np.arange(32)
+    loader.load(ids, 0)
+    members = [loader.reader.read(int(sample)) for sample in ids]
+    whole, checks = [], []
+    for _ in range(7):
+        began = time.process_time()
+        loader.load(ids, 0)
+        middle = time.process_time()
+        for each in members:
+            crc32(each.video), crc32(each.audio)
+        whole.append(middle - began), checks.append(time.process_time() - middle)
+    loader.close()
+    share = float(np.median(checks) / np.median(whole))
+    print(f"CRC-32 takes {100 * share:.2f} % of the loader's CPU time")
+    assert share <= 0.02
