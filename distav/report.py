@@ -21,7 +21,7 @@ def finish(run: Run) -> None:
         "samples": len(run.data.train),
         "phases": run.notes.get("phases", []),
     }
-    for name in ("label_accuracy", "correspondence_auroc", "corrections"):
+    for name in ("saving", "skipped_steps", "label_accuracy", "correspondence_auroc", "corrections"):
         if name in run.notes:
             report[name] = run.notes[name]
     if test is not None:

@@ -117,7 +117,11 @@ class Run:
         faults = self.checkpoints.save(self.position, self.engine, self.bank, self.notes)
         if faults and self.world.is_main:
             self.monitor.warn(f"a checkpoint could not be written, the run goes on without it: {'; '.join(faults)}")
-        times = {"time/checkpoint_s": time.monotonic() - began, "time/checkpoint_write_s": self.checkpoints.write_s}
+        waited = time.monotonic() - began
+        saving = self.notes.setdefault("saving", {"checkpoints": 0, "seconds": 0.0})
+        saving["checkpoints"] += 1
+        saving["seconds"] = round(saving["seconds"] + waited, 3)
+        times = {"time/checkpoint_s": waited, "time/checkpoint_write_s": self.checkpoints.write_s}
         self.monitor.record(self.position.total_steps, times)
 
     def finish_saving(self) -> None:

@@ -1,21 +1,37 @@
 #!/usr/bin/env bash
 # Slurm: one task a node starts DeepSpeed's launcher there, without ssh. Submit from the project's folder:
 #   sbatch --nodes 4 configs/launch/slurm.sh data.root=/data/vggsound
-# A job that ran out of time goes on when it is submitted again.
+# Five minutes before its time is up the ranks are asked to save (SIGUSR1); they end with status 75, and the job is
+# queued again. Any number of nodes may go on with it.
 #SBATCH --job-name=distav
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=96
 #SBATCH --time=24:00:00
-set -euo pipefail
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -uo pipefail
 
 gpus=${SLURM_GPUS_ON_NODE:-8}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 hostfile=$PWD/hostfile.$SLURM_JOB_ID
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$gpus/" > "$hostfile"
 trap 'rm -f "$hostfile"' EXIT
+# The ranks alone are signalled; a launcher would end by it.
+trap 'srun --overlap --ntasks-per-node=1 pkill -USR1 -f "train.py --local_rank"' USR1
 
 export HOSTFILE=$hostfile HEAD_NODE=$head
-srun --kill-on-bad-exit=1 bash -c '
+srun --kill-on-bad-exit=0 bash -c '
   exec deepspeed --hostfile "$HOSTFILE" --no_ssh --node_rank "$SLURM_NODEID" --master_addr "$HEAD_NODE" \
-    --master_port 29500 distav/train.py --config configs/multinode.yaml "$@"' distav "$@"
+    --master_port 29500 distav/train.py --config configs/multinode.yaml "$@"' distav "$@" &
+run=$!
+status=129
+while [ "$status" -gt 128 ] && kill -0 "$run" 2> /dev/null; do
+  wait "$run"
+  status=$?
+done
+if [ "$status" -eq 75 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

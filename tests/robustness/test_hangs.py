@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from distav.stopping import STATUS as ASKED
 from distav.watch import STATUS as GAVE_UP
 from tests.helpers.launch import command, environment
 from tests.helpers.team import Team, run_whole
@@ -103,7 +104,8 @@ def test_a_killed_rank_is_named_by_the_others(tiny_shards: Path, tmp_path: Path)
     assert re.search(r"distav: rank 0: .*rank 2 \(in .*\) has not been heard of", team.logs[0].read_text())
 
 
-def test_the_launcher_hands_on_signals_and_the_status(tiny_shards: Path, tmp_path: Path):
+@pytest.mark.parametrize("who", ["all", "ranks"])
+def test_the_launcher_hands_on_signals_and_the_status(tiny_shards: Path, tmp_path: Path, who: str):
     given = arguments(tmp_path, tiny_shards)
     log = tmp_path / "said.txt"
     with open(log, "w") as file:
@@ -115,11 +117,14 @@ def test_the_launcher_hands_on_signals_and_the_status(tiny_shards: Path, tmp_pat
     while "step 3/12 phase=contrastive" not in log.read_text():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
         time.sleep(0.02)
-    # As a scheduler does: launcher and ranks alike, and the launcher then signals the ranks once more.
-    os.killpg(process.pid, signal.SIGTERM)
+    if who == "all":  # As some schedulers do; the launcher then signals the ranks once more.
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        subprocess.run(["pkill", "-USR1", "-f", f"train.py --local_rank.*{given[1]}"], check=True)
     process.wait(60)
     deadline = time.monotonic() + 30
     while "asked to end; saved" not in log.read_text() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert process.returncode != 0 and "asked to end; saved after step" in log.read_text(), log.read_text()[-3000:]
+    assert "asked to end; saved after step" in log.read_text(), log.read_text()[-3000:]
+    assert process.returncode == ASKED if who == "ranks" else process.returncode != 0
     assert not list((tmp_path / "tiny" / "checkpoints").glob(".writing-*"))
