@@ -177,12 +177,10 @@ class Bank:
     def write(self, name: str, values: Tensor, ids: Tensor, valid: Tensor) -> None:
         """Put rows of this rank's batch into a column, where their owners keep it; repeated ids are averaged.
 
-        Values that are not finite leave their rows as they are.
-
         Args:
             name: a column of numbers.
             values: [b, ...] of this rank.
-            ids, valid: [B] of all ranks; rows that are not valid are left out.
+            ids, valid: [B] of all ranks; rows that are not valid, or not finite, are left out.
         """
         came = self.deliver(values.flatten(1).float(), ids)
         place = _within(ids, self.rows)
@@ -245,10 +243,8 @@ class Bank:
 
     def state(self) -> dict[str, Tensor]:
         """Return this rank's rows for a checkpoint, with the range of ids that they cover."""
-        ends = torch.tensor([self.rows.start, self.rows.stop, self.num_samples])
-        return {name: column.to("cpu", copy=True).contiguous() for name, column in self.columns.items()} | {
-            "range": ends
-        }
+        found = {name: column.to("cpu", copy=True).contiguous() for name, column in self.columns.items()}
+        return found | {"range": torch.tensor([self.rows.start, self.rows.stop, self.num_samples])}
 
     def restore(self, parts: Iterable[dict[str, Tensor]]) -> None:
         """Take this rank's rows out of the parts that any number of ranks saved; reads no more of them than it needs.
