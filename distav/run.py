@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from distav.memory.bank import Bank
 from distav.models.av import AVModel
 from distav.monitor import Monitor
 from distav.phase_settings import ContrastivePhase, CorrectionPhase
-from distav.run_folder import claim
+from distav.run_folder import claimed
 from distav.settings import Settings
 from distav.stopping import Interrupted, Stop, listening
 from distav.world import World, any_rank, gather_objects
@@ -186,9 +186,10 @@ def opened(settings: Settings, world: World) -> Iterator[Run]:
     """
     data = Data.open(settings)
     folder = Path(settings.run.root) / settings.run.name
-    claim(folder, settings, world)
-    monitor = Monitor(folder, world)
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(claimed(folder, settings, world))
+        monitor = Monitor(folder, world)
+        stack.callback(monitor.close)
         rate = data.train.sample_rate_hz
         num_classes = len(data.shards.classes)
         engine = Engine(lambda: AVModel(settings.model, settings.data, rate, num_classes), settings, world)
@@ -197,19 +198,13 @@ def opened(settings: Settings, world: World) -> Iterator[Run]:
         position, notes = checkpoints.restore(engine, bank, monitor.warn) or (Position(), {})
         micro = check_batch(settings.optim.global_batch, settings.optim.accumulation, world.num_ranks)
         loader = Loader(data.train, settings.data, settings.augment, settings.run.seed, micro, world.device)
+        stack.callback(loader.close)
         loader.quarantine.reasons |= {int(sample): reason for sample, reason in notes.get("bad_samples", [])}
-        try:
-            with listening() as stop:
-                run = Run(
-                    settings, world, folder, data, monitor, engine, bank, loader, checkpoints, stop, position, notes
-                )
-                _greet(run)
-                yield run
-                run.finish_saving()
-        finally:
-            loader.close()
-    finally:
-        monitor.close()
+        stop = stack.enter_context(listening())
+        run = Run(settings, world, folder, data, monitor, engine, bank, loader, checkpoints, stop, position, notes)
+        _greet(run)
+        yield run
+        run.finish_saving()
 
 
 def _bank(settings: Settings, world: World, num_samples: int, num_classes: int) -> Bank:

@@ -1,12 +1,17 @@
 """The folder of a run: made, or seen to hold this very run."""
 
+import contextlib
+import fcntl
 import json
+import os
 import platform
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from omegaconf import OmegaConf
@@ -17,6 +22,8 @@ from distav.errors import UserError
 from distav.settings import Settings
 from distav.world import World, broadcast, rank, wait_for_all
 
+PATIENCE_S = 10.0
+"""How long a run that is there already may take to end."""
 FREE = (
     "run.root",
     "run.device",
@@ -38,17 +45,25 @@ FREE = (
 """Settings that may change when a run goes on: none of them has a part in what is learnt from sound numbers."""
 
 
-def claim(folder: Path, settings: Settings, world: World) -> None:
-    """Make the run's folder, or see that it holds this very run; all ranks agree.
+@contextlib.contextmanager
+def claimed(folder: Path, settings: Settings, world: World) -> Iterator[None]:
+    """Make the run's folder, or see that it holds this very run, and keep others out of it; all ranks agree.
 
     Raises:
-        UserError: where it holds another run, or cannot be written.
+        UserError: where it holds another run, another process is at it, or it cannot be written.
     """
+    with contextlib.ExitStack() as held:
+        _claim(folder, settings, world, held)
+        yield
+
+
+def _claim(folder: Path, settings: Settings, world: World, held: contextlib.ExitStack) -> None:
     problem = None
     if rank() == 0:
         stored, text = folder / "config.yaml", config.to_yaml(settings)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            _lock(held.enter_context(open(folder / "lock", "a+")), folder)
             difference = _difference(stored.read_text(), text) if stored.exists() else ""
             if difference:
                 problem = (
@@ -58,12 +73,34 @@ def claim(folder: Path, settings: Settings, world: World) -> None:
             else:
                 write_atomically(stored, text.encode())
                 write_atomically(folder / "environment.json", json.dumps(_environment(world), indent=1).encode())
+        except UserError as error:
+            problem = str(error)
         except OSError as error:
             problem = f"run.root={settings.run.root}: {folder} cannot be written: {error.strerror}."
     problem = broadcast(problem)
     if problem:
         raise UserError(problem)
     wait_for_all()
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    """Lock the folder as long as this process lives; a run that is about to end is waited for."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.seek(0)
+                raise UserError(
+                    f"{folder}: {file.read().strip() or 'another process'} is training there; end that first, or "
+                    "choose another run.name."
+                ) from None
+            time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
 
 
 def _difference(before: str, now: str) -> str:

@@ -1,10 +1,12 @@
 """Signals that end a run: the first asks for a checkpoint, a second one ends the process at once."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STATUS = 75
@@ -12,6 +14,9 @@ STATUS = 75
 SAME_S = 5.0
 """A signal that comes again within so many seconds is the same: schedulers signal a launcher and its ranks, and the
 launcher then signals the ranks too."""
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 class Interrupted(Exception):
@@ -40,6 +45,7 @@ class Stop:
 @contextlib.contextmanager
 def listening() -> Iterator[Stop]:
     """Note the signals instead of ending by them."""
+    _end_with_launcher()
     stop = Stop()
     before = {each: signal.signal(each, stop._hear) for each in SIGNALS}
     try:
@@ -47,3 +53,10 @@ def listening() -> Iterator[Stop]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def _end_with_launcher() -> None:
+    """Have the system send SIGTERM when the launcher dies that started this rank; nobody else would end it then."""
+    with contextlib.suppress(OSError):
+        if b"deepspeed.launcher" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
