@@ -23,7 +23,7 @@ from tests.helpers.launch import TINY, command, environment, losses, records, ti
 @pytest.fixture(scope="module")
 def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("finished")
-    said = train(tiny_config(folder), f"data.root={tiny_shards}", f"run.root={folder}")
+    said = train(tiny_config(folder), f"data.root={tiny_shards}", f"run.root={folder}", launcher=True)
     return folder / "tiny", said
 
 
@@ -147,7 +147,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)
     process.wait()
     assert not (tmp_path / "tiny" / "report.json").exists()
-    said = train(*arguments)
+    said = train(*arguments, launcher=True)
     assert "going on in" in said
     by_step = {each["step"]: each["train/loss"] for each in records(tmp_path / "tiny") if "train/loss" in each}
     assert sorted(by_step) == list(range(1, 21))

@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.team import Team
 
 ROOT = Path(__file__).parents[2]
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"
@@ -42,18 +45,24 @@ def command(config: Path, *overrides: str, ranks: int = 1, launcher: tuple[str, 
     return [str(DEEPSPEED), *options, *([] if launcher else ["--master_port", port]), *script]
 
 
-def train(config: Path, *overrides: str, ranks: int = 1, status: int = 0, timeout_s: float = 240) -> str:
-    """Run a training to its end and return what it printed."""
-    done = subprocess.run(
-        command(config, *overrides, ranks=ranks),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=timeout_s,
-        check=False,
-    )
-    said = done.stdout + done.stderr
-    assert (done.returncode == 0) == (status == 0), said[-6000:]
+def train(
+    config: Path, *overrides: str, ranks: int = 1, status: int = 0, timeout_s: float = 240, launcher: bool = False
+) -> str:
+    """Run a training to its end and return what it printed.
+
+    Ranks are forked from one warm process, which takes a second, or started by the deepspeed launcher, which takes
+    half a minute.
+    """
+    if launcher:
+        words = command(config, *overrides, ranks=ranks)
+        done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=timeout_s, check=False)
+        said, good = done.stdout + done.stderr, done.returncode == 0
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            team = Team(ranks, ["--config", str(config), *overrides], Path(folder))
+            statuses = team.end(timeout_s)
+            said, good = team.said(), statuses == [0] * ranks
+    assert good == (status == 0), said[-6000:]
     return said
 
 

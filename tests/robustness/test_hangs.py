@@ -7,6 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from distav.stopping import STATUS as ASKED
@@ -146,3 +147,16 @@ def test_two_runs_do_not_share_a_folder(tiny_shards: Path, tmp_path: Path):
     assert f"process {first.ranks[0].pid} on" in second.said() and "is training there" in second.said()
     first.signal(signal.SIGCONT)
     assert first.end() == [0], first.said()[-3000:]
+
+
+def test_ranks_of_one_machine_listen_to_nobody_else(tiny_shards: Path, tmp_path: Path):
+    team = Team(2, arguments(tmp_path, tiny_shards), tmp_path / "logs")
+    team.wait_for(lambda: begun(team))
+    team.signal(signal.SIGSTOP)
+    heard = [
+        each.laddr.ip
+        for rank in team.ranks
+        for each in psutil.Process(rank.pid).net_connections(kind="inet")
+        if each.status == psutil.CONN_LISTEN
+    ]
+    assert heard and set(heard) <= {"127.0.0.1", "::1"}
