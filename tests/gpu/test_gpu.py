@@ -104,5 +104,6 @@ def test_training_in_bf16_follows_the_cpu_in_fp32(stage: int, tmp_path: Path):
             f"run.root={tmp_path / device}",
             f"run.device={device}",
             f"deepspeed.zero_stage={stage if device == 'gpu' else 0}",
+            launcher=True,
         )
     np.testing.assert_allclose(losses(tmp_path / "gpu" / "tiny"), losses(tmp_path / "cpu" / "tiny"), rtol=0.1)

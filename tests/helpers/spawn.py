@@ -1,6 +1,5 @@
 """Run a function in several gloo processes; a rank that hangs or fails is named."""
 
-import multiprocessing
 import pickle
 import tempfile
 import time
@@ -12,10 +11,11 @@ from typing import Any
 
 import torch
 
+from tests.helpers.team import context
+
 
 def on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60) -> list[Any]:
     """Return what `function(*arguments)` returns on each rank; raises where one fails or does not end in time."""
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         results: Any = context.Queue()
         target = (function, arguments, num_ranks, str(Path(folder) / "rendezvous"), results, timeout_s)

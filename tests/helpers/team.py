@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 import safetensors.torch
 
 _PRELOADED = ["distav.train", "distav.run", "distav.phases.table", "distav.report", "deepspeed"]
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(_PRELOADED)
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(_PRELOADED)
 
 
 class Team:
@@ -36,7 +36,7 @@ class Team:
             port = free.getsockname()[1]
         self.logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
         self.ranks = [
-            _context.Process(target=_rank, args=(rank, num_ranks, port, tuple(arguments), str(self.logs[rank]), before))
+            context.Process(target=_rank, args=(rank, num_ranks, port, tuple(arguments), str(self.logs[rank]), before))
             for rank in range(num_ranks)
         ]
         for each in self.ranks:

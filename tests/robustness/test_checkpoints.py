@@ -28,6 +28,15 @@ def halfway(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.fixture(scope="module")
+def undamaged(halfway: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, gone on to its end."""
+    folder = tmp_path_factory.mktemp("undamaged")
+    copied(halfway, folder)
+    run_whole(2, arguments(folder, tiny_shards), folder / "logs")
+    return folder / "tiny"
+
+
 def copied(halfway: Path, tmp_path: Path) -> Path:
     shutil.copytree(halfway / "tiny", tmp_path / "tiny")
     return tmp_path / "tiny" / "checkpoints"
@@ -58,7 +67,9 @@ def test_a_flipped_byte_in_any_file_is_found_and_the_one_before_taken(halfway: P
 
 
 @pytest.mark.parametrize("damage", ["altered", "truncated", "missing", "no manifest"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(halfway: Path, tiny_shards: Path, tmp_path: Path, damage: str):
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    halfway: Path, undamaged: Path, tiny_shards: Path, tmp_path: Path, damage: str
+):
     checkpoints = copied(halfway, tmp_path)
     newest, before = sorted(checkpoints.glob("step-*"))[::-1]
     path = newest / ("bank-00001.safetensors" if damage != "no manifest" else MANIFEST)
@@ -74,10 +85,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(halfway: Path, tiny_shard
     assert f"checkpoint {newest.name}: {path.name}" in team.said()
     assert f"going on in contrastive after step {int(before.name[5:14])}" in team.said()
     assert (checkpoints / f".broken-{newest.name}").is_dir()
-    whole = tmp_path / "whole"
-    shutil.copytree(halfway / "tiny", whole / "tiny")
-    run_whole(2, arguments(whole, tiny_shards), whole / "logs")
-    assert fingerprint(tmp_path / "tiny") == fingerprint(whole / "tiny")
+    assert fingerprint(tmp_path / "tiny") == fingerprint(undamaged)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(

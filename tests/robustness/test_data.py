@@ -1,5 +1,7 @@
 """Damaged data is found before it is decoded, by `verify` beforehand and by every rank alike during a run."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -17,6 +19,7 @@ from distav.data.format import ShardSet, read_table, write_table
 from distav.data.reader import BadSample, ShardReader
 from distav.data.tar import by_key
 from distav.errors import UserError
+from distav.inspect_shards import main
 from tests.conftest import ROOT, make_shards
 from tests.helpers.team import Team, run_whole
 from tests.robustness.test_kills import arguments
@@ -27,9 +30,12 @@ def shards(tiny_shards: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
 
 
-def inspect(root: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "inspect_shards.py"), "verify", str(root), *more]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def inspect(root: Path, *more: str) -> tuple[int, str]:
+    """Exit status of `inspect_shards.py verify`, and what it said."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = main(["verify", str(root), *more])
+    return status, said.getvalue()
 
 
 def overwrite(path: Path, place: int, content: bytes) -> None:
@@ -46,8 +52,10 @@ def second_shard_cut_after(root: Path, samples: int) -> int:
 
 
 def test_a_sound_set_is_said_to_be_so(shards: Path):
-    done = inspect(shards)
-    assert done.returncode == 0 and "as it was written" in done.stdout
+    status, said = inspect(shards)
+    assert status == 0 and "as it was written" in said
+    tool = [sys.executable, str(ROOT / "tools" / "inspect_shards.py"), "verify", str(shards)]
+    assert subprocess.run(tool, check=False, capture_output=True).returncode == 0
 
 
 def _flip(root: Path, member: int) -> None:
@@ -147,14 +155,14 @@ FAULTS = {
 def test_verify_finds(shards: Path, fault: str):
     damage, told = FAULTS[fault]
     damage(shards)
-    done = inspect(shards)
-    assert done.returncode == 2 and told in done.stdout + done.stderr, done.stdout + done.stderr
+    status, said = inspect(shards)
+    assert status == 2 and told in said, said
 
 
 def test_verify_takes_a_table_of_labels_along(shards: Path, tmp_path: Path):
     (tmp_path / "mine.csv").write_text("id,label\n3,disc+tone\n96,disc+tone\n")
-    done = inspect(shards, "--labels", str(tmp_path / "mine.csv"))
-    assert done.returncode == 2 and "1 rows name samples that split train does not have: 96" in done.stdout
+    status, said = inspect(shards, "--labels", str(tmp_path / "mine.csv"))
+    assert status == 2 and "1 rows name samples that split train does not have: 96" in said
 
 
 def test_a_shard_damaged_while_the_run_is_on_costs_its_samples_on_all_ranks_alike(shards: Path, tmp_path: Path):
