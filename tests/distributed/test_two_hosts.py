@@ -89,6 +89,7 @@ def test_multinode_configuration_trains_on_two_hosts(hosts: list[tuple[str, str]
     assert json.loads((tmp_path / "multinode" / "environment.json").read_text())["num_ranks"] == 2
 
 
+@pytest.mark.long
 def test_a_host_cut_off_in_mid_step_is_named_on_both_sides_and_the_run_goes_on(
     hosts: list[tuple[str, str]], tiny_shards: Path, tmp_path: Path
 ):

@@ -66,7 +66,10 @@ def test_a_flipped_byte_in_any_file_is_found_and_the_one_before_taken(halfway: P
             assert fault and name in fault, (name, place, fault)
 
 
-@pytest.mark.parametrize("damage", ["altered", "truncated", "missing", "no manifest"])
+@pytest.mark.parametrize(
+    "damage",
+    ["altered", *(pytest.param(each, marks=pytest.mark.long) for each in ("truncated", "missing", "no manifest"))],
+)
 def test_a_damaged_checkpoint_is_named_and_passed_over(
     halfway: Path, undamaged: Path, tiny_shards: Path, tmp_path: Path, damage: str
 ):
@@ -118,7 +121,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(where)], check=False)
 
 
-@pytest.mark.parametrize("fault", ["full", "read-only"])
+@pytest.mark.parametrize("fault", ["full", pytest.param("read-only", marks=pytest.mark.long)])
 def test_a_save_that_fails_is_told_and_the_next_one_succeeds(
     tiny_shards: Path, tmp_path: Path, small_disk: Path, fault: str
 ):
@@ -143,6 +146,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_succeeds(
     assert steps == list(range(1, 21))
 
 
+@pytest.mark.long
 def test_a_run_that_could_not_save_its_end_says_so(tiny_shards: Path, tmp_path: Path, small_disk: Path):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "checkpoints").symlink_to(small_disk)

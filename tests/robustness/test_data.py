@@ -191,6 +191,7 @@ def test_a_run_over_its_budget_of_bad_samples_stops_and_names_them(shards: Path,
     assert again.end() == [1, 1] and "copy the shard again" in again.said()
 
 
+@pytest.mark.long
 def test_damage_goes_on_to_be_known_after_a_resume(shards: Path, tmp_path: Path):
     content = (shards / "train-000000.tar").read_bytes()
     _flip(shards, 0)

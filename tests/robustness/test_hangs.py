@@ -23,7 +23,7 @@ def begun(team: Team) -> bool:
     return "step 3/12 phase=contrastive" in team.said()
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_stopped_rank_is_named_within_the_timeout(tiny_shards: Path, tmp_path: Path, stopped: int):
     given = arguments(tmp_path, tiny_shards)
     team = Team(3, given, tmp_path / "first")
@@ -79,6 +79,7 @@ def _dawdle_at_step_3(rank: int) -> None:
         Engine.step = step
 
 
+@pytest.mark.long
 def test_the_fault_of_one_rank_is_told_by_all(tiny_shards: Path, tmp_path: Path):
     given = arguments(tmp_path, tiny_shards)
     team = Team(2, given, tmp_path / "first", _fail_at_step_3)
@@ -117,7 +118,9 @@ def launched(given: list[str], log: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-@pytest.mark.parametrize("who", ["all", "ranks", "launcher killed"])
+@pytest.mark.parametrize(
+    "who", ["ranks", *(pytest.param(each, marks=pytest.mark.long) for each in ("all", "launcher killed"))]
+)
 def test_the_launcher_hands_on_signals_and_the_status(tiny_shards: Path, tmp_path: Path, who: str):
     given, log = arguments(tmp_path, tiny_shards), tmp_path / "said.txt"
     process = launched(given, log)

@@ -77,7 +77,7 @@ def test_a_run_goes_on_at_other_numbers_of_ranks(unbroken: Path, tiny_shards: Pa
     np.testing.assert_allclose([moved[step] for step in alone], list(alone.values()), rtol=1e-3)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_signal_to_one_rank_saves_and_ends_all(unbroken: Path, tiny_shards: Path, tmp_path: Path, number: int):
     given = arguments(tmp_path, tiny_shards, "run.checkpoint_every=100")
     team = Team(2, given, tmp_path / "first")

@@ -44,7 +44,7 @@ def nan_from_3_on(rank: int) -> None:
         _poison(range(3, 99), "outputs")
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(each, marks=pytest.mark.long) for each in (2, 3))])
 def test_a_step_that_is_not_finite_is_skipped_and_leaves_nothing(tiny_shards: Path, tmp_path: Path, stage: int):
     given = arguments(tmp_path, tiny_shards, f"deepspeed.zero_stage={stage}")
     team = Team(2, given, tmp_path / "logs", nan_at_3_and_14)
