@@ -21,7 +21,7 @@ def write_shard(folder: Path, samples: int) -> Split:
     rng = np.random.default_rng(0)
     path = folder / "train-000000.tar"
     checks: dict[str, list[int]] = {"video_crc32": [], "audio_crc32": []}
-    with webdataset.writer.TarWriter(str(path), encoder=False) as tar:
+    with webdataset.writer.TarWriter(str(path), mtime=0, encoder=False) as tar:
         for number in range(samples):
             video, audio = rng.bytes(VIDEO_BYTES), rng.bytes(AUDIO_BYTES)
             tar.write({"__key__": f"{number:09d}", "avi": video, "flac": audio, "json": b'{"id": %d}' % number})
