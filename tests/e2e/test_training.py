@@ -126,7 +126,7 @@ def test_two_ranks_at_any_zero_stage_learn_as_one(
     assert same > 0.95
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.long)])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, stage: int
 ):
