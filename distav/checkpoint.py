@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distav.checkpoint_files import NAME, Ranges, Writer, bank_parts
+from distav.checkpoint_files import Ranges, Writer, bank_parts, published
 from distav.engine import Engine
 from distav.errors import UserError
 from distav.memory.bank import Bank
@@ -61,6 +61,7 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
         self.write_s = 0.0
         self._writer: Writer | None = None
+        self._not_begun: list[str] = []
 
     def save(self, position: Position, engine: Engine, bank: Bank, notes: dict[str, Any]) -> list[str]:
         """Copy the state and have it written while the training goes on; every rank calls this at the same step.
@@ -78,7 +79,8 @@ class Checkpoints:
         part = self.folder / f"{_WRITING}{position.name}"
         fault = broadcast(self._make(part) if rank() == 0 else None)
         if fault:
-            return [*faults, fault]
+            self._not_begun = [fault]
+            return faults
         tensors, steps = engine.state()
         kinds = sorted({name.partition("/")[0] for name in tensors} - {"weight", "buffer"})
         optimizer = {"steps": steps, "kinds": kinds}
@@ -92,7 +94,8 @@ class Checkpoints:
     def wait(self) -> list[str]:
         """Return when the last checkpoint is on disk on all ranks, or why it is not, by rank."""
         if not self._writer:
-            return []
+            faults, self._not_begun = self._not_begun, []
+            return faults
         writer, self._writer = self._writer, None
         writer.written.wait()
         faults = [each for each in gather_objects(writer.fault) if each]
@@ -118,10 +121,6 @@ class Checkpoints:
             return f"{self.folder}: {error.strerror}"
         return None
 
-    def names(self) -> list[str]:
-        """Return the names of the checkpoints there, the newest first."""
-        return sorted((each.name for each in self.folder.glob("step-*") if NAME.fullmatch(each.name)), reverse=True)
-
     def restore(
         self, engine: Engine, bank: Bank, warn: Callable[[str], None], phase: int | None = None
     ) -> tuple[Position, dict[str, Any]] | None:
@@ -139,8 +138,8 @@ class Checkpoints:
             UserError: where there are checkpoints and none is whole, or it is of another set or network.
         """
         faults: list[str] = []
-        names: list[str] = broadcast(self.names() if rank() == 0 else None)
-        for name in names:
+        names: list[str] = broadcast([each.name for each in published(self.folder)] if rank() == 0 else None)
+        for name in reversed(names):
             fault = self._fault(self.folder / name)
             if fault is None:
                 self._pass_over(faults, warn)

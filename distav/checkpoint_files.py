@@ -18,8 +18,12 @@ from distav.data.format import write_atomically
 from distav.sealing import described, seal, sync
 from distav.world import num_ranks, rank
 
-NAME = re.compile(r"step-\d{9}-\d{3}-\d{6}")
-"""Names of whole checkpoints."""
+_NAME = re.compile(r"step-\d{9}-\d{3}-\d{6}")
+
+
+def published(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder that were given their names, the oldest first."""
+    return sorted(each for each in folder.glob("step-*") if _NAME.fullmatch(each.name))
 
 
 class Writer(threading.Thread):
@@ -74,8 +78,7 @@ class Writer(threading.Thread):
         os.replace(self.part, self.whole)
         shutil.rmtree(self.whole / ".before", ignore_errors=True)
         sync(self.whole.parent)
-        old = sorted(each for each in self.whole.parent.glob("step-*") if NAME.fullmatch(each.name))
-        for each in old[: -self.keep]:
+        for each in published(self.whole.parent)[: -self.keep]:
             shutil.rmtree(each, ignore_errors=True)
 
 

@@ -131,7 +131,10 @@ class Run:
             UserError: where it could not be written.
         """
         if faults := self.checkpoints.wait():
-            raise UserError(f"the last checkpoint could not be written: {'; '.join(faults)}.")
+            raise UserError(
+                f"the last checkpoint could not be written: {'; '.join(faults)}. Make room, or mend the rights, and "
+                "give the same command again."
+            )
 
     def roll_back(self) -> bool:
         """Go back to the last checkpoint of this phase; returns False where there is none."""

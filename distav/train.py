@@ -32,9 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _train(settings)
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(
-                3
-            )  # The first rank says the same and takes the others down; what is said here is this rank's own.
+            # The first rank says the same and takes the others down; what is said here is this rank's own.
+            time.sleep(3)
         print(f"distav: {error}", file=sys.stderr)
         return 1
 

@@ -19,18 +19,20 @@ hostfile=$PWD/hostfile.$SLURM_JOB_ID
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$gpus/" > "$hostfile"
 trap 'rm -f "$hostfile"' EXIT
 # The ranks alone are signalled; a launcher would end by it.
-trap 'srun --overlap --ntasks-per-node=1 pkill -USR1 -f "train.py --local_rank"' USR1
+asked=
+trap 'asked=yes; srun --overlap --ntasks-per-node=1 pkill -USR1 -f "train.py --local_rank"' USR1
 
 export HOSTFILE=$hostfile HEAD_NODE=$head
 srun --kill-on-bad-exit=0 bash -c '
   exec deepspeed --hostfile "$HOSTFILE" --no_ssh --node_rank "$SLURM_NODEID" --master_addr "$HEAD_NODE" \
     --master_port 29500 distav/train.py --config configs/multinode.yaml "$@"' distav "$@" &
 run=$!
-status=129
-while [ "$status" -gt 128 ] && kill -0 "$run" 2> /dev/null; do
+wait "$run"
+status=$?
+if [ "$status" -gt 128 ] && [ -n "$asked" ]; then # The signal ended the waiting, not the run.
   wait "$run"
   status=$?
-done
+fi
 if [ "$status" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

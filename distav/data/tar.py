@@ -83,7 +83,7 @@ def _check_sum(header: bytes, where: str) -> None:
 def _number(field: bytes, what: str) -> int:
     digits = field.strip(b"\0 ")
     if not _NUMBER.fullmatch(digits):
-        raise UserError(f"{what} is no octal number.")
+        raise UserError(f"{what} is no octal number; the file is damaged, or no tar.")
     return int(digits, 8)
 
 

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -49,7 +50,8 @@ def test_a_stopped_rank_is_named_within_the_timeout(tiny_shards: Path, tmp_path:
     run_whole(3, given, tmp_path / "second")
 
 
-def _fail_at_step_3(rank: int) -> None:
+def _at_step_3(rank: int, happens: Callable[[], None]) -> None:
+    """Let something happen to rank 1 when it is about to take its third step."""
     if rank == 1:
         from distav.engine import Engine
 
@@ -58,25 +60,22 @@ def _fail_at_step_3(rank: int) -> None:
         def step(self: Engine) -> float:
             calls[0] += 1
             if calls[0] == 3:
-                raise ZeroDivisionError("a fault of this rank alone")
+                happens()
             return plain(self)
 
         Engine.step = step
+
+
+def _fail() -> None:
+    raise ZeroDivisionError("a fault of this rank alone")
+
+
+def _fail_at_step_3(rank: int) -> None:
+    _at_step_3(rank, _fail)
 
 
 def _dawdle_at_step_3(rank: int) -> None:
-    if rank == 1:
-        from distav.engine import Engine
-
-        plain, calls = Engine.step, [0]
-
-        def step(self: Engine) -> float:
-            calls[0] += 1
-            if calls[0] == 3:
-                time.sleep(60)
-            return plain(self)
-
-        Engine.step = step
+    _at_step_3(rank, lambda: time.sleep(60))
 
 
 @pytest.mark.long

@@ -111,7 +111,7 @@ def test_a_spike_rolls_the_run_back_and_leaves_batches_out(tiny_shards: Path, tm
     assert first
 
 
-def test_batches_after_a_spike_are_those_further_on(tiny_shards: Path):
+def test_any_number_of_ranks_cuts_the_same_global_batch(tiny_shards: Path):
     from distav.data.format import ShardSet
     from distav.data.order import TrainingOrder
 
