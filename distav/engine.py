@@ -83,6 +83,8 @@ class Engine:
         from deepspeed.utils import logger
 
         logger.setLevel(logging.WARNING)
+        # What is told apart by its type alone is warned of as untested.
+        deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(_AdamW)
         # Sums in shared memory serve inference alone, and building them takes a compiler and half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config = deepspeed_config(settings, world)

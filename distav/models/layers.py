@@ -77,8 +77,9 @@ class GlobalBatchNorm(nn.Module):
         self.eps, self.momentum = eps, momentum
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
+        # Cast, since what is made under ZeRO-3 is made in the precision of training.
+        self.register_buffer("running_mean", torch.zeros(channels).float())
+        self.register_buffer("running_var", torch.ones(channels).float())
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GlobalBatchNorm":
         super()._apply(fn, recurse)

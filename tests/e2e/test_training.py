@@ -126,6 +126,17 @@ def test_two_ranks_at_any_zero_stage_learn_as_one(
     assert same > 0.95
 
 
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.long), 3])
+def test_training_in_bf16_follows_that_in_fp32(
+    finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, stage: int
+):
+    arguments = (tiny_config(tmp_path), f"data.root={tiny_shards}", f"run.root={tmp_path}")
+    train(*arguments, "deepspeed.precision=bf16", f"deepspeed.zero_stage={stage}", ranks=2)
+    low, full = losses(tmp_path / "tiny"), losses(finished[0])
+    for phase in (slice(0, 12), slice(12, 20)):  # Means, since stage 3 draws other initial weights in bfloat16.
+        assert np.mean(low[phase]) == pytest.approx(np.mean(full[phase]), rel=0.04)
+
+
 @pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.long)])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, stage: int

@@ -1,5 +1,6 @@
 """Run a function in several gloo processes; a rank that hangs or fails is named."""
 
+import os
 import pickle
 import tempfile
 import time
@@ -56,6 +57,7 @@ def _work(
     results: Any,
     timeout_s: float,
 ) -> None:
+    os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
     try:
         torch.distributed.init_process_group(
