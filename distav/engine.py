@@ -80,11 +80,12 @@ class Engine:
     def __init__(self, build_model: Callable[[], nn.Module], settings: Settings, world: World):
         # Imported late: it takes seconds, and chooses its accelerator when it is.
         import deepspeed
+        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
         from deepspeed.utils import logger
 
         logger.setLevel(logging.WARNING)
         # What is told apart by its type alone is warned of as untested.
-        deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(_AdamW)
+        ZERO_SUPPORTED_OPTIMIZERS.append(_AdamW)
         # Sums in shared memory serve inference alone, and building them takes a compiler and half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config = deepspeed_config(settings, world)
