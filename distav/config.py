@@ -19,7 +19,9 @@ from distav.errors import UserError, listed, nearest
 from distav.phase_settings import (
     NEED_CORRECTION,
     PHASE_KINDS,
+    Candidates,
     ContrastivePhase,
+    InstanceLoss,
     PhaseSettings,
     SoftTargets,
     SupervisedPhase,
@@ -156,6 +158,10 @@ def check(settings: Settings) -> None:
             )
 
 
+_SHARES = ("soft_weight", "weight_min", "trust_after", "whitening", "refine_threshold")
+_FROM_ZERO = ("second", "negatives", "signal_nats", "refine_after_epochs")
+
+
 def _check_phase(name: str, phase: PhaseSettings) -> None:
     for key, value in dataclasses.asdict(phase).items():
         where = f"phases.{name}.{key}"
@@ -164,24 +170,47 @@ def _check_phase(name: str, phase: PhaseSettings) -> None:
         for each in several:
             if key.endswith(("temperature", "temperatures", "_q")):
                 _require(each > 0, where, each, "a number above 0")
-            elif key in ("soft_weight", "weight_min", "trust_after", "whitening") or key.endswith("momentum"):
+            elif key in _SHARES or key.endswith("momentum"):
                 _require(0 <= each <= 1, where, each, "0 to 1")
+            elif key == "matching_candidates":
+                _require(each >= 2, where, each, "2 or more")
             elif key in ("epochs", "neighbors", "width"):
                 _require(each >= 1, where, each, "a whole number from 1 up")
-            elif key.endswith(("weight", "scale", "ramp", "memory")) or key in ("second", "negatives", "signal_nats"):
+            elif key.endswith(("weight", "scale", "ramp", "memory")) or key in _FROM_ZERO:
                 _require(each >= 0, where, each, "0 or more")
 
-    if isinstance(phase, ContrastivePhase) and phase.negatives and phase.soft_targets is not SoftTargets.none:
-        raise UserError(
-            f"phases.{name}.negatives={phase.negatives}: drawn rows go with hard targets alone; set "
-            f"phases.{name}.soft_targets=none, or negatives=0 for the whole bank."
-        )
+    if isinstance(phase, ContrastivePhase):
+        _check_instance_loss(f"phases.{name}", phase)
 
-    if isinstance(phase, ContrastivePhase) and phase.nce and not phase.negatives:
+
+def _check_instance_loss(where: str, phase: ContrastivePhase) -> None:
+    in_batch, acl = phase.candidates is Candidates.batch, phase.loss is InstanceLoss.acl
+    if in_batch and phase.negatives:
         raise UserError(
-            f"phases.{name}.nce=true: needs drawn rows; set phases.{name}.negatives (AVID: 1024), or nce=false for the "
+            f"{where}.negatives={phase.negatives}: rows are drawn from the bank; set {where}.candidates=bank, or "
+            "negatives=0 for the batch."
+        )
+    if acl and not in_batch and not phase.negatives:
+        raise UserError(
+            f"{where}.loss=acl: is taken over some candidates, not the whole bank; set {where}.candidates=batch, or "
+            f"{where}.negatives to the rows to draw, e.g. 127."
+        )
+    if acl and phase.nce:
+        raise UserError(f"{where}.nce=true: is another loss than acl; set {where}.loss=xid or nce=false.")
+    if phase.nce and not phase.negatives:
+        raise UserError(
+            f"{where}.nce=true: needs drawn rows; set {where}.negatives (AVID: 1024), or nce=false for the "
             "softmax over the whole bank."
         )
+    if phase.candidates is Candidates.batch or phase.negatives:
+        what = f"{where}.candidates=batch" if in_batch else f"{where}.negatives={phase.negatives}"
+        if not acl and phase.soft_targets is not SoftTargets.none:
+            raise UserError(
+                f"{where}.soft_targets={phase.soft_targets.name}: {what} goes with hard targets alone; set "
+                f"{where}.soft_targets=none, or candidates=bank and negatives=0 for the whole bank."
+            )
+        if phase.mask_unvisited:
+            raise UserError(f"{where}.mask_unvisited=true: is for the whole bank, and not for {what}.")
 
 
 def _require(right: bool, key: str, value: object, allowed: str) -> None:

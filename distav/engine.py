@@ -98,6 +98,7 @@ class Engine:
         optim = settings.optim
         self._adamw = _AdamW(parameter_groups(model, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2))
         self.skipped = False
+        self._build_model = build_model
         self._gathered = deepspeed.zero.GatheredParameters
         self._engine: Any
         self._optimizer: Any
@@ -157,6 +158,15 @@ class Engine:
     def restore(self, read: Callable[[str, int, int], Tensor], steps: int, kinds: list[str]) -> None:
         """Take up a saved state; every rank calls this. See `distav.engine_state.put_back`."""
         put_back(self._engine, read, steps, kinds)
+
+    def restart(self, seed: int) -> None:
+        """Begin again with new initial weights and no optimiser state; every rank calls this."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self._build_model()
+        fresh = {f"weight/{name}": value.detach().flatten() for name, value in model.named_parameters()}
+        fresh |= {f"buffer/{name}": value.flatten() for name, value in model.named_buffers()}
+        put_back(self._engine, lambda name, start, size: fresh[name][start : start + size], 0, [])
 
     def whole_state(self) -> dict[str, Tensor]:
         """Return all parameters and buffers in float32 on the CPU, gathered where they are sharded."""

@@ -102,12 +102,16 @@ def put_back(engine: Any, read: Callable[[str, int, int], Tensor], steps: int, k
     Args:
         engine: DeepSpeed's.
         read: returns elements [start, start + size) of `kind/parameter`; raises ValueError where they were not saved.
-        steps: the optimiser's steps.
+        steps: the optimiser's steps; at 0 it starts afresh.
         kinds: its kinds of state.
     """
     states = engine.basic_optimizer.state
     if hasattr(engine.optimizer, "_partition_all_parameters"):
         engine.optimizer._partition_all_parameters()
+    if not steps:
+        for state in states.values():
+            for value in state.values():
+                value.zero_()
     for piece in pieces(engine):
         if not piece.size:
             continue

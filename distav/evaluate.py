@@ -1,13 +1,21 @@
-"""Scores: top-1 on a test split, accuracy of corrected labels, detection of mismatched pairs."""
+"""Scores: top-1 and retrieval on a test split, accuracy of corrected labels, detection of mismatched pairs."""
+
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import rankdata
+from torch import Tensor
 
 from distav.data.loader import Loader
 from distav.data.order import owned_batches
+from distav.phase_settings import SupervisedPhase
 from distav.run import Run
-from distav.world import sum_
+from distav.world import gather_ragged_rows, gather_rows, rank, sum_
+
+RECALLED = (1, 5, 10)
+_QUERIES = 512
+"""Queries of retrieval that are ranked at a time."""
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -54,8 +62,35 @@ def expected_calibration_error(shares: np.ndarray, true: np.ndarray, bins: int =
     return float(gap[count > 0].sum() / len(true))
 
 
-def test_accuracy(run: Run) -> dict[str, float] | None:
-    """Return top-1 on the test split by both modalities and by each alone; None without a test split."""
+NOISE_KINDS = ["right", "wrong label", "wrong pair", "both wrong"]
+
+
+def noise_kinds(wrong_label: np.ndarray, wrong_pair: np.ndarray) -> np.ndarray:
+    """Return each sample's place in `NOISE_KINDS`: [N] bool twice -> [N] int64."""
+    return wrong_label.astype(np.int64) + 2 * wrong_pair
+
+
+def noise_confusion(
+    wrong_label: np.ndarray, wrong_pair: np.ndarray, told_label: np.ndarray, told_pair: np.ndarray
+) -> dict[str, Any]:
+    """Return how often each kind of noise was taken for each: rows are what is, columns what was told.
+
+    Args:
+        wrong_label, wrong_pair: [N] bool, what is wrong with a sample.
+        told_label, told_pair: [N] bool, what was found to be.
+    """
+    counts = np.zeros((4, 4), dtype=np.int64)
+    np.add.at(counts, (noise_kinds(wrong_label, wrong_pair), noise_kinds(told_label, told_pair)), 1)
+    return {"kinds": NOISE_KINDS, "counts": counts.tolist()}
+
+
+def test(run: Run) -> dict[str, Any] | None:
+    """Score the network on the test split; None without one.
+
+    Returns:
+        What `retrieval` returns; and, where classifiers were trained, `top1` by both modalities, `top1_visual` and
+        `top1_audio` by each alone.
+    """
     split, labels = run.data.test, run.data.test_labels
     if split is None or labels is None:
         return None
@@ -64,18 +99,61 @@ def test_accuracy(run: Run) -> dict[str, float] | None:
     loader = Loader(split, settings.data, None, settings.run.seed, run.micro_batch, world.device)
     batches = owned_batches(len(split), run.micro_batch, world.rank, world.num_ranks)
     hits = torch.zeros(4, device=world.device)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     run.engine.train(False)
     try:
         with torch.no_grad():
             for batch in loader.batches((ids, 0) for ids in batches):
-                outputs = run.engine(batch)
+                outputs, valid = run.engine(batch), batch.valid
                 for number, name in enumerate(("logits", "visual_logits", "audio_logits")):
                     right = outputs[name].argmax(1) == truth[batch.ids]
-                    hits[number] += (right & batch.valid).sum()
-                hits[3] += batch.valid.sum()
+                    hits[number] += (right & valid).sum()
+                hits[3] += valid.sum()
+                parts.append((outputs["visual"][valid], outputs["audio"][valid], truth[batch.ids[valid]]))
     finally:
         loader.close()
         run.engine.train()
     both, visual, audio, count = sum_(hits).tolist()
-    count = max(1.0, count)
-    return {"top1": both / count, "top1_visual": visual / count, "top1_audio": audio / count}
+    shares = {}
+    if any(isinstance(phase, SupervisedPhase) for phase in settings.phases.values()):
+        count = max(1.0, count)
+        shares = {"top1": both / count, "top1_visual": visual / count, "top1_audio": audio / count}
+    return shares | retrieval(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+
+def retrieval(visual: Tensor, audio: Tensor, classes: Tensor) -> dict[str, float]:
+    """Return how well pictures find sounds among all, and sounds pictures; exact, every rank asks for its own part.
+
+    Keys are ranked by cosine, equal ones by their place. Recalls are for the one sound, or picture, of the same clip;
+    average precision is for all of the same class.
+
+    Args:
+        visual, audio: [n, D] unit vectors of this rank's clips.
+        classes: [n] their classes.
+
+    Returns:
+        For both directions, named by what asks: `recall_at_1`, `_5`, `_10` and `map` (mean average precision); and
+        `rsum`, the sum of all recalls in percent, as the literature gives it. Empty without clips.
+    """
+    first = gather_rows(torch.tensor([len(visual)], device=visual.device))[: rank()].sum()
+    every = {"visual": gather_ragged_rows(visual.float()), "audio": gather_ragged_rows(audio.float())}
+    kinds = gather_ragged_rows(classes)
+    if not len(kinds):
+        return {}
+    found: dict[str, float] = {}
+    for asking, queries, answering in (("visual", visual, "audio"), ("audio", audio, "visual")):
+        totals = torch.zeros(len(RECALLED) + 1, dtype=torch.float64, device=visual.device)
+        for start in range(0, len(queries), _QUERIES):
+            some = queries[start : start + _QUERIES].float()
+            itself = torch.arange(start, start + len(some), device=some.device) + first
+            order = (some @ every[answering].T).sort(dim=1, descending=True, stable=True).indices
+            place = (order == itself[:, None]).float().argmax(1)
+            relevant = (kinds[order] == kinds[itself][:, None]).double()
+            precision = relevant.cumsum(1) / torch.arange(1, len(kinds) + 1, device=some.device)
+            totals[:-1] += torch.stack([(place < k).sum() for k in RECALLED])
+            totals[-1] += ((precision * relevant).sum(1) / relevant.sum(1)).sum()
+        shares = (sum_(totals) / len(kinds)).tolist()
+        found |= {f"{asking}_recall_at_{k}": share for k, share in zip(RECALLED, shares, strict=False)}
+        found[f"{asking}_map"] = shares[-1]
+    found["rsum"] = 100 * sum(value for key, value in found.items() if "recall" in key)
+    return found

@@ -46,7 +46,8 @@ def _verify(root: Path, labels: str, most: int) -> int:
             print(fault)
     seconds = time.monotonic() - began
     if count:
-        print(f"{root}: {count} faults, in {seconds:.1f} s; the runs that use it would mask those samples or stop.")
+        faults = f"{count} fault" + "s" * (count > 1)
+        print(f"{root}: {faults}, in {seconds:.1f} s; the runs that use it would mask those samples or stop.")
         return FAULTY
     print(f"{root}: every file, member, index entry and label is as it was written ({seconds:.1f} s).")
     return 0

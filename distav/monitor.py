@@ -71,7 +71,10 @@ class Monitor:
             self._writer.add_histogram(tag, values.float().cpu(), step)
 
     def confusion(self, tag: str, rows: np.ndarray, columns: np.ndarray, classes: list[str], step: int) -> None:
-        """Draw how often a row class goes with a column class, each row as shares, and write the counts as text."""
+        """Draw how often a row class goes with a column class, each row as shares, and write the counts as text.
+
+        A tag such as `labels/given_to_corrected` says what rows and columns are.
+        """
         if not self._writer:
             return
         num = len(classes)
@@ -83,7 +86,8 @@ class Monitor:
             image[::cell] = image[:, ::cell] = 0.35
         self._writer.add_image(tag, image.astype(np.float32), step, dataformats="HW")
         if num <= 50:
-            head = "| given \\ corrected | " + " | ".join(classes) + " |\n" + "|---" * (num + 1) + "|\n"
+            corner = tag.rpartition("/")[2].replace("_to_", " \\ ")
+            head = f"| {corner} | " + " | ".join(classes) + " |\n" + "|---" * (num + 1) + "|\n"
             body = "\n".join(
                 f"| **{name}** | " + " | ".join(map(str, row)) + " |" for name, row in zip(classes, counts, strict=True)
             )

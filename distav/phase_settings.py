@@ -1,6 +1,7 @@
 """The settings of each kind of phase: type, default, meaning and, where a paper fixed it, its source.
 
-AVID is Morgado et al. 2021a, RAVID Morgado et al. 2021b, CC Li et al. 2021.
+AVID is Morgado et al. 2021a, RAVID Morgado et al. 2021b, CC Li et al. 2021, CRCL Qin et al.
+2023.
 """
 
 from dataclasses import dataclass, field
@@ -8,13 +9,31 @@ from enum import Enum
 
 
 class Estimator(Enum):
-    """How the correspondence of a pair is estimated from the bank (`distav.robust.correspondence`)."""
+    """How the correspondence of a pair is estimated (`distav.robust.correspondence`).
+
+    scc: at each visit from how it matches (CRCL). The others: once an epoch from the bank.
+    """
 
     gmm = "gmm"
     cdf = "cdf"
     category = "category"
+    scc = "scc"
     none = "none"
     oracle = "oracle"
+
+
+class InstanceLoss(Enum):
+    """xid: telling each pair from others, weighted and with soft targets (RAVID). acl: active complementary (CRCL)."""
+
+    xid = "xid"
+    acl = "acl"
+
+
+class Candidates(Enum):
+    """What a pair is told from: rows of the bank, or the batch over all ranks."""
+
+    bank = "bank"
+    batch = "batch"
 
 
 class SoftTargets(Enum):
@@ -64,8 +83,17 @@ class ContrastivePhase:
     """Passes over the training split."""
     lr_scale: float = 1.0
     """Factor on `optim.lr`."""
+    restart: bool = False
+    """Begin with new weights and rows, and keep of earlier phases the correspondence of pairs alone (CRCL's pieces)."""
+    loss: InstanceLoss = InstanceLoss.xid
+    """xid or acl."""
+    candidates: Candidates = Candidates.bank
+    """bank or batch (CRCL: batch); with accumulation, a micro-batch."""
     temperature: float = 0.07
-    """Divides the similarities of the instance loss (AVID: 0.07); where `model.learn_temperature`, the model's does."""
+    """Divides the similarities of the instance loss (AVID: 0.07, CRCL: 0.05); where `model.learn_temperature`, the
+    model's does."""
+    complementary_weight: float = 5.0
+    """Weight lambda of the complementary part of acl (CRCL: 5)."""
     negatives: int = 0
     """Rows drawn for each sample in place of the whole bank (AVID: 1024); 0 uses all, and is exact."""
     nce: bool = False
@@ -96,7 +124,16 @@ class ContrastivePhase:
     trust_ramp: float = 0.05
     """Share of the phase over which they fade in."""
     correspondence_momentum: float = 0.8
-    """Share of the old correspondence kept at each estimate."""
+    """Share of the old correspondence kept at each estimate (CRCL: 0.8)."""
+    refine_after_epochs: int = 2
+    """Epochs before scc begins (CRCL: 2)."""
+    refine_threshold: float = 0.1
+    """Correspondence below which scc holds a pair for mismatched (CRCL: 0.1)."""
+    store_thresholded: bool = False
+    """Whether scc forgets what lies below (CRCL's code does), so that a pair hardly comes back."""
+    matching_candidates: int = 128
+    """Candidates that scc's matching probabilities are stated for, whatever number they were found among (CRCL: 128,
+    its batch). Where classes have few ways to look, take about as many as there are classes."""
     category_weight: float = 1.0
     """Weight of the category-level loss (CC: 1)."""
     category_temperature: float = 1.0

@@ -3,15 +3,18 @@
 import json
 from typing import Any
 
+from distav import evaluate
 from distav.data.format import write_atomically
-from distav.evaluate import test_accuracy
 from distav.export import export
 from distav.run import Run
+
+_KNOWS_NOTHING = 0.5
+"""Width of an interval for a rate that tells nothing of it."""
 
 
 def finish(run: Run) -> None:
     """Test, export, write report.json and print what it says."""
-    test = test_accuracy(run)
+    test = evaluate.test(run)
     state = run.engine.whole_state()
     bad = run.bad_samples()
     if not run.world.is_main:
@@ -21,7 +24,7 @@ def finish(run: Run) -> None:
         "samples": len(run.data.train),
         "phases": run.notes.get("phases", []),
     }
-    for name in ("saving", "skipped_steps", "label_accuracy", "correspondence_auroc", "corrections"):
+    for name in ("saving", "skipped_steps", "correspondence", "label_accuracy", "correspondence_auroc", "corrections"):
         if name in run.notes:
             report[name] = run.notes[name]
     if test is not None:
@@ -57,12 +60,18 @@ def in_words(run: Run, report: dict[str, Any]) -> str:
             f"{report['correspondence_auroc']:.3f} (1 is perfect, 0.5 is chance)."
         )
     test = report.get("test")
-    if test:
+    if test and "top1" in test:
         chance = 1 / len(run.data.shards.classes)
         lines.append(
             f"  Test:    {_percent(test['top1'])} of clean test clips named rightly by picture and sound together, "
             f"{_percent(test['top1_visual'])} by picture alone, {_percent(test['top1_audio'])} by sound alone "
             f"(chance: {_percent(chance)})."
+        )
+    if test and "rsum" in test:
+        lines.append(
+            f"  Search:  pictures find sounds of their class with a mean average precision of "
+            f"{_percent(test['visual_map'])}, sounds pictures with {_percent(test['audio_map'])}; rSum "
+            f"{test['rsum']:.1f} of 600."
         )
     if run.notes.get("corrections"):
         last = run.notes["corrections"][-1]
@@ -70,8 +79,11 @@ def in_words(run: Run, report: dict[str, Any]) -> str:
         if not known:
             lines.append("  Noise:   not known; neighbours say nothing of the labels, so these stay as given.")
         for what, key in known:
-            low, high = (_percent(last[key][end]) for end in ("low", "high"))
-            lines.append(f"  Noise:   {_percent(last[key]['rate'])} of the {what} look wrong ({low} to {high}).")
+            low, high = (last[key][end] for end in ("low", "high"))
+            share = f"{_percent(last[key]['rate'])} of the {what} look wrong"
+            if high - low > _KNOWS_NOTHING:
+                share = f"how many of the {what} are wrong cannot be told"
+            lines.append(f"  Noise:   {share} ({_percent(low)} to {_percent(high)}).")
     lines.append(f"  Skipped: {len(report['skipped_samples'])} clips that could not be read.")
     if run.notes.get("corrections"):
         lines.append(f"  Labels to keep:   {run.folder / 'labels' / run.notes['corrections'][-1]['phase']}.parquet")

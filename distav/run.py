@@ -145,6 +145,13 @@ class Run:
             self.begin_phase()
         return found is not None
 
+    def restart(self) -> None:
+        """Begin a phase with new weights and rows of the bank; of earlier phases the labels and pairs found stay."""
+        self.engine.restart(self.settings.run.seed * 1000 + self.position.phase)
+        self.bank.restart()
+        for name in ("nce_partition", "given_labels_learnt"):
+            self.notes.pop(name, None)
+
     def end_if_asked(self) -> None:
         """Save and end the run on all ranks where any was asked to.
 

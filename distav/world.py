@@ -186,6 +186,26 @@ def sum_across(values: Tensor) -> Tensor:
     return _Sum.apply(values) if num_ranks() > 1 else values  # pyright: ignore[reportReturnType]
 
 
+class _Gather(torch.autograd.Function):
+    """Rows of all ranks, whose backward adds up what every rank has for this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return gather_rows(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return exchange(gradients[0]).view(num_ranks(), -1, *gradients[0].shape[1:]).sum(0)
+
+
+def gather_across(rows: Tensor) -> Tensor:
+    """Concatenate the rows of all ranks in rank order with gradient: [b, ...] -> [B, ...]; b is the same everywhere.
+
+    A rank's loss has gradients by the rows of others; they are added up where the rows came from.
+    """
+    return _Gather.apply(rows) if num_ranks() > 1 else rows  # pyright: ignore[reportReturnType]
+
+
 def any_rank(flag: bool) -> bool:
     """Whether any rank says yes; all ranks get the same answer."""
     return bool(max_(torch.tensor([float(flag)])).item())

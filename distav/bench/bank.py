@@ -47,7 +47,9 @@ class Problem:
         """Return the summed loss of both directions and the gradients of both modalities."""
         visual, audio = self.visual.clone().requires_grad_(), self.audio.clone().requires_grad_()
         softness = 0.5 * self.ones if soft else None
-        losses = instance_losses(self.bank, self.visitors(), visual, audio, self.tau, softness, SoftTargets(soft))
+        losses = instance_losses(
+            self.bank, self.visitors(), visual, audio, self.tau, softness, SoftTargets(soft)
+        ).losses
         losses.sum().backward()
         assert visual.grad is not None and audio.grad is not None
         return losses.detach(), visual.grad, audio.grad
@@ -67,7 +69,7 @@ class Problem:
         """Loss, gradient and bank update, with or without the category-level loss."""
         visual, audio = self.visual.clone().requires_grad_(), self.audio.clone().requires_grad_()
         visitors = self.visitors()
-        loss = instance_losses(self.bank, visitors, visual, audio, self.tau).sum()
+        loss = instance_losses(self.bank, visitors, visual, audio, self.tau).losses.sum()
         shares = None
         if with_categories:
             logits = self.logits.clone().requires_grad_()

@@ -67,16 +67,22 @@ def flip_labels(labels: np.ndarray, num_classes: int, noise: LabelNoise, rng: np
     return given
 
 
-def mismatch_pairs(num_samples: int, rate: float, rng: np.random.Generator) -> np.ndarray:
+def mismatch_pairs(
+    num_samples: int, rate: float, rng: np.random.Generator, classes: np.ndarray | None = None
+) -> np.ndarray:
     """Choose whose sound each clip gets: a derangement among a share of the clips, the identity elsewhere.
 
     Args:
         num_samples: clips N.
         rate: share of clips whose sound is swapped, 0..1.
         rng: source of randomness.
+        classes: [N] where every swapped sound has to be of another class than the picture.
 
     Returns:
         [N] int64 `pair_id`: the clip whose sound goes with clip i's picture.
+
+    Raises:
+        UserError: where one class has more than half of the chosen clips, so that it cannot be done.
     """
     pair = np.arange(num_samples)
     chosen = rng.permutation(num_samples)[: round(rate * num_samples)]
@@ -84,4 +90,16 @@ def mismatch_pairs(num_samples: int, rate: float, rng: np.random.Generator) -> n
         return pair
     # One random cycle through the chosen clips has no fixed point.
     pair[chosen] = np.roll(chosen, 1)
+    if classes is None:
+        return pair
+    if 2 * np.bincount(classes[chosen]).max() > len(chosen):
+        raise UserError(
+            f"--cross-class: one class has more than half of the {len(chosen)} clips that are to be swapped; leave the "
+            "option out, or make the classes more even."
+        )
+    for clip in chosen[classes[pair[chosen]] == classes[chosen]]:
+        if classes[pair[clip]] == classes[clip]:  # A swap before may have mended this one too.
+            fits = (classes[chosen] != classes[clip]) & (classes[pair[chosen]] != classes[clip])
+            other = rng.choice(chosen[fits])
+            pair[[clip, other]] = pair[[other, clip]]
     return pair

@@ -4,22 +4,15 @@ Legend: b rows of this rank, B of all ranks, D width, n bank rows of this rank.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from distav.losses.candidates import DIRECTIONS, MODALITIES, Directions, with_gradient
 from distav.memory.bank import Bank, Visitors
-from distav.memory.sampled import Partition, sampled_attend
 from distav.memory.softmax import attend, merge_across_ranks
 from distav.world import gather_rows, own_rows, sum_
-
-MODALITIES = ("visual", "audio")
-Directions = tuple[tuple[str, str], ...]
-DIRECTIONS: Directions = (("visual", "audio"), ("audio", "visual"))
-"""Whose embedding is compared with whose rows: across the modalities (Cross-AVID)."""
-WITHIN: Directions = (("visual", "visual"), ("audio", "audio"))
-"""Within each modality (Self-AVID); both together are Joint-AVID (Morgado et al. 2021a, section 3.2)."""
 
 
 @dataclass(frozen=True)
@@ -39,38 +32,18 @@ class SoftTargets:
     excludes_self: bool = False
 
 
-@dataclass(frozen=True)
-class Negatives:
-    """Rows drawn in place of the whole bank, as AVID does.
+class InstanceLosses(NamedTuple):
+    """What instance discrimination comes to.
 
     Attributes:
-        number: M of each sample, drawn with replacement from all other ids, the same for both directions.
-        seed: seeds the draw.
-        step: the training step, another draw each.
-        partition: for noise-contrastive estimation (AVID equation 1) in place of a softmax over the drawn rows.
+        losses: [b] losses, the sum over both directions.
+        matching: [b] softmax share of a sample's own row, the mean over both directions; no gradient.
+        candidates: how many rows that is among.
     """
 
-    number: int
-    seed: int
-    step: int
-    partition: Partition | None = None
-
-
-class _KnownGradient(torch.autograd.Function):
-    """A loss whose gradient was found along with its value."""
-
-    @staticmethod
-    def forward(ctx: Any, queries: Tensor, temperature: Tensor, losses: Tensor, gradients: Tensor) -> Tensor:
-        ctx.save_for_backward(queries, temperature, gradients)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        queries, temperature, known = ctx.saved_tensors
-        by_temperature = None
-        if ctx.needs_input_grad[1]:  # d loss / d tau = -(q . d loss / d q) / tau
-            by_temperature = -(gradients[0] * (queries * known).sum(1)).sum() / temperature
-        return gradients[0][:, None] * known, by_temperature, None, None
+    losses: Tensor
+    matching: Tensor
+    candidates: int
 
 
 def instance_losses(
@@ -82,10 +55,9 @@ def instance_losses(
     softness: Tensor | None = None,
     soft: SoftTargets | None = None,
     *,
-    negatives: Negatives | None = None,
     mask_unvisited: bool = False,
     directions: Directions = DIRECTIONS,
-) -> Tensor:
+) -> InstanceLosses:
     """Return each sample's loss in both directions, exact over all rows.
 
     With target T = (1 - s) onehot + s S the loss of a query q is lse - q . (sum_j T_j row_j) / tau, and its gradient
@@ -98,44 +70,37 @@ def instance_losses(
         temperature: tau; a tensor of no dimensions gets a gradient.
         softness: [b] share s of the soft target, 0..1; None for hard targets, on all ranks alike.
         soft: how S is made.
-        negatives: draw that many rows instead of using all; hard targets only.
         mask_unvisited: leave rows that were never written out of the softmax; samples that were never seen before
             then have no loss.
         directions: across or within; soft targets are for those across.
-
-    Returns:
-        [b] losses, the sum over both directions.
     """
     tau = float(temperature.detach()) if isinstance(temperature, Tensor) else temperature
-    learnt = temperature if isinstance(temperature, Tensor) else visual.new_tensor(tau)
     queries = {"visual": visual, "audio": audio}
     rows: dict[str, Tensor] = dict(zip(MODALITIES, bank.fetch(MODALITIES, visitors.ids), strict=True))
     seen = None
     if mask_unvisited:
         seen = bank.held_column("visits") > 0
-    if negatives:
-        number, seed, step = negatives.number, negatives.seed, negatives.step
-        found = sampled_attend(bank, visitors, rows, directions, tau, number, seed, step, negatives.partition)
-    else:
-        bias = None if seen is None else _closed(seen)
-        every = queries if bank.replicated else {"visual": visitors.visual, "audio": visitors.audio}
-        found = [attend(every[own], bank.keys(other), bank.keys(other), tau, bias=bias) for own, other in directions]
-        if softness is not None and soft is not None and soft.kind != "none":
-            found += _soft_rows(bank, soft, every, rows, visitors.ids, seen)
-        if not bank.replicated:
-            found = merge_across_ranks(found)
-    total = torch.zeros_like(visual[:, 0])
+    bias = None if seen is None else _closed(seen)
+    every = queries if bank.replicated else {"visual": visitors.visual, "audio": visitors.audio}
+    found = [attend(every[own], bank.keys(other), bank.keys(other), tau, bias=bias) for own, other in directions]
+    if softness is not None and soft is not None and soft.kind != "none":
+        found += _soft_rows(bank, soft, every, rows, visitors.ids, seen)
+    if not bank.replicated:
+        found = merge_across_ranks(found)
+    total, matching = torch.zeros_like(visual[:, 0]), torch.zeros_like(visual[:, 0])
     for each, (own, other) in enumerate(directions):
         lse, expected = found[each]
         target = rows[other]
         if len(found) == 4 and softness is not None:
             target = torch.lerp(target, found[2 + each][1], softness[:, None])
-        losses = lse - (queries[own].detach() * target).sum(1) / tau
-        total = total + _KnownGradient.apply(queries[own], learnt, losses, (expected - target) / tau)
+        asked = queries[own].detach()
+        losses = lse - (asked * target).sum(1) / tau
+        total = total + with_gradient(queries[own], temperature, losses, (expected - target) / tau)
+        matching = matching + ((asked * rows[other]).sum(1) / tau - lse).exp().clamp_max(1) / len(directions)
     if seen is not None:
         known = bank.fetch(("visits",), visitors.ids)[0] > 0
         total = torch.where(known, total, torch.zeros_like(total))
-    return total
+    return InstanceLosses(total, matching, bank.num_samples)
 
 
 def _closed(seen: Tensor) -> Tensor:

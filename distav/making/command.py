@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.shard_samples,
             LabelNoise.parse(options.label_noise),
             options.correspondence_noise,
+            options.cross_class,
         )
         outcome = make_set(_source(options), options.out, plan, options.workers)
     except UserError as error:
@@ -123,6 +124,7 @@ def _add_common(parser: argparse.ArgumentParser, defaults: dict[str, object]) ->
     add("--sample-rate", type=int, default=default.sample_rate_hz, help="of the sound, in Hz (default: %(default)s)")
     add("--label-noise", default="", metavar="KIND:RATE", help="symmetric:0.4 or asymmetric:0.4, training split only")
     add("--correspondence-noise", type=float, default=0.0, metavar="RATE", help="share of training sounds swapped")
+    add("--cross-class", action="store_true", help="swap sounds between clips of different classes alone")
     add("--shard-samples", type=int, default=1000, help="clips of one tar (default: %(default)s)")
     add("--seed", type=int, default=0, help="of order, noise and rendering (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="encoding processes (default: %(default)s)")

@@ -50,6 +50,7 @@ class Plan:
     shard_samples: int = 1000
     label_noise: LabelNoise | None = None
     correspondence_noise: float = 0.0
+    cross_class: bool = False
 
     def __post_init__(self) -> None:
         if self.shard_samples < 1:
@@ -120,6 +121,9 @@ def _claim(work: Path, recipe: dict[str, Any]) -> None:
             f"{work.parent} holds an unfinished set made with other arguments; repeat those, choose another folder, "
             f"or delete {work.parent}."
         )
+    strange = next(work.parent.glob("*.tar"), None)
+    if strange and not path.exists():
+        raise UserError(f"{strange} is of another set, whose manifest.json is missing; choose another folder.")
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.encode())
 
@@ -143,7 +147,9 @@ def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: Plan) -> dict
         clips = [each for each in encoded if each.split == name]
         clips = [clips[number] for number in rng.permutation(len(clips))]
         noisy = name == "train"
-        pair = mismatch_pairs(len(clips), plan.correspondence_noise if noisy else 0.0, rng)
+        true = np.array([classes.index(each.label) for each in clips], dtype=np.int64)
+        swapped = plan.correspondence_noise if noisy else 0.0
+        pair = mismatch_pairs(len(clips), swapped, rng, true if plan.cross_class else None)
         shards = []
         for number, start in enumerate(range(0, len(clips), plan.shard_samples)):
             path = out / f"{name}-{number:06d}.tar"
@@ -156,7 +162,6 @@ def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: Plan) -> dict
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             shards.append({"name": path.name, "clips": len(ids), "bytes": path.stat().st_size, "sha256": digest})
         splits[name] = {"clips": len(clips), "shards": shards}
-        true = np.array([classes.index(each.label) for each in clips], dtype=np.int64)
         flips = plan.label_noise if noisy else None
         given = flip_labels(true, len(classes), flips, rng) if flips else true
         labels.append(_label_table(name, clips, np.array(classes, dtype=object), given, true, pair))

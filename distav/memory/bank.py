@@ -74,6 +74,7 @@ class Bank:
         dtype: torch.dtype = torch.float32,
     ):
         self.num_samples, self.momentum, self.device, self.dtype = num_samples, momentum, device, dtype
+        self._seed = seed
         self.replicated = replicated and num_ranks() > 1
         self.rows = row_range(num_samples)
         self.held = range(num_samples) if self.replicated else self.rows
@@ -94,6 +95,16 @@ class Bank:
         if num_categories:
             self.columns["categories"] = self.assignments.shares
         self._rounded: dict[str, Tensor] = {}
+        self.refresh()
+
+    def restart(self) -> None:
+        """Forget the embeddings and what was seen of them; the correspondence of pairs stays."""
+        dim = self._held["visual"].shape[1]
+        for stream, name in enumerate(("visual", "audio"), start=1):
+            self._held[name].copy_(self._random_rows(self._seed, stream, dim))
+        self._held["visits"].zero_()
+        self.columns["category_agreement"].fill_(1.0)
+        self.assignments.shares.zero_()
         self.refresh()
 
     def refresh(self) -> None:
@@ -182,7 +193,7 @@ class Bank:
             values: [b, ...] of this rank.
             ids, valid: [B] of all ranks; rows that are not valid, or not finite, are left out.
         """
-        came = self.deliver(values.flatten(1).float(), ids)
+        came = self.deliver(values.reshape(len(values), -1).float(), ids)
         place = _within(ids, self.rows)
         asked = place >= 0
         touched = _Touched(place[asked], valid[asked] & torch.isfinite(came.sum(1)))

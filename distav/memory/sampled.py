@@ -4,16 +4,14 @@ Owners score the drawn rows and average them; scores and averages travel, rows d
 Legend: b queries of this rank, B of all ranks, M negatives, D width.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from distav.memory.bank import Bank, Visitors
+from distav.memory.bank import Bank
 from distav.seeding import sample_seeds, uniform
-from distav.world import exchange, gather_rows, num_ranks, own_rows, sum_
+from distav.world import exchange, gather_rows, num_ranks, sum_
 
 _QUERIES = 128
 """Queries whose drawn rows are looked up at a time."""
@@ -46,80 +44,44 @@ def drawn_ids(ids: Tensor, number: int, num_samples: int, seed: int, step: int) 
     return other + (other >= ids[:, None])
 
 
-def sampled_attend(
-    bank: Bank,
-    visitors: Visitors,
-    targets: dict[str, Tensor],
-    directions: tuple[tuple[str, str], ...],
-    temperature: float,
-    number: int,
-    seed: int,
-    step: int,
-    partition: Partition | None = None,
-) -> list[tuple[Tensor, Tensor]]:
-    """Attend over each sample's own row and M drawn ones.
+@dataclass(frozen=True)
+class Draw:
+    """Which rows are drawn: `number` for each sample, by a seed, anew at each step."""
 
-    With a partition Z the own row is told from the drawn ones one by one, by binary cross-entropy against M Z:
-    loss = softplus(log MZ - s) + sum_n softplus(s_n - log MZ). It comes as the lse and out that give this loss and its
-    gradient where a softmax would stand: lse - s, and (out - row) / temperature.
-
-    Args:
-        bank: the rows.
-        visitors: queries of all ranks.
-        targets: [b, D] bank rows of this rank's samples by modality.
-        directions: pairs of the modality that asks and the one that answers.
-        temperature: divides the dot products.
-        number: M.
-        seed, step: make the draw.
-        partition: Z of noise-contrastive estimation; None for a softmax.
-
-    Returns:
-        For each direction lse [b] and out [b, D] of this rank's queries.
-    """
-    ids = drawn_ids(visitors.ids, number, bank.num_samples, seed, step)
-    place = ids - bank.rows.start
-    own = (place >= 0) & (place < len(bank.rows))
-    place = place.masked_fill(~own, 0)
-    found = []
-    for asking, answering in directions:
-        queries, column = getattr(visitors, asking), bank.columns[answering]
-        mine = own_rows(queries)
-        logits = _sum_for_own(_scores(queries, column, place, own)) / temperature
-        positive = (mine * targets[answering]).sum(1, keepdim=True) / temperature
-        every = torch.cat([positive, logits], dim=1)
-        if partition:
-            above = every - math.log(number * partition.take(logits))
-            lse = F.softplus(-above[:, 0]) + F.softplus(above[:, 1:]).sum(1) + positive.squeeze(1)
-            share = above.sigmoid()
-        else:
-            lse = every.logsumexp(1)
-            share = (every - lse[:, None]).exp()
-        drawn = _sum_for_own(_averages(gather_rows(share[:, 1:]), column, place, own))
-        found.append((lse, share[:, :1] * targets[answering] + drawn))
-    return found
+    number: int
+    seed: int
+    step: int
 
 
-def _scores(queries: Tensor, column: Tensor, place: Tensor, own: Tensor) -> Tensor:
-    """Return the products with the drawn rows that this rank owns, 0 elsewhere: [B, M]."""
-    if not len(column):
-        return torch.zeros_like(own, dtype=torch.float32)
-    parts = [
-        torch.einsum("bd,bmd->bm", queries[start : start + _QUERIES], column[place[start : start + _QUERIES]])
-        for start in range(0, len(queries), _QUERIES)
-    ]
-    return torch.cat(parts).masked_fill(~own, 0.0)
+class Drawn:
+    """The rows drawn for the samples of a batch, wherever they are kept; both modalities' are of the same ids."""
+
+    def __init__(self, bank: Bank, ids: Tensor, draw: Draw):
+        """Take the ids of the batch of all ranks, [B]."""
+        self.bank = bank
+        place = drawn_ids(ids, draw.number, bank.num_samples, draw.seed, draw.step) - bank.rows.start
+        self._own = (place >= 0) & (place < len(bank.rows))
+        self._place = place.masked_fill(~self._own, 0)
+
+    def products(self, queries: Tensor, modality: str) -> Tensor:
+        """Return the products of the batch's queries with their drawn rows: [B, D] of all ranks -> [b, M]."""
+        column = self.bank.columns[modality]
+        if not len(column):
+            return _sum_for_own(torch.zeros_like(self._own, dtype=torch.float32))
+        parts = [torch.einsum("bd,bmd->bm", queries[some], column[self._place[some]]) for some in _slices(len(queries))]
+        return _sum_for_own(torch.cat(parts).masked_fill(~self._own, 0.0))
+
+    def sums(self, factors: Tensor, modality: str) -> Tensor:
+        """Return the sums of the drawn rows times factors: [b, M] -> [b, D]."""
+        column, every = self.bank.columns[modality], gather_rows(factors).masked_fill(~self._own, 0.0)
+        if not len(column):
+            return _sum_for_own(every.new_zeros(len(every), column.shape[1]))
+        parts = [torch.einsum("bm,bmd->bd", every[some], column[self._place[some]]) for some in _slices(len(every))]
+        return _sum_for_own(torch.cat(parts))
 
 
-def _averages(shares: Tensor, column: Tensor, place: Tensor, own: Tensor) -> Tensor:
-    """Return the sums over the drawn rows that this rank owns, times their shares: [B, D]."""
-    shares = shares.masked_fill(~own, 0.0)
-    if not len(column):
-        return shares.new_zeros(len(shares), column.shape[1])
-    parts = [
-        torch.einsum("bm,bmd->bd", shares[start : start + _QUERIES], column[place[start : start + _QUERIES]])
-        for start in range(0, len(shares), _QUERIES)
-    ]
-    return torch.cat(parts)
+def _slices(number: int) -> list[slice]:
+    return [slice(start, start + _QUERIES) for start in range(0, number, _QUERIES)]
 
 
 def _sum_for_own(parts: Tensor) -> Tensor:

@@ -10,7 +10,14 @@ from distav.data.format import write_table
 from distav.data.labels import correction_table
 from distav.data.loader import Loader
 from distav.data.order import PADDING, padded_batches
-from distav.evaluate import auroc, expected_calibration_error, label_accuracy
+from distav.evaluate import (
+    NOISE_KINDS,
+    auroc,
+    expected_calibration_error,
+    label_accuracy,
+    noise_confusion,
+    noise_kinds,
+)
 from distav.phase_settings import CorrectionPhase
 from distav.robust.correction import Correction, Space, Voting, correct, nothing_known
 from distav.run import Run
@@ -153,6 +160,11 @@ def _report(run: Run, name: str, found: Correction) -> None:
             "other_class": auroc(correspondence, ~wrong),
             "swapped": auroc(correspondence, ~swapped),
         }
+        if labels.true is not None:
+            found_wrong = corrected != labels.given, correspondence < 0.5
+            summary["noise_confusion"] = noise_confusion(labels.given != labels.true, wrong, *found_wrong)
+            kinds = noise_kinds(labels.given != labels.true, wrong), noise_kinds(*found_wrong)
+            run.monitor.confusion("noise/true_to_told", *kinds, NOISE_KINDS, step)
     run.notes["labels_changed"] = changed
     run.notes.setdefault("corrections", []).append(summary)
     if run.world.is_main:

@@ -29,6 +29,7 @@ def train(
     rates: tuple[float, float],
     losses_of: Callable[[Batch, float], Losses],
     begin_epoch: Callable[[int, float], None] | None = None,
+    restart: bool = False,
 ) -> None:
     """Train for some epochs from where the run stands in this phase.
 
@@ -39,10 +40,15 @@ def train(
         rates: learning rates of towers and heads after the warm-up.
         losses_of: computes the losses of a micro-batch; also gets the progress of the phase, 0..1.
         begin_epoch: called with the epoch and the progress before its first step.
+        restart: whether the phase begins with new weights and rows.
     """
     total = epochs * run.order(run.position.phase).steps_per_epoch
     meter, guard = _Meter(run, name, total), Guard(run, name)
-    while not _stretch(run, total, rates, losses_of, begin_epoch, meter, guard):
+    while True:
+        if restart and run.position.step == 0:
+            run.restart()
+        if _stretch(run, total, rates, losses_of, begin_epoch, meter, guard):
+            return
         roll_back(run)
         guard.forget()
 

@@ -65,7 +65,7 @@ def run_supervised(run: Run, name: str, settings: SupervisedPhase) -> None:
         losses = {"loss": both + visual + audio, "both": both, "visual": visual, "audio": audio}
         if settings.instance_weight:
             apart = instance_losses(bank, visitors, *pair, settings.temperature)
-            losses["instance"] = weighted_mean(apart, present * sample_weights(paired, _WEIGHT_MIN))
+            losses["instance"] = weighted_mean(apart.losses, present * sample_weights(paired, _WEIGHT_MIN))
             losses["loss"] = losses["loss"] + settings.instance_weight * losses["instance"]
             categories = outputs["visual_categories"], outputs["audio_categories"]
             bank.update(visitors, category_agreement(weighted_shares(*categories, present)))

@@ -90,6 +90,46 @@ def cdf_correspondence(similarity: Tensor, kappa: float = 0.5, delta: float = 0.
     return torch.special.ndtr((s - mean - delta * std) / (math.sqrt(kappa) * std)).float()
 
 
+@dataclass(frozen=True)
+class SelfRefinement:
+    """Self-refining correspondence correction (CRCL; Qin et al. 2023): an average over a pair's visits.
+
+    In the first phase that refines, correspondences are 1 up to the last epoch of the warm-up and are then replaced by
+    that epoch's matching probabilities; later phases start with what was stored and leave it alone for as long.
+
+    Attributes:
+        momentum: beta, share of the old correspondence kept at each visit.
+        warmup_epochs: e_w, epochs at the start of a phase.
+        threshold: epsilon; a correspondence below it counts as 0.
+        store_thresholded: store that 0, from which a pair hardly comes back, as the published code does.
+    """
+
+    momentum: float = 0.8
+    warmup_epochs: int = 2
+    threshold: float = 0.1
+    store_thresholded: bool = False
+
+    def believed(self, stored: Tensor) -> Tensor:
+        """Return what the loss believes of stored correspondences."""
+        return stored.masked_fill(stored < self.threshold, 0.0)
+
+    def visit(self, stored: Tensor, matching: Tensor, epoch: int, first: bool) -> tuple[Tensor, Tensor]:
+        """Return what to believe of pairs at a visit, and what to store of them.
+
+        Args:
+            stored: correspondences, of any shape.
+            matching: matching probabilities found at this visit.
+            epoch: of the phase, from 0.
+            first: whether no phase before has refined.
+        """
+        if epoch < self.warmup_epochs:
+            estimated = first and epoch == self.warmup_epochs - 1
+            return self.believed(stored), matching if estimated else stored
+        average = torch.lerp(matching, stored, self.momentum)
+        believed = self.believed(average)
+        return believed, believed if self.store_thresholded else average
+
+
 def sample_weights(correspondence: Tensor, smallest: float) -> Tensor:
     """Return loss weights w = w_min + (1 - w_min) c; above 0, or a pair once doubted could never recover."""
     return smallest + (1 - smallest) * correspondence

@@ -92,11 +92,34 @@ def go_on(folder: str, pairs: list[tuple[int, int]]) -> dict[tuple, tuple[State,
     return found
 
 
+def learn_again() -> dict[tuple, tuple[State, State]]:
+    """Return the states after learning from a restart, and from a new engine that begins with the same weights."""
+    found = {}
+    for stage, precision in itertools.product(STAGES, PRECISIONS):
+        engine = new_engine(stage, precision)
+        learn(engine, 0, HALF)
+        engine.restart(0)
+        restarted = whole(engine)
+        learn(engine, 0, HALF)
+        afresh = new_engine(stage, precision)
+        afresh.restore(lambda name, start, size, of=restarted: of[name][start : start + size], 0, [])
+        learn(afresh, 0, HALF)
+        found[stage, precision] = whole(engine), whole(afresh)
+    return found
+
+
+def test_a_restart_leaves_nothing_of_what_was_learnt():
+    for (stage, precision), (again, afresh) in on_ranks(2, learn_again, timeout_s=120)[0].items():
+        assert again.keys() == afresh.keys() and again["steps"] == HALF
+        for name, value in afresh.items():
+            assert torch.equal(again[name], value), f"{name} at stage {stage}, {precision.name}"
+
+
 def test_states_go_on_at_any_number_of_ranks_and_any_zero_stage(tmp_path: Path):
     reference = on_ranks(2, save_at_half, str(tmp_path), timeout_s=120)[0]
-    every = list(itertools.product(STAGES, STAGES))
     same = [(stage, stage) for stage in STAGES]
-    for ranks, pairs in ((1, same), (2, every), (3, same)):
+    others = [(stage, (stage + 1) % len(STAGES)) for stage in STAGES]
+    for ranks, pairs in ((1, same), (2, same + others), (3, same)):
         found = on_ranks(ranks, go_on, str(tmp_path), pairs, timeout_s=120)[0]
         for (saved, stage, precision), (half, end) in found.items():
             where = f"saved on 2 ranks at stage {saved}, taken up on {ranks} at {stage}, {precision.name}"

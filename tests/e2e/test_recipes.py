@@ -1,6 +1,7 @@
 """The recipes that are shipped, at a fraction of their size."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from distav.data.format import ShardSet
 from tests.helpers.launch import ROOT, TINY, records, tiny_config, train
+from tests.helpers.team import Team, fingerprint, run_whole
 
 SMALL = (
     "run.device=cpu", "run.log_every=1", "data.num_frames=2", "data.frame_stride=2", "data.frame_size=16",
@@ -38,6 +40,61 @@ def test_ravid_yaml(changes: tuple[str, ...], ranks: int, tiny_shards: Path, tmp
     weight = [each["pairs/weight_mean"] for each in records(run) if "pairs/weight_mean" in each][-1]
     # RAVID's weights by the cdf: 0.25 + 0.75 / 2 on average, whatever the noise.
     assert weight == (pytest.approx(1) if changes else pytest.approx(0.625, abs=0.08))
+
+
+PIECES = ("piece_1", "piece_2", "piece_3")
+
+
+def crcl(folder: Path, shards: Path, *changes: str) -> list[str]:
+    small = [each for each in SMALL if not each.startswith("phases.contrastive")]
+    each = [f"phases.{piece}.{change}" for piece in PIECES for change in ("epochs=3", *changes)]
+    where = (f"data.root={shards}", f"run.root={folder}", "monitor.media_clips=0", "run.checkpoint_every=1")
+    return ["--config", str(ROOT / "configs" / "crcl.yaml"), *where, *small, *each]
+
+
+def steps_saved(run: Path) -> int:
+    return max((int(each.name.split("-")[1]) for each in (run / "checkpoints").glob("step-*")), default=0)
+
+
+BANK = ("candidates=bank", "negatives=15")
+
+
+@pytest.mark.parametrize("changes", [(), pytest.param(BANK, marks=pytest.mark.long)], ids=["batch", "bank"])
+def test_crcl_yaml_goes_on_in_the_middle_of_any_piece(changes: tuple[str, ...], tiny_shards: Path, tmp_path: Path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_whole(2, crcl(whole, tiny_shards, *changes), whole / "logs")
+    for piece in range(len(PIECES)):
+        team = Team(2, crcl(broken, tiny_shards, *changes), broken / f"logs-{piece}")
+        reached = 3 * TRAIN_CLIPS // 24 * piece + 5 + piece
+        team.wait_for(lambda at=reached: steps_saved(broken / "crcl") >= at)
+        team.signal(signal.SIGKILL, piece % 2)
+        assert team.end(60) != [0, 0]
+    run_whole(2, crcl(broken, tiny_shards, *changes), broken / "logs")
+    assert fingerprint(broken / "crcl") == fingerprint(whole / "crcl")
+    report = json.loads((whole / "crcl" / "report.json").read_text())
+    told = report["correspondence"]
+    assert [each["phase"] for each in told] == list(PIECES)
+    assert sum(sum(row) for row in told[-1]["confusion"]["counts"]) == TRAIN_CLIPS
+    assert 0 <= told[-1]["auroc_correspondence"] <= 1 and report["test"]["rsum"] > 0
+    believed = {each["step"]: each["pairs/correspondence_mean"] for each in records(whole / "crcl")
+                if "pairs/correspondence_mean" in each}  # fmt: skip
+    per_epoch = TRAIN_CLIPS // 24
+    # All pairs are believed up to the end of the first warm-up, and a restart changes nothing about them.
+    assert believed[per_epoch] == 1 > believed[2 * per_epoch] > 0
+    assert believed[3 * per_epoch] == believed[4 * per_epoch] == believed[5 * per_epoch] != believed[6 * per_epoch]
+
+
+def test_labels_and_pairs_are_corrected_in_one_run(tiny_shards: Path, tmp_path: Path):
+    acl = "loss: acl, candidates: batch, soft_targets: none"
+    scc = "estimator: scc, refine_after_epochs: 1, matching_candidates: 4"
+    text = TINY.replace("contrastive, epochs: 3", f"contrastive, epochs: 3, {acl}, {scc}")
+    train(tiny_config(tmp_path, text), f"data.root={tiny_shards}", f"run.root={tmp_path}")
+    report = json.loads((tmp_path / "tiny" / "report.json").read_text())
+    found = report["corrections"][0]["noise_confusion"]
+    assert found["kinds"] == ["right", "wrong label", "wrong pair", "both wrong"]
+    assert np.sum(found["counts"]) == TRAIN_CLIPS
+    assert np.sum(found["counts"][1]) + np.sum(found["counts"][3]) == TRAIN_CLIPS // 4  # wrong labels of the set
+    assert 0 <= report["correspondence"][0]["auroc_correspondence"] <= 1
 
 
 WITHOUT_SIGNAL = """

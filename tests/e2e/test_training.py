@@ -103,7 +103,7 @@ def test_a_finished_run_is_told_and_not_repeated(finished: tuple[Path, str], tin
     assert "other settings" in said and "here: optim.lr=0.5" in said
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.long), 2, 3])
 def test_two_ranks_at_any_zero_stage_learn_as_one(
     finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, stage: int
 ):
@@ -137,7 +137,8 @@ def test_training_in_bf16_follows_that_in_fp32(
         assert np.mean(low[phase]) == pytest.approx(np.mean(full[phase]), rel=0.04)
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [0, 3])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, stage: int
 ):

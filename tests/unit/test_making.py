@@ -310,3 +310,10 @@ def test_digits_render_and_degrade(real_data: Path, degrade: bool):
     assert np.abs(clip.sound).max() <= 1 and np.abs(clip.sound).max() > 0.05
     ground = np.median(clip.frames[0])
     assert (ground > 5) == degrade
+
+
+def test_shards_of_unknown_origin_are_not_built_upon(tmp_path: Path):
+    (tmp_path / "train-000000.tar").write_bytes(b"of another set")
+    said = make_shards("synthetic", tmp_path, "--train-clips=6", "--test-clips=2", status=1).stderr
+    assert "train-000000.tar is of another set, whose manifest.json is missing" in said
+    assert (tmp_path / "train-000000.tar").read_bytes() == b"of another set"

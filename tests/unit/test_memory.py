@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from distav.losses.instance import Negatives, SoftTargets, instance_losses, weighted_mean
+from distav.losses.candidates import DrawnCandidates, ScoreLoss, cross_entropy, noise_contrastive
+from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
 from distav.memory import attention
 from distav.memory.attention import Asked, BackEnd, best_back_end, reference, tiles
 from distav.memory.bank import Bank, Visitors
 from distav.memory.neighbors import nearest_neighbors
-from distav.memory.sampled import Partition, drawn_ids
+from distav.memory.sampled import Draw, Partition, drawn_ids
 from distav.memory.selection import Tiling
 from distav.memory.softmax import attend
 
@@ -37,7 +38,11 @@ def visitors(ids: Tensor, visual: Tensor, audio: Tensor, valid: Tensor | None = 
 
 
 def losses_of(bank: Bank, ids: Tensor, visual: Tensor, audio: Tensor, *settings: Any, **more: Any) -> Tensor:
-    return instance_losses(bank, visitors(ids, visual, audio), visual, audio, *settings, **more)
+    return instance_losses(bank, visitors(ids, visual, audio), visual, audio, *settings, **more).losses
+
+
+def drawn_losses(bank: Bank, ids: Tensor, visual: Tensor, audio: Tensor, draw: Draw, loss_of: ScoreLoss) -> Tensor:
+    return DrawnCandidates(bank, visitors(ids, visual, audio), visual, audio, 0.07, draw).losses(loss_of)
 
 
 SHAPES = [(3, 50, 16), (8, 64, 64), (5, 1, 8), (2, 130, 128), (300, 2051, 24), (17, 1023, 20), (1, 4097, 8)]
@@ -213,7 +218,7 @@ def test_drawn_rows_give_the_softmax_over_themselves():
                 every = rows[torch.cat([ids[:, None], drawn], dim=1)]
                 losses = losses - (torch.einsum("bd,bmd->bm", query, every) / 0.07).log_softmax(1)[:, 0]
         else:
-            losses = losses_of(bank, ids, visual, audio, 0.07, negatives=Negatives(64, 1, 5))
+            losses = drawn_losses(bank, ids, visual, audio, Draw(64, 1, 5), cross_entropy)
         losses.sum().backward()
         gradients.append((losses, visual.grad, audio.grad))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
@@ -224,8 +229,8 @@ def test_noise_contrastive_estimation_starts_where_avid_does_and_has_its_gradien
     bank, ids = Bank(20_000, 128, 0.5, torch.device("cpu"), seed=2), torch.arange(64)
     visual, audio = (unit(64, 128, seed=seed).double().float().requires_grad_() for seed in (8, 9))
     partition = Partition()
-    negatives = Negatives(1024, 1, 5, partition)
-    losses = losses_of(bank, ids, visual, audio, 0.07, negatives=negatives)
+    draw, loss_of = Draw(1024, 1, 5), noise_contrastive(partition)
+    losses = drawn_losses(bank, ids, visual, audio, draw, loss_of)
     assert partition.value == pytest.approx(2.215, abs=0.02)
     assert losses.mean().item() / 2 == pytest.approx(8.71, abs=0.2)
     losses.sum().backward()
@@ -242,7 +247,7 @@ def test_noise_contrastive_estimation_starts_where_avid_does_and_has_its_gradien
     for ours, theirs in zip((visual, audio), copies, strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5)
     first = partition.value
-    losses_of(bank, ids, audio, visual, 0.07, negatives=negatives)
+    drawn_losses(bank, ids, audio, visual, draw, loss_of)
     assert partition.value == first
 
 

@@ -25,6 +25,24 @@ def test_mismatched_pairs_are_a_derangement_of_the_chosen(rate: float):
     assert (pair != np.arange(100)).sum() == round(100 * rate)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_mismatched_pairs_of_other_classes_are_spread_over_all_of_them(rate: float):
+    pair = mismatch_pairs(200, rate, np.random.default_rng(1), LABELS)
+    swapped = pair != np.arange(200)
+    assert sorted(pair) == list(range(200)) and swapped.sum() == round(200 * rate)
+    assert (LABELS[pair[swapped]] != LABELS[swapped]).all()
+    if rate == 1:
+        table = np.histogram2d(LABELS, LABELS[pair], bins=5)[0]
+        assert (np.diag(table) == 0).all() and table[~np.eye(5, dtype=bool)].min() >= 3
+
+
+def test_one_class_cannot_be_mismatched_with_others():
+    with pytest.raises(UserError, match="--cross-class: one class has more than half"):
+        mismatch_pairs(10, 1.0, np.random.default_rng(0), np.array([0] * 6 + [1] * 4))
+    pair = mismatch_pairs(10, 1.0, np.random.default_rng(0), np.array([0] * 5 + [1] * 5))
+    assert sorted(pair[:5]) == [5, 6, 7, 8, 9]
+
+
 @pytest.mark.parametrize("text", ["symetric:0.4", "symmetric", "symmetric:2", "symmetric:x"])
 def test_wrong_specifications_are_named(text: str):
     with pytest.raises(UserError, match=text):

@@ -56,6 +56,7 @@ def bench(real_data: Path, tmp_path: Path) -> Bench:
     return Bench(real_data / "avdigits", tmp_path, SHORT)
 
 
+@pytest.mark.long
 def test_trainings_share_phase_1_are_kept_and_not_repeated(bench: Bench, tmp_path: Path, monkeypatch, capsys):
     """Two methods after one phase 1, at a fraction of their size."""
     short = tmp_path / "configs"

@@ -27,6 +27,29 @@ METHODS = {
 SIMPLE = ("ce", "gce", "elr")
 """The baselines that distav has to beat wherever they are asked for."""
 
+PIECES = ("piece_1", "piece_2", "piece_3")
+
+
+def _contrast_alone(*changes: str) -> Method:
+    return Method("baselines/infonce_probe", ("~phases.probe", *(f"phases.contrastive.{each}" for each in changes)))
+
+
+def _pieces(*changes: str) -> Method:
+    return Method("crcl", ("~phases.probe", *(f"phases.{piece}.{change}" for piece in PIECES for change in changes)))
+
+
+PAIR_METHODS = {
+    "infonce": _contrast_alone(),
+    "infonce, batch": _contrast_alone("candidates=batch"),
+    "xid by cdf": _contrast_alone("estimator=cdf"),
+    "xid by gmm": _contrast_alone("estimator=gmm"),
+    "xid by scc": _contrast_alone("estimator=scc", "matching_candidates=10"),
+    "crcl": _pieces(),
+    "crcl, bank": _pieces("candidates=bank", "negatives=127"),
+    "true pairs": _contrast_alone("estimator=oracle", "weight_min=0", "trust_after=0"),
+}
+"""Ways to learn from mismatched pairs without labels; the last one knows which they are."""
+
 CORRECTIONS = ("correct_1", "correct_2", "correct_3", "labels")
 NO_CATEGORIES = ("category_weight=0", "balance_weight=0", "sharpen_weight=0")
 
@@ -66,7 +89,12 @@ ABLATIONS = {
 PHASE_1 = "phase 1"
 MOST_PAIRS = 0.4
 """The largest share of mismatched pairs."""
-SETS = {"easy": (), "hard": ("--degrade",), "speaker held out": ("--hold-out-speaker", "theo")}
+SETS = {
+    "easy": (),
+    "other classes": ("--cross-class",),
+    "hard": ("--degrade",),
+    "speaker held out": ("--hold-out-speaker", "theo"),
+}
 
 
 @dataclass(frozen=True)
@@ -110,6 +138,11 @@ def ablations() -> list[tuple[Cell, tuple[str, ...]]]:
     return [(Cell(name, "symmetric:0.8", MOST_PAIRS), ("distav", *ABLATIONS)) for name in ("hard", "easy")]
 
 
+def pairs() -> list[tuple[Cell, tuple[str, ...]]]:
+    """Return the cells where sounds come from clips of other classes, with the ways to learn from them."""
+    return [(Cell("other classes", "", rate), tuple(PAIR_METHODS)) for rate in (0.0, 0.2, 0.4, 0.6, 0.8)]
+
+
 @dataclass(frozen=True)
 class Job:
     """One training: a method in a cell with a seed; or the phase 1 that several start from."""
@@ -133,4 +166,4 @@ class Job:
     @property
     def settings(self) -> Method:
         """What its method is."""
-        return (METHODS | ABLATIONS)[self.method]
+        return (METHODS | ABLATIONS | PAIR_METHODS)[self.method]

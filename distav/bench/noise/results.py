@@ -56,7 +56,10 @@ def save(found: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
 
 
 def _figures(report: dict[str, Any]) -> dict[str, float]:
-    found = {f"test_{key}": 100 * value for key, value in report["test"].items()}
+    found = {f"test_{key}": value if key == "rsum" else 100 * value for key, value in report["test"].items()}
+    if report.get("correspondence"):
+        last = report["correspondence"][-1]
+        found |= {f"pairs_{key}": 100 * value for key, value in last.items() if key.startswith("auroc")}
     for each in report["phases"]:
         key = f"seconds_{each['kind']}"
         found[key] = found.get(key, 0.0) + each["seconds"]

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from distav.bench.noise.grid import ABLATIONS, PHASE_1, SETS, Cell, Job, ablations, file_name, grid
+from distav.bench.noise.grid import ABLATIONS, PHASE_1, SETS, Cell, Job, ablations, file_name, grid, pairs
 from distav.data.format import ShardSet, write_atomically, write_table
 from distav.data.labels import load_labels
 from distav.data.noise import LabelNoise, flip_labels
 from distav.errors import UserError, listed
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-PARTS = {"grid": grid, "ablations": ablations}
+PARTS = {"grid": grid, "ablations": ablations, "pairs": pairs}
 PRELOADED = ("distav.train", "distav.run", "distav.phases.table", "distav.report", "deepspeed")
 
 
@@ -191,7 +191,7 @@ def run(
         unknown = set(asked) - set(known)
         if unknown:
             raise UserError(f"{option}: there is no '{min(unknown)}'; allowed: {listed(known)}.")
-    cells = [cell for part in parts for cell in PARTS[part]() if cell[0].set in sets]
+    cells = [cell for part in parts or PARTS for cell in PARTS[part]() if cell[0].set in (sets or SETS)]
     jobs = [Job(cell, method, seed) for seed in seeds for cell, methods in cells for method in methods]
     jobs = list(dict.fromkeys(jobs))
     bench = Bench(digits, work)

@@ -1,10 +1,10 @@
 """Tables of the noise benchmark, from its JSON file."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from distav.bench.noise.grid import ABLATIONS, METHODS
+from distav.bench.noise.grid import ABLATIONS, METHODS, PAIR_METHODS
 
 Rows = Sequence[dict[str, Any]]
 DETAILS = {
@@ -21,6 +21,9 @@ DETAILS = {
 
 def accuracy(rows: Rows) -> str:
     """Return top-1 of every method in every cell as Markdown, the best of each cell in bold."""
+    rows = [row for row in rows if row["method"] in METHODS]
+    if not rows:
+        return ""
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
     lines = [_line("set", "label noise", "pair noise", *methods), "|---" * (3 + len(methods)) + "|"]
     for cell, found in by_cell(rows).items():
@@ -62,6 +65,22 @@ def ablation(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def pairs(rows: Rows) -> str:
+    """Return retrieval by class and mismatched pairs found, of every way to learn from them, as Markdown."""
+    cells = {cell: found for cell, found in by_cell(rows).items() if set(found) & set(PAIR_METHODS)}
+    if not cells:
+        return ""
+    rates = [f"{cell[2]:g}" for cell in cells]
+    lines = []
+    for what, figure in PAIR_FIGURES.items():
+        lines += ["", _line(f"{what}; pair noise", *rates), "|---" * (1 + len(rates)) + "|"]
+        for method in PAIR_METHODS:
+            told = [figure(found[method]) if method in found else "" for found in cells.values()]
+            if any(told):
+                lines.append(_line(method, *told))
+    return "\n".join(lines[1:])
+
+
 def times(rows: Rows) -> str:
     """Return how long phases take beside cross-entropy's training, the median over cells and seeds' means."""
     ratios: dict[str, list[float]] = {kind: [] for kind in ("contrastive", "correction", "supervised")}
@@ -79,7 +98,7 @@ def times(rows: Rows) -> str:
 
 def every(rows: Rows) -> list[str]:
     """Return every table that has rows."""
-    return [text for text in (accuracy(rows), correction(rows), ablation(rows), times(rows)) if text]
+    return [text for text in (accuracy(rows), correction(rows), ablation(rows), times(rows), pairs(rows)) if text]
 
 
 def by_cell(rows: Rows) -> dict[tuple[str, str, float], dict[str, dict[str, Any]]]:
@@ -100,3 +119,18 @@ def _spread(score: dict[str, float | None]) -> str:
 
 def _line(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def _both_ways(row: dict[str, Any]) -> str:
+    return f"{_spread(row['test_visual_map'])} / {_spread(row['test_audio_map'])}"
+
+
+def _detection(row: dict[str, Any]) -> str:
+    keys = ("pairs_auroc_correspondence", "pairs_auroc_similarity")
+    return next((_spread(row[key]) for key in keys if key in row), "")
+
+
+PAIR_FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "mAP of sounds for pictures / pictures for sounds": _both_ways,
+    "AUROC of the correspondence, or where none is estimated of the similarity": _detection,
+}
