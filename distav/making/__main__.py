@@ -1,8 +1,11 @@
 """`python -m distav.making`: the same as tools/make_shards.py."""
 
+import os
 import sys
 
 from distav.making.command import main
 
 if __name__ == "__main__":
+    # webdataset then opens nothing by name, runs no command that a URL may hold, and unpickles nothing.
+    os.environ.setdefault("WDS_SECURE", "1")
     sys.exit(main())

@@ -216,8 +216,6 @@ def _write_tar(
     path: Path, split: str, ids: range, clips: list[Encoded], pair: np.ndarray, encoding: Encoding, work: Path
 ) -> None:
     """Write one shard beside its place and rename it."""
-    # It then opens nothing by name, runs no command that a URL may hold, and unpickles nothing.
-    os.environ.setdefault("WDS_SECURE", "1")
     import webdataset.writer  # It brings torch along, which the encoding processes have no use for.
 
     part = work / path.name
