@@ -15,16 +15,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distav.checks import check
 from distav.errors import UserError, listed, nearest
 from distav.phase_settings import (
-    NEED_CORRECTION,
     PHASE_KINDS,
-    Candidates,
-    ContrastivePhase,
-    InstanceLoss,
     PhaseSettings,
-    SoftTargets,
-    SupervisedPhase,
 )
 from distav.settings import Settings
 
@@ -68,154 +63,6 @@ def to_yaml(settings: Settings) -> str:
     """Return the settings as YAML that `load` reads back to the same settings."""
     body = OmegaConf.to_yaml(OmegaConf.create(_plain(settings)))
     return "defaults: [schema, _self_]\n" + body
-
-
-def check(settings: Settings) -> None:
-    """Refuse values that no data could make right.
-
-    Raises:
-        UserError: naming the key, its value and what is allowed.
-    """
-    _require(settings.optim.global_batch > 1, "optim.global_batch", settings.optim.global_batch, "2 or more")
-    at_least_one = {
-        "optim.accumulation": settings.optim.accumulation,
-        "data.num_frames": settings.data.num_frames,
-        "data.frame_stride": settings.data.frame_stride,
-        "data.frame_size": settings.data.frame_size,
-        "data.shuffle_block": settings.data.shuffle_block,
-        "data.decode_threads": settings.data.decode_threads,
-        "data.prefetch": settings.data.prefetch,
-        "run.log_every": settings.run.log_every,
-        "run.max_skipped_steps": settings.run.max_skipped_steps,
-        "run.checkpoint_every": settings.run.checkpoint_every,
-        "monitor.media_every": settings.monitor.media_every,
-        "model.visual.patch": settings.model.visual.patch,
-        "model.visual.tubelet": settings.model.visual.tubelet,
-        "model.audio.patch": settings.model.audio.patch,
-        "model.audio.num_mels": settings.model.audio.num_mels,
-        "model.visual.width": settings.model.visual.width,
-        "model.audio.width": settings.model.audio.width,
-        "model.embed_dim": settings.model.embed_dim,
-        "model.hidden_dim": settings.model.hidden_dim,
-    }
-    for key, value in at_least_one.items():
-        _require(value >= 1, key, value, "a whole number from 1 up")
-    _require(settings.run.keep_checkpoints >= 2, "run.keep_checkpoints", settings.run.keep_checkpoints, "2 or more")
-    shares = {
-        "data.max_bad_fraction": settings.data.max_bad_fraction,
-        "augment.flip": settings.augment.flip,
-        "bank.momentum": settings.bank.momentum,
-        "model.dropout": settings.model.dropout,
-        "optim.warmup_fraction": settings.optim.warmup_fraction,
-        "optim.min_lr_fraction": settings.optim.min_lr_fraction,
-        "model.audio.mask_mels": settings.model.audio.mask_mels,
-        "model.audio.mask_time": settings.model.audio.mask_time,
-    }
-    for key, value in shares.items():
-        _require(0 <= value <= 1, key, value, "0 to 1")
-    _require(bool(re.fullmatch(r"[\w.-]+", settings.run.name)), "run.name", settings.run.name, "letters, digits, . _ -")
-    none_below_zero = {
-        "run.seed": settings.run.seed,
-        "run.threads_per_rank": settings.run.threads_per_rank,
-        "optim.spike_skip": settings.optim.spike_skip,
-        "optim.weight_decay": settings.optim.weight_decay,
-        "optim.grad_clip": settings.optim.grad_clip,
-        "model.num_categories": settings.model.num_categories,
-        "monitor.media_clips": settings.monitor.media_clips,
-        "bank.replicate_below_mib": settings.bank.replicate_below_mib,
-    }
-    for key, value in none_below_zero.items():
-        _require(value >= 0, key, value, "0 or more")
-    for key, value in {"optim.beta1": settings.optim.beta1, "optim.beta2": settings.optim.beta2}.items():
-        _require(0 <= value < 1, key, value, "0 up to, not including, 1")
-    spike = settings.optim.spike_factor
-    _require(spike == 0 or spike > 1, "optim.spike_factor", spike, "0 for never, or a factor above 1")
-    _require(settings.run.timeout_s > 0, "run.timeout_s", settings.run.timeout_s, "seconds above 0")
-    _require(settings.optim.lr > 0, "optim.lr", settings.optim.lr, "a number above 0")
-    _require(settings.data.audio_s > 0, "data.audio_s", settings.data.audio_s, "seconds above 0")
-    _require(0 < settings.augment.crop_area_min <= 1, "augment.crop_area_min", settings.augment.crop_area_min, "0 to 1")
-    _require(
-        0 <= settings.augment.shift_s <= 0.5,
-        "augment.shift_s",
-        settings.augment.shift_s,
-        "0 to 0.5 seconds, since a larger shift makes mismatched pairs",
-    )
-    _require(
-        settings.deepspeed.zero_stage in (0, 1, 2, 3),
-        "deepspeed.zero_stage",
-        settings.deepspeed.zero_stage,
-        "0, 1, 2 or 3",
-    )
-    _require(bool(settings.phases), "phases", "{}", "at least one phase, e.g. {learn: {kind: contrastive}}")
-    corrected = False
-    for name, phase in settings.phases.items():
-        _check_phase(name, phase)
-        corrected = corrected or phase.kind == "correction"
-        if isinstance(phase, SupervisedPhase) and phase.targets in NEED_CORRECTION and not corrected:
-            raise UserError(
-                f"phases.{name}.targets={phase.targets.name}: needs a phase with kind: correction before it; add one, "
-                "or learn from targets: given."
-            )
-
-
-_SHARES = ("soft_weight", "weight_min", "trust_after", "whitening", "refine_threshold")
-_FROM_ZERO = ("second", "negatives", "signal_nats", "refine_after_epochs")
-
-
-def _check_phase(name: str, phase: PhaseSettings) -> None:
-    for key, value in dataclasses.asdict(phase).items():
-        where = f"phases.{name}.{key}"
-        several: list[Any] = cast(list[Any], value) if isinstance(value, list) else [value]
-        _require(bool(several), where, several, "at least one value to choose among")
-        for each in several:
-            if key.endswith(("temperature", "temperatures", "_q")):
-                _require(each > 0, where, each, "a number above 0")
-            elif key in _SHARES or key.endswith("momentum"):
-                _require(0 <= each <= 1, where, each, "0 to 1")
-            elif key == "matching_candidates":
-                _require(each >= 2, where, each, "2 or more")
-            elif key in ("epochs", "neighbors", "width"):
-                _require(each >= 1, where, each, "a whole number from 1 up")
-            elif key.endswith(("weight", "scale", "ramp", "memory")) or key in _FROM_ZERO:
-                _require(each >= 0, where, each, "0 or more")
-
-    if isinstance(phase, ContrastivePhase):
-        _check_instance_loss(f"phases.{name}", phase)
-
-
-def _check_instance_loss(where: str, phase: ContrastivePhase) -> None:
-    in_batch, acl = phase.candidates is Candidates.batch, phase.loss is InstanceLoss.acl
-    if in_batch and phase.negatives:
-        raise UserError(
-            f"{where}.negatives={phase.negatives}: rows are drawn from the bank; set {where}.candidates=bank, or "
-            "negatives=0 for the batch."
-        )
-    if acl and not in_batch and not phase.negatives:
-        raise UserError(
-            f"{where}.loss=acl: is taken over some candidates, not the whole bank; set {where}.candidates=batch, or "
-            f"{where}.negatives to the rows to draw, e.g. 127."
-        )
-    if acl and phase.nce:
-        raise UserError(f"{where}.nce=true: is another loss than acl; set {where}.loss=xid or nce=false.")
-    if phase.nce and not phase.negatives:
-        raise UserError(
-            f"{where}.nce=true: needs drawn rows; set {where}.negatives (AVID: 1024), or nce=false for the "
-            "softmax over the whole bank."
-        )
-    if phase.candidates is Candidates.batch or phase.negatives:
-        what = f"{where}.candidates=batch" if in_batch else f"{where}.negatives={phase.negatives}"
-        if not acl and phase.soft_targets is not SoftTargets.none:
-            raise UserError(
-                f"{where}.soft_targets={phase.soft_targets.name}: {what} goes with hard targets alone; set "
-                f"{where}.soft_targets=none, or candidates=bank and negatives=0 for the whole bank."
-            )
-        if phase.mask_unvisited:
-            raise UserError(f"{where}.mask_unvisited=true: is for the whole bank, and not for {what}.")
-
-
-def _require(right: bool, key: str, value: object, allowed: str) -> None:
-    if not right:
-        raise UserError(f"{key}={value} is not possible; allowed: {allowed}.")
 
 
 def _compose(file: Path, extra: dict[str, Any], overrides: list[str], open_phases: bool = False) -> DictConfig:

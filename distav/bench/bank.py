@@ -16,7 +16,8 @@ from distav.bench.measure import Results, Setting
 from distav.bench.ranks import cpu_seconds, loopback_bytes, on_ranks
 from distav.losses.category import category_agreement, category_loss
 from distav.losses.instance import SoftTargets, instance_losses
-from distav.memory.bank import Bank, Visitors
+from distav.memory.bank import Bank
+from distav.memory.visitors import Visitors
 from distav.world import gather_rows, num_ranks, own_rows
 
 TEMPERATURE = 0.07

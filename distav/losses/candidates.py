@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.memory.bank import Bank, Visitors
+from distav.memory.bank import Bank
 from distav.memory.sampled import Draw, Drawn, Partition
+from distav.memory.visitors import Visitors
 from distav.world import gather_across, own_rows, rank
 
 MODALITIES = ("visual", "audio")

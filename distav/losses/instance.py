@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from distav.losses.candidates import DIRECTIONS, MODALITIES, Directions, with_gradient
-from distav.memory.bank import Bank, Visitors
+from distav.memory.bank import Bank
 from distav.memory.softmax import attend, merge_across_ranks
+from distav.memory.visitors import Visitors
 from distav.world import gather_rows, own_rows, sum_
 
 

@@ -14,7 +14,7 @@ from distav.losses.category import (
     category_loss,
 )
 from distav.losses.instance import weighted_mean
-from distav.memory.bank import Visitors
+from distav.memory.visitors import Visitors
 from distav.phase_settings import ContrastivePhase
 from distav.phases.correspondence import estimate_correspondence, tell_pairs
 from distav.phases.instance import InstanceTerm, ramp

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distav.evaluate import auroc
 from distav.losses.complementary import matching_among
-from distav.memory.bank import Visitors
+from distav.memory.visitors import Visitors
 from distav.phase_settings import ContrastivePhase, Estimator
 from distav.robust.correspondence import SelfRefinement, cdf_correspondence, gmm_correspondence, sample_weights
 from distav.run import Run

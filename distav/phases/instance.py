@@ -13,8 +13,8 @@ from distav.losses.candidates import (
 )
 from distav.losses.complementary import complementary
 from distav.losses.instance import SoftTargets, instance_losses
-from distav.memory.bank import Visitors
 from distav.memory.sampled import Draw, Partition
+from distav.memory.visitors import Visitors
 from distav.phase_settings import Candidates, ContrastivePhase, Estimator, InstanceLoss
 from distav.phases.correspondence import Refinement
 from distav.robust.correspondence import sample_weights

@@ -14,7 +14,7 @@ from distav.losses.supervised import (
     hybrid_targets,
     soft_cross_entropy,
 )
-from distav.memory.bank import Visitors
+from distav.memory.visitors import Visitors
 from distav.phase_settings import NEED_CORRECTION, ClassLoss, SupervisedPhase, Targets
 from distav.phases.loop import Losses, train
 from distav.robust.correspondence import sample_weights

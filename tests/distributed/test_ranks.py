@@ -9,10 +9,11 @@ from distav.losses.candidates import BatchCandidates, DrawnCandidates, cross_ent
 from distav.losses.category import category_agreement, category_loss
 from distav.losses.complementary import complementary
 from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
-from distav.memory.bank import Bank, Visitors
+from distav.memory.bank import Bank
 from distav.memory.neighbors import nearest_neighbors
 from distav.memory.sampled import Draw
 from distav.memory.softmax import attend, merge_across_ranks
+from distav.memory.visitors import Visitors
 from distav.models.av import AVModel
 from distav.models.layers import GlobalBatchNorm
 from distav.robust.correction import Space, Voting, correct

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from distav.data.format import ShardSet
 from distav.data.loader import Loader
 from distav.memory.attention import BACK_ENDS, Asked, reference, works
-from distav.memory.bank import Bank, Visitors
+from distav.memory.bank import Bank
 from distav.memory.neighbors import nearest_neighbors
 from distav.memory.softmax import attend
+from distav.memory.visitors import Visitors
 from distav.seeding import sample_seeds, uniform
 from distav.settings import AugmentSettings, DataSettings
 from tests.conftest import make_shards

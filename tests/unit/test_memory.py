@@ -11,11 +11,12 @@ from distav.losses.candidates import DrawnCandidates, ScoreLoss, cross_entropy, 
 from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
 from distav.memory import attention
 from distav.memory.attention import Asked, BackEnd, best_back_end, reference, tiles
-from distav.memory.bank import Bank, Visitors
+from distav.memory.bank import Bank
 from distav.memory.neighbors import nearest_neighbors
 from distav.memory.sampled import Draw, Partition, drawn_ids
 from distav.memory.selection import Tiling
 from distav.memory.softmax import attend
+from distav.memory.visitors import Visitors
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,40 @@
+"""The embeddings of a batch of all ranks.
+
+Legend: b batch of this rank, B of all ranks, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distav.world import gather_rows
+
+
+@dataclass(frozen=True)
+class Visitors:
+    """The embeddings of a batch, gathered from all ranks: queries of the loss, then the bank's new rows.
+
+    Attributes:
+        ids: [B] int64.
+        valid: [B] bool, whether the row carries a sample.
+        visual, audio: [B, D] unit vectors, without gradient.
+    """
+
+    ids: Tensor
+    valid: Tensor
+    visual: Tensor
+    audio: Tensor
+
+    @staticmethod
+    def gather(ids: Tensor, valid: Tensor, visual: Tensor, audio: Tensor) -> "Visitors":
+        """Gather b rows of every rank in one collective; the bits of an id travel as two floats."""
+        dim = visual.shape[1]
+        bits = ids[:, None].contiguous().view(torch.float32)
+        rows = gather_rows(
+            torch.cat([visual.detach().float(), audio.detach().float(), valid[:, None].float(), bits], 1)
+        )
+        whole_ids = rows[:, 2 * dim + 1 :].contiguous().view(torch.int64).squeeze(1)
+        return Visitors(
+            whole_ids, rows[:, 2 * dim] > 0, rows[:, :dim].contiguous(), rows[:, dim : 2 * dim].contiguous()
+        )
