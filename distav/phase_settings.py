@@ -133,7 +133,7 @@ class ContrastivePhase:
     """Whether scc forgets what lies below (CRCL's code does), so that a pair hardly comes back."""
     matching_candidates: int = 128
     """Candidates that scc's matching probabilities are stated for, whatever number they were found among (CRCL: 128,
-    its batch). Where classes have few ways to look, take about as many as there are classes."""
+    its batch). Where any clip of a class matches as well as the right one, take a third of the number of classes."""
     category_weight: float = 1.0
     """Weight of the category-level loss (CC: 1)."""
     category_temperature: float = 1.0

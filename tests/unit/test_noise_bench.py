@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from distav import config
-from distav.bench.noise.grid import ABLATIONS, METHODS, Cell, Job, ablations, grid
+from distav.bench.noise.grid import ABLATIONS, METHODS, PAIR_METHODS, Cell, Job, ablations, grid
 from distav.bench.noise.plots import save
 from distav.bench.noise.results import trainings, votes
 from distav.bench.noise.runner import Bench
-from distav.bench.noise.tables import ablation, accuracy, correction, every, times
+from distav.bench.noise.tables import ablation, accuracy, correction, every, pairs, times
 from distav.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +24,13 @@ def test_every_method_has_a_configuration_with_the_data_and_towers_of_the_recipe
             assert getattr(settings, section) == getattr(recipe, section), (name, section)
         if method.shares_phase_1:
             assert settings.phases["contrastive"] == recipe.phases["contrastive"], name
+    for name, method in PAIR_METHODS.items():
+        settings = config.load(ROOT / "configs" / f"{method.config}.yaml", method.changes)
+        for section in ("data", "augment", "model", "optim", "bank"):
+            assert getattr(settings, section) == getattr(recipe, section), (name, section)
+        phases = list(settings.phases.values())
+        assert phases[-1].epochs == recipe.phases["contrastive"].epochs and not method.shares_phase_1, name
+        assert {(phase.kind, phase.temperature) for phase in phases} == {("contrastive", 0.2)}, name
     learnt = [phase.epochs for phase in recipe.phases.values() if phase.kind == "supervised"]
     for name in ("ce", "gce", "elr", "true_labels"):
         settings = config.load(ROOT / "configs" / "baselines" / f"{name}.yaml")
@@ -120,6 +127,18 @@ def test_tables_show_the_rows(rows: list[dict]):
     assert "| k 20 | 30.0 ± 1.0 | 33.0 ± 1.0 |" in ablation(rows) and "no whitening" not in ablation(rows)
     assert "| contrastive | 0.90 |" in times(rows) and "| all | 1.60 |" in times(rows)
     assert len(every(rows)) == 4 and len(every([row for row in rows if row["method"] == "ce"])) == 2
+
+
+def test_ways_to_learn_from_mismatched_pairs_have_a_table_of_their_own():
+    found = [
+        _row("other classes", "", method, 50.0, test_visual_map=seen, test_audio_map=90.0, pairs_auroc_similarity=80.0)
+        for method, seen in (("infonce", 70.0), ("crcl", 95.0))
+    ]
+    found[1]["pairs_auroc_correspondence"] = {"mean": 99.5, "sd": 0.2}
+    told = pairs(found)
+    assert "| infonce | 70.0 ± 1.0 / 90.0 ± 1.0 |" in told and "| crcl | 95.0 ± 1.0 / 90.0 ± 1.0 |" in told
+    assert "| infonce | 80.0 ± 1.0 |" in told and "| crcl | 99.5 ± 0.2 |" in told
+    assert every(found) == [told] and pairs([]) == ""
 
 
 def test_one_seed_has_no_deviation(rows: list[dict]):

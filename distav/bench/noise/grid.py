@@ -27,26 +27,18 @@ METHODS = {
 SIMPLE = ("ce", "gce", "elr")
 """The baselines that distav has to beat wherever they are asked for."""
 
-PIECES = ("piece_1", "piece_2", "piece_3")
-
 
 def _contrast_alone(*changes: str) -> Method:
+    changes = ("temperature=0.2", *changes)
     return Method("baselines/infonce_probe", ("~phases.probe", *(f"phases.contrastive.{each}" for each in changes)))
 
 
-def _pieces(*changes: str) -> Method:
-    return Method("crcl", ("~phases.probe", *(f"phases.{piece}.{change}" for piece in PIECES for change in changes)))
-
-
 PAIR_METHODS = {
-    "infonce": _contrast_alone(),
-    "infonce, batch": _contrast_alone("candidates=batch"),
-    "xid by cdf": _contrast_alone("estimator=cdf"),
-    "xid by gmm": _contrast_alone("estimator=gmm"),
-    "xid by scc": _contrast_alone("estimator=scc", "matching_candidates=10"),
-    "crcl": _pieces(),
-    "crcl, bank": _pieces("candidates=bank", "negatives=127"),
-    "true pairs": _contrast_alone("estimator=oracle", "weight_min=0", "trust_after=0"),
+    "infonce": _contrast_alone("candidates=batch"),
+    "weighted xid, cdf": _contrast_alone("estimator=cdf"),
+    "weighted xid, gmm": _contrast_alone("estimator=gmm"),
+    "crcl": Method("crcl", ("~phases.probe",)),
+    "true pairs": _contrast_alone("candidates=batch", "estimator=oracle", "weight_min=0", "trust_after=0"),
 }
 """Ways to learn from mismatched pairs without labels; the last one knows which they are."""
 

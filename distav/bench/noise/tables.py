@@ -18,6 +18,9 @@ DETAILS = {
     "the same, cleanlab": "f1_cleanlab",
 }
 
+_HEAD = 2
+"""Lines of a table without rows."""
+
 
 def accuracy(rows: Rows) -> str:
     """Return top-1 of every method in every cell as Markdown, the best of each cell in bold."""
@@ -44,7 +47,7 @@ def correction(rows: Rows) -> str:
         if row := found.get("distav"):
             told = (_spread(row[key]) if key in row else "" for key in DETAILS.values())
             lines.append(_line(*_cell(cell), *told))
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > _HEAD else ""
 
 
 def ablation(rows: Rows) -> str:
