@@ -30,7 +30,7 @@ def test_every_method_has_a_configuration_with_the_data_and_towers_of_the_recipe
             assert getattr(settings, section) == getattr(recipe, section), (name, section)
         phases = list(settings.phases.values())
         assert phases[-1].epochs == recipe.phases["contrastive"].epochs and not method.shares_phase_1, name
-        assert {(phase.kind, phase.temperature) for phase in phases} == {("contrastive", 0.2)}, name
+        assert {(phase.kind, phase.temperature) for phase in phases} == {("contrastive", 0.3)}, name
     learnt = [phase.epochs for phase in recipe.phases.values() if phase.kind == "supervised"]
     for name in ("ce", "gce", "elr", "true_labels"):
         settings = config.load(ROOT / "configs" / "baselines" / f"{name}.yaml")

@@ -29,7 +29,7 @@ SIMPLE = ("ce", "gce", "elr")
 
 
 def _contrast_alone(*changes: str) -> Method:
-    changes = ("temperature=0.2", *changes)
+    changes = ("temperature=0.3", *changes)
     return Method("baselines/infonce_probe", ("~phases.probe", *(f"phases.contrastive.{each}" for each in changes)))
 
 
