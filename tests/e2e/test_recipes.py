@@ -59,11 +59,20 @@ def steps_saved(run: Path) -> int:
 BANK = ("candidates=bank", "negatives=15")
 
 
-@pytest.mark.parametrize("changes", [(), pytest.param(BANK, marks=pytest.mark.long)], ids=["batch", "bank"])
-def test_crcl_yaml_goes_on_in_the_middle_of_any_piece(changes: tuple[str, ...], tiny_shards: Path, tmp_path: Path):
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("changes", "killed"),
+    [((), [1]), pytest.param((), [0, 2], marks=LONG), pytest.param(BANK, [0, 1, 2], marks=LONG)],
+    ids=["batch, second piece", "batch, first and last", "bank, all"],
+)
+def test_crcl_yaml_goes_on_in_the_middle_of_a_piece(
+    changes: tuple[str, ...], killed: list[int], tiny_shards: Path, tmp_path: Path
+):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run_whole(2, crcl(whole, tiny_shards, *changes), whole / "logs")
-    for piece in range(len(PIECES)):
+    for piece in killed:
         team = Team(2, crcl(broken, tiny_shards, *changes), broken / f"logs-{piece}")
         reached = 3 * TRAIN_CLIPS // 24 * piece + 5 + piece
         team.wait_for(lambda at=reached: steps_saved(broken / "crcl") >= at)

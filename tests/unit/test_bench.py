@@ -23,7 +23,10 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
+_LONG = pytest.param("neighbors", marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("name", [_LONG, *(name for name in SMALL if name != "neighbors")])
 def test_every_benchmark_measures_and_says_whether_its_bars_are_met(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -150,7 +150,7 @@ def test_batches_come_in_order_and_errors_reach_the_caller(tiny_shards: Path):
         list(reader.batches([(np.array([0, 10**6]), 0)]))
 
 
-@pytest.mark.parametrize("codec", ["vp9", "h264"])
+@pytest.mark.parametrize("codec", [pytest.param("vp9", marks=pytest.mark.long), "h264"])
 def test_other_codecs_go_through_the_same_graph(codec: str, tmp_path: Path):
     for name in ("mjpeg", codec):
         make_shards(

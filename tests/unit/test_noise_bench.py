@@ -91,6 +91,7 @@ def test_trainings_share_phase_1_are_kept_and_not_repeated(bench: Bench, tmp_pat
     assert len(right) == len(swept) == 8 + 6 and right[5, 0] < right[200, 0]
 
 
+@pytest.mark.long
 def test_a_training_that_fails_is_named_with_its_log(real_data: Path, tmp_path: Path):
     bench = Bench(real_data / "avdigits", tmp_path, ["optim.lr=-1"])
     with pytest.raises(UserError, match=r"ce_seed-0 ended with status 1; see .*\.log"):
