@@ -9,9 +9,13 @@ import torch.nn.functional as F
 
 from distav.data.format import ShardSet
 from distav.data.loader import Loader
+from distav.evaluate import retrieval
+from distav.losses.candidates import BatchCandidates, DrawnCandidates
+from distav.losses.complementary import complementary
 from distav.memory.attention import BACK_ENDS, Asked, reference, works
 from distav.memory.bank import Bank
 from distav.memory.neighbors import nearest_neighbors
+from distav.memory.sampled import Draw
 from distav.memory.softmax import attend
 from distav.memory.visitors import Visitors
 from distav.seeding import sample_seeds, uniform
@@ -86,6 +90,29 @@ def test_neighbors_are_the_same_on_both():
     assert ((features[row].double() * (ours - theirs)).sum(1).abs() < 2e-6).all()
 
 
+def complementary_on(kind: str) -> tuple[torch.Tensor, ...]:
+    device, generator = torch.device(kind), torch.Generator().manual_seed(0)
+    bank, ids = Bank(500, 16, 0.5, device), torch.randperm(500, generator=generator)[:24].to(device)
+    pair = [F.normalize(torch.randn(24, 16, generator=generator), dim=1).to(device).requires_grad_() for _ in range(2)]
+    visitors = Visitors.gather(ids, ids >= 0, *pair)
+    loss_of = complementary(torch.linspace(0, 1, 24, device=device), 5.0)
+    candidates = BatchCandidates(visitors, *pair, 0.07), DrawnCandidates(bank, visitors, *pair, 0.07, Draw(63, 0, 1))
+    losses = torch.stack([each.losses(loss_of) for each in candidates])
+    losses.sum().backward()
+    scores = retrieval(pair[0].detach(), pair[1].detach(), ids % 3)
+    return (
+        losses,
+        *(each.matching() for each in candidates),
+        *(each.grad for each in pair),
+        torch.tensor(scores["rsum"]),
+    )
+
+
+def test_complementary_losses_and_retrieval_are_the_same_on_both():
+    for ours, theirs in zip(complementary_on("cpu"), complementary_on("cuda"), strict=True):
+        torch.testing.assert_close(ours, theirs.cpu(), atol=1e-3, rtol=1e-3)
+
+
 def test_the_bank_keeps_a_rounded_copy_of_its_rows():
     bank = Bank(50, 16, 0.5, torch.device("cuda"), dtype=torch.bfloat16, num_categories=4)
     ids = torch.tensor([3, 3, 49]).cuda()
@@ -107,4 +134,6 @@ def test_training_in_bf16_follows_the_cpu_in_fp32(stage: int, tmp_path: Path):
             f"deepspeed.zero_stage={stage if device == 'gpu' else 0}",
             launcher=True,
         )
-    np.testing.assert_allclose(losses(tmp_path / "gpu" / "tiny"), losses(tmp_path / "cpu" / "tiny"), rtol=0.1)
+    low, full = (losses(tmp_path / device / "tiny") for device in ("gpu", "cpu"))
+    for phase in (slice(0, 12), slice(12, 20)):  # Means, since stage 3 draws other initial weights in bfloat16.
+        assert np.mean(low[phase]) == pytest.approx(np.mean(full[phase]), rel=0.1)
