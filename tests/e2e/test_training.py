@@ -169,7 +169,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
 
 def test_other_ways_to_use_the_bank_train(tiny_shards: Path, tmp_path: Path):
     phases = """  drawn: {kind: contrastive, epochs: 2, negatives: 16, soft_targets: none}
-  masked: {kind: contrastive, epochs: 1, mask_unvisited: true, category_memory: 1}
+  masked: {kind: contrastive, epochs: 1, mask_unvisited: true, category_memory: 1, estimator: scc,
+           refine_after_epochs: 0, matching_candidates: 4}
 """
     text = TINY.replace("  contrastive: {kind: contrastive, epochs: 3}\n", phases)
     said = train(

@@ -1,0 +1,87 @@
+"""Scores of audio-visual event parsing, as the LLP benchmark defines them (Tian et al. 2020).
+
+Legend: N videos, T segments of one second, C classes.
+"""
+
+import numpy as np
+
+Counts = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""True positives, false positives and false negatives, each [N, C]."""
+
+OVERLAP = 0.5
+"""Intersection over union from which two events are the same."""
+
+
+def parsing_scores(told: np.ndarray, true: np.ndarray) -> dict[str, dict[str, float]]:
+    """Score which events are heard and seen, and when.
+
+    A video's score is the mean F1 over the classes that occur in it, told or true, and 1 where none does; a score is
+    the mean over the videos. That is no macro F1 over the set.
+
+    Args:
+        told, true: [N, 2, T, C] bool, heard first, then seen.
+
+    Returns:
+        For `segment`, which compares seconds, and `event`, which compares unbroken stretches: `audio`, `visual`,
+        `audio_visual` (heard and seen at once), `type` (Type@AV, the mean of these three) and `event` (Event@AV, F1 of
+        the counts of heard and seen together), in percent.
+
+    Raises:
+        ValueError: where the shapes differ.
+    """
+    if told.shape != true.shape or told.ndim != 4 or told.shape[1] != 2:
+        raise ValueError(f"told {told.shape} and true {true.shape} have to be [videos, 2, segments, classes] alike")
+    kinds = [(told[:, 0], true[:, 0]), (told[:, 1], true[:, 1]), (told.all(axis=1), true.all(axis=1))]
+    found = {}
+    for level, count in (("segment", _count_segments), ("event", _count_events)):
+        audio, visual, both = (count(*kind) for kind in kinds)
+        scores = [_score(each) for each in (audio, visual, both)]
+        together = tuple(heard + seen for heard, seen in zip(audio, visual, strict=True))
+        names = ("audio", "visual", "audio_visual", "type", "event")
+        values = (*scores, sum(scores) / 3, _score(together))  # pyright: ignore[reportArgumentType]
+        found[level] = dict(zip(names, values, strict=True))
+    return found
+
+
+def _score(counts: Counts) -> float:
+    hit, wrong, missed = counts
+    total = 2 * hit + wrong + missed
+    occurs = total > 0
+    f1 = np.divide(2 * hit, total, out=np.zeros(total.shape), where=occurs)
+    classes = occurs.sum(axis=1)
+    videos = np.where(classes > 0, f1.sum(axis=1) / np.maximum(classes, 1), 1.0)
+    return 100 * float(videos.mean())
+
+
+def _count_segments(told: np.ndarray, true: np.ndarray) -> Counts:
+    """Compare [N, T, C] second by second."""
+    return (told & true).sum(axis=1), (told & ~true).sum(axis=1), (~told & true).sum(axis=1)
+
+
+def _count_events(told: np.ndarray, true: np.ndarray) -> Counts:
+    """Compare [N, T, C] event by event; no two events share a match, since each needs half of both."""
+    (ours, lengths), (theirs, true_lengths) = _events(told), _events(true)
+    both = (ours >= 0) & (theirs >= 0)
+    pairs, shared = np.unique(np.stack([ours[both], theirs[both]]), axis=1, return_counts=True)
+    union = lengths[pairs[0]] + true_lengths[pairs[1]] - shared
+    matched = pairs[0][shared >= OVERLAP * union]
+    shape = told.shape[0], told.shape[2]
+    row_of = np.zeros(len(lengths), dtype=np.int64)
+    row_of[ours[ours >= 0]] = np.broadcast_to(np.arange(shape[0] * shape[1])[:, None], ours.shape)[ours >= 0]
+    hit = np.bincount(row_of[matched], minlength=shape[0] * shape[1]).reshape(shape)
+    return hit, _starts(told).sum(axis=1) - hit, _starts(true).sum(axis=1) - hit
+
+
+def _events(present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number the unbroken stretches of [N, T, C]: their numbers [N * C, T], -1 outside, and their lengths."""
+    rows = present.transpose(0, 2, 1).reshape(-1, present.shape[1])
+    starts = _starts(present).transpose(0, 2, 1).reshape(rows.shape)
+    numbers = np.where(rows, starts.ravel().cumsum().reshape(rows.shape) - 1, -1)
+    return numbers, np.bincount(numbers[rows], minlength=0)
+
+
+def _starts(present: np.ndarray) -> np.ndarray:
+    """Where events of [N, T, C] begin."""
+    before = np.zeros_like(present)
+    before[:, 1:] = present[:, :-1]
+    return present & ~before
