@@ -1,4 +1,4 @@
-"""The annotations of LLP (Look, Listen and Parse; Tian et al. 2020): which of 25 events are heard, which seen, and when.
+"""The annotations of LLP (Look, Listen and Parse; Tian et al. 2020): which events are heard, which seen, and when.
 
 Legend: N videos, T segments of one second, C classes.
 """
