@@ -1,0 +1,124 @@
+"""The event parser and its losses against PyTorch's own parts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distav.losses.parsing import modality_losses, segment_losses, video_losses
+from distav.models.parser import Attention, AttentivePooling, EventParser, HybridLayer, SegmentEmbedding, Stream
+
+SEEDS = torch.arange(3)
+VALOR = [Stream("vggish", 128)], [Stream("resnet152", 64), Stream("r2plus1d", 32)]
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def features(num: int = 3) -> tuple[list[Tensor], list[Tensor]]:
+    return [rand(num, 10, 128)], [rand(num, 80, 64, seed=1), rand(num, 10, 32, seed=2)]
+
+
+def published_attention(ours: Attention, width: int, heads: int) -> nn.MultiheadAttention:
+    theirs = nn.MultiheadAttention(width, heads, batch_first=True).eval()
+    theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.project.weight.data, ours.project.bias.data
+    theirs.out_proj.load_state_dict(ours.out.state_dict())
+    return theirs
+
+
+@pytest.mark.parametrize("heads", [1, 8])
+def test_attention_is_pytorchs(heads: int):
+    ours = Attention(32, heads, 0.1, 5).eval()
+    nn.init.normal_(ours.project.bias)
+    x, y = rand(3, 10, 32), rand(3, 10, 32, seed=1)
+    expected = published_attention(ours, 32, heads)(x, y, y, need_weights=False)[0]
+    torch.testing.assert_close(ours(x, y, SEEDS), expected)
+
+
+def test_a_layer_is_the_published_one():
+    layer = HybridLayer(32, 4, 64, 0.1, 0).eval()
+    x, y = rand(3, 10, 32), rand(3, 10, 32, seed=1)
+    own, other = published_attention(layer.own, 32, 4), published_attention(layer.other, 32, 4)
+    expected = layer.norms[0](x + other(x, y, y)[0] + own(x, x, x)[0])
+    expected = layer.norms[1](expected + layer.outside(layer.inside(expected).relu()))
+    torch.testing.assert_close(layer(x, y, SEEDS), expected)
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_pictures_attend_to_sounds_as_they_came_or_as_they_became(in_turn: bool):
+    net = EventParser(*VALOR, 25, width=32, depth=2, heads=4, feed_forward=64, in_turn=in_turn).eval()
+    audio, visual = features()
+    heard, seen = net.embed_audio(audio), net.embed_visual(visual)
+    for layer in net.layers:
+        updated = layer(heard, seen, SEEDS)
+        seen = layer(seen, updated if in_turn else heard, SEEDS)
+        heard = updated
+    expected = net.pool(torch.stack([heard, seen], 1))
+    for ours, theirs in zip(net(audio, visual, SEEDS), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert expected.segments.shape == (3, 2, 10, 25) and expected.modality.shape == (3, 2, 25)
+
+
+def test_published_pooling_weights_add_up_to_anything_and_joint_ones_to_one():
+    sums = {}
+    for joint in (False, True):
+        pool = AttentivePooling(8, 5, joint)
+        nn.init.zeros_(pool.classify.weight)
+        nn.init.constant_(pool.classify.bias, -3.0)
+        for seed, each in enumerate((pool.weigh_time, pool.weigh_modality)):
+            each.weight.data = 3 * rand(5, 8, seed=seed)
+        parsed = pool(rand(4, 2, 10, 8))
+        sums[joint] = parsed.video / torch.sigmoid(torch.tensor(-3.0))
+        torch.testing.assert_close(parsed.modality / torch.sigmoid(torch.tensor(-3.0)), torch.ones(4, 2, 5))
+    torch.testing.assert_close(sums[True], torch.ones(4, 5))
+    assert sums[False].min() < 0.5 and sums[False].max() > 1.5
+
+
+def test_streams_come_to_segments_by_their_means():
+    embedding = SegmentEmbedding([Stream("a", 6)], 4, 10)
+    steps = rand(2, 80, 6)
+    expected = embedding.project[0](steps).unflatten(1, (10, 8)).mean(2)
+    torch.testing.assert_close(embedding([steps]), expected)
+
+
+def test_a_token_map_is_stretched_in_time_and_averaged_over_its_rows():
+    embedding = SegmentEmbedding([Stream("clap", 6, (2, 32))], 4, 10)
+    tokens = rand(2, 64, 6)
+    grid = tokens.view(2, 2, 32, 6).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, (2, 1024), mode="bicubic").permute(0, 2, 3, 1)
+    expected = F.adaptive_avg_pool1d(embedding.project[0](grid).mean(1).transpose(1, 2), 10).transpose(1, 2)
+    torch.testing.assert_close(embedding([tokens]), expected)
+
+
+def test_dropout_hangs_on_the_sample_alone():
+    net = EventParser(*VALOR, 25, width=32, heads=4, feed_forward=64, dropout=0.5).train()
+    audio, visual = features()
+    whole = net(audio, visual, SEEDS).segments
+    part = net([each[1:] for each in audio], [each[1:] for each in visual], SEEDS[1:]).segments
+    torch.testing.assert_close(whole[1:], part)
+    assert not torch.allclose(whole, net(audio, visual, SEEDS + 9).segments)
+
+
+def test_every_parameter_learns():
+    net = EventParser(*VALOR, 25, width=32, depth=2, heads=4, feed_forward=64)
+    parsed = net(*features(), SEEDS)
+    weak = torch.rand(3, 25) > 0.5
+    loss = video_losses(parsed.video, weak) + modality_losses(parsed.modality, weak)
+    (loss + segment_losses(parsed.segments, torch.rand(3, 2, 10, 25) > 0.5)).sum().backward()
+    assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in net.parameters())
+
+
+def test_losses_are_the_published_means():
+    weak, probability = torch.tensor([[1.0, 0.0]]), torch.tensor([[[0.8, 0.3], [0.6, 0.1]]])
+    bce = F.binary_cross_entropy
+    heard, seen = probability[0]
+    torch.testing.assert_close(video_losses(probability[:, 0], weak), bce(heard, weak[0])[None])
+    expected = bce(heard, weak[0]) + bce(seen, 0.9 * weak[0] + 0.05)
+    torch.testing.assert_close(modality_losses(probability, weak), expected[None])
+    logits, harvested = rand(2, 2, 10, 5), torch.rand(2, 2, 10, 5) > 0.7
+    each = [
+        sum(F.binary_cross_entropy_with_logits(logits[n, m], harvested[n, m].float()) for m in range(2))
+        for n in range(2)
+    ]
+    torch.testing.assert_close(segment_losses(logits, harvested), torch.stack(each))  # type: ignore[arg-type]
