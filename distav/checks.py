@@ -105,7 +105,7 @@ def check(settings: Settings) -> None:
             )
 
 
-_SHARES = ("soft_weight", "weight_min", "trust_after", "whitening", "refine_threshold")
+_SHARES = ("soft_weight", "weight_min", "trust_after", "whitening", "refine_threshold", "matching_quantile")
 _FROM_ZERO = ("second", "negatives", "signal_nats", "refine_after_epochs")
 
 

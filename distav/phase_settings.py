@@ -134,6 +134,9 @@ class ContrastivePhase:
     matching_candidates: int = 128
     """Candidates that scc's matching probabilities are stated for, whatever number they were found among (CRCL: 128,
     its batch). Where any clip of a class matches as well as the right one, take a third of the number of classes."""
+    matching_quantile: float = 0.0
+    """Quantile of all pairs' correspondences from which scc believes a pair wholly; 0: a probability of 1 (CRCL). Where
+    a network has learnt little yet, all pairs match about alike, and this believes them all instead of none."""
     category_weight: float = 1.0
     """Weight of the category-level loss (CC: 1)."""
     category_temperature: float = 1.0

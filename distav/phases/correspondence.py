@@ -13,6 +13,8 @@ from distav.phase_settings import ContrastivePhase, Estimator
 from distav.robust.correspondence import SelfRefinement, cdf_correspondence, gmm_correspondence, sample_weights
 from distav.run import Run
 
+FULLY_BELIEVED = "fully_believed_from"
+"""The run's note of the matching probability from which a pair is believed wholly."""
 REFINED = "refined_correspondence"
 """The bank's column of averages that self-refinement keeps; `correspondence` has what is believed of them."""
 
@@ -49,10 +51,18 @@ class Refinement:
         epoch = run.position.step // run.order(run.position.phase).steps_per_epoch
         stored = run.bank.fetch((REFINED,), visitors.ids)[0]
         matching = matching_among(matching, candidates, self.settings.matching_candidates)
-        believed, stored = self.rule.visit(stored, matching, epoch, first)
+        full = run.notes.get(FULLY_BELIEVED, 1.0)
+        believed, stored = self.rule.visit(stored, matching, epoch, first, full)
         run.bank.write(REFINED, stored, visitors.ids, visitors.valid)
-        run.bank.write("correspondence", self.rule.believed(stored), visitors.ids, visitors.valid)
+        run.bank.write("correspondence", self.rule.believed(stored, full), visitors.ids, visitors.valid)
         return believed
+
+
+def measure_belief(run: Run, settings: ContrastivePhase) -> None:
+    """Once an epoch, find from which matching probability on a pair is believed wholly."""
+    if settings.matching_quantile and REFINED in run.bank.columns:
+        refined = run.bank.whole(REFINED)
+        run.notes[FULLY_BELIEVED] = max(float(torch.quantile(refined, settings.matching_quantile)), 1e-6)
 
 
 def estimate_correspondence(run: Run, settings: ContrastivePhase, trusted: bool) -> dict[str, Any]:

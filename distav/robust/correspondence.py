@@ -109,11 +109,14 @@ class SelfRefinement:
     threshold: float = 0.1
     store_thresholded: bool = False
 
-    def believed(self, stored: Tensor) -> Tensor:
-        """Return what the loss believes of stored correspondences."""
-        return stored.masked_fill(stored < self.threshold, 0.0)
+    def believed(self, stored: Tensor, full: float = 1.0) -> Tensor:
+        """Return what the loss believes of stored correspondences, those from `full` up wholly."""
+        share = (stored / full).clamp_max(1.0)
+        return share.masked_fill(share < self.threshold, 0.0)
 
-    def visit(self, stored: Tensor, matching: Tensor, epoch: int, first: bool) -> tuple[Tensor, Tensor]:
+    def visit(
+        self, stored: Tensor, matching: Tensor, epoch: int, first: bool, full: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Return what to believe of pairs at a visit, and what to store of them.
 
         Args:
@@ -121,13 +124,14 @@ class SelfRefinement:
             matching: matching probabilities found at this visit.
             epoch: of the phase, from 0.
             first: whether no phase before has refined.
+            full: matching probability from which a pair is believed wholly; CRCL: 1.
         """
         if epoch < self.warmup_epochs:
             estimated = first and epoch == self.warmup_epochs - 1
-            return self.believed(stored), matching if estimated else stored
+            return self.believed(stored, full), matching if estimated else stored
         average = torch.lerp(matching, stored, self.momentum)
-        believed = self.believed(average)
-        return believed, believed if self.store_thresholded else average
+        believed = self.believed(average, full)
+        return believed, average.masked_fill(believed == 0, 0.0) if self.store_thresholded else average
 
 
 def sample_weights(correspondence: Tensor, smallest: float) -> Tensor:
