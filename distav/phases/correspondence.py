@@ -61,8 +61,8 @@ class Refinement:
 def measure_belief(run: Run, settings: ContrastivePhase) -> None:
     """Once an epoch, find from which matching probability on a pair is believed wholly."""
     if settings.matching_quantile and REFINED in run.bank.columns:
-        refined = run.bank.whole(REFINED)
-        run.notes[FULLY_BELIEVED] = max(float(torch.quantile(refined, settings.matching_quantile)), 1e-6)
+        refined = run.bank.whole(REFINED).cpu().numpy()
+        run.notes[FULLY_BELIEVED] = max(float(np.quantile(refined, settings.matching_quantile)), 1e-6)
 
 
 def estimate_correspondence(run: Run, settings: ContrastivePhase, trusted: bool) -> dict[str, Any]:
