@@ -29,18 +29,21 @@ SIMPLE = ("ce", "gce", "elr")
 
 
 def _contrast_alone(*changes: str) -> Method:
-    changes = ("temperature=0.3", *changes)
+    changes = ("temperature=0.3", "within_weight=1", *changes)
     return Method("baselines/infonce_probe", ("~phases.probe", *(f"phases.contrastive.{each}" for each in changes)))
 
 
 PAIR_METHODS = {
+    "infonce, across alone": _contrast_alone("candidates=batch", "within_weight=0"),
     "infonce": _contrast_alone("candidates=batch"),
     "weighted xid, cdf": _contrast_alone("estimator=cdf"),
     "weighted xid, gmm": _contrast_alone("estimator=gmm"),
     "crcl": Method("crcl", ("~phases.probe",)),
     "true pairs": _contrast_alone("candidates=batch", "estimator=oracle", "weight_min=0", "trust_after=0"),
 }
-"""Ways to learn from mismatched pairs without labels; the last one knows which they are."""
+"""Ways to learn from mismatched pairs without labels; the last one knows which they are.
+
+All but the first have terms within each modality, too."""
 
 CORRECTIONS = ("correct_1", "correct_2", "correct_3", "labels")
 NO_CATEGORIES = ("category_weight=0", "balance_weight=0", "sharpen_weight=0")
