@@ -15,8 +15,8 @@ from distav.losses.category import (
 )
 from distav.losses.instance import weighted_mean
 from distav.memory.visitors import Visitors
-from distav.phase_settings import ContrastivePhase, Estimator
-from distav.phases.correspondence import estimate_correspondence, measure_belief, tell_pairs
+from distav.phase_settings import ContrastivePhase
+from distav.phases.correspondence import estimate_correspondence, tell_pairs
 from distav.phases.instance import InstanceTerm, ramp
 from distav.phases.loop import Losses, train
 from distav.run import Run
@@ -35,8 +35,6 @@ def run_contrastive(run: Run, name: str, settings: ContrastivePhase) -> None:
     def begin_epoch(epoch: int, progress: float) -> None:
         del epoch
         watch.judge(progress)
-        if settings.estimator is Estimator.scc:
-            measure_belief(run, settings)
         estimate_correspondence(run, settings, trusted=progress >= settings.trust_after)
 
     rate = run.settings.optim.lr * settings.lr_scale

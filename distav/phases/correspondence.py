@@ -28,12 +28,7 @@ class Refinement:
     def __init__(self, run: Run, settings: ContrastivePhase):
         """Go on from what an earlier phase refined."""
         self.run, self.settings = run, settings
-        self.rule = SelfRefinement(
-            settings.correspondence_momentum,
-            settings.refine_after_epochs,
-            settings.refine_threshold,
-            settings.store_thresholded,
-        )
+        self.rule = _rule(settings)
         if REFINED not in run.bank.columns:
             run.bank.columns[REFINED] = torch.ones_like(run.bank.columns["correspondence"])
 
@@ -58,11 +53,22 @@ class Refinement:
         return believed
 
 
-def measure_belief(run: Run, settings: ContrastivePhase) -> None:
-    """Once an epoch, find from which matching probability on a pair is believed wholly."""
-    if settings.matching_quantile and REFINED in run.bank.columns:
-        refined = run.bank.whole(REFINED).cpu().numpy()
-        run.notes[FULLY_BELIEVED] = max(float(np.quantile(refined, settings.matching_quantile)), 1e-6)
+def _rule(settings: ContrastivePhase) -> SelfRefinement:
+    return SelfRefinement(
+        settings.correspondence_momentum,
+        settings.refine_after_epochs,
+        settings.refine_threshold,
+        settings.store_thresholded,
+    )
+
+
+def _measure_belief(run: Run, settings: ContrastivePhase) -> None:
+    """Find from which matching probability on a pair is believed wholly, and believe all by it."""
+    if settings.matching_quantile:
+        refined = run.bank.whole(REFINED)
+        full = max(float(np.quantile(refined.cpu().numpy(), settings.matching_quantile)), 1e-6)
+        run.notes[FULLY_BELIEVED] = full
+        run.bank.believe(_rule(settings).believed(refined, full))
 
 
 def estimate_correspondence(run: Run, settings: ContrastivePhase, trusted: bool) -> dict[str, Any]:
@@ -80,6 +86,8 @@ def estimate_correspondence(run: Run, settings: ContrastivePhase, trusted: bool)
         return {}
     record: dict[str, Any] = {"pairs/similarity_mean": float(similarity[seen].mean())}
     refined = settings.estimator is Estimator.scc
+    if refined:
+        _measure_belief(run, settings)
     estimate, told = _from_bank(run, settings.estimator, similarity, seen)
     record |= told
     if trusted and not refined:

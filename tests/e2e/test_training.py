@@ -45,7 +45,8 @@ def test_the_report_has_what_was_promised(finished: tuple[Path, str], tiny_shard
     assert 0 <= found["pair_noise"]["low"] <= found["pair_noise"]["rate"] <= found["pair_noise"]["high"] <= 1
     assert report["label_accuracy"]["given"] == 0.75
     assert 0 <= report["correspondence_auroc"] <= 1
-    assert report["test"].keys() == {"top1", "top1_visual", "top1_audio"}
+    recalls = {f"{asking}_recall_at_{k}" for asking in ("visual", "audio") for k in (1, 5, 10)}
+    assert report["test"].keys() == {"top1", "top1_visual", "top1_audio", "visual_map", "audio_map", "rsum"} | recalls
     assert "given training labels were right" in said and "Test:" in said
 
 

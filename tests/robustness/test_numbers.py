@@ -75,7 +75,7 @@ def jump_after_30(rank: int) -> None:
 
     plain = loop.train
 
-    def train(run, name, epochs, rates, losses_of, begin_epoch=None):
+    def train(run, name, epochs, rates, losses_of, begin_epoch=None, **more):
         calls = [0]
 
         def spiked(batch, progress):
@@ -83,7 +83,7 @@ def jump_after_30(rank: int) -> None:
             calls[0] += 1
             return {key: value * 50 if calls[0] == 30 else value for key, value in losses.items()}
 
-        plain(run, name, epochs, rates, spiked, begin_epoch)
+        plain(run, name, epochs, rates, spiked, begin_epoch, **more)
 
     from distav.phases import contrastive
 
