@@ -14,8 +14,8 @@ from distav.run import Run
 from distav.world import gather_ragged_rows, gather_rows, rank, sum_
 
 RECALLED = (1, 5, 10)
-_QUERIES = 512
-"""Queries of retrieval that are ranked at a time."""
+_SCORES = 2**24
+"""Scores of retrieval that are ranked at a time."""
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -141,10 +141,11 @@ def retrieval(visual: Tensor, audio: Tensor, classes: Tensor) -> dict[str, float
     if not len(kinds):
         return {}
     found: dict[str, float] = {}
+    block = max(1, _SCORES // len(kinds))
     for asking, queries, answering in (("visual", visual, "audio"), ("audio", audio, "visual")):
         totals = torch.zeros(len(RECALLED) + 1, dtype=torch.float64, device=visual.device)
-        for start in range(0, len(queries), _QUERIES):
-            some = queries[start : start + _QUERIES].float()
+        for start in range(0, len(queries), block):
+            some = queries[start : start + block].float()
             itself = torch.arange(start, start + len(some), device=some.device) + first
             order = (some @ every[answering].T).sort(dim=1, descending=True, stable=True).indices
             place = (order == itself[:, None]).float().argmax(1)
