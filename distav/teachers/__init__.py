@@ -1,0 +1,1 @@
+"""Frozen networks that know words, and harvest labels for what is heard and what is seen."""

@@ -1,0 +1,68 @@
+"""What teachers are asked of each class, and from which score on they are believed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from distav.errors import UserError, listed
+
+SENSES = ("audio", "visual")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """One teacher's.
+
+    Attributes:
+        checkpoint: a folder, or a name on the hub.
+        classes: C names, in the order of their numbers.
+        captions: C texts.
+        thresholds: [C] float32; a score above it is an event.
+    """
+
+    checkpoint: str
+    classes: list[str]
+    captions: list[str]
+    thresholds: np.ndarray
+
+
+def read_prompts(path: Path) -> dict[str, Prompts]:
+    """Read the prompts of both senses, `audio` and `visual`, from a YAML file such as configs/teachers/llp.yaml.
+
+    Raises:
+        UserError: for a missing file or anything that is missing or of another kind in it, by its place.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; configs/teachers has some.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from None
+    classes = _part(content, "classes", dict, path)
+    if not classes:
+        raise UserError(f"{path}: classes is empty; give at least one.")
+    found = {}
+    for sense in SENSES:
+        teacher = _part(content, sense, dict, path)
+        template = _part(teacher, "template", str, path, f"{sense}.")
+        if template.count("{}") != 1:
+            raise UserError(f"{path}: {sense}.template='{template}' has to hold {{}} once, where the class goes.")
+        captions, thresholds = [], []
+        for name, words in classes.items():
+            where = f"classes.{name}."
+            captions.append(template.replace("{}", _part(words, sense, str, path, where)))
+            thresholds.append(_part(words, f"{sense}_threshold", (int, float), path, where))
+        checkpoint = _part(teacher, "checkpoint", str, path, f"{sense}.")
+        found[sense] = Prompts(checkpoint, list(map(str, classes)), captions, np.array(thresholds, dtype=np.float32))
+    return found
+
+
+def _part(content: Any, key: str, kind: type | tuple[type, ...], path: Path, where: str = "") -> Any:
+    value = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        kinds = [each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,))]
+        raise UserError(f"{path}: {where}{key} is missing or not of the kind {listed(kinds)}.")
+    return value
