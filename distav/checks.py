@@ -149,7 +149,7 @@ def _check_instance_loss(where: str, phase: ContrastivePhase) -> None:
             f"{where}.nce=true: needs drawn rows; set {where}.negatives (AVID: 1024), or nce=false for the "
             "softmax over the whole bank."
         )
-    if phase.candidates is Candidates.batch or phase.negatives:
+    if in_batch or phase.negatives:
         what = f"{where}.candidates=batch" if in_batch else f"{where}.negatives={phase.negatives}"
         if not acl and phase.soft_targets is not SoftTargets.none:
             raise UserError(

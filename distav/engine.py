@@ -84,8 +84,8 @@ class Engine:
         from deepspeed.utils import logger
 
         logger.setLevel(logging.WARNING)
-        # What is told apart by its type alone is warned of as untested.
-        ZERO_SUPPORTED_OPTIMIZERS.append(_AdamW)
+        if _AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # It looks for the very type, and would warn of a subclass.
+            ZERO_SUPPORTED_OPTIMIZERS.append(_AdamW)
         # Sums in shared memory serve inference alone, and building them takes a compiler and half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config = deepspeed_config(settings, world)

@@ -70,18 +70,16 @@ def noise_kinds(wrong_label: np.ndarray, wrong_pair: np.ndarray) -> np.ndarray:
     return wrong_label.astype(np.int64) + 2 * wrong_pair
 
 
-def noise_confusion(
-    wrong_label: np.ndarray, wrong_pair: np.ndarray, told_label: np.ndarray, told_pair: np.ndarray
-) -> dict[str, Any]:
-    """Return how often each kind of noise was taken for each: rows are what is, columns what was told.
+def confusion(true: np.ndarray, told: np.ndarray, kinds: list[str]) -> dict[str, Any]:
+    """Return how often each kind was taken for each: rows are what is, columns what was told.
 
     Args:
-        wrong_label, wrong_pair: [N] bool, what is wrong with a sample.
-        told_label, told_pair: [N] bool, what was found to be.
+        true, told: [N] int64 places in `kinds`.
+        kinds: their names.
     """
-    counts = np.zeros((4, 4), dtype=np.int64)
-    np.add.at(counts, (noise_kinds(wrong_label, wrong_pair), noise_kinds(told_label, told_pair)), 1)
-    return {"kinds": NOISE_KINDS, "counts": counts.tolist()}
+    counts = np.zeros((len(kinds), len(kinds)), dtype=np.int64)
+    np.add.at(counts, (true, told), 1)
+    return {"kinds": kinds, "counts": counts.tolist()}
 
 
 def test(run: Run) -> dict[str, Any] | None:

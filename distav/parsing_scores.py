@@ -1,4 +1,4 @@
-"""Scores of audio-visual event parsing, as the LLP benchmark defines them (Tian et al. 2020).
+"""Scores of audio-visual events, as LLP (Tian et al. 2020) and AVE (Tian et al. 2018) define them.
 
 Legend: N videos, T segments of one second, C classes.
 """
@@ -41,6 +41,25 @@ def parsing_scores(told: np.ndarray, true: np.ndarray) -> dict[str, dict[str, fl
         values = (*scores, sum(scores) / 3, _score(together))  # pyright: ignore[reportArgumentType]
         found[level] = dict(zip(names, values, strict=True))
     return found
+
+
+def segment_accuracy(told: np.ndarray, true: np.ndarray) -> float:
+    """Return the share of segments whose event, or background, is right, in percent: [N, T] int64 twice."""
+    return 100 * float((told == true).mean())
+
+
+def told_events(heard: np.ndarray, seen: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    """Return the event of each segment: the likeliest one to be heard and seen, background where none is likely.
+
+    Args:
+        heard, seen: [N, T, C] probabilities.
+        threshold: smallest product of both that is an event.
+
+    Returns:
+        [N, T] int64, C for background.
+    """
+    both = heard * seen
+    return np.where(both.max(axis=2) >= threshold, both.argmax(axis=2), both.shape[2])
 
 
 def _score(counts: Counts) -> float:

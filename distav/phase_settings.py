@@ -84,7 +84,7 @@ class ContrastivePhase:
     lr_scale: float = 1.0
     """Factor on `optim.lr`."""
     restart: bool = False
-    """Begin with new weights and rows, and keep of earlier phases the correspondence of pairs alone (CRCL's pieces)."""
+    """Begin with new weights and rows, and keep what earlier phases found of pairs and labels (CRCL's pieces)."""
     loss: InstanceLoss = InstanceLoss.xid
     """xid or acl."""
     candidates: Candidates = Candidates.bank

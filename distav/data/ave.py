@@ -53,22 +53,3 @@ def read_ave(path: Path) -> Annotations:
     for number, (_, _, first, end) in enumerate(rows):
         segments[number, first:end] = weak[number]
     return Annotations([row[0] for row in rows], classes, weak, segments)
-
-
-def segment_accuracy(told: np.ndarray, true: np.ndarray) -> float:
-    """Return the share of segments whose event, or background, is right, in percent: [N, T] int64 twice."""
-    return 100 * float((told == true).mean())
-
-
-def told_events(heard: np.ndarray, seen: np.ndarray, threshold: float = 0.5) -> np.ndarray:
-    """Return the event of each segment: the likeliest one to be heard and seen, background where none is likely.
-
-    Args:
-        heard, seen: [N, T, C] probabilities.
-        threshold: smallest product of both that is an event.
-
-    Returns:
-        [N, T] int64, C for background.
-    """
-    both = heard * seen
-    return np.where(both.max(axis=2) >= threshold, both.argmax(axis=2), both.shape[2])

@@ -16,8 +16,8 @@ def video_losses(probability: Tensor, weak: Tensor) -> Tensor:
 def modality_losses(probability: Tensor, weak: Tensor, smoothing: tuple[float, float] = (0.0, 0.1)) -> Tensor:
     """Return HAN's losses of each modality: the video's labels are asked of sound and picture alike.
 
-    Labels may be of the other modality alone, so those of pictures are smoothed to (1 - s) y + s / 2 (Tian et al. 2020,
-    equation 8: s = 0.1).
+    Labels may be of the other modality alone, so those of pictures are smoothed to (1 - s) y + s / 2 (HAN's
+    published code: s = 0.1).
 
     Args:
         probability: [B, 2, C] of what is heard and seen.

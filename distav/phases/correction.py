@@ -13,9 +13,9 @@ from distav.data.order import PADDING, padded_batches
 from distav.evaluate import (
     NOISE_KINDS,
     auroc,
+    confusion,
     expected_calibration_error,
     label_accuracy,
-    noise_confusion,
     noise_kinds,
 )
 from distav.phase_settings import CorrectionPhase
@@ -161,10 +161,10 @@ def _report(run: Run, name: str, found: Correction) -> None:
             "swapped": auroc(correspondence, ~swapped),
         }
         if labels.true is not None:
-            found_wrong = corrected != labels.given, correspondence < 0.5
-            summary["noise_confusion"] = noise_confusion(labels.given != labels.true, wrong, *found_wrong)
-            kinds = noise_kinds(labels.given != labels.true, wrong), noise_kinds(*found_wrong)
-            run.monitor.confusion("noise/true_to_told", *kinds, NOISE_KINDS, step)
+            kinds = noise_kinds(labels.given != labels.true, wrong)
+            told_kinds = noise_kinds(corrected != labels.given, correspondence < 0.5)
+            summary["noise_confusion"] = confusion(kinds, told_kinds, NOISE_KINDS)
+            run.monitor.confusion("noise/true_to_told", kinds, told_kinds, NOISE_KINDS, step)
     run.notes["labels_changed"] = changed
     run.notes.setdefault("corrections", []).append(summary)
     if run.world.is_main:

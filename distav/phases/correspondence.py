@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distav.evaluate import auroc
+from distav.evaluate import auroc, confusion
 from distav.losses.complementary import matching_among
 from distav.memory.visitors import Visitors
 from distav.phase_settings import ContrastivePhase, Estimator
@@ -147,10 +147,8 @@ def tell_pairs(run: Run, name: str, settings: ContrastivePhase) -> None:
     summary |= {key.removeprefix("pairs/"): value for key, value in told.items()}
     wrong = run.data.labels.mismatched()
     if wrong is not None and settings.estimator is not Estimator.none:
-        doubted = (run.bank.whole("correspondence") < _HALF).cpu().numpy()
-        counts = np.zeros((2, 2), dtype=np.int64)
-        np.add.at(counts, (wrong.astype(int), doubted.astype(int)), 1)
-        summary["confusion"] = {"kinds": PAIR_KINDS, "counts": counts.tolist()}
-        step = run.position.total_steps
-        run.monitor.confusion("pairs/true_to_told", wrong.astype(int), doubted.astype(int), PAIR_KINDS, step)
+        kinds = wrong.astype(np.int64)
+        told_kinds = (run.bank.whole("correspondence") < _HALF).cpu().numpy().astype(np.int64)
+        summary["confusion"] = confusion(kinds, told_kinds, PAIR_KINDS)
+        run.monitor.confusion("pairs/true_to_told", kinds, told_kinds, PAIR_KINDS, run.position.total_steps)
     run.notes.setdefault("correspondence", []).append(summary)

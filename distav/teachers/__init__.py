@@ -1,1 +1,1 @@
-"""Frozen networks that know words, and harvest labels for what is heard and what is seen."""
+"""What is asked of teachers: frozen networks that know words, for what is heard and for what is seen."""

@@ -100,6 +100,10 @@ def learn_again() -> dict[tuple, tuple[State, State]]:
         learn(engine, 0, HALF)
         engine.restart(0)
         restarted = whole(engine)
+        untaught = new_engine(stage, precision)
+        untaught.restart(0)
+        for name, value in whole(untaught).items():
+            assert torch.equal(restarted[name], value), name
         learn(engine, 0, HALF)
         afresh = new_engine(stage, precision)
         afresh.restore(lambda name, start, size, of=restarted: of[name][start : start + size], 0, [])

@@ -3,8 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distav.data.ave import HEADER, read_ave, segment_accuracy, told_events
+from distav.data.ave import HEADER, read_ave
 from distav.errors import UserError
+from distav.parsing_scores import segment_accuracy, told_events
 
 
 def test_the_published_annotations_are_read_whole(real_data: Path):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 
-from distav.evaluate import noise_confusion, retrieval
+from distav.evaluate import NOISE_KINDS, confusion, noise_kinds, retrieval
 
 
 def test_retrieval_is_what_loops_find():
@@ -39,6 +39,7 @@ def test_retrieval_of_the_same_and_of_nothing():
 def test_noise_confusion_counts_each_kind_of_wrong():
     wrong_label = np.array([0, 0, 1, 1, 1, 0], dtype=bool)
     wrong_pair = np.array([0, 1, 0, 1, 1, 0], dtype=bool)
-    found = noise_confusion(wrong_label, wrong_pair, wrong_label[::-1], wrong_pair)
+    kinds, told = noise_kinds(wrong_label, wrong_pair), noise_kinds(wrong_label[::-1], wrong_pair)
+    found = confusion(kinds, told, NOISE_KINDS)
     assert found["kinds"] == ["right", "wrong label", "wrong pair", "both wrong"]
     assert found["counts"] == [[2, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 1, 1]]

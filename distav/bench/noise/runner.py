@@ -182,7 +182,10 @@ def _train(arguments: list[str], log: str, shards: Path, labels: Path, corrects:
 def run(
     digits: Path, work: Path, seeds: Sequence[int], sets: Sequence[str], parts: Sequence[str], at_once: int
 ) -> tuple["Bench", list[Job]]:
-    """Run what is missing; returns the bench and its jobs, of which those without a result were not reached.
+    """Run what is missing, of all sets and parts where none are named.
+
+    Returns:
+        The bench and its jobs, of which those without a result were not reached.
 
     Raises:
         UserError: for unknown sets or parts, missing files, or a training that fails.
