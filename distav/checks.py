@@ -44,6 +44,10 @@ def check(settings: Settings) -> None:
         "model.audio.width": settings.model.audio.width,
         "model.embed_dim": settings.model.embed_dim,
         "model.hidden_dim": settings.model.hidden_dim,
+        "model.parser.width": settings.model.parser.width,
+        "model.parser.depth": settings.model.parser.depth,
+        "model.parser.heads": settings.model.parser.heads,
+        "model.parser.feed_forward": settings.model.parser.feed_forward,
     }
     for key, value in at_least_one.items():
         _require(value >= 1, key, value, "a whole number from 1 up")
@@ -53,6 +57,7 @@ def check(settings: Settings) -> None:
         "augment.flip": settings.augment.flip,
         "bank.momentum": settings.bank.momentum,
         "model.dropout": settings.model.dropout,
+        "model.parser.dropout": settings.model.parser.dropout,
         "optim.warmup_fraction": settings.optim.warmup_fraction,
         "optim.min_lr_fraction": settings.optim.min_lr_fraction,
         "model.audio.mask_mels": settings.model.audio.mask_mels,
@@ -77,6 +82,11 @@ def check(settings: Settings) -> None:
         _require(0 <= value < 1, key, value, "0 up to, not including, 1")
     spike = settings.optim.spike_factor
     _require(spike == 0 or spike > 1, "optim.spike_factor", spike, "0 for never, or a factor above 1")
+    parser = settings.model.parser
+    heads = f"a divisor of model.parser.width={parser.width}"
+    _require(parser.width % parser.heads == 0, "model.parser.heads", parser.heads, heads)
+    for name, grid in parser.maps.items():
+        _require(len(grid) == 2 and min(grid) > 0, f"model.parser.maps.{name}", grid, "rows and columns, e.g. [2, 32]")
     _require(settings.run.timeout_s > 0, "run.timeout_s", settings.run.timeout_s, "seconds above 0")
     _require(settings.optim.lr > 0, "optim.lr", settings.optim.lr, "a number above 0")
     _require(settings.data.audio_s > 0, "data.audio_s", settings.data.audio_s, "seconds above 0")
@@ -105,7 +115,16 @@ def check(settings: Settings) -> None:
             )
 
 
-_SHARES = ("soft_weight", "weight_min", "trust_after", "whitening", "refine_threshold", "matching_quantile")
+_SHARES = (
+    "soft_weight",
+    "weight_min",
+    "trust_after",
+    "whitening",
+    "refine_threshold",
+    "matching_quantile",
+    "audio_smoothing",
+    "visual_smoothing",
+)
 _FROM_ZERO = ("second", "negatives", "signal_nats", "refine_after_epochs")
 
 

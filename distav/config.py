@@ -67,7 +67,8 @@ def to_yaml(settings: Settings) -> str:
 
 def _compose(file: Path, extra: dict[str, Any], overrides: list[str], open_phases: bool = False) -> DictConfig:
     schema = OmegaConf.create({**_sections(), **extra})
-    for free in (schema.deepspeed.extra, schema.phases) if open_phases else (schema.deepspeed.extra,):
+    open_to_any = [schema.deepspeed.extra, schema.model.parser.maps, *([schema.phases] if open_phases else [])]
+    for free in open_to_any:
         OmegaConf.set_struct(free, False)
     ConfigStore.instance().store("schema", schema)
     GlobalHydra.instance().clear()

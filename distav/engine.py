@@ -111,9 +111,9 @@ class Engine:
         """The module inside; at ZeRO-3 its parameters are empty here."""
         return self._engine.module
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Run the model on a batch."""
-        return self._engine(batch.frames, batch.sound, batch.seeds)
+    def __call__(self, batch: Batch, **how: bool) -> dict[str, Tensor]:
+        """Run the model on a batch; `how` goes to its forward pass."""
+        return self._engine(**batch.media, seeds=batch.seeds, **how)
 
     def train(self, mode: bool = True) -> None:
         """Switch between training and evaluation."""

@@ -52,7 +52,7 @@ def told_events(heard: np.ndarray, seen: np.ndarray, threshold: float = 0.5) -> 
     """Return the event of each segment: the likeliest one to be heard and seen, background where none is likely.
 
     Args:
-        heard, seen: [N, T, C] probabilities.
+        heard, seen: [N, T, C] probabilities, or whether it is so.
         threshold: smallest product of both that is an event.
 
     Returns:

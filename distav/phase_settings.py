@@ -203,9 +203,36 @@ class SupervisedPhase:
     """Divides the similarities of that loss."""
 
 
-PhaseSettings = ContrastivePhase | CorrectionPhase | SupervisedPhase
-PHASE_KINDS: dict[str, type[ContrastivePhase] | type[CorrectionPhase] | type[SupervisedPhase]] = {
+@dataclass
+class ParsingPhase:
+    """Learning which events are heard and which are seen, and when (HAN and VALOR), from features or from clips."""
+
+    kind: str = "parsing"
+    """The kind of phase."""
+    epochs: int = 60
+    """Passes over the training split (VALOR: 60, HAN: 40)."""
+    lr_scale: float = 1.0
+    """Factor on `optim.lr`."""
+    tower_lr_scale: float = 1.0
+    """Further factor for the towers, where clips and not features are stored."""
+    harvested: str = ""
+    """Table of events that teachers harvested (tools/harvest_labels.py); empty for weak labels alone."""
+    weak_weight: float = 1.0
+    """Weight of the classes of a whole clip, told by both senses together."""
+    modality_weight: float = 0.0
+    """Weight of the same classes asked of sound and of picture alike (HAN: 1, VALOR: 0)."""
+    segment_weight: float = 1.0
+    """Weight of the harvested events of each second (VALOR: 1)."""
+    audio_smoothing: float = 0.0
+    """Label smoothing of what is asked of sound (HAN: 0)."""
+    visual_smoothing: float = 0.1
+    """Label smoothing of what is asked of pictures (HAN: 0.1)."""
+
+
+PhaseSettings = ContrastivePhase | CorrectionPhase | SupervisedPhase | ParsingPhase
+PHASE_KINDS: dict[str, type[ContrastivePhase] | type[CorrectionPhase] | type[SupervisedPhase] | type[ParsingPhase]] = {
     "contrastive": ContrastivePhase,
     "correction": CorrectionPhase,
     "supervised": SupervisedPhase,
+    "parsing": ParsingPhase,
 }

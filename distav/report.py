@@ -6,6 +6,7 @@ from typing import Any
 from distav import evaluate
 from distav.data.format import write_atomically
 from distav.export import export
+from distav.phase_settings import ParsingPhase
 from distav.run import Run
 
 _KNOWS_NOTHING = 0.5
@@ -14,7 +15,9 @@ _KNOWS_NOTHING = 0.5
 
 def finish(run: Run) -> None:
     """Test, export, write report.json and print what it says."""
-    test = evaluate.test(run)
+    parses = [isinstance(phase, ParsingPhase) for phase in run.settings.phases.values()]
+    test = None if all(parses) else evaluate.test(run)
+    events = evaluate.test_parsing(run) if any(parses) else None
     state = run.engine.whole_state()
     bad = run.bad_samples()
     if not run.world.is_main:
@@ -30,6 +33,12 @@ def finish(run: Run) -> None:
     if test is not None:
         report["test"] = test
         run.monitor.record(run.position.total_steps, {f"test/{key}": value for key, value in test.items()})
+    if events is not None:
+        report["events"] = events
+        flat = {
+            f"events/{level}_{key}": value for level in ("segment", "event") for key, value in events[level].items()
+        }
+        run.monitor.record(run.position.total_steps, flat)
     report["skipped_samples"] = [{"id": each, "key": str(keys[each]), "reason": why} for each, why in bad.items()]
     export(run, state, report)
     write_atomically(run.folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
@@ -72,6 +81,13 @@ def in_words(run: Run, report: dict[str, Any]) -> str:
             f"  Search:  pictures find sounds of their class with a mean average precision of "
             f"{_percent(test['visual_map'])}, sounds pictures with {_percent(test['audio_map'])}; rSum "
             f"{test['rsum']:.1f} of 600."
+        )
+    if "events" in report:
+        seconds, whole = report["events"]["segment"], report["events"]["event"]
+        lines.append(
+            f"  Events:  second by second {seconds['audio']:.1f} of 100 for what is heard, {seconds['visual']:.1f} for "
+            f"what is seen, Type@AV {seconds['type']:.1f}, Event@AV {seconds['event']:.1f}; as whole events Type@AV "
+            f"{whole['type']:.1f}, Event@AV {whole['event']:.1f}."
         )
     if run.notes.get("corrections"):
         last = run.notes["corrections"][-1]

@@ -10,61 +10,21 @@ from typing import Any
 import torch
 
 from distav.checkpoint import Checkpoints, Position
-from distav.data.format import ShardSet, Split
-from distav.data.labels import Labels, load_labels
+from distav.data.events import segments_of
 from distav.data.loader import Loader
 from distav.data.order import TrainingOrder, check_batch
+from distav.data.sets import Data
 from distav.engine import Engine, trains_in_bf16
 from distav.errors import UserError
 from distav.memory.bank import Bank
 from distav.models.av import AVModel
+from distav.models.parser import FeatureParser
 from distav.monitor import Monitor
-from distav.phase_settings import ContrastivePhase, CorrectionPhase
+from distav.phase_settings import ContrastivePhase, ParsingPhase
 from distav.run_folder import claimed
 from distav.settings import Settings
 from distav.stopping import Interrupted, Stop, listening
 from distav.world import World, any_rank, gather_objects
-
-
-@dataclass
-class Data:
-    """The set that a run trains and tests on."""
-
-    shards: ShardSet
-    train: Split
-    labels: Labels
-    test: Split | None
-    test_labels: Labels | None
-
-    @classmethod
-    def open(cls, settings: Settings) -> "Data":
-        """Open the set and check the settings against it.
-
-        Raises:
-            UserError: for anything missing, or settings that this set makes impossible.
-        """
-        shards = ShardSet.open(settings.data.root)
-        train = shards.split(settings.data.train_split, "data.train_split")
-        labels = load_labels(shards, train, settings.data.labels)
-        test = test_labels = None
-        if settings.data.test_split:
-            test = shards.split(settings.data.test_split, "data.test_split")
-            test_labels = load_labels(shards, test)
-        if settings.optim.global_batch > len(train):
-            raise UserError(
-                f"optim.global_batch={settings.optim.global_batch}: the training split has {len(train)} samples; "
-                "allowed: up to that many."
-            )
-        for name, phase in settings.phases.items():
-            if isinstance(phase, CorrectionPhase):
-                k = min(phase.neighbors)
-                if k >= len(train):
-                    raise UserError(
-                        f"phases.{name}.neighbors={phase.neighbors}: all are too many for a training split of "
-                        f"{len(train)} samples; allowed: up to {len(train) - 1}, sensible: up to twice the "
-                        f"{len(train) // len(shards.classes)} of a class."
-                    )
-        return cls(shards, train, labels, test, test_labels)
 
 
 @dataclass
@@ -200,10 +160,8 @@ def opened(settings: Settings, world: World) -> Iterator[Run]:
         stack.enter_context(claimed(folder, settings, world))
         monitor = Monitor(folder, world)
         stack.callback(monitor.close)
-        rate = data.train.sample_rate_hz
-        num_classes = len(data.shards.classes)
-        engine = Engine(lambda: AVModel(settings.model, settings.data, rate, num_classes), settings, world)
-        bank = _bank(settings, world, len(data.train), num_classes)
+        engine = Engine(lambda: _model(settings, data), settings, world)
+        bank = _bank(settings, world, len(data.train), len(data.shards.classes))
         checkpoints = Checkpoints(folder / "checkpoints", settings.run.keep_checkpoints)
         position, notes = checkpoints.restore(engine, bank, monitor.warn) or (Position(), {})
         micro = check_batch(settings.optim.global_batch, settings.optim.accumulation, world.num_ranks)
@@ -215,6 +173,15 @@ def opened(settings: Settings, world: World) -> Iterator[Run]:
         _greet(run)
         yield run
         run.finish_saving()
+
+
+def _model(settings: Settings, data: Data) -> AVModel | FeatureParser:
+    num_classes, segments = len(data.shards.classes), segments_of(data.train)
+    if data.train.streams:
+        return FeatureParser(settings.model.parser, data.train.streams, segments, num_classes)
+    parses = any(isinstance(phase, ParsingPhase) for phase in settings.phases.values())
+    rate = data.train.sample_rate_hz
+    return AVModel(settings.model, settings.data, rate, num_classes, segments if parses else 0)
 
 
 def _bank(settings: Settings, world: World, num_samples: int, num_classes: int) -> Bank:

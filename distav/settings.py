@@ -88,6 +88,8 @@ class DataSettings:
     """Stored frames from one fed frame to the next."""
     frame_size: int = 32
     """Height and width fed to the visual tower, in pixels."""
+    squash: bool = False
+    """Squash whole frames into the square in place of cutting the largest square out of them, where not augmented."""
     audio_s: float = 1.0
     """Seconds of sound fed to the audio tower."""
     shuffle_block: int = 64
@@ -163,6 +165,28 @@ class AudioSettings:
 
 
 @dataclass
+class ParserSettings:
+    """The hybrid attention network that tells events heard and seen (HAN, Tian et al. 2020; sizes: VALOR, Lai 2023)."""
+
+    width: int = 512
+    """Width of a segment's embedding (VALOR: 512; VALOR+ and VALOR++: 256)."""
+    depth: int = 1
+    """Layers (VALOR: 1; VALOR+ and VALOR++: 4)."""
+    heads: int = 8
+    """Heads of each attention (VALOR: 8, HAN: 1)."""
+    feed_forward: int = 1024
+    """Hidden width between attentions (VALOR: 1024, HAN: 512)."""
+    dropout: float = 0.1
+    """Dropout inside the layers (HAN: 0.1)."""
+    in_turn: bool = False
+    """Whether pictures attend to sounds that the same layer has updated (VALOR's code), or to what came in (HAN)."""
+    joint_pooling: bool = True
+    """One softmax over time and senses; or, as published, one over each, whose products add up to between 0 and 2."""
+    maps: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
+    """Streams of features that are token maps, with their rows and columns, such as {clap: [2, 32]} of VALOR++."""
+
+
+@dataclass
 class ModelSettings:
     """Towers and heads."""
 
@@ -170,6 +194,8 @@ class ModelSettings:
     """The visual tower."""
     audio: AudioSettings = field(default_factory=AudioSettings)
     """The audio tower."""
+    parser: ParserSettings = field(default_factory=ParserSettings)
+    """The network over segments of one second, in runs with a phase of kind parsing."""
     embed_dim: int = 128
     """Width D of the projected embeddings and of the bank (AVID: 128)."""
     hidden_dim: int = 256

@@ -1,6 +1,7 @@
 """The command line of tools/bench.py."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from distav.bench.measure import Results, Setting
+from distav.data.format import write_atomically
 from distav.errors import UserError
 from distav.making.clips import CODECS
 
@@ -29,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.command == "noise":
             _noise(options)
+            return 0
+        if options.command == "parsing":
+            _parsing(options)
             return 0
         results = _measured(options)
     except UserError as error:
@@ -52,6 +57,15 @@ def _noise(options: argparse.Namespace) -> None:
     if options.json:
         results.save(found, options.json)
         plots.save(found, options.json.with_suffix(".svg"))
+
+
+def _parsing(options: argparse.Namespace) -> None:
+    from distav.bench import parsing
+
+    found = parsing.run(options.annotations, options.work, options.seeds, options.at_once)
+    print(parsing.table(found))
+    if options.json:
+        write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def _measured(options: argparse.Namespace) -> Results:
@@ -162,6 +176,16 @@ def _parser() -> argparse.ArgumentParser:
     noise.add_argument("--parts", nargs="+", default=[], help="which trainings: grid, ablations, pairs; all")
     noise.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="trainings at a time, of one core each")
     noise.add_argument("--json", type=Path, help="file for the tables as JSON; plots beside it as SVG")
+    parsing = commands.add_parser(
+        "parsing",
+        help="events heard and seen, learnt from weak and from harvested labels, on simulated features",
+        description="LLP's labels with simulated features; what is done is kept, so a stopped run goes on.",
+    )
+    parsing.add_argument("--annotations", type=Path, required=True, help="folder with LLP's published CSV files")
+    parsing.add_argument("--work", type=Path, default=Path("runs/parsing"), help="folder for shards, runs and results")
+    parsing.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of features and training")
+    parsing.add_argument("--at-once", type=int, default=1, help="trainings at a time, of one core each")
+    parsing.add_argument("--json", type=Path, help="file for the figures as JSON")
     readme = commands.add_parser("readme", help="write the section of the README from the JSON files")
     readme.add_argument("--results", type=Path, default=Path("tools/results"), help="folder of the JSON files")
     readme.add_argument("--readme", type=Path, default=Path("README.md"), help="the file to change")

@@ -40,7 +40,7 @@ def by_offset(split: Split, order: np.ndarray) -> int:
     """Read and check samples as training does."""
     reader = ShardReader(split)
     try:
-        return sum(len(reader.read(int(sample)).video) for sample in order)
+        return sum(len(reader.read(int(sample))["video"]) for sample in order)
     finally:
         reader.close()
 

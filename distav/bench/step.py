@@ -46,7 +46,7 @@ class BareEngine:
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Run the model on a batch."""
         with torch.autocast("cuda", torch.bfloat16, enabled=self.half):
-            outputs = self.model(batch.frames, batch.sound, batch.seeds)
+            outputs = self.model(**batch.media, seeds=batch.seeds)
         return {name: value.float() for name, value in outputs.items()}
 
     def update(self, loss: Tensor) -> None:

@@ -29,6 +29,9 @@ class View:
     gain: float
 
 
+_WHOLE = np.array([0, 0, 1, 1], np.float32)
+
+
 class Viewer:
     """Draws a view for each sample."""
 
@@ -44,7 +47,8 @@ class Viewer:
         if self.augment is None:
             start = slack // 2
             colour = np.array([1, 1, 1, 0], np.float32)
-            return View(start, _centre(height, width), False, colour, self._audio_start(sample, start, 0.0), 1.0)
+            crop = _WHOLE if self.data.squash else _centre(height, width)
+            return View(start, crop, False, colour, self._audio_start(sample, start, 0.0), 1.0)
         rng, change = np.random.default_rng([self.seed, 5, epoch, sample]), self.augment
         start = int(rng.integers(0, slack + 1))
         crop = _random_crop(height, width, change, rng)

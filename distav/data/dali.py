@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distav.data.augment import View
 from distav.data.format import Split
-from distav.data.reader import Encoded
+from distav.data.reader import DecodeError, Members
 from distav.settings import DataSettings
 
 CPU_CODECS = ("mjpeg", "vp9")
@@ -25,10 +25,6 @@ CPU_CODECS = ("mjpeg", "vp9")
 
 SMALLEST_ON_GPU = 144
 """Frames with a shorter side are decoded on the CPU, since NVDEC refuses small ones (VP9: below 128 pixels)."""
-
-
-class DecodeError(Exception):
-    """DALI or PyAV could not decode a batch."""
 
 
 class ClipGraph:
@@ -98,7 +94,7 @@ class ClipGraph:
         pipeline.build()
         return pipeline
 
-    def run(self, members: Sequence[Encoded], views: Sequence[View]) -> tuple[Tensor, Tensor]:
+    def run(self, members: Sequence[Members], views: Sequence[View]) -> dict[str, Tensor]:
         """Decode one batch.
 
         Args:
@@ -106,7 +102,7 @@ class ClipGraph:
             views: B views.
 
         Returns:
-            Frames [B, T, H, W, 3] uint8 and sound [B, N] float32 in [-1, 1], on the graph's device.
+            `frames` [B, T, H, W, 3] uint8 and `sound` [B, N] float32 in [-1, 1], on the graph's device.
 
         Raises:
             DecodeError: where any sample of the batch cannot be decoded.
@@ -114,11 +110,11 @@ class ClipGraph:
         feed = self._pipeline.feed_input
         try:
             if self.decoded_by_pyav:
-                feed("video", [self._frames(each.video, view) for each, view in zip(members, views, strict=True)])
+                feed("video", [self._frames(each["video"], view) for each, view in zip(members, views, strict=True)])
             else:
-                feed("video", [np.frombuffer(each.video, np.uint8) for each in members])
+                feed("video", [np.frombuffer(each["video"], np.uint8) for each in members])
                 feed("start_frame", [np.int32(view.start_frame) for view in views])
-            feed("audio", [np.frombuffer(each.audio, np.uint8) for each in members])
+            feed("audio", [np.frombuffer(each["audio"], np.uint8) for each in members])
             feed("crop", [view.crop for view in views])
             feed("colour", [view.colour for view in views])
             feed("flip", [np.int32(view.flip) for view in views])
@@ -128,7 +124,7 @@ class ClipGraph:
             if self.on_gpu:
                 # The next run writes where these copies are taken from, on a stream of its own.
                 torch.cuda.current_stream(self.device).synchronize()
-            return frames, sound
+            return {"frames": frames, "sound": sound}
         except (RuntimeError, ValueError, IndexError, av.error.FFmpegError) as error:
             self._pipeline = self._build()
             raise DecodeError(str(error).strip().splitlines()[0]) from None

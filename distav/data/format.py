@@ -1,15 +1,18 @@
 """The data contract: what lies in a shard folder, and how it is found again.
 
 A set is a folder of plain WebDataset tars, `<split>-000000.tar`, each with DALI's `.idx` beside it. A sample is
-`key.<avi|webm|mp4>` (picture only), `key.flac` (mono) and `key.json`. `manifest.json` describes the set,
-`index.parquet` says where each member lies and which CRC-32 it has, `labels.parquet` what each sample shows.
+`key.<avi|webm|mp4>` (picture only), `key.flac` (mono) and `key.json`; or, in place of the clip, `key.<stream>.npy` for
+each stream of features that a frozen network gave of it. `manifest.json` describes the set, `index.parquet` says where
+each member lies and which CRC-32 it has, `labels.parquet` what each sample shows, one class or several, and
+`events.parquet`, where somebody watched and listened, what is heard and seen when.
 Within a split, ids run from 0 to N-1 in the order of writing; every table and the memory bank is keyed by them.
 """
 
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,33 +26,54 @@ from distav.sealing import Damaged, check
 
 VIDEO_EXTENSIONS = {"mjpeg": "avi", "vp9": "webm", "h264": "mp4"}
 AUDIO_EXTENSION = "flac"
-TABLES = ("index.parquet", "labels.parquet")
+EVENTS = "events.parquet"
+TABLES = ("index.parquet", "labels.parquet", EVENTS)
+STREAM_NAME = re.compile(r"[a-z][a-z0-9_]*")
+SENSES = ("audio", "visual")
+"""What is heard and what is seen, in the order of every axis of both."""
 
-INDEX_SCHEMA = pa.schema(
-    [
-        ("split", pa.string()),
-        ("id", pa.int64()),
-        ("key", pa.string()),
-        ("shard", pa.int32()),
-        ("source", pa.string()),
-        ("start_s", pa.float64()),
-        ("duration_s", pa.float64()),
-        ("frames", pa.int32()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("video_offset", pa.int64()),
-        ("video_bytes", pa.int64()),
-        ("video_crc32", pa.uint32()),
-        ("audio_offset", pa.int64()),
-        ("audio_bytes", pa.int64()),
-        ("audio_crc32", pa.uint32()),
-    ]
-)
+
+@dataclass(frozen=True)
+class Stream:
+    """Features that a frozen network gave of one sense of a sample: [steps, dim] float16 or float32."""
+
+    sense: str
+    steps: int
+    dim: int
+
+
+def members_of(codec: str, streams: Iterable[str] = ()) -> dict[str, str]:
+    """Return the members of a sample and their extensions: picture and sound, or streams of features where given."""
+    features = {name: f"{name}.npy" for name in streams}
+    return features or {"video": VIDEO_EXTENSIONS[codec], "audio": AUDIO_EXTENSION}
+
+
+def index_schema(members: Iterable[str]) -> pa.Schema:
+    """Return the columns of index.parquet for samples of these members."""
+    members = list(members)
+    picture = [("frames", pa.int32()), ("width", pa.int32()), ("height", pa.int32())] if "video" in members else []
+    places = [("offset", pa.int64()), ("bytes", pa.int64()), ("crc32", pa.uint32())]
+    return pa.schema(
+        [
+            ("split", pa.string()),
+            ("id", pa.int64()),
+            ("key", pa.string()),
+            ("shard", pa.int32()),
+            ("source", pa.string()),
+            ("start_s", pa.float64()),
+            ("duration_s", pa.float64()),
+            *picture,
+            *((f"{member}_{column}", kind) for member in members for column, kind in places),
+        ]
+    )
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a set: where each of its samples lies."""
+    """One split of a set: where each of its samples lies.
+
+    A set of features has streams, and neither codec nor rates.
+    """
 
     root: Path
     name: str
@@ -58,6 +82,12 @@ class Split:
     fps: float
     sample_rate_hz: int
     columns: dict[str, np.ndarray]
+    streams: dict[str, Stream] = field(default_factory=dict[str, Stream])
+
+    @property
+    def members(self) -> dict[str, str]:
+        """The members of a sample and their extensions."""
+        return members_of(self.codec, self.streams)
 
     def __len__(self) -> int:
         return len(self.columns["id"])
@@ -94,6 +124,16 @@ class ShardSet:
     def classes(self) -> list[str]:
         """Class names in the order of their numbers."""
         return self.manifest["classes"]
+
+    @property
+    def streams(self) -> dict[str, Stream]:
+        """Streams of features by name; empty where clips are stored."""
+        return {name: Stream(**each) for name, each in self.manifest.get("streams", {}).items()}
+
+    @property
+    def several_labels(self) -> bool:
+        """Whether a sample may have any number of classes, and not just one."""
+        return self.manifest.get("several_labels", False)
 
     @classmethod
     def open(cls, root: str | Path) -> "ShardSet":
@@ -145,10 +185,11 @@ class ShardSet:
             raise UserError(
                 f"{key}={name} is not in {self.root}; allowed: {listed(splits)}{none}.{nearest(name, splits)}"
             )
-        table = self.table("index.parquet", name)
-        for field in INDEX_SCHEMA:
-            if field.name not in table.column_names or table.schema.field(field.name).type != field.type:
-                raise UserError(f"{self.root / 'index.parquet'}: column '{field.name}' is missing or of another kind.")
+        table, manifest = self.table("index.parquet", name), self.manifest
+        codec = manifest.get("codec", "")
+        for each in index_schema(members_of(codec, self.streams)):
+            if each.name not in table.column_names or table.schema.field(each.name).type != each.type:
+                raise UserError(f"{self.root / 'index.parquet'}: column '{each.name}' is missing or of another kind.")
         columns = {each: table.column(each).to_numpy(zero_copy_only=False) for each in table.column_names}
         if not np.array_equal(columns["id"], np.arange(len(table))):
             raise UserError(f"{self.root / 'index.parquet'}: the ids of split {name} do not run from 0 to N-1.")
@@ -161,25 +202,26 @@ class ShardSet:
                     f"{path}: {found}, expected {shard['bytes']} bytes; copy the shard again or make it anew."
                 )
             shards.append(path)
-        manifest = self.manifest
-        return Split(self.root, name, shards, manifest["codec"], manifest["fps"], manifest["sample_rate_hz"], columns)
+        rates = manifest.get("fps", 0.0), manifest.get("sample_rate_hz", 0)
+        return Split(self.root, name, shards, codec, *rates, columns, self.streams)
 
 
 def _manifest_fault(manifest: Any) -> str:
     """Return what is wrong with a manifest; nothing of it is used before."""
-    kinds = {"splits": dict, "classes": list, "codec": str, "fps": int | float, "sample_rate_hz": int}
     if not isinstance(manifest, dict):
         return "no JSON object"
-    for key, kind in kinds.items():
+    kinds: dict[str, Any] = {"splits": dict, "classes": list}
+    clips = {"codec": str, "fps": int | float, "sample_rate_hz": int}
+    for key, kind in (kinds | ({"streams": dict} if "streams" in manifest else clips)).items():
         if not isinstance(manifest.get(key), kind):
             return f"'{key}' is missing or of another kind"
-    classes, codec = manifest["classes"], manifest["codec"]
+    classes = manifest["classes"]
     if not classes or not all(isinstance(each, str) for each in classes) or len(set(classes)) < len(classes):
         return "'classes' is no list of different names"
-    if codec not in VIDEO_EXTENSIONS:
-        return f"codec '{codec}'; allowed: {listed(VIDEO_EXTENSIONS)}"
-    if not 0 < manifest["fps"] < 1e4 or not 0 < manifest["sample_rate_hz"] < 1e6:
-        return "a rate that no clip has"
+    if not isinstance(manifest.get("several_labels", False), bool):
+        return "'several_labels' is neither true nor false"
+    if fault := _streams_fault(manifest["streams"]) if "streams" in manifest else _clips_fault(manifest):
+        return fault
     tables = manifest.get("tables", {})
     if not isinstance(tables, dict) or not all(isinstance(each, dict) for each in tables.values()):
         return "'tables' is of another kind"
@@ -188,6 +230,24 @@ def _manifest_fault(manifest: Any) -> str:
         if not isinstance(shards, list) or not all(map(_is_shard, shards)):
             return f"split '{name}' has no list of shards with plain names and sizes"
     return ""
+
+
+def _clips_fault(manifest: dict[str, Any]) -> str:
+    if manifest["codec"] not in VIDEO_EXTENSIONS:
+        return f"codec '{manifest['codec']}'; allowed: {listed(VIDEO_EXTENSIONS)}"
+    if not 0 < manifest["fps"] < 1e4 or not 0 < manifest["sample_rate_hz"] < 1e6:
+        return "a rate that no clip has"
+    return ""
+
+
+def _streams_fault(streams: dict[str, Any]) -> str:
+    for name, each in streams.items():
+        sizes = [each.get("steps"), each.get("dim")] if isinstance(each, dict) else []
+        if not STREAM_NAME.fullmatch(name) or not all(isinstance(size, int) and size > 0 for size in sizes):
+            return f"stream '{name}' has no plain name, or no steps and dim"
+        if set(each) != {"sense", "steps", "dim"} or each["sense"] not in SENSES:
+            return f"stream '{name}' is of no sense; allowed: {listed(SENSES)}"
+    return "" if {each["sense"] for each in streams.values()} == set(SENSES) else "no streams of both senses"
 
 
 def _is_shard(each: Any) -> bool:
@@ -211,19 +271,6 @@ def columns_once(table: pa.Table) -> pa.Table:
     if twice:
         raise pa.ArrowInvalid(f"column '{twice[0]}' is there more than once")
     return table
-
-
-def write_dali_index(tar: Path, members: dict[str, list[tuple[str, int, int]]]) -> None:
-    """Write the `.idx` beside a shard, in the v1.2 format of DALI's wds2idx."""
-    write_atomically(tar.with_suffix(".idx"), dali_index(members))
-
-
-def dali_index(members: dict[str, list[tuple[str, int, int]]]) -> bytes:
-    """Return the content of a shard's `.idx`."""
-    lines = [f"v1.2 {len(members)}"]
-    for key, parts in members.items():
-        lines.append(" ".join(f"{extension} {offset} {size} {key}.{extension}" for extension, offset, size in parts))
-    return ("\n".join(lines) + "\n").encode()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

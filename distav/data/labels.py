@@ -40,7 +40,8 @@ def load_labels(shards: ShardSet, split: Split, override: str = "") -> Labels:
     Args:
         shards: the set.
         split: its split.
-        override: path of a .parquet or .csv table with `id` or `key` and `label`; empty for none.
+        override: path of a .parquet or .csv table with `id` or `key` and `label`; empty for none. It has no say in a
+            set whose clips have several classes, of which every combination is one here.
 
     Raises:
         UserError: for labels outside the classes of the set, ids or keys it does not have, or a broken table.
@@ -58,8 +59,10 @@ def load_labels(shards: ShardSet, split: Split, override: str = "") -> Labels:
     def numbers(name: str) -> np.ndarray | None:
         if name not in table.column_names or table.column(name).null_count:
             return None
-        return _class_numbers(table.column(name).to_pylist(), shards.classes, path)
+        return class_numbers(table.column(name).to_pylist(), shards.classes, path)
 
+    if shards.several_labels:
+        return _combinations(table)
     given = numbers("label")
     if given is None:
         raise UserError(f"{path}: column 'label' is missing or has gaps.")
@@ -67,6 +70,14 @@ def load_labels(shards: ShardSet, split: Split, override: str = "") -> Labels:
     if override:
         given = _apply(Path(override), split, shards.classes, given)
     return Labels(shards.classes, given, numbers("true_label"), pair)
+
+
+def _combinations(table: pa.Table) -> Labels:
+    """Take every combination of classes that occurs for a class of its own."""
+    names = [", ".join(sorted(each)) for each in table.column("label").to_pylist()]
+    classes, given = np.unique(np.array(names, dtype=object), return_inverse=True)
+    pair = table.column("pair_id").to_numpy() if "pair_id" in table.column_names else None
+    return Labels([str(each) for each in classes], given.astype(np.int64), None, pair)
 
 
 def _apply(path: Path, split: Split, classes: list[str], given: np.ndarray) -> np.ndarray:
@@ -94,11 +105,16 @@ def _apply(path: Path, split: Split, classes: list[str], given: np.ndarray) -> n
             f"{listed(unknown, 3)}. Take a table made for this set."
         )
     replaced = given.copy()
-    replaced[np.asarray(rows, dtype=np.int64)] = _class_numbers(table.column(name).to_pylist(), classes, path)
+    replaced[np.asarray(rows, dtype=np.int64)] = class_numbers(table.column(name).to_pylist(), classes, path)
     return replaced
 
 
-def _class_numbers(names: list[str], classes: list[str], path: Path) -> np.ndarray:
+def class_numbers(names: list[str], classes: list[str], path: Path) -> np.ndarray:
+    """Return the numbers of classes by name: [N] int64.
+
+    Raises:
+        UserError: for a name that is none of the classes, with the file that holds it.
+    """
     number = {name: position for position, name in enumerate(classes)}
     unknown = sorted({str(name) for name in names if name not in number})
     if unknown:

@@ -1,4 +1,4 @@
-"""Batches from shards: members read and checked, decoded and augmented by the DALI graph.
+"""Batches from shards: members read and checked, clips decoded and augmented by the DALI graph.
 
 A sample that cannot be used becomes a masked row, counted and named; the batch never gets shorter, so ranks never
 wait for one another. Legend: b rows of this rank, T frames, H W pixels, N audio samples.
@@ -6,7 +6,7 @@ wait for one another. Legend: b rows of this rank, T frames, H W pixels, N audio
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from distav.data.augment import Viewer
-from distav.data.dali import ClipGraph, DecodeError
-from distav.data.format import Split
+from distav.data.dali import ClipGraph
+from distav.data.features import decode_features
+from distav.data.format import Split, Stream
 from distav.data.order import PADDING, Ids
-from distav.data.reader import BadSample, Encoded, ShardReader
+from distav.data.reader import BadSample, DecodeError, Members, ShardReader
 from distav.seeding import sample_seeds
 from distav.settings import AugmentSettings, DataSettings
 
@@ -29,16 +30,15 @@ class Batch:
     Attributes:
         ids: [b] int64; where `valid` is false the row carries no sample.
         valid: [b] bool.
-        frames: [b, T, H, W, 3] uint8.
-        sound: [b, N] float32 in [-1, 1].
         seeds: [b] int64 that make a sample's own random numbers inside the model.
+        media: what the model is fed by name: `frames` [b, T, H, W, 3] uint8 and `sound` [b, N] float32 in [-1, 1] of
+            clips; or the set's streams of features, [b, steps, dim] float32.
     """
 
     ids: Tensor
     valid: Tensor
-    frames: Tensor
-    sound: Tensor
     seeds: Tensor
+    media: dict[str, Tensor]
 
 
 @dataclass
@@ -46,6 +46,25 @@ class Quarantine:
     """Samples of one split that could not be used on this rank: {id: reason}."""
 
     reasons: dict[int, str] = field(default_factory=dict)
+
+
+class FeatureGraph:
+    """Puts batches of one size together."""
+
+    def __init__(self, streams: dict[str, Stream], batch: int, device: torch.device):
+        self.streams, self.batch, self.device = streams, batch, device
+
+    def run(self, members: Sequence[Members], views: Sequence[object] = ()) -> dict[str, Tensor]:
+        """Return the streams of one batch, [B, steps, dim] float32 each; views are for clips.
+
+        Raises:
+            DecodeError: where any sample's features are none of its streams'.
+        """
+        del views
+        return {
+            name: torch.from_numpy(np.stack([decode_features(each[name], stream) for each in members])).to(self.device)
+            for name, stream in self.streams.items()
+        }
 
 
 class Loader:
@@ -61,12 +80,14 @@ class Loader:
         device: torch.device,
     ):
         self.split, self.data, self.seed, self.device = split, data, seed, device
-        self.viewer = Viewer(split, data, augment, seed)
-        self.graph = ClipGraph(data, split, batch, device)
+        self.viewer = None if split.streams else Viewer(split, data, augment, seed)
+        self.graph = (
+            FeatureGraph(split.streams, batch, device) if split.streams else ClipGraph(data, split, batch, device)
+        )
         self.reader = ShardReader(split)
         self.quarantine = Quarantine()
-        self._spare: Encoded | None = None
-        self._proven: Encoded | None = None
+        self._spare: Members | None = None
+        self._proven: Members | None = None
 
     def close(self) -> None:
         """Close the shard files."""
@@ -113,20 +134,19 @@ class Loader:
     def load(self, ids: Ids, epoch: int) -> Batch:
         """Read, check and decode one batch."""
         valid = ids != PADDING
-        members: list[Encoded | None] = [self._read(int(sample)) if sample != PADDING else None for sample in ids]
-        views = [self.viewer.view(max(0, int(sample)), epoch) for sample in ids]
-        frames, sound = self._decode(ids, members, views)
+        members: list[Members | None] = [self._read(int(sample)) if sample != PADDING else None for sample in ids]
+        views = [self.viewer.view(max(0, int(sample)), epoch) for sample in ids] if self.viewer else [None] * len(ids)
+        media = self._decode(ids, members, views)
         valid &= np.array([each is not None for each in members])
         return Batch(
             ids=torch.from_numpy(np.maximum(ids, 0)).to(self.device),
             valid=torch.from_numpy(valid).to(self.device),
-            frames=frames,
-            sound=sound,
             seeds=sample_seeds(self.seed, epoch, torch.from_numpy(ids)).to(self.device),
+            media=media,
         )
 
-    def _decode(self, ids: Ids, members: list[Encoded | None], views: list) -> tuple[Tensor, Tensor]:
-        """Decode a batch; where DALI refuses it, find the samples at fault and take them out of `members`."""
+    def _decode(self, ids: Ids, members: list[Members | None], views: list) -> dict[str, Tensor]:
+        """Decode a batch; where it is refused, find the samples at fault and take them out of `members`."""
         self._spare = self._spare or next((each for each in members if each is not None), None)
         try:
             decoded = self.graph.run(self._filled(members), views)
@@ -143,20 +163,20 @@ class Loader:
             raise RuntimeError(f"no sample of the first batch could be decoded: {reason}")
         return self.graph.run(self._filled(members), views)
 
-    def _filled(self, members: list[Encoded | None]) -> list[Encoded]:
+    def _filled(self, members: list[Members | None]) -> list[Members]:
         """Put a sample known to be good where there is none; those rows are masked."""
         if self._spare is None:
             self._spare = next(spare for sample in range(len(self.split)) if (spare := self._read(sample)))
         return [each or self._spare for each in members]
 
-    def _refused(self, member: Encoded, view: object) -> str:
+    def _refused(self, member: Members, view: object) -> str:
         try:
             self.graph.run([member] * self.graph.batch, [view] * self.graph.batch)  # pyright: ignore[reportArgumentType]
         except DecodeError as error:
             return str(error)
         return ""
 
-    def _read(self, sample: int) -> Encoded | None:
+    def _read(self, sample: int) -> Members | None:
         """Read the members of a sample; None and an entry in the quarantine where they are damaged."""
         if sample in self.quarantine.reasons:
             return None

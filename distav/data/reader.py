@@ -1,19 +1,17 @@
 """Members of samples, read from shards by byte range and checked by CRC-32."""
 
 import os
-from dataclasses import dataclass
 
 from isal.isal_zlib import crc32  # three times as fast as zlib's
 
 from distav.data.format import Split
 
+Members = dict[str, bytes]
+"""The members of one sample by name, as read."""
 
-@dataclass(frozen=True)
-class Encoded:
-    """The members of one sample, as read."""
 
-    video: bytes
-    audio: bytes
+class DecodeError(Exception):
+    """A batch could not be decoded."""
 
 
 class BadSample(Exception):
@@ -33,13 +31,13 @@ class ShardReader:
             os.close(descriptor)
         self._files.clear()
 
-    def read(self, sample: int) -> Encoded:
+    def read(self, sample: int) -> Members:
         """Return the members of a sample.
 
         Raises:
             BadSample: where a member cannot be read, is cut short, or has another CRC-32 than when it was written.
         """
-        return Encoded(self._member(sample, "video"), self._member(sample, "audio"))
+        return {name: self._member(sample, name) for name in self.split.members}
 
     def _member(self, sample: int, kind: str) -> bytes:
         columns = self.split.columns

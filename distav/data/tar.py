@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from distav.data.format import write_atomically
 from distav.errors import UserError, listed
 
 BLOCK = 512
 MOST_BYTES = 1 << 30
 """Largest member."""
 EXTENSIONS = ("avi", "webm", "mp4", "flac", "json", "npy")
-_NAME = re.compile(rb"[A-Za-z0-9_-][A-Za-z0-9_-]*\.[a-z0-9]+")
+_NAME = re.compile(rb"[A-Za-z0-9_-]+(\.[a-z0-9]+|\.[a-z][a-z0-9_]*\.npy)")
 _NUMBER = re.compile(rb"[0-7]+")
 
 
@@ -60,9 +61,9 @@ def _members(file: BinaryIO, length: int, path: Path) -> Iterator[Member]:
         if kind not in (b"0", b"\0") or header[345:346] != b"\0" or magic not in (b"ustar\0", b"ustar "):
             raise UserError(f"{where}: '{shown}' is no plain file (kind {kind!r}); shards hold nothing else.")
         if not _NAME.fullmatch(raw):
-            raise UserError(f"{where}: '{shown}' is no plain name of the form key.extension.")
+            raise UserError(f"{where}: '{shown}' is no plain name of the form key.extension, or key.stream.npy.")
         key, _, extension = raw.decode().partition(".")
-        if extension not in EXTENSIONS:
+        if extension.rpartition(".")[2] not in EXTENSIONS:
             raise UserError(f"{where}: '{shown}': members of this kind are not read; allowed: {listed(EXTENSIONS)}.")
         size = _number(header[124:136], f"{where}: size of '{shown}'")
         place += BLOCK
@@ -104,3 +105,16 @@ def by_key(path: Path) -> dict[str, list[tuple[str, int, int]]]:
         parts.append((member.extension, member.offset, member.size))
         last = member.key
     return found
+
+
+def write_dali_index(tar: Path, members: dict[str, list[tuple[str, int, int]]]) -> None:
+    """Write the `.idx` beside a shard, in the v1.2 format of DALI's wds2idx."""
+    write_atomically(tar.with_suffix(".idx"), dali_index(members))
+
+
+def dali_index(members: dict[str, list[tuple[str, int, int]]]) -> bytes:
+    """Return the content of a shard's `.idx`."""
+    lines = [f"v1.2 {len(members)}"]
+    for key, parts in members.items():
+        lines.append(" ".join(f"{extension} {offset} {size} {key}.{extension}" for extension, offset, size in parts))
+    return ("\n".join(lines) + "\n").encode()

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distav.data.format import AUDIO_EXTENSION, VIDEO_EXTENSIONS, ShardSet, Split, dali_index
+from distav.data.events import load_events
+from distav.data.format import ShardSet, Split
 from distav.data.labels import load_labels
 from distav.data.reader import BadSample, ShardReader
-from distav.data.tar import by_key
+from distav.data.tar import by_key, dali_index
 from distav.errors import UserError
 
 _MOST_JSON = 1 << 20
@@ -43,7 +44,10 @@ def verify(root: Path, labels: str = "") -> Iterator[str]:
 
 def _labels(shards: ShardSet, split: Split, table: str) -> Iterator[str]:
     try:
-        load_labels(shards, split, table)
+        if shards.several_labels or split.name in shards.manifest.get("annotated", ()):
+            load_events(shards, split)
+        if not shards.several_labels:
+            load_labels(shards, split, table)
     except UserError as error:
         yield str(error)
 
@@ -96,7 +100,7 @@ def _by_extension(parts: list[tuple[str, int, int]]) -> dict[str, tuple[int, int
 
 def _members(split: Split, path: Path, sample: int, key: str, there: dict[str, tuple[int, int]]) -> Iterator[str]:
     columns = split.columns
-    expected = {"video": VIDEO_EXTENSIONS[split.codec], "audio": AUDIO_EXTENSION}
+    expected = split.members
     for kind, extension in expected.items():
         said = int(columns[f"{kind}_offset"][sample]), int(columns[f"{kind}_bytes"][sample])
         if there.get(extension) != said:

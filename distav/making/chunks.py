@@ -19,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from distav.data.format import write_atomically
-from distav.making.clips import Candidate, Encoding, Unusable, encode_audio, encode_video
+from distav.errors import UserError
+from distav.making.clips import Candidate, Encoding, Unusable
 from distav.making.sources import Source
 
 
@@ -34,25 +35,15 @@ class Encoded:
     start_s: float
     width: int
     height: int
-    offset: int
-    video_bytes: int
-    audio_bytes: int
-    video_crc32: int
-    audio_crc32: int
+    members: dict[str, tuple[int, int, int]]
+    """Offset, bytes and CRC-32 by name."""
 
-    def video(self, work: Path) -> bytes:
-        """Return the encoded picture."""
-        return _slice(work / self.file, self.offset, self.video_bytes)
-
-    def audio(self, work: Path) -> bytes:
-        """Return the encoded sound."""
-        return _slice(work / self.file, self.offset + self.video_bytes, self.audio_bytes)
-
-
-def _slice(path: Path, offset: int, size: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
+    def member(self, name: str, work: Path) -> bytes:
+        """Return the content of a member."""
+        offset, size, _ = self.members[name]
+        with open(work / self.file, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
 
 
 def encode_all(
@@ -115,8 +106,11 @@ def _encode_chunk(
                 if place in deadly:
                     raise Unusable("not decodable: the decoder crashed on it")
                 for clip in source.clips(candidate, encoding, _rng(seed, number, place)):
-                    video = encode_video(clip.frames, encoding)
-                    audio = encode_audio(clip.sound, encoding.sample_rate_hz)
+                    members = {}
+                    for name, content in clip.members(encoding).items():
+                        members[name] = sink.tell(), len(content), zlib.crc32(content)
+                        sink.write(content)
+                    height, width = clip.size
                     encoded.append(
                         Encoded(
                             file=file,
@@ -124,16 +118,11 @@ def _encode_chunk(
                             label=candidate.label,
                             split=candidate.split,
                             start_s=clip.start_s,
-                            width=clip.frames.shape[2],
-                            height=clip.frames.shape[1],
-                            offset=sink.tell(),
-                            video_bytes=len(video),
-                            audio_bytes=len(audio),
-                            video_crc32=zlib.crc32(video),
-                            audio_crc32=zlib.crc32(audio),
+                            width=width,
+                            height=height,
+                            members=members,
                         )
                     )
-                    sink.write(video + audio)
             except Unusable as reason:
                 facts = asdict(candidate)
                 row = {name: facts[name] for name in ("start_s", "end_s", "label")}
@@ -150,8 +139,19 @@ def _rng(seed: int, number: int, place: int) -> np.random.Generator:
 def _encode_carefully(
     source: Source, encoding: Encoding, seed: int, number: int, candidates: list[Candidate], work: Path
 ) -> None:
-    """Find the candidates that kill their process, and encode the chunk without them."""
+    """Find the candidates that kill their process, and encode the chunk without them.
+
+    Raises:
+        UserError: where processes die that have nothing to do.
+    """
     context = multiprocessing.get_context("spawn")
+    idle = context.Process(target=int)
+    idle.start()
+    idle.join()
+    if idle.exitcode:
+        raise UserError(
+            "processes that encode cannot be started here; call this from a file, under `if __name__ == '__main__'`."
+        )
     deadly = set()
     for place, candidate in enumerate(candidates):
         trial = context.Process(target=_try, args=(source, encoding, candidate, _rng(seed, number, place)))

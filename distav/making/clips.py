@@ -9,6 +9,7 @@ import numpy as np
 import soundfile
 from av.video.stream import VideoStream
 
+from distav.data.features import encode_features
 from distav.data.format import VIDEO_EXTENSIONS
 from distav.errors import UserError, listed, nearest
 
@@ -27,6 +28,7 @@ class Candidate:
 
     source: str
     label: str
+    """Its class; of a source with several a sample, all of them with commas in between."""
     split: str
     start_s: float = 0.0
     end_s: float | None = None
@@ -40,6 +42,32 @@ class Clip:
     frames: np.ndarray
     sound: np.ndarray
     start_s: float = 0.0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.frames.shape[1], self.frames.shape[2]
+
+    def members(self, encoding: "Encoding") -> dict[str, bytes]:
+        """Return the members of the sample by name."""
+        return {
+            "video": encode_video(self.frames, encoding),
+            "audio": encode_audio(self.sound, encoding.sample_rate_hz),
+        }
+
+
+@dataclass(frozen=True)
+class Features:
+    """What frozen networks gave of a clip: [steps, dim] float16 or float32 of each stream."""
+
+    streams: dict[str, np.ndarray]
+    start_s: float = 0.0
+    size: tuple[int, int] = (0, 0)
+
+    def members(self, encoding: "Encoding") -> dict[str, bytes]:
+        """Return the members of the sample by name."""
+        del encoding
+        return {name: encode_features(values) for name, values in self.streams.items()}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from distav.data.noise import LabelNoise
 from distav.errors import UserError
 from distav.making.clips import CODECS, Encoding
 from distav.making.digits import Digits
+from distav.making.events import EventSource, parse_features
 from distav.making.sources import ClipList, Source, VideoFolder
 from distav.making.synthetic import Scenes
 from distav.making.writer import Plan, make_set
@@ -23,6 +24,9 @@ _EXAMPLES = {
     "csv": "example: make_shards.py csv clips.csv shards/mine --codec h264 --fps 16",
     "digits": "example: make_shards.py digits shards/digits --images t10k-images-idx3-ubyte.gz "
     "--image-labels t10k-labels-idx1-ubyte.gz --recordings recordings/ --label-noise symmetric:0.6",
+    "llp": "example: make_shards.py llp AVVP/data shards/llp --features audio:vggish=feats/vggish "
+    "--features visual:res152=feats/res152 --features visual:r2plus1d_18=feats/r2plus1d_18",
+    "ave": "example: make_shards.py ave AVE_Dataset shards/ave --videos AVE_Dataset/AVE --codec h264",
     "synthetic": "example: make_shards.py synthetic shards/quickstart --train-clips 1200 --label-noise symmetric:0.4",
 }
 
@@ -66,6 +70,9 @@ def _source(options: argparse.Namespace) -> Source:
             options.hold_out_speaker,
             options.seed,
         )
+    if options.command in ("llp", "ave"):
+        features = tuple(parse_features(text) for text in options.features)
+        return EventSource(options.command, options.annotations, options.videos, features)
     return Scenes(options.train_clips, options.test_clips)
 
 
@@ -111,6 +118,21 @@ def _parser() -> argparse.ArgumentParser:
     scenes.add_argument("out", type=Path, metavar="OUT", help="folder to write the set to")
     scenes.add_argument("--train-clips", type=int, default=1200, help="clips to train on")
     scenes.add_argument("--test-clips", type=int, default=300, help="clips to test on")
+    for name, about in (
+        ("llp", "LLP: videos with events heard and seen, several classes each."),
+        ("ave", "AVE: videos with one event each, and when it is both heard and seen."),
+    ):
+        events = command(name, about, clip_s=10.0)
+        events.add_argument("annotations", type=Path, metavar="DIR", help="folder of the published annotations")
+        events.add_argument("out", type=Path, metavar="OUT", help="folder to write the set to")
+        events.add_argument("--videos", type=Path, metavar="DIR", help="folder of NAME.* or YOUTUBE_ID.*")
+        events.add_argument(
+            "--features",
+            action="append",
+            default=[],
+            metavar="SENSE:NAME=DIR",
+            help="features in place of videos, a folder of .npy files [steps, dim] for each stream; repeat it",
+        )
     return parser
 
 

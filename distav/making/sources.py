@@ -12,18 +12,21 @@ from typing import Protocol
 import numpy as np
 
 from distav.errors import UserError, listed
-from distav.making.clips import Candidate, Clip, Encoding
+from distav.making.clips import Candidate, Clip, Encoding, Features
 from distav.making.decoding import decode_clips
 
 
 class Source(Protocol):
-    """A list of candidates and the way to make clips of each; it travels to worker processes."""
+    """A list of candidates and the way to make clips of each; it travels to worker processes.
+
+    What an annotated source (`distav.making.events`) knows besides is asked for by the writer alone.
+    """
 
     def candidates(self) -> list[Candidate]:
         """Return everything that clips may be made from, always in the same order."""
         ...
 
-    def clips(self, candidate: Candidate, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
+    def clips(self, candidate: Candidate, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip | Features]:
         """Make the clips of one candidate, or raise Unusable."""
         ...
 

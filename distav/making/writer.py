@@ -7,10 +7,8 @@ and on the place of a candidate in the list alone, so the bytes are the same for
 
 import csv
 import dataclasses
-import hashlib
 import io
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +18,15 @@ import numpy as np
 import pyarrow as pa
 
 from distav import __version__
-from distav.data.format import (
-    AUDIO_EXTENSION,
-    INDEX_SCHEMA,
-    TABLES,
-    VIDEO_EXTENSIONS,
-    write_atomically,
-    write_dali_index,
-    write_table,
-)
+from distav.data.events import events_table
+from distav.data.format import EVENTS, TABLES, index_schema, members_of, write_atomically, write_table
 from distav.data.noise import LabelNoise, flip_labels, mismatch_pairs
-from distav.data.tar import by_key
 from distav.errors import UserError
 from distav.making.chunks import Encoded, encode_all
 from distav.making.clips import Encoding
+from distav.making.events import About, EventSource
 from distav.making.sources import Source
+from distav.making.tars import Samples, key_of
 from distav.sealing import described
 
 CHUNK = 64
@@ -87,6 +79,9 @@ def make_set(source: Source, out: Path, plan: Plan, workers: int) -> Outcome:
         if made.get("recipe") != recipe:
             raise UserError(f"{out} holds a set made with other arguments; choose another folder or delete it.")
         return Outcome({name: split["clips"] for name, split in made["splits"].items()}, made["rejected"], 0.0)
+    about = source.about() if isinstance(source, EventSource) else About()
+    if about.several and (plan.label_noise or plan.cross_class):
+        raise UserError("--label-noise and --cross-class are for one class a sample; these have several.")
     _claim(work, recipe)
     candidates = source.candidates()
     chunks = [candidates[start : start + CHUNK] for start in range(0, len(candidates), CHUNK)]
@@ -96,8 +91,8 @@ def make_set(source: Source, out: Path, plan: Plan, workers: int) -> Outcome:
         raise UserError(
             f"none of {len(candidates)} candidates could be used; {out / 'rejected.csv'} gives the reasons."
         )
-    manifest = _assemble(encoded, out, work, plan)
-    tables = {name: described(out / name) for name in TABLES}
+    manifest = _assemble(encoded, out, work, plan, about)
+    tables = {name: described(out / name) for name in TABLES if (out / name).exists()}
     manifest |= {"recipe": recipe, "rejected": len(rejected), "tables": tables}
     write_atomically(out / "manifest.json", (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
     shutil.rmtree(work)
@@ -109,6 +104,8 @@ def _described(thing: Any) -> Any:
     if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
         fields = {each.name: _described(getattr(thing, each.name)) for each in dataclasses.fields(thing)}
         return {"type": type(thing).__name__} | fields
+    if isinstance(thing, tuple):
+        return [_described(each) for each in thing]
     return str(thing) if isinstance(thing, Path) else thing
 
 
@@ -136,54 +133,62 @@ def _write_rejected(out: Path, rejected: list[dict[str, Any]]) -> None:
     write_atomically(out / "rejected.csv", text.getvalue().encode())
 
 
-def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: Plan) -> dict[str, Any]:
+def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: Plan, about: About) -> dict[str, Any]:
     """Shuffle, number and copy the encoded clips into tars; write the tables; return the manifest."""
-    classes = sorted({each.label for each in encoded})
+    classes = about.classes or sorted({each.label for each in encoded})
+    members = members_of(plan.encoding.codec, about.streams)
+    sounds = frozenset({name for name, each in about.streams.items() if each.sense == "audio"} or {"audio"})
     splits: dict[str, Any] = {}
     index: list[dict[str, Any]] = []
     labels: list[pa.Table] = []
+    events: list[pa.Table] = []
     for place, name in enumerate(sorted({each.split for each in encoded})):
         rng = np.random.default_rng([plan.seed, 3, place])
         clips = [each for each in encoded if each.split == name]
         clips = [clips[number] for number in rng.permutation(len(clips))]
         noisy = name == "train"
-        true = np.array([classes.index(each.label) for each in clips], dtype=np.int64)
+        true = np.array([0 if about.several else classes.index(each.label) for each in clips], dtype=np.int64)
         swapped = plan.correspondence_noise if noisy else 0.0
         pair = mismatch_pairs(len(clips), swapped, rng, true if plan.cross_class else None)
+        samples = Samples(name, clips, pair, members, sounds, plan.encoding, work)
         shards = []
         for number, start in enumerate(range(0, len(clips), plan.shard_samples)):
-            path = out / f"{name}-{number:06d}.tar"
             ids = range(start, min(start + plan.shard_samples, len(clips)))
-            if not path.exists():
-                _write_tar(path, name, ids, clips, pair, plan.encoding, work)
-            members = by_key(path)
-            write_dali_index(path, members)
-            index += _index_rows(name, number, ids, clips, pair, members, plan.encoding)
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            shards.append({"name": path.name, "clips": len(ids), "bytes": path.stat().st_size, "sha256": digest})
+            shard, rows = samples.write(out, number, ids)
+            shards.append(shard)
+            index += rows
         splits[name] = {"clips": len(clips), "shards": shards}
         flips = plan.label_noise if noisy else None
         given = flip_labels(true, len(classes), flips, rng) if flips else true
-        labels.append(_label_table(name, clips, np.array(classes, dtype=object), given, true, pair))
+        names = np.array(classes, dtype=object)
+        labels.append(_label_table(name, clips, names, given, true, pair, about.several))
+        known = [about.events.get((name, each.source, each.label)) for each in clips]
+        if clips and all(each is not None for each in known):
+            told = np.stack([each for each in known if each is not None])
+            told[:, 0] = told[pair, 0]
+            keys = np.array([key_of(name, number) for number in range(len(clips))], dtype=object)
+            events.append(events_table(name, keys, classes, told))
         if noisy and (flips or plan.correspondence_noise):
             splits[name]["noise"] = {
                 "label_rate": float((given != true).mean()),
                 "correspondence_rate_nominal": float((pair != np.arange(len(pair))).mean()),
                 "correspondence_rate_semantic": float((true[pair] != true).mean()),
             }
-    columns = {field.name: [row[field.name] for row in index] for field in INDEX_SCHEMA}
-    write_table(out / "index.parquet", pa.table(columns, schema=INDEX_SCHEMA))
+    schema = index_schema(members)
+    write_table(out / "index.parquet", pa.table({each: [row[each] for row in index] for each in schema.names}, schema))
     write_table(out / "labels.parquet", _with_truth(pa.concat_tables(labels), plan))
-    settings = plan.encoding
-    return {
-        "format": 1,
-        "classes": classes,
-        "codec": settings.codec,
-        "fps": settings.fps,
-        "clip_s": settings.clip_s,
-        "sample_rate_hz": settings.sample_rate_hz,
-        "splits": splits,
-    }
+    manifest = {"format": 1, "classes": classes, "clip_s": plan.encoding.clip_s, "splits": splits}
+    if about.streams:
+        manifest["streams"] = {name: dataclasses.asdict(each) for name, each in about.streams.items()}
+    else:
+        rates = {"fps": plan.encoding.fps, "sample_rate_hz": plan.encoding.sample_rate_hz}
+        manifest |= {"codec": plan.encoding.codec, **rates}
+    if about.several:
+        manifest["several_labels"] = True
+    if events:
+        write_table(out / EVENTS, pa.concat_tables(events))
+        manifest["annotated"] = sorted({each.column("split")[0].as_py() for each in events if len(each)})
+    return manifest
 
 
 def _with_truth(table: pa.Table, plan: Plan) -> pa.Table:
@@ -193,96 +198,22 @@ def _with_truth(table: pa.Table, plan: Plan) -> pa.Table:
 
 
 def _label_table(
-    split: str, clips: list[Encoded], names: np.ndarray, given: np.ndarray, true: np.ndarray, pair: np.ndarray
+    split: str,
+    clips: list[Encoded],
+    names: np.ndarray,
+    given: np.ndarray,
+    true: np.ndarray,
+    pair: np.ndarray,
+    several: bool,
 ) -> pa.Table:
     ids = range(len(clips))
     return pa.table(
         {
             "split": [split] * len(clips),
             "id": np.arange(len(clips)),
-            "key": [_key(split, number) for number in ids],
-            "label": names[given],
+            "key": [key_of(split, number) for number in ids],
+            "label": [each.label.split(",") for each in clips] if several else names[given],
             "true_label": names[true],
             "pair_id": pair,
         }
     )
-
-
-def _key(split: str, number: int) -> str:
-    return f"{split}-{number:09d}"
-
-
-def _write_tar(
-    path: Path, split: str, ids: range, clips: list[Encoded], pair: np.ndarray, encoding: Encoding, work: Path
-) -> None:
-    """Write one shard beside its place and rename it."""
-    import webdataset.writer  # It brings torch along, which the encoding processes have no use for.
-
-    part = work / path.name
-    whose = {"mtime": 0, "user": "distav", "group": "distav"}
-    with open(part, "wb") as file, webdataset.writer.TarWriter(file, encoder=False, **whose) as tar:
-        for number in ids:
-            clip, donor = clips[number], clips[pair[number]]
-            video, sound = clip.video(work), donor.audio(work)
-            extension = VIDEO_EXTENSIONS[encoding.codec]
-            facts = {
-                "id": number,
-                "source": clip.source,
-                "start_s": clip.start_s,
-                "duration_s": encoding.clip_s,
-                "fps": encoding.fps,
-                "frames": encoding.num_frames,
-                "sample_rate_hz": encoding.sample_rate_hz,
-                "sha256": {
-                    extension: hashlib.sha256(video).hexdigest(),
-                    AUDIO_EXTENSION: hashlib.sha256(sound).hexdigest(),
-                },
-            }
-            tar.write(
-                {
-                    "__key__": _key(split, number),
-                    extension: video,
-                    AUDIO_EXTENSION: sound,
-                    "json": json.dumps(facts, sort_keys=True).encode(),
-                }
-            )
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def _index_rows(
-    split: str,
-    shard: int,
-    ids: range,
-    clips: list[Encoded],
-    pair: np.ndarray,
-    members: dict[str, list[tuple[str, int, int]]],
-    encoding: Encoding,
-) -> list[dict[str, Any]]:
-    rows = []
-    for number in ids:
-        key, clip, donor = _key(split, number), clips[number], clips[pair[number]]
-        places = {extension: (offset, size) for extension, offset, size in members[key]}
-        video, audio = places[VIDEO_EXTENSIONS[encoding.codec]], places[AUDIO_EXTENSION]
-        rows.append(
-            {
-                "split": split,
-                "id": number,
-                "key": key,
-                "shard": shard,
-                "source": clip.source,
-                "start_s": clip.start_s,
-                "duration_s": encoding.clip_s,
-                "frames": encoding.num_frames,
-                "width": clip.width,
-                "height": clip.height,
-                "video_offset": video[0],
-                "video_bytes": video[1],
-                "video_crc32": clip.video_crc32,
-                "audio_offset": audio[0],
-                "audio_bytes": audio[1],
-                "audio_crc32": donor.audio_crc32,
-            }
-        )
-    return rows

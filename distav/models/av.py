@@ -10,17 +10,28 @@ from torch import Tensor, nn
 
 from distav.models.audio import build_audio
 from distav.models.heads import CategoryHead, Classifiers, Projection
+from distav.models.parser import Stream, build_parser
 from distav.models.visual import build_visual
 from distav.settings import DataSettings, ModelSettings
 
-HEADS = ("project_visual", "project_audio", "categorise_visual", "categorise_audio", "classify", "log_temperature")
+HEADS = (
+    "project_visual",
+    "project_audio",
+    "categorise_visual",
+    "categorise_audio",
+    "classify",
+    "log_temperature",
+    "parse",
+)
 TEMPERATURE, TEMPERATURE_MIN = 0.07, 0.01
 
 
 class AVModel(nn.Module):
-    """Audio and visual towers with projection, category and classifier heads."""
+    """Audio and visual towers with projection, category and classifier heads; and, over segments, an event parser."""
 
-    def __init__(self, settings: ModelSettings, data: DataSettings, sample_rate_hz: int, num_classes: int):
+    def __init__(
+        self, settings: ModelSettings, data: DataSettings, sample_rate_hz: int, num_classes: int, segments: int = 0
+    ):
         super().__init__()
         recompute = settings.activation_checkpointing
         self.visual = build_visual(settings.visual, data, recompute)
@@ -33,11 +44,15 @@ class AVModel(nn.Module):
         self.categorise_visual = CategoryHead(widths[0], hidden, num_categories)
         self.categorise_audio = CategoryHead(widths[1], hidden, num_categories)
         self.classify = Classifiers(*widths, num_classes, settings.dropout)
+        self.segments = segments
+        if segments:
+            seen, heard = (Stream(name, width) for name, width in zip(("visual", "audio"), widths, strict=True))
+            self.parse = build_parser(settings.parser, [heard], [seen], num_classes, segments)
         if settings.learn_temperature:
             self.log_temperature = nn.Parameter(torch.tensor([math.log(TEMPERATURE)]))
 
-    def forward(self, frames: Tensor, sound: Tensor, seeds: Tensor) -> dict[str, Tensor]:
-        """Run towers and heads.
+    def forward(self, frames: Tensor, sound: Tensor, seeds: Tensor, parse: bool = False) -> dict[str, Tensor]:
+        """Run towers and heads; or, to `parse`, the towers on each segment of the clip and the event parser.
 
         Args:
             frames: [B, T, H, W, 3] uint8.
@@ -47,8 +62,10 @@ class AVModel(nn.Module):
         Returns:
             visual_features, audio_features [B, E]; visual, audio [B, D] unit vectors; visual_categories,
             audio_categories [B, K] logits; logits, visual_logits, audio_logits [B, C]; and, where it is learnt, the
-            temperature of the instance loss, a number.
+            temperature of the instance loss, a number. To `parse`: what `distav.models.parser.Parsed` holds.
         """
+        if parse:
+            return self._parsed(frames, sound, seeds)
         visual, audio = self.visual(frames), self.audio(sound, seeds)
         both, by_picture, by_sound = self.classify(visual, audio, seeds)
         learnt = {}
@@ -66,6 +83,15 @@ class AVModel(nn.Module):
             "audio_logits": by_sound,
             **learnt,
         }
+
+    def _parsed(self, frames: Tensor, sound: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+        clips, each = len(frames), sound.shape[1] // self.segments
+        frames = frames.unflatten(1, (self.segments, -1)).flatten(0, 1)
+        sound = sound[:, : each * self.segments].reshape(clips * self.segments, each)
+        places = torch.arange(self.segments, device=seeds.device)
+        visual = self.visual(frames).unflatten(0, (clips, -1))
+        audio = self.audio(sound, (seeds[:, None] + places).flatten()).unflatten(0, (clips, -1))
+        return self.parse([audio], [visual], seeds)._asdict()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -3,14 +3,17 @@
 Legend: B videos, T segments, E width, C classes, S steps of a feature stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distav.data.format import SENSES
+from distav.data.format import Stream as Features
 from distav.models.layers import SeededDropout
+from distav.settings import ParserSettings
 
 _DROPOUT_STREAM = 100
 """First of the streams of a sample's random numbers that drop entries here."""
@@ -71,22 +74,32 @@ class SegmentEmbedding(nn.Module):
         return F.adaptive_avg_pool1d(steps.transpose(1, 2), self.segments).transpose(1, 2)
 
 
+class _Unbiased(nn.Linear):
+    """A linear layer whose bias begins at zero."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.bias)
+
+
 class Attention(nn.Module):
-    """Attention with several heads, whose dropout hangs on each sample's seed."""
+    """Attention with several heads, whose dropout hangs on each sample's seed.
+
+    The weights of queries, keys and values are its own and not a layer's, since ZeRO-3 gathers what the module has that
+    is called; and they are set up before its end, at which ZeRO-3 spreads them.
+    """
 
     def __init__(self, width: int, heads: int, dropout: float, stream: int):
         super().__init__()
         self.heads = heads
-        self.project = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.project_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * width, width)))
+        self.project_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out = _Unbiased(width, width)
         self.drop = SeededDropout(dropout, stream)
-        nn.init.xavier_uniform_(self.project.weight)
-        for bias in (self.project.bias, self.out.bias):
-            nn.init.zeros_(bias)
 
     def forward(self, queries: Tensor, keys: Tensor, seeds: Tensor) -> Tensor:
         """Let queries [B, T, E] attend to keys [B, T, E]."""
-        by_query, by_key = (F.linear(each, self.project.weight, self.project.bias) for each in (queries, keys))
+        by_query, by_key = (F.linear(each, self.project_weight, self.project_bias) for each in (queries, keys))
         width = queries.shape[2]
         q, k, v = by_query[..., :width], by_key[..., width : 2 * width], by_key[..., 2 * width :]
         q, k, v = (each.unflatten(2, (self.heads, -1)).transpose(1, 2) for each in (q, k, v))
@@ -189,3 +202,46 @@ class EventParser(nn.Module):
             heard = layer(heard, seen, seeds)
             seen = layer(seen, heard if self.in_turn else before, seeds)
         return self.pool(torch.stack([heard, seen], dim=1))
+
+
+def build_parser(
+    settings: ParserSettings, audio: Sequence[Stream], visual: Sequence[Stream], num_classes: int, segments: int
+) -> EventParser:
+    """Return the parser that the settings name."""
+    return EventParser(
+        audio,
+        visual,
+        num_classes,
+        segments=segments,
+        width=settings.width,
+        depth=settings.depth,
+        heads=settings.heads,
+        feed_forward=settings.feed_forward,
+        dropout=settings.dropout,
+        in_turn=settings.in_turn,
+        joint_pooling=settings.joint_pooling,
+    )
+
+
+class FeatureParser(nn.Module):
+    """The event parser over features that are stored in place of clips."""
+
+    def __init__(self, settings: ParserSettings, streams: Mapping[str, Features], segments: int, num_classes: int):
+        super().__init__()
+        self.segments = segments
+        self.senses = [[name for name, each in streams.items() if each.sense == sense] for sense in SENSES]
+        heard, seen = (
+            [Stream(name, streams[name].dim, _grid(settings, name)) for name in names] for names in self.senses
+        )
+        self.parse = build_parser(settings, heard, seen, num_classes, segments)
+
+    def forward(self, seeds: Tensor, parse: bool = True, **features: Tensor) -> dict[str, Tensor]:
+        """Parse streams [B, steps, dim] by name; returns what `Parsed` holds."""
+        dtype = next(self.parameters()).dtype
+        audio, visual = ([features[name].to(dtype) for name in names] for names in self.senses)
+        return self.parse(audio, visual, seeds)._asdict()
+
+
+def _grid(settings: ParserSettings, name: str) -> tuple[int, int] | None:
+    rows_and_columns = settings.maps.get(name)
+    return (rows_and_columns[0], rows_and_columns[1]) if rows_and_columns else None

@@ -116,12 +116,12 @@ def _stretch(
 def show_inputs(run: Run, batch: Batch) -> None:
     """Put some clips of a batch, as fed to the model, on TensorBoard."""
     some = run.settings.monitor.media_clips
-    if run.world.is_main and some:
-        sound = batch.sound[:some]
+    if run.world.is_main and some and "frames" in batch.media:
+        frames, sound = (batch.media[name][:some] for name in ("frames", "sound"))
         # Called past its hooks, which at ZeRO-3 expect every rank.
         spectrogram = run.engine.model.get_submodule("audio.front").forward(sound)
         rate = run.data.train.sample_rate_hz
-        run.monitor.media(batch.frames[:some], sound, spectrogram, rate, run.position.total_steps)
+        run.monitor.media(frames, sound, spectrogram, rate, run.position.total_steps)
 
 
 class _Meter:

@@ -5,6 +5,7 @@ from typing import Any
 
 from distav.phases.contrastive import run_contrastive
 from distav.phases.correction import run_correction
+from distav.phases.parsing import run_parsing
 from distav.phases.supervised import run_supervised
 from distav.rendezvous import enter
 from distav.run import Run
@@ -13,6 +14,7 @@ PHASES: dict[str, Callable[[Run, str, Any], None]] = {
     "contrastive": run_contrastive,
     "correction": run_correction,
     "supervised": run_supervised,
+    "parsing": run_parsing,
 }
 
 

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from distav.data.format import SENSES
 from distav.errors import UserError, listed
-
-SENSES = ("audio", "visual")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def learn(engine: Engine, first: int, last: int) -> None:
     for number in range(first, last):
         x = torch.randn(BATCH, 5, generator=torch.Generator().manual_seed(number))
         none = torch.zeros(0, dtype=torch.int64)
-        out = engine(Batch(none, none.bool(), own_rows(x), none.float(), none))
+        out = engine(Batch(none, none.bool(), none, {"frames": own_rows(x), "sound": none.float()}))
         engine.backward((out["logits"].float() - 1).square().mean())
         engine.step()
 

@@ -85,7 +85,7 @@ def test_exported_encoders_give_what_the_run_gave(finished: tuple[Path, str], ti
     loader = Loader(shards.split("test"), data, None, 0, 24, torch.device("cpu"))
     batch = loader.load(np.arange(24), 0)
     with torch.no_grad():
-        logits = model(batch.frames, batch.sound, batch.seeds)["logits"]
+        logits = model(**batch.media, seeds=batch.seeds)["logits"]
     truth = pq.read_table(tiny_shards / "labels.parquet", filters=[("split", "=", "test")]).column("label").to_pylist()
     top1 = np.mean(
         [description["classes"][guess] == label for guess, label in zip(logits.argmax(1), truth, strict=True)]

@@ -12,13 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distav import sealing
-from distav.data.format import INDEX_SCHEMA, ShardSet
+from distav.data.events import EVENTS_SCHEMA, load_events, read_events
+from distav.data.features import decode_features, encode_features
+from distav.data.format import ShardSet, Stream, index_schema
 from distav.data.labels import load_labels
+from distav.data.reader import DecodeError
 from distav.data.tar import by_key
 from distav.data.verify import sample_json
 from distav.errors import UserError
 
-TYPED = (UserError, sealing.Damaged)
+TYPED = (UserError, DecodeError, sealing.Damaged)
 CLASSES = ["cat", "dog"]
 
 
@@ -36,21 +39,37 @@ def _parquet(table: pa.Table) -> bytes:
 
 
 def _index() -> bytes:
-    rows = {field.name: np.zeros(3).astype(field.type.to_pandas_dtype()) for field in INDEX_SCHEMA
-            if not pa.types.is_string(field.type)}  # fmt: skip
+    schema = index_schema(["video", "audio"])
+    rows = {
+        field.name: np.zeros(3).astype(field.type.to_pandas_dtype())
+        for field in schema
+        if not pa.types.is_string(field.type)
+    }
     words = {"split": ["train"] * 3, "key": ["a", "b", "c"], "source": ["x", "x", "y"]}
     rows["id"] = np.arange(3)
-    return _parquet(pa.table({**rows, **words}).select(INDEX_SCHEMA.names).cast(INDEX_SCHEMA))
+    return _parquet(pa.table({**rows, **words}).select(schema.names).cast(schema))
 
 
 def _labels() -> bytes:
     return _parquet(pa.table({"split": ["train"] * 3, "id": [0, 1, 2], "label": ["cat", "dog", "cat"]}))
 
 
+def _events() -> bytes:
+    row = {"split": "train", "id": 1, "key": "b", "sense": "visual", "label": "dog", "start_s": 0, "end_s": 1}
+    return _parquet(pa.Table.from_pylist([row], schema=EVENTS_SCHEMA))
+
+
+STREAM = Stream("audio", 3, 2)
+
+
+def _features() -> bytes:
+    return encode_features(np.arange(6, dtype=np.float32).reshape(3, 2))
+
+
 def _tar() -> bytes:
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name in ("a.avi", "a.flac", "a.json", "b.avi"):
+        for name in ("a.avi", "a.flac", "a.json", "b.avi", "b.clip_l14.npy"):
             info = tarfile.TarInfo(name)
             info.size = 700
             tar.addfile(info, io.BytesIO(bytes(700)))
@@ -100,6 +119,21 @@ def label_parquet(content: bytes, folder: Path) -> None:
     _table(content, folder, "mine.parquet")
 
 
+def events(content: bytes, folder: Path) -> None:
+    shards = ShardSet.open(_set(folder))
+    (folder / "events.parquet").write_bytes(content)
+    read_events(folder / "events.parquet", "harvested", shards.split("train"), CLASSES)
+
+
+def weak_labels(content: bytes, folder: Path) -> None:
+    shards = ShardSet.open(_set(folder, labels_parquet=content))
+    load_events(shards, shards.split("train"))
+
+
+def features(content: bytes, folder: Path) -> None:
+    assert decode_features(content, STREAM).shape == (3, 2)
+
+
 def sample(content: bytes, folder: Path) -> None:
     sample_json(content)
 
@@ -122,6 +156,9 @@ TARGETS: dict[str, tuple[Callable[[bytes, Path], None], bytes]] = {
     "labels": (labels, _labels()),
     "label_csv": (label_csv, b"id,label\n0,cat\n1,dog\n"),
     "label_parquet": (label_parquet, _labels()),
+    "events": (events, _events()),
+    "weak_labels": (weak_labels, _labels()),
+    "features": (features, _features()),
     "sample": (sample, b'{"id": 3, "source": "x"}'),
     "checkpoint_manifest": (checkpoint_manifest, _sealed()),
 }

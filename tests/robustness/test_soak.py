@@ -57,7 +57,7 @@ def test_checking_members_takes_no_more_than_two_percent_of_the_loader(tmp_path:
         loader.load(ids, 0)
         middle = time.process_time()
         for each in members:
-            crc32(each.video), crc32(each.audio)
+            crc32(each["video"]), crc32(each["audio"])
         whole.append(middle - began), checks.append(time.process_time() - middle)
     loader.close()
     share = float(np.median(checks) / np.median(whole))

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +32,14 @@ def copied(tiny_shards: Path, tmp_path: Path) -> Path:
 def test_a_view_of_a_sample_is_the_same_in_any_batch(tiny_shards: Path):
     whole = loader(tiny_shards, 6, AugmentSettings()).load(np.arange(6), epoch=3)
     part = loader(tiny_shards, 2, AugmentSettings()).load(np.array([4, 1]), epoch=3)
-    for name in ("frames", "sound", "seeds"):
-        assert torch.equal(getattr(whole, name)[[4, 1]], getattr(part, name))
+    assert torch.equal(whole.seeds[[4, 1]], part.seeds)
+    for name, fed in part.media.items():
+        assert torch.equal(whole.media[name][[4, 1]], fed)
     later = loader(tiny_shards, 6, AugmentSettings()).load(np.arange(6), epoch=4)
-    assert not torch.equal(whole.frames, later.frames) and not torch.equal(whole.seeds, later.seeds)
-    assert whole.frames.shape == (6, 3, 24, 24, 3) and whole.frames.dtype == torch.uint8
-    assert whole.sound.shape == (6, 4000) and 0.01 < whole.sound.abs().max() <= 1.1
+    frames, sound = whole.media["frames"], whole.media["sound"]
+    assert not torch.equal(frames, later.media["frames"]) and not torch.equal(whole.seeds, later.seeds)
+    assert frames.shape == (6, 3, 24, 24, 3) and frames.dtype == torch.uint8
+    assert sound.shape == (6, 4000) and 0.01 < sound.abs().max() <= 1.1
 
 
 def test_views_stay_within_their_bounds(tiny_shards: Path):
@@ -53,6 +56,10 @@ def test_views_stay_within_their_bounds(tiny_shards: Path):
         centred = (view.start_frame + 2.5) / 8 - 0.25
         kept_inside = min(max(centred, 0), 0.5)
         assert abs(view.audio_start / 8000 - kept_inside) <= 0.3 + 1e-3
+    wide = Viewer(replace(split, columns=split.columns | {"width": split.columns["width"] * 2}), DATA, None, 0)
+    assert wide.view(0, 0).crop.tolist() == [0, 0.25, 1, 0.75]
+    squashed = Viewer(wide.split, replace(DATA, squash=True), None, 0)
+    assert squashed.view(0, 0).crop.tolist() == [0, 0, 1, 1]
     middle = plain.view(0, 9)
     assert (middle.start_frame, middle.flip, middle.gain) == (1, False, 1.0)
 
@@ -67,13 +74,14 @@ def test_the_graph_gives_what_pyav_and_soundfile_give(tiny_shards: Path):
     batch = reader.load(np.array([5]), 0)
     member = reader._read(5)
     assert member is not None
-    with av.open(io.BytesIO(member.video)) as container:
+    with av.open(io.BytesIO(member["video"])) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     expected = np.stack([frames[1], frames[3], frames[5]]).astype(int)
-    assert np.abs(batch.frames[0].numpy().astype(int) - expected).mean() < 4  # chroma is upsampled differently
-    sound, _ = soundfile.read(io.BytesIO(member.audio), dtype="float32")
+    shown = batch.media["frames"][0].numpy().astype(int)
+    assert np.abs(shown - expected).mean() < 4  # chroma is upsampled differently
+    sound, _ = soundfile.read(io.BytesIO(member["audio"]), dtype="float32")
     start = reader.viewer.view(5, 0).audio_start
-    np.testing.assert_allclose(batch.sound[0].numpy(), sound[start : start + 4000], atol=1e-4)
+    np.testing.assert_allclose(batch.media["sound"][0].numpy(), sound[start : start + 4000], atol=1e-4)
 
 
 def test_a_shift_past_the_end_is_silence(tiny_shards: Path):
@@ -81,7 +89,7 @@ def test_a_shift_past_the_end_is_silence(tiny_shards: Path):
     member, view = reader._read(0), reader.viewer.view(0, 0)
     assert member is not None
     object.__setattr__(view, "audio_start", -1000)
-    _, sound = reader.graph.run([member], [view])
+    sound = reader.graph.run([member], [view])["sound"]
     assert (sound[0, :1000] == 0).all() and sound[0, 1000:].abs().max() > 0
 
 
@@ -100,7 +108,8 @@ def test_an_altered_member_is_masked_and_named_and_harms_no_other(copied: Path):
     reader = loader(copied, 4)
     batch = reader.load(np.arange(4), 0)
     assert batch.valid.tolist() == [True, True, False, False]
-    assert torch.equal(batch.frames[:2], clean.frames[:2]) and torch.equal(batch.sound[:2], clean.sound[:2])
+    for name, fed in batch.media.items():
+        assert torch.equal(fed[:2], clean.media[name][:2])
     assert set(reader.quarantine.reasons) == {2, 3}
     assert "video altered in train-000000.tar" in reader.quarantine.reasons[2]
     assert "audio altered" in reader.quarantine.reasons[3]
@@ -110,7 +119,7 @@ def test_a_batch_of_bad_samples_alone_keeps_its_length(copied: Path):
     damage(copied, 0, "video")
     damage(copied, 1, "video")
     batch = loader(copied, 2).load(np.arange(2), 0)
-    assert batch.valid.tolist() == [False, False] and batch.frames.shape[0] == 2
+    assert batch.valid.tolist() == [False, False] and batch.media["frames"].shape[0] == 2
 
 
 def test_a_clip_that_dali_refuses_is_found_out_and_masked(copied: Path):
@@ -119,7 +128,7 @@ def test_a_clip_that_dali_refuses_is_found_out_and_masked(copied: Path):
 
     def read(sample: int):
         member = whole(sample)
-        return type(member)(b"no video at all" * 20, member.audio) if sample == 1 else member
+        return member | {"video": b"no video at all" * 20} if sample == 1 else member
 
     reader._read = read  # type: ignore[method-assign]
     batch = reader.load(np.array([0, 1, 2]), 0)
@@ -159,9 +168,9 @@ def test_other_codecs_go_through_the_same_graph(codec: str, tmp_path: Path):
     first, second = (loader(tmp_path / name, 6) for name in ("mjpeg", codec))
     assert second.graph.decoded_by_pyav == (codec == "h264")
     ids = np.arange(6)
-    difference = first.load(ids, 0).frames.int() - second.load(ids, 0).frames.int()
+    one, other = (each.load(ids, 0).media["frames"].int() for each in (first, second))
     assert second.load(ids, 0).valid.all()
-    assert difference.abs().float().mean() < 12
+    assert (one - other).abs().float().mean() < 12
 
 
 def test_webdataset_reads_the_shards(tiny_shards: Path):

@@ -22,7 +22,7 @@ def features(num: int = 3) -> tuple[list[Tensor], list[Tensor]]:
 
 def published_attention(ours: Attention, width: int, heads: int) -> nn.MultiheadAttention:
     theirs = nn.MultiheadAttention(width, heads, batch_first=True).eval()
-    theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.project.weight.data, ours.project.bias.data
+    theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.project_weight.data, ours.project_bias.data
     theirs.out_proj.load_state_dict(ours.out.state_dict())
     return theirs
 
@@ -30,7 +30,7 @@ def published_attention(ours: Attention, width: int, heads: int) -> nn.Multihead
 @pytest.mark.parametrize("heads", [1, 8])
 def test_attention_is_pytorchs(heads: int):
     ours = Attention(32, heads, 0.1, 5).eval()
-    nn.init.normal_(ours.project.bias)
+    nn.init.normal_(ours.project_bias)
     x, y = rand(3, 10, 32), rand(3, 10, 32, seed=1)
     expected = published_attention(ours, 32, heads)(x, y, y, need_weights=False)[0]
     torch.testing.assert_close(ours(x, y, SEEDS), expected)

@@ -39,7 +39,9 @@ def features(export: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
     try:
         with torch.no_grad():
             for batch in loader.batches((ids, 0) for ids in owned_batches(len(split), 128, 0, 1)):
-                for part, found in zip(rows, (model.visual(batch.frames), model.audio(batch.sound)), strict=True):
+                for part, found in zip(
+                    rows, (model.visual(batch.media["frames"]), model.audio(batch.media["sound"])), strict=True
+                ):
                     part.append(found[batch.valid].numpy())
     finally:
         loader.close()

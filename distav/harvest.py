@@ -1,0 +1,200 @@
+"""Harvest labels: what is heard and what is seen in each second, by a teacher for each sense (VALOR, Lai et al. 2023).
+
+tools/harvest_labels.py shards/llp_clips --prompts configs/teachers/llp.yaml --out labels/llp
+deepspeed --num_gpus 8 tools/harvest_labels.py shards/llp_clips --prompts configs/teachers/llp.yaml --out labels/llp
+
+Teachers score every second once, and scores are kept in OUT/scores; the same command goes on after a kill, and with
+other thresholds in the file of prompts it makes the tables anew without asking them again. An event is told where the
+score is above its threshold and the clip's own label has the class. OUT/events.parquet goes into
+phases.NAME.harvested; OUT/quality.json says how right it is where people watched and listened.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from tqdm import tqdm
+
+from distav.data.events import events_table, load_events, segments_of
+from distav.data.format import SENSES, ShardSet, Split, write_atomically, write_table
+from distav.data.loader import Loader
+from distav.data.order import padded_batches
+from distav.errors import UserError, listed
+from distav.parsing_scores import parsing_scores
+from distav.settings import DataSettings
+from distav.teachers.networks import ImageTeacher, SoundTeacher, Teacher
+from distav.teachers.prompts import Prompts, read_prompts
+from distav.world import World, broadcast, joined, wait_for_all
+
+CHUNK = 256
+"""Samples whose scores are one file."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.batch < 1:
+            raise UserError(f"--batch={options.batch}: allowed: from 1 up.")
+        shards, prompts = ShardSet.open(options.shards), read_prompts(options.prompts)
+        order = _check(shards, prompts, options.prompts)
+        splits = [shards.split(name, "--splits") for name in options.splits or shards.manifest["splits"]]
+        with joined(options.device, options.timeout_s, options.threads) as world:
+            out = options.out
+            if world.is_main:
+                _claim(out, shards, prompts)
+            wait_for_all()
+            for split in splits:
+                _score(split, prompts, out, options.batch, world)
+            wait_for_all()
+            if world.is_main:
+                _tell(shards, splits, prompts, order, out)
+            wait_for_all()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"harvest_labels: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="harvest_labels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("shards", type=Path, metavar="SHARDS", help="the folder of a set of clips")
+    add("--prompts", type=Path, required=True, metavar="FILE", help="teachers, captions and thresholds of each class")
+    add("--out", type=Path, required=True, metavar="OUT", help="folder for scores and tables")
+    add("--splits", nargs="+", default=[], metavar="NAME", help="splits to label; all of them")
+    add("--batch", type=int, default=8, help="clips scored at a time by each rank (%(default)s)")
+    add("--device", choices=("auto", "gpu", "cpu"), default="auto", help="where teachers compute (%(default)s)")
+    add("--threads", type=int, default=0, help="CPU threads of each rank; 0: the cores shared among them")
+    add("--timeout-s", type=float, default=3600.0, help="seconds a rank may keep the others waiting (%(default)g)")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # The launcher adds it.
+    return parser
+
+
+def _check(shards: ShardSet, prompts: dict[str, Prompts], path: Path) -> list[int]:
+    """Return the place of each of the set's classes among the prompts."""
+    if shards.streams:
+        raise UserError(f"{shards.root} holds features; teachers look at clips and listen to them.")
+    asked = prompts[SENSES[0]].classes
+    missing = [name for name in shards.classes if name not in asked]
+    if missing:
+        raise UserError(
+            f"{path}: has no prompts for {listed(missing)} of {shards.root}; add them under classes, with a caption "
+            "and a threshold for each sense."
+        )
+    return [asked.index(name) for name in shards.classes]
+
+
+def _claim(out: Path, shards: ShardSet, prompts: dict[str, Prompts]) -> None:
+    """Make sure that the scores in a folder, if any, are of this set and these captions."""
+    asked = {sense: [each.checkpoint, each.classes, each.captions] for sense, each in prompts.items()}
+    digest = hashlib.sha256(json.dumps(shards.manifest, sort_keys=True).encode()).hexdigest()
+    text = json.dumps({"set": digest, "asked": asked}, indent=1, sort_keys=True)
+    path = out / "scores" / "about.json"
+    if path.exists() and path.read_text() != text:
+        raise UserError(f"{out} holds scores of another set, or for other captions; choose another --out or delete it.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.encode())
+
+
+def _score(split: Split, prompts: dict[str, Prompts], out: Path, batch: int, world: World) -> None:
+    """Let teachers score what they have not scored yet; ranks take chunks in turn."""
+    chunks = range(-(-len(split) // CHUNK))
+    todo = broadcast([chunk for chunk in chunks if not _file(out, split.name, chunk).exists()])
+    if todo:
+        segments = segments_of(split)
+        audio = SoundTeacher(prompts["audio"], world.device, split.sample_rate_hz, segments)
+        visual = ImageTeacher(prompts["visual"], world.device)
+        data = DataSettings(
+            num_frames=segments, frame_stride=max(1, round(split.fps)), frame_size=visual.frame_size, squash=True,
+            audio_s=float(segments),
+        )  # fmt: skip
+        loader = Loader(split, data, None, 0, batch, world.device)
+        bar = tqdm(total=len(todo), unit="chunk", desc=f"{split.name}, {CHUNK} clips each", disable=not world.is_main)
+        for number, chunk in enumerate(todo):
+            if number % world.num_ranks == world.rank:
+                ids = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, len(split)))
+                _score_chunk(loader, ids, {"audio": audio, "visual": visual}, out, chunk)
+            bar.update()
+        bar.close()
+        loader.close()
+
+
+def _score_chunk(loader: Loader, ids: np.ndarray, teachers: dict[str, Teacher], out: Path, chunk: int) -> None:
+    """Score some samples and write their file; NaN where one could not be read."""
+    found: dict[str, list[np.ndarray]] = {sense: [] for sense in SENSES}
+    size = loader.graph.batch
+    plan = padded_batches(ids, size, -(-len(ids) // size))
+    for batch in loader.batches((some, 0) for some in plan):
+        media = {"audio": batch.media["sound"], "visual": batch.media["frames"]}
+        for sense, teacher in teachers.items():
+            scores = teacher.scores(media[sense])
+            found[sense].append(scores.masked_fill(~batch.valid[:, None, None], torch.nan).cpu().numpy())
+    whole = {sense: np.concatenate(parts)[: len(ids)] for sense, parts in found.items()}
+    path = _file(out, loader.split.name, chunk)
+    part = path.with_suffix(".part")
+    with open(part, "wb") as file:
+        np.savez(file, audio=whole["audio"], visual=whole["visual"])
+    os.replace(part, path)
+
+
+def _file(out: Path, split: str, chunk: int) -> Path:
+    return out / "scores" / f"{split}-{chunk:06d}.npz"
+
+
+def read_scores(out: Path, split: Split, num_classes: int) -> np.ndarray:
+    """Return the scores of a split, [N, 2, T, C] float32, classes in the order of the prompts; NaN where unreadable.
+
+    Raises:
+        UserError: where a file is missing or is not what was written.
+    """
+    segments, parts = segments_of(split), []
+    for chunk in range(-(-len(split) // CHUNK)):
+        path, rows = _file(out, split.name, chunk), min(CHUNK, len(split) - chunk * CHUNK)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                both = np.stack([file[sense] for sense in SENSES], axis=1)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); delete it and run tools/harvest_labels.py again."
+            ) from None
+        if both.shape != (rows, len(SENSES), segments, num_classes):
+            raise UserError(f"{path} holds scores of shape {both.shape}; delete it and harvest again.")
+        parts.append(both)
+    return np.concatenate(parts)
+
+
+def _tell(shards: ShardSet, splits: list[Split], prompts: dict[str, Prompts], order: list[int], out: Path) -> None:
+    """Write the events that pass their thresholds and the clips' own labels, and how right they are."""
+    thresholds = np.stack([prompts[sense].thresholds for sense in SENSES])[None, :, None, :]
+    tables, quality = [], dict[str, Any]()
+    for split in splits:
+        known = load_events(shards, split)
+        scores = read_scores(out, split, thresholds.shape[3])
+        if missed := int(np.isnan(scores).all(axis=(1, 2, 3)).sum()):
+            print(f"{split.name}: {missed} clips could not be read; no event is told of them", file=sys.stderr)
+        told = (scores > thresholds)[..., order] & known.weak[:, None, None]
+        tables.append(events_table(split.name, split.keys, shards.classes, told))
+        share = 100 * told.any(axis=2).mean(axis=(0, 2)) / max(1e-9, known.weak.mean())
+        line = f"{split.name}: of the classes of {len(split)} clips {share[0]:.1f} % are heard, {share[1]:.1f} % seen"
+        if known.events is not None:
+            quality[split.name] = parsing_scores(told, known.events)
+            seconds = quality[split.name]["segment"]
+            line += f"; beside what people say: A {seconds['audio']:.1f}, V {seconds['visual']:.1f}, "
+            line += f"Type@AV {seconds['type']:.1f}, Event@AV {seconds['event']:.1f}"
+        print(line)
+    write_table(out / "events.parquet", pa.concat_tables(tables))
+    write_atomically(out / "quality.json", (json.dumps(quality, indent=1) + "\n").encode())
+    print(f"{out / 'events.parquet'}: {sum(map(len, tables))} events")

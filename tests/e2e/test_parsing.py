@@ -1,0 +1,181 @@
+"""Events heard and seen, learnt from features and from clips, by the recipes that are shipped."""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from distav.data.events import events_table, load_events
+from distav.data.format import ShardSet
+from distav.data.loader import Loader
+from distav.errors import UserError
+from distav.export import load_encoders, load_parser
+from distav.parsing_scores import parsing_scores
+from distav.settings import DataSettings
+from tests.helpers.events import AVE_CLASSES, ave_shards, llp_shards, write_ave, write_llp
+from tests.helpers.launch import ROOT, losses, train
+from tests.helpers.team import Team, fingerprint, run_whole
+
+SMALL = (
+    "run.device=cpu", "run.log_every=1", "optim.global_batch=16", "optim.lr=5e-3", "model.parser.width=32",
+    "model.parser.heads=2", "model.parser.feed_forward=32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of features with true events as the harvested ones."""
+    folder = tmp_path_factory.mktemp("llp")
+    truth = write_llp(folder / "raw")
+    llp_shards(folder / "raw", folder / "shards")
+    shards = ShardSet.open(folder / "shards")
+    split = shards.split("train")
+    events = np.stack([truth[source] for source in split.columns["source"]])
+    pq.write_table(events_table("train", split.keys, shards.classes, events), folder / "events.parquet")
+    return folder
+
+
+def arguments(recipe: str, shards: Path, out: Path, *more: str) -> list[str]:
+    config = str(ROOT / "configs" / f"{recipe}.yaml")
+    return ["--config", config, f"data.root={shards}", f"run.root={out}", *SMALL, *more]
+
+
+def valor(llp: Path, out: Path, *more: str) -> list[str]:
+    table = f"phases.parse.harvested={llp}/events.parquet"
+    return arguments("valor", llp / "shards", out, table, "phases.parse.epochs=30", *more)
+
+
+def test_one_rank_and_two_learn_the_same_and_a_kill_leaves_no_trace(llp: Path, tmp_path: Path):
+    run_whole(1, valor(llp, tmp_path / "one"), tmp_path / "one" / "logs")
+    run_whole(2, valor(llp, tmp_path / "two"), tmp_path / "two" / "logs")
+    one, two = (losses(tmp_path / name / "valor") for name in ("one", "two"))
+    assert len(one) == 90 and np.allclose(one, two, rtol=1e-3)
+    assert one[-1] < one[0] / 4
+    report = json.loads((tmp_path / "two" / "valor" / "report.json").read_text())
+    assert report["events"]["segment"]["type"] > 60 and "test" not in report
+
+    team = Team(2, valor(llp, tmp_path / "broken", "run.checkpoint_every=1"), tmp_path / "broken" / "first")
+    team.wait_for(lambda: len(list((tmp_path / "broken" / "valor" / "checkpoints").glob("step-*"))) >= 2)
+    team.signal(signal.SIGKILL, 1)
+    assert team.end(60) != [0, 0]
+    run_whole(2, valor(llp, tmp_path / "broken", "run.checkpoint_every=1"), tmp_path / "broken" / "logs")
+    assert fingerprint(tmp_path / "broken" / "valor") == fingerprint(tmp_path / "two" / "valor")
+
+    model, description = load_parser(tmp_path / "one" / "valor" / "export")
+    shards = ShardSet.open(llp / "shards")
+    loader = Loader(shards.split("test"), DataSettings(), None, 0, 12, torch.device("cpu"))
+    batch = loader.load(np.arange(12), 0)
+    with torch.no_grad():
+        parsed = model(batch.seeds, **batch.media)
+    told = (parsed["segments"].sigmoid() >= 0.5) & (parsed["video"] >= 0.5)[:, None, None]
+    known = load_events(shards, shards.split("test")).events
+    assert known is not None and description["classes"] == shards.classes
+    again = json.loads((tmp_path / "one" / "valor" / "report.json").read_text())["events"]
+    for level, scores in parsing_scores(told.numpy(), known).items():
+        assert scores == pytest.approx(again[level])
+    with pytest.raises(UserError, match="load it by load_parser"):
+        load_encoders(tmp_path / "one" / "valor" / "export")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("han", ()),
+        (
+            "valor_plus",
+            ("phases.parse.harvested={}/events.parquet", "deepspeed.zero_stage=3", "deepspeed.precision=bf16"),
+        ),
+        (
+            "valor_plus_plus",
+            ("phases.parse.harvested={}/events.parquet", "~model.parser.maps.clap", "+model.parser.maps.vggish=[2,5]"),
+        ),
+    ],
+)
+def test_the_other_recipes_learn(recipe: str, changes: tuple[str, ...], llp: Path, tmp_path: Path):
+    given = [change.replace("{}", str(llp)) for change in changes]
+    epochs = "phases.parse.epochs=6"
+    run_whole(1, arguments(recipe, llp / "shards", tmp_path, epochs, *given), tmp_path / "logs")
+    curve = losses(tmp_path / recipe)
+    assert len(curve) == 18 and curve[-1] < 0.7 * curve[0]
+    assert set(json.loads((tmp_path / recipe / "report.json").read_text())["events"]) == {"segment", "event"}
+
+
+CLIPS = """defaults: [schema, _self_]
+run: {name: clips, device: cpu, log_every: 1}
+data: {num_frames: 20, frame_stride: 4, frame_size: 16, audio_s: 10.0}
+augment: {flip: 0.0}
+model:
+  embed_dim: 16
+  hidden_dim: 32
+  visual: {width: 8}
+  audio: {width: 8, num_mels: 32}
+  parser: {width: 32, heads: 2, feed_forward: 32}
+optim: {global_batch: 8, lr: 3e-3}
+monitor: {media_clips: 1}
+phases:
+  contrastive: {kind: contrastive, epochs: 2}
+  parse: {kind: parsing, epochs: 3, modality_weight: 1.0}
+"""
+
+
+@pytest.fixture(scope="module")
+def ave(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ave")
+    write_ave(folder / "raw")
+    ave_shards(folder / "raw", folder / "shards")
+    (folder / "clips.yaml").write_text(CLIPS)
+    return folder
+
+
+def test_towers_learn_from_clips_end_to_end(ave: Path, tmp_path: Path):
+    where = f"data.root={ave}/shards", f"run.root={tmp_path}"
+    said = train(ave / "clips.yaml", *where, ranks=2)
+    report = json.loads((tmp_path / "clips" / "report.json").read_text())
+    assert 0 <= report["events"]["segment_accuracy"] <= 100 and report["test"]["rsum"] > 0
+    assert "Events:  second by second" in said
+    model, description = load_encoders(tmp_path / "clips" / "export")
+    assert description["segments"] == 10 and description["classes"] == [*AVE_CLASSES]
+    with torch.no_grad():
+        frames = torch.zeros(2, 20, 16, 16, 3, dtype=torch.uint8)
+        parsed = model(frames, torch.zeros(2, 160000), torch.zeros(2, dtype=torch.int64), parse=True)
+    assert parsed["segments"].shape == (2, 2, 10, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (("data.audio_s=1.0",), "data.audio_s=1: parsing hears all of a clip; set it to 10"),
+        (("data.num_frames=8",), "data.num_frames=8 and data.frame_stride=4"),
+        (("phases.parse.harvested=gone.parquet",), "phases.parse.harvested=gone.parquet: no such file"),
+        (
+            ("model.parser.heads=3",),
+            "model.parser.heads=3 is not possible; allowed: a divisor of model.parser.width=32",
+        ),
+    ],
+)
+def test_clips_that_do_not_cover_their_seconds_are_told(changes: tuple[str, ...], told: str, ave: Path, tmp_path: Path):
+    said = train(ave / "clips.yaml", f"data.root={ave}/shards", f"run.root={tmp_path}", *changes, status=1)
+    assert told in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("phases", "told"),
+    [
+        ("{a: {kind: contrastive}}", "phases.a.kind=contrastive: .* holds features; allowed: parsing"),
+        ("{a: {kind: supervised, targets: given}}", "phases.a.kind=supervised: .* holds features; allowed: parsing"),
+    ],
+)
+def test_phases_that_features_have_no_use_for_are_told(phases: str, told: str, llp: Path, tmp_path: Path):
+    (tmp_path / "any.yaml").write_text(f"defaults: [schema, _self_]\nrun: {{device: cpu}}\nphases: {phases}\n")
+    said = train(tmp_path / "any.yaml", f"data.root={llp}/shards", f"run.root={tmp_path}", "optim.global_batch=16",
+                 status=1)  # fmt: skip
+    assert re.search(told, said) and "Traceback" not in said
+    (tmp_path / "map.yaml").write_text("defaults: [schema, _self_]\nphases: {a: {kind: parsing}}\n")
+    said = train(tmp_path / "map.yaml", f"data.root={llp}/shards", f"run.root={tmp_path}", "optim.global_batch=16",
+                 "model.parser.maps={clap: [2, 5]}", "run.device=cpu", status=1)  # fmt: skip
+    assert "model.parser.maps.clap: the set has no such stream" in said

@@ -1,0 +1,163 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from distav.data.events import EVENTS_SCHEMA, events_table, load_events, read_events
+from distav.data.features import decode_features, encode_features
+from distav.data.format import ShardSet, Stream
+from distav.data.labels import load_labels
+from distav.data.llp import CLASSES
+from distav.data.loader import Loader
+from distav.data.reader import DecodeError
+from distav.data.verify import verify
+from distav.errors import UserError
+from distav.settings import DataSettings
+from tests.conftest import make_shards
+from tests.helpers.events import SIZES, STREAMS, llp_shards, write_llp
+
+
+@pytest.fixture(scope="module")
+def llp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, np.ndarray]]:
+    folder = tmp_path_factory.mktemp("llp")
+    truth = write_llp(folder / "raw")
+    llp_shards(folder / "raw", folder / "shards")
+    return folder / "raw", folder / "shards", truth
+
+
+def test_a_set_of_features_holds_what_was_told(llp: tuple[Path, Path, dict[str, np.ndarray]]):
+    raw, root, truth = llp
+    shards = ShardSet.open(root)
+    assert shards.classes == list(CLASSES) and shards.several_labels
+    assert shards.streams == {name: Stream(*each) for name, each in STREAMS.items()}
+    for name, count in SIZES.items():
+        split = shards.split(name)
+        told = load_events(shards, split)
+        assert len(split) == count and told.segments == 10
+        expected = np.stack([truth[source] for source in split.columns["source"]])
+        assert np.array_equal(told.weak, expected.any(axis=(1, 2)))
+        if name == "train":
+            assert told.events is None
+        else:
+            assert told.events is not None and np.array_equal(told.events, expected)
+    assert list(verify(root)) == []
+    split = shards.split("train")
+    loader = Loader(split, DataSettings(), None, 0, 5, torch.device("cpu"))
+    batch = loader.load(np.array([7, 0, 31, -1, 12]), 0)
+    loader.close()
+    assert batch.valid.tolist() == [True, True, True, False, True]
+    for name in STREAMS:
+        stored = np.load(raw / name / f"{split.columns['source'][31][:11]}.npy")
+        assert np.array_equal(batch.media[name][2].numpy(), stored)
+
+
+def test_combinations_of_classes_are_classes_where_one_is_needed(llp: tuple[Path, Path, dict[str, np.ndarray]]):
+    shards = ShardSet.open(llp[1])
+    split = shards.split("train")
+    labels, weak = load_labels(shards, split), load_events(shards, split).weak
+    for one in range(len(split)):
+        for other in range(one):
+            assert (labels.given[one] == labels.given[other]) == np.array_equal(weak[one], weak[other])
+
+
+def test_altered_features_are_masked_and_named(llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path):
+    for path in llp[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    split = ShardSet.open(tmp_path).split("train")
+    offset = int(split.columns["vggish_offset"][1])
+    with open(split.shards[0], "r+b") as file:
+        file.seek(offset + 200)
+        file.write(b"\xff\xff\xff\xff")
+    loader = Loader(split, DataSettings(), None, 0, 3, torch.device("cpu"))
+    batch = loader.load(np.array([0, 1, 2]), 0)
+    assert batch.valid.tolist() == [True, False, True]
+    assert loader.quarantine.reasons == {1: "vggish altered in train-000000.tar: CRC-32 differs"}
+    assert any("train-000000001" in fault and "vggish altered" in fault for fault in verify(tmp_path))
+
+
+def test_missing_and_broken_features_are_rejected_by_name(tmp_path: Path):
+    write_llp(tmp_path)
+    (tmp_path / "vggish" / "v0-00000003.npy").unlink()
+    np.save(tmp_path / "vggish" / "v0-00000004.npy", np.zeros((9, 8), np.float32))
+    np.save(tmp_path / "res152" / "v0-00000005.npy", np.full((80, 12), np.nan, np.float32))
+    np.save(tmp_path / "res152" / "v0-00000006.npy", np.array([{}], dtype=object), allow_pickle=True)
+    llp_shards(tmp_path, tmp_path / "shards", status=3)
+    rows = (tmp_path / "shards" / "rejected.csv").read_text().splitlines()[1:]
+    told = {row[:11]: row for row in rows}
+    assert set(told) == {f"v0-0000000{number}" for number in (3, 4, 5, 6)}
+    for number, reason in ((3, "missing: no file"), (4, "(9, 8)"), (5, "not finite"), (6, "|O")):
+        assert reason in told[f"v0-0000000{number}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "give either --videos DIR, or --features"),
+        (("--features=audio:vggish={}/vggish",), "none of the sense 'visual'"),
+        (("--features=smell:vggish={}/vggish",), "SENSE:NAME=DIR"),
+        (("--features=audio:VGG={}/vggish",), "SENSE:NAME=DIR"),
+        (("--features=audio:a={}/vggish", "--features=visual:v={}/gone"), "gone: no such folder"),
+        (("--features=audio:a={}/vggish", "--features=visual:v={}"), "holds no .npy files"),
+        (("--videos={}", "--label-noise=symmetric:0.5"), "for one class a sample"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: tuple[str, ...], told: str, tmp_path: Path):
+    write_llp(tmp_path)
+    done = make_shards("llp", tmp_path, tmp_path / "out", *(each.format(tmp_path) for each in arguments), status=1)
+    assert told in done.stderr and "Traceback" not in done.stderr
+
+
+def test_events_come_back_from_their_table(llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path):
+    shards = ShardSet.open(llp[1])
+    split = shards.split("train")
+    events = np.random.default_rng(1).uniform(size=(len(split), 2, 10, 25)) < 0.3
+    pq.write_table(events_table("train", split.keys, shards.classes, events), tmp_path / "events.parquet")
+    assert np.array_equal(read_events(tmp_path / "events.parquet", "harvested", split, shards.classes), events)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"id": 48}, "row 0: no sample 48"),
+        ({"sense": "smell"}, "no sense 'smell'; allowed: audio, visual"),
+        ({"end_s": 11}, "from 2 to 11 s; samples last 10 s"),
+        ({"start_s": None}, "from None to 5 s"),
+        ({"label": "Dig"}, "unknown class 'Dig'.*Did you mean 'Dog'"),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(
+    change: dict[str, object], told: str, llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path
+):
+    row = {"split": "train", "id": 3, "key": "k", "sense": "audio", "label": "Dog", "start_s": 2, "end_s": 5}
+    pq.write_table(pa.Table.from_pylist([row | change], schema=EVENTS_SCHEMA), tmp_path / "events.parquet")
+    shards = ShardSet.open(llp[1])
+    with pytest.raises(UserError, match=told):
+        read_events(tmp_path / "events.parquet", "harvested", shards.split("train"), shards.classes)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (np.zeros((3, 2), np.float64), "kind <f8"),
+        (np.zeros((2, 3), np.float32), "expected \\(3, 2\\)"),
+        (np.full((3, 2), np.inf, np.float32), "not finite"),
+    ],
+)
+def test_features_of_another_kind_are_refused(values: np.ndarray, told: str):
+    assert decode_features(encode_features(np.ones((3, 2), np.float16)), Stream("audio", 3, 2)).sum() == 6
+    with pytest.raises(DecodeError, match=told):
+        decode_features(encode_features(values), Stream("audio", 3, 2))
+    with pytest.raises(DecodeError, match="bytes; expected"):
+        decode_features(encode_features(np.ones((3, 2), np.float32))[:-1], Stream("audio", 3, 2))
+
+
+def test_a_manifest_with_strange_streams_is_refused(llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path):
+    manifest = json.loads((llp[1] / "manifest.json").read_text())
+    manifest["streams"]["../x"] = manifest["streams"].pop("vggish")
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"stream '../x' has no plain name"):
+        ShardSet.open(tmp_path)

@@ -1,0 +1,9 @@
+#!/usr/bin/env python3
+"""Let teachers label what is heard and seen in each second of a set: `harvest_labels.py --help`."""
+
+import sys
+
+from distav.harvest import main
+
+if __name__ == "__main__":
+    sys.exit(main())
