@@ -5,16 +5,14 @@ deepspeed --num_gpus 8 tools/harvest_labels.py shards/llp_clips --prompts config
 
 Teachers score every second once, and scores are kept in OUT/scores; the same command goes on after a kill, and with
 other thresholds in the file of prompts it makes the tables anew without asking them again. An event is told where the
-score is above its threshold and the clip's own label has the class. OUT/events.parquet goes into
+score is above its threshold and the clip's own label has the class. OUT goes into
 phases.NAME.harvested; OUT/quality.json says how right it is where people watched and listened.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,15 +26,13 @@ from distav.data.events import events_table, load_events, segments_of
 from distav.data.format import SENSES, ShardSet, Split, write_atomically, write_table
 from distav.data.loader import Loader
 from distav.data.order import padded_batches
+from distav.data.scores import CHUNK, about_file, digest_of, read_scores, score_file, write_scores
 from distav.errors import UserError, listed
 from distav.parsing_scores import parsing_scores
 from distav.settings import DataSettings
 from distav.teachers.networks import ImageTeacher, SoundTeacher, Teacher
 from distav.teachers.prompts import Prompts, read_prompts
 from distav.world import World, broadcast, joined, wait_for_all
-
-CHUNK = 256
-"""Samples whose scores are one file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,9 +96,8 @@ def _check(shards: ShardSet, prompts: dict[str, Prompts], path: Path) -> list[in
 def _claim(out: Path, shards: ShardSet, prompts: dict[str, Prompts]) -> None:
     """Make sure that the scores in a folder, if any, are of this set and these captions."""
     asked = {sense: [each.checkpoint, each.classes, each.captions] for sense, each in prompts.items()}
-    digest = hashlib.sha256(json.dumps(shards.manifest, sort_keys=True).encode()).hexdigest()
-    text = json.dumps({"set": digest, "asked": asked}, indent=1, sort_keys=True)
-    path = out / "scores" / "about.json"
+    text = json.dumps({"set": digest_of(shards), "asked": asked}, indent=1, sort_keys=True)
+    path = about_file(out)
     if path.exists() and path.read_text() != text:
         raise UserError(f"{out} holds scores of another set, or for other captions; choose another --out or delete it.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +107,7 @@ def _claim(out: Path, shards: ShardSet, prompts: dict[str, Prompts]) -> None:
 def _score(split: Split, prompts: dict[str, Prompts], out: Path, batch: int, world: World) -> None:
     """Let teachers score what they have not scored yet; ranks take chunks in turn."""
     chunks = range(-(-len(split) // CHUNK))
-    todo = broadcast([chunk for chunk in chunks if not _file(out, split.name, chunk).exists()])
+    todo = broadcast([chunk for chunk in chunks if not score_file(out, split.name, chunk).exists()])
     if todo:
         segments = segments_of(split)
         audio = SoundTeacher(prompts["audio"], world.device, split.sample_rate_hz, segments)
@@ -143,50 +138,20 @@ def _score_chunk(loader: Loader, ids: np.ndarray, teachers: dict[str, Teacher], 
             scores = teacher.scores(media[sense])
             found[sense].append(scores.masked_fill(~batch.valid[:, None, None], torch.nan).cpu().numpy())
     whole = {sense: np.concatenate(parts)[: len(ids)] for sense, parts in found.items()}
-    path = _file(out, loader.split.name, chunk)
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        np.savez(file, audio=whole["audio"], visual=whole["visual"])
-    os.replace(part, path)
-
-
-def _file(out: Path, split: str, chunk: int) -> Path:
-    return out / "scores" / f"{split}-{chunk:06d}.npz"
-
-
-def read_scores(out: Path, split: Split, num_classes: int) -> np.ndarray:
-    """Return the scores of a split, [N, 2, T, C] float32, classes in the order of the prompts; NaN where unreadable.
-
-    Raises:
-        UserError: where a file is missing or is not what was written.
-    """
-    segments, parts = segments_of(split), []
-    for chunk in range(-(-len(split) // CHUNK)):
-        path, rows = _file(out, split.name, chunk), min(CHUNK, len(split) - chunk * CHUNK)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                both = np.stack([file[sense] for sense in SENSES], axis=1)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}); delete it and run tools/harvest_labels.py again."
-            ) from None
-        if both.shape != (rows, len(SENSES), segments, num_classes):
-            raise UserError(f"{path} holds scores of shape {both.shape}; delete it and harvest again.")
-        parts.append(both)
-    return np.concatenate(parts)
+    write_scores(score_file(out, loader.split.name, chunk), whole["audio"], whole["visual"])
 
 
 def _tell(shards: ShardSet, splits: list[Split], prompts: dict[str, Prompts], order: list[int], out: Path) -> None:
     """Write the events that pass their thresholds and the clips' own labels, and how right they are."""
-    thresholds = np.stack([prompts[sense].thresholds for sense in SENSES])[None, :, None, :]
+    thresholds = np.stack([prompts[sense].thresholds[order] for sense in SENSES])[None, :, None, :]
     tables, quality = [], dict[str, Any]()
     for split in splits:
         known = load_events(shards, split)
-        scores = read_scores(out, split, thresholds.shape[3])
+        scores = read_scores(out, "--out", shards, split)
         if missed := int(np.isnan(scores).all(axis=(1, 2, 3)).sum()):
             print(f"{split.name}: {missed} clips could not be read; no event is told of them", file=sys.stderr)
-        told = (scores > thresholds)[..., order] & known.weak[:, None, None]
-        tables.append(events_table(split.name, split.keys, shards.classes, told))
+        told = (scores > thresholds) & known.weak[:, None, None]
+        tables.append(events_table(split.name, split.keys, split.columns["source"], shards.classes, told))
         share = 100 * told.any(axis=2).mean(axis=(0, 2)) / max(1e-9, known.weak.mean())
         line = f"{split.name}: of the classes of {len(split)} clips {share[0]:.1f} % are heard, {share[1]:.1f} % seen"
         if known.events is not None:

@@ -170,6 +170,8 @@ class CorrectionPhase:
     in with the last."""
     width: int = 48
     """Principal axes of the features that are kept."""
+    harvested: str = ""
+    """Folder that tools/harvest_labels.py wrote, whose teachers then have a vote too; empty for none."""
     signal_nats: float = 10.0
     """Votes that do not make the given labels likelier than their frequencies do by this much are not believed; random
     features come to 1."""
@@ -216,7 +218,8 @@ class ParsingPhase:
     tower_lr_scale: float = 1.0
     """Further factor for the towers, where clips and not features are stored."""
     harvested: str = ""
-    """Table of events that teachers harvested (tools/harvest_labels.py); empty for weak labels alone."""
+    """What teachers harvested: the folder that tools/harvest_labels.py wrote, or a table of events; empty for weak
+    labels alone."""
     weak_weight: float = 1.0
     """Weight of the classes of a whole clip, told by both senses together."""
     modality_weight: float = 0.0

@@ -7,19 +7,17 @@ Legend: N videos, T seconds, C classes, D width.
 """
 
 import json
-import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from distav import __version__
+from distav.bench.measure import machine
 from distav.data.events import events_table, load_events
 from distav.data.format import SENSES, ShardSet, write_atomically, write_table
 from distav.data.llp import CLASSES, SECONDS, VIDEOS, read_llp
@@ -119,12 +117,8 @@ def prepare(annotations: Path, work: Path, seed: int) -> Path:
                 np.save(folder / sense / f"{name}.npy", each)
     streams = tuple((sense, f"{sense}_features", folder / sense) for sense in SENSES)
     make_set(EventSource("llp", annotations, features=streams), folder / "shards", Plan(Encoding(clip_s=SECONDS)), 2)
-    _harvest(folder, world, {name: row for name, row in _by_name(told["train"].names, events["train"])}, rng)
+    _harvest(folder, world, dict(zip(told["train"].names, events["train"], strict=True)), rng)
     return folder
-
-
-def _by_name(names: Sequence[str], rows: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    return zip(names, rows, strict=True)
 
 
 def _harvest(folder: Path, world: World, events: dict[str, np.ndarray], rng: np.random.Generator) -> None:
@@ -136,7 +130,9 @@ def _harvest(folder: Path, world: World, events: dict[str, np.ndarray], rng: np.
     weak, true = load_events(shards, split).weak, np.stack([events[name] for name in sources])
     quality = {}
     for name, each in harvested(values, world, weak, rng).items():
-        write_table(folder / f"{name}.parquet", events_table("train", split.keys, shards.classes, each))
+        write_table(
+            folder / f"{name}.parquet", events_table("train", split.keys, split.columns["source"], shards.classes, each)
+        )
         quality[name] = parsing_scores(each, true)["segment"]
     write_atomically(folder / "harvest.json", (json.dumps(quality, indent=1) + "\n").encode())
 
@@ -151,9 +147,7 @@ def run(annotations: Path, work: Path, seeds: Sequence[int], at_once: int) -> di
     with ThreadPoolExecutor(at_once) as pool:
         rows = list(pool.map(lambda job: _train(*job), jobs))
     quality = {seed: json.loads((work / f"seed_{seed}" / "harvest.json").read_text()) for seed in seeds}
-    machine = {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()}
-    versions = {"distav": __version__, "torch": torch.__version__}
-    return {"machine": machine, "versions": versions, "rows": rows, "harvested": quality}
+    return {"machine": machine(), "rows": rows, "harvested": quality}
 
 
 def _train(method: str, seed: int, folder: Path) -> dict[str, Any]:

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from distav.bench.noise.tables import every
+from distav.bench.parsing import table
 from distav.data.format import write_atomically
 from distav.errors import UserError
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 NOISE_BEGIN, NOISE_END = "<!-- noise: begin -->", "<!-- noise: end -->"
+PARSING_BEGIN, PARSING_END = "<!-- parsing: begin -->", "<!-- parsing: end -->"
 ORDER = ("bank", "bank-2-threads", "neighbors", "neighbors-2-threads", "shards", "loader", "step")
 
 
@@ -24,6 +26,8 @@ def write_section(readme: Path, results: Path) -> None:
     text = _replaced(readme.read_text(), BEGIN, END, section(results))
     if (results / "noise.json").exists() and NOISE_BEGIN in text:
         text = _replaced(text, NOISE_BEGIN, NOISE_END, noise_section(results))
+    if (results / "parsing.json").exists() and PARSING_BEGIN in text:
+        text = _replaced(text, PARSING_BEGIN, PARSING_END, parsing_section(results))
     write_atomically(readme, text.encode())
 
 
@@ -42,13 +46,26 @@ def noise_section(results: Path) -> str:
     return "\n\n".join(["", _machines({"noise": found}), told, *every(found["rows"]), plots, ""])[1:]
 
 
+def parsing_section(results: Path) -> str:
+    """Return the table of the parsing benchmark."""
+    found = json.loads((results / "parsing.json").read_text())
+    seeds = len({row["seed"] for row in found["rows"]})
+    told = (
+        f"Scores of LLP's 1,200 test videos, mean ± standard deviation over {seeds} seeds; **features are simulated**."
+    )
+    return "\n\n".join(["", _machines({"parsing": found}), told, table(found), ""])[1:]
+
+
 def section(results: Path) -> str:
     """Return the section for the JSON files of a folder.
 
     Raises:
         UserError: where the folder holds none.
     """
-    runs = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json")) if path.stem != "noise"}
+    others = ("noise", "parsing")
+    runs = {
+        path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json")) if path.stem not in others
+    }
     if not runs:
         raise UserError(f"--results={results}: no JSON file there; make them with bench.py NAME --json.")
     lines = ["", _machines(runs), "", "| what | ratio | bar |", "|---|---|---|"]

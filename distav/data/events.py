@@ -18,6 +18,7 @@ EVENTS_SCHEMA = pa.schema(
         ("split", pa.string()),
         ("id", pa.int64()),
         ("key", pa.string()),
+        ("source", pa.string()),
         ("sense", pa.string()),
         ("label", pa.string()),
         ("start_s", pa.int32()),
@@ -70,12 +71,12 @@ def segments_of(split: Split) -> int:
     return max(1, round(float(split.columns["duration_s"][0])))
 
 
-def events_table(split: str, keys: np.ndarray, classes: list[str], events: np.ndarray) -> pa.Table:
+def events_table(split: str, keys: np.ndarray, sources: np.ndarray, classes: list[str], events: np.ndarray) -> pa.Table:
     """Return one row for each unbroken stretch of an event.
 
     Args:
         split: its name.
-        keys: [N] of the samples.
+        keys, sources: [N] of the samples.
         classes: C names.
         events: [N, 2, T, C] bool.
     """
@@ -87,6 +88,7 @@ def events_table(split: str, keys: np.ndarray, classes: list[str], events: np.nd
         "split": [split] * len(sample),
         "id": sample,
         "key": keys[sample],
+        "source": sources[sample],
         "sense": np.array(SENSES)[sense],
         "label": np.array(classes, dtype=object)[kind],
         "start_s": start,
@@ -98,8 +100,10 @@ def events_table(split: str, keys: np.ndarray, classes: list[str], events: np.nd
 def read_events(path: Path, key: str, split: Split, classes: list[str]) -> np.ndarray:
     """Read a person's or a teacher's table of events for a split: [N, 2, T, C] bool.
 
+    A table made for another set of the same videos, of clips where this one has features, is joined by `source`.
+
     Args:
-        path: a Parquet table with the columns of `EVENTS_SCHEMA`, `key` aside.
+        path: a Parquet table with the columns of `EVENTS_SCHEMA`, `key` and, where ids are this set's, `source` aside.
         key: the setting that names it.
         split: whose rows are read.
         classes: C names.
@@ -110,13 +114,35 @@ def read_events(path: Path, key: str, split: Split, classes: list[str]) -> np.nd
     if not path.is_file():
         raise UserError(f"{key}={path}: no such file; tools/harvest_labels.py writes such tables.")
     table = read_table(path)
-    missing = [name for name in EVENTS_SCHEMA.names if name not in table.column_names and name != "key"]
+    missing = [name for name in EVENTS_SCHEMA.names if name not in (*table.column_names, "key", "source")]
     if missing:
         raise UserError(
             f"{key}={path}: column '{missing[0]}' is missing; a table of events has {listed(EVENTS_SCHEMA.names)}."
         )
     rows = np.flatnonzero(table.column("split").to_numpy(zero_copy_only=False) == split.name)
-    return events_of(table.take(rows), classes, len(split), segments_of(split), path)
+    table = table.take(rows)
+    if "source" in table.column_names:
+        table = _joined(table, split, f"{key}={path}")
+    return events_of(table, classes, len(split), segments_of(split), path)
+
+
+def _joined(table: pa.Table, split: Split, what: str) -> pa.Table:
+    """Return the table with this split's ids, and without the videos that the split does not have."""
+    sources = split.columns["source"].tolist()
+    ids, named = (table.column(name).to_pylist() for name in ("id", "source"))
+    if all(
+        isinstance(at, int) and 0 <= at < len(sources) and sources[at] == name
+        for at, name in zip(ids, named, strict=True)
+    ):
+        return table
+    place = {name: number for number, name in enumerate(sources)}
+    if len(place) < len(sources) or not set(named) & set(place):
+        raise UserError(
+            f"{what}: is of another set, and cannot be joined by source; harvest this set, or name its ids."
+        )
+    kept = [row for row, name in enumerate(named) if name in place]
+    column = pa.array([place[named[row]] for row in kept], pa.int64())
+    return table.take(kept).set_column(table.column_names.index("id"), "id", column)
 
 
 def events_of(table: pa.Table, classes: list[str], num_samples: int, segments: int, path: Path) -> np.ndarray:

@@ -167,7 +167,8 @@ def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: Plan, about: 
             told = np.stack([each for each in known if each is not None])
             told[:, 0] = told[pair, 0]
             keys = np.array([key_of(name, number) for number in range(len(clips))], dtype=object)
-            events.append(events_table(name, keys, classes, told))
+            sources = np.array([each.source for each in clips], dtype=object)
+            events.append(events_table(name, keys, sources, classes, told))
         if noisy and (flips or plan.correspondence_noise):
             splits[name]["noise"] = {
                 "label_rate": float((given != true).mean()),

@@ -1,15 +1,17 @@
 """Between trainings: clean features of every clip, exact neighbours over all ranks, and a vote on every label."""
 
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distav.data.format import write_table
+from distav.data.format import SENSES, write_table
 from distav.data.labels import correction_table
 from distav.data.loader import Loader
 from distav.data.order import PADDING, padded_batches
+from distav.data.scores import clip_shares, read_scores
 from distav.evaluate import (
     NOISE_KINDS,
     auroc,
@@ -39,13 +41,13 @@ def run_correction(run: Run, name: str, settings: CorrectionPhase) -> None:
                 f"phase={name} votes among features that have learnt the given labels agree with them more than they "
                 "should, and tell too little noise; put a correction before the first training on labels"
             )
-        found = vote(run, settings)
+        found = vote(run, name, settings)
     keep(run, found)
     _report(run, name, found)
 
 
-def vote(run: Run, settings: CorrectionPhase) -> Correction:
-    """Extract features and let neighbours vote."""
+def vote(run: Run, name: str, settings: CorrectionPhase) -> Correction:
+    """Extract features and let neighbours vote, and teachers where they were asked."""
     spaces, present = extract_features(run)
     run.check_budget()
     labels, split, device = run.data.labels, run.data.train, run.world.device
@@ -56,7 +58,13 @@ def vote(run: Run, settings: CorrectionPhase) -> Correction:
     columns, before = run.bank.columns, None
     if "held_out" in columns and run.notes["neighbors_have_signal"]:
         before = columns["held_out"], torch.tensor(run.notes["rate_evidence"], dtype=torch.float64, device=device)
-    return correct(spaces, given, len(labels.classes), groups, valid, voting, before)
+    teachers = None
+    if settings.harvested:
+        own = row_range(len(split))
+        scores = read_scores(Path(settings.harvested).expanduser(), f"phases.{name}.harvested", run.data.shards, split)
+        shares = torch.from_numpy(clip_shares(scores[own.start : own.stop])).to(device)
+        teachers = shares[:, SENSES.index("visual")], shares[:, SENSES.index("audio")]
+    return correct(spaces, given, len(labels.classes), groups, valid, voting, before, teachers)
 
 
 def extract_features(run: Run) -> tuple[list[Space], Tensor]:

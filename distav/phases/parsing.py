@@ -24,6 +24,7 @@ def run_parsing(run: Run, name: str, settings: ParsingPhase) -> None:
     harvested = None
     if settings.harvested:
         path = Path(settings.harvested).expanduser()
+        path = path / "events.parquet" if path.is_dir() else path
         harvested = torch.from_numpy(read_events(path, f"phases.{name}.harvested", data.train, data.shards.classes))
 
     def losses_of(batch: Batch, progress: float) -> Losses:

@@ -36,7 +36,9 @@ def llp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards = ShardSet.open(folder / "shards")
     split = shards.split("train")
     events = np.stack([truth[source] for source in split.columns["source"]])
-    pq.write_table(events_table("train", split.keys, shards.classes, events), folder / "events.parquet")
+    pq.write_table(
+        events_table("train", split.keys, split.columns["source"], shards.classes, events), folder / "events.parquet"
+    )
     return folder
 
 

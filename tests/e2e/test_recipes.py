@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from distav.data.format import ShardSet
+from distav.data.labels import load_labels
+from distav.data.scores import about_file, digest_of, score_file, write_scores
 from tests.helpers.launch import ROOT, TINY, records, tiny_config, train
 from tests.helpers.team import Team, fingerprint, run_whole
 
@@ -113,6 +115,37 @@ phases:
   correct_2: {kind: correction, neighbors: [6, 12], second: [0, 6]}
   learn_2: {kind: supervised, epochs: 1, targets: posterior}
 """
+
+
+def test_teachers_have_a_vote_in_the_correction(tiny_shards: Path, tmp_path: Path):
+    shards = ShardSet.open(tiny_shards)
+    split, classes = shards.split("train"), shards.classes
+    true = load_labels(shards, split).true
+    assert true is not None
+    rng = np.random.default_rng(0)
+    # Teachers that are right for most clips, know how sure they are, and were never shown a label.
+    shown = 4.0 * np.eye(len(classes))[true][:, None]
+    seen, heard = ((shown + 1.5 * rng.normal(size=shown.shape)).astype(np.float32) for _ in range(2))
+    asked = {sense: ["none", classes, classes] for sense in ("audio", "visual")}
+    about_file(tmp_path / "said").parent.mkdir(parents=True)
+    about_file(tmp_path / "said").write_text(json.dumps({"set": digest_of(shards), "asked": asked}))
+    write_scores(score_file(tmp_path / "said", "train", 0), heard, seen)
+    told = {}
+    for name, harvested in (("alone", ""), ("told", str(tmp_path / "said"))):
+        train(tiny_config(tmp_path), f"data.root={tiny_shards}", f"run.root={tmp_path}", f"run.name={name}",
+              f"phases.correction.harvested={harvested}", ranks=2)  # fmt: skip
+        told[name] = json.loads((tmp_path / name / "report.json").read_text())["corrections"][0]
+    right = {name: each["label_accuracy"]["corrected"] for name, each in told.items()}
+    assert right["told"] > max(right["alone"], 0.85) and "teacher of pictures" in told["told"]["chosen"]["pooled"]
+    manifest = json.loads((tiny_shards / "manifest.json").read_text())
+    (tmp_path / "other").mkdir()
+    for path in tiny_shards.iterdir():
+        (tmp_path / "other" / path.name).symlink_to(path)
+    (tmp_path / "other" / "manifest.json").unlink()
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest | {"rejected": 1}))
+    said = train(tiny_config(tmp_path), f"data.root={tmp_path}/other", f"run.root={tmp_path}", "run.name=wrong",
+                 f"phases.correction.harvested={tmp_path}/said", "phases.contrastive.epochs=1", status=1)  # fmt: skip
+    assert "holds scores of another set" in said
 
 
 def test_labels_that_votes_cannot_tell_stay_and_are_not_judged_by_what_learnt_them(tiny_shards: Path, tmp_path: Path):

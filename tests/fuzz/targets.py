@@ -55,7 +55,16 @@ def _labels() -> bytes:
 
 
 def _events() -> bytes:
-    row = {"split": "train", "id": 1, "key": "b", "sense": "visual", "label": "dog", "start_s": 0, "end_s": 1}
+    row = {
+        "split": "train",
+        "id": 1,
+        "key": "b",
+        "source": "x",
+        "sense": "visual",
+        "label": "dog",
+        "start_s": 0,
+        "end_s": 1,
+    }
     return _parquet(pa.Table.from_pylist([row], schema=EVENTS_SCHEMA))
 
 

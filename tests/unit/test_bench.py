@@ -89,5 +89,6 @@ def test_the_readme_shows_what_the_record_says():
     for begin, end, expected in (
         (readme.BEGIN, readme.END, readme.section(RESULTS)),
         (readme.NOISE_BEGIN, readme.NOISE_END, readme.noise_section(RESULTS)),
+        (readme.PARSING_BEGIN, readme.PARSING_END, readme.parsing_section(RESULTS)),
     ):
         assert text.split(begin + "\n")[1].split(end)[0] == expected

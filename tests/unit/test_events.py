@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +116,22 @@ def test_events_come_back_from_their_table(llp: tuple[Path, Path, dict[str, np.n
     shards = ShardSet.open(llp[1])
     split = shards.split("train")
     events = np.random.default_rng(1).uniform(size=(len(split), 2, 10, 25)) < 0.3
-    pq.write_table(events_table("train", split.keys, shards.classes, events), tmp_path / "events.parquet")
-    assert np.array_equal(read_events(tmp_path / "events.parquet", "harvested", split, shards.classes), events)
+    pq.write_table(
+        events_table("train", split.keys, split.columns["source"], shards.classes, events), tmp_path / "events.parquet"
+    )
+    table = tmp_path / "events.parquet"
+    assert np.array_equal(read_events(table, "harvested", split, shards.classes), events)
+    # Another set of some of the same videos, in another order.
+    kept = np.random.default_rng(2).permutation(len(split))[:30]
+    columns = {name: column[kept] for name, column in split.columns.items()}
+    other = replace(split, columns=columns | {"id": np.arange(30)})
+    assert np.array_equal(read_events(table, "harvested", other, shards.classes), events[kept])
+    strange = replace(split, columns=split.columns | {"source": split.columns["source"] + "x"})
+    with pytest.raises(UserError, match="is of another set"):
+        read_events(table, "harvested", strange, shards.classes)
+
+
+KNOWN = pa.schema([field for field in EVENTS_SCHEMA if field.name not in ("key", "source")])
 
 
 @pytest.mark.parametrize(
@@ -132,8 +147,8 @@ def test_events_come_back_from_their_table(llp: tuple[Path, Path, dict[str, np.n
 def test_rows_that_do_not_fit_are_named(
     change: dict[str, object], told: str, llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path
 ):
-    row = {"split": "train", "id": 3, "key": "k", "sense": "audio", "label": "Dog", "start_s": 2, "end_s": 5}
-    pq.write_table(pa.Table.from_pylist([row | change], schema=EVENTS_SCHEMA), tmp_path / "events.parquet")
+    row = {"split": "train", "id": 3, "sense": "audio", "label": "Dog", "start_s": 2, "end_s": 5}
+    pq.write_table(pa.Table.from_pylist([row | change], schema=KNOWN), tmp_path / "events.parquet")
     shards = ShardSet.open(llp[1])
     with pytest.raises(UserError, match=told):
         read_events(tmp_path / "events.parquet", "harvested", shards.split("train"), shards.classes)

@@ -116,6 +116,49 @@ def test_features_that_know_nothing_leave_the_labels_alone():
     assert torch.equal(found.posterior.argmax(1), given)
 
 
+def opinion(of: torch.Tensor, right: float, seed: int) -> torch.Tensor:
+    """Shares of a teacher that is right so often, and knows nothing of labels."""
+    generator = torch.Generator().manual_seed(seed)
+    guess = torch.randint(0, 10, of.shape, generator=generator)
+    held = torch.where(torch.rand(of.shape, generator=generator) < right, of, guess)
+    return (2.5 * F.one_hot(held, 10) + 0.5 * torch.randn(len(of), 10, generator=generator)).softmax(1)
+
+
+def test_teachers_have_a_vote_each_and_none_that_know_nothing():
+    # Blunt features, half of the labels wrong, a third of the sounds foreign.
+    visual, audio, given, true, heard = scene(0.5, 0.3, spread=2.5)
+    every, groups = torch.ones(len(given), dtype=torch.bool), torch.arange(len(given))
+    voting = Voting(neighbors=(20, 60), second=(0, 20), temperatures=(0.1, 0.3))
+    spaces = [Space("rows", visual, audio)]
+    knowing = opinion(true, 0.7, 5), opinion(heard, 0.7, 6)
+    guessing = opinion(true, 0.0, 7), opinion(heard, 0.0, 8)
+    alone, told, guessed = (
+        correct(spaces, given, 10, groups, every, voting, None, teachers) for teachers in (None, knowing, guessing)
+    )
+
+    def right(found, which: str, of: torch.Tensor) -> float:
+        return float((getattr(found, which).argmax(1) == of).float().mean())
+
+    assert right(told, "posterior", true) > right(alone, "posterior", true) + 0.1
+    assert right(told, "audio_posterior", heard) > right(alone, "audio_posterior", heard) + 0.1
+    matched = (heard == true).numpy()
+    pairs = [auroc(each.correspondence.numpy(), matched) for each in (alone, told, guessed)]
+    assert pairs[1] > pairs[0] + 0.05 and pairs[2] > pairs[0] - 0.03
+    assert right(guessed, "posterior", true) > right(alone, "posterior", true) - 0.02
+    assert "teacher of sounds" in told.chosen["pooled"] and "teacher" in told.chosen["sounds"]
+
+
+def test_teachers_are_heard_where_neighbours_know_nothing():
+    _, _, given, true, heard = scene(0.5, 0.0)
+    nothing = torch.randn(2, len(given), 32, generator=torch.Generator().manual_seed(3))
+    every, groups = torch.ones(len(given), dtype=torch.bool), torch.arange(len(given))
+    teachers = opinion(true, 0.8, 5), opinion(heard, 0.8, 6)
+    voting = Voting(neighbors=(20, 60), second=(0,), temperatures=(0.1, 0.3))
+    found = correct([Space("rows", *nothing)], given, 10, groups, every, voting, None, teachers)
+    assert found.has_signal and (found.posterior.argmax(1) == true).float().mean() > 0.85
+    assert found.label_rate.low <= 0.5 <= found.label_rate.high
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_few_samples_whose_votes_are_worse_than_chance_keep_their_labels(seed: int):
     torch.manual_seed(seed)

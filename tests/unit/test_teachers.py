@@ -16,8 +16,9 @@ import yaml
 from distav.data.events import load_events, read_events
 from distav.data.format import ShardSet
 from distav.data.loader import Batch, Loader
+from distav.data.scores import read_scores
 from distav.errors import UserError
-from distav.harvest import main, read_scores
+from distav.harvest import main
 from distav.settings import DataSettings
 from distav.teachers.networks import ImageTeacher, SoundTeacher
 from distav.teachers.prompts import read_prompts
@@ -102,20 +103,20 @@ def test_harvested_events_are_scores_above_thresholds_of_classes_that_the_label_
     assert harvest(ave, tmp_path) == 0
     assert "beside what people say" in capsys.readouterr().out
     shards, prompts = ShardSet.open(ave / "shards"), read_prompts(ave / "prompts.yaml")
-    middle = np.median(read_scores(tmp_path, shards.split("train"), 3), axis=(0, 2, 3))
+    middle = np.median(read_scores(tmp_path, "x", shards, shards.split("train")), axis=(0, 2, 3))
     (tmp_path / "shards").symlink_to(ave / "shards")
     write_prompts(tmp_path / "prompts.yaml", ave, [*AVE_CLASSES][::-1], float(middle[1]), float(middle[0]))
     assert harvest(tmp_path, tmp_path) == 0
     for name in ("train", "val", "test"):
         split = shards.split(name)
-        scores = read_scores(tmp_path, split, 3)
+        scores = read_scores(tmp_path, "x", shards, split)
         batch = batch_of(ave, name, len(split))
         by_hand = ImageTeacher(prompts["visual"], CPU).scores(batch.media["frames"]).numpy()
-        np.testing.assert_allclose(scores[:, 1], by_hand, atol=1e-4)
+        np.testing.assert_allclose(scores[:, 1, :, ::-1], by_hand, atol=1e-4)
         weak = load_events(shards, split).weak
         told = read_events(tmp_path / "events.parquet", "harvested", split, shards.classes)
         above = scores > middle[:, None, None].astype(np.float32)
-        assert np.array_equal(told, above[..., ::-1] & weak[:, None, None])
+        assert np.array_equal(told, above & weak[:, None, None])
         assert 0 < told.sum() < weak.sum() * 20
     assert set(json.loads((tmp_path / "quality.json").read_text())) == {"train", "val", "test"}
 
@@ -156,7 +157,8 @@ def test_scores_that_are_left_are_made_by_any_number_of_ranks(ave: Path, tmp_pat
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # Chunks of four, so that both ranks have some, and one is there already.
-    script = f"import sys, distav.harvest as h; h.CHUNK = 4; sys.exit(h.main({arguments(ave, two)!r}))"
+    script = "import sys, distav.data.scores as scores; scores.CHUNK = 4; from distav.harvest import main; "
+    script += f"sys.exit(main({arguments(ave, two)!r}))"
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for asked in (None, "train-000001.npz"):
         if asked:
