@@ -10,6 +10,7 @@ from distav.phase_settings import (
     Candidates,
     ContrastivePhase,
     InstanceLoss,
+    ParsingPhase,
     PhaseSettings,
     SoftTargets,
     SupervisedPhase,
@@ -106,6 +107,10 @@ def check(settings: Settings) -> None:
     _require(bool(settings.phases), "phases", "{}", "at least one phase, e.g. {learn: {kind: contrastive}}")
     corrected = False
     for name, phase in settings.phases.items():
+        if isinstance(phase, ParsingPhase):
+            for sense, tower in (("visual", settings.model.visual.name), ("audio", settings.model.audio.name)):
+                what = f"a convolutional tower, since phases.{name} gives it single seconds of a clip"
+                _require(not tower.startswith("vit_"), f"model.{sense}.name", tower, what)
         _check_phase(name, phase)
         corrected = corrected or phase.kind == "correction"
         if isinstance(phase, SupervisedPhase) and phase.targets in NEED_CORRECTION and not corrected:

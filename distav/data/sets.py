@@ -2,10 +2,14 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
-from distav.data.events import EventLabels, load_events, segments_of
+import numpy as np
+
+from distav.data.events import EventLabels, load_events, read_events, segments_of
 from distav.data.format import ShardSet, Split
 from distav.data.labels import Labels, load_labels
+from distav.data.scores import clip_shares, read_scores
 from distav.errors import UserError
 from distav.phase_settings import ContrastivePhase, CorrectionPhase, ParsingPhase
 from distav.settings import Settings
@@ -40,6 +44,29 @@ class Data:
         """Classes and events of the test clips."""
         return load_events(self.shards, self.test) if self.test else None
 
+    def harvested_events(self, name: str, phase: ParsingPhase) -> np.ndarray | None:
+        """Return the events that a phase learns from, [N, 2, T, C] bool; None where it has weak labels alone.
+
+        Raises:
+            UserError: for a table that is missing or does not fit the set.
+        """
+        if not phase.harvested:
+            return None
+        path = Path(phase.harvested).expanduser()
+        path = path / "events.parquet" if path.is_dir() else path
+        return read_events(path, f"phases.{name}.harvested", self.train, self.shards.classes)
+
+    def teachers_shares(self, name: str, phase: CorrectionPhase) -> np.ndarray | None:
+        """Return what teachers hold each clip for, [N, 2, C] float32; None where none were asked.
+
+        Raises:
+            UserError: for scores that are missing or of another set.
+        """
+        if not phase.harvested:
+            return None
+        folder = Path(phase.harvested).expanduser()
+        return clip_shares(read_scores(folder, f"phases.{name}.harvested", self.shards, self.train))
+
     @classmethod
     def open(cls, settings: Settings) -> "Data":
         """Open the set and check the settings against it.
@@ -63,7 +90,10 @@ class Data:
                 "allowed: up to that many."
             )
         for name, phase in settings.phases.items():
+            if isinstance(phase, ParsingPhase):
+                data.harvested_events(name, phase)
             if isinstance(phase, CorrectionPhase):
+                data.teachers_shares(name, phase)
                 k = min(phase.neighbors)
                 if k >= len(train):
                     raise UserError(

@@ -1,7 +1,6 @@
 """Between trainings: clean features of every clip, exact neighbours over all ranks, and a vote on every label."""
 
 from dataclasses import fields
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,7 +10,6 @@ from distav.data.format import SENSES, write_table
 from distav.data.labels import correction_table
 from distav.data.loader import Loader
 from distav.data.order import PADDING, padded_batches
-from distav.data.scores import clip_shares, read_scores
 from distav.evaluate import (
     NOISE_KINDS,
     auroc,
@@ -58,11 +56,10 @@ def vote(run: Run, name: str, settings: CorrectionPhase) -> Correction:
     columns, before = run.bank.columns, None
     if "held_out" in columns and run.notes["neighbors_have_signal"]:
         before = columns["held_out"], torch.tensor(run.notes["rate_evidence"], dtype=torch.float64, device=device)
-    teachers = None
-    if settings.harvested:
+    teachers, held = None, run.data.teachers_shares(name, settings)
+    if held is not None:
         own = row_range(len(split))
-        scores = read_scores(Path(settings.harvested).expanduser(), f"phases.{name}.harvested", run.data.shards, split)
-        shares = torch.from_numpy(clip_shares(scores[own.start : own.stop])).to(device)
+        shares = torch.from_numpy(held[own.start : own.stop]).to(device)
         teachers = shares[:, SENSES.index("visual")], shares[:, SENSES.index("audio")]
     return correct(spaces, given, len(labels.classes), groups, valid, voting, before, teachers)
 

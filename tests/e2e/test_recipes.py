@@ -9,9 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from distav.config import load
 from distav.data.format import ShardSet
 from distav.data.labels import load_labels
 from distav.data.scores import about_file, digest_of, score_file, write_scores
+from distav.data.sets import Data
+from distav.errors import UserError
 from tests.helpers.launch import ROOT, TINY, records, tiny_config, train
 from tests.helpers.team import Team, fingerprint, run_whole
 
@@ -143,9 +146,9 @@ def test_teachers_have_a_vote_in_the_correction(tiny_shards: Path, tmp_path: Pat
         (tmp_path / "other" / path.name).symlink_to(path)
     (tmp_path / "other" / "manifest.json").unlink()
     (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest | {"rejected": 1}))
-    said = train(tiny_config(tmp_path), f"data.root={tmp_path}/other", f"run.root={tmp_path}", "run.name=wrong",
-                 f"phases.correction.harvested={tmp_path}/said", "phases.contrastive.epochs=1", status=1)  # fmt: skip
-    assert "holds scores of another set" in said
+    with pytest.raises(UserError, match="phases.correction.harvested=.*holds scores of another set"):
+        Data.open(load(tiny_config(tmp_path), [f"data.root={tmp_path}/other",
+                                               f"phases.correction.harvested={tmp_path}/said"]))  # fmt: skip
 
 
 def test_labels_that_votes_cannot_tell_stay_and_are_not_judged_by_what_learnt_them(tiny_shards: Path, tmp_path: Path):

@@ -21,7 +21,8 @@ from distav.memory.visitors import Visitors
 from distav.seeding import sample_seeds, uniform
 from distav.settings import AugmentSettings, DataSettings
 from tests.conftest import make_shards
-from tests.helpers.launch import losses, tiny_config, train
+from tests.helpers.events import llp_shards, write_llp
+from tests.helpers.launch import ROOT, losses, tiny_config, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DATA = DataSettings(num_frames=3, frame_stride=2, frame_size=24, audio_s=0.5)
@@ -33,14 +34,14 @@ def test_the_graph_decodes_alike_on_gpu_and_cpu(codec: str, tmp_path: Path):
     make_shards("synthetic", tmp_path, "--train-clips=8", "--test-clips=1", f"--codec={codec}", "--short-side=160")
     split = ShardSet.open(tmp_path).split("train")
     ids = np.arange(8)
-    batches = [
+    here, there = (
         Loader(split, DATA, AugmentSettings(), 0, 8, device).load(ids, 0)
         for device in (torch.device("cpu"), torch.device("cuda", 0))
-    ]
-    assert batches[1].frames.is_cuda and batches[1].valid.all()
-    difference = (batches[0].frames.int() - batches[1].frames.cpu().int()).abs().float()
+    )
+    assert there.media["frames"].is_cuda and there.valid.all()
+    difference = (here.media["frames"].int() - there.media["frames"].cpu().int()).abs().float()
     assert difference.mean() < 4
-    torch.testing.assert_close(batches[0].sound, batches[1].sound.cpu(), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(here.media["sound"], there.media["sound"].cpu(), atol=1e-4, rtol=1e-3)
 
 
 def test_random_numbers_are_the_same_on_both():
@@ -137,3 +138,35 @@ def test_training_in_bf16_follows_the_cpu_in_fp32(stage: int, tmp_path: Path):
     low, full = (losses(tmp_path / device / "tiny") for device in ("gpu", "cpu"))
     for phase in (slice(0, 12), slice(12, 20)):  # Means, since stage 3 draws other initial weights in bfloat16.
         assert np.mean(low[phase]) == pytest.approx(np.mean(full[phase]), rel=0.1)
+
+
+def test_parsing_in_bf16_follows_the_cpu_in_fp32(tmp_path: Path):
+    write_llp(tmp_path / "raw")
+    llp_shards(tmp_path / "raw", tmp_path / "shards")
+    curves = []
+    for device, precision in (("cpu", "fp32"), ("gpu", "bf16")):
+        train(ROOT / "configs" / "han.yaml", f"data.root={tmp_path}/shards", f"run.root={tmp_path}/{device}",
+              f"run.device={device}", f"deepspeed.precision={precision}", "run.log_every=1", "optim.global_batch=16",
+              "optim.lr=1e-3", "phases.parse.epochs=6")  # fmt: skip
+        curves.append(losses(tmp_path / device / "han"))
+    assert np.allclose(*curves, rtol=0.05) and curves[1][-1] < 0.8 * curves[1][0]
+
+
+def test_teachers_say_the_same_on_both(tmp_path: Path):
+    pytest.importorskip("transformers", reason="teachers need transformers: pip install 'distav[teachers]'")
+    from distav.teachers.networks import ImageTeacher, SoundTeacher
+    from distav.teachers.prompts import read_prompts
+    from tests.helpers.teachers import SIDE, write_prompts, write_teachers
+
+    write_teachers(tmp_path, ["A photo of a cat.", "This is a sound of a dog"])
+    write_prompts(tmp_path / "prompts.yaml", tmp_path, ["cat", "dog"])
+    prompts = read_prompts(tmp_path / "prompts.yaml")
+    frames = torch.randint(0, 256, (2, 3, SIDE, SIDE, 3), dtype=torch.uint8)
+    sound = torch.rand(2, 48000) - 0.5
+    here, there = (torch.device(kind) for kind in ("cpu", "cuda"))
+    seen = [ImageTeacher(prompts["visual"], device).scores(frames.to(device)).cpu() for device in (here, there)]
+    heard = [
+        SoundTeacher(prompts["audio"], device, 16000, 3).scores(sound.to(device)).cpu() for device in (here, there)
+    ]
+    torch.testing.assert_close(*seen, atol=0.02, rtol=1e-3)
+    torch.testing.assert_close(*heard, atol=0.02, rtol=1e-3)
