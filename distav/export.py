@@ -67,9 +67,10 @@ def load_encoders(folder: str | Path) -> tuple[AVModel, dict[str, Any]]:
     if "num_frames" not in inputs:
         raise UserError(f"{folder} holds an event parser over features, and no encoders; load it by load_parser.")
     parts = {"visual": VisualSettings, "audio": AudioSettings, "parser": ParserSettings}
-    settings = ModelSettings(**{**chosen, **{name: kind(**chosen[name]) for name, kind in parts.items()}})
+    # Exports of distav before it parsed events have no parser.
+    settings = ModelSettings(**{**chosen, **{name: kind(**chosen.get(name, {})) for name, kind in parts.items()}})
     data = DataSettings(num_frames=inputs["num_frames"], frame_size=inputs["frame_size"], audio_s=inputs["audio_s"])
-    num_classes, segments = len(description["classes"]), description["segments"]
+    num_classes, segments = len(description["classes"]), description.get("segments", 0)
     model = AVModel(settings, data, inputs["sample_rate_hz"], num_classes, segments)
     model.load_state_dict(safetensors.torch.load_file(Path(folder) / "model.safetensors"))
     return model.eval(), description

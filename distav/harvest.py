@@ -13,7 +13,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         splits = [shards.split(name, "--splits") for name in options.splits or shards.manifest["splits"]]
         with joined(options.device, options.timeout_s, options.threads) as world:
             out = options.out
-            if world.is_main:
-                _claim(out, shards, prompts)
-            wait_for_all()
+            _alone(world, lambda: _claim(out, shards, prompts))
             for split in splits:
                 _score(split, prompts, out, options.batch, world)
             wait_for_all()
-            if world.is_main:
-                _tell(shards, splits, prompts, order, out)
-            wait_for_all()
+            _alone(world, lambda: _tell(shards, prompts, order, out))
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"harvest_labels: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(
+                3
+            )  # The first rank says the same and takes the others down; what is said here is this rank's own.
+        print(f"harvest_labels: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -79,10 +79,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _alone(world: World, work: Callable[[], None]) -> None:
+    """Let the main rank do something, and all ranks know if it could not."""
+    problem = ""
+    if world.is_main:
+        try:
+            work()
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{error.filename}: {error.strerror}; choose another --out, or mend it."
+    if problem := broadcast(problem):
+        raise UserError(problem)
+
+
 def _check(shards: ShardSet, prompts: dict[str, Prompts], path: Path) -> list[int]:
     """Return the place of each of the set's classes among the prompts."""
     if shards.streams:
         raise UserError(f"{shards.root} holds features; teachers look at clips and listen to them.")
+    fps = float(shards.manifest["fps"])
+    if fps != max(1, round(fps)):
+        raise UserError(
+            f"{shards.root} stores {fps:g} frames a second, so that seconds have no frame of their own; make it with a "
+            "whole number of --fps."
+        )
     asked = prompts[SENSES[0]].classes
     missing = [name for name in shards.classes if name not in asked]
     if missing:
@@ -113,7 +133,7 @@ def _score(split: Split, prompts: dict[str, Prompts], out: Path, batch: int, wor
         audio = SoundTeacher(prompts["audio"], world.device, split.sample_rate_hz, segments)
         visual = ImageTeacher(prompts["visual"], world.device)
         data = DataSettings(
-            num_frames=segments, frame_stride=max(1, round(split.fps)), frame_size=visual.frame_size, squash=True,
+            num_frames=segments, frame_stride=round(split.fps), frame_size=visual.frame_size, squash=True,
             audio_s=float(segments),
         )  # fmt: skip
         loader = Loader(split, data, None, 0, batch, world.device)
@@ -141,17 +161,25 @@ def _score_chunk(loader: Loader, ids: np.ndarray, teachers: dict[str, Teacher], 
     write_scores(score_file(out, loader.split.name, chunk), whole["audio"], whole["visual"])
 
 
-def _tell(shards: ShardSet, splits: list[Split], prompts: dict[str, Prompts], order: list[int], out: Path) -> None:
-    """Write the events that pass their thresholds and the clips' own labels, and how right they are."""
+def _tell(shards: ShardSet, prompts: dict[str, Prompts], order: list[int], out: Path) -> None:
+    """Write the events that pass their thresholds and the clips' own labels, and how right they are.
+
+    Splits are told of that were scored in this call or in an earlier one.
+    """
     thresholds = np.stack([prompts[sense].thresholds[order] for sense in SENSES])[None, :, None, :]
     tables, quality = [], dict[str, Any]()
-    for split in splits:
+    for name in shards.manifest["splits"]:
+        split = shards.split(name, "--splits")
+        if not all(score_file(out, name, chunk).exists() for chunk in range(-(-len(split) // CHUNK))):
+            continue
         known = load_events(shards, split)
         scores = read_scores(out, "--out", shards, split)
-        if missed := int(np.isnan(scores).all(axis=(1, 2, 3)).sum()):
+        looked_at = np.isfinite(scores).all(axis=(1, 2, 3)).reshape(-1)
+        if missed := int((~looked_at).sum()):
             print(f"{split.name}: {missed} clips could not be read; no event is told of them", file=sys.stderr)
         told = (scores > thresholds) & known.weak[:, None, None]
-        tables.append(events_table(split.name, split.keys, split.columns["source"], shards.classes, told))
+        sources = split.columns["source"]
+        tables.append(events_table(split.name, split.keys, sources, shards.classes, told, looked_at))
         share = 100 * told.any(axis=2).mean(axis=(0, 2)) / max(1e-9, known.weak.mean())
         line = f"{split.name}: of the classes of {len(split)} clips {share[0]:.1f} % are heard, {share[1]:.1f} % seen"
         if known.events is not None:
@@ -162,4 +190,5 @@ def _tell(shards: ShardSet, splits: list[Split], prompts: dict[str, Prompts], or
         print(line)
     write_table(out / "events.parquet", pa.concat_tables(tables))
     write_atomically(out / "quality.json", (json.dumps(quality, indent=1) + "\n").encode())
-    print(f"{out / 'events.parquet'}: {sum(map(len, tables))} events")
+    count = sum(len(each) - each.column("label").null_count for each in tables)
+    print(f"{out / 'events.parquet'}: {count} events")

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from distav import config
 from distav.data.format import write_atomically
 from distav.errors import UserError
+from distav.phase_settings import PHASE_KINDS
 from distav.settings import Settings
 from distav.world import World, broadcast, rank, wait_for_all
 
@@ -106,10 +107,20 @@ def _lock(file: TextIO, folder: Path) -> None:
 def _difference(before: str, now: str) -> str:
     """Return the first setting that differs and matters, as it stands there and here."""
     there, here = (dict(_flat(OmegaConf.to_container(OmegaConf.create(text)))) for text in (before, now))
+    defaults = _defaults(here)
     for key in dict.fromkeys([*here, *there]):
-        if key not in FREE and there.get(key) != here.get(key):
-            return f"there: {key}={there.get(key, 'not set')}, here: {key}={here.get(key, 'not set')}"
+        # A setting that is newer than the run was what it is by default.
+        old, new = (each.get(key, defaults.get(key, "not set")) for each in (there, here))
+        if key not in FREE and old != new:
+            return f"there: {key}={old}, here: {key}={new}"
     return "" if list(_phases(there)) == list(_phases(here)) else "the phases stand in another order"
+
+
+def _defaults(flat: dict[str, Any]) -> dict[str, Any]:
+    """Return the default of every setting of a run with these phases, but for what says which phases there are."""
+    phases = {name: PHASE_KINDS[flat[f"phases.{name}.kind"]]() for name in _phases(flat)}
+    defaults = dict(_flat(OmegaConf.to_container(OmegaConf.create(config.to_yaml(Settings(phases=phases))))))
+    return {key: value for key, value in defaults.items() if not key.endswith(".kind")}
 
 
 def _phases(flat: dict[str, Any]) -> Iterator[str]:

@@ -40,29 +40,26 @@ def load_labels(shards: ShardSet, split: Split, override: str = "") -> Labels:
     Args:
         shards: the set.
         split: its split.
-        override: path of a .parquet or .csv table with `id` or `key` and `label`; empty for none. It has no say in a
-            set whose clips have several classes, of which every combination is one here.
+        override: path of a .parquet or .csv table with `id` or `key` and `label`; empty for none, as it has to be
+            in a set whose clips have several classes, of which every combination is one here.
 
     Raises:
         UserError: for labels outside the classes of the set, ids or keys it does not have, or a broken table.
     """
+    if shards.several_labels:
+        if override:
+            raise UserError(
+                f"data.labels={override}: clips of {shards.root} have several classes each; leave it empty."
+            )
+        return _combinations(shards, split)
     path = shards.root / "labels.parquet"
-    table = shards.table("labels.parquet", split.name)
-    if "id" not in table.column_names or not pa.types.is_integer(table.schema.field("id").type):
-        raise UserError(f"{path}: column 'id' is missing or does not hold whole numbers.")
-    ids = table.column("id").to_numpy()
-    if not np.array_equal(ids, np.arange(len(split))):
-        raise UserError(
-            f"{path}: split {split.name} has {len(ids)} labels for {len(split)} samples, or ids in disorder."
-        )
+    table = _own_table(shards, split)
 
     def numbers(name: str) -> np.ndarray | None:
         if name not in table.column_names or table.column(name).null_count:
             return None
         return class_numbers(table.column(name).to_pylist(), shards.classes, path)
 
-    if shards.several_labels:
-        return _combinations(table)
     given = numbers("label")
     if given is None:
         raise UserError(f"{path}: column 'label' is missing or has gaps.")
@@ -72,10 +69,39 @@ def load_labels(shards: ShardSet, split: Split, override: str = "") -> Labels:
     return Labels(shards.classes, given, numbers("true_label"), pair)
 
 
-def _combinations(table: pa.Table) -> Labels:
+def _own_table(shards: ShardSet, split: Split) -> pa.Table:
+    """Return the set's table of labels for a split, with a row for each of its ids, in order."""
+    path = shards.root / "labels.parquet"
+    table = shards.table("labels.parquet", split.name)
+    if "id" not in table.column_names or not pa.types.is_integer(table.schema.field("id").type):
+        raise UserError(f"{path}: column 'id' is missing or does not hold whole numbers.")
+    ids = table.column("id").to_numpy()
+    if not np.array_equal(ids, np.arange(len(split))):
+        raise UserError(
+            f"{path}: split {split.name} has {len(ids)} labels for {len(split)} samples, or ids in disorder."
+        )
+    return table
+
+
+def several_labels(shards: ShardSet, split: Split) -> list[list[str]]:
+    """Return the classes of every clip of a set whose clips may have several.
+
+    Raises:
+        UserError: where the set's table does not hold a list for each clip.
+    """
+    table = _own_table(shards, split)
+    if "label" not in table.column_names or not pa.types.is_list(table.schema.field("label").type):
+        raise UserError(
+            f"{shards.root / 'labels.parquet'}: column 'label' is missing or does not hold lists of classes."
+        )
+    return [each or [] for each in table.column("label").to_pylist()]
+
+
+def _combinations(shards: ShardSet, split: Split) -> Labels:
     """Take every combination of classes that occurs for a class of its own."""
-    names = [", ".join(sorted(each)) for each in table.column("label").to_pylist()]
+    names = [", ".join(sorted(map(str, each))) for each in several_labels(shards, split)]
     classes, given = np.unique(np.array(names, dtype=object), return_inverse=True)
+    table = _own_table(shards, split)
     pair = table.column("pair_id").to_numpy() if "pair_id" in table.column_names else None
     return Labels([str(each) for each in classes], given.astype(np.int64), None, pair)
 

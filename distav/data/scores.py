@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,19 +43,18 @@ def digest_of(shards: ShardSet) -> str:
     return hashlib.sha256(json.dumps(shards.manifest, sort_keys=True).encode()).hexdigest()
 
 
-def read_scores(folder: Path, key: str, shards: ShardSet, split: Split) -> np.ndarray:
-    """Return the scores of a split, [N, 2, T, C] float32, by the classes of the set; NaN where a clip was unreadable.
+def check_scores(folder: Path, key: str, shards: ShardSet, split: Split) -> list[int]:
+    """Make sure that a folder holds all scores of a split; returns the place of each of the set's classes in them.
 
     Args:
         folder: what tools/harvest_labels.py wrote.
         key: the setting that names it.
         shards: the set.
-        split: whose scores are read.
+        split: whose scores are wanted.
 
     Raises:
-        UserError: where a file is missing or is not what was written, or scores are of another set or classes.
+        UserError: where a file is missing, or scores are of another set or classes.
     """
-    classes = shards.classes
     try:
         about = json.loads(about_file(folder).read_bytes())
         asked, digest = about["asked"]["audio"][1], about["set"]
@@ -62,13 +62,41 @@ def read_scores(folder: Path, key: str, shards: ShardSet, split: Split) -> np.nd
         raise UserError(f"{key}={folder}: holds no scores; give a folder that tools/harvest_labels.py wrote.") from None
     if digest != digest_of(shards):
         raise UserError(f"{key}={folder}: holds scores of another set than {shards.root}; harvest this one.")
-    missing = [name for name in classes if name not in asked]
+    missing = [name for name in shards.classes if name not in asked]
     if missing:
         raise UserError(f"{key}={folder}: its teachers were not asked for {listed(missing)}.")
-    parts = []
-    for chunk in range(-(-len(split) // CHUNK)):
-        path, rows = score_file(folder, split.name, chunk), min(CHUNK, len(split) - chunk * CHUNK)
-        expected = (rows, len(SENSES), segments_of(split), len(asked))
+    gone = [path for path in _files(folder, split) if not path.exists()]
+    if gone:
+        raise UserError(
+            f"{key}={folder}: {gone[0].name} is missing; run tools/harvest_labels.py again, and it goes on."
+        )
+    return [asked.index(name) for name in shards.classes]
+
+
+def read_scores(folder: Path, key: str, shards: ShardSet, split: Split) -> np.ndarray:
+    """Return the scores of a split, [N, 2, T, C] float32, by the classes of the set; NaN where a clip was unreadable.
+
+    See `check_scores` for the arguments.
+
+    Raises:
+        UserError: where a file is missing or is not what was written, or scores are of another set or classes.
+    """
+    return np.concatenate(list(_chunks(folder, key, shards, split)))
+
+
+def read_shares(folder: Path, key: str, shards: ShardSet, split: Split) -> np.ndarray:
+    """Return what teachers hold every clip for, [N, 2, C] float32: `clip_shares` of what `read_scores` reads."""
+    return np.concatenate([clip_shares(scores) for scores in _chunks(folder, key, shards, split)])
+
+
+def _files(folder: Path, split: Split) -> list[Path]:
+    return [score_file(folder, split.name, chunk) for chunk in range(-(-len(split) // CHUNK))]
+
+
+def _chunks(folder: Path, key: str, shards: ShardSet, split: Split) -> Iterator[np.ndarray]:
+    places = check_scores(folder, key, shards, split)
+    for chunk, path in enumerate(_files(folder, split)):
+        rows = min(CHUNK, len(split) - chunk * CHUNK)
         try:
             with np.load(path, allow_pickle=False) as file:
                 both = np.stack([file[sense] for sense in SENSES], axis=1)
@@ -76,10 +104,12 @@ def read_scores(folder: Path, key: str, shards: ShardSet, split: Split) -> np.nd
             raise UserError(
                 f"{path} cannot be read ({error}); delete it and run tools/harvest_labels.py again."
             ) from None
-        if both.shape != expected or both.dtype != np.float32:
-            raise UserError(f"{path} holds {both.dtype} of shape {both.shape}, expected float32 of {expected}.")
-        parts.append(both)
-    return np.concatenate(parts)[..., [asked.index(name) for name in classes]]
+        expected = (rows, len(SENSES), segments_of(split))
+        if both.shape[:3] != expected or both.ndim != 4 or both.shape[3] <= max(places) or both.dtype != np.float32:
+            raise UserError(
+                f"{path} holds {both.dtype} of shape {both.shape}, expected float32 of {expected} and classes."
+            )
+        yield both[..., places]
 
 
 def clip_shares(scores: np.ndarray) -> np.ndarray:

@@ -9,8 +9,8 @@ import numpy as np
 from distav.data.events import EventLabels, load_events, read_events, segments_of
 from distav.data.format import ShardSet, Split
 from distav.data.labels import Labels, load_labels
-from distav.data.scores import clip_shares, read_scores
-from distav.errors import UserError
+from distav.data.scores import check_scores, read_shares
+from distav.errors import UserError, listed
 from distav.phase_settings import ContrastivePhase, CorrectionPhase, ParsingPhase
 from distav.settings import Settings
 
@@ -37,15 +37,17 @@ class Data:
     @cached_property
     def events(self) -> EventLabels:
         """Classes and events of the training clips."""
-        return load_events(self.shards, self.train)
+        return load_events(self.shards, self.train, self.override)
 
     @cached_property
     def test_events(self) -> EventLabels | None:
         """Classes and events of the test clips."""
         return load_events(self.shards, self.test) if self.test else None
 
-    def harvested_events(self, name: str, phase: ParsingPhase) -> np.ndarray | None:
-        """Return the events that a phase learns from, [N, 2, T, C] bool; None where it has weak labels alone.
+    def harvested_events(self, name: str, phase: ParsingPhase) -> tuple[np.ndarray, ...] | None:
+        """Return the events that a phase learns from, [N, 2, T, C] bool, and which clips were looked at, [N] bool.
+
+        None where it has weak labels alone.
 
         Raises:
             UserError: for a table that is missing or does not fit the set.
@@ -54,7 +56,7 @@ class Data:
             return None
         path = Path(phase.harvested).expanduser()
         path = path / "events.parquet" if path.is_dir() else path
-        return read_events(path, f"phases.{name}.harvested", self.train, self.shards.classes)
+        return read_events(path, f"phases.{name}.harvested", self.train, self.shards.classes, self.events.weak)
 
     def teachers_shares(self, name: str, phase: CorrectionPhase) -> np.ndarray | None:
         """Return what teachers hold each clip for, [N, 2, C] float32; None where none were asked.
@@ -65,7 +67,7 @@ class Data:
         if not phase.harvested:
             return None
         folder = Path(phase.harvested).expanduser()
-        return clip_shares(read_scores(folder, f"phases.{name}.harvested", self.shards, self.train))
+        return read_shares(folder, f"phases.{name}.harvested", self.shards, self.train)
 
     @classmethod
     def open(cls, settings: Settings) -> "Data":
@@ -93,7 +95,8 @@ class Data:
             if isinstance(phase, ParsingPhase):
                 data.harvested_events(name, phase)
             if isinstance(phase, CorrectionPhase):
-                data.teachers_shares(name, phase)
+                if phase.harvested:
+                    check_scores(Path(phase.harvested).expanduser(), f"phases.{name}.harvested", shards, train)
                 k = min(phase.neighbors)
                 if k >= len(train):
                     raise UserError(
@@ -118,7 +121,8 @@ def _check_segments(settings: Settings, train: Split) -> None:
         unknown = set(settings.model.parser.maps) - set(train.streams)
         if unknown:
             raise UserError(
-                f"model.parser.maps.{min(unknown)}: the set has no such stream; allowed: {[*train.streams]}."
+                f"model.parser.maps.{min(unknown)}: the set has no such stream; allowed: {listed(train.streams)}. "
+                f"Leave it out by ~model.parser.maps.{min(unknown)}."
             )
         for name, (rows, columns) in settings.model.parser.maps.items():
             if rows * columns != train.streams[name].steps:

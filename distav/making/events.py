@@ -20,6 +20,7 @@ from distav.making.decoding import decode_clips
 
 ID_LENGTH = 11
 """Characters of a YouTube id, by which LLP's feature files are named."""
+VIDEOS_OF = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".flv", ".m4v", ".mpg", ".mpeg", ".3gp", ".ts", ".wmv")
 _HEADER_BYTES = 512
 AVE_SPLITS = {"train": "trainSet.txt", "val": "valSet.txt", "test": "testSet.txt"}
 
@@ -73,6 +74,12 @@ class EventSource:
             raise UserError(
                 f"{self.benchmark}: give either --videos DIR, or --features SENSE:NAME=DIR for each stream."
             )
+        names = [name for _, name, _ in self.features]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise UserError(
+                f"{self.benchmark}: --features names '{twice[0]}' twice; give each stream a name of its own."
+            )
         missing = set(SENSES) - {sense for sense, _, _ in self.features}
         if self.features and missing:
             raise UserError(f"{self.benchmark}: --features has none of the sense '{min(missing)}'.")
@@ -98,12 +105,14 @@ class EventSource:
             values = {}
             for name, stream in self.streams.items():
                 try:
-                    values[name] = decode_features(_found(self._folder(name), candidate).read_bytes(), stream)
+                    values[name] = decode_features(
+                        _found(self._folder(name), candidate, (".npy",)).read_bytes(), stream
+                    )
                 except (DecodeError, OSError) as error:
                     raise Unusable(f"{name}: {error}") from None
             yield Features(values)
         else:
-            yield next(decode_clips(_found(self.videos, candidate), candidate, encoding))
+            yield next(decode_clips(_found(self.videos, candidate, VIDEOS_OF), candidate, encoding))
 
     def about(self) -> About:
         """Return classes, events and streams."""
@@ -160,9 +169,9 @@ def parse_features(text: str) -> tuple[str, str, Path]:
     return sense, name, Path(folder)
 
 
-def _found(folder: Path, candidate: Candidate) -> Path:
+def _found(folder: Path, candidate: Candidate, suffixes: tuple[str, ...]) -> Path:
     """Return the file of a video, named in full or by its YouTube id."""
-    files = _files(folder)
+    files = _files(folder, suffixes)
     name = files.get(candidate.source) or files.get(candidate.source[:ID_LENGTH])
     if name is None:
         raise Unusable(f"missing: no file {candidate.source[:ID_LENGTH]}.* in {folder}")
@@ -170,9 +179,10 @@ def _found(folder: Path, candidate: Candidate) -> Path:
 
 
 @lru_cache(maxsize=8)
-def _files(folder: Path) -> dict[str, str]:
-    """Return the names of the files of a folder by what stands before their extension."""
-    return {Path(name).stem: name for name in sorted(os.listdir(folder), reverse=True)}
+def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """Return the names of the files of these kinds in a folder by what stands before their extension."""
+    names = [name for name in sorted(os.listdir(folder), reverse=True) if name.lower().endswith(suffixes)]
+    return {Path(name).stem: name for name in names}
 
 
 def _llp(folder: Path) -> list[Annotation]:

@@ -20,6 +20,7 @@ import pyarrow as pa
 from distav import __version__
 from distav.data.events import events_table
 from distav.data.format import EVENTS, TABLES, index_schema, members_of, write_atomically, write_table
+from distav.data.llp import SECONDS
 from distav.data.noise import LabelNoise, flip_labels, mismatch_pairs
 from distav.errors import UserError
 from distav.making.chunks import Encoded, encode_all
@@ -80,6 +81,8 @@ def make_set(source: Source, out: Path, plan: Plan, workers: int) -> Outcome:
             raise UserError(f"{out} holds a set made with other arguments; choose another folder or delete it.")
         return Outcome({name: split["clips"] for name, split in made["splits"].items()}, made["rejected"], 0.0)
     about = source.about() if isinstance(source, EventSource) else About()
+    if isinstance(source, EventSource) and plan.encoding.clip_s != SECONDS:
+        raise UserError(f"--clip-s={plan.encoding.clip_s:g}: the annotations are of {SECONDS} s; leave it out.")
     if about.several and (plan.label_noise or plan.cross_class):
         raise UserError("--label-noise and --cross-class are for one class a sample; these have several.")
     _claim(work, recipe)
@@ -142,6 +145,7 @@ def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: Plan, about: 
     index: list[dict[str, Any]] = []
     labels: list[pa.Table] = []
     events: list[pa.Table] = []
+    annotated: list[str] = []
     for place, name in enumerate(sorted({each.split for each in encoded})):
         rng = np.random.default_rng([plan.seed, 3, place])
         clips = [each for each in encoded if each.split == name]
@@ -164,6 +168,7 @@ def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: Plan, about: 
         labels.append(_label_table(name, clips, names, given, true, pair, about.several))
         known = [about.events.get((name, each.source, each.label)) for each in clips]
         if clips and all(each is not None for each in known):
+            annotated.append(name)
             told = np.stack([each for each in known if each is not None])
             told[:, 0] = told[pair, 0]
             keys = np.array([key_of(name, number) for number in range(len(clips))], dtype=object)
@@ -173,8 +178,9 @@ def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: Plan, about: 
             splits[name]["noise"] = {
                 "label_rate": float((given != true).mean()),
                 "correspondence_rate_nominal": float((pair != np.arange(len(pair))).mean()),
-                "correspondence_rate_semantic": float((true[pair] != true).mean()),
             }
+            if not about.several:
+                splits[name]["noise"]["correspondence_rate_semantic"] = float((true[pair] != true).mean())
     schema = index_schema(members)
     write_table(out / "index.parquet", pa.table({each: [row[each] for row in index] for each in schema.names}, schema))
     write_table(out / "labels.parquet", _with_truth(pa.concat_tables(labels), plan))
@@ -188,7 +194,7 @@ def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: Plan, about: 
         manifest["several_labels"] = True
     if events:
         write_table(out / EVENTS, pa.concat_tables(events))
-        manifest["annotated"] = sorted({each.column("split")[0].as_py() for each in events if len(each)})
+        manifest["annotated"] = annotated
     return manifest
 
 

@@ -31,6 +31,11 @@ def run_correction(run: Run, name: str, settings: CorrectionPhase) -> None:
     """Vote on every label, keep the votes beside the bank, and write the table `labels/<phase>.parquet`."""
     if run.notes.get("given_labels_learnt") and not run.notes.get("neighbors_have_signal", True):
         # Such features hold the given labels, right and wrong; votes among them would only repeat these.
+        if settings.harvested and run.world.is_main:
+            run.monitor.warn(
+                f"phase={name} its teachers are not heard, since given labels were learnt after a correction that knew "
+                "nothing; let them vote in that one"
+            )
         given = torch.from_numpy(run.data.labels.given).to(run.world.device)
         found = nothing_known(given, len(run.data.labels.classes))
     else:

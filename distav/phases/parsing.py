@@ -15,6 +15,9 @@ def run_parsing(run: Run, name: str, settings: ParsingPhase) -> None:
     data, device = run.data, run.world.device
     weak = torch.from_numpy(data.events.weak).to(device)
     harvested = data.harvested_events(name, settings)
+    if harvested is not None and not harvested[1].all() and run.world.is_main:
+        left = int((~harvested[1]).sum())
+        run.monitor.say(f"phase={name} {left} clips were not looked at, and learn from their weak labels alone")
 
     def losses_of(batch: Batch, progress: float) -> Losses:
         del progress
@@ -25,8 +28,8 @@ def run_parsing(run: Run, name: str, settings: ParsingPhase) -> None:
             smoothing = settings.audio_smoothing, settings.visual_smoothing
             each["modality"] = settings.modality_weight * modality_losses(parsed["modality"], given, smoothing)
         if harvested is not None:
-            told = torch.from_numpy(harvested[batch.ids.cpu().numpy()]).to(device)
-            each["segments"] = settings.segment_weight * segment_losses(parsed["segments"], told)
+            told, looked_at = (torch.from_numpy(part[batch.ids.cpu().numpy()]).to(device) for part in harvested)
+            each["segments"] = settings.segment_weight * looked_at * segment_losses(parsed["segments"], told)
         losses = {key: weighted_mean(value, present) for key, value in each.items()}
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 

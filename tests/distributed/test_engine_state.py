@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -112,6 +113,7 @@ def learn_again() -> dict[tuple, tuple[State, State]]:
     return found
 
 
+@pytest.mark.long
 def test_a_restart_leaves_nothing_of_what_was_learnt():
     for (stage, precision), (again, afresh) in on_ranks(2, learn_again, timeout_s=120)[0].items():
         assert again.keys() == afresh.keys() and again["steps"] == HALF

@@ -156,14 +156,8 @@ def test_towers_learn_from_clips_end_to_end(ave: Path, tmp_path: Path):
         (("data.audio_s=1.0",), "data.audio_s=1: parsing hears all of a clip; set it to 10"),
         (("data.num_frames=8",), "data.num_frames=8 and data.frame_stride=4"),
         (("phases.parse.harvested=gone.parquet",), "phases.parse.harvested=gone.parquet: no such file"),
-        (
-            (
-                ("model.audio.name=vit_tiny",),
-                "model.audio.name=vit_tiny is not possible; allowed: a convolutional tower",
-            ),
-            ("model.parser.heads=3",),
-            "model.parser.heads=3 is not possible; allowed: a divisor of model.parser.width=32",
-        ),
+        (("model.audio.name=vit_tiny",), "model.audio.name=vit_tiny is not possible; allowed: a convolutional tower"),
+        (("model.parser.heads=3",), "model.parser.heads=3 is not possible; allowed: a divisor of"),
     ],
 )
 def test_clips_that_do_not_cover_their_seconds_are_told(changes: tuple[str, ...], told: str, ave: Path):

@@ -133,13 +133,11 @@ def test_teachers_have_a_vote_in_the_correction(tiny_shards: Path, tmp_path: Pat
     about_file(tmp_path / "said").parent.mkdir(parents=True)
     about_file(tmp_path / "said").write_text(json.dumps({"set": digest_of(shards), "asked": asked}))
     write_scores(score_file(tmp_path / "said", "train", 0), heard, seen)
-    told = {}
-    for name, harvested in (("alone", ""), ("told", str(tmp_path / "said"))):
-        train(tiny_config(tmp_path), f"data.root={tiny_shards}", f"run.root={tmp_path}", f"run.name={name}",
-              f"phases.correction.harvested={harvested}", ranks=2)  # fmt: skip
-        told[name] = json.loads((tmp_path / name / "report.json").read_text())["corrections"][0]
-    right = {name: each["label_accuracy"]["corrected"] for name, each in told.items()}
-    assert right["told"] > max(right["alone"], 0.85) and "teacher of pictures" in told["told"]["chosen"]["pooled"]
+    train(tiny_config(tmp_path), f"data.root={tiny_shards}", f"run.root={tmp_path}", "phases.hybrid.epochs=1",
+          f"phases.correction.harvested={tmp_path}/said")  # fmt: skip
+    told = json.loads((tmp_path / "tiny" / "report.json").read_text())["corrections"][0]
+    # Neighbours alone know nothing here, and the labels would stay right for three of four.
+    assert told["label_accuracy"]["corrected"] > 0.85 and "teacher of pictures" in told["chosen"]["pooled"]
     manifest = json.loads((tiny_shards / "manifest.json").read_text())
     (tmp_path / "other").mkdir()
     for path in tiny_shards.iterdir():

@@ -13,11 +13,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from distav.config import load, to_yaml
 from distav.data.format import ShardSet
 from distav.data.loader import Loader
 from distav.export import load_encoders
+from distav.run_folder import _difference
 from distav.settings import DataSettings
-from tests.helpers.launch import TINY, command, environment, losses, records, tiny_config, train
+from tests.helpers.launch import ROOT, TINY, command, environment, losses, records, tiny_config, train
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,18 @@ def test_a_finished_run_is_told_and_not_repeated(finished: tuple[Path, str], tin
     assert "other settings" in said and "here: optim.lr=0.5" in said
 
 
-@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.long) for stage in (1, 2)), 3])
+def test_a_setting_that_is_newer_than_the_run_was_what_it_is_by_default():
+    now = to_yaml(load(ROOT / "configs" / "quickstart.yaml"))
+    older = "\n".join(line for line in now.splitlines() if "squash" not in line and "harvested" not in line)
+    assert older != now and _difference(older, now) == ""
+    assert "data.squash=False, here: data.squash=True" in _difference(
+        older, now.replace("squash: false", "squash: true")
+    )
+    fewer = "\n".join(now.split("phases:")[:1]) + "phases: {}\n"
+    assert _difference(fewer, now) != ""
+
+
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.long) for stage in (1, 2, 3))])
 def test_two_ranks_at_any_zero_stage_learn_as_one(
     finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, stage: int
 ):
@@ -127,7 +140,8 @@ def test_two_ranks_at_any_zero_stage_learn_as_one(
     assert same > 0.95
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.long), 3])
+@pytest.mark.long  # Engines in bfloat16 at every stage, and a parsing run at 3, are tried each time.
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_training_in_bf16_follows_that_in_fp32(
     finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, stage: int
 ):

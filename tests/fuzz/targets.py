@@ -68,6 +68,10 @@ def _events() -> bytes:
     return _parquet(pa.Table.from_pylist([row], schema=EVENTS_SCHEMA))
 
 
+def _several_labels() -> bytes:
+    return _parquet(pa.table({"split": ["train"] * 3, "id": [0, 1, 2], "label": [["cat"], ["dog", "cat"], []]}))
+
+
 STREAM = Stream("audio", 3, 2)
 
 
@@ -131,11 +135,12 @@ def label_parquet(content: bytes, folder: Path) -> None:
 def events(content: bytes, folder: Path) -> None:
     shards = ShardSet.open(_set(folder))
     (folder / "events.parquet").write_bytes(content)
-    read_events(folder / "events.parquet", "harvested", shards.split("train"), CLASSES)
+    read_events(folder / "events.parquet", "harvested", shards.split("train"), CLASSES, np.ones((3, 2), bool))
 
 
 def weak_labels(content: bytes, folder: Path) -> None:
-    shards = ShardSet.open(_set(folder, labels_parquet=content))
+    several = json.loads(_manifest()) | {"several_labels": True}
+    shards = ShardSet.open(_set(folder, labels_parquet=content, manifest_json=json.dumps(several).encode()))
     load_events(shards, shards.split("train"))
 
 
@@ -166,7 +171,7 @@ TARGETS: dict[str, tuple[Callable[[bytes, Path], None], bytes]] = {
     "label_csv": (label_csv, b"id,label\n0,cat\n1,dog\n"),
     "label_parquet": (label_parquet, _labels()),
     "events": (events, _events()),
-    "weak_labels": (weak_labels, _labels()),
+    "weak_labels": (weak_labels, _several_labels()),
     "features": (features, _features()),
     "sample": (sample, b'{"id": 3, "source": "x"}'),
     "checkpoint_manifest": (checkpoint_manifest, _sealed()),

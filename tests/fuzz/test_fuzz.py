@@ -34,14 +34,14 @@ def test_what_is_sound_is_read(name: str, tmp_path):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=150, deadline=2000, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=100, deadline=2000, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(edits=EDITS)
 def test_edited_bytes(name: str, edits: list[tuple[str, int, bytes]]):
     feed(name, edited(TARGETS[name][1], edits))
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=60, deadline=2000, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=40, deadline=2000, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(content=st.binary(max_size=3000))
 def test_any_bytes(name: str, content: bytes):
     feed(name, content)

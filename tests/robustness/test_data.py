@@ -179,6 +179,7 @@ def test_a_shard_damaged_while_the_run_is_on_costs_its_samples_on_all_ranks_alik
     assert all("truncated in train-000001.tar" in reason for reason in skipped.values())
 
 
+@pytest.mark.long
 def test_a_run_over_its_budget_of_bad_samples_stops_and_names_them(shards: Path, tmp_path: Path):
     given = arguments(tmp_path, shards)
     team = Team(2, given, tmp_path / "logs")

@@ -32,7 +32,7 @@ def losses_by_step(run: Path) -> dict[int, float]:
     return {each["step"]: each["train/loss"] for each in records(run) if "train/loss" in each}
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.long)])
 def test_kills_at_random_moments_leave_no_trace(unbroken: Path, tiny_shards: Path, tmp_path: Path, kills: int):
     chance = random.Random(kills)
     done, runs, while_saving, began = 0, 0, 0, time.monotonic()

@@ -23,10 +23,10 @@ SMALL = {
 }
 
 
-_LONG = pytest.param("neighbors", marks=pytest.mark.long)
+_SLOW = ("bank", "neighbors", "step")
 
 
-@pytest.mark.parametrize("name", [_LONG, *(name for name in SMALL if name != "neighbors")])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in _SLOW)) for name in SMALL])
 def test_every_benchmark_measures_and_says_whether_its_bars_are_met(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -104,6 +104,8 @@ def test_missing_and_broken_features_are_rejected_by_name(tmp_path: Path):
         (("--features=audio:a={}/vggish", "--features=visual:v={}/gone"), "gone: no such folder"),
         (("--features=audio:a={}/vggish", "--features=visual:v={}"), "holds no .npy files"),
         (("--videos={}", "--label-noise=symmetric:0.5"), "for one class a sample"),
+        (("--videos={}", "--clip-s=2"), "--clip-s=2: the annotations are of 10 s"),
+        (("--features=audio:a={}/vggish", "--features=visual:a={}/res152"), "names 'a' twice"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: tuple[str, ...], told: str, tmp_path: Path):
@@ -120,15 +122,52 @@ def test_events_come_back_from_their_table(llp: tuple[Path, Path, dict[str, np.n
         events_table("train", split.keys, split.columns["source"], shards.classes, events), tmp_path / "events.parquet"
     )
     table = tmp_path / "events.parquet"
-    assert np.array_equal(read_events(table, "harvested", split, shards.classes), events)
+    weak = events.any(axis=(1, 2))
+    found, looked_at = read_events(table, "harvested", split, shards.classes, weak)
+    assert np.array_equal(found, events) and looked_at.all()
     # Another set of some of the same videos, in another order.
     kept = np.random.default_rng(2).permutation(len(split))[:30]
     columns = {name: column[kept] for name, column in split.columns.items()}
     other = replace(split, columns=columns | {"id": np.arange(30)})
-    assert np.array_equal(read_events(table, "harvested", other, shards.classes), events[kept])
+    found, looked_at = read_events(table, "harvested", other, shards.classes, weak[kept])
+    assert np.array_equal(found, events[kept]) and looked_at.all()
     strange = replace(split, columns=split.columns | {"source": split.columns["source"] + "x"})
-    with pytest.raises(UserError, match="is of another set"):
-        read_events(table, "harvested", strange, shards.classes)
+    with pytest.raises(UserError, match="no row names a video of"):
+        read_events(table, "harvested", strange, shards.classes, weak)
+    with pytest.raises(UserError, match="has no row of the split test, but of train"):
+        read_events(table, "harvested", shards.split("test"), shards.classes, weak)
+
+
+def test_a_clip_without_a_row_was_not_looked_at(llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path):
+    shards = ShardSet.open(llp[1])
+    split = shards.split("train")
+    events = np.random.default_rng(1).uniform(size=(len(split), 2, 10, 25)) < 0.01
+    events[:4] = False
+    looked_at = np.arange(len(split)) % 2 == 0
+    events[~looked_at] = False
+    table = events_table("train", split.keys, split.columns["source"], shards.classes, events, looked_at)
+    pq.write_table(table, tmp_path / "events.parquet")
+    found = read_events(tmp_path / "events.parquet", "x", split, shards.classes, events.any(axis=(1, 2)))
+    assert np.array_equal(found[0], events) and np.array_equal(found[1], looked_at)
+
+
+def test_clips_of_one_video_are_told_apart_by_their_classes(
+    llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path
+):
+    shards = ShardSet.open(llp[1])
+    split = shards.split("train")
+    sources = split.columns["source"].copy()
+    sources[[3, 5]] = "twice"
+    weak = np.zeros((len(split), 25), dtype=bool)
+    weak[3, 1] = weak[5, 2] = True
+    other = replace(split, columns=split.columns | {"source": sources})
+    rows = [{"split": "train", "id": 0, "source": "twice", "sense": "audio", "label": CLASSES[kind], "start_s": kind,
+             "end_s": 9} for kind in (1, 2)]  # fmt: skip
+    schema = pa.schema([field for field in EVENTS_SCHEMA if field.name != "key"])
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "events.parquet")
+    events, looked_at = read_events(tmp_path / "events.parquet", "x", other, shards.classes, weak)
+    assert np.flatnonzero(looked_at).tolist() == [3, 5]
+    assert events[3, 0, 1:9, 1].all() and events[5, 0, 2:9, 2].all() and events.sum() == 15
 
 
 KNOWN = pa.schema([field for field in EVENTS_SCHEMA if field.name not in ("key", "source")])
@@ -137,9 +176,9 @@ KNOWN = pa.schema([field for field in EVENTS_SCHEMA if field.name not in ("key",
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"id": 48}, "row 0: no sample 48"),
-        ({"sense": "smell"}, "no sense 'smell'; allowed: audio, visual"),
-        ({"end_s": 11}, "from 2 to 11 s; samples last 10 s"),
+        ({"id": 48}, "row 0: id 48; allowed: whole numbers from 0 to 47"),
+        ({"sense": "smell"}, "sense 'smell'; allowed: audio, visual"),
+        ({"end_s": 11}, "from 2 to 11 s; allowed: whole seconds from 0 to 10"),
         ({"start_s": None}, "from None to 5 s"),
         ({"label": "Dig"}, "unknown class 'Dig'.*Did you mean 'Dog'"),
     ],
@@ -151,7 +190,7 @@ def test_rows_that_do_not_fit_are_named(
     pq.write_table(pa.Table.from_pylist([row | change], schema=KNOWN), tmp_path / "events.parquet")
     shards = ShardSet.open(llp[1])
     with pytest.raises(UserError, match=told):
-        read_events(tmp_path / "events.parquet", "harvested", shards.split("train"), shards.classes)
+        read_events(tmp_path / "events.parquet", "x", shards.split("train"), shards.classes, np.zeros((48, 25), bool))
 
 
 @pytest.mark.parametrize(

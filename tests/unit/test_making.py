@@ -46,7 +46,7 @@ def test_bytes_do_not_hang_on_the_number_of_workers(scenes: Path, tmp_path: Path
     assert digests(tmp_path / "other")["train-000000.tar"] != digests(scenes)["train-000000.tar"]
 
 
-@pytest.mark.parametrize("finished", [("chunk", 1), ("train-000001.tar", 1)])
+@pytest.mark.parametrize("finished", [("chunk", 1), pytest.param(("train-000001.tar", 1), marks=pytest.mark.long)])
 def test_a_killed_run_goes_on_to_the_same_bytes(scenes: Path, tmp_path: Path, finished: tuple[str, int]):
     out = tmp_path / "killed"
     command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), "synthetic", str(out), *SCENES, "--workers=1"]

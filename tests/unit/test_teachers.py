@@ -1,5 +1,6 @@
 """Teachers are what transformers computes; harvested labels are what their scores and the clips' own labels allow."""
 
+import io
 import json
 import os
 import socket
@@ -13,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+import distav.data.scores
+import distav.harvest
 from distav.data.events import load_events, read_events
 from distav.data.format import ShardSet
 from distav.data.loader import Batch, Loader
@@ -114,7 +117,8 @@ def test_harvested_events_are_scores_above_thresholds_of_classes_that_the_label_
         by_hand = ImageTeacher(prompts["visual"], CPU).scores(batch.media["frames"]).numpy()
         np.testing.assert_allclose(scores[:, 1, :, ::-1], by_hand, atol=1e-4)
         weak = load_events(shards, split).weak
-        told = read_events(tmp_path / "events.parquet", "harvested", split, shards.classes)
+        told, looked_at = read_events(tmp_path / "events.parquet", "harvested", split, shards.classes, weak)
+        assert looked_at.all()
         above = scores > middle[:, None, None].astype(np.float32)
         assert np.array_equal(told, above & weak[:, None, None])
         assert 0 < told.sum() < weak.sum() * 20
@@ -139,7 +143,7 @@ def test_other_thresholds_need_no_teachers_and_other_captions_another_folder(
     (mine / "clip").unlink()  # Nobody asks it again.
     assert harvest(mine, out) == 0
     after = pq.read_table(out / "events.parquet")
-    assert set(after.column("sense").to_pylist()) == {"audio"} < set(before.column("sense").to_pylist())
+    assert set(after.column("sense").to_pylist()) - {None} == {"audio"} < set(before.column("sense").to_pylist())
     assert scores == {
         path.name: path.stat().st_mtime_ns for path in (out / "scores").iterdir() if path.suffix == ".npz"
     }
@@ -150,28 +154,36 @@ def test_other_thresholds_need_no_teachers_and_other_captions_another_folder(
     assert "for other captions" in capsys.readouterr().err
 
 
-def test_scores_that_are_left_are_made_by_any_number_of_ranks(ave: Path, tmp_path: Path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert harvest(ave, one) == 0
+def test_scores_that_are_left_are_made_by_any_number_of_ranks(
+    ave: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for module in (distav.harvest, distav.data.scores):
+        monkeypatch.setattr(module, "CHUNK", 4)
+    assert harvest(ave, tmp_path) == 0
+    whole = pq.read_table(tmp_path / "events.parquet")
+    files = sorted((tmp_path / "scores").glob("*.npz"))
+    before = {path: path.read_bytes() for path in files}
+    assert len(files) == 5
+    for path in files[1:4]:
+        path.unlink()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Chunks of four, so that both ranks have some, and one is there already.
     script = "import sys, distav.data.scores as scores; scores.CHUNK = 4; from distav.harvest import main; "
-    script += f"sys.exit(main({arguments(ave, two)!r}))"
+    script += f"sys.exit(main({arguments(ave, tmp_path)!r}))"
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for asked in (None, "train-000001.npz"):
-        if asked:
-            (two / "scores" / asked).unlink()
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-c", script], env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            )
-            for rank in range(2)
-        ]
-        assert [each.wait(240) for each in ranks] == [0, 0]
-        assert len(list((two / "scores").glob("train-*.npz"))) == 3
-        assert pq.read_table(one / "events.parquet").equals(pq.read_table(two / "events.parquet"))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(2)
+    ]
+    assert [each.wait(240) for each in ranks] == [0, 0]
+    for path, content in before.items():
+        with np.load(path) as made, np.load(io.BytesIO(content)) as first:
+            for sense in ("audio", "visual"):
+                np.testing.assert_allclose(made[sense], first[sense], atol=1e-4)
+    assert pq.read_table(tmp_path / "events.parquet").equals(whole)
 
 
 def test_what_cannot_be_read_is_told(ave: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -184,10 +196,14 @@ def test_what_cannot_be_read_is_told(ave: Path, tmp_path: Path, capsys: pytest.C
         main([str(ave / "shards"), "--prompts", str(ROOT / "configs/teachers/llp.yaml"), "--out", str(tmp_path)]) == 1
     )
     assert "has no prompts for Bark, Bell, Church bell" in capsys.readouterr().err
+    (tmp_path / "file").write_text("x")
+    assert harvest(ave, tmp_path / "file") == 1
+    assert "choose another --out" in capsys.readouterr().err
     assert harvest(ave, tmp_path / "out", "--splits", "tset") == 1
     assert "--splits=tset is not in" in capsys.readouterr().err
     assert harvest(ave, tmp_path / "out") == 0
     path = next((tmp_path / "out" / "scores").glob("test-*.npz"))
     path.write_bytes(path.read_bytes()[:100])
     assert harvest(ave, tmp_path / "out") == 1
-    assert "cannot be read" in capsys.readouterr().err and "Traceback" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "cannot be read" in said and "Traceback" not in said
