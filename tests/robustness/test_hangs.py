@@ -117,9 +117,8 @@ def launched(given: list[str], log: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-@pytest.mark.parametrize(
-    "who", ["ranks", *(pytest.param(each, marks=pytest.mark.long) for each in ("all", "launcher killed"))]
-)
+@pytest.mark.long  # Signals to ranks without a launcher are tried each time (test_kills).
+@pytest.mark.parametrize("who", ["ranks", "all", "launcher killed"])
 def test_the_launcher_hands_on_signals_and_the_status(tiny_shards: Path, tmp_path: Path, who: str):
     given, log = arguments(tmp_path, tiny_shards), tmp_path / "said.txt"
     process = launched(given, log)
@@ -139,6 +138,7 @@ def test_the_launcher_hands_on_signals_and_the_status(tiny_shards: Path, tmp_pat
     assert not list((tmp_path / "tiny" / "checkpoints").glob(".writing-*"))
 
 
+@pytest.mark.long
 def test_two_runs_do_not_share_a_folder(tiny_shards: Path, tmp_path: Path):
     given = arguments(tmp_path, tiny_shards)
     first = Team(1, given, tmp_path / "first")

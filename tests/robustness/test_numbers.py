@@ -62,6 +62,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_leaves_nothing(tiny_shards: Pa
     ]
 
 
+@pytest.mark.long
 def test_too_many_steps_in_a_row_stop_the_run_with_the_reason(tiny_shards: Path, tmp_path: Path):
     given = arguments(tmp_path, tiny_shards, "run.max_skipped_steps=3")
     team = Team(2, given, tmp_path / "logs", nan_from_3_on)

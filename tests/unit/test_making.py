@@ -39,6 +39,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.long
 def test_bytes_do_not_hang_on_the_number_of_workers(scenes: Path, tmp_path: Path):
     make_shards("synthetic", tmp_path / "two", *SCENES, "--workers=2")
     assert digests(tmp_path / "two") == digests(scenes)
