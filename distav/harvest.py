@@ -27,7 +27,7 @@ from distav.data.events import events_table, load_events, segments_of
 from distav.data.format import SENSES, ShardSet, Split, write_atomically, write_table
 from distav.data.loader import Loader
 from distav.data.order import padded_batches
-from distav.data.scores import CHUNK, about_file, digest_of, read_scores, score_file, write_scores
+from distav.data.scores import CHUNK, about_file, digest_of, read_scores, score_file, score_files, write_scores
 from distav.errors import UserError, listed
 from distav.parsing_scores import parsing_scores
 from distav.settings import DataSettings
@@ -126,8 +126,7 @@ def _claim(out: Path, shards: ShardSet, prompts: dict[str, Prompts]) -> None:
 
 def _score(split: Split, prompts: dict[str, Prompts], out: Path, batch: int, world: World) -> None:
     """Let teachers score what they have not scored yet; ranks take chunks in turn."""
-    chunks = range(-(-len(split) // CHUNK))
-    todo = broadcast([chunk for chunk in chunks if not score_file(out, split.name, chunk).exists()])
+    todo = broadcast([chunk for chunk, path in enumerate(score_files(out, split)) if not path.exists()])
     if todo:
         segments = segments_of(split)
         audio = SoundTeacher(prompts["audio"], world.device, split.sample_rate_hz, segments)
@@ -170,7 +169,7 @@ def _tell(shards: ShardSet, prompts: dict[str, Prompts], order: list[int], out: 
     tables, quality = [], dict[str, Any]()
     for name in shards.manifest["splits"]:
         split = shards.split(name, "--splits")
-        if not all(score_file(out, name, chunk).exists() for chunk in range(-(-len(split) // CHUNK))):
+        if not all(path.exists() for path in score_files(out, split)):
             continue
         known = load_events(shards, split)
         scores = read_scores(out, "--out", shards, split)

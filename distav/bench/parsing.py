@@ -130,9 +130,9 @@ def _harvest(folder: Path, world: World, events: dict[str, np.ndarray], rng: np.
     weak, true = load_events(shards, split).weak, np.stack([events[name] for name in sources])
     quality = {}
     for name, each in harvested(values, world, weak, rng).items():
-        write_table(
-            folder / f"{name}.parquet", events_table("train", split.keys, split.columns["source"], shards.classes, each)
-        )
+        looked_at = np.ones(len(split), dtype=bool)
+        found = events_table("train", split.keys, split.columns["source"], shards.classes, each, looked_at)
+        write_table(folder / f"{name}.parquet", found)
         quality[name] = parsing_scores(each, true)["segment"]
     write_atomically(folder / "harvest.json", (json.dumps(quality, indent=1) + "\n").encode())
 
@@ -151,11 +151,11 @@ def run(annotations: Path, work: Path, seeds: Sequence[int], at_once: int) -> di
 
 
 def _train(method: str, seed: int, folder: Path) -> dict[str, Any]:
-    table, name = METHODS[method], METHODS[method] or "weak"
+    teachers, name = METHODS[method], METHODS[method] or "weak"
     report = folder / "runs" / name / "report.json"
     if not report.exists():
-        config = ROOT / "configs" / ("valor.yaml" if table else "han.yaml")
-        chosen = [f"phases.parse.harvested={folder / table}.parquet"] if table else []
+        config = ROOT / "configs" / ("valor.yaml" if teachers else "han.yaml")
+        chosen = [f"phases.parse.harvested={folder / teachers}.parquet"] if teachers else []
         command = [
             sys.executable, str(ROOT / "distav" / "train.py"), "--config", str(config), f"data.root={folder}/shards",
             f"run.root={folder}/runs", f"run.name={name}", f"run.seed={seed}", *SETTINGS, *chosen,

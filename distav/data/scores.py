@@ -30,6 +30,11 @@ def score_file(folder: Path, split: str, chunk: int) -> Path:
     return folder / "scores" / f"{split}-{chunk:06d}.npz"
 
 
+def score_files(folder: Path, split: Split) -> list[Path]:
+    """Return the files of a whole split's scores, by chunk."""
+    return [score_file(folder, split.name, chunk) for chunk in range(-(-len(split) // CHUNK))]
+
+
 def write_scores(path: Path, audio: np.ndarray, visual: np.ndarray) -> None:
     """Write scores, [n, T, C] float32 each, so that the file is either whole or not there."""
     part = path.with_suffix(".part")
@@ -65,7 +70,7 @@ def check_scores(folder: Path, key: str, shards: ShardSet, split: Split) -> list
     missing = [name for name in shards.classes if name not in asked]
     if missing:
         raise UserError(f"{key}={folder}: its teachers were not asked for {listed(missing)}.")
-    gone = [path for path in _files(folder, split) if not path.exists()]
+    gone = [path for path in score_files(folder, split) if not path.exists()]
     if gone:
         raise UserError(
             f"{key}={folder}: {gone[0].name} is missing; run tools/harvest_labels.py again, and it goes on."
@@ -89,13 +94,9 @@ def read_shares(folder: Path, key: str, shards: ShardSet, split: Split) -> np.nd
     return np.concatenate([clip_shares(scores) for scores in _chunks(folder, key, shards, split)])
 
 
-def _files(folder: Path, split: Split) -> list[Path]:
-    return [score_file(folder, split.name, chunk) for chunk in range(-(-len(split) // CHUNK))]
-
-
 def _chunks(folder: Path, key: str, shards: ShardSet, split: Split) -> Iterator[np.ndarray]:
     places = check_scores(folder, key, shards, split)
-    for chunk, path in enumerate(_files(folder, split)):
+    for chunk, path in enumerate(score_files(folder, split)):
         rows = min(CHUNK, len(split) - chunk * CHUNK)
         try:
             with np.load(path, allow_pickle=False) as file:
