@@ -3,7 +3,8 @@
 import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -159,14 +160,26 @@ class Engine:
         """Take up a saved state; every rank calls this. See `distav.engine_state.put_back`."""
         put_back(self._engine, read, steps, kinds)
 
-    def restart(self, seed: int) -> None:
-        """Begin again with new initial weights and no optimiser state; every rank calls this."""
+    def restart(self, seed: int, weights: Mapping[str, Tensor] = MappingProxyType({})) -> list[str]:
+        """Begin again with new initial weights and no optimiser state; every rank calls this.
+
+        Args:
+            seed: of the weights.
+            weights: what takes the place of those of the same name and shape.
+
+        Returns:
+            The names of weights that found a place.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self._build_model()
+        own = model.state_dict()
+        taken = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+        model.load_state_dict(taken, strict=False)
         fresh = {f"weight/{name}": value.detach().flatten() for name, value in model.named_parameters()}
         fresh |= {f"buffer/{name}": value.flatten() for name, value in model.named_buffers()}
         put_back(self._engine, lambda name, start, size: fresh[name][start : start + size], 0, [])
+        return list(taken)
 
     def whole_state(self) -> dict[str, Tensor]:
         """Return all parameters and buffers in float32 on the CPU, gathered where they are sharded."""

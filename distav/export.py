@@ -2,17 +2,12 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 from torch import Tensor
 
-from distav.data.format import Stream, write_atomically
-from distav.errors import UserError
-from distav.models.av import AVModel
-from distav.models.parser import FeatureParser
-from distav.settings import AudioSettings, DataSettings, ModelSettings, ParserSettings, VisualSettings
+from distav.data.format import write_atomically
 
 if TYPE_CHECKING:  # Loading encoders elsewhere takes no DALI and no DeepSpeed.
     from distav.run import Run
@@ -38,10 +33,12 @@ def export(run: "Run", state: dict[str, Tensor], report: dict[str, Any]) -> None
             "num_frames": data.num_frames,
             "frame_stride": data.frame_stride,
             "frame_size": data.frame_size,
+            "squash": data.squash,
             "audio_s": data.audio_s,
             "fps": run.data.train.fps,
             "sample_rate_hz": run.data.train.sample_rate_hz,
         },
+        "stored": None if run.data.train.streams else _stored(run),
         "segments": run.engine.model.segments,
         "classes": run.data.shards.classes,
     }
@@ -49,63 +46,21 @@ def export(run: "Run", state: dict[str, Tensor], report: dict[str, Any]) -> None
     write_atomically(folder / "README.md", _card(run, description, report).encode())
 
 
-def load_encoders(folder: str | Path) -> tuple[AVModel, dict[str, Any]]:
-    """Load an exported network for use elsewhere, in evaluation mode.
-
-    Args:
-        folder: an `export/` folder.
-
-    Returns:
-        The model, whose towers are `.visual` (frames [B, T, H, W, 3] uint8) and `.audio` (sound [B, N] float32), and
-        its description with the input that it expects and the names of its classes.
-
-    Raises:
-        UserError: where the folder holds no export.
-    """
-    description = _description(Path(folder))
-    chosen, inputs = description["model"], description["input"]
-    if "num_frames" not in inputs:
-        raise UserError(f"{folder} holds an event parser over features, and no encoders; load it by load_parser.")
-    parts = {"visual": VisualSettings, "audio": AudioSettings, "parser": ParserSettings}
-    # Exports of distav before it parsed events have no parser.
-    settings = ModelSettings(**{**chosen, **{name: kind(**chosen.get(name, {})) for name, kind in parts.items()}})
-    data = DataSettings(num_frames=inputs["num_frames"], frame_size=inputs["frame_size"], audio_s=inputs["audio_s"])
-    num_classes, segments = len(description["classes"]), description.get("segments", 0)
-    model = AVModel(settings, data, inputs["sample_rate_hz"], num_classes, segments)
-    model.load_state_dict(safetensors.torch.load_file(Path(folder) / "model.safetensors"))
-    return model.eval(), description
+def _stored(run: "Run") -> dict[str, Any]:
+    """Return how the clips were stored that the network learnt from, so that others can be brought into that form."""
+    split = run.data.train
+    duration_s = float(split.columns["duration_s"][0])
+    return {"codec": split.codec, "short_side": split.shortest_side, "clip_s": duration_s}
 
 
-def load_parser(folder: str | Path) -> tuple[FeatureParser, dict[str, Any]]:
-    """Load an exported event parser over features for use elsewhere, in evaluation mode.
-
-    Args:
-        folder: an `export/` folder.
-
-    Returns:
-        The model, fed each stream [B, steps, dim] by name and `seeds` [B] int64, and its description with the streams
-        that it expects and the names of its classes.
-
-    Raises:
-        UserError: where the folder holds no such export.
-    """
-    description = _description(Path(folder))
-    if "num_frames" in description["input"]:
-        raise UserError(f"{folder} holds encoders of clips; load them by load_encoders.")
-    streams = {name: Stream(**each) for name, each in description["input"].items()}
-    settings = ParserSettings(**description["model"]["parser"])
-    model = FeatureParser(settings, streams, description["segments"], len(description["classes"]))
-    model.load_state_dict(safetensors.torch.load_file(Path(folder) / "model.safetensors"))
-    return model.eval(), description
-
-
-def _description(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file() or not (folder / "model.safetensors").is_file():
-        raise UserError(
-            f"{folder} holds no export; expected model.safetensors and config.json, as in runs/NAME/export."
-        )
-    return json.loads(path.read_text())
+def _noise(report: dict[str, Any]) -> str:
+    """Return what the last correction found of the noise, in words."""
+    if not report.get("corrections"):
+        return "not estimated"
+    found = report["corrections"][-1]
+    shares = ("{rate:.1%} of the {what} ({low:.1%} to {high:.1%})".format(what=what, **found[key])
+              for what, key in (("labels", "label_noise"), ("pairs", "pair_noise")))  # fmt: skip
+    return f"estimated as {' and '.join(shares)} being wrong"
 
 
 def _card(run: "Run", description: dict[str, Any], report: dict[str, Any]) -> str:
@@ -116,7 +71,7 @@ def _card(run: "Run", description: dict[str, Any], report: dict[str, Any]) -> st
         what = "The network that tells events heard and seen from features, trained by distav."
         streams = (f"`{name}` [{each.steps}, {each.dim}]" for name, each in data.train.streams.items())
         inputs = f"- Input: {', '.join(streams)}, float32."
-        use = 'model, description = distav.export.load_parser("export")`; `model(seeds, **features)'
+        use = 'model, description = distav.encoders.load_parser("export")`; `model(seeds, **features)'
     else:
         what = "Audio-visual encoders and classifiers trained by distav."
         fed = description["input"]
@@ -124,13 +79,14 @@ def _card(run: "Run", description: dict[str, Any], report: dict[str, Any]) -> st
 - Input: {fed["num_frames"]} frames of {fed["frame_size"]} x {fed["frame_size"]} pixels, every
   {fed["frame_stride"]} of {fed["fps"]:g} a second, uint8; {fed["audio_s"]:g} s of mono sound at
   {fed["sample_rate_hz"]} Hz, float32 in -1..1."""
-        use = 'model, description = distav.export.load_encoders("export")`; `model.visual(frames)`, `model.audio(sound)'
+        use = 'model, description = distav.load_encoders("export")`; `model.visual(frames)`, `model.audio(sound)'
     return f"""# {run.settings.run.name}
 
 {what}
 
 - Data: `{data.shards.root.name}`, {len(data.train)} training clips, {len(data.shards.classes)} classes.
 {inputs}
+- Noise of the data: {_noise(report)}.
 - Phases: {", ".join(run.settings.phases)}.
 
 Figures of the run:

@@ -11,10 +11,8 @@ phases.NAME.harvested; OUT/quality.json says how right it is where people watche
 
 import argparse
 import json
-import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +22,17 @@ import torch
 from tqdm import tqdm
 
 from distav.data.events import events_table, load_events, segments_of
-from distav.data.format import SENSES, ShardSet, Split, write_atomically, write_table
+from distav.data.format import ShardSet, Split, write_atomically, write_table
 from distav.data.loader import Loader
 from distav.data.order import padded_batches
 from distav.data.scores import CHUNK, about_file, digest_of, read_scores, score_file, score_files, write_scores
-from distav.errors import UserError, listed
+from distav.data.streams import SENSES
+from distav.errors import UserError, ended_by, listed
 from distav.parsing_scores import parsing_scores
 from distav.settings import DataSettings
 from distav.teachers.networks import ImageTeacher, SoundTeacher, Teacher
 from distav.teachers.prompts import Prompts, read_prompts
-from distav.world import World, broadcast, joined, wait_for_all
+from distav.world import World, broadcast, joined, on_main, wait_for_all
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,18 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         splits = [shards.split(name, "--splits") for name in options.splits or shards.manifest["splits"]]
         with joined(options.device, options.timeout_s, options.threads) as world:
             out = options.out
-            _alone(world, lambda: _claim(out, shards, prompts))
+            on_main(lambda: _claim(out, shards, prompts))
             for split in splits:
                 _score(split, prompts, out, options.batch, world)
             wait_for_all()
-            _alone(world, lambda: _tell(shards, prompts, order, out))
+            on_main(lambda: _tell(shards, prompts, order, out))
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(
-                3
-            )  # The first rank says the same and takes the others down; what is said here is this rank's own.
-        print(f"harvest_labels: {error}", file=sys.stderr)
-        return 1
+        return ended_by(error, "harvest_labels")
     return 0
 
 
@@ -77,20 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--timeout-s", type=float, default=3600.0, help="seconds a rank may keep the others waiting (%(default)g)")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # The launcher adds it.
     return parser
-
-
-def _alone(world: World, work: Callable[[], None]) -> None:
-    """Let the main rank do something, and all ranks know if it could not."""
-    problem = ""
-    if world.is_main:
-        try:
-            work()
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"{error.filename}: {error.strerror}; choose another --out, or mend it."
-    if problem := broadcast(problem):
-        raise UserError(problem)
 
 
 def _check(shards: ShardSet, prompts: dict[str, Prompts], path: Path) -> list[int]:

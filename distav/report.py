@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from distav import evaluate
+from distav import test_split
 from distav.data.format import write_atomically
 from distav.export import export
 from distav.phase_settings import ParsingPhase
@@ -16,8 +16,8 @@ _KNOWS_NOTHING = 0.5
 def finish(run: Run) -> None:
     """Test, export, write report.json and print what it says."""
     parses = [isinstance(phase, ParsingPhase) for phase in run.settings.phases.values()]
-    test = None if all(parses) else evaluate.test(run)
-    events = evaluate.test_parsing(run) if any(parses) else None
+    test = None if all(parses) else test_split.test(run)
+    events = test_split.test_parsing(run) if any(parses) else None
     state = run.engine.whole_state()
     bad = run.bad_samples()
     if not run.world.is_main:

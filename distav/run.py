@@ -14,8 +14,9 @@ from distav.data.events import segments_of
 from distav.data.loader import Loader
 from distav.data.order import TrainingOrder, check_batch
 from distav.data.sets import Data
+from distav.encoders import weights
 from distav.engine import Engine, trains_in_bf16
-from distav.errors import UserError
+from distav.errors import UserError, listed
 from distav.memory.bank import Bank
 from distav.models.av import AVModel
 from distav.models.parser import FeatureParser
@@ -163,7 +164,7 @@ def opened(settings: Settings, world: World) -> Iterator[Run]:
         engine = Engine(lambda: _model(settings, data), settings, world)
         bank = _bank(settings, world, len(data.train), len(data.shards.classes))
         checkpoints = Checkpoints(folder / "checkpoints", settings.run.keep_checkpoints)
-        position, notes = checkpoints.restore(engine, bank, monitor.warn) or (Position(), {})
+        position, notes = checkpoints.restore(engine, bank, monitor.warn) or _start(engine, settings, monitor)
         micro = check_batch(settings.optim.global_batch, settings.optim.accumulation, world.num_ranks)
         loader = Loader(data.train, settings.data, settings.augment, settings.run.seed, micro, world.device)
         stack.callback(loader.close)
@@ -182,6 +183,21 @@ def _model(settings: Settings, data: Data) -> AVModel | FeatureParser:
     parses = any(isinstance(phase, ParsingPhase) for phase in settings.phases.values())
     rate = data.train.sample_rate_hz
     return AVModel(settings.model, settings.data, rate, num_classes, segments if parses else 0)
+
+
+def _start(engine: Engine, settings: Settings, monitor: Monitor) -> tuple[Position, dict[str, Any]]:
+    """Begin a run, with the weights of an earlier one where they are asked for."""
+    source = settings.model.start_from
+    if source:
+        offered = weights(Path(source).expanduser())
+        taken = engine.restart(settings.run.seed, offered)
+        if not taken:
+            raise UserError(
+                f"model.start_from={source}: none of its weights fits this network; take its `model` settings."
+            )
+        left = sorted({name.split(".")[0] for name in set(offered) - set(taken)})
+        monitor.say(f"starts from {source}" + (f", all but {listed(left)}" if left else ""))
+    return Position(), {}
 
 
 def _bank(settings: Settings, world: World, num_samples: int, num_classes: int) -> Bank:

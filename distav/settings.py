@@ -208,6 +208,8 @@ class ModelSettings:
     """Dropout before the classifiers."""
     activation_checkpointing: bool = False
     """Recompute tower activations in the backward pass instead of keeping them."""
+    start_from: str = ""
+    """An `export/` folder whose weights training starts from, where their names and shapes fit; empty for none."""
 
 
 @dataclass

@@ -7,9 +7,7 @@ Any setting can follow as key=value; --print-config shows them all. The same com
 """
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from pathlib import Path
 sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(__file__).resolve().parent]
 
 from distav import config  # noqa: E402
-from distav.errors import UserError  # noqa: E402
+from distav.errors import UserError, ended_by  # noqa: E402
 from distav.stopping import STATUS, Interrupted  # noqa: E402
 
 
@@ -31,11 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         return _train(settings)
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            # The first rank says the same and takes the others down; what is said here is this rank's own.
-            time.sleep(3)
-        print(f"distav: {error}", file=sys.stderr)
-        return 1
+        return ended_by(error, "distav")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -219,6 +219,24 @@ def broadcast(value: Any, source: int = 0) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
     return box[0]
+
+
+def on_main(work: Callable[[], None]) -> None:
+    """Let the main rank do something, and all ranks know if it could not.
+
+    Raises:
+        UserError: what the main rank met, on every rank.
+    """
+    problem = ""
+    if rank() == 0:
+        try:
+            work()
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{error.filename}: {error.strerror}; choose another --out, or mend it."
+    if problem := broadcast(problem):
+        raise UserError(problem)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -5,8 +5,8 @@ from tokenize import TokenError
 
 import numpy as np
 
-from distav.data.format import Stream
 from distav.data.reader import DecodeError
+from distav.data.streams import Stream
 
 KINDS = ("<f2", "<f4")
 """float16 and float32."""

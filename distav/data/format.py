@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distav.data.streams import SENSES, STREAM_NAME, Stream
 from distav.errors import UserError, listed, nearest
 from distav.sealing import Damaged, check
 
@@ -28,18 +29,6 @@ VIDEO_EXTENSIONS = {"mjpeg": "avi", "vp9": "webm", "h264": "mp4"}
 AUDIO_EXTENSION = "flac"
 EVENTS = "events.parquet"
 TABLES = ("index.parquet", "labels.parquet", EVENTS)
-STREAM_NAME = re.compile(r"[a-z][a-z0-9_]*")
-SENSES = ("audio", "visual")
-"""What is heard and what is seen, in the order of every axis of both."""
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Features that a frozen network gave of one sense of a sample: [steps, dim] float16 or float32."""
-
-    sense: str
-    steps: int
-    dim: int
 
 
 def members_of(codec: str, streams: Iterable[str] = ()) -> dict[str, str]:

@@ -16,9 +16,10 @@ from torch import Tensor
 from distav.data.augment import Viewer
 from distav.data.dali import ClipGraph
 from distav.data.features import decode_features
-from distav.data.format import Split, Stream
+from distav.data.format import Split
 from distav.data.order import PADDING, Ids
 from distav.data.reader import BadSample, DecodeError, Members, ShardReader
+from distav.data.streams import Stream
 from distav.seeding import sample_seeds
 from distav.settings import AugmentSettings, DataSettings
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from distav.data.events import segments_of
-from distav.data.format import SENSES, ShardSet, Split
+from distav.data.format import ShardSet, Split
+from distav.data.streams import SENSES
 from distav.errors import UserError, listed
 
 CHUNK = 256

@@ -11,9 +11,9 @@ import numpy as np
 
 from distav.data.ave import read_ave
 from distav.data.features import decode_features, header
-from distav.data.format import SENSES, STREAM_NAME, Stream
 from distav.data.llp import CLASSES, VIDEOS, read_llp
 from distav.data.reader import DecodeError
+from distav.data.streams import SENSES, STREAM_NAME, Stream
 from distav.errors import UserError, listed
 from distav.making.clips import Candidate, Clip, Encoding, Features, Unusable
 from distav.making.decoding import decode_clips

@@ -72,6 +72,28 @@ class VideoFolder:
 
 
 @dataclass(frozen=True)
+class MediaFiles:
+    """Every file in a folder, without classes, to be embedded."""
+
+    folder: Path
+
+    def candidates(self) -> list[Candidate]:
+        """Return every file.
+
+        Raises:
+            UserError: where there is no such folder, or none in it.
+        """
+        files = sorted(each for each in self.folder.rglob("*") if each.is_file() and not each.name.startswith("."))
+        if not files:
+            raise UserError(f"{self.folder}: holds no manifest.json of a set of shards, and no media files.")
+        return [Candidate(str(file.relative_to(self.folder)), "clip", "files") for file in files]
+
+    def clips(self, candidate: Candidate, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
+        """Decode the file and cut it."""
+        return decode_clips(self.folder / candidate.source, candidate, encoding)
+
+
+@dataclass(frozen=True)
 class ClipList:
     """`csv FILE`: columns path, label and, if wanted, start_s, end_s, split; paths are relative to the file."""
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distav.data.format import SENSES
-from distav.data.format import Stream as Features
+from distav.data.streams import SENSES
+from distav.data.streams import Stream as Features
 from distav.models.layers import SeededDropout
 from distav.settings import ParserSettings
 

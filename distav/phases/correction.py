@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distav.data.format import SENSES, write_table
+from distav.data.format import write_table
 from distav.data.labels import correction_table
 from distav.data.loader import Loader
 from distav.data.order import PADDING, padded_batches
-from distav.evaluate import (
+from distav.data.streams import SENSES
+from distav.metrics import (
     NOISE_KINDS,
     auroc,
     confusion,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from distav.data.format import SENSES
+from distav.data.streams import SENSES
 from distav.errors import UserError, listed
 
 

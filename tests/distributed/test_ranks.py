@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distav.evaluate import retrieval
 from distav.losses.candidates import BatchCandidates, DrawnCandidates, cross_entropy
 from distav.losses.category import category_agreement, category_loss
 from distav.losses.complementary import complementary
@@ -14,6 +13,7 @@ from distav.memory.neighbors import nearest_neighbors
 from distav.memory.sampled import Draw
 from distav.memory.softmax import attend, merge_across_ranks
 from distav.memory.visitors import Visitors
+from distav.metrics import retrieval
 from distav.models.av import AVModel
 from distav.models.layers import GlobalBatchNorm
 from distav.robust.correction import Space, Voting, correct

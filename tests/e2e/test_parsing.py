@@ -15,8 +15,8 @@ from distav.data.events import events_table, load_events
 from distav.data.format import ShardSet
 from distav.data.loader import Loader
 from distav.data.sets import Data
+from distav.encoders import load_encoders, load_parser
 from distav.errors import UserError
-from distav.export import load_encoders, load_parser
 from distav.parsing_scores import parsing_scores
 from distav.settings import DataSettings
 from tests.helpers.events import AVE_CLASSES, ave_shards, llp_shards, write_ave, write_llp

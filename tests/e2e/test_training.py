@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from distav.config import load, to_yaml
 from distav.data.format import ShardSet
 from distav.data.loader import Loader
-from distav.export import load_encoders
+from distav.encoders import load_encoders
 from distav.run_folder import _difference
 from distav.settings import DataSettings
 from tests.helpers.launch import ROOT, TINY, command, environment, losses, records, tiny_config, train

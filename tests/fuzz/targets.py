@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from distav import sealing
 from distav.data.events import EVENTS_SCHEMA, load_events, read_events
 from distav.data.features import decode_features, encode_features
-from distav.data.format import ShardSet, Stream, index_schema
+from distav.data.format import ShardSet, index_schema
 from distav.data.labels import load_labels
 from distav.data.reader import DecodeError
+from distav.data.streams import Stream
 from distav.data.tar import by_key
 from distav.data.verify import sample_json
 from distav.errors import UserError

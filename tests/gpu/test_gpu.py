@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from distav.data.format import ShardSet
 from distav.data.loader import Loader
-from distav.evaluate import retrieval
 from distav.losses.candidates import BatchCandidates, DrawnCandidates
 from distav.losses.complementary import complementary
 from distav.memory.attention import BACK_ENDS, Asked, reference, works
@@ -18,6 +17,7 @@ from distav.memory.neighbors import nearest_neighbors
 from distav.memory.sampled import Draw
 from distav.memory.softmax import attend
 from distav.memory.visitors import Visitors
+from distav.metrics import retrieval
 from distav.seeding import sample_seeds, uniform
 from distav.settings import AugmentSettings, DataSettings
 from tests.conftest import make_shards

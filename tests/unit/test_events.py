@@ -10,11 +10,12 @@ import torch
 
 from distav.data.events import EVENTS_SCHEMA, events_table, load_events, read_events
 from distav.data.features import decode_features, encode_features
-from distav.data.format import ShardSet, Stream
+from distav.data.format import ShardSet
 from distav.data.labels import load_labels
 from distav.data.llp import CLASSES
 from distav.data.loader import Loader
 from distav.data.reader import DecodeError
+from distav.data.streams import Stream
 from distav.data.verify import verify
 from distav.errors import UserError
 from distav.settings import DataSettings

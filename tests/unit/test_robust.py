@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distav.evaluate import auroc, expected_calibration_error, label_accuracy
+from distav.metrics import auroc, expected_calibration_error, label_accuracy
 from distav.robust.correction import Space, Voting, correct
 from distav.robust.correspondence import cdf_correspondence, fit_mixture, gmm_correspondence, sample_weights
 from distav.robust.votes import Neighborhood, standardised

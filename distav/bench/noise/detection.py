@@ -18,8 +18,7 @@ from distav.data.format import ShardSet, Split, read_table, write_atomically
 from distav.data.labels import load_labels
 from distav.data.loader import Loader
 from distav.data.order import owned_batches
-from distav.export import load_encoders
-from distav.settings import DataSettings
+from distav.encoders import fed, load_encoders
 
 
 def f1(found: np.ndarray, wrong: np.ndarray) -> float:
@@ -32,9 +31,7 @@ def f1(found: np.ndarray, wrong: np.ndarray) -> float:
 def features(export: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Return the towers' features of every clip, by picture and by sound: [N, E] each."""
     model, description = load_encoders(export)
-    names = ("num_frames", "frame_stride", "frame_size", "audio_s")
-    data = DataSettings(**{name: description["input"][name] for name in names})
-    loader = Loader(split, data, None, 0, 128, torch.device("cpu"))
+    loader = Loader(split, fed(description), None, 0, 128, torch.device("cpu"))
     rows: tuple[list[np.ndarray], list[np.ndarray]] = [], []
     try:
         with torch.no_grad():

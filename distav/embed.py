@@ -1,0 +1,157 @@
+"""Embed clips by an exported network, into Parquet.
+
+tools/embed.py runs/mine/export shards/mine --out embeddings/mine
+tools/embed.py runs/mine/export ~/new_videos --out embeddings/new
+deepspeed --num_gpus 8 tools/embed.py runs/mine/export shards/mine --out embeddings/mine
+
+A folder of media files is cut into clips of the length that the network learnt from; of arrays, give an .npz file with
+`frames` [n, T, H, W, 3] uint8 and `sound` [n, N] float32. OUT gets files of some clips each, the same for any number of
+ranks: read them together, as by pyarrow.parquet.read_table(OUT). Columns: key, source, start_s, split; visual and
+audio, the features of the towers; visual_embedding and audio_embedding, unit vectors that can be compared with each
+other. A clip that cannot be read has null there. The same command goes on after a kill.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from distav.data.format import ShardSet, Split, write_atomically, write_table
+from distav.data.scores import digest_of
+from distav.embedding import Embeddings, Encoders, table
+from distav.errors import UserError, ended_by
+from distav.making.clips import Encoding
+from distav.making.sources import MediaFiles
+from distav.making.writer import Plan, make_set
+from distav.world import World, broadcast, joined, on_main, wait_for_all
+
+CHUNK = 1024
+"""Clips of one file."""
+
+Rows = tuple[dict[str, Any], Embeddings]
+"""Columns that name clips, and what the network makes of them."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        with joined(options.device, options.timeout_s, options.threads) as world:
+            encoders = Encoders.open(options.export, world.device, options.batch)
+            clips = options.out / ".clips"
+            if options.input.suffix == ".npz":
+                frames, sound = _arrays(options.input)
+                facts = {"input": hashlib.sha256(options.input.read_bytes()).hexdigest()}
+                on_main(lambda: _claim(options, facts))
+                chunks = [("arrays", len(frames), lambda ids: _of_arrays(encoders, frames, sound, ids))]
+            else:
+                if not (options.input / "manifest.json").is_file():
+                    on_main(lambda: _cut(options.input, clips, encoders.description, options.workers))
+                shards = ShardSet.open(clips if (clips / "manifest.json").is_file() else options.input)
+                splits = [shards.split(name, "--splits") for name in options.splits or shards.manifest["splits"]]
+                on_main(lambda: _claim(options, {"input": digest_of(shards)}))
+                chunks = [(each.name, len(each), _of_split(encoders, each)) for each in splits]
+            _embed(options.out, chunks, world)
+            on_main(lambda: shutil.rmtree(clips, ignore_errors=True))
+            if world.is_main:
+                print(f"{options.out}: {sum(count for _, count, _ in chunks)} clips embedded")
+    except UserError as error:
+        return ended_by(error, "embed")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="embed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("export", type=Path, metavar="EXPORT", help="the export/ folder of a run")
+    add("input", type=Path, metavar="INPUT", help="a set of shards, a folder of media files, or an .npz file")
+    add("--out", type=Path, required=True, metavar="OUT", help="folder for the tables")
+    add("--splits", nargs="+", default=[], metavar="NAME", help="splits of a set; all of them")
+    add("--batch", type=int, default=32, help="clips embedded at a time by each rank (%(default)s)")
+    add("--workers", type=int, default=1, help="processes that cut media files (%(default)s)")
+    add("--device", choices=("auto", "gpu", "cpu"), default="auto", help="where to compute (%(default)s)")
+    add("--threads", type=int, default=0, help="CPU threads of each rank; 0: the cores shared among them")
+    add("--timeout-s", type=float, default=3600.0, help="seconds a rank may keep the others waiting (%(default)g)")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # The launcher adds it.
+    return parser
+
+
+def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["frames"], file["sound"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: needs arrays `frames` and `sound`, as numpy.savez writes them ({error}).") from None
+
+
+def _cut(folder: Path, out: Path, description: dict[str, Any], workers: int) -> None:
+    """Bring media files into the form of the clips that the network learnt from."""
+    takes, stored = description["input"], description.get("stored")
+    if not stored:
+        raise UserError("this network was exported without the form of its clips; make shards of the files first.")
+    encoding = Encoding(stored["codec"], takes["fps"], stored["short_side"], stored["clip_s"], takes["sample_rate_hz"])
+    made = make_set(MediaFiles(folder), out, Plan(encoding), workers)
+    if made.rejected:
+        shutil.copy(out / "rejected.csv", out.parent / "rejected.csv")
+        print(f"{made.rejected} files cannot be used; {out.parent / 'rejected.csv'} says why", file=sys.stderr)
+
+
+def _claim(options: argparse.Namespace, facts: dict[str, Any]) -> None:
+    """Make sure that the tables in a folder, if any, are of this network and these clips."""
+    weights = hashlib.sha256((options.export / "model.safetensors").read_bytes()).hexdigest()
+    text = json.dumps({"weights": weights, "batch": options.batch, **facts}, indent=1, sort_keys=True)
+    path = options.out / "embed.json"
+    if path.exists() and path.read_text() != text:
+        raise UserError(
+            f"{options.out} holds embeddings by another network, of other clips or with another --batch; choose "
+            "another --out or delete it."
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.encode())
+
+
+def _of_arrays(encoders: Encoders, frames: np.ndarray, sound: np.ndarray, ids: np.ndarray) -> Rows:
+    keys = np.array([f"arrays-{number:09d}" for number in ids], dtype=object)
+    columns = {"key": keys, "source": keys, "start_s": np.zeros(len(ids)), "split": ["arrays"] * len(ids)}
+    return columns, encoders.of_arrays(frames[ids], sound[ids])
+
+
+def _of_split(encoders: Encoders, split: Split) -> Callable[[np.ndarray], Rows]:
+    def rows(ids: np.ndarray) -> Rows:
+        columns = {name: split.columns[name][ids] for name in ("key", "source", "start_s")}
+        return {**columns, "split": [split.name] * len(ids)}, encoders.of_clips(split, ids)
+
+    return rows
+
+
+def _embed(out: Path, parts: list[tuple[str, int, Callable[[np.ndarray], Rows]]], world: World) -> None:
+    """Write the tables that are missing; ranks take them in turn."""
+    files = [
+        (out / f"{name}-{chunk:06d}.parquet", np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, count)), rows)
+        for name, count, rows in parts
+        for chunk in range(-(-count // CHUNK))
+    ]
+    missing = broadcast([not path.exists() for path, _, _ in files])
+    todo = [each for each, wanted in zip(files, missing, strict=True) if wanted]
+    bar = tqdm(total=len(todo), unit="file", desc=f"embedding, {CHUNK} clips each", disable=not world.is_main)
+    unread = 0
+    for number, (path, ids, rows) in enumerate(todo):
+        if number % world.num_ranks == world.rank:
+            columns, found = rows(ids)
+            unread += int((~found.valid).sum())
+            write_table(path, table(found, columns))
+        bar.update()
+    bar.close()
+    if unread:
+        print(f"{unread} clips could not be read; they have null in place of embeddings", file=sys.stderr)
+    wait_for_all()

@@ -1,0 +1,169 @@
+"""What an exported network makes of clips: features of its towers and their projections.
+
+Legend: n clips, E tower width, D embedding width, C classes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from distav.data.format import Split
+from distav.data.loader import Loader
+from distav.data.order import PADDING, padded_batches
+from distav.encoders import fed, load_encoders
+from distav.errors import UserError
+from distav.models.av import AVModel
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What a network makes of some clips.
+
+    Attributes:
+        visual, audio: [n, E] float32 features of the towers.
+        visual_embedding, audio_embedding: [n, D] float32 unit vectors, comparable with each other.
+        logits: [n, C] float32 of the classifier over both; noise where the run trained none.
+        valid: [n] bool, whether the clip could be read; the other rows are zero.
+    """
+
+    visual: np.ndarray
+    audio: np.ndarray
+    visual_embedding: np.ndarray
+    audio_embedding: np.ndarray
+    logits: np.ndarray
+    valid: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: Iterable["Embeddings"]) -> "Embeddings":
+        """Return the rows of several parts after each other."""
+        parts = list(parts)
+        return cls(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)))
+
+    def both(self) -> np.ndarray:
+        """Return features of both senses side by side, each of length 1 where it is not all zero: [n, 2 E]."""
+        return np.concatenate([unit(self.visual), unit(self.audio)], axis=1)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Return rows of length 1: [n, E] float32; those all zero stay."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """An exported network on a device, ready to embed."""
+
+    model: AVModel
+    description: dict[str, Any]
+    device: torch.device
+    batch: int = 32
+
+    @classmethod
+    def open(cls, export: Path, device: torch.device, batch: int = 32) -> "Encoders":
+        """Load a network.
+
+        Raises:
+            UserError: where the folder holds none, or one that takes no clips.
+        """
+        if batch < 1:
+            raise UserError(f"--batch={batch}: allowed: from 1 up.")
+        model, description = load_encoders(export)
+        return cls(model.to(device), description, device, batch)
+
+    def of_clips(self, split: Split, ids: np.ndarray | None = None) -> Embeddings:
+        """Embed the middle of clips of a set.
+
+        Args:
+            split: where they lie.
+            ids: [n] which; all of them where None.
+
+        Raises:
+            UserError: where the set has features in place of clips, or other rates than the network learnt from.
+        """
+        ids = np.arange(len(split)) if ids is None else ids
+        self._check(split)
+        loader = Loader(split, fed(self.description), None, 0, self.batch, self.device)
+        plan = padded_batches(ids, self.batch, -(-len(ids) // self.batch))
+
+        def batches() -> Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]]:
+            for some, batch in zip(plan, loader.batches((ids, 0) for ids in plan), strict=True):
+                yield batch.media["frames"], batch.media["sound"], batch.valid.cpu().numpy(), some != PADDING
+
+        try:
+            return self._embedded(batches)
+        finally:
+            loader.close()
+
+    def of_arrays(self, frames: np.ndarray, sound: np.ndarray) -> Embeddings:
+        """Embed clips that are in memory.
+
+        Args:
+            frames: [n, T, H, W, 3] uint8, or float32 from 0 to 255.
+            sound: [n, N] float32 in [-1, 1].
+
+        Raises:
+            UserError: where shapes are not those that the network takes.
+        """
+        takes, data = self.description["input"], fed(self.description)
+        shape = (data.num_frames, data.frame_size, data.frame_size, 3)
+        length = round(data.audio_s * takes["sample_rate_hz"])
+        if frames.shape[1:] != shape or sound.shape[1:] != (length,) or len(frames) != len(sound):
+            raise UserError(
+                f"frames of shape {frames.shape} and sound of shape {sound.shape}; the network takes "
+                f"[n, {', '.join(map(str, shape))}] and [n, {length}], the latter at {takes['sample_rate_hz']} Hz."
+            )
+
+        def batches() -> Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]]:
+            for start in range(0, len(frames), self.batch):
+                part = slice(start, start + self.batch)
+                media = [torch.from_numpy(np.ascontiguousarray(each[part])).to(self.device) for each in (frames, sound)]
+                there = np.ones(len(media[0]), dtype=bool)
+                yield media[0], media[1].float(), there, there
+
+        return self._embedded(batches)
+
+    def _check(self, split: Split) -> None:
+        takes = self.description["input"]
+        if split.streams:
+            raise UserError(f"{split.root} holds features in place of clips.")
+        for name, has in (("fps", split.fps), ("sample_rate_hz", split.sample_rate_hz)):
+            if has != takes[name]:
+                raise UserError(
+                    f"{split.root} has {name}={has:g}, the network learnt from {takes[name]:g}; make the set anew with "
+                    f"--fps {takes['fps']:g} --sample-rate {takes['sample_rate_hz']}."
+                )
+
+    def _embedded(self, batches: Callable[[], Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]]]) -> Embeddings:
+        """Embed batches of frames, sound, what is valid, and what is no padding."""
+        names = ("visual_features", "audio_features", "visual", "audio", "logits")
+        parts: list[Embeddings] = []
+        with torch.no_grad():
+            for frames, sound, valid, real in batches():
+                seeds = torch.zeros(len(frames), dtype=torch.int64, device=self.device)
+                outputs = self.model(frames, sound, seeds)
+                rows = (outputs[name].float().cpu().numpy() * valid[:, None] for name in names)
+                parts.append(Embeddings(*(each[real] for each in (*rows, valid))))
+        return Embeddings.joined(parts)
+
+
+def table(embeddings: Embeddings, columns: dict[str, Any]) -> pa.Table:
+    """Return embeddings as a table, a row a clip; null where it could not be read.
+
+    Args:
+        embeddings: of n clips.
+        columns: what else is known of them, [n] each.
+    """
+    names = ("visual", "audio", "visual_embedding", "audio_embedding")
+    found = {name: _lists(getattr(embeddings, name), embeddings.valid) for name in names}
+    return pa.table({**columns, **found})
+
+
+def _lists(rows: np.ndarray, valid: np.ndarray) -> pa.Array:
+    values = pa.array(np.ascontiguousarray(rows, dtype=np.float32).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(values, rows.shape[1], mask=pa.array(~valid))

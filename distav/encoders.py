@@ -1,0 +1,88 @@
+"""Exported networks, loaded for use elsewhere: torch, torchvision, torchaudio and safetensors are all it takes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from distav.data.streams import Stream
+from distav.errors import UserError
+from distav.models.av import AVModel
+from distav.models.parser import FeatureParser
+from distav.settings import AudioSettings, DataSettings, ModelSettings, ParserSettings, VisualSettings
+
+
+def load_encoders(folder: str | Path) -> tuple[AVModel, dict[str, Any]]:
+    """Load an exported network for use elsewhere, in evaluation mode.
+
+    Args:
+        folder: an `export/` folder.
+
+    Returns:
+        The model, whose towers are `.visual` (frames [B, T, H, W, 3] uint8) and `.audio` (sound [B, N] float32), and
+        its description with the input that it expects and the names of its classes.
+
+    Raises:
+        UserError: where the folder holds no export.
+    """
+    description = _description(Path(folder))
+    chosen, inputs = description["model"], description["input"]
+    if "num_frames" not in inputs:
+        raise UserError(f"{folder} holds an event parser over features, and no encoders; load it by load_parser.")
+    parts = {"visual": VisualSettings, "audio": AudioSettings, "parser": ParserSettings}
+    # Exports of distav before it parsed events have no parser.
+    settings = ModelSettings(**{**chosen, **{name: kind(**chosen.get(name, {})) for name, kind in parts.items()}})
+    num_classes, segments = len(description["classes"]), description.get("segments", 0)
+    model = AVModel(settings, fed(description), inputs["sample_rate_hz"], num_classes, segments)
+    model.load_state_dict(weights(folder))
+    return model.eval(), description
+
+
+def weights(folder: str | Path) -> dict[str, Tensor]:
+    """Return the weights of an `export/` folder by name.
+
+    Raises:
+        UserError: where it holds no export.
+    """
+    _description(Path(folder))
+    return safetensors.torch.load_file(Path(folder) / "model.safetensors")
+
+
+def fed(description: dict[str, Any]) -> DataSettings:
+    """Return the settings by which clips are brought to what an exported network is fed."""
+    names = ("num_frames", "frame_stride", "frame_size", "squash", "audio_s")
+    return DataSettings(**{name: description["input"][name] for name in names if name in description["input"]})
+
+
+def load_parser(folder: str | Path) -> tuple[FeatureParser, dict[str, Any]]:
+    """Load an exported event parser over features for use elsewhere, in evaluation mode.
+
+    Args:
+        folder: an `export/` folder.
+
+    Returns:
+        The model, fed each stream [B, steps, dim] by name and `seeds` [B] int64, and its description with the streams
+        that it expects and the names of its classes.
+
+    Raises:
+        UserError: where the folder holds no such export.
+    """
+    description = _description(Path(folder))
+    if "num_frames" in description["input"]:
+        raise UserError(f"{folder} holds encoders of clips; load them by load_encoders.")
+    streams = {name: Stream(**each) for name, each in description["input"].items()}
+    settings = ParserSettings(**description["model"]["parser"])
+    model = FeatureParser(settings, streams, description["segments"], len(description["classes"]))
+    model.load_state_dict(weights(folder))
+    return model.eval(), description
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file() or not (folder / "model.safetensors").is_file():
+        raise UserError(
+            f"{folder} holds no export; expected model.safetensors and config.json, as in runs/NAME/export."
+        )
+    return json.loads(path.read_text())
