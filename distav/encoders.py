@@ -28,14 +28,11 @@ def load_encoders(folder: str | Path) -> tuple[AVModel, dict[str, Any]]:
         UserError: where the folder holds no export.
     """
     description = _description(Path(folder))
-    chosen, inputs = description["model"], description["input"]
+    inputs = description["input"]
     if "num_frames" not in inputs:
         raise UserError(f"{folder} holds an event parser over features, and no encoders; load it by load_parser.")
-    parts = {"visual": VisualSettings, "audio": AudioSettings, "parser": ParserSettings}
-    # Exports of distav before it parsed events have no parser.
-    settings = ModelSettings(**{**chosen, **{name: kind(**chosen.get(name, {})) for name, kind in parts.items()}})
     num_classes, segments = len(description["classes"]), description.get("segments", 0)
-    model = AVModel(settings, fed(description), inputs["sample_rate_hz"], num_classes, segments)
+    model = AVModel(model_settings(description), fed(description), inputs["sample_rate_hz"], num_classes, segments)
     model.load_state_dict(weights(folder))
     return model.eval(), description
 
@@ -48,6 +45,13 @@ def weights(folder: str | Path) -> dict[str, Tensor]:
     """
     _description(Path(folder))
     return safetensors.torch.load_file(Path(folder) / "model.safetensors")
+
+
+def model_settings(description: dict[str, Any]) -> ModelSettings:
+    """Return the settings of an exported network's towers and heads."""
+    chosen, parts = description["model"], {"visual": VisualSettings, "audio": AudioSettings, "parser": ParserSettings}
+    # Exports of distav before it parsed events have no parser.
+    return ModelSettings(**{**chosen, **{name: kind(**chosen.get(name, {})) for name, kind in parts.items()}})
 
 
 def fed(description: dict[str, Any]) -> DataSettings:

@@ -132,6 +132,12 @@ def own_rows(whole: Tensor) -> Tensor:
     return whole[rank() * size : (rank() + 1) * size]
 
 
+def own_share(whole: Tensor) -> Tensor:
+    """Return the rows that this rank takes of what all ranks hold: [N, ...] -> [n, ...], those of `row_range(N)`."""
+    rows = row_range(len(whole))
+    return whole[rows.start : rows.stop]
+
+
 def exchange(rows: Tensor, to: Sequence[int] | None = None, of: Sequence[int] | None = None) -> Tensor:
     """Send a part of the rows to each rank and return what the ranks sent here, in rank order; no gradient.
 

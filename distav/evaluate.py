@@ -1,0 +1,195 @@
+"""Score an exported network on any set of shards: nearest neighbours, linear probe, retrieval, fine-tuning.
+
+python distav/evaluate.py runs/mine/export shards/mine
+python distav/evaluate.py runs/mine/export shards/other --what knn probe --labels runs/other/labels/correct_2.parquet
+deepspeed --num_gpus 8 distav/evaluate.py runs/mine/export shards/other --what fine_tune --out runs/fine_tuned
+
+knn and probe learn from the training split, with the towers as they are, by picture, by sound and by both; fine_tune
+trains towers and classifiers on (as `train.py` does with model.start_from). All are scored on the test split.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+# Started as a file, Python puts this folder first, where `data` or `models` would hide other packages.
+sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(__file__).resolve().parent]
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from distav.data.format import ShardSet, Split, write_atomically  # noqa: E402
+from distav.data.labels import load_labels  # noqa: E402
+from distav.embedding import Encoders  # noqa: E402
+from distav.encoders import fed, model_settings  # noqa: E402
+from distav.errors import UserError, ended_by  # noqa: E402
+from distav.metrics import retrieval  # noqa: E402
+from distav.phase_settings import SupervisedPhase, Targets  # noqa: E402
+from distav.probing import LinearProbe, neighbor_votes  # noqa: E402
+from distav.settings import OptimSettings, RunSettings, Settings  # noqa: E402
+from distav.world import World, broadcast, gather_ragged_rows, joined, own_share, rank, row_range, sum_  # noqa: E402
+
+KINDS = ("knn", "probe", "retrieval", "fine_tune")
+SENSES = ("visual", "audio", "both")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        with joined(options.device, options.timeout_s, options.threads) as world:
+            found = _scores(options, world)
+            if world.is_main:
+                _tell(found)
+                if options.json:
+                    write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
+    except UserError as error:
+        return ended_by(error, "evaluate")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("export", type=Path, metavar="EXPORT", help="the export/ folder of a run")
+    add("shards", type=Path, metavar="SHARDS", help="a set of shards")
+    add("--what", nargs="+", choices=KINDS, default=list(KINDS[:3]), help="scores wanted (all but fine_tune)")
+    add("--train-split", default="train", metavar="NAME", help="split that is learnt from (%(default)s)")
+    add("--test-split", default="test", metavar="NAME", help="split that is scored (%(default)s)")
+    add("--labels", default="", metavar="TABLE", help="labels to learn from in place of the set's")
+    add("--json", type=Path, metavar="FILE", help="write the scores there too")
+    add("--neighbors", type=int, default=20, metavar="K", help="neighbours that vote (%(default)s)")
+    add("--out", type=Path, default=Path("runs/fine_tuned"), help="folder of fine-tuning's run (%(default)s)")
+    add("--epochs", type=int, default=12, help="of fine-tuning (%(default)s)")
+    add("--lr", type=float, default=1e-3, help="of the classifiers in fine-tuning, towers 0.3 of it (%(default)s)")
+    add("--global-batch", type=int, default=128, help="of fine-tuning, over all ranks (%(default)s)")
+    add("--batch", type=int, default=32, help="clips embedded at a time by each rank (%(default)s)")
+    add("--device", choices=("auto", "gpu", "cpu"), default="auto", help="where to compute (%(default)s)")
+    add("--threads", type=int, default=0, help="CPU threads of each rank; 0: the cores shared among them")
+    add("--timeout-s", type=float, default=3600.0, help="seconds a rank may keep the others waiting (%(default)g)")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # The launcher adds it.
+    return parser
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A split as the network sees it: features by sense and unit vectors of all its readable clips, on every rank.
+
+    Attributes:
+        features: [n, E] by sense.
+        pairs: [n, D] unit vectors by picture and by sound.
+        classes: [n] what they show.
+        groups: [n] the videos they come from.
+    """
+
+    features: dict[str, Tensor]
+    pairs: tuple[Tensor, Tensor]
+    classes: Tensor
+    groups: Tensor
+
+
+def _scores(options: argparse.Namespace, world: World) -> dict[str, Any]:
+    if options.neighbors < 1:
+        raise UserError(f"--neighbors={options.neighbors}: allowed: from 1 up.")
+    shards = ShardSet.open(options.shards)
+    if shards.several_labels:
+        raise UserError(f"{shards.root}: its clips have several classes each; these scores are for one class a clip.")
+    encoders = Encoders.open(options.export, world.device, options.batch)
+    splits = shards.split(options.train_split, "--train-split"), shards.split(options.test_split, "--test-split")
+    learnt, asked = load_labels(shards, splits[0], options.labels), load_labels(shards, splits[1])
+    truth = asked.given if asked.true is None else asked.true
+    found: dict[str, Any] = {}
+    if frozen := [each for each in options.what if each != "fine_tune"]:
+        test = _embedded(encoders, splits[1], torch.from_numpy(truth))
+        train = _embedded(encoders, splits[0], torch.from_numpy(learnt.given)) if set(frozen) != {"retrieval"} else test
+        ways = {
+            "knn": lambda: _knn(train, test, len(shards.classes), options.neighbors),
+            "probe": lambda: _probe(train, test, len(shards.classes)),
+            "retrieval": lambda: retrieval(*map(own_share, (*test.pairs, test.classes))),
+        }
+        found |= {name: ways[name]() for name in frozen}
+    if "fine_tune" in options.what:
+        found["fine_tune"] = _fine_tune(options, encoders.description, world)
+    return found
+
+
+def _embedded(encoders: Encoders, split: Split, classes: Tensor) -> Embedded:
+    rows = row_range(len(split))
+    some = encoders.of_clips(split, torch.arange(rows.start, rows.stop).numpy())
+
+    def whole(rows: Any) -> Tensor:
+        return gather_ragged_rows(torch.from_numpy(rows).to(encoders.device))
+
+    there = whole(some.valid.astype("float32")) > 0
+    named = {"visual": some.visual, "audio": some.audio, "both": some.both()}
+    groups = torch.from_numpy(split.source_codes).to(encoders.device)
+    return Embedded(
+        {name: whole(each)[there] for name, each in named.items()},
+        (whole(some.visual_embedding)[there], whole(some.audio_embedding)[there]),
+        classes.to(encoders.device)[there],
+        groups[there],
+    )
+
+
+def _knn(train: Embedded, test: Embedded, num_classes: int, k: int) -> dict[str, float]:
+    found = {}
+    for sense in SENSES:
+        votes = neighbor_votes(train.features[sense], train.classes, own_share(test.features[sense]), num_classes, k)
+        right = (votes.argmax(1) == own_share(test.classes)).sum().double()
+        found[sense] = float(sum_(right)) / max(1, len(test.classes))
+    return found
+
+
+def _probe(train: Embedded, test: Embedded, num_classes: int) -> dict[str, float]:
+    """Fit on the main rank alone; the others wait."""
+    found: dict[str, float] = {}
+    if rank() == 0:
+        for sense in SENSES:
+            probe = LinearProbe(train.features[sense], train.classes, num_classes, train.groups)
+            found[sense] = float((probe(test.features[sense]).argmax(1) == test.classes).float().mean())
+    return broadcast(found)
+
+
+def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: World) -> dict[str, Any]:
+    # Imported late: DeepSpeed takes seconds.
+    from distav.checks import check
+    from distav.phases.table import run_remaining
+    from distav.report import finish
+    from distav.run import opened
+
+    data = replace(
+        fed(description),
+        root=str(options.shards),
+        train_split=options.train_split,
+        test_split=options.test_split,
+        labels=options.labels,
+    )
+    settings = Settings(
+        run=RunSettings(name=options.out.name, root=str(options.out.parent)),
+        data=data,
+        model=replace(model_settings(description), start_from=str(options.export)),
+        optim=OptimSettings(global_batch=options.global_batch, lr=options.lr),
+        phases={"fine_tune": SupervisedPhase(epochs=options.epochs, targets=Targets.given, tower_lr_scale=0.3)},
+    )
+    check(settings)
+    with opened(settings, world) as run:
+        run_remaining(run)
+        finish(run)
+        report = run.folder / "report.json"
+    return broadcast(json.loads(report.read_text())["test"] if world.is_main else None)
+
+
+def _tell(found: dict[str, Any]) -> None:
+    for name, scores in found.items():
+        said = ", ".join(f"{key} {100 * value:.1f} %" for key, value in scores.items() if key != "rsum")
+        print(f"{name}: {said}" + (f", rSum {scores['rsum']:.1f} of 600" if "rsum" in scores else ""))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
