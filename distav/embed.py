@@ -143,7 +143,9 @@ def _embed(out: Path, parts: list[tuple[str, int, Callable[[np.ndarray], Rows]]]
     ]
     missing = broadcast([not path.exists() for path, _, _ in files])
     todo = [each for each, wanted in zip(files, missing, strict=True) if wanted]
-    bar = tqdm(total=len(todo), unit="file", desc=f"embedding, {CHUNK} clips each", disable=not world.is_main)
+    bar = tqdm(
+        total=len(todo), unit="file", desc=f"embedding, {CHUNK} clips each", disable=not world.is_main, mininterval=1
+    )
     unread = 0
     for number, (path, ids, rows) in enumerate(todo):
         if number % world.num_ranks == world.rank:

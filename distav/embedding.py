@@ -45,6 +45,17 @@ class Embeddings:
         parts = list(parts)
         return cls(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)))
 
+    @classmethod
+    def of_table(cls, table: pa.Table) -> "Embeddings":
+        """Return what `table` put into a table; it holds no logits."""
+        names = ("visual", "audio", "visual_embedding", "audio_embedding")
+        columns = [table.column(name).combine_chunks() for name in names]
+        valid = columns[0].is_valid().to_numpy(zero_copy_only=False)
+        rows = [np.zeros((len(table), each.type.list_size), np.float32) for each in columns]
+        for values, column in zip(rows, columns, strict=True):
+            values[valid] = column.flatten().to_numpy().reshape(-1, values.shape[1])
+        return cls(*rows, logits=np.zeros((len(table), 0), np.float32), valid=valid)
+
     def both(self) -> np.ndarray:
         """Return features of both senses side by side, each of length 1 where it is not all zero: [n, 2 E]."""
         return np.concatenate([unit(self.visual), unit(self.audio)], axis=1)

@@ -1,5 +1,6 @@
 """Label tables: the given labels, tables a person brings, and the truth (for evaluation alone)."""
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def _apply(path: Path, split: Split, classes: list[str], given: np.ndarray) -> n
     if not path.is_file():
         raise UserError(f"data.labels={path}: no such file.")
     try:
-        table = columns_once(pyarrow.csv.read_csv(path)) if path.suffix == ".csv" else read_table(path)
+        table = read_csv(path) if path.suffix == ".csv" else read_table(path)
         names = table.column_names
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"data.labels={path} cannot be read as csv: {str(error).splitlines()[0]}") from None
@@ -133,6 +134,14 @@ def _apply(path: Path, split: Split, classes: list[str], given: np.ndarray) -> n
     replaced = given.copy()
     replaced[np.asarray(rows, dtype=np.int64)] = class_numbers(table.column(name).to_pylist(), classes, path)
     return replaced
+
+
+def read_csv(path: Path) -> pa.Table:
+    """Read a table whose columns are text, numbers in `id` excepted: a class may be named 7, or null."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file), [])
+    types = {name: pa.int64() if name == "id" else pa.string() for name in names}
+    return columns_once(pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(column_types=types)))
 
 
 def class_numbers(names: list[str], classes: list[str], path: Path) -> np.ndarray:

@@ -22,13 +22,6 @@ from distav.settings import DataSettings
 from tests.helpers.launch import ROOT, TINY, command, environment, losses, records, tiny_config, train
 
 
-@pytest.fixture(scope="module")
-def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("finished")
-    said = train(tiny_config(folder), f"data.root={tiny_shards}", f"run.root={folder}", launcher=True)
-    return folder / "tiny", said
-
-
 def test_the_report_has_what_was_promised(finished: tuple[Path, str], tiny_shards: Path):
     run, said = finished
     report = json.loads((run / "report.json").read_text())

@@ -1,0 +1,1 @@
+"""Labels and pairs that look wrong, on a page to judge them by."""

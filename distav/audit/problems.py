@@ -1,0 +1,102 @@
+"""What looks wrong in a set, ranked, each with the clips that it looks and sounds like.
+
+Legend: N training clips, p problems, k neighbours.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from distav.data.format import Split, read_table
+from distav.embedding import Embeddings, unit
+from distav.errors import UserError, listed
+from distav.memory.neighbors import LARGEST_K, nearest_neighbors
+
+COLUMNS = ("id", "key", "given", "corrected", "confidence", "agreement", "correspondence")
+DOUBTED = 0.5
+"""Pairs that are less probable than this look wrong."""
+
+
+@dataclass(frozen=True)
+class Problems:
+    """Clips that look wrong in one way, the surest first.
+
+    Attributes:
+        kind: `label` or `pair`.
+        ids: [p] int64.
+        scores: [p] how probable it is that they are wrong.
+        total: clips that look wrong in all.
+    """
+
+    kind: str
+    ids: np.ndarray
+    scores: np.ndarray
+    total: int
+
+    def first(self, most: int) -> "Problems":
+        """Return the surest ones; all of them where `most` is 0."""
+        return Problems(self.kind, self.ids[: most or None], self.scores[: most or None], self.total)
+
+
+def ranked(kind: str, scores: np.ndarray, wrong: np.ndarray) -> Problems:
+    """Rank what is said to be wrong by its scores, equal ones by id: [N] each."""
+    order = np.argsort(-scores, kind="stable")
+    order = order[wrong[order]]
+    return Problems(kind, order, scores[order], len(order))
+
+
+def label_problems(table: pa.Table) -> Problems:
+    """Rank the clips whose label a correction changed by how little of the others' votes went to the given one."""
+    columns = {name: table.column(name).to_numpy(zero_copy_only=False) for name in COLUMNS}
+    return ranked("label", 1 - columns["agreement"].astype(np.float64), columns["given"] != columns["corrected"])
+
+
+def pair_problems(table: pa.Table) -> Problems:
+    """Rank the clips whose sound and picture probably do not belong together."""
+    correspondence = table.column("correspondence").to_numpy().astype(np.float64)
+    return ranked("pair", 1 - correspondence, correspondence < DOUBTED)
+
+
+def corrections_of(run: Path, report: dict[str, Any], split: Split) -> pa.Table:
+    """Return the last table of labels that a run wrote.
+
+    Raises:
+        UserError: where it corrected nothing, or the table is not of this set.
+    """
+    if not report.get("corrections"):
+        raise UserError(f"{run}: no phase of this run corrected labels; add one of kind correction, as in quickstart.")
+    path = run / "labels" / f"{report['corrections'][-1]['phase']}.parquet"
+    table = read_table(path)
+    missing = [name for name in COLUMNS if name not in table.column_names]
+    if missing:
+        raise UserError(f"{path}: lacks {listed(missing)}; it is no table of a correction.")
+    if table.column("key").to_pylist() != split.keys.tolist():
+        raise UserError(f"{path}: its keys are not those of split {split.name} of {split.root}; give its own --shards.")
+    return table
+
+
+def neighbors_of(embeddings: Embeddings, split: Split, ids: np.ndarray, k: int) -> dict[str, tuple[np.ndarray, ...]]:
+    """Find the clips that look, and those that sound, like others.
+
+    Args:
+        embeddings: of the whole split.
+        split: its clips; those of one video are not each other's neighbours.
+        ids: [p] whose neighbours are wanted.
+        k: how many.
+
+    Returns:
+        By sense: ids [p, k], -1 where there are fewer, and cosines [p, k].
+    """
+    groups = torch.from_numpy(split.source_codes)
+    k = min(k, len(split) - 1, LARGEST_K)
+    found = {}
+    for sense in ("visual", "audio"):
+        rows = torch.from_numpy(unit(getattr(embeddings, sense)))
+        valid = torch.from_numpy(embeddings.valid) & (rows.norm(dim=1) > 0)
+        near, cosines = nearest_neighbors(rows, k, groups, valid, queries=torch.from_numpy(ids))
+        found[sense] = near.numpy(), cosines.numpy()
+    return found

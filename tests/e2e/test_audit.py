@@ -1,0 +1,172 @@
+"""The audit page in a real browser, and its decisions back in a training."""
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from distav.audit.command import main
+from distav.audit.page import Audit, write_page
+from distav.audit.problems import Problems
+from distav.data.format import ShardSet, write_table
+from distav.data.labels import load_labels
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if not CHROMIUM:
+        pytest.skip("no chromium here (Debian: apt-get install chromium)")
+    with sync_playwright() as driver:
+        with driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as started:
+            yield started
+
+
+@pytest.fixture(scope="module")
+def page_file(finished: tuple[Path, str], tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run whose corrections were made known, so that both lists have entries."""
+    run = tmp_path_factory.mktemp("audited") / "tiny"
+    shutil.copytree(finished[0], run)
+    report = json.loads((run / "report.json").read_text())
+    path = run / "labels" / f"{report['corrections'][-1]['phase']}.parquet"
+    table, classes = pq.read_table(path), ShardSet.open(tiny_shards).classes
+    given = table.column("given").to_pylist()
+    agreement = np.linspace(0.001, 0.999, len(table)).astype(np.float32)
+    correspondence = np.where(np.arange(len(table)) % 8 == 3, 0.1, 0.9).astype(np.float32)
+    corrected = [
+        classes[(classes.index(name) + 1) % len(classes)] if share < 0.4 else name
+        for name, share in zip(given, agreement, strict=True)
+    ]
+    for name, values in (("agreement", agreement), ("correspondence", correspondence), ("corrected", corrected)):
+        table = table.set_column(table.column_names.index(name), name, [values])
+    write_table(path, table)
+    assert main([str(run), "--neighbors", "3", "--shards", str(tiny_shards)]) == 0
+    return run / "audit.html"
+
+
+def opened(browser: Browser, path: Path) -> tuple[Page, list[str]]:
+    page, said = browser.new_page(viewport={"width": 1300, "height": 800}), []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on(
+        "request",
+        lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else said.append(request.url),
+    )
+    page.goto(path.as_uri())
+    return page, said
+
+
+def test_problems_are_judged_by_keys_and_go_back_into_a_training(
+    browser: Browser, page_file: Path, tiny_shards: Path, tmp_path: Path
+):
+    page, said = opened(browser, page_file)
+    assert page.locator(".row").first.inner_text().endswith("99.9 %")
+    assert page.locator("nav button").all_inner_texts() == ["Labels 38", "Pairs 12", "Overview"]
+    first = page.locator(".row.chosen img").evaluate("each => [each.naturalWidth / each.naturalHeight, each.complete]")
+    assert first == [4, True]
+    page.wait_for_function("document.getElementById('sound').duration > 0.9")
+    assert page.locator(".near figure").count() == 6
+    page.keyboard.press("a")
+    page.keyboard.press("r")
+    named = page.locator(".verdict b").all_inner_texts()
+    other = next(name for name in ShardSet.open(tiny_shards).classes if name not in named)
+    page.select_option("#pick", label=other)
+    page.keyboard.press("a")
+    page.keyboard.press("a")
+    page.keyboard.press("u")
+    page.keyboard.press("2")
+    page.keyboard.press("a")
+    page.keyboard.press("r")
+    page.select_option("[name=state]", "rejected")
+    assert page.locator(".row").count() == 1
+    assert page.locator("#decided").inner_text() == "6 decided"
+    with page.expect_download() as waiting:
+        page.click("#save")
+    decisions = tmp_path / "decisions.csv"
+    waiting.value.save_as(decisions)
+    rows = list(csv.DictReader(decisions.open()))
+    by_kind = [(each["label_decision"], each["pair_decision"], each["pair"]) for each in rows]
+    # Clip 3 has a problem of both kinds, and one row.
+    assert sorted(by_kind) == [
+        ("", "rejected", "right"),
+        ("accepted", "", ""),
+        ("accepted", "accepted", "wrong"),
+        ("other", "", ""),
+        ("rejected", "", ""),
+    ]
+    accepted = next(each for each in rows if each["label_decision"] == "accepted")
+    assert accepted["label"] == accepted["proposed"] != accepted["given"]
+    shards = ShardSet.open(tiny_shards)
+    split = shards.split("train")
+    before, after = load_labels(shards, split), load_labels(shards, split, str(decisions))
+    changed = {str(key) for key in split.keys[before.given != after.given]}
+    assert changed == {each["key"] for each in rows if each["label"] != each["given"]} and len(changed) == 3
+
+    page.evaluate("localStorage.clear()")
+    page.reload()
+    assert page.locator("#decided").inner_text() == "nothing decided yet"
+    page.set_input_files("#load", str(decisions))
+    page.wait_for_function("document.getElementById('decided').textContent.startsWith('5 clips taken')")
+    with page.expect_download() as again:
+        page.click("#save")
+    again.value.save_as(tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_text() == decisions.read_text()
+    page.keyboard.press("3")
+    assert page.locator(".confusion td").first.is_visible() and page.locator(".bar").count() == len(shards.classes)
+    assert not said
+
+
+def test_filters_choose_by_class_and_probability(browser: Browser, page_file: Path):
+    page, said = opened(browser, page_file)
+    name = page.locator("[name=given] option").nth(1).inner_text()
+    page.select_option("[name=given]", label=name)
+    shown = page.locator(".row .given").all_inner_texts()
+    assert shown and set(shown) == {name}
+    page.select_option("[name=given]", label="any")
+    page.fill("[name=low]", "0.9")
+    scores = page.locator(".row .mark").all_inner_texts()
+    assert 0 < len(scores) < 38 and min(float(each.removesuffix(" %")) for each in scores) >= 90
+    page.fill("[name=text]", "no such clip")
+    assert page.locator(".row").count() == 0 and "Nothing to show" in page.locator("#detail").inner_text()
+    assert not said
+
+
+def test_ten_thousand_problems_stay_fluid_and_names_are_no_markup(
+    browser: Browser, page_file: Path, tiny_shards: Path, tmp_path: Path
+):
+    shards = ShardSet.open(tiny_shards)
+    split = shards.split("train")
+    table = pq.read_table(next((page_file.parent / "labels").glob("*.parquet")))
+    evil = "</script><img src=x onerror=alert(1)>"
+    classes = [evil if name == shards.classes[0] else name for name in shards.classes]
+    for name in ("given", "corrected"):
+        values = [evil if each == shards.classes[0] else each for each in table.column(name).to_pylist()]
+        table = table.set_column(table.column_names.index(name), name, [values])
+    ids = np.arange(10_000) % len(split)
+    problems = Problems("label", ids, np.linspace(1, 0.5, len(ids)), len(ids))
+    near = {sense: (np.stack([ids, ids], 1), np.ones((len(ids), 2))) for sense in ("visual", "audio")}
+    found = json.loads((page_file.parent / "report.json").read_text())["corrections"][-1]
+    audit = Audit(evil, replace(split), classes, table, found, [problems], [near], {})
+    write_page(audit, tmp_path / "many.html", 48)
+    page, said = opened(browser, tmp_path / "many.html")
+    assert page.locator("nav button").first.inner_text() == "Labels 10000"
+    # Ten jumps through the list, each drawn before the next.
+    took = page.evaluate("""async () => {
+        const list = document.getElementById("list"), began = performance.now();
+        for (let jump = 1; jump <= 10; jump++) {
+            list.scrollTop = jump * list.scrollHeight / 11;
+            await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+        }
+        return performance.now() - began;
+    }""")
+    assert took < 5000
+    assert page.locator(".row").count() < 40
+    assert page.title() == evil and not said
