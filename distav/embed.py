@@ -102,7 +102,7 @@ def _cut(folder: Path, out: Path, description: dict[str, Any], workers: int) -> 
     encoding = Encoding(stored["codec"], takes["fps"], stored["short_side"], stored["clip_s"], takes["sample_rate_hz"])
     made = make_set(MediaFiles(folder), out, Plan(encoding), workers)
     if made.rejected:
-        shutil.copy(out / "rejected.csv", out.parent / "rejected.csv")
+        shutil.copy(out / "rejected.csv", out.parent / "_rejected.csv")
         print(f"{made.rejected} files cannot be used; {out.parent / 'rejected.csv'} says why", file=sys.stderr)
 
 
@@ -110,7 +110,7 @@ def _claim(options: argparse.Namespace, facts: dict[str, Any]) -> None:
     """Make sure that the tables in a folder, if any, are of this network and these clips."""
     weights = hashlib.sha256((options.export / "model.safetensors").read_bytes()).hexdigest()
     text = json.dumps({"weights": weights, "batch": options.batch, **facts}, indent=1, sort_keys=True)
-    path = options.out / "embed.json"
+    path = options.out / "_embed.json"
     if path.exists() and path.read_text() != text:
         raise UserError(
             f"{options.out} holds embeddings by another network, of other clips or with another --batch; choose "

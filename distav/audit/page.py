@@ -63,17 +63,18 @@ def write_page(audit: Audit, path: Path, height: int) -> None:
         path: the file.
         height: of a frame, in pixels.
     """
-    parts = {name: files("distav.audit").joinpath(f"page.{name}").read_text() for name in ("html", "css", "js")}
-    before, after = parts["html"].split("<!--MEDIA-->")
+    names = ("page.html", "page.css", "decisions.js", "page.js")
+    html, style, *scripts = (files("distav.audit").joinpath(name).read_text() for name in names)
+    before, after = html.split("<!--MEDIA-->")
     # Names come from data: in JSON within HTML no tag may begin.
     data = json.dumps(_data(audit), separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
-    before = before.replace("/*STYLE*/", parts["css"]).replace("/*DATA*/", data)
+    before = before.replace("/*STYLE*/", style).replace("/*DATA*/", data)
     part = path.with_name(path.name + ".part")
     with open(part, "w", encoding="utf-8") as file:
         file.write(before)
         for line in _media(audit, height):
             file.write(line)
-        file.write(after.replace("/*SCRIPT*/", parts["js"]))
+        file.write(after.replace("/*SCRIPT*/", "\n".join(scripts)))
     os.replace(part, path)
 
 

@@ -4,6 +4,7 @@ Ranks are forked from a server that has imported everything, so that a start tak
 """
 
 import hashlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -27,16 +28,23 @@ class Team:
     started: ClassVar[list["Team"]] = []
 
     def __init__(
-        self, num_ranks: int, arguments: Sequence[str], folder: Path, before: Callable[[int], None] | None = None
+        self,
+        num_ranks: int,
+        arguments: Sequence[str],
+        folder: Path,
+        before: Callable[[int], None] | None = None,
+        module: str = "distav.train",
     ):
-        """Start; what the ranks say goes to `folder`, `before` is called in each rank first."""
+        """Start `main` of a module; what the ranks say goes to `folder`, `before` is called in each rank first."""
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
         self.ranks = [
-            context.Process(target=_rank, args=(rank, num_ranks, port, tuple(arguments), str(self.logs[rank]), before))
+            context.Process(
+                target=_rank, args=(rank, num_ranks, port, tuple(arguments), str(self.logs[rank]), before, module)
+            )
             for rank in range(num_ranks)
         ]
         for each in self.ranks:
@@ -83,7 +91,13 @@ class Team:
 
 
 def _rank(
-    rank: int, num_ranks: int, port: int, arguments: Sequence[str], log: str, before: Callable[[int], None] | None
+    rank: int,
+    num_ranks: int,
+    port: int,
+    arguments: Sequence[str],
+    log: str,
+    before: Callable[[int], None] | None,
+    module: str,
 ) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
@@ -94,14 +108,15 @@ def _rank(
     }  # fmt: skip
     if before:
         before(rank)
-    from distav.train import main
+    threads = ["run.threads_per_rank=1"] if module == "distav.train" else ["--threads=1"]
+    sys.exit(importlib.import_module(module).main([*arguments, *threads]))
 
-    sys.exit(main([*arguments, "run.threads_per_rank=1"]))
 
-
-def run_whole(num_ranks: int, arguments: Sequence[str], folder: Path, timeout_s: float = 180) -> Team:
+def run_whole(
+    num_ranks: int, arguments: Sequence[str], folder: Path, timeout_s: float = 180, module: str = "distav.train"
+) -> Team:
     """Run to the end."""
-    team = Team(num_ranks, arguments, folder)
+    team = Team(num_ranks, arguments, folder, module=module)
     assert team.end(timeout_s) == [0] * num_ranks, team.said()[-6000:]
     return team
 

@@ -1,0 +1,237 @@
+"""What a run leaves behind is used elsewhere: loaded bare, embedding clips, scored on sets, trained on."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+
+from distav.config import load
+from distav.data.format import ShardSet
+from distav.data.loader import Batch
+from distav.embed import main as embed
+from distav.embedding import Embeddings, Encoders
+from distav.evaluate import main as evaluate
+from distav.run import opened
+from distav.world import joined
+from tests.helpers.launch import tiny_config, train
+from tests.helpers.team import context, run_whole
+
+CPU = torch.device("cpu")
+BARE = """
+import sys
+
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        allowed = ("torch", "torchvision", "torchaudio", "safetensors", "numpy", "distav", "torchgen", "functorch")
+        top = name.split(".")[0]
+        third_party = {"nvidia", "deepspeed", "hydra", "omegaconf", "webdataset", "pyarrow", "av", "soundfile", "scipy",
+                       "tqdm", "tensorboard", "isal", "transformers", "fsspec", "pandas", "sklearn"}
+        if top in third_party:
+            raise ImportError(f"{name} is not to be had here")
+
+import torch, torchaudio, torchvision
+for name in [each for each in sys.modules if each.split(".")[0] in ("fsspec",)]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Refused())
+import distav
+from safetensors.torch import load_file, save_file
+
+model, description = distav.load_encoders(sys.argv[1])
+given = load_file(sys.argv[2])
+with torch.no_grad():
+    save_file({"visual": model.visual(given["frames"]), "audio": model.audio(given["sound"])}, sys.argv[3])
+"""
+
+
+def _in_the_training_graph(run: str, given: str, found: str) -> None:
+    """Feed a batch to the engine of a run that has ended."""
+    settings = load(Path(run) / "config.yaml", [f"run.root={Path(run).parent}"])
+    with joined("cpu", 60, 1) as world, opened(settings, world) as going:
+        media = safetensors.torch.load_file(given)
+        ids = torch.arange(len(media["frames"]))
+        going.engine.train(False)
+        with torch.no_grad():
+            outputs = going.engine(Batch(ids, ids >= 0, ids, media))
+        safetensors.torch.save_file(
+            {"visual": outputs["visual_features"].float(), "audio": outputs["audio_features"].float()}, found
+        )
+
+
+def test_towers_run_bare_and_give_what_the_training_graph_gives(finished: tuple[Path, str], tmp_path: Path):
+    run = tmp_path / "tiny"
+    shutil.copytree(finished[0], run)
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        "frames": torch.rand(6, 2, 16, 16, 3, generator=generator) * 255,
+        "sound": torch.rand(6, 4000, generator=generator) * 2 - 1,
+    }
+    safetensors.torch.save_file(given, tmp_path / "given.safetensors")
+    script = tmp_path / "bare.py"
+    script.write_text(BARE)
+    arguments = [str(run / "export"), str(tmp_path / "given.safetensors"), str(tmp_path / "bare.safetensors")]
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    graph = tmp_path / "graph.safetensors"
+    rank = context.Process(target=_in_the_training_graph, args=(str(run), arguments[1], str(graph)))
+    rank.start()
+    rank.join(60)
+    assert rank.exitcode == 0
+    bare, trained = (safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("bare", "graph"))
+    for tower in ("visual", "audio"):
+        assert bare[tower].std() > 0
+        torch.testing.assert_close(bare[tower], trained[tower], atol=1e-5, rtol=1e-5)
+
+
+def test_the_card_tells_data_noise_and_scores(finished: tuple[Path, str], tiny_shards: Path):
+    card = (finished[0] / "export" / "README.md").read_text()
+    report = json.loads((finished[0] / "report.json").read_text())
+    assert f"`{tiny_shards.name}`, 96 training clips" in card and "distav.load_encoders" in card
+    assert f"{report['corrections'][-1]['label_noise']['rate']:.1%} of the labels" in card
+    assert str(report["test"]["top1"]) in card
+
+
+def test_a_set_is_embedded_to_the_same_bytes_by_any_number_of_ranks(
+    finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    export, out = finished[0] / "export", tmp_path / "out"
+    shutil.copytree(tiny_shards, tmp_path / "set")
+    shards = ShardSet.open(tmp_path / "set")
+    split = shards.split("train")
+    with open(split.shards[0], "r+b") as shard:
+        shard.seek(int(split.columns["video_offset"][7]) + 5)
+        shard.write(b"\xff\x00\xff")
+    arguments = [str(export), str(tmp_path / "set"), "--device", "cpu", "--batch", "8"]
+    run_whole(2, [*arguments, "--out", str(out)], tmp_path / "log", module="distav.embed")
+    assert embed([*arguments, "--out", str(tmp_path / "alone"), "--threads", "1"]) == 0
+    for path in sorted(out.iterdir()):
+        assert path.read_bytes() == (tmp_path / "alone" / path.name).read_bytes(), path.name
+    table = pq.read_table(out)
+    assert len(table) == 120 and set(table.column("split").to_pylist()) == {"train", "test"}
+    rows = table.filter([each == "train" for each in table.column("split").to_pylist()])
+    assert rows.column("key").to_pylist() == split.keys.tolist()
+    assert [row for row, value in enumerate(rows.column("visual").to_pylist()) if value is None] == [7]
+    direct = Encoders.open(export, CPU, 8).of_clips(split)
+    read = Embeddings.of_table(rows)
+    assert np.array_equal(read.valid, direct.valid) and not direct.valid[7]
+    for name in ("visual", "audio", "visual_embedding", "audio_embedding"):
+        np.testing.assert_allclose(getattr(read, name), getattr(direct, name), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(direct.visual_embedding[direct.valid], axis=1), 1, atol=1e-5)
+    # What is there is not made again; another network's embeddings are not mixed in.
+    (out / "test-000000.parquet").unlink()
+    kept = (out / "train-000000.parquet").stat().st_mtime_ns
+    assert embed([*arguments, "--out", str(out), "--threads", "1"]) == 0
+    assert (out / "test-000000.parquet").read_bytes() == (tmp_path / "alone" / "test-000000.parquet").read_bytes()
+    assert (out / "train-000000.parquet").stat().st_mtime_ns == kept
+    assert embed([*arguments[:-1], "4", "--out", str(out)]) == 1
+
+
+def test_files_and_arrays_are_embedded_as_shards_are(
+    finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    import av
+
+    export = finished[0] / "export"
+    media = tmp_path / "media" / "deep"
+    media.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    with av.open(str(media / "one.mp4"), "w") as container:
+        video, audio = container.add_stream("libx264", rate=24), container.add_stream("aac", rate=22050)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"  # pyright: ignore[reportAttributeAccessIssue]
+        for _ in range(60):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8), format="rgb24")
+            container.mux(video.encode(frame))  # pyright: ignore[reportAttributeAccessIssue]
+        sound = av.AudioFrame.from_ndarray(
+            rng.normal(0, 0.1, (1, 2 * 22050 + 11025)).astype(np.float32), format="fltp", layout="mono"
+        )
+        sound.sample_rate = 22050
+        container.mux(audio.encode(sound))  # pyright: ignore[reportAttributeAccessIssue]
+        for stream in (video, audio):
+            container.mux(stream.encode())  # pyright: ignore[reportAttributeAccessIssue]
+    (media / "note.txt").write_text("no video")
+    assert embed([str(export), str(tmp_path / "media"), "--out", str(tmp_path / "files"), "--device", "cpu"]) == 0
+    table = pq.read_table(tmp_path / "files")
+    assert table.column("source").to_pylist() == ["deep/one.mp4"] * 2
+    assert table.column("start_s").to_pylist() == [0.0, 1.0] and not table.column("visual").null_count
+    assert "note.txt" in (tmp_path / "files" / "_rejected.csv").read_text()
+    assert not (tmp_path / "files" / ".clips").exists()
+
+    frames = rng.integers(0, 255, (5, 2, 16, 16, 3), dtype=np.uint8)
+    sound = rng.normal(0, 0.1, (5, 4000)).astype(np.float32)
+    np.savez(tmp_path / "clips.npz", frames=frames, sound=sound)
+    assert embed([str(export), str(tmp_path / "clips.npz"), "--out", str(tmp_path / "arrays"), "--device", "cpu"]) == 0
+    table = pq.read_table(tmp_path / "arrays")
+    model, _ = Encoders.open(export, CPU).model, None
+    with torch.no_grad():
+        expected = model.visual(torch.from_numpy(frames)).numpy()
+    np.testing.assert_allclose(np.array(table.column("visual").to_pylist()), expected, atol=1e-5)
+
+    np.savez(tmp_path / "wrong.npz", frames=frames[:, :1], sound=sound)
+    (tmp_path / "empty").mkdir()
+    for given, told in (
+        ("wrong.npz", "the network takes [n, 2, 16, 16, 3]"),
+        ("none.npz", "needs arrays `frames` and `sound`"),
+        ("empty", "no media files"),
+    ):
+        assert embed([str(export), str(tmp_path / given), "--out", str(tmp_path / f"{given}.out")]) == 1
+        assert told in capsys.readouterr().err
+
+
+def test_scores_are_the_same_on_any_number_of_ranks(
+    finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments = [str(finished[0] / "export"), str(tiny_shards), "--device", "cpu"]
+    assert evaluate([*arguments, "--json", str(tmp_path / "one.json"), "--threads", "1"]) == 0
+    run_whole(2, [*arguments, "--json", str(tmp_path / "two.json")], tmp_path / "log", module="distav.evaluate")
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one.keys() == {"knn", "probe", "retrieval"} and one["knn"].keys() == {"visual", "audio", "both"}
+    for name, scores in one.items():
+        assert two[name] == pytest.approx(scores, abs=1e-6)
+    assert all(0 <= value <= 1 for name in ("knn", "probe") for value in one[name].values())
+    said = capsys.readouterr().out
+    assert f"both {100 * one['knn']['both']:.1f} %" in said
+    assert evaluate([*arguments, "--train-split", "trian"]) == 1
+    assert "Did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_training_starts_from_exported_weights(finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path):
+    export = finished[0] / "export"
+    text = """defaults: [schema, _self_]
+run: {name: on, device: cpu, log_every: 1}
+data: {num_frames: 2, frame_stride: 2, frame_size: 16, audio_s: 0.5}
+model: {embed_dim: 16, hidden_dim: 32, visual: {width: 8}, audio: {width: 8, num_mels: 32}}
+optim: {global_batch: 24, lr: 1e-9}
+phases: {learn: {kind: supervised, epochs: 1, targets: given}}
+"""
+    where = (f"data.root={tiny_shards}", f"run.root={tmp_path}", f"model.start_from={export}")
+    for stage in (0, 3):
+        said = train(
+            tiny_config(tmp_path, text), *where, f"deepspeed.zero_stage={stage}", f"run.name=at_{stage}", ranks=2
+        )
+        assert f"starts from {export}\n" in said
+        weights = safetensors.torch.load_file(tmp_path / f"at_{stage}" / "export" / "model.safetensors")
+        before = safetensors.torch.load_file(export / "model.safetensors")
+        learnt = [name for name in before if name.endswith("weight")]
+        for name in learnt:
+            torch.testing.assert_close(weights[name], before[name], atol=1e-5, rtol=1e-4)
+    said = train(tiny_config(tmp_path, text), *where, "model.embed_dim=8", "run.name=other")
+    assert "all but project_audio, project_visual" in said
+    said = train(tiny_config(tmp_path, text), *where[:2], "model.start_from=nowhere", "run.name=third", status=1)
+    assert "nowhere holds no export" in said
+
+
+def test_fine_tuning_is_a_run_of_its_own(finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path):
+    out = tmp_path / "runs" / "tuned"
+    arguments = [str(finished[0] / "export"), str(tiny_shards), "--what", "fine_tune", "--out", str(out)]
+    options = ["--epochs", "2", "--global-batch", "24", "--device", "cpu", "--json", str(tmp_path / "tuned.json")]
+    run_whole(1, [*arguments, *options], tmp_path / "log", module="distav.evaluate")
+    scores = json.loads((tmp_path / "tuned.json").read_text())["fine_tune"]
+    report = json.loads((out / "report.json").read_text())
+    assert scores == report["test"] and report["phases"][0]["steps"] == 8
+    assert (out / "export" / "model.safetensors").is_file()
