@@ -129,7 +129,7 @@ def _card(run: "Run", description: dict[str, Any], report: dict[str, Any]) -> st
 
 {what}
 
-- Data: `{data.shards.root.name}`, {len(data.train)} training clips, {len(data.shards.classes)} classes.
+- Data: `{Path(data.shards.where).name}`, {len(data.train)} training clips, {len(data.shards.classes)} classes.
 {inputs}
 - Phases: {", ".join(run.settings.phases)}.
 
