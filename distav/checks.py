@@ -70,6 +70,7 @@ def check(settings: Settings) -> None:
     none_below_zero = {
         "run.seed": settings.run.seed,
         "run.threads_per_rank": settings.run.threads_per_rank,
+        "data.cache_mib": settings.data.cache_mib,
         "optim.spike_skip": settings.optim.spike_skip,
         "optim.weight_decay": settings.optim.weight_decay,
         "optim.grad_clip": settings.optim.grad_clip,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
@@ -84,7 +85,7 @@ def _card(run: "Run", description: dict[str, Any], report: dict[str, Any]) -> st
 
 {what}
 
-- Data: `{data.shards.root.name}`, {len(data.train)} training clips, {len(data.shards.classes)} classes.
+- Data: `{Path(data.shards.where).name}`, {len(data.train)} training clips, {len(data.shards.classes)} classes.
 {inputs}
 - Noise of the data: {_noise(report)}.
 - Phases: {", ".join(run.settings.phases)}.

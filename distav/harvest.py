@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.batch < 1:
             raise UserError(f"--batch={options.batch}: allowed: from 1 up.")
-        shards, prompts = ShardSet.open(options.shards), read_prompts(options.prompts)
+        shards = ShardSet.open(options.shards, cache_mib=DataSettings().cache_mib)
+        prompts = read_prompts(options.prompts)
         order = _check(shards, prompts, options.prompts)
         splits = [shards.split(name, "--splits") for name in options.splits or shards.manifest["splits"]]
         with joined(options.device, options.timeout_s, options.threads) as world:
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="harvest_labels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("shards", type=Path, metavar="SHARDS", help="the folder of a set of clips")
+    add("shards", metavar="SHARDS", help="the folder or URL of a set of clips")
     add("--prompts", type=Path, required=True, metavar="FILE", help="teachers, captions and thresholds of each class")
     add("--out", type=Path, required=True, metavar="OUT", help="folder for scores and tables")
     add("--splits", nargs="+", default=[], metavar="NAME", help="splits to label; all of them")
@@ -76,18 +77,18 @@ def _parser() -> argparse.ArgumentParser:
 def _check(shards: ShardSet, prompts: dict[str, Prompts], path: Path) -> list[int]:
     """Return the place of each of the set's classes among the prompts."""
     if shards.streams:
-        raise UserError(f"{shards.root} holds features; teachers look at clips and listen to them.")
+        raise UserError(f"{shards.where} holds features; teachers look at clips and listen to them.")
     fps = float(shards.manifest["fps"])
     if fps != max(1, round(fps)):
         raise UserError(
-            f"{shards.root} stores {fps:g} frames a second, so that seconds have no frame of their own; make it with a "
-            "whole number of --fps."
+            f"{shards.where} stores {fps:g} frames a second, so that seconds have no frame of their own; make it with "
+            "a whole number of --fps."
         )
     asked = prompts[SENSES[0]].classes
     missing = [name for name in shards.classes if name not in asked]
     if missing:
         raise UserError(
-            f"{path}: has no prompts for {listed(missing)} of {shards.root}; add them under classes, with a caption "
+            f"{path}: has no prompts for {listed(missing)} of {shards.where}; add them under classes, with a caption "
             "and a threshold for each sense."
         )
     return [asked.index(name) for name in shards.classes]

@@ -8,7 +8,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from distav.data.verify import verify
 from distav.errors import UserError
@@ -27,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "verify",
         help="compare every file, member, index entry and label with what was written; exit status 2 for any fault",
     )
-    checks.add_argument("root", type=Path, metavar="SHARDS", help="the folder with manifest.json")
+    checks.add_argument("root", metavar="SHARDS", help="the folder or URL with manifest.json")
     checks.add_argument("--labels", default="", metavar="TABLE", help="a table that is to be used as data.labels")
     checks.add_argument("--most", type=int, default=100, metavar="N", help="faults that are printed (100)")
     options = parser.parse_args(arguments)
@@ -38,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAULTY
 
 
-def _verify(root: Path, labels: str, most: int) -> int:
+def _verify(root: str, labels: str, most: int) -> int:
     began, count = time.monotonic(), 0
     for fault in verify(root, labels):
         count += 1

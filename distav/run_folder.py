@@ -35,6 +35,8 @@ FREE = (
     "run.timeout_s",
     "run.threads_per_rank",
     "data.root",
+    "data.cache",
+    "data.cache_mib",
     "data.decode_threads",
     "data.prefetch",
     "data.max_bad_fraction",

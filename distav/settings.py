@@ -75,7 +75,11 @@ class DataSettings:
     """Shards, clips and how they are read."""
 
     root: str = "shards/quickstart"
-    """Folder with manifest.json, labels.parquet, index.parquet and the tar shards."""
+    """Folder or URL (s3://, gs://, https://) with manifest.json, labels.parquet, index.parquet and the tar shards."""
+    cache: str = ""
+    """Folder of this machine for what is read of a URL, shared by ranks and runs; empty for ~/.cache/distav."""
+    cache_mib: int = 10240
+    """Bound of that folder in MiB; 0 reads from afar every time."""
     train_split: str = "train"
     """Split to train on."""
     test_split: str = "test"

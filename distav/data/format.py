@@ -8,9 +8,7 @@ each member lies and which CRC-32 it has, `labels.parquet` what each sample show
 Within a split, ids run from 0 to N-1 in the order of writing; every table and the memory bank is keyed by them.
 """
 
-import json
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,11 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distav.data.streams import SENSES, STREAM_NAME, Stream
+from distav.data.manifest import VIDEO_EXTENSIONS, read_manifest
+from distav.data.remote import Remote, is_url
+from distav.data.streams import Stream
 from distav.errors import UserError, listed, nearest
 from distav.sealing import Damaged, check
 
-VIDEO_EXTENSIONS = {"mjpeg": "avi", "vp9": "webm", "h264": "mp4"}
 AUDIO_EXTENSION = "flac"
 EVENTS = "events.parquet"
 TABLES = ("index.parquet", "labels.parquet", EVENTS)
@@ -61,10 +60,10 @@ def index_schema(members: Iterable[str]) -> pa.Schema:
 class Split:
     """One split of a set: where each of its samples lies.
 
-    A set of features has streams, and neither codec nor rates.
+    A set of features has streams, and neither codec nor rates. Of a remote set's shards only the names count.
     """
 
-    root: Path
+    root: str | Path
     name: str
     shards: list[Path]
     codec: str
@@ -72,6 +71,7 @@ class Split:
     sample_rate_hz: int
     columns: dict[str, np.ndarray]
     streams: dict[str, Stream] = field(default_factory=dict[str, Stream])
+    remote: Remote | None = None
 
     @property
     def members(self) -> dict[str, str]:
@@ -104,10 +104,16 @@ class Split:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A folder of shards, opened."""
+    """A folder of shards, opened; of a remote one, `root` mirrors the tables."""
 
     root: Path
     manifest: dict[str, Any]
+    remote: Remote | None = None
+
+    @property
+    def where(self) -> str:
+        """The folder or URL, as users know it."""
+        return self.remote.url if self.remote else str(self.root)
 
     @property
     def classes(self) -> list[str]:
@@ -125,12 +131,19 @@ class ShardSet:
         return self.manifest.get("several_labels", False)
 
     @classmethod
-    def open(cls, root: str | Path) -> "ShardSet":
+    def open(cls, root: str | Path, cache: str = "", cache_mib: int = 0) -> "ShardSet":
         """Open a set written by tools/make_shards.py.
+
+        Args:
+            root: its folder or URL.
+            cache, cache_mib: where and how much is kept of a remote one, as in the settings; 0: tables alone.
 
         Raises:
             UserError: where the folder or a file that belongs to it is missing or unreadable.
         """
+        if is_url(root):
+            remote = Remote(str(root), cache, cache_mib)
+            return cls(remote.folder, read_manifest(remote.manifest, f"{remote.url}/manifest.json"), remote)
         root = Path(root).expanduser()
         path = root / "manifest.json"
         if not path.is_file():
@@ -138,13 +151,7 @@ class ShardSet:
                 f"data.root={root}: no manifest.json there. Give the folder that tools/make_shards.py wrote; "
                 "if it was interrupted, run it again and it goes on."
             )
-        try:
-            manifest = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} is damaged ({error}); make the shards again.") from None
-        if fault := _manifest_fault(manifest):
-            raise UserError(f"{path} is damaged ({fault}); make the shards again.")
-        return cls(root, manifest)
+        return cls(root, read_manifest(path.read_bytes(), str(path)))
 
     def table(self, name: str, split: str) -> pa.Table:
         """Return the rows of a split in one of the set's own tables.
@@ -154,11 +161,13 @@ class ShardSet:
         """
         expected = self.manifest.get("tables", {}).get(name)
         try:
-            if expected:
+            if self.remote:
+                self.remote.mirror(name, expected)
+            elif expected:
                 check(self.root, name, expected)
         except Damaged as fault:
             raise UserError(
-                f"{self.root}: {fault}; copy it again. Labels of your own go into a table named by data.labels."
+                f"{self.where}: {fault}; copy it again. Labels of your own go into a table named by data.labels."
             ) from None
         return read_table(self.root / name, filters=[("split", "=", split)])
 
@@ -172,7 +181,7 @@ class ShardSet:
         if name not in splits:
             none = ", or empty for none" if key == "data.test_split" else ""
             raise UserError(
-                f"{key}={name} is not in {self.root}; allowed: {listed(splits)}{none}.{nearest(name, splits)}"
+                f"{key}={name} is not in {self.where}; allowed: {listed(splits)}{none}.{nearest(name, splits)}"
             )
         table, manifest = self.table("index.parquet", name), self.manifest
         codec = manifest.get("codec", "")
@@ -182,66 +191,24 @@ class ShardSet:
         columns = {each: table.column(each).to_numpy(zero_copy_only=False) for each in table.column_names}
         if not np.array_equal(columns["id"], np.arange(len(table))):
             raise UserError(f"{self.root / 'index.parquet'}: the ids of split {name} do not run from 0 to N-1.")
-        shards = []
-        for shard in splits[name]["shards"]:
-            path = self.root / shard["name"]
-            if not path.is_file() or path.stat().st_size != shard["bytes"]:
-                found = f"{path.stat().st_size} bytes" if path.is_file() else "no file"
-                raise UserError(
-                    f"{path}: {found}, expected {shard['bytes']} bytes; copy the shard again or make it anew."
-                )
-            shards.append(path)
+        shards = [self.root / shard["name"] for shard in splits[name]["shards"]]
+        self._check_sizes({shard["name"]: shard["bytes"] for shard in splits[name]["shards"]})
         rates = manifest.get("fps", 0.0), manifest.get("sample_rate_hz", 0)
-        return Split(self.root, name, shards, codec, *rates, columns, self.streams)
+        return Split(self.where, name, shards, codec, *rates, columns, self.streams, self.remote)
 
-
-def _manifest_fault(manifest: Any) -> str:
-    """Return what is wrong with a manifest; nothing of it is used before."""
-    if not isinstance(manifest, dict):
-        return "no JSON object"
-    kinds: dict[str, Any] = {"splits": dict, "classes": list}
-    clips = {"codec": str, "fps": int | float, "sample_rate_hz": int}
-    for key, kind in (kinds | ({"streams": dict} if "streams" in manifest else clips)).items():
-        if not isinstance(manifest.get(key), kind):
-            return f"'{key}' is missing or of another kind"
-    classes = manifest["classes"]
-    if not classes or not all(isinstance(each, str) for each in classes) or len(set(classes)) < len(classes):
-        return "'classes' is no list of different names"
-    if not isinstance(manifest.get("several_labels", False), bool):
-        return "'several_labels' is neither true nor false"
-    if fault := _streams_fault(manifest["streams"]) if "streams" in manifest else _clips_fault(manifest):
-        return fault
-    tables = manifest.get("tables", {})
-    if not isinstance(tables, dict) or not all(isinstance(each, dict) for each in tables.values()):
-        return "'tables' is of another kind"
-    for name, split in manifest["splits"].items():
-        shards = split.get("shards") if isinstance(split, dict) else None
-        if not isinstance(shards, list) or not all(map(_is_shard, shards)):
-            return f"split '{name}' has no list of shards with plain names and sizes"
-    return ""
-
-
-def _clips_fault(manifest: dict[str, Any]) -> str:
-    if manifest["codec"] not in VIDEO_EXTENSIONS:
-        return f"codec '{manifest['codec']}'; allowed: {listed(VIDEO_EXTENSIONS)}"
-    if not 0 < manifest["fps"] < 1e4 or not 0 < manifest["sample_rate_hz"] < 1e6:
-        return "a rate that no clip has"
-    return ""
-
-
-def _streams_fault(streams: dict[str, Any]) -> str:
-    for name, each in streams.items():
-        sizes = [each.get("steps"), each.get("dim")] if isinstance(each, dict) else []
-        if not STREAM_NAME.fullmatch(name) or not all(isinstance(size, int) and size > 0 for size in sizes):
-            return f"stream '{name}' has no plain name, or no steps and dim"
-        if set(each) != {"sense", "steps", "dim"} or each["sense"] not in SENSES:
-            return f"stream '{name}' is of no sense; allowed: {listed(SENSES)}"
-    return "" if {each["sense"] for each in streams.values()} == set(SENSES) else "no streams of both senses"
-
-
-def _is_shard(each: Any) -> bool:
-    name, size = (each.get("name"), each.get("bytes")) if isinstance(each, dict) else (None, None)
-    return isinstance(name, str) and bool(re.fullmatch(r"[\w-]+\.tar", name)) and isinstance(size, int)
+    def _check_sizes(self, expected: dict[str, int]) -> None:
+        if self.remote:
+            found = self.remote.sizes(expected)
+        else:
+            paths = {name: self.root / name for name in expected}
+            found = {name: path.stat().st_size if path.is_file() else None for name, path in paths.items()}
+        for name, size in found.items():
+            if size != expected[name]:
+                there = "no file" if size is None else f"{size} bytes"
+                raise UserError(
+                    f"{self.where}/{name}: {there}, expected {expected[name]} bytes; copy the shard again or make it "
+                    "anew."
+                )
 
 
 def read_table(path: Path, **options: Any) -> pa.Table:

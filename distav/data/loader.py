@@ -6,7 +6,9 @@ wait for one another. Legend: b rows of this rank, T frames, H W pixels, N audio
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +21,7 @@ from distav.data.features import decode_features
 from distav.data.format import Split
 from distav.data.order import PADDING, Ids
 from distav.data.reader import BadSample, DecodeError, Members, ShardReader
+from distav.data.remote import CONNECTIONS
 from distav.data.streams import Stream
 from distav.seeding import sample_seeds
 from distav.settings import AugmentSettings, DataSettings
@@ -87,11 +90,14 @@ class Loader:
         )
         self.reader = ShardReader(split)
         self.quarantine = Quarantine()
+        self._pool = ThreadPoolExecutor(CONNECTIONS, "reader") if split.remote else None
         self._spare: Members | None = None
         self._proven: Members | None = None
 
     def close(self) -> None:
-        """Close the shard files."""
+        """Close the shard files, and read nothing ahead any more."""
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
         self.reader.close()
 
     def batches(self, plan: Iterable[tuple[Ids, int]]) -> Iterator[Batch]:
@@ -113,10 +119,10 @@ class Loader:
 
         def produce() -> None:
             try:
-                for ids, epoch in plan:
+                for ids, epoch, members in self._read_ahead(plan):
                     if stop.is_set():
                         return
-                    offer(self.load(ids, epoch))
+                    offer(self._batch(ids, epoch, list(members)))
                 offer(None)
             except BaseException as error:  # noqa: BLE001  # handed to the thread that waits for the batch
                 offer(error)
@@ -134,8 +140,24 @@ class Loader:
 
     def load(self, ids: Ids, epoch: int) -> Batch:
         """Read, check and decode one batch."""
+        return self._batch(ids, epoch, list(self._members(ids)))
+
+    def _read_ahead(self, plan: Iterable[tuple[Ids, int]]) -> Iterator[tuple[Ids, int, Iterator[Members | None]]]:
+        """Yield what is to be loaded with its members; from afar those of the next batches are under way by then."""
+        ahead = self.data.prefetch if self._pool else 0
+        under_way: deque[tuple[Ids, int, Iterator[Members | None]]] = deque()
+        for ids, epoch in plan:
+            under_way.append((ids, epoch, self._members(ids)))
+            if len(under_way) > ahead:
+                yield under_way.popleft()
+        yield from under_way
+
+    def _members(self, ids: Ids) -> Iterator[Members | None]:
+        """Return the members of each sample; None where there are none to use."""
+        return (self._pool.map if self._pool else map)(self._read, ids.tolist())
+
+    def _batch(self, ids: Ids, epoch: int, members: list[Members | None]) -> Batch:
         valid = ids != PADDING
-        members: list[Members | None] = [self._read(int(sample)) if sample != PADDING else None for sample in ids]
         views = [self.viewer.view(max(0, int(sample)), epoch) for sample in ids] if self.viewer else [None] * len(ids)
         media = self._decode(ids, members, views)
         valid &= np.array([each is not None for each in members])
@@ -178,8 +200,8 @@ class Loader:
         return ""
 
     def _read(self, sample: int) -> Members | None:
-        """Read the members of a sample; None and an entry in the quarantine where they are damaged."""
-        if sample in self.quarantine.reasons:
+        """Read the members of a sample; None for padding, and with an entry in the quarantine for damaged ones."""
+        if sample == PADDING or sample in self.quarantine.reasons:
             return None
         try:
             return self.reader.read(sample)

@@ -5,7 +5,10 @@ import os
 from isal.isal_zlib import crc32  # three times as fast as zlib's
 
 from distav.data.format import Split
+from distav.data.remote import Remote, Unreadable
 
+_MOST_BETWEEN = 1 << 20
+"""Most bytes of a remote sample that are read along with its members: headers, and its JSON."""
 Members = dict[str, bytes]
 """The members of one sample by name, as read."""
 
@@ -16,6 +19,10 @@ class DecodeError(Exception):
 
 class BadSample(Exception):
     """A sample that cannot be used, with the reason."""
+
+
+class _Altered(BadSample):
+    """A member is not what was written."""
 
 
 class ShardReader:
@@ -37,7 +44,31 @@ class ShardReader:
         Raises:
             BadSample: where a member cannot be read, is cut short, or has another CRC-32 than when it was written.
         """
+        if self.split.remote:
+            return self._from_afar(self.split.remote, sample)
         return {name: self._member(sample, name) for name in self.split.members}
+
+    def _from_afar(self, remote: Remote, sample: int) -> Members:
+        """Read the members of a sample, which lie together, in one piece."""
+        columns, kinds = self.split.columns, self.split.members
+        shard = self.split.shards[int(columns["shard"][sample])].name
+        places = {kind: [int(columns[f"{kind}_{what}"][sample]) for what in ("offset", "bytes")] for kind in kinds}
+        start, end = min(offset for offset, _ in places.values()), max(map(sum, places.values()))
+        if start < 0 or end - start > sum(size for _, size in places.values()) + _MOST_BETWEEN:
+            raise BadSample(f"members do not lie together in {shard}")
+
+        def members(afresh: bool) -> Members:
+            try:
+                content = memoryview(remote.read(shard, start, end - start, afresh))
+            except Unreadable as fault:
+                raise BadSample(fault.reason) from None
+            parts = {kind: bytes(content[offset - start :][:size]) for kind, (offset, size) in places.items()}
+            return {kind: self._sound(part, sample, kind, shard) for kind, part in parts.items()}
+
+        try:
+            return members(afresh=False)
+        except _Altered:
+            return members(afresh=True)
 
     def _member(self, sample: int, kind: str) -> bytes:
         columns = self.split.columns
@@ -50,8 +81,13 @@ class ShardReader:
             content = os.pread(self._files[shard], size, int(columns[f"{kind}_offset"][sample]))
         except OSError as error:
             raise BadSample(f"{kind} unreadable in {path.name}: {error.strerror}") from None
+        return self._sound(content, sample, kind, path.name)
+
+    def _sound(self, content: bytes, sample: int, kind: str, shard: str) -> bytes:
+        """Return a member's content if it is what was written."""
+        size = int(self.split.columns[f"{kind}_bytes"][sample])
         if len(content) != size:
-            raise BadSample(f"{kind} truncated in {path.name}: {len(content)} of {size} bytes")
-        if crc32(content) != int(columns[f"{kind}_crc32"][sample]):
-            raise BadSample(f"{kind} altered in {path.name}: CRC-32 differs")
+            raise _Altered(f"{kind} truncated in {shard}: {len(content)} of {size} bytes")
+        if crc32(content) != int(self.split.columns[f"{kind}_crc32"][sample]):
+            raise _Altered(f"{kind} altered in {shard}: CRC-32 differs")
         return content

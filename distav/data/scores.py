@@ -67,7 +67,7 @@ def check_scores(folder: Path, key: str, shards: ShardSet, split: Split) -> list
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         raise UserError(f"{key}={folder}: holds no scores; give a folder that tools/harvest_labels.py wrote.") from None
     if digest != digest_of(shards):
-        raise UserError(f"{key}={folder}: holds scores of another set than {shards.root}; harvest this one.")
+        raise UserError(f"{key}={folder}: holds scores of another set than {shards.where}; harvest this one.")
     missing = [name for name in shards.classes if name not in asked]
     if missing:
         raise UserError(f"{key}={folder}: its teachers were not asked for {listed(missing)}.")

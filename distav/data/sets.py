@@ -76,7 +76,7 @@ class Data:
         Raises:
             UserError: for anything missing, or settings that this set makes impossible.
         """
-        shards = ShardSet.open(settings.data.root)
+        shards = ShardSet.open(settings.data.root, settings.data.cache, settings.data.cache_mib)
         train = shards.split(settings.data.train_split, "data.train_split")
         test = shards.split(settings.data.test_split, "data.test_split") if settings.data.test_split else None
         data = cls(shards, train, test, settings.data.labels)
@@ -105,10 +105,10 @@ class Data:
                         f"{len(train) // len(shards.classes)} of a class."
                     )
             if train.streams and not isinstance(phase, ParsingPhase):
-                raise UserError(f"phases.{name}.kind={phase.kind}: {shards.root} holds features; allowed: parsing.")
+                raise UserError(f"phases.{name}.kind={phase.kind}: {shards.where} holds features; allowed: parsing.")
             if shards.several_labels and not isinstance(phase, ParsingPhase | ContrastivePhase):
                 raise UserError(
-                    f"phases.{name}.kind={phase.kind}: in {shards.root} a clip may have several classes; allowed: "
+                    f"phases.{name}.kind={phase.kind}: in {shards.where} a clip may have several classes; allowed: "
                     "parsing, contrastive."
                 )
         return data

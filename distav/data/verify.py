@@ -1,8 +1,11 @@
 """Whether a set is what was written: every file, member, index entry and label, checked before a run relies on it."""
 
+import contextlib
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +13,18 @@ from distav.data.events import load_events
 from distav.data.format import ShardSet, Split
 from distav.data.labels import load_labels
 from distav.data.reader import BadSample, ShardReader
+from distav.data.remote import Missing, Remote, Unreadable
 from distav.data.tar import by_key, dali_index
 from distav.errors import UserError
 
 _MOST_JSON = 1 << 20
 
 
-def verify(root: Path, labels: str = "") -> Iterator[str]:
+def verify(root: str | Path, labels: str = "") -> Iterator[str]:
     """Yield what is wrong with a set, a line each, which names the file and the sample.
 
     Args:
-        root: the folder.
+        root: the folder, or the URL: shards are then copied here one by one.
         labels: a table of labels to be used with it; empty for none.
 
     Raises:
@@ -36,10 +40,11 @@ def verify(root: Path, labels: str = "") -> Iterator[str]:
         except UserError as error:
             yield str(error)
             continue
-        yield from _content(shards, split)
-    for path in sorted(root.glob("*.tar")):
-        if path.name not in named:
-            yield f"{path}: manifest.json does not name this shard"
+        yield from _copied(shards, split) if split.remote else _content(shards, split)
+    there = (shards.remote.listing or ()) if shards.remote else (path.name for path in shards.root.glob("*.tar"))
+    for name in sorted(there):
+        if name.endswith(".tar") and name not in named:
+            yield f"{shards.where}/{name}: manifest.json does not name this shard"
 
 
 def _labels(shards: ShardSet, split: Split, table: str) -> Iterator[str]:
@@ -52,22 +57,50 @@ def _labels(shards: ShardSet, split: Split, table: str) -> Iterator[str]:
         yield str(error)
 
 
-def _content(shards: ShardSet, split: Split) -> Iterator[str]:
-    reader = ShardReader(split)
+def _copied(shards: ShardSet, split: Split) -> Iterator[str]:
+    """Check a remote split as a local one, of which one shard is here at a time."""
+    with tempfile.TemporaryDirectory(prefix="distav-verify-") as folder:
+        here = replace(split, remote=None, shards=[Path(folder, path.name) for path in split.shards])
+        for fault in _content(shards, here, split.remote):
+            yield fault.replace(folder, shards.where)
+
+
+def _content(shards: ShardSet, split: Split, remote: Remote | None = None) -> Iterator[str]:
     digests = [each.get("sha256") for each in shards.manifest["splits"][split.name]["shards"]]
+    first = 0
+    for number, path in enumerate(split.shards):
+        ids = range(first, first + split.shard_sizes[number])
+        first = ids.stop
+        try:
+            with _fetched(remote, path), contextlib.closing(ShardReader(split)) as reader:
+                yield from _whole(split, reader, number, path, ids, digests[number])
+        except Unreadable as fault:
+            yield f"{path}: {fault.reason}"
+
+
+@contextlib.contextmanager
+def _fetched(remote: Remote | None, shard: Path) -> Iterator[None]:
+    """Have a remote shard and its index here for a while."""
+    index = shard.with_suffix(".idx")
     try:
-        first = 0
-        for number, path in enumerate(split.shards):
-            size, faults = split.shard_sizes[number], 0
-            for fault in _shard(split, reader, number, path, range(first, first + size)):
-                faults += 1
-                yield fault
-            first += size
-            with open(path, "rb") as file:
-                if not faults and digests[number] not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
-                    yield f"{path} was altered, its SHA-256 is not that of manifest.json"
+        if remote:
+            remote.download(shard.name, shard)
+            with contextlib.suppress(Missing):
+                remote.download(index.name, index)
+        yield
     finally:
-        reader.close()
+        for path in (shard, index) if remote else ():
+            path.unlink(missing_ok=True)
+
+
+def _whole(split: Split, reader: ShardReader, number: int, path: Path, ids: range, digest: str | None) -> Iterator[str]:
+    faults = 0
+    for fault in _shard(split, reader, number, path, ids):
+        faults += 1
+        yield fault
+    with open(path, "rb") as file:
+        if not faults and digest not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
+            yield f"{path} was altered, its SHA-256 is not that of manifest.json"
 
 
 def _shard(split: Split, reader: ShardReader, number: int, path: Path, ids: range) -> Iterator[str]:

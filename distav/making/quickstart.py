@@ -4,18 +4,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+from distav.data.remote import is_url
 from distav.errors import UserError
 from distav.settings import DataSettings
 from distav.world import World, broadcast
 
 
 def make_missing(data: DataSettings, world: World) -> None:
-    """Render the synthetic set where `data.make.enabled` and the folder holds none; all ranks wait for it.
+    """Render the synthetic set where `data.make.enabled` and the folder, no URL, holds none; all ranks wait for it.
 
     Raises:
         UserError: where it could not be made.
     """
-    if not data.make.enabled:
+    if not data.make.enabled or is_url(data.root):
         return
     status = 0
     if world.is_main and not (Path(data.root) / "manifest.json").is_file():
