@@ -37,9 +37,10 @@ class ShardReader:
         Raises:
             BadSample: where a member cannot be read, is cut short, or has another CRC-32 than when it was written.
         """
-        return {name: self._member(sample, name) for name in self.split.members}
+        return {name: self.member(sample, name) for name in self.split.members}
 
-    def _member(self, sample: int, kind: str) -> bytes:
+    def member(self, sample: int, kind: str) -> bytes:
+        """Return one member of a sample, or raise BadSample as `read` does."""
         columns = self.split.columns
         shard = int(columns["shard"][sample])
         path = self.split.shards[shard]
