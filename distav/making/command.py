@@ -8,16 +8,20 @@ from pathlib import Path
 
 from distav.data.noise import LabelNoise
 from distav.errors import UserError
+from distav.making.chunks import Part
 from distav.making.clips import CODECS, Encoding
 from distav.making.digits import Digits
 from distav.making.events import EventSource, parse_features
+from distav.making.folder import Outcome
 from distav.making.sources import ClipList, Source, VideoFolder
 from distav.making.synthetic import Scenes
 from distav.making.writer import Plan, make_set
 
 _EPILOG = """exit status: 0 every candidate was used; 3 some were rejected, see OUT/rejected.csv, the rest is ready;
 1 nothing could be used or an argument is wrong; 2 the command line could not be understood.
-A run that was killed goes on when the same command is given again; the result has the same bytes."""
+A run that was killed goes on when the same command is given again; the result has the same bytes.
+So it has when machines that share OUT encode parts of it first: give each the same command with --part 0/N, 1/N, ...
+(3 says there that the part had to reject some), then once the command itself, which encodes what is missing."""
 
 _EXAMPLES = {
     "videos": "example: make_shards.py videos ~/clips shards/mine --short-side 256 --clip-s 2 --workers 8",
@@ -45,15 +49,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.correspondence_noise,
             options.cross_class,
         )
-        outcome = make_set(_source(options), options.out, plan, options.workers)
+        part = Part.parse(options.part) if options.part else None
+        outcome = make_set(_source(options), options.out, plan, options.workers, part)
     except UserError as error:
         print(f"make_shards: {error}", file=sys.stderr)
         return 1
+    _tell(outcome, options.out, part)
+    finished_before = part and not outcome.chunks
+    return 3 if outcome.rejected and not finished_before else 0
+
+
+def _tell(outcome: Outcome, out: Path, part: Part | None) -> None:
     rate = f", {sum(outcome.clips.values()) / outcome.seconds:.1f} clips/s" if outcome.seconds else ""
     clips = ", ".join(f"{count} {name}" for name, count in outcome.clips.items())
-    tail = f"; reasons in {options.out / 'rejected.csv'}" if outcome.rejected else ""
-    print(f"{options.out}: {clips} clips written{rate}; {outcome.rejected} candidates rejected{tail}")
-    return 3 if outcome.rejected else 0
+    if part and outcome.chunks:
+        done, every = outcome.chunks
+        then = "; the same command without --part makes the set of them" if done == every else ""
+        print(
+            f"{out}: part {part.number}/{part.of} is done, {clips or 'no'} clips{rate}; {outcome.rejected} candidates "
+            f"rejected; {done} of all {every} chunks are done{then}"
+        )
+        return
+    tail = f"; reasons in {out / 'rejected.csv'}" if outcome.rejected else ""
+    already = "the set is finished, " if part else ""
+    print(f"{out}: {already}{clips} clips written{rate}; {outcome.rejected} candidates rejected{tail}")
 
 
 def _source(options: argparse.Namespace) -> Source:
@@ -150,4 +169,5 @@ def _add_common(parser: argparse.ArgumentParser, defaults: dict[str, object]) ->
     add("--shard-samples", type=int, default=1000, help="clips of one tar (default: %(default)s)")
     add("--seed", type=int, default=0, help="of order, noise and rendering (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="encoding processes (default: %(default)s)")
+    add("--part", default="", metavar="I/N", help="encode the I-th of N parts alone, from 0 on, and leave the rest")
     parser.set_defaults(**defaults)
