@@ -33,6 +33,8 @@ class Outcome:
     rejected: int
     seconds: float
     chunks: tuple[int, int] | None = None
+    relabelled: int | None = None
+    """Clips of a cleaned set with another label than before."""
 
 
 def recipe_of(source: Any, plan: Any) -> dict[str, Any]:
@@ -52,7 +54,8 @@ def ready(out: Path, recipe: dict[str, Any]) -> Outcome | None:
     if made.get("recipe") != recipe:
         raise UserError(f"{out} holds a set made with other arguments; choose another folder or delete it.")
     shutil.rmtree(out / WORK, ignore_errors=True)
-    return Outcome({name: split["clips"] for name, split in made["splits"].items()}, made["rejected"], 0.0)
+    clips = {name: split["clips"] for name, split in made["splits"].items()}
+    return Outcome(clips, made["rejected"], 0.0, relabelled=made.get("relabelled"))
 
 
 def _described(thing: Any) -> Any:
