@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Look into a set of shards before a run relies on it: `inspect_shards.py verify --help`."""
+"""Look into a set of shards before a run relies on it: `inspect_shards.py verify|stats|show --help`."""
 
 import sys
 
-from distav.inspect_shards import main
+from distav.inspecting.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

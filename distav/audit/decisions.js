@@ -8,7 +8,7 @@ function csv() {
   for (let item = 0; item < items.clip.length; item++) {
     const decision = decisionOf(item), clip = items.clip[item];
     if (decision === undefined) continue;
-    const line = lines.get(clip) ?? { key: clips.key[clip], label: classes[clips.given[clip]], pair: "", given: classes[clips.given[clip]],
+    const line = lines.get(clip) ?? { key: clips.key[clip], label: "", pair: "", given: classes[clips.given[clip]],
       proposed: classes[clips.proposed[clip]], label_decision: "", pair_decision: "", source: clips.source[clip], start_s: clips.start_s[clip] };
     if (items.kind[item] === "label") {
       line.label_decision = Number.isInteger(decision) ? "other" : decision;

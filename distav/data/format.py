@@ -9,6 +9,7 @@ Within a split, ids run from 0 to N-1 in the order of writing; every table and t
 """
 
 import os
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -229,18 +230,33 @@ def columns_once(table: pa.Table) -> pa.Table:
     return table
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or not there."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+def write_atomically(path: Path, content: bytes, scratch: Path | None = None) -> None:
+    """Write a file so that it is either whole or not there, whoever else writes it at the same time.
+
+    Args:
+        path: the file.
+        content: of it.
+        scratch: folder of the same file system in which it lies until it is whole; the file's own where None.
+    """
+    part = unfinished(path, scratch)
+    try:
+        with open(part, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file so that it is either whole or not there."""
+def unfinished(path: Path, scratch: Path | None = None) -> Path:
+    """Return a name for a file until it is whole, which no other process on any machine takes."""
+    return (scratch or path.parent) / f"{path.name}.{uuid.uuid4().hex[:12]}.part"
+
+
+def write_table(path: Path, table: pa.Table, scratch: Path | None = None) -> None:
+    """Write a Parquet file as `write_atomically` does."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    write_atomically(path, sink.getvalue().to_pybytes())
+    write_atomically(path, sink.getvalue().to_pybytes(), scratch)

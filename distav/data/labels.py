@@ -131,8 +131,9 @@ def _apply(path: Path, split: Split, classes: list[str], given: np.ndarray) -> n
             f"data.labels={path}: {len(unknown)} rows name samples that split {split.name} does not have: "
             f"{listed(unknown, 3)}. Take a table made for this set."
         )
-    replaced = given.copy()
-    replaced[np.asarray(rows, dtype=np.int64)] = class_numbers(table.column(name).to_pylist(), classes, path)
+    replaced, names = given.copy(), table.column(name).to_pylist()
+    told = [row for row, label in enumerate(names) if label not in (None, "")]  # Without a label, the given one stays.
+    replaced[np.asarray(rows, dtype=np.int64)[told]] = class_numbers([names[row] for row in told], classes, path)
     return replaced
 
 

@@ -44,15 +44,22 @@ class ShardReader:
         Raises:
             BadSample: where a member cannot be read, is cut short, or has another CRC-32 than when it was written.
         """
-        if self.split.remote:
-            return self._from_afar(self.split.remote, sample)
-        return {name: self._member(sample, name) for name in self.split.members}
+        return self._of(sample, list(self.split.members))
 
-    def _from_afar(self, remote: Remote, sample: int) -> Members:
-        """Read the members of a sample, which lie together, in one piece."""
-        columns, kinds = self.split.columns, self.split.members
+    def member(self, sample: int, kind: str) -> bytes:
+        """Return one member of a sample, or raise BadSample as `read` does."""
+        return self._of(sample, [kind])[kind]
+
+    def _of(self, sample: int, kinds: list[str]) -> Members:
+        if self.split.remote:
+            return self._from_afar(self.split.remote, sample, kinds)
+        return {kind: self._here(sample, kind) for kind in kinds}
+
+    def _from_afar(self, remote: Remote, sample: int, kinds: list[str]) -> Members:
+        """Read members of a sample; all of them lie together and come in one piece."""
+        columns, every = self.split.columns, self.split.members
         shard = self.split.shards[int(columns["shard"][sample])].name
-        places = {kind: [int(columns[f"{kind}_{what}"][sample]) for what in ("offset", "bytes")] for kind in kinds}
+        places = {kind: [int(columns[f"{kind}_{what}"][sample]) for what in ("offset", "bytes")] for kind in every}
         start, end = min(offset for offset, _ in places.values()), max(map(sum, places.values()))
         if start < 0 or end - start > sum(size for _, size in places.values()) + _MOST_BETWEEN:
             raise BadSample(f"members do not lie together in {shard}")
@@ -62,7 +69,7 @@ class ShardReader:
                 content = memoryview(remote.read(shard, start, end - start, afresh))
             except Unreadable as fault:
                 raise BadSample(fault.reason) from None
-            parts = {kind: bytes(content[offset - start :][:size]) for kind, (offset, size) in places.items()}
+            parts = {kind: bytes(content[places[kind][0] - start :][: places[kind][1]]) for kind in kinds}
             return {kind: self._sound(part, sample, kind, shard) for kind, part in parts.items()}
 
         try:
@@ -70,7 +77,7 @@ class ShardReader:
         except _Altered:
             return members(afresh=True)
 
-    def _member(self, sample: int, kind: str) -> bytes:
+    def _here(self, sample: int, kind: str) -> bytes:
         columns = self.split.columns
         shard = int(columns["shard"][sample])
         path = self.split.shards[shard]

@@ -107,9 +107,9 @@ def by_key(path: Path) -> dict[str, list[tuple[str, int, int]]]:
     return found
 
 
-def write_dali_index(tar: Path, members: dict[str, list[tuple[str, int, int]]]) -> None:
-    """Write the `.idx` beside a shard, in the v1.2 format of DALI's wds2idx."""
-    write_atomically(tar.with_suffix(".idx"), dali_index(members))
+def write_dali_index(tar: Path, members: dict[str, list[tuple[str, int, int]]], scratch: Path | None = None) -> None:
+    """Write the `.idx` beside a shard, in the v1.2 format of DALI's wds2idx, as `write_atomically` does."""
+    write_atomically(tar.with_suffix(".idx"), dali_index(members), scratch)
 
 
 def dali_index(members: dict[str, list[tuple[str, int, int]]]) -> bytes:

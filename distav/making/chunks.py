@@ -1,5 +1,8 @@
 """Encoding in worker processes: a chunk of candidates in, one file of encoded clips and one list out.
 
+A chunk is finished when its list is there. The list names the file, and no two processes write to the same file, so
+that a chunk may be encoded twice at once, on whatever machines share the folder.
+
 Workers are separate processes, since media libraries meet files that bring them down; a chunk whose worker died is
 taken again one candidate at a time, each in a process of its own, and what kills that is rejected by name.
 """
@@ -7,7 +10,10 @@ taken again one candidate at a time, each in a process of its own, and what kill
 import contextlib
 import json
 import multiprocessing
+import os
+import re
 import time
+import uuid
 import zlib
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -25,8 +31,32 @@ from distav.making.sources import Source
 
 
 @dataclass(frozen=True)
+class Part:
+    """Every N-th chunk, from the I-th on: what one machine of several encodes."""
+
+    number: int = 0
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """Read `I/N`.
+
+        Raises:
+            UserError: for anything else, or an I that is not from 0 to N-1.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not match or not int(match[1]) < int(match[2]):
+            raise UserError(f"--part={text}: write I/N, with I from 0 to N-1, such as 0/4 for the first part of four.")
+        return cls(int(match[1]), int(match[2]))
+
+    def numbers(self, chunks: int) -> range:
+        """Return the numbers of its chunks."""
+        return range(self.number, chunks, self.of)
+
+
+@dataclass(frozen=True)
 class Encoded:
-    """An encoded clip and where its bytes lie in the work folder."""
+    """An encoded clip and where its bytes lie: in a file of the work folder, or in a tar of a set."""
 
     file: str
     source: str
@@ -38,26 +68,42 @@ class Encoded:
     members: dict[str, tuple[int, int, int]]
     """Offset, bytes and CRC-32 by name."""
 
-    def member(self, name: str, work: Path) -> bytes:
-        """Return the content of a member."""
-        offset, size, _ = self.members[name]
-        with open(work / self.file, "rb") as file:
+    def member(self, name: str, folder: Path) -> bytes:
+        """Return the content of a member.
+
+        Raises:
+            UserError: where it is not what was written.
+        """
+        offset, size, checksum = self.members[name]
+        with open(folder / self.file, "rb") as file:
             file.seek(offset)
-            return file.read(size)
+            content = file.read(size)
+        if zlib.crc32(content) != checksum:
+            raise UserError(f"{folder / self.file}: {name} of '{self.source}' was altered; copy or make it anew.")
+        return content
 
 
 def encode_all(
-    source: Source, encoding: Encoding, seed: int, chunks: list[list[Candidate]], work: Path, workers: int
+    source: Source,
+    encoding: Encoding,
+    seed: int,
+    chunks: list[list[Candidate]],
+    work: Path,
+    workers: int,
+    part: Part | None = None,
 ) -> tuple[list[Encoded], list[dict[str, Any]], float]:
-    """Encode every chunk that is not finished yet.
+    """Encode every chunk, or those of a part, that are not finished yet.
 
     Returns:
-        The encoded clips and the rejected candidates, both in the order of the candidates, and the seconds it took.
+        The encoded clips and the rejected candidates, both in the order of the candidates, and the seconds it took,
+        0 if nothing was left to do.
     """
     began = time.monotonic()
-    todo = [number for number in range(len(chunks)) if not _list_of(work, number).exists()]
-    bar = tqdm(total=sum(map(len, chunks)), unit="clip", desc="encoding", mininterval=1)
-    bar.update(sum(map(len, chunks)) - sum(len(chunks[number]) for number in todo))
+    numbers = (part or Part()).numbers(len(chunks))
+    todo = [number for number in numbers if not _list_of(work, number).exists()]
+    anything = bool(todo)
+    bar = tqdm(total=sum(len(chunks[number]) for number in numbers), unit="clip", desc="encoding", mininterval=1)
+    bar.update(sum(len(chunks[number]) for number in set(numbers) - set(todo)))
     while todo:
         # Forked audio coders hang, so workers start afresh.
         context = multiprocessing.get_context("spawn")
@@ -78,9 +124,15 @@ def encode_all(
             bar.update(len(chunks[number]))
         todo = [number for number in broken if not _list_of(work, number).exists()]
     bar.close()
-    lists = [json.loads(_list_of(work, number).read_text()) for number in range(len(chunks))]
+    lists = [json.loads(_list_of(work, number).read_text()) for number in numbers]
     encoded = [Encoded(**each) for done in lists for each in done["encoded"]]
-    return encoded, [each for done in lists for each in done["rejected"]], time.monotonic() - began
+    rejected = [each for done in lists for each in done["rejected"]]
+    return encoded, rejected, time.monotonic() - began if anything else 0.0
+
+
+def finished(work: Path) -> int:
+    """Return how many chunks are encoded."""
+    return sum(1 for _ in work.glob("chunk-*.json"))
 
 
 def _list_of(work: Path, number: int) -> Path:
@@ -97,10 +149,10 @@ def _encode_chunk(
     deadly: frozenset[int] = frozenset(),
 ) -> None:
     """Encode one chunk, leaving out the places in it that brought a worker down."""
-    file = f"chunk-{number:06d}.bin"
+    file = f"chunk-{number:06d}-{uuid.uuid4().hex[:12]}.bin"
     encoded: list[Encoded] = []
     rejected: list[dict[str, Any]] = []
-    with open(work / f"{file}.part", "wb") as sink:
+    with open(work / file, "xb") as sink:
         for place, candidate in enumerate(candidates):
             try:
                 if place in deadly:
@@ -127,7 +179,8 @@ def _encode_chunk(
                 facts = asdict(candidate)
                 row = {name: facts[name] for name in ("start_s", "end_s", "label")}
                 rejected.append({"path": candidate.source, **row, "reason": str(reason)})
-    (work / f"{file}.part").replace(work / file)
+        sink.flush()
+        os.fsync(sink.fileno())
     done = {"encoded": [asdict(each) for each in encoded], "rejected": rejected}
     write_atomically(_list_of(work, number), json.dumps(done).encode())
 

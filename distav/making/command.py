@@ -8,16 +8,26 @@ from pathlib import Path
 
 from distav.data.noise import LabelNoise
 from distav.errors import UserError
+from distav.making.chunks import Part
+from distav.making.cleaned import Cleaning, make_cleaned
 from distav.making.clips import CODECS, Encoding
 from distav.making.digits import Digits
 from distav.making.events import EventSource, parse_features
+from distav.making.folder import Outcome
 from distav.making.sources import ClipList, Source, VideoFolder
 from distav.making.synthetic import Scenes
 from distav.making.writer import Plan, make_set
 
 _EPILOG = """exit status: 0 every candidate was used; 3 some were rejected, see OUT/rejected.csv, the rest is ready;
 1 nothing could be used or an argument is wrong; 2 the command line could not be understood.
-A run that was killed goes on when the same command is given again; the result has the same bytes."""
+A run that was killed goes on when the same command is given again; the result has the same bytes.
+So it has when machines that share OUT encode parts of it first: give each the same command with --part 0/N, 1/N, ...
+(3 says there that the part had to reject some), then once the command itself, which encodes what is missing."""
+
+_CLEANED_EPILOG = """exit status: 0 every clip was kept; 3 some were left out, see OUT/rejected.csv, the rest is ready;
+1 an argument, a table or the set is wrong; 2 the command line could not be understood.
+In FILE an empty label leaves the clip's as it would be without, and a clip that FILE names stays unless its pair is
+wrong. A run that was killed goes on when the same command is given again; the result has the same bytes."""
 
 _EXAMPLES = {
     "videos": "example: make_shards.py videos ~/clips shards/mine --short-side 256 --clip-s 2 --workers 8",
@@ -27,6 +37,8 @@ _EXAMPLES = {
     "llp": "example: make_shards.py llp AVVP/data shards/llp --features audio:vggish=feats/vggish "
     "--features visual:res152=feats/res152 --features visual:r2plus1d_18=feats/r2plus1d_18",
     "ave": "example: make_shards.py ave AVE_Dataset shards/ave --videos AVE_Dataset/AVE --codec h264",
+    "cleaned": "example: make_shards.py cleaned shards/mine shards/mine-cleaned --decisions decisions.csv "
+    "--labels runs/first/labels/labels.parquet --min-confidence 0.95",
     "synthetic": "example: make_shards.py synthetic shards/quickstart --train-clips 1200 --label-noise symmetric:0.4",
 }
 
@@ -35,25 +47,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Make a set of shards; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        if options.workers < 1 or options.seed < 0:
-            raise UserError(f"--workers={options.workers} --seed={options.seed}: allowed: from 1 up, from 0 up.")
-        plan = Plan(
-            Encoding(options.codec, options.fps, options.short_side, options.clip_s, options.sample_rate),
-            options.seed,
-            options.shard_samples,
-            LabelNoise.parse(options.label_noise),
-            options.correspondence_noise,
-            options.cross_class,
-        )
-        outcome = make_set(_source(options), options.out, plan, options.workers)
+        if options.workers < 1:
+            raise UserError(f"--workers={options.workers}: allowed: from 1 up.")
+        if options.command == "cleaned":
+            return _clean(options)
+        part = Part.parse(options.part) if options.part else None
+        outcome = make_set(_source(options), options.out, _plan(options), options.workers, part)
     except UserError as error:
         print(f"make_shards: {error}", file=sys.stderr)
         return 1
-    rate = f", {sum(outcome.clips.values()) / outcome.seconds:.1f} clips/s" if outcome.seconds else ""
+    _tell(outcome, options.out, part)
+    finished_before = part and not outcome.chunks
+    return 3 if outcome.rejected and not finished_before else 0
+
+
+def _clean(options: argparse.Namespace) -> int:
+    cleaning = Cleaning(
+        options.shards,
+        options.decisions,
+        options.labels,
+        options.min_confidence,
+        options.min_correspondence,
+        options.shard_samples,
+    )
+    outcome = make_cleaned(cleaning, options.out, options.workers)
     clips = ", ".join(f"{count} {name}" for name, count in outcome.clips.items())
     tail = f"; reasons in {options.out / 'rejected.csv'}" if outcome.rejected else ""
-    print(f"{options.out}: {clips} clips written{rate}; {outcome.rejected} candidates rejected{tail}")
+    changed = f"{outcome.relabelled} with another label"
+    print(f"{options.out}: {clips} clips copied, {changed}; {outcome.rejected} left out{tail}")
     return 3 if outcome.rejected else 0
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    if options.seed < 0:
+        raise UserError(f"--seed={options.seed}: allowed: from 0 up.")
+    return Plan(
+        Encoding(options.codec, options.fps, options.short_side, options.clip_s, options.sample_rate),
+        options.seed,
+        options.shard_samples,
+        LabelNoise.parse(options.label_noise),
+        options.correspondence_noise,
+        options.cross_class,
+    )
+
+
+def _tell(outcome: Outcome, out: Path, part: Part | None) -> None:
+    rate = f", {sum(outcome.clips.values()) / outcome.seconds:.1f} clips/s" if outcome.seconds else ""
+    clips = ", ".join(f"{count} {name}" for name, count in outcome.clips.items())
+    if part and outcome.chunks:
+        done, every = outcome.chunks
+        then = "; the same command without --part makes the set of them" if done == every else ""
+        print(
+            f"{out}: part {part.number}/{part.of} is done, {clips or 'no'} clips{rate}; {outcome.rejected} candidates "
+            f"rejected; {done} of all {every} chunks are done{then}"
+        )
+        return
+    tail = f"; reasons in {out / 'rejected.csv'}" if outcome.rejected else ""
+    already = "the set is finished, " if part else ""
+    print(f"{out}: {already}{clips} clips written{rate}; {outcome.rejected} candidates rejected{tail}")
 
 
 def _source(options: argparse.Namespace) -> Source:
@@ -90,10 +141,11 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=about,
             description=about,
-            epilog=f"{_EXAMPLES[name]}\n\n{_EPILOG}",
+            epilog=f"{_EXAMPLES[name]}\n\n{_CLEANED_EPILOG if name == 'cleaned' else _EPILOG}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        _add_common(made, defaults)
+        if name != "cleaned":
+            _add_common(made, defaults)
         return made
 
     videos = command("videos", "Cut the videos of a folder into clips; one sub-folder a class.")
@@ -133,7 +185,20 @@ def _parser() -> argparse.ArgumentParser:
             metavar="SENSE:NAME=DIR",
             help="features in place of videos, a folder of .npy files [steps, dim] for each stream; repeat it",
         )
+    _add_cleaned(command("cleaned", "Copy a set with labels decided anew, and without clips whose pair is wrong."))
     return parser
+
+
+def _add_cleaned(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("shards", type=Path, metavar="SHARDS", help="folder of a set with one label a clip, of clips or of features")
+    add("out", type=Path, metavar="OUT", help="folder to write the new set to; only its train split differs")
+    add("--decisions", type=Path, metavar="FILE", help="csv or parquet: key, label[, pair], pair being wrong or right")
+    add("--labels", type=Path, metavar="TABLE", help="labels/PHASE.parquet of a run; decisions win over it")
+    add("--min-confidence", type=float, default=0.9, help="that TABLE's corrected labels need (default: %(default)s)")
+    add("--min-correspondence", type=float, default=0.0, help="below it, clips are left out (default: %(default)s)")
+    add("--shard-samples", type=int, default=1000, help="clips of one tar (default: %(default)s)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="tars written at a time (default: %(default)s)")
 
 
 def _add_common(parser: argparse.ArgumentParser, defaults: dict[str, object]) -> None:
@@ -150,4 +215,5 @@ def _add_common(parser: argparse.ArgumentParser, defaults: dict[str, object]) ->
     add("--shard-samples", type=int, default=1000, help="clips of one tar (default: %(default)s)")
     add("--seed", type=int, default=0, help="of order, noise and rendering (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="encoding processes (default: %(default)s)")
+    add("--part", default="", metavar="I/N", help="encode the I-th of N parts alone, from 0 on, and leave the rest")
     parser.set_defaults(**defaults)

@@ -4,20 +4,23 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from distav.data.format import unfinished
 from distav.data.tar import by_key, write_dali_index
 from distav.making.chunks import Encoded
 from distav.making.clips import Encoding
 
 
-def key_of(split: str, number: int) -> str:
-    """Return the key of a sample."""
-    return f"{split}-{number:09d}"
+def keys_of(split: str, count: int) -> list[str]:
+    """Return the keys of the samples of a split."""
+    return [f"{split}-{number:09d}" for number in range(count)]
 
 
 @dataclass(frozen=True)
@@ -26,32 +29,45 @@ class Samples:
 
     Attributes:
         split: its name.
+        keys: N keys.
         clips: N encoded clips.
         donors: [N] the clip whose sound each sample carries.
         members: names of a sample's members and their extensions.
         sounds: the members that are heard, and come from the donor.
         encoding: how clips are stored.
-        work: the folder in which the clips lie.
+        folder: in which the clips lie.
+        scratch: the folder in which files lie until they are whole.
     """
 
     split: str
+    keys: Sequence[str]
     clips: Sequence[Encoded]
     donors: np.ndarray
     members: dict[str, str]
     sounds: frozenset[str]
     encoding: Encoding
-    work: Path
+    folder: Path
+    scratch: Path
 
-    def write(self, out: Path, shard: int, ids: range) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Write a shard, unless it is there; returns what the manifest says of it, and its rows of the index."""
+    def write(self, out: Path, shard_samples: int, workers: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Write the shards that are not there; returns what the manifest says of each, and the rows of the index."""
+        starts = range(0, len(self.clips), shard_samples)
+        every = [range(start, min(start + shard_samples, len(self.clips))) for start in starts]
+        # Reading, hashing and writing leave the interpreter to other threads.
+        with ThreadPoolExecutor(max(1, min(workers, len(every)))) as pool:
+            written = list(pool.map(self._write_shard, repeat(out), range(len(every)), every))
+        return [each for each, _ in written], [row for _, rows in written for row in rows]
+
+    def _write_shard(self, out: Path, shard: int, ids: range) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         path = out / f"{self.split}-{shard:06d}.tar"
         if not path.exists():
             self._write_tar(path, ids)
         members = by_key(path)
-        write_dali_index(path, members)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        write_dali_index(path, members, self.scratch)
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         described = {"name": path.name, "clips": len(ids), "bytes": path.stat().st_size, "sha256": digest}
-        return described, [self._row(shard, number, members[key_of(self.split, number)]) for number in ids]
+        return described, [self._row(shard, number, members[self.keys[number]]) for number in ids]
 
     def _holder(self, number: int, member: str) -> Encoded:
         return self.clips[self.donors[number] if member in self.sounds else number]
@@ -60,16 +76,16 @@ class Samples:
         """Write a tar beside its place and rename it."""
         import webdataset.writer  # It brings torch along, which the encoding processes have no use for.
 
-        part = self.work / path.name
+        part = unfinished(path, self.scratch)
         whose = {"mtime": 0, "user": "distav", "group": "distav"}
         with open(part, "wb") as file, webdataset.writer.TarWriter(file, encoder=False, **whose) as tar:
             for number in ids:
                 contents = {
-                    extension: self._holder(number, member).member(member, self.work)
+                    extension: self._holder(number, member).member(member, self.folder)
                     for member, extension in self.members.items()
                 }
                 facts = json.dumps(self._facts(number, contents), sort_keys=True).encode()
-                tar.write({"__key__": key_of(self.split, number), **contents, "json": facts})
+                tar.write({"__key__": self.keys[number], **contents, "json": facts})
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -91,7 +107,7 @@ class Samples:
         row = {
             "split": self.split,
             "id": number,
-            "key": key_of(self.split, number),
+            "key": self.keys[number],
             "shard": shard,
             "source": clip.source,
             "start_s": clip.start_s,

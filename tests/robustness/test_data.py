@@ -19,7 +19,7 @@ from distav.data.format import ShardSet, read_table, write_table
 from distav.data.reader import BadSample, ShardReader
 from distav.data.tar import by_key
 from distav.errors import UserError
-from distav.inspect_shards import main
+from distav.inspecting.command import main
 from tests.conftest import ROOT, make_shards
 from tests.helpers.team import Team, run_whole
 from tests.robustness.test_kills import arguments
