@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from distav.inspecting.console import printable
+from distav.inspecting.console import width as width_of
 
 FRAME = (128, 96)
 """Width and height of the field in which a frame stands."""
@@ -19,7 +20,8 @@ TEXT, WAVE, PAD, GAP = 36, 36, 8, 10
 WIDEST = 1800
 GROUND, CARD, INK, FAINT, SOUND, FAULT = "#e4e7eb", "#ffffff", "#1f2933", "#7b8794", "#2f6fb0", "#b3261e"
 FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf")
-"""Fonts of many scripts, where the system has them; Pillow's own is Latin."""
+WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "DroidSansFallbackFull.ttf", "wqy-microhei.ttc")
+"""Fonts of many scripts, and of East Asian ones, where the system has them; Pillow's own is Latin."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def _wave(pen: ImageDraw.ImageDraw, sound: np.ndarray, box: tuple[int, int, int,
 
 def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int, size: int, ink: str) -> None:
     """Write one line, cut where it would run over."""
-    font, text = _font(size), printable(text)[:400]
+    text = printable(text)[:400]
+    font = _font(size, width_of(text) > len(text))
     if font.getlength(text) > width:
         while text and font.getlength(text + "...") > width:
             text = text[:-1]
@@ -115,8 +118,8 @@ def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: i
 
 
 @lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    for name in FONTS:
+def _font(size: int, wide: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    for name in (*WIDE_FONTS, *FONTS) if wide else FONTS:
         try:
             return ImageFont.truetype(name, size)
         except OSError:

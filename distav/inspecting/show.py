@@ -10,13 +10,14 @@ from distav.data.format import ShardSet, Split
 from distav.data.labels import load_labels, several_labels
 from distav.data.reader import BadSample, DecodeError, ShardReader
 from distav.errors import UserError, listed, nearest
-from distav.inspecting.console import WIDTH, table
+from distav.inspecting.console import WIDTH, cut, table
 from distav.inspecting.measures import measure_clip
 from distav.inspecting.sheet import Cell, draw
 
 FRAMES = 4
 MOST_CLIPS = 400
 """More make a picture that hardly any program opens."""
+_MOST_CELL = 28
 
 
 def show(
@@ -56,15 +57,13 @@ def show(
     cells = [_cell(reader, sample, labels[sample]) for sample in chosen]
     reader.close()
     draw(cells, frames).save(out)
-    print(
-        table(
-            ("key", "label", "source", "start, s", "size", "note"),
-            [_row(split, *each) for each in zip(chosen, cells, strict=True)],
-            WIDTH // 4,
-        )
-    )
+    rows = [_row(split, *each) for each in zip(chosen, cells, strict=True)]
+    print(table(("key", "label", "source", "start, s", "size", "note"), rows, _MOST_CELL))
+    faults = [cell for cell in cells if cell.frames is None]
+    for cell in faults:
+        print(cut(f"{cell.key}: {cell.note}", WIDTH))
     print(f"{out}: {len(cells)} of {len(split)} clips of {name}")
-    return all(cell.frames is not None for cell in cells)
+    return not faults
 
 
 def _labels(shards: ShardSet, split: Split) -> list[list[str]]:
