@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from distav.data.format import ShardSet, Split, write_atomically, write_table
+from distav.data.remote import is_url
 from distav.data.scores import digest_of
 from distav.embedding import Embeddings, Encoders, table
 from distav.errors import UserError, ended_by
@@ -47,14 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with joined(options.device, options.timeout_s, options.threads) as world:
             encoders = Encoders.open(options.export, world.device, options.batch)
             clips = options.out / ".clips"
-            if options.input.suffix == ".npz":
-                frames, sound = _arrays(options.input)
-                facts = {"input": hashlib.sha256(options.input.read_bytes()).hexdigest()}
+            path = Path(options.input).expanduser()
+            if path.suffix == ".npz":
+                frames, sound = _arrays(path)
+                facts = {"input": hashlib.sha256(path.read_bytes()).hexdigest()}
                 on_main(lambda: _claim(options, facts))
                 chunks = [("arrays", len(frames), lambda ids: _of_arrays(encoders, frames, sound, ids))]
             else:
-                if not (options.input / "manifest.json").is_file():
-                    on_main(lambda: _cut(options.input, clips, encoders.description, options.workers))
+                if not is_url(options.input) and not (path / "manifest.json").is_file():
+                    on_main(lambda: _cut(path, clips, encoders.description, options.workers))
                 shards = ShardSet.open(clips if (clips / "manifest.json").is_file() else options.input)
                 splits = [shards.split(name, "--splits") for name in options.splits or shards.manifest["splits"]]
                 on_main(lambda: _claim(options, {"input": digest_of(shards)}))
@@ -74,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("export", type=Path, metavar="EXPORT", help="the export/ folder of a run")
-    add("input", type=Path, metavar="INPUT", help="a set of shards, a folder of media files, or an .npz file")
+    add("input", metavar="INPUT", help="a set of shards or its URL, a folder of media files, or an .npz file")
     add("--out", type=Path, required=True, metavar="OUT", help="folder for the tables")
     add("--splits", nargs="+", default=[], metavar="NAME", help="splits of a set; all of them")
     add("--batch", type=int, default=32, help="clips embedded at a time by each rank (%(default)s)")

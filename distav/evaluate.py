@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("export", type=Path, metavar="EXPORT", help="the export/ folder of a run")
-    add("shards", type=Path, metavar="SHARDS", help="a set of shards")
+    add("shards", metavar="SHARDS", help="a set of shards, or its URL")
     add("--what", nargs="+", choices=KINDS, default=list(KINDS[:3]), help="scores wanted (all but fine_tune)")
     add("--train-split", default="train", metavar="NAME", help="split that is learnt from (%(default)s)")
     add("--test-split", default="test", metavar="NAME", help="split that is scored (%(default)s)")
@@ -165,7 +165,7 @@ def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: 
 
     data = replace(
         fed(description),
-        root=str(options.shards),
+        root=options.shards,
         train_split=options.train_split,
         test_split=options.test_split,
         labels=options.labels,
