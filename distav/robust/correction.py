@@ -87,7 +87,7 @@ def correct(
     """
     own_rows = row_range(len(given))
     own, present = given[own_rows.start : own_rows.stop], valid[own_rows.start : own_rows.stop]
-    fitting = [k for k in voting.neighbors if k < len(given)]
+    fitting = fitting_neighbors(voting.neighbors, len(given), num_classes)
     voting = replace(voting, neighbors=fitting, second=[each for each in voting.second if each <= max(fitting)] or [0])
     judges = Judges(own, num_classes, present)
     problem = Problem(given, own, num_classes, groups, valid, present, voting, judges)
@@ -138,6 +138,17 @@ def correct(
         has_signal=has_signal,
         chosen={"pictures": seen_name, "sounds": heard_name, "joint": joint_name, "pooled": pooled_as},
     )
+
+
+def fitting_neighbors(neighbors: Sequence[int], num_samples: int, num_classes: int) -> list[int]:
+    """Return the numbers of neighbours that a set allows; a small one tries halves of the fewest too.
+
+    Halves are added until half a class of average size has as many: more of them come from other classes.
+    """
+    fitting = [k for k in neighbors if k < num_samples]
+    while fitting and min(fitting) > max(2, num_samples / (2 * num_classes)):
+        fitting.insert(0, min(fitting) // 2)
+    return fitting
 
 
 def nothing_known(given: Tensor, num_classes: int) -> Correction:
