@@ -110,7 +110,7 @@ function detail() {
     ? [`Given `, make("b", { className: "given", textContent: classes[clips.given[clip]] }), `, proposed `,
       make("b", { className: "proposed", textContent: classes[clips.proposed[clip]] })]
     : [`Does the sound belong to this `, make("b", { textContent: classes[clips.proposed[clip]] }), `?`];
-  const facts = (isLabel ? `The given label is wrong with a probability of ${wrong}, the proposed one is right with ${percent(clips.confidence[clip])}. `
+  const facts = (isLabel ? `By what its neighbours show, the given label is wrong with a probability of ${wrong}; the run took ${classes[clips.corrected[clip]]}. `
     : `Sound and picture are a wrong pair with a probability of ${wrong}. Given label: ${classes[clips.given[clip]]}. `)
     + `${clips.key[clip]}, ${clips.source[clip]} from ${clips.start_s[clip]} s`;
   const decision = decisionOf(item);

@@ -98,13 +98,12 @@ def _media(audit: Audit, height: int) -> Iterator[str]:
 def _data(audit: Audit) -> dict[str, Any]:
     clips = audit.shown()
     number = {name: place for place, name in enumerate(audit.classes)}
-    given, proposed = (
+    given, proposed, corrected = (
         np.array([number[name] for name in audit.table.column(column).to_pylist()], dtype=np.int64)
-        for column in ("given", "corrected")
+        for column in ("given", "voted", "corrected")
     )
     counts = np.zeros((len(audit.classes),) * 2, dtype=np.int64)
-    np.add.at(counts, (given, proposed), 1)
-    confidence = audit.table.column("confidence").to_numpy()
+    np.add.at(counts, (given, corrected), 1)
     columns = audit.split.columns
     items: dict[str, list[Any]] = {name: [] for name in ("kind", "clip", "score", "visual", "audio")}
     for problems, near in zip(audit.problems, audit.neighbors, strict=True):
@@ -137,12 +136,12 @@ def _data(audit: Audit) -> dict[str, Any]:
             "start_s": columns["start_s"][clips].tolist(),
             "given": given[clips].tolist(),
             "proposed": proposed[clips].tolist(),
-            "confidence": confidence[clips].astype(float).round(6).tolist(),
+            "corrected": corrected[clips].tolist(),
         },
         "items": items,
     }
 
 
 def _digest(table: pa.Table) -> str:
-    text = json.dumps([table.column(name).to_pylist() for name in ("key", "given", "corrected")])
+    text = json.dumps([table.column(name).to_pylist() for name in ("key", "given", "voted")])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

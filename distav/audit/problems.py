@@ -16,7 +16,7 @@ from distav.embedding import Embeddings, unit
 from distav.errors import UserError, listed
 from distav.memory.neighbors import LARGEST_K, nearest_neighbors
 
-COLUMNS = ("id", "key", "given", "corrected", "confidence", "agreement", "correspondence")
+COLUMNS = ("id", "key", "given", "corrected", "voted", "confidence", "agreement", "correspondence")
 DOUBTED = 0.5
 """Pairs that are less probable than this look wrong."""
 
@@ -50,9 +50,13 @@ def ranked(kind: str, scores: np.ndarray, wrong: np.ndarray) -> Problems:
 
 
 def label_problems(table: pa.Table) -> Problems:
-    """Rank the clips whose label a correction changed by how little of the others' votes went to the given one."""
-    columns = {name: table.column(name).to_numpy(zero_copy_only=False) for name in COLUMNS}
-    return ranked("label", 1 - columns["agreement"].astype(np.float64), columns["given"] != columns["corrected"])
+    """Rank the clips whose neighbours voted for another label by how little of their votes went to the given one.
+
+    Some of these the correction leaves as they are, since most given labels are right; a person can tell.
+    """
+    agreement = table.column("agreement").to_numpy().astype(np.float64)
+    given, voted = (np.array(table.column(name).to_pylist()) for name in ("given", "voted"))
+    return ranked("label", 1 - agreement, given != voted)
 
 
 def pair_problems(table: pa.Table) -> Problems:
@@ -73,7 +77,7 @@ def corrections_of(run: Path, report: dict[str, Any], split: Split) -> pa.Table:
     table = read_table(path)
     missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
-        raise UserError(f"{path}: lacks {listed(missing)}; it is no table of a correction.")
+        raise UserError(f"{path}: lacks {listed(missing)}; it is no table of a correction, or of an older distav.")
     if table.column("key").to_pylist() != split.keys.tolist():
         raise UserError(f"{path}: its keys are not those of split {split.name} of {split.root}; give its own --shards.")
     return table

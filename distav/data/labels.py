@@ -164,6 +164,7 @@ def correction_table(
     split: Split,
     labels: Labels,
     corrected: np.ndarray,
+    voted: np.ndarray,
     confidence: np.ndarray,
     agreement: np.ndarray,
     correspondence: np.ndarray,
@@ -173,9 +174,10 @@ def correction_table(
     Args:
         split: the split.
         labels: its given labels.
-        corrected: [N] int64 voted classes.
-        confidence: [N] float32 share of the vote for the corrected class.
-        agreement: [N] float32 share of the vote for the given class.
+        corrected: [N] int64 classes, the given label and the votes taken together.
+        voted: [N] int64 classes by the votes alone.
+        confidence: [N] float32 probability of the corrected class.
+        agreement: [N] float32 share of the votes for the given class.
         correspondence: [N] float32 estimated probability that sound and picture belong together.
     """
     names = np.array(labels.classes, dtype=object)
@@ -185,6 +187,7 @@ def correction_table(
             "key": split.keys,
             "given": names[labels.given],
             "corrected": names[corrected],
+            "voted": names[voted],
             "confidence": confidence.astype(np.float32),
             "agreement": agreement.astype(np.float32),
             "correspondence": correspondence.astype(np.float32),

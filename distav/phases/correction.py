@@ -130,6 +130,7 @@ def _report(run: Run, name: str, found: Correction) -> None:
     own = row_range(len(split))
     given = torch.from_numpy(labels.given).to(run.world.device)[own.start : own.stop, None]
     corrected = gather_ragged_rows(found.posterior.argmax(1)).cpu().numpy()
+    voted = gather_ragged_rows(found.held_out.argmax(1)).cpu().numpy()
     confidence = gather_ragged_rows(found.posterior.amax(1)).cpu().numpy()
     agreement = gather_ragged_rows(found.held_out.gather(1, given).squeeze(1)).cpu().numpy()
     correspondence = run.bank.whole("correspondence").cpu().numpy()
@@ -179,7 +180,7 @@ def _report(run: Run, name: str, found: Correction) -> None:
     run.notes["labels_changed"] = changed
     run.notes.setdefault("corrections", []).append(summary)
     if run.world.is_main:
-        table = correction_table(split, labels, corrected, confidence, agreement, correspondence)
+        table = correction_table(split, labels, corrected, voted, confidence, agreement, correspondence)
         (run.folder / "labels").mkdir(exist_ok=True)
         write_table(run.folder / "labels" / f"{name}.parquet", table)
     run.monitor.record(step, record)

@@ -45,7 +45,7 @@ def page_file(finished: tuple[Path, str], tiny_shards: Path, tmp_path_factory: p
         classes[(classes.index(name) + 1) % len(classes)] if share < 0.4 else name
         for name, share in zip(given, agreement, strict=True)
     ]
-    for name, values in (("agreement", agreement), ("correspondence", correspondence), ("corrected", corrected)):
+    for name, values in (("agreement", agreement), ("correspondence", correspondence), ("voted", corrected)):
         table = table.set_column(table.column_names.index(name), name, [values])
     write_table(path, table)
     assert main([str(run), "--neighbors", "3", "--shards", str(tiny_shards)]) == 0
@@ -147,7 +147,7 @@ def test_ten_thousand_problems_stay_fluid_and_names_are_no_markup(
     table = pq.read_table(next((page_file.parent / "labels").glob("*.parquet")))
     evil = "</script><img src=x onerror=alert(1)>"
     classes = [evil if name == shards.classes[0] else name for name in shards.classes]
-    for name in ("given", "corrected"):
+    for name in ("given", "corrected", "voted"):
         values = [evil if each == shards.classes[0] else each for each in table.column(name).to_pylist()]
         table = table.set_column(table.column_names.index(name), name, [values])
     ids = np.arange(10_000) % len(split)

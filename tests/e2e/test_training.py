@@ -48,7 +48,7 @@ def test_the_report_has_what_was_promised(finished: tuple[Path, str], tiny_shard
 def test_the_run_folder_has_what_was_promised(finished: tuple[Path, str], tiny_shards: Path):
     run, _ = finished
     table = pq.read_table(run / "labels" / "correction.parquet")
-    expected = ["id", "key", "given", "corrected", "confidence", "agreement", "correspondence"]
+    expected = ["id", "key", "given", "corrected", "voted", "confidence", "agreement", "correspondence"]
     assert table.column_names == expected and len(table) == 96
     accuracy = json.loads((run / "report.json").read_text())["label_accuracy"]["corrected"]
     truth = pq.read_table(tiny_shards / "labels.parquet", filters=[("split", "=", "train")]).column("true_label")
