@@ -22,7 +22,8 @@ def strip(frames: np.ndarray, height: int) -> bytes:
     places = ((np.arange(STRIP) + 0.5) * len(frames) / STRIP).astype(int)
     side = min(frames.shape[1:3])
     top, left = ((size - side) // 2 for size in frames.shape[1:3])
-    squares = frames[places, top : top + side, left : left + side]
+    squares = frames[places, top : top + side, left : left + side].copy()
+    squares[:, :, -max(1, side // 48) :] = 128  # where one ends
     image = Image.fromarray(np.concatenate(list(squares), axis=1))
     if side > height:
         image = image.resize((STRIP * height, height), Image.Resampling.BOX)

@@ -75,9 +75,11 @@ def corrections_of(run: Path, report: dict[str, Any], split: Split) -> pa.Table:
         raise UserError(f"{run}: no phase of this run corrected labels; add one of kind correction, as in quickstart.")
     path = run / "labels" / f"{report['corrections'][-1]['phase']}.parquet"
     table = read_table(path)
+    if "voted" not in table.column_names and "corrected" in table.column_names:  # of a distav that told less
+        table = table.append_column("voted", table.column("corrected"))
     missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
-        raise UserError(f"{path}: lacks {listed(missing)}; it is no table of a correction, or of an older distav.")
+        raise UserError(f"{path}: lacks {listed(missing)}; it is no table of a correction.")
     if table.column("key").to_pylist() != split.keys.tolist():
         raise UserError(f"{path}: its keys are not those of split {split.name} of {split.root}; give its own --shards.")
     return table

@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "noise":
             _noise(options)
             return 0
-        if options.command == "parsing":
-            _parsing(options)
+        if options.command in ("parsing", "audit"):
+            _parsing(options) if options.command == "parsing" else _audit(options)
             return 0
         results = _measured(options)
     except UserError as error:
@@ -64,6 +64,15 @@ def _parsing(options: argparse.Namespace) -> None:
 
     found = parsing.run(options.annotations, options.work, options.seeds, options.at_once)
     print(parsing.table(found))
+    if options.json:
+        write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
+
+
+def _audit(options: argparse.Namespace) -> None:
+    from distav.bench import audit
+
+    found = audit.run(options.runs)
+    print(audit.table(found))
     if options.json:
         write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
 
@@ -186,6 +195,13 @@ def _parser() -> argparse.ArgumentParser:
     parsing.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of features and training")
     parsing.add_argument("--at-once", type=int, default=1, help="trainings at a time, of one core each")
     parsing.add_argument("--json", type=Path, help="file for the figures as JSON")
+    audit = commands.add_parser(
+        "audit",
+        help="how many of the first problems of an audit page are problems, beside cleanlab's ranking",
+        description="Of finished runs on sets that know their true labels and pairs, such as those of `noise`.",
+    )
+    audit.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
+    audit.add_argument("--json", type=Path, help="file for the figures as JSON")
     readme = commands.add_parser("readme", help="write the section of the README from the JSON files")
     readme.add_argument("--results", type=Path, default=Path("tools/results"), help="folder of the JSON files")
     readme.add_argument("--readme", type=Path, default=Path("README.md"), help="the file to change")

@@ -11,6 +11,7 @@ from distav.errors import UserError
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 NOISE_BEGIN, NOISE_END = "<!-- noise: begin -->", "<!-- noise: end -->"
+AUDIT_BEGIN, AUDIT_END = "<!-- audit: begin -->", "<!-- audit: end -->"
 PARSING_BEGIN, PARSING_END = "<!-- parsing: begin -->", "<!-- parsing: end -->"
 ORDER = ("bank", "bank-2-threads", "neighbors", "neighbors-2-threads", "shards", "loader", "step")
 
@@ -28,6 +29,8 @@ def write_section(readme: Path, results: Path) -> None:
         text = _replaced(text, NOISE_BEGIN, NOISE_END, noise_section(results))
     if (results / "parsing.json").exists() and PARSING_BEGIN in text:
         text = _replaced(text, PARSING_BEGIN, PARSING_END, parsing_section(results))
+    if (results / "audit.json").exists() and AUDIT_BEGIN in text:
+        text = _replaced(text, AUDIT_BEGIN, AUDIT_END, audit_section(results))
     write_atomically(readme, text.encode())
 
 
@@ -54,6 +57,14 @@ def parsing_section(results: Path) -> str:
         f"Scores of LLP's 1,200 test videos, mean ± standard deviation over {seeds} seeds; **features are simulated**."
     )
     return "\n\n".join(["", _machines({"parsing": found}), told, table(found), ""])[1:]
+
+
+def audit_section(results: Path) -> str:
+    """Return the table of what the first problems of an audit page are worth."""
+    from distav.bench.audit import table as lines
+
+    found = json.loads((results / "audit.json").read_text())
+    return "\n\n".join(["", _machines({"audit": found}), lines(found), ""])[1:]
 
 
 def section(results: Path) -> str:

@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="make_shards.py",
         description="Make WebDataset shards for distav from raw clips.",
-        epilog=_EPILOG,
+        epilog=f"{_EXAMPLES['videos']}\n\n{_EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

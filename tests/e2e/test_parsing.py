@@ -54,6 +54,7 @@ def valor(llp: Path, out: Path, *more: str) -> list[str]:
     return arguments("valor", llp / "shards", out, table, "phases.parse.epochs=30", *more)
 
 
+@pytest.mark.long
 def test_one_rank_and_two_learn_the_same_and_a_kill_leaves_no_trace(llp: Path, tmp_path: Path):
     run_whole(1, valor(llp, tmp_path / "one"), tmp_path / "one" / "logs")
     run_whole(2, valor(llp, tmp_path / "two"), tmp_path / "two" / "logs")

@@ -72,6 +72,7 @@ LONG = pytest.mark.long
     [((), [1]), pytest.param((), [0, 2], marks=LONG), pytest.param(BANK, [0, 1, 2], marks=LONG)],
     ids=["batch, second piece", "batch, first and last", "bank, all"],
 )
+@pytest.mark.long
 def test_crcl_yaml_goes_on_in_the_middle_of_a_piece(
     changes: tuple[str, ...], killed: list[int], tiny_shards: Path, tmp_path: Path
 ):

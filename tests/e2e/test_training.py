@@ -175,6 +175,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     assert again == unbroken if stage == 0 else np.allclose(again, unbroken, rtol=1e-3)
 
 
+@pytest.mark.long
 def test_other_ways_to_use_the_bank_train(tiny_shards: Path, tmp_path: Path):
     phases = """  drawn: {kind: contrastive, epochs: 2, negatives: 16, soft_targets: none}
   masked: {kind: contrastive, epochs: 1, mask_unvisited: true, category_memory: 1, estimator: scc,

@@ -61,6 +61,7 @@ def test_kills_at_random_moments_leave_no_trace(unbroken: Path, tiny_shards: Pat
     print(f"{done} kills, {while_saving} of them in a save, {runs} runs, {time.monotonic() - began:.0f} s")
 
 
+@pytest.mark.long
 def test_a_run_goes_on_at_other_numbers_of_ranks(unbroken: Path, tiny_shards: Path, tmp_path: Path):
     """2, 1, 3 and 2 ranks in turn, asked to end in phase 1, in the correction and in the last phase."""
     given = arguments(tmp_path, tiny_shards)
@@ -90,6 +91,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(unbroken: Path, tiny_shards: Pa
     assert fingerprint(tmp_path / "tiny") == fingerprint(unbroken)
 
 
+@pytest.mark.long
 def test_features_that_were_extracted_are_not_extracted_again(unbroken: Path, tiny_shards: Path, tmp_path: Path):
     given = arguments(tmp_path, tiny_shards)
     team = Team(2, given, tmp_path / "first")

@@ -91,6 +91,7 @@ def jump_after_30(rank: int) -> None:
     contrastive.train = train
 
 
+@pytest.mark.long
 def test_a_spike_rolls_the_run_back_and_leaves_batches_out(tiny_shards: Path, tmp_path: Path):
     given = arguments(
         tmp_path,

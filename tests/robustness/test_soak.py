@@ -43,6 +43,7 @@ def test_memory_and_open_files_stay_flat(tiny_shards: Path, batches: int):
     assert slope < 8 and max(files) - min(files) <= 1
 
 
+@pytest.mark.long
 def test_checking_members_takes_no_more_than_two_percent_of_the_loader(tmp_path: Path):
     make_shards("synthetic", tmp_path / "set", "--train-clips=64", "--test-clips=0", "--short-side=128")
     split = ShardSet.open(tmp_path / "set").split("train")

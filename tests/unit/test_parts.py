@@ -43,6 +43,7 @@ def start(out: Path, part: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.long
 def test_parts_at_once_one_of_them_twice_and_one_killed(
     whole: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
 ):

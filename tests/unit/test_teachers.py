@@ -154,6 +154,7 @@ def test_other_thresholds_need_no_teachers_and_other_captions_another_folder(
     assert "for other captions" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_scores_that_are_left_are_made_by_any_number_of_ranks(
     ave: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -14,11 +14,9 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from distav.data.format import ShardSet, Split, read_table, write_atomically
+from distav.data.format import ShardSet, read_table, write_atomically
 from distav.data.labels import load_labels
-from distav.data.loader import Loader
-from distav.data.order import owned_batches
-from distav.encoders import fed, load_encoders
+from distav.embedding import Embeddings, Encoders
 
 
 def f1(found: np.ndarray, wrong: np.ndarray) -> float:
@@ -28,21 +26,16 @@ def f1(found: np.ndarray, wrong: np.ndarray) -> float:
     return 2 * both / total if total else 1.0
 
 
-def features(export: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Return the towers' features of every clip, by picture and by sound: [N, E] each."""
-    model, description = load_encoders(export)
-    loader = Loader(split, fed(description), None, 0, 128, torch.device("cpu"))
-    rows: tuple[list[np.ndarray], list[np.ndarray]] = [], []
-    try:
-        with torch.no_grad():
-            for batch in loader.batches((ids, 0) for ids in owned_batches(len(split), 128, 0, 1)):
-                for part, found in zip(
-                    rows, (model.visual(batch.media["frames"]), model.audio(batch.media["sound"])), strict=True
-                ):
-                    part.append(found[batch.valid].numpy())
-    finally:
-        loader.close()
-    return np.concatenate(rows[0]), np.concatenate(rows[1])
+def foretold(embeddings: Embeddings, given: np.ndarray) -> np.ndarray:
+    """Return what cleanlab asks for, class probabilities of each sample's label by the others: [N, C].
+
+    Args:
+        embeddings: of all samples.
+        given: [N] labels.
+    """
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01))
+    inputs = np.concatenate([embeddings.visual, embeddings.audio], axis=1)
+    return np.asarray(cross_val_predict(classifier, inputs, given, cv=5, method="predict_proba"))
 
 
 def compare(run: Path, shards: Path, given: Path, table: str) -> dict[str, float]:
@@ -61,9 +54,8 @@ def compare(run: Path, shards: Path, given: Path, table: str) -> dict[str, float
     wrong = labels.given != truth
     corrected = read_table(run / "labels" / f"{table}.parquet")
     ours = np.array(corrected.column("given").to_pylist()) != np.array(corrected.column("corrected").to_pylist())
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01))
-    inputs = np.concatenate(features(run / "export", split), axis=1)
-    chances = np.asarray(cross_val_predict(classifier, inputs, labels.given, cv=5, method="predict_proba"))
+    embeddings = Encoders.open(run / "export", torch.device("cpu"), batch=128).of_clips(split)
+    chances = foretold(embeddings, labels.given)
     theirs = np.asarray(find_label_issues(labels.given, chances, n_jobs=1), dtype=bool)
     found = {"f1": f1(ours, wrong), "f1_cleanlab": f1(theirs, wrong)}
     write_atomically(run / "detection.json", (json.dumps(found) + "\n").encode())

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from distav.bench.noise.detection import features
 from distav.data.format import ShardSet
 from distav.data.labels import load_labels
 from distav.data.noise import LabelNoise, flip_labels
+from distav.embedding import Encoders
 from distav.robust.calibration import Judges
 from distav.robust.correction import Voting
 from distav.robust.votes import Neighborhood, standardised
@@ -39,7 +39,7 @@ def sweep(run: Path, shards: Path, noises: Sequence[str], seed: int) -> list[dic
     opened = ShardSet.open(shards)
     split = opened.split("train")
     labels, num_classes = load_labels(opened, split), len(opened.classes)
-    pictures, _ = features(run / "export", split)
+    pictures = Encoders.open(run / "export", torch.device("cpu"), batch=128).of_clips(split).visual
     everyone = torch.ones(len(split), dtype=torch.bool)
     directions = standardised(torch.from_numpy(pictures), everyone, Voting().width, WHITENING)
     groups = torch.from_numpy(split.source_codes)

@@ -1,0 +1,164 @@
+"""Every command in the README: run where a small run is quick, and otherwise understood by the program it calls."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from distav import config, harvest, train
+from distav.audit import command as audit
+from distav.bench import command as bench
+from distav.embed import main as embed
+from distav.evaluate import main as evaluate
+from distav.inspecting import command as inspecting
+from distav.making import command as making
+from tests.helpers.launch import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split(" # ")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+PARSERS = {
+    "tools/make_shards.py": making._parser,
+    "tools/inspect_shards.py": inspecting._parser,
+    "tools/harvest_labels.py": harvest._parser,
+    "tools/audit.py": audit._parser,
+    "tools/bench.py": bench._parser,
+}
+RUN_SMALL = ("tools/make_shards.py videos", "tools/make_shards.py csv", "tools/inspect_shards.py", "tools/audit.py",
+             "tools/make_shards.py cleaned", "tools/embed.py", "python distav/evaluate.py")  # fmt: skip
+"""What `test_tools_do_what_the_readme_says` runs."""
+
+
+def _words(command: str) -> list[str]:
+    """Return a command's words without launcher, environment, and what came before it on the line."""
+    words = shlex.split(command.split("&&")[-1])
+    if words[0] == "deepspeed":
+        return words[next(place for place, word in enumerate(words) if word.endswith(".py")) :]
+    return words[1:] if words[0] == "python" else words
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    program, *arguments = _words(command)
+    if program == "distav/train.py":
+        options = train._parse(arguments)
+        assert config.load(options.config, options.overrides).phases
+    elif program in PARSERS:
+        PARSERS[program]().parse_args(arguments)
+    elif program in ("sbatch", "kubectl"):
+        assert (ROOT / next(word for word in arguments if word.startswith("configs/"))).is_file()
+    elif program.startswith(("PARTS=", "configs/launch")):
+        making._parser().parse_args(arguments[arguments.index("configs/launch/make_shards.sh") + 1 :])
+    else:
+        assert program in ("pip", "pytest") or command.startswith(RUN_SMALL), f"nothing tests this command: {command}"
+
+
+def test_the_kubernetes_job_starts_the_command_of_the_other_clusters():
+    service, job = yaml.safe_load_all((ROOT / "configs" / "launch" / "kubernetes.yaml").read_text())
+    spec = job["spec"]
+    pod = spec["template"]["spec"]
+    container = pod["containers"][0]
+    environment = {each["name"]: each["value"] for each in container["env"]}
+    assert service["spec"]["clusterIP"] == "None" and service["metadata"]["name"] == pod["subdomain"]
+    assert spec["completions"] == spec["parallelism"] == int(environment["NODES"])
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(environment["GPUS"])
+    script = container["args"][0].replace("\\\n", " ").replace("exec deepspeed", "echo").replace("/tmp/", "$PLACE/")
+    place = Path(os.environ.get("TMPDIR", "/tmp")) / f"kubernetes-{os.getpid()}"
+    place.mkdir()
+    try:
+        done = subprocess.run(
+            ["bash", "-c", script], text=True, capture_output=True, check=True,
+            env={**environment, "JOB_COMPLETION_INDEX": "2", "PLACE": str(place), "PATH": os.environ["PATH"]},
+        )  # fmt: skip
+        hosts = (place / "hostfile").read_text().splitlines()
+    finally:
+        shutil.rmtree(place)
+    assert hosts == [f"distav-{node}.distav slots=8" for node in range(4)]
+    words = shlex.split(done.stdout)
+    assert (
+        words[words.index("--node_rank") + 1] == "2" and words[words.index("--master_addr") + 1] == hosts[0].split()[0]
+    )
+    options = train._parse(words[words.index("distav/train.py") + 1 :])
+    assert config.load(ROOT / options.config, options.overrides).run.root == "/data/runs"
+
+
+@pytest.mark.long
+def test_tools_do_what_the_readme_says(
+    finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Run them in the README's order, in a folder where the README's names mean small things."""
+    import av
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rng, labels = np.random.default_rng(0), []
+    for number in range(4):
+        path = tmp_path / "clips" / ("dog", "rain")[number % 2] / f"{number}.avi"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(path), "w") as container:
+            video, sound = container.add_stream("mjpeg", rate=8), container.add_stream("pcm_s16le", rate=8000)
+            video.width, video.height, video.pix_fmt = 48, 32, "yuvj420p"  # pyright: ignore[reportAttributeAccessIssue]
+            for _ in range(16):
+                frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (32, 48, 3), dtype=np.uint8), format="rgb24")
+                container.mux(video.encode(frame))  # pyright: ignore[reportAttributeAccessIssue]
+            noise = (rng.normal(0, 3000, (1, 16000))).astype(np.int16)
+            piece = av.AudioFrame.from_ndarray(noise, format="s16", layout="mono")
+            piece.sample_rate = 8000
+            container.mux(sound.encode(piece))  # pyright: ignore[reportAttributeAccessIssue]
+            for stream in (video, sound):
+                container.mux(stream.encode())  # pyright: ignore[reportAttributeAccessIssue]
+        labels.append(f"clips/{path.parent.name}/{path.name},{path.parent.name}")
+    (tmp_path / "clips.csv").write_text("\n".join(["path,label", *labels]) + "\n")
+    shutil.copytree(finished[0], tmp_path / "runs" / "mine")
+    # The run has a correction phase of this name in the README, and its own name here.
+    table = next((tmp_path / "runs" / "mine" / "labels").glob("*.parquet"))
+    (table.parent / "labels.parquet").symlink_to(table)
+    (tmp_path / "decisions.csv").write_text("key,label,pair\ntrain-000000000,,wrong\n")
+    mains: dict[str, Callable[[list[str]], int]] = {
+        "tools/make_shards.py": making.main,
+        "tools/inspect_shards.py": inspecting.main,
+        "tools/audit.py": audit.main,
+        "tools/embed.py": embed,
+        "distav/evaluate.py": evaluate,
+    }
+    done = []
+    for command in COMMANDS:
+        if not command.startswith(RUN_SMALL) or "s3://" in command or "fine_tune" in command:
+            continue
+        program, *arguments = _words(command)
+        places = [str(tmp_path / each[2:]) if each.startswith("~/") else each for each in arguments]
+        if program == "tools/make_shards.py":
+            # The program itself, since its worker processes start from a main module.
+            small = ["--workers", "1"] if places[0] == "cleaned" else ["--workers", "1", "--short-side", "32"]
+            ended = subprocess.run([sys.executable, str(ROOT / program), *places, *small], check=False)
+            assert ended.returncode in (0, 3), command
+            if places[0] == "videos":  # What follows is about the set that the run learnt from.
+                shutil.rmtree(tmp_path / "shards" / "mine")
+                shutil.copytree(tiny_shards, tmp_path / "shards" / "mine")
+        else:
+            assert mains[program](places) == 0, command
+        done.append(command)
+    assert {next(start for start in RUN_SMALL if each.startswith(start)) for each in done} == set(RUN_SMALL)
+    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    embedded = {f"embeddings/{name}-000000.parquet" for name in ("mine/train", "clips/files")}
+    sets = {f"shards/{name}/manifest.json" for name in ("listed", "parts", "clean", "cleaner")}
+    assert {"sheet.png", "runs/mine/audit.html"} | embedded | sets <= made
+
+
+def test_every_tool_helps_with_an_example():
+    for path in sorted((ROOT / "tools").glob("*.py")):
+        done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, check=True)
+        assert path.name in done.stdout.replace("usage: ", "", 1).partition("\n")[2], path.name
