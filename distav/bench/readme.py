@@ -73,7 +73,7 @@ def section(results: Path) -> str:
     Raises:
         UserError: where the folder holds none.
     """
-    others = ("noise", "parsing")
+    others = ("noise", "parsing", "audit")
     runs = {
         path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json")) if path.stem not in others
     }
