@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from distav.commands import add_rank_options, ended_by
 from distav.data.format import ShardSet, Split, write_atomically, write_table
 from distav.data.remote import is_url
 from distav.data.scores import digest_of
 from distav.embedding import Embeddings, Encoders, table
-from distav.errors import UserError, ended_by
+from distav.errors import UserError
 from distav.making.clips import Encoding
 from distav.making.sources import MediaFiles
 from distav.making.writer import Plan, make_set
@@ -79,12 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     add("input", metavar="INPUT", help="a set of shards or its URL, a folder of media files, or an .npz file")
     add("--out", type=Path, required=True, metavar="OUT", help="folder for the tables")
     add("--splits", nargs="+", default=[], metavar="NAME", help="splits of a set; all of them")
-    add("--batch", type=int, default=32, help="clips embedded at a time by each rank (%(default)s)")
     add("--workers", type=int, default=1, help="processes that cut media files (%(default)s)")
-    add("--device", choices=("auto", "gpu", "cpu"), default="auto", help="where to compute (%(default)s)")
-    add("--threads", type=int, default=0, help="CPU threads of each rank; 0: the cores shared among them")
-    add("--timeout-s", type=float, default=3600.0, help="seconds a rank may keep the others waiting (%(default)g)")
-    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # The launcher adds it.
+    add_rank_options(parser, 32, "embedded")
     return parser
 
 

@@ -1,9 +1,6 @@
 """The errors a user can mend, and the help that goes with them."""
 
 import difflib
-import os
-import sys
-import time
 from collections.abc import Iterable
 
 
@@ -21,12 +18,3 @@ def listed(names: Iterable[object], most: int = 12) -> str:
     """Return the names as one readable line, cut after `most`."""
     every = [str(each) for each in names]
     return ", ".join(every[:most]) + (f", ... ({len(every)} in all)" if len(every) > most else "")
-
-
-def ended_by(error: UserError, program: str) -> int:
-    """Print why a command ends, and return its exit status."""
-    if os.environ.get("RANK", "0") != "0":
-        # The first rank says the same and takes the others down; what is said here is this rank's own.
-        time.sleep(3)
-    print(f"{program}: {error}", file=sys.stderr)
-    return 1

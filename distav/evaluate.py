@@ -22,11 +22,12 @@ sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from distav.commands import add_rank_options, ended_by  # noqa: E402
 from distav.data.format import ShardSet, Split, write_atomically  # noqa: E402
 from distav.data.labels import load_labels  # noqa: E402
 from distav.embedding import Encoders  # noqa: E402
 from distav.encoders import fed, model_settings  # noqa: E402
-from distav.errors import UserError, ended_by  # noqa: E402
+from distav.errors import UserError  # noqa: E402
 from distav.metrics import retrieval  # noqa: E402
 from distav.phase_settings import SupervisedPhase, Targets  # noqa: E402
 from distav.probing import LinearProbe, neighbor_votes  # noqa: E402
@@ -69,11 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=12, help="of fine-tuning (%(default)s)")
     add("--lr", type=float, default=1e-3, help="of the classifiers in fine-tuning, towers 0.3 of it (%(default)s)")
     add("--global-batch", type=int, default=128, help="of fine-tuning, over all ranks (%(default)s)")
-    add("--batch", type=int, default=32, help="clips embedded at a time by each rank (%(default)s)")
-    add("--device", choices=("auto", "gpu", "cpu"), default="auto", help="where to compute (%(default)s)")
-    add("--threads", type=int, default=0, help="CPU threads of each rank; 0: the cores shared among them")
-    add("--timeout-s", type=float, default=3600.0, help="seconds a rank may keep the others waiting (%(default)g)")
-    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # The launcher adds it.
+    add_rank_options(parser, 32, "embedded")
     return parser
 
 

@@ -21,13 +21,14 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
+from distav.commands import add_rank_options, ended_by
 from distav.data.events import events_table, load_events, segments_of
 from distav.data.format import ShardSet, Split, write_atomically, write_table
 from distav.data.loader import Loader
 from distav.data.order import padded_batches
 from distav.data.scores import CHUNK, about_file, digest_of, read_scores, score_file, score_files, write_scores
 from distav.data.streams import SENSES
-from distav.errors import UserError, ended_by, listed
+from distav.errors import UserError, listed
 from distav.parsing_scores import parsing_scores
 from distav.settings import DataSettings
 from distav.teachers.networks import ImageTeacher, SoundTeacher, Teacher
@@ -66,11 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts", type=Path, required=True, metavar="FILE", help="teachers, captions and thresholds of each class")
     add("--out", type=Path, required=True, metavar="OUT", help="folder for scores and tables")
     add("--splits", nargs="+", default=[], metavar="NAME", help="splits to label; all of them")
-    add("--batch", type=int, default=8, help="clips scored at a time by each rank (%(default)s)")
-    add("--device", choices=("auto", "gpu", "cpu"), default="auto", help="where teachers compute (%(default)s)")
-    add("--threads", type=int, default=0, help="CPU threads of each rank; 0: the cores shared among them")
-    add("--timeout-s", type=float, default=3600.0, help="seconds a rank may keep the others waiting (%(default)g)")
-    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # The launcher adds it.
+    add_rank_options(parser, 8, "scored")
     return parser
 
 

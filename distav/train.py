@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(__file__).resolve().parent]
 
 from distav import config  # noqa: E402
-from distav.errors import UserError, ended_by  # noqa: E402
+from distav.commands import ended_by  # noqa: E402
+from distav.errors import UserError  # noqa: E402
 from distav.stopping import STATUS, Interrupted  # noqa: E402
 
 

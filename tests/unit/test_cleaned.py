@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distav.data.format import ShardSet, read_table
-from distav.data.labels import load_labels
+from distav.data.labels import _apply, load_labels
 from distav.data.loader import Loader
 from distav.data.order import padded_batches
 from distav.data.reader import ShardReader
@@ -236,3 +236,14 @@ def test_damaged_members_are_not_copied(tiny_shards: Path, tmp_path: Path, capsy
     assert main(["cleaned", str(root), str(tmp_path / "out"), f"--decisions={mine}"]) == 1
     assert "test-000000.tar: audio of 'test-scene-" in capsys.readouterr().err
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_table_of_labels_names_classes_as_text_and_may_leave_some_out(tiny_shards: Path, tmp_path: Path):
+    split = ShardSet.open(tiny_shards).split("train")
+    given = np.zeros(len(split), np.int64)
+    table = tmp_path / "own.csv"
+    table.write_text(f"key,label\n{KEYS[1]},2\n{KEYS[2]},\n{KEYS[3]},null\n")
+    found = _apply(table, split, ["1", "2", "null"], given)
+    assert found.nonzero()[0].tolist() == [1, 3] and found[[1, 3]].tolist() == [1, 2]
+    table.write_text("id,label\n5,2\n")
+    assert _apply(table, split, ["1", "2", "null"], given).nonzero()[0].tolist() == [5]

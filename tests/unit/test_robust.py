@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from distav.metrics import auroc, expected_calibration_error, label_accuracy
-from distav.robust.correction import Space, Voting, correct
+from distav.robust.correction import Space, Voting, correct, fitting_neighbors
 from distav.robust.correspondence import cdf_correspondence, fit_mixture, gmm_correspondence, sample_weights
 from distav.robust.votes import Neighborhood, standardised
 
@@ -233,3 +233,10 @@ def test_auroc_and_label_accuracy():
     given, corrected, true = np.array([0, 1, 1, 2]), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2])
     expected = {"given": 0.75, "corrected": 0.75, "flipped_recovered": 1.0, "clean_damaged": 1 / 3}
     assert label_accuracy(given, corrected, true) == pytest.approx(expected)
+
+
+def test_small_sets_try_fewer_neighbours_until_half_a_class_has_as_many():
+    assert fitting_neighbors([50, 200, 400], 2700, 10) == [50, 200, 400]
+    assert fitting_neighbors([50, 200, 400], 67, 4) == [6, 12, 25, 50]
+    assert fitting_neighbors([6, 12], 96, 6) == [6, 12]
+    assert fitting_neighbors([50], 60, 30) == [1, 3, 6, 12, 25, 50]
