@@ -14,6 +14,7 @@ other. A clip that cannot be read has null there. The same command goes on after
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 import zipfile
@@ -37,6 +38,8 @@ from distav.world import World, broadcast, joined, on_main, wait_for_all
 
 CHUNK = 1024
 """Clips of one file."""
+WORK = ".work"
+"""Folder in OUT for what is not finished."""
 
 Rows = tuple[dict[str, Any], Embeddings]
 """Columns that name clips, and what the network makes of them."""
@@ -48,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with joined(options.device, options.timeout_s, options.threads) as world:
             encoders = Encoders.open(options.export, world.device, options.batch)
-            clips = options.out / ".clips"
+            work = options.out / WORK
             path = Path(options.input).expanduser()
             if path.suffix == ".npz":
                 frames, sound = _arrays(path)
@@ -56,14 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 on_main(lambda: _claim(options, facts))
                 chunks = [("arrays", len(frames), lambda ids: _of_arrays(encoders, frames, sound, ids))]
             else:
-                if not is_url(options.input) and not (path / "manifest.json").is_file():
-                    on_main(lambda: _cut(path, clips, encoders.description, options.workers))
-                shards = ShardSet.open(clips if (clips / "manifest.json").is_file() else options.input)
+                is_set = is_url(options.input) or (path / "manifest.json").is_file()
+                if not is_set:
+                    on_main(lambda: _cut(path, work / "clips", encoders.description, options.workers))
+                shards = ShardSet.open(options.input if is_set else work / "clips")
                 splits = [shards.split(name, "--splits") for name in options.splits or shards.manifest["splits"]]
                 on_main(lambda: _claim(options, {"input": digest_of(shards)}))
                 chunks = [(each.name, len(each), _of_split(encoders, each)) for each in splits]
             _embed(options.out, chunks, world)
-            on_main(lambda: shutil.rmtree(clips, ignore_errors=True))
+            on_main(lambda: shutil.rmtree(work, ignore_errors=True))
             if world.is_main:
                 print(f"{options.out}: {sum(count for _, count, _ in chunks)} clips embedded")
     except UserError as error:
@@ -80,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     add("input", metavar="INPUT", help="a set of shards or its URL, a folder of media files, or an .npz file")
     add("--out", type=Path, required=True, metavar="OUT", help="folder for the tables")
     add("--splits", nargs="+", default=[], metavar="NAME", help="splits of a set; all of them")
-    add("--workers", type=int, default=1, help="processes that cut media files (%(default)s)")
+    workers = os.cpu_count() or 1
+    add("--workers", type=int, default=workers, help="processes that cut media files, while ranks wait (%(default)s)")
     add_rank_options(parser, 32, "embedded")
     return parser
 
@@ -88,9 +93,14 @@ def _parser() -> argparse.ArgumentParser:
 def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return file["frames"], file["sound"]
+            frames, sound = file["frames"], file["sound"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: needs arrays `frames` and `sound`, as numpy.savez writes them ({error}).") from None
+    if frames.ndim != 5 or sound.ndim != 2 or len(frames) != len(sound):
+        raise UserError(
+            f"{path}: `frames` {frames.shape} and `sound` {sound.shape}; allowed: [n, T, H, W, 3] and [n, N], n alike."
+        )
+    return frames, sound
 
 
 def _cut(folder: Path, out: Path, description: dict[str, Any], workers: int) -> None:
@@ -101,8 +111,9 @@ def _cut(folder: Path, out: Path, description: dict[str, Any], workers: int) -> 
     encoding = Encoding(stored["codec"], takes["fps"], stored["short_side"], stored["clip_s"], takes["sample_rate_hz"])
     made = make_set(MediaFiles(folder), out, Plan(encoding), workers)
     if made.rejected:
-        shutil.copy(out / "rejected.csv", out.parent / "_rejected.csv")
-        print(f"{made.rejected} files cannot be used; {out.parent / 'rejected.csv'} says why", file=sys.stderr)
+        told = out.parents[1] / "_rejected.csv"
+        shutil.copy(out / "rejected.csv", told)
+        print(f"{made.rejected} files cannot be used; {told} says why", file=sys.stderr)
 
 
 def _claim(options: argparse.Namespace, facts: dict[str, Any]) -> None:
@@ -115,7 +126,7 @@ def _claim(options: argparse.Namespace, facts: dict[str, Any]) -> None:
             f"{options.out} holds embeddings by another network, of other clips or with another --batch; choose "
             "another --out or delete it."
         )
-    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / WORK).mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.encode())
 
 
@@ -150,7 +161,7 @@ def _embed(out: Path, parts: list[tuple[str, int, Callable[[np.ndarray], Rows]]]
         if number % world.num_ranks == world.rank:
             columns, found = rows(ids)
             unread += int((~found.valid).sum())
-            write_table(path, table(found, columns))
+            write_table(path, table(found, columns), scratch=out / WORK)
         bar.update()
     bar.close()
     if unread:

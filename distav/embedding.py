@@ -99,8 +99,9 @@ class Encoders:
         """
         ids = np.arange(len(split)) if ids is None else ids
         self._check(split)
+        count = max(1, -(-len(ids) // self.batch))  # A rank without clips learns the widths by a batch of padding.
         loader = Loader(split, fed(self.description), None, 0, self.batch, self.device)
-        plan = padded_batches(ids, self.batch, -(-len(ids) // self.batch))
+        plan = padded_batches(ids, self.batch, count)
 
         def batches() -> Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]]:
             for some, batch in zip(plan, loader.batches((ids, 0) for ids in plan), strict=True):
@@ -143,6 +144,8 @@ class Encoders:
         takes = self.description["input"]
         if split.streams:
             raise UserError(f"{split.root} holds features in place of clips.")
+        if not len(split):
+            raise UserError(f"{split.root}: split {split.name} has no clips.")
         for name, has in (("fps", split.fps), ("sample_rate_hz", split.sample_rate_hz)):
             if has != takes[name]:
                 raise UserError(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -44,7 +45,11 @@ def weights(folder: str | Path) -> dict[str, Tensor]:
         UserError: where it holds no export.
     """
     _description(Path(folder))
-    return safetensors.torch.load_file(Path(folder) / "model.safetensors")
+    path = Path(folder) / "model.safetensors"
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again.") from None
 
 
 def model_settings(description: dict[str, Any]) -> ModelSettings:
@@ -89,4 +94,7 @@ def _description(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} holds no export; expected model.safetensors and config.json, as in runs/NAME/export."
         )
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again.") from None

@@ -92,6 +92,8 @@ class Embedded:
 
 
 def _scores(options: argparse.Namespace, world: World) -> dict[str, Any]:
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise UserError(f"--json={options.json}: no such folder; make it first.")
     if options.neighbors < 1:
         raise UserError(f"--neighbors={options.neighbors}: allowed: from 1 up.")
     shards = ShardSet.open(options.shards)

@@ -189,7 +189,10 @@ def _start(engine: Engine, settings: Settings, monitor: Monitor) -> tuple[Positi
     """Begin a run, with the weights of an earlier one where they are asked for."""
     source = settings.model.start_from
     if source:
-        offered = weights(Path(source).expanduser())
+        try:
+            offered = weights(Path(source).expanduser())
+        except UserError as error:
+            raise UserError(f"model.start_from={source}: {error}") from None
         taken = engine.restart(settings.run.seed, offered)
         if not taken:
             raise UserError(

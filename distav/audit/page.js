@@ -32,8 +32,12 @@ function stateOf(item) {
 function decide(item, decision) {
   const key = items.kind[item] + " " + clips.key[items.clip[item]];
   if (decision === undefined) delete decisions[key]; else decisions[key] = decision;
-  try { localStorage.setItem(KEPT, JSON.stringify(decisions)); } catch { /* a page without storage still saves CSV */ }
+  keep();
   count();
+}
+
+function keep() {
+  try { localStorage.setItem(KEPT, JSON.stringify(decisions)); } catch { /* a page without storage still saves CSV */ }
 }
 
 function count() {
@@ -227,21 +231,15 @@ function save() {
 }
 
 async function load(file) {
-  const known = new Set(clips.key);
-  let taken = 0;
-  for (const line of parsed(await file.text())) {
-    if (!known.has(line.key)) continue;
-    taken++;
-    if (line.label_decision) decisions["label " + line.key] = line.label_decision === "other" ? classes.indexOf(line.label) : line.label_decision;
-    if (line.pair_decision) decisions["pair " + line.key] = line.pair_decision;
-  }
+  const said = take(parsed(await file.text()));
+  keep();
   count();
   show(view === "overview" ? "label" : view);
-  $("#decided").textContent = `${taken} clips taken from ${file.name}`;
+  $("#decided").textContent = `${said} from ${file.name}`;
 }
 
 const ACTIONS = { j: () => choose(chosen + 1), arrowdown: () => choose(chosen + 1), k: () => choose(chosen - 1), arrowup: () => choose(chosen - 1),
-  a: () => act("accepted"), r: () => act("rejected"), u: undo, c: () => $("#pick")?.focus(), s: save,
+  a: () => act("accepted"), r: () => act("rejected"), u: undo, c: () => { const pick = $("#pick"); pick?.focus(); pick?.showPicker?.(); }, s: save,
   " ": () => { const sound = $("#sound"); if (sound) sound.paused ? sound.play() : sound.pause(); },
   1: () => show("label"), 2: () => show("pair"), 3: () => show("overview"), "?": () => $("#keys").showModal() };
 

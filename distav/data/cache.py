@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+_ABANDONED_S = 3600.0
+"""Age from which an unfinished file is nobody's."""
 _FULL = 0.9
 """Share of the bound down to which room is made, so that the folder is seldom looked through."""
 _PAUSE_S = 600.0
@@ -119,9 +121,11 @@ class Cache:
         """Yield every file: whether it is this set's, when it was used, its size and path."""
         for folder, _, names in os.walk(self.root):
             own = Path(folder).is_relative_to(self.folder)
-            for path in (os.path.join(folder, name) for name in names if name != "used"):
+            for path in (os.path.join(folder, name) for name in names if name not in ("used", "lock")):
                 with contextlib.suppress(FileNotFoundError):
                     status = os.stat(path)
+                    if Path(folder).name == "parts" and time.time() - status.st_mtime < _ABANDONED_S:
+                        continue  # Another process is writing it.
                     yield own, status.st_mtime_ns, status.st_size, path
 
     def _warn(self, error: OSError) -> None:

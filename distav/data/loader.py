@@ -26,6 +26,9 @@ from distav.data.streams import Stream
 from distav.seeding import sample_seeds
 from distav.settings import AugmentSettings, DataSettings
 
+_MOST_TRIED = 1000
+"""Samples among which one that can be decoded is looked for."""
+
 
 @dataclass
 class Batch:
@@ -181,10 +184,15 @@ class Loader:
             if member is not None and (said := self._refused(member, views[row])):
                 members[row] = None
                 self.quarantine.reasons[int(ids[row])] = f"not decodable: {said}"
-        self._spare = next((each for each in members if each is not None), self._proven)
+        self._spare = next((each for each in members if each is not None), self._proven) or self._found(views[0])
         if self._spare is None:
-            raise RuntimeError(f"no sample of the first batch could be decoded: {reason}")
+            raise RuntimeError(f"no sample of split {self.split.name} could be decoded: {reason}")
         return self.graph.run(self._filled(members), views)
+
+    def _found(self, view: object) -> Members | None:
+        """Look for a sample that can be decoded where none of the first batch could."""
+        some = (self._read(sample) for sample in range(min(len(self.split), _MOST_TRIED)))
+        return next((each for each in some if each and not self._refused(each, view)), None)
 
     def _filled(self, members: list[Members | None]) -> list[Members]:
         """Put a sample known to be good where there is none; those rows are masked."""

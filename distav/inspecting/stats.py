@@ -59,7 +59,7 @@ def _contents(shards: ShardSet, split: Split) -> dict[str, Any]:
         "sources_by_clips": _counted(of_sources.tolist()),
         "classes": _classes(shards, split),
         "tars": len(split.shards),
-        "tar_bytes": sum(path.stat().st_size for path in split.shards),
+        "tar_bytes": sum(each["bytes"] for each in shards.manifest["splits"][split.name]["shards"]),
         "member_bytes": {name: spread(columns[f"{name}_bytes"]) for name in split.members},
     }
     if not split.streams:

@@ -72,8 +72,6 @@ def make_cleaned(cleaning: Cleaning, out: Path, workers: int) -> Outcome:
         UserError: for a set of several labels, tables that do not fit it, damaged members, or if no clip is left.
     """
     shards = ShardSet.open(cleaning.root)
-    if shards.remote:
-        raise UserError(f"{shards.where}: `cleaned` copies files; take the folder home first.")
     if shards.several_labels:
         raise UserError(f"{cleaning.root}: its clips have several classes each; `cleaned` takes sets of one a clip.")
     recipe = recipe_of(cleaning, cleaning.digests())

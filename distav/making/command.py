@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distav.data.noise import LabelNoise
+from distav.data.remote import is_url
 from distav.errors import UserError
 from distav.making.chunks import Part
 from distav.making.cleaned import Cleaning, make_cleaned
@@ -62,8 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _clean(options: argparse.Namespace) -> int:
+    if is_url(options.shards):
+        raise UserError(f"{options.shards}: `cleaned` copies files; take the folder home first.")
     cleaning = Cleaning(
-        options.shards,
+        Path(options.shards),
         options.decisions,
         options.labels,
         options.min_confidence,
@@ -191,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_cleaned(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("shards", type=Path, metavar="SHARDS", help="folder of a set with one label a clip, of clips or of features")
+    add("shards", metavar="SHARDS", help="folder of a set with one label a clip, of clips or of features")
     add("out", type=Path, metavar="OUT", help="folder to write the new set to; only its train split differs")
     add("--decisions", type=Path, metavar="FILE", help="csv or parquet: key, label[, pair], pair being wrong or right")
     add("--labels", type=Path, metavar="TABLE", help="labels/PHASE.parquet of a run; decisions win over it")

@@ -115,10 +115,29 @@ def test_problems_are_judged_by_keys_and_go_back_into_a_training(
     assert page.locator("#decided").inner_text() == "nothing decided yet"
     page.set_input_files("#load", str(decisions))
     page.wait_for_function("document.getElementById('decided').textContent.startsWith('5 clips taken')")
+    page.evaluate("location.reload()")  # What was loaded is kept as what was decided is.
+    page.wait_for_function("document.getElementById('decided')?.textContent === '6 decided'")
     with page.expect_download() as again:
         page.click("#save")
     again.value.save_as(tmp_path / "again.csv")
     assert (tmp_path / "again.csv").read_text() == decisions.read_text()
+    # Decisions of another run's page go by their labels, and those on clips not shown here are kept.
+    lines = decisions.read_text().splitlines()
+    foreign = next(line for line in lines if ",accepted,," in line).replace(",accepted,", ",rejected,", 1)
+    (tmp_path / "foreign.csv").write_text(
+        "\n".join([lines[0], foreign, "elsewhere,,wrong,a,b,,accepted,file,0"]) + "\n"
+    )
+    page.evaluate("localStorage.clear()")
+    page.reload()
+    page.set_input_files("#load", str(tmp_path / "foreign.csv"))
+    page.wait_for_function("document.getElementById('decided').textContent.includes('1 not on this page kept')")
+    with page.expect_download() as third:
+        page.click("#save")
+    third.value.save_as(tmp_path / "third.csv")
+    kept = {each["key"]: each for each in csv.DictReader((tmp_path / "third.csv").open())}
+    assert kept["elsewhere"]["pair"] == "wrong" and len(kept) == 2
+    assert kept[foreign.split(",")[0]]["label"] == foreign.split(",")[1]
+    assert kept[foreign.split(",")[0]]["label_decision"] == "accepted"
     page.keyboard.press("3")
     assert page.locator(".confusion td").first.is_visible() and page.locator(".bar").count() == len(shards.classes)
     assert not said

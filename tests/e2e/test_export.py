@@ -160,7 +160,7 @@ def test_files_and_arrays_are_embedded_as_shards_are(
     assert table.column("source").to_pylist() == ["deep/one.mp4"] * 2
     assert table.column("start_s").to_pylist() == [0.0, 1.0] and not table.column("visual").null_count
     assert "note.txt" in (tmp_path / "files" / "_rejected.csv").read_text()
-    assert not (tmp_path / "files" / ".clips").exists()
+    assert not (tmp_path / "files" / ".work").exists()
 
     frames = rng.integers(0, 255, (5, 2, 16, 16, 3), dtype=np.uint8)
     sound = rng.normal(0, 0.1, (5, 4000)).astype(np.float32)
@@ -173,9 +173,11 @@ def test_files_and_arrays_are_embedded_as_shards_are(
     np.testing.assert_allclose(np.array(table.column("visual").to_pylist()), expected, atol=1e-5)
 
     np.savez(tmp_path / "wrong.npz", frames=frames[:, :1], sound=sound)
+    np.savez(tmp_path / "uneven.npz", frames=frames, sound=sound[:4])
     (tmp_path / "empty").mkdir()
     for given, told in (
         ("wrong.npz", "the network takes [n, 2, 16, 16, 3]"),
+        ("uneven.npz", "`sound` (4, 4000)"),
         ("none.npz", "needs arrays `frames` and `sound`"),
         ("empty", "no media files"),
     ):

@@ -158,6 +158,7 @@ def test_tools_do_what_the_readme_says(
     assert {"sheet.png", "runs/mine/audit.html"} | embedded | sets <= made
 
 
+@pytest.mark.long
 def test_every_tool_helps_with_an_example():
     for path in sorted((ROOT / "tools").glob("*.py")):
         done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, check=True)

@@ -195,6 +195,7 @@ def test_other_ways_to_use_the_bank_train(tiny_shards: Path, tmp_path: Path):
     assert "given training labels were right" in said and len(found) == 20 and np.isfinite(found).all()
 
 
+@pytest.mark.long
 def test_accumulated_micro_batches_train(tiny_shards: Path, tmp_path: Path):
     train(tiny_config(tmp_path), f"data.root={tiny_shards}", f"run.root={tmp_path}", "optim.accumulation=2", ranks=2)
     found = losses(tmp_path / "tiny")

@@ -89,6 +89,7 @@ def test_the_fault_of_one_rank_is_told_by_all(tiny_shards: Path, tmp_path: Path)
     run_whole(2, given, tmp_path / "second")
 
 
+@pytest.mark.long
 def test_a_rank_that_lives_but_does_not_get_on_is_named(tiny_shards: Path, tmp_path: Path):
     team = Team(2, arguments(tmp_path, tiny_shards), tmp_path / "first", _dawdle_at_step_3)
     statuses = team.end(60)

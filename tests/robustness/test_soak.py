@@ -1,6 +1,5 @@
 """Thousands of batches leave memory and open files as they were; checking members costs next to nothing."""
 
-import gc
 import os
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from distav.data.order import TrainingOrder
 from distav.data.reader import crc32
 from distav.settings import AugmentSettings, DataSettings
 from tests.conftest import make_shards
+from tests.helpers.spawn import on_ranks
 
 DATA = DataSettings(num_frames=2, frame_stride=2, frame_size=16, audio_s=0.5)
 
@@ -24,19 +24,25 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-@pytest.mark.parametrize("batches", [400, pytest.param(5000, marks=pytest.mark.long)])
-def test_memory_and_open_files_stay_flat(tiny_shards: Path, batches: int):
-    split = ShardSet.open(tiny_shards).split("train")
+def _read_many(shards: str, batches: int) -> tuple[list[float], list[int]]:
+    """Return the memory in MiB and the open files as batches go by."""
+    split = ShardSet.open(shards).split("train")
     loader = Loader(split, DATA, AugmentSettings(), 0, 24, torch.device("cpu"))
     order = TrainingOrder(split.shard_sizes, 0, 64, 24, 1)
     plan = ((order.batch(step), step // order.steps_per_epoch) for step in range(batches))
     memory, files = [], []
-    gc.collect()  # What earlier tests left open is not to close in between.
     for number, _ in enumerate(loader.batches(plan)):
         if number % (batches // 100) == 0:
             memory.append(resident_mib())
             files.append(len(os.listdir("/proc/self/fd")))
     loader.close()
+    return memory, files
+
+
+@pytest.mark.parametrize("batches", [400, pytest.param(5000, marks=pytest.mark.long)])
+def test_memory_and_open_files_stay_flat(tiny_shards: Path, batches: int):
+    # In a process of its own, where nothing that earlier tests left grows or closes in between.
+    memory, files = on_ranks(1, _read_many, str(tiny_shards), batches, timeout_s=600)[0]
     late = memory[len(memory) // 2 :]
     slope = np.polyfit(np.arange(len(late)), late, 1)[0] * 100  # MiB over as many batches as the whole
     print(f"{batches} batches: {memory[0]:.0f} to {memory[-1]:.0f} MiB, slope {slope:.2f} MiB, files {set(files)}")

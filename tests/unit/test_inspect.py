@@ -135,6 +135,7 @@ def test_stats_counts_damaged_members_and_ends_with_the_status_of_verify(kinds: 
     assert main(["show", str(root), f"--out={tmp_path / 'a.png'}"]) == 2
 
 
+@pytest.mark.long
 def test_the_tool_decodes_in_processes_to_the_same_figures(tiny_shards: Path, tmp_path: Path):
     options = ["stats", str(tiny_shards), "--clips=40", "--seed=5"]
     assert main([*options, "--workers=1", f"--json={tmp_path / 'one.json'}"]) == 0

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 SHORT = ["data.num_frames=1", "optim.global_batch=300", "model.visual.width=8", "model.audio.width=8"]
 
 
+@pytest.mark.long
 def test_every_method_has_a_configuration_with_the_data_and_towers_of_the_recipe():
     recipe = config.load(ROOT / "configs" / "avdigits.yaml")
     for name, method in METHODS.items():
@@ -37,6 +38,7 @@ def test_every_method_has_a_configuration_with_the_data_and_towers_of_the_recipe
         assert [phase.epochs for phase in settings.phases.values()] == [sum(learnt)]
 
 
+@pytest.mark.long
 def test_every_ablation_changes_the_recipe_and_nothing_else():
     recipe = config.load(ROOT / "configs" / "avdigits.yaml")
     for name, method in ABLATIONS.items():

@@ -83,6 +83,7 @@ class Plain:
         yield Clip(rng.integers(0, 255, (8, 16, 16, 3), dtype=np.uint8), np.zeros(8000, np.float32))
 
 
+@pytest.mark.long
 def test_parts_hold_every_chunk_once_and_tell_what_they_did(tmp_path: Path):
     plan, out = Plan(Encoding(clip_s=1, sample_rate_hz=8000)), tmp_path / "set"
     first = make_set(Plain(), out, plan, 1, Part(1, 2))
