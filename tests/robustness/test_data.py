@@ -220,7 +220,9 @@ def mutants(content: bytes, chance: random.Random):
         yield chance.choice((b"\x89PNG\r\n\x1a\n", b"MZ", b"RIFF\x00\x00\x00\x00WAVE")) + chance.randbytes(size)
 
 
-@pytest.mark.parametrize("codec", ["mjpeg", "vp9", "h264"])
+@pytest.mark.parametrize(
+    "codec", ["mjpeg", pytest.param("vp9", marks=pytest.mark.long), pytest.param("h264", marks=pytest.mark.long)]
+)
 def test_every_altered_member_is_found_and_no_sound_one_is_refused(tmp_path: Path, codec: str):
     root = tmp_path / codec
     make_shards("synthetic", root, "--train-clips=12", "--test-clips=0", f"--codec={codec}", "--short-side=48")
