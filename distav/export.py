@@ -3,18 +3,16 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
 from distav.data.format import write_atomically
-
-if TYPE_CHECKING:  # Loading encoders elsewhere takes no DALI and no DeepSpeed.
-    from distav.run import Run
+from distav.run import Run
 
 
-def export(run: "Run", state: dict[str, Tensor], report: dict[str, Any]) -> None:
+def export(run: Run, state: dict[str, Tensor], report: dict[str, Any]) -> None:
     """Write `export/` of a run: weights, what is needed to build the network again, and a card.
 
     Args:
@@ -47,7 +45,7 @@ def export(run: "Run", state: dict[str, Tensor], report: dict[str, Any]) -> None
     write_atomically(folder / "README.md", _card(run, description, report).encode())
 
 
-def _stored(run: "Run") -> dict[str, Any]:
+def _stored(run: Run) -> dict[str, Any]:
     """Return how the clips were stored that the network learnt from, so that others can be brought into that form."""
     split = run.data.train
     duration_s = float(split.columns["duration_s"][0])
@@ -64,7 +62,7 @@ def _noise(report: dict[str, Any]) -> str:
     return f"estimated as {' and '.join(shares)} being wrong"
 
 
-def _card(run: "Run", description: dict[str, Any], report: dict[str, Any]) -> str:
+def _card(run: Run, description: dict[str, Any], report: dict[str, Any]) -> str:
     data, towers = run.data, run.settings.model
     told = ("label_accuracy", "correspondence_auroc", "test", "events")
     figures = json.dumps({key: report[key] for key in told if key in report}, indent=1)

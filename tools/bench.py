@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure distav beside its peers: `bench.py bank|neighbors|shards|loader|step|scaling|noise|parsing|readme --help`."""
+"""Measure distav beside its peers: what `bench.py --help` lists."""
 
 import sys
 

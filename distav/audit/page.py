@@ -17,7 +17,7 @@ from tqdm import tqdm
 from distav.audit.media import small_sound, strip
 from distav.audit.problems import Problems
 from distav.data.decode import decode_clip
-from distav.data.format import Split
+from distav.data.format import Split, unfinished
 from distav.data.reader import BadSample, DecodeError, ShardReader
 
 Neighbors = dict[str, tuple[np.ndarray, ...]]
@@ -69,7 +69,7 @@ def write_page(audit: Audit, path: Path, height: int) -> None:
     # Names come from data: in JSON within HTML no tag may begin.
     data = json.dumps(_data(audit), separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     before = before.replace("/*STYLE*/", style).replace("/*DATA*/", data)
-    part = path.with_name(path.name + ".part")
+    part = unfinished(path)
     with open(part, "w", encoding="utf-8") as file:
         file.write(before)
         for line in _media(audit, height):

@@ -186,7 +186,10 @@ class Loader:
                 self.quarantine.reasons[int(ids[row])] = f"not decodable: {said}"
         self._spare = next((each for each in members if each is not None), self._proven) or self._found(views[0])
         if self._spare is None:
-            raise RuntimeError(f"no sample of split {self.split.name} could be decoded: {reason}")
+            raise RuntimeError(
+                f"none of the first {_MOST_TRIED} samples of split {self.split.name} can be decoded: {reason}; look at "
+                "them with tools/inspect_shards.py stats"
+            )
         return self.graph.run(self._filled(members), views)
 
     def _found(self, view: object) -> Members | None:

@@ -29,7 +29,6 @@ import sys
 
 class Refused:
     def find_spec(self, name, path=None, target=None):
-        allowed = ("torch", "torchvision", "torchaudio", "safetensors", "numpy", "distav", "torchgen", "functorch")
         top = name.split(".")[0]
         third_party = {"nvidia", "deepspeed", "hydra", "omegaconf", "webdataset", "pyarrow", "av", "soundfile", "scipy",
                        "tqdm", "tensorboard", "isal", "transformers", "fsspec", "pandas", "sklearn"}
@@ -167,7 +166,7 @@ def test_files_and_arrays_are_embedded_as_shards_are(
     np.savez(tmp_path / "clips.npz", frames=frames, sound=sound)
     assert embed([str(export), str(tmp_path / "clips.npz"), "--out", str(tmp_path / "arrays"), "--device", "cpu"]) == 0
     table = pq.read_table(tmp_path / "arrays")
-    model, _ = Encoders.open(export, CPU).model, None
+    model = Encoders.open(export, CPU).model
     with torch.no_grad():
         expected = model.visual(torch.from_numpy(frames)).numpy()
     np.testing.assert_allclose(np.array(table.column("visual").to_pylist()), expected, atol=1e-5)
