@@ -53,10 +53,12 @@ def _noise(options: argparse.Namespace) -> None:
 
     made = runner.run(options.digits, options.work, options.seeds, options.sets, options.parts, options.at_once)
     found = {"rows": results.trainings(*made), "votes": results.votes(*made)}
-    print(*tables.every(found["rows"]), sep="\n\n")
     if options.json:
-        results.save(found, options.json)
-        plots.save(found, options.json.with_suffix(".svg"))
+        found = results.save(found, options.json)
+    rows = {name: results.over_seeds(records) for name, records in found.items()}
+    print(*tables.every(rows["rows"]), sep="\n\n")
+    if options.json:
+        plots.save(rows, options.json.with_suffix(".svg"))
 
 
 def _parsing(options: argparse.Namespace) -> None:
@@ -184,7 +186,11 @@ def _parser() -> argparse.ArgumentParser:
     noise.add_argument("--sets", nargs="+", default=[], help="sets of the grid; all of them")
     noise.add_argument("--parts", nargs="+", default=[], help="which trainings: grid, ablations, pairs; all")
     noise.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="trainings at a time, of one core each")
-    noise.add_argument("--json", type=Path, help="file for the tables as JSON; plots beside it as SVG")
+    noise.add_argument(
+        "--json",
+        type=Path,
+        help="file for the figures as JSON, which adds to what it holds of other seeds; plots beside it as SVG",
+    )
     parsing = commands.add_parser(
         "parsing",
         help="events heard and seen, learnt from weak and from harvested labels, on simulated features",

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from distav.bench.noise.results import over_seeds
 from distav.bench.noise.tables import every
 from distav.bench.parsing import table
 from distav.data.format import write_atomically
@@ -43,10 +44,13 @@ def noise_section(results: Path) -> str:
     """Return the tables of the noise benchmark."""
     found = json.loads((results / "noise.json").read_text())
     plots = "![Accuracy, votes and pairs under noise](tools/results/noise.svg)"
-    seeds = sorted({row["seeds"] for row in found["rows"]})
+    rows = over_seeds(found["rows"])
+    seeds = sorted({row["seeds"] for row in rows})
     counted = " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))
     told = f"Test top-1 and shares in %, mean ± standard deviation (seeds: {counted}); the best of a cell in bold."
-    return "\n\n".join(["", _machines({"noise": found}), told, *every(found["rows"]), plots, ""])[1:]
+    return "\n\n".join(
+        ["", _machines(*(("noise", each) for each in found["machines"])), told, *every(rows), plots, ""]
+    )[1:]
 
 
 def parsing_section(results: Path) -> str:
@@ -56,7 +60,7 @@ def parsing_section(results: Path) -> str:
     told = (
         f"Scores of LLP's 1,200 test videos, mean ± standard deviation over {seeds} seeds; **features are simulated**."
     )
-    return "\n\n".join(["", _machines({"parsing": found}), told, table(found), ""])[1:]
+    return "\n\n".join(["", _machines(("parsing", found["machine"])), told, table(found), ""])[1:]
 
 
 def audit_section(results: Path) -> str:
@@ -64,7 +68,7 @@ def audit_section(results: Path) -> str:
     from distav.bench.audit import table as lines
 
     found = json.loads((results / "audit.json").read_text())
-    return "\n\n".join(["", _machines({"audit": found}), lines(found), ""])[1:]
+    return "\n\n".join(["", _machines(("audit", found["machine"])), lines(found), ""])[1:]
 
 
 def section(results: Path) -> str:
@@ -79,7 +83,13 @@ def section(results: Path) -> str:
     }
     if not runs:
         raise UserError(f"--results={results}: no JSON file there; make them with bench.py NAME --json.")
-    lines = ["", _machines(runs), "", "| what | ratio | bar |", "|---|---|---|"]
+    lines = [
+        "",
+        _machines(*((name, run["machine"]) for name, run in runs.items())),
+        "",
+        "| what | ratio | bar |",
+        "|---|---|---|",
+    ]
     for name in [*ORDER, *sorted(set(runs) - set(ORDER) - {"scaling"})]:
         if name in runs:
             lines += _rows(name, runs[name])
@@ -88,10 +98,9 @@ def section(results: Path) -> str:
     return "\n".join(lines) + "\n\n"
 
 
-def _machines(runs: dict[str, Any]) -> str:
+def _machines(*runs: tuple[str, dict[str, Any]]) -> str:
     seen: dict[str, list[str]] = {}
-    for name, run in runs.items():
-        machine = run["machine"]
+    for name, machine in runs:
         where = machine["gpu"] or f"{machine['cores']} cores of {machine['processor']}"
         versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
         seen.setdefault(f"{where}; Python {machine['python']}, {versions}", []).append(name)

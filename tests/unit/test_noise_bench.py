@@ -7,7 +7,8 @@ import pytest
 from distav import config
 from distav.bench.noise.grid import ABLATIONS, METHODS, PAIR_METHODS, Cell, Job, ablations, grid
 from distav.bench.noise.plots import save
-from distav.bench.noise.results import trainings, votes
+from distav.bench.noise.results import over_seeds, trainings, votes
+from distav.bench.noise.results import save as store
 from distav.bench.noise.runner import Bench
 from distav.bench.noise.tables import ablation, accuracy, correction, every, pairs, times
 from distav.errors import UserError
@@ -84,12 +85,12 @@ def test_trainings_share_phase_1_are_kept_and_not_repeated(bench: Bench, tmp_pat
     assert [each["name"] for each in report["phases"]] == ["contrastive", "probe"]
     rows = trainings(bench, jobs)
     assert [row["method"] for row in rows] == ["contrast + probe", "ce"]
-    assert all(0 <= row["test_top1"]["mean"] <= 100 and row["seeds"] == 1 for row in rows)
+    assert all(0 <= row["test_top1"] <= 100 and row["seed"] == 0 for row in rows)
     bench.run(jobs, at_once=2)
     assert not capsys.readouterr().out
     swept = votes(bench, jobs)
-    assert {(row["set"], row["labels"], row["seeds"]) for row in swept} == {("easy", "symmetric:0.4", 1)}
-    right = {(row["k"], row["second"]): row["right"]["mean"] for row in swept}
+    assert {(row["set"], row["labels"], row["seed"]) for row in swept} == {("easy", "symmetric:0.4", 0)}
+    right = {(row["k"], row["second"]): row["right"] for row in swept}
     assert len(right) == len(swept) == 8 + 6 and right[5, 0] < right[200, 0]
 
 
@@ -147,6 +148,24 @@ def test_ways_to_learn_from_mismatched_pairs_have_a_table_of_their_own():
 def test_one_seed_has_no_deviation(rows: list[dict]):
     rows[0]["test_top1"] = {"mean": 90.0, "sd": None}
     assert "| **90.0** |" in accuracy(rows)
+
+
+def test_seeds_add_up_in_the_file_and_the_same_seed_takes_its_place(tmp_path: Path):
+    def record(seed: int, top1: float, **more: float) -> dict:
+        return {"set": "hard", "labels": "", "pairs": 0.4, "method": "ce", "seed": seed, "test_top1": top1, **more}
+
+    path = tmp_path / "of" / "noise.json"
+    store({"rows": [record(0, 90.0, f1=1.0)], "votes": []}, path)
+    store({"rows": [record(1, 50.0)], "votes": []}, path)
+    vote = {"set": "hard", "seed": 1, "labels": "", "k": 5, "second": 0, "right": 10.0, "nats": 1.0}
+    found = store({"rows": [record(1, 94.0)], "votes": [vote, vote | {"k": 10}]}, path)
+    assert [each["seed"] for each in found["rows"]] == [0, 1] and len(found["votes"]) == 2
+    stored = json.loads(path.read_text())
+    assert stored["rows"] == found["rows"] and len(stored["machines"]) == 1
+    spread = {"mean": 92.0, "sd": pytest.approx(2.828)}
+    place = {"set": "hard", "labels": "", "pairs": 0.4, "method": "ce"}
+    assert over_seeds(found["rows"]) == [place | {"seeds": 2, "test_top1": spread}]
+    assert over_seeds(found["votes"])[1]["right"] == {"mean": 10.0, "sd": None}
 
 
 def test_plots_show_the_rows_and_are_the_same_again(rows: list[dict], tmp_path: Path):

@@ -1,4 +1,4 @@
-"""What the trainings of the noise benchmark came to: mean and standard deviation over seeds, and the JSON file."""
+"""What the trainings of the noise benchmark came to: a record of each, the JSON file, mean and deviation over seeds."""
 
 import json
 import math
@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from distav.bench.measure import machine
-from distav.bench.noise.grid import MOST_PAIRS, Cell, Job
+from distav.bench.noise.grid import MOST_PAIRS, Job
 from distav.bench.noise.runner import Bench
 from distav.data.format import write_atomically
+
+KEYS = ("set", "labels", "pairs", "method", "k", "second", "seed")
+"""What tells one record from the others; those of trainings have no k, those of votes no method and no pairs."""
 
 
 def votes(bench: Bench, jobs: Iterable[Job]) -> list[dict[str, Any]]:
@@ -18,41 +21,66 @@ def votes(bench: Bench, jobs: Iterable[Job]) -> list[dict[str, Any]]:
     from distav.bench.noise.votes import sweep
 
     noises = sorted({job.cell.labels for job in jobs if job.cell.labels.startswith("symmetric")})
-    groups: dict[tuple[str, str, int, int], list[dict[str, float]]] = {}
+    found = []
     for start in dict.fromkeys(job.phase_1 for job in jobs if job.phase_1 and job.cell.pairs == MOST_PAIRS):
         run = bench.work / "runs" / start.name if start else None
         if start and run and (run / "export").exists():
-            for each in sweep(run, bench.shards(start.cell, start.seed), noises, start.seed):
-                place = start.cell.set, each["labels"], each["k"], each["second"]
-                groups.setdefault(place, []).append({key: each[key] for key in ("right", "nats")})
-    return [
-        {"set": name, "labels": labels, "k": k, "second": second, "seeds": len(found)}
-        | {key: _spread([each[key] for each in found]) for key in found[0]}
-        for (name, labels, k, second), found in groups.items()
-    ]
+            place = {"set": start.cell.set, "seed": start.seed}
+            swept = sweep(run, bench.shards(start.cell, start.seed), noises, start.seed)
+            found += [place | _rounded(each) for each in swept]
+    return found
 
 
 def trainings(bench: Bench, jobs: Iterable[Job]) -> list[dict[str, Any]]:
-    """Return mean and standard deviation over the seeds that are done, for each cell and method."""
-    groups: dict[tuple[Cell, str], list[dict[str, Any]]] = {}
+    """Return the figures of each training that is done."""
+    found = []
     for job in jobs:
         if bench.result_path(job).exists():
-            report = json.loads(bench.result_path(job).read_text())
-            groups.setdefault((job.cell, job.method), []).append(_figures(report))
+            cell = job.cell
+            place = {
+                "set": cell.set,
+                "labels": cell.labels,
+                "pairs": cell.pairs,
+                "method": job.method,
+                "seed": job.seed,
+            }
+            found.append(place | _rounded(_figures(json.loads(bench.result_path(job).read_text()))))
+    return found
+
+
+def over_seeds(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each place of the grid: mean and standard deviation of what all of its seeds have told."""
+    groups: dict[tuple[tuple[str, Any], ...], list[Mapping[str, Any]]] = {}
+    for record in records:
+        place = tuple((key, record[key]) for key in KEYS[:-1] if key in record)
+        groups.setdefault(place, []).append(record)
     return [
-        {"set": cell.set, "labels": cell.labels, "pairs": cell.pairs, "method": method, "seeds": len(found)}
-        | {key: _spread([each[key] for each in found]) for key in found[0] if all(key in each for each in found)}
-        for (cell, method), found in groups.items()
+        dict(place)
+        | {"seeds": len(found)}
+        | {key: _spread([each[key] for each in found]) for key in found[0] if _in_all(key, found)}
+        for place, found in groups.items()
     ]
 
 
-def save(found: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
-    """Write the tables as JSON, a line a row, with the machine and the versions."""
-    parts = ['"benchmark": "noise"', f'"machine": {json.dumps(machine())}']
-    for name, rows in found.items():
-        parts.append(f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]")
+def save(found: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Add records to a JSON file, a line each, with the machine and the versions that they were made on.
+
+    Records that the file has already, from other seeds, parts or machines, stay; the same made again take their place.
+
+    Returns:
+        Everything that the file now holds.
+    """
+    before = json.loads(path.read_text()) if path.exists() else {}
+    machines = [each for each in before.get("machines", []) if each != machine()] + [machine()]
+    parts = ['"benchmark": "noise"', '"machines": [\n' + ",\n".join(map(json.dumps, machines)) + "\n]"]
+    together: dict[str, list[dict[str, Any]]] = {}
+    for name, records in found.items():
+        kept = {tuple(each.get(key) for key in KEYS): each for each in [*before.get(name, []), *records]}
+        together[name] = list(kept.values())
+        parts.append(f'"{name}": [\n' + ",\n".join(map(json.dumps, together[name])) + "\n]")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, ("{" + ",\n".join(parts) + "}\n").encode())
+    return together
 
 
 def _figures(report: dict[str, Any]) -> dict[str, float]:
@@ -78,6 +106,14 @@ def _figures(report: dict[str, Any]) -> dict[str, float]:
             if value is not None and math.isfinite(value):
                 found[f"auroc_{key}_{name}"] = 100 * value
     return found
+
+
+def _in_all(key: str, records: Sequence[Mapping[str, Any]]) -> bool:
+    return key not in KEYS and all(key in each for each in records)
+
+
+def _rounded(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: round(value, 3) if isinstance(value, float) else value for key, value in figures.items()}
 
 
 def _spread(values: list[float]) -> dict[str, float | None]:
