@@ -41,6 +41,7 @@ class Calibration:
     Attributes:
         likelihood: [R, S] log-likelihood of the given labels, the prior on the rate included.
         confusion: [C, C] D, how wrong labels of each class are spread; rows add up to 1, the diagonal is 0.
+        uneven: whether D says that classes are mistaken for particular others.
         per_sample: its maximum over the number of judges, in nats.
         entropy: mean entropy of the calibrated shares, in nats.
         judges: how many samples it was computed on.
@@ -48,6 +49,7 @@ class Calibration:
 
     likelihood: Tensor
     confusion: Tensor
+    uneven: bool
     per_sample: float
     entropy: float
     judges: int
@@ -108,8 +110,8 @@ class Judges:
         """
         gathered = self.gather(votes)
         shares = sharpened(gathered)
-        even = self._judge(shares, even_matrix(1.0, self.num_classes).to(gathered), prior)
-        seen = self._judge(shares, self._confusion(gathered), prior)
+        even = self._judge(shares, even_matrix(1.0, self.num_classes).to(gathered), False, prior)
+        seen = self._judge(shares, self._confusion(gathered), True, prior)
         # As many free numbers would gain half a nat each by chance.
         better = (seen.per_sample - even.per_sample) * even.judges > self.num_classes * (self.num_classes - 1)
         return seen if better else even
@@ -121,7 +123,7 @@ class Judges:
         counts.fill_diagonal_(0.0)
         return counts / counts.sum(1, keepdim=True)
 
-    def _judge(self, votes: Sequence[Tensor], confusion: Tensor, prior: Tensor | None) -> Calibration:
+    def _judge(self, votes: Sequence[Tensor], confusion: Tensor, uneven: bool, prior: Tensor | None) -> Calibration:
         at = rates(self.num_classes).to(confusion.device)
         mistaken = confusion[:, self.labels].T
         columns = [_log_product(_mixed(shares, self.labels, mistaken, at)) for shares in votes]
@@ -131,7 +133,7 @@ class Judges:
         count = max(1, len(self.labels))
         shares = _averaged(likelihood, votes)
         entropy = float(-(shares * shares.clamp_min(1e-30).log()).sum(1).mean())
-        return Calibration(likelihood, confusion, float(likelihood.max()) / count, entropy, count)
+        return Calibration(likelihood, confusion, uneven, float(likelihood.max()) / count, entropy, count)
 
     def chance(self) -> float:
         """Return the mean log-likelihood of the labels where nothing is known but how frequent each is."""

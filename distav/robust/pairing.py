@@ -4,6 +4,8 @@ Let p(c) be the shares of a picture, q(c) those of its sound, evidence gained ap
 of the evidence to chance is r = C sum_c p(c) q(c); if not, it is 1. With a share m of mismatched pairs the likelihood
 of a pair is (1 - m) r + m, and it belongs together with probability (1 - m) r / ((1 - m) r + m).
 A sound of the same class from elsewhere counts as belonging: no class label is wronged by it.
+Blunt votes and many mismatches look alike: either makes sure pictures and their sounds agree less than fully. So the
+share of mismatches is asked of the most decided votes, and which pairs these are of the votes that agree most.
 Legend: n samples of this rank, C classes, R rates, S sharpness values.
 """
 
@@ -18,6 +20,28 @@ from distav.world import sum_
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """How far votes for the sounds agree with what the pictures show.
+
+    Attributes:
+        votes: [n, C] for the sounds.
+        likelihood: [R, S] log-likelihood of the pairs, by the share of mismatched ones and the sharpness of the votes.
+        per_sample: its maximum over the number of pairs, in nats.
+        entropy: mean entropy of the calibrated votes, in nats.
+    """
+
+    votes: Tensor
+    likelihood: Tensor
+    per_sample: float
+    entropy: float
+
+    @property
+    def evidence(self) -> Tensor:
+        """Log-likelihood of each share of mismatched pairs, whatever the sharpness: [R]."""
+        return self.likelihood.logsumexp(1)
+
+
+@dataclass(frozen=True)
 class Pairing:
     """What two modalities say of each other.
 
@@ -25,57 +49,84 @@ class Pairing:
         correspondence: [n] probability that both show one class.
         shares: [n, C] calibrated shares of the sound.
         rate: share of mismatched pairs by the shape of the agreement; see `checked_rate`.
-        per_sample: largest mean log-likelihood ratio to chance, in nats.
     """
 
     correspondence: Tensor
     shares: Tensor
     rate: RateEstimate
-    per_sample: float
 
 
-def pair_evidence(picture: Tensor, votes: Tensor, usable: Tensor) -> Pairing:
-    """Fit the sharpness of the sound's votes and the share of mismatched pairs by maximum likelihood.
+def mismatch_rates(num_classes: int) -> Tensor:
+    """Return the shares of mismatched pairs that are tried, from none to all: [R] float64."""
+    return rates(2) * 2 * (num_classes - 1) / num_classes
+
+
+def agreement(picture: Tensor, votes: Tensor, usable: Tensor) -> Agreement:
+    """Compare votes for the sounds with the pictures at every sharpness and share of mismatched pairs.
 
     Args:
         picture: [n, C] calibrated shares of the pictures.
         votes: [n, C] votes for the sounds.
-        usable: [n] bool; the others count as pairs and do not judge.
+        usable: [n] bool; the others do not judge.
     """
-    num_classes = picture.shape[1]
-    at = rates(2).to(picture.device) * 2 * (num_classes - 1) / num_classes
+    at = mismatch_rates(picture.shape[1]).to(picture.device)[:, None]
     shares = sharpened(votes)
-    ratios = [num_classes * (picture * each).sum(1) for each in shares]
-    likelihood = sum_(
-        torch.stack([((1 - at[:, None]) * r[usable].double() + at[:, None]).log().sum(1) for r in ratios], dim=1)
+    ratios = [_ratio(picture, each)[usable].double() for each in shares]
+    likelihood = sum_(torch.stack([((1 - at) * ratio + at).log().sum(1) for ratio in ratios], dim=1))
+    count = max(1.0, float(sum_(usable.sum().double())))
+    averaged = sum(
+        (weight * each[usable] for weight, each in zip(_mass(likelihood).sum(0).tolist(), shares, strict=True)),
+        torch.zeros_like(picture[usable]),
     )
-    count = float(sum_(usable.sum().double()))
-    mass = (likelihood - likelihood.max()).exp()
-    mass = (mass / mass.sum()).to(picture.dtype)
-    correspondence, averaged = torch.zeros_like(ratios[0]), torch.zeros_like(picture)
-    for column, (ratio, each) in enumerate(zip(ratios, shares, strict=True)):
+    entropy = float(sum_(-(averaged * averaged.clamp_min(1e-30).log()).sum().double())) / count
+    return Agreement(votes, likelihood, float(likelihood.max()) / count, entropy)
+
+
+def pair_evidence(picture: Tensor, agreed: Agreement, evidence: Tensor, usable: Tensor) -> Pairing:
+    """Tell which pairs belong together, averaged over what the share of mismatched ones and the sharpness may be.
+
+    Args:
+        picture: [n, C] calibrated shares of the pictures.
+        agreed: what votes for the sounds have come to.
+        evidence: [R] log-likelihood of the share of mismatched pairs.
+        usable: [n] bool; the others count as pairs.
+    """
+    at = mismatch_rates(picture.shape[1]).to(picture.device)
+    likelihood = agreed.likelihood - agreed.evidence[:, None] + evidence[:, None]
+    mass = _mass(likelihood).to(picture.dtype)
+    correspondence, averaged = torch.zeros_like(picture[:, 0]), torch.zeros_like(picture)
+    for column, each in enumerate(sharpened(agreed.votes)):
         if mass[:, column].sum() > 1e-4:
             averaged += mass[:, column].sum() * each
+            ratio = _ratio(picture, each)
             for share, mismatched in zip(mass[:, column].tolist(), at.tolist(), strict=True):
                 if share > 1e-5:
                     together = (1 - mismatched) * ratio
                     correspondence += share * together / (together + mismatched).clamp_min(1e-12)
     averaged = averaged / averaged.sum(1, keepdim=True)
     correspondence = torch.where(usable, correspondence.clamp(0, 1), torch.ones_like(correspondence))
-    evidence = likelihood.logsumexp(1)
-    return Pairing(correspondence, averaged, estimate_rate(evidence, at), float(likelihood.max()) / max(1.0, count))
+    return Pairing(correspondence, averaged, estimate_rate(evidence, at))
+
+
+def _ratio(picture: Tensor, sound: Tensor) -> Tensor:
+    return picture.shape[1] * (picture * sound).sum(1)
+
+
+def _mass(likelihood: Tensor) -> Tensor:
+    mass = (likelihood - likelihood.max()).exp()
+    return mass / mass.sum()
 
 
 def checked_rate(shaped: RateEstimate, seen: Tensor, heard: Tensor, num_classes: int) -> RateEstimate:
     """Hold the rate of mismatched pairs against how much better pictures foretell labels than sounds do.
 
-    `pair_evidence` tells the rate from how agreement grows with the sureness of votes, of which shape little is known:
-    blunt votes and many mismatches look alike. Labels tell it by another way. Where labels are wrong for a share e
+    Agreement tells the rate by how it grows with the sureness of votes, of which shape little is known. Labels tell it
+    by another way. Where labels are wrong for a share e
     given what is seen, they are for t = e + m (1 - e - e / (C - 1)) given what is heard. The rate is brought within
     the interval that follows, and the interval of both spans the two.
 
     Args:
-        shaped: the rate by `pair_evidence`.
+        shaped: the rate by agreement.
         seen, heard: [R] log-likelihood of e and of t, over `rates(C)`.
         num_classes: C.
     """

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from distav.robust.calibration import Calibration, Judges
-from distav.robust.pairing import Pairing, pair_evidence
+from distav.robust.pairing import Agreement, Pairing, agreement, pair_evidence
 from distav.robust.votes import Election, Neighborhood, standardised
 from distav.world import gather_ragged_rows
 
 ALIKE = 0.05
 """Votes whose gain over chance differs by less than this share say as much."""
+TORN = 0.15
+"""The same where labels are found to be mistaken for particular others; see `by_labels`."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def by_labels(
     """Let neighbours vote with their given labels, in every way, and take the way that foretells labels best.
 
     Of ways that do so about as well the most decided is taken: a vote torn between two classes and a sure one whose
-    label is often mistaken for the other explain the labels alike, but a sample is of one class.
+    label is often mistaken for the other explain the labels alike, but a sample is of one class. The torn one even
+    gains by every mistake that it repeats, so that sure votes with uneven mistakes may be further behind.
     """
     voting, labels = problem.voting, problem.given
 
@@ -95,8 +98,8 @@ def by_labels(
     for name, votes in candidates():
         good.append((problem.judges.calibrate(votes, prior), name, votes))
         best = max(found.per_sample for found, _, _ in good)
-        enough = best - ALIKE * max(best - chance, 0.0)
-        good = [each for each in good if each[0].per_sample >= enough]
+        gain = max(best - chance, 0.0)
+        good = [each for each in good if each[0].per_sample >= best - (TORN if each[0].uneven else ALIKE) * gain]
     return min(good, key=lambda each: each[0].entropy)
 
 
@@ -105,29 +108,39 @@ def by_sound(
 ) -> tuple[Pairing, str, Tensor]:
     """Let sounds vote with what their pictures show, and take the way in which both modalities agree best.
 
-    A teacher of sounds is one more way, alone and, with half the say, beside each vote.
+    A teacher of sounds is one more way, alone and, with half the say, beside each vote. The share of mismatched pairs
+    is told by the most decided of the ways that agree at least half as well.
 
-    The same neighbours also vote with the given labels, for what these say of the noise that is heard: [R].
+    The neighbours taken also vote with the given labels, for what these say of the noise that is heard: [R].
     """
     elected = gather_ragged_rows(shown.argmax(1))
 
-    def candidates() -> Iterator[tuple[Pairing, str, Callable[[], list[Tensor]]]]:
+    def candidates() -> Iterator[tuple[Agreement, str, Callable[[], list[Tensor]]]]:
         for name, near in _neighborhoods(problem, ((space.name, space.audio) for space in spaces)):
             for k, temperature in itertools.product(problem.voting.neighbors, problem.voting.temperatures):
                 votes = near.election(elected, problem.num_classes, k, temperature).shares
                 way = f"{name}, k {k}, temperature {temperature:g}"
                 labelled = partial(_labelled, problem, near, k, temperature)
-                yield pair_evidence(shown, votes, problem.present), way, labelled
+                yield agreement(shown, votes, problem.present), way, labelled
                 if teacher is not None:
                     both = (votes.clamp_min(1e-6) * teacher.clamp_min(1e-6)).sqrt()
                     both = both / both.sum(1, keepdim=True)
-                    yield pair_evidence(shown, both, problem.present), f"{way}, and the teacher", labelled
+                    yield agreement(shown, both, problem.present), f"{way}, and the teacher", labelled
         if teacher is not None:
-            yield pair_evidence(shown, teacher, problem.present), "the teacher", partial(list[Tensor], [teacher])
+            yield agreement(shown, teacher, problem.present), "the teacher", partial(list[Tensor], [teacher])
 
-    found, name, labelled = max(candidates(), key=lambda each: each[0].per_sample)
+    best: tuple[Agreement, str, Callable[[], list[Tensor]]] | None = None
+    told: list[tuple[float, float, Tensor]] = []
+    for each in candidates():
+        best = each if best is None or each[0].per_sample > best[0].per_sample else best
+        told.append((each[0].per_sample, each[0].entropy, each[0].evidence))
+    assert best is not None
+    agreed, name, labelled = best
+    enough = agreed.per_sample - abs(agreed.per_sample) / 2
+    _, _, evidence = min((way for way in told if way[0] >= enough), key=lambda way: way[1])
     judged = [problem.judges.calibrate(votes) for votes in labelled()]
-    return found, name, max(judged, key=lambda each: each.per_sample).evidence
+    heard = max(judged, key=lambda each: each.per_sample).evidence
+    return pair_evidence(shown, agreed, evidence, problem.present), name, heard
 
 
 def _labelled(problem: Problem, near: Neighborhood, k: int, temperature: float) -> list[Tensor]:

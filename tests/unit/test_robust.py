@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from distav.metrics import auroc, expected_calibration_error, label_accuracy
 from distav.robust.correction import Space, Voting, correct, fitting_neighbors
 from distav.robust.correspondence import cdf_correspondence, fit_mixture, gmm_correspondence, sample_weights
+from distav.robust.pairing import agreement, pair_evidence
 from distav.robust.votes import Neighborhood, standardised
 
 
@@ -100,6 +101,22 @@ def test_the_interval_of_the_pair_noise_holds_it_however_blunt_the_votes(noise: 
     wrong = float((true != heard).float().mean())
     assert found.pair_rate.low - 0.03 <= wrong <= found.pair_rate.high + 0.03, found.pair_rate
     assert found.pair_rate.low <= found.pair_rate.rate <= found.pair_rate.high
+
+
+def test_the_share_of_mismatches_is_told_by_sure_votes_where_the_best_are_blunt():
+    found, _, true, heard = corrected(noise=0.6, swapped=0.4, spread=2.8)
+    assert found.pair_rate.rate == pytest.approx(float((true != heard).float().mean()), abs=0.15)
+    blunt, sure = torch.full((400, 2), 0.45), torch.full((400, 2), 0.01)
+    blunt[:, 0], sure[:, 0] = 0.55, 0.99
+    picture = sure.clone()
+    picture[300:] = picture[300:].flip(1)
+    every = torch.ones(400, dtype=torch.bool)
+    one, other = (agreement(picture, votes, every) for votes in (blunt, sure))
+    assert other.entropy < one.entropy
+    told = pair_evidence(picture, one, other.evidence, every)
+    assert told.rate.low > 0.25
+    assert pair_evidence(picture, one, one.evidence, every).rate.low < 0.1
+    assert told.correspondence[300:].max() < 0.5 < told.correspondence[:300].min()
 
 
 def test_shares_are_calibrated():
@@ -208,14 +225,16 @@ def test_samples_without_features_keep_their_label():
     torch.testing.assert_close(found.posterior.sum(1), torch.ones(1000))
 
 
-def test_asymmetric_noise_is_seen_as_such():
-    visual, audio, _, true, _ = scene(0.0, 0.0, num=2000)
+@pytest.mark.parametrize(("spread", "least"), [(0.7, 0.97), (2.0, 0.93)])
+def test_asymmetric_noise_is_seen_as_such_and_not_as_samples_of_two_classes(spread: float, least: float):
+    visual, audio, _, true, _ = scene(0.0, 0.0, num=2000, spread=spread)
     flipped = torch.rand(2000, generator=torch.Generator().manual_seed(3)) < 0.4
     given = torch.where(flipped, (true + 1) % 10, true)
     every = torch.ones(2000, dtype=torch.bool)
     voting = Voting(neighbors=(20, 60), second=(0, 20), temperatures=(0.1, 0.3))
     found = correct([Space("rows", visual, audio)], given, 10, torch.arange(2000), every, voting)
-    assert (found.posterior.argmax(1) == true).float().mean() > 0.97
+    assert (found.posterior.argmax(1) == true).float().mean() > least
+    assert found.label_rate.rate == pytest.approx(0.4, abs=0.03)
     following = found.noise_matrix[torch.arange(10), (torch.arange(10) + 1) % 10]
     assert (following > 0.3).all() and (following < 0.5).all()
 
