@@ -106,17 +106,15 @@ def test_the_interval_of_the_pair_noise_holds_it_however_blunt_the_votes(noise: 
 def test_the_share_of_mismatches_is_told_by_sure_votes_where_the_best_are_blunt():
     found, _, true, heard = corrected(noise=0.6, swapped=0.4, spread=2.8)
     assert found.pair_rate.rate == pytest.approx(float((true != heard).float().mean()), abs=0.15)
-    blunt, sure = torch.full((400, 2), 0.45), torch.full((400, 2), 0.01)
-    blunt[:, 0], sure[:, 0] = 0.55, 0.99
-    picture = sure.clone()
-    picture[300:] = picture[300:].flip(1)
+    seen, heard = torch.arange(400) % 10, torch.arange(400) % 10
+    heard[300:] += torch.randint(1, 10, (100,), generator=torch.Generator().manual_seed(1))
+    picture, sure = (torch.lerp(torch.tensor(0.1), F.one_hot(each % 10, 10).float(), 0.98) for each in (seen, heard))
     every = torch.ones(400, dtype=torch.bool)
-    one, other = (agreement(picture, votes, every) for votes in (blunt, sure))
-    assert other.entropy < one.entropy
-    told = pair_evidence(picture, one, other.evidence, every)
-    assert told.rate.low > 0.25
-    assert pair_evidence(picture, one, one.evidence, every).rate.low < 0.1
-    assert told.correspondence[300:].max() < 0.5 < told.correspondence[:300].min()
+    one, other = (agreement(picture, torch.lerp(torch.tensor(0.1), sure, by), every) for by in (0.05, 1.0))
+    assert other.entropy < one.entropy and other.per_sample > one.per_sample > 0
+    told, alone = (pair_evidence(picture, one, each.evidence, every) for each in (other, one))
+    assert told.rate.rate == pytest.approx(100 / 360, abs=0.08) and alone.rate.rate < 0.1
+    assert told.correspondence[300:].max() < alone.correspondence[300:].min() < told.correspondence[:300].min()
 
 
 def test_shares_are_calibrated():
