@@ -103,44 +103,57 @@ def by_labels(
     return min(good, key=lambda each: each[0].entropy)
 
 
+@dataclass(frozen=True)
+class _Sounds:
+    """A way for sounds to vote: what it comes to, of which kind, by which name, and the votes of the given labels."""
+
+    agreed: Agreement
+    kind: str
+    name: str
+    labelled: Callable[[], list[Tensor]]
+
+
 def by_sound(
     problem: Problem, spaces: Sequence[Space], shown: Tensor, teacher: Tensor | None
 ) -> tuple[Pairing, str, Tensor]:
     """Let sounds vote with what their pictures show, and take the way in which both modalities agree best.
 
     A teacher of sounds is one more way, alone and, with half the say, beside each vote. The share of mismatched pairs
-    is told by the most decided of the ways that agree at least half as well.
+    is told by the most decided of the ways that differ in the number of neighbours alone and agree at least half as
+    well.
 
     The neighbours taken also vote with the given labels, for what these say of the noise that is heard: [R].
     """
     elected = gather_ragged_rows(shown.argmax(1))
 
-    def candidates() -> Iterator[tuple[Agreement, str, Callable[[], list[Tensor]]]]:
+    def candidates() -> Iterator[_Sounds]:
         for name, near in _neighborhoods(problem, ((space.name, space.audio) for space in spaces)):
             for k, temperature in itertools.product(problem.voting.neighbors, problem.voting.temperatures):
                 votes = near.election(elected, problem.num_classes, k, temperature).shares
-                way = f"{name}, k {k}, temperature {temperature:g}"
+                kind = f"{name}, temperature {temperature:g}"
                 labelled = partial(_labelled, problem, near, k, temperature)
-                yield agreement(shown, votes, problem.present), way, labelled
+                yield _Sounds(agreement(shown, votes, problem.present), kind, f"{kind}, k {k}", labelled)
                 if teacher is not None:
                     both = (votes.clamp_min(1e-6) * teacher.clamp_min(1e-6)).sqrt()
-                    both = both / both.sum(1, keepdim=True)
-                    yield agreement(shown, both, problem.present), f"{way}, and the teacher", labelled
+                    agreed = agreement(shown, both / both.sum(1, keepdim=True), problem.present)
+                    kind += ", and the teacher"
+                    yield _Sounds(agreed, kind, f"{kind}, k {k}", labelled)
         if teacher is not None:
-            yield agreement(shown, teacher, problem.present), "the teacher", partial(list[Tensor], [teacher])
+            agreed = agreement(shown, teacher, problem.present)
+            yield _Sounds(agreed, "the teacher", "the teacher", partial(list[Tensor], [teacher]))
 
-    best: tuple[Agreement, str, Callable[[], list[Tensor]]] | None = None
-    told: list[tuple[float, float, Tensor]] = []
+    best: _Sounds | None = None
+    told: list[tuple[str, float, float, Tensor]] = []
     for each in candidates():
-        best = each if best is None or each[0].per_sample > best[0].per_sample else best
-        told.append((each[0].per_sample, each[0].entropy, each[0].evidence))
+        told.append((each.kind, each.agreed.per_sample, each.agreed.entropy, each.agreed.evidence))
+        best = each if best is None or each.agreed.per_sample > best.agreed.per_sample else best
     assert best is not None
-    agreed, name, labelled = best
-    enough = agreed.per_sample - abs(agreed.per_sample) / 2
-    _, _, evidence = min((way for way in told if way[0] >= enough), key=lambda way: way[1])
-    judged = [problem.judges.calibrate(votes) for votes in labelled()]
+    enough = best.agreed.per_sample - abs(best.agreed.per_sample) / 2
+    kin = [(entropy, evidence) for kind, agree, entropy, evidence in told if kind == best.kind and agree >= enough]
+    _, evidence = min(kin, key=lambda each: each[0])
+    judged = [problem.judges.calibrate(votes) for votes in best.labelled()]
     heard = max(judged, key=lambda each: each.per_sample).evidence
-    return pair_evidence(shown, agreed, evidence, problem.present), name, heard
+    return pair_evidence(shown, best.agreed, evidence, problem.present), best.name, heard
 
 
 def _labelled(problem: Problem, near: Neighborhood, k: int, temperature: float) -> list[Tensor]:
