@@ -55,9 +55,9 @@ def _noise(options: argparse.Namespace) -> None:
     found = {"rows": results.trainings(*made), "votes": results.votes(*made)}
     if options.json:
         found = results.save(found, options.json)
-    rows = {name: results.over_seeds(records) for name, records in found.items()}
-    print(*tables.every(rows["rows"]), sep="\n\n")
+    print(*tables.every(found["rows"]), sep="\n\n")
     if options.json:
+        rows = {name: results.over_seeds(records) for name, records in found.items()}
         plots.save(rows, options.json.with_suffix(".svg"))
 
 

@@ -44,12 +44,11 @@ def noise_section(results: Path) -> str:
     """Return the tables of the noise benchmark."""
     found = json.loads((results / "noise.json").read_text())
     plots = "![Accuracy, votes and pairs under noise](tools/results/noise.svg)"
-    rows = over_seeds(found["rows"])
-    seeds = sorted({row["seeds"] for row in rows})
+    seeds = sorted({row["seeds"] for row in over_seeds(found["rows"])})
     counted = " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))
     told = f"Test top-1 and shares in %, mean ± standard deviation (seeds: {counted}); the best of a cell in bold."
     return "\n\n".join(
-        ["", _machines(*(("noise", each) for each in found["machines"])), told, *every(rows), plots, ""]
+        ["", _machines(*(("noise", each) for each in found["machines"])), told, *every(found["rows"]), plots, ""]
     )[1:]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from distav.bench.noise.grid import ABLATIONS, METHODS, PAIR_METHODS
+from distav.bench.noise.results import over_seeds
 
 Rows = Sequence[dict[str, Any]]
 DETAILS = {
@@ -84,13 +85,14 @@ def pairs(rows: Rows) -> str:
     return "\n".join(lines[1:])
 
 
-def times(rows: Rows) -> str:
-    """Return how long phases take beside cross-entropy's training, the median over cells and seeds' means."""
+def times(records: Rows) -> str:
+    """Return how long phases take beside cross-entropy's training of the same seed, medians over cells and seeds."""
     ratios: dict[str, list[float]] = {kind: [] for kind in ("contrastive", "correction", "supervised")}
-    for found in by_cell(rows).values():
-        if "distav" in found and "ce" in found:
-            for kind, values in ratios.items():
-                values.append(found["distav"][f"seconds_{kind}"]["mean"] / found["ce"]["seconds"]["mean"])
+    for seed in {record["seed"] for record in records}:
+        for found in by_cell([each for each in records if each["seed"] == seed and "seconds" in each]).values():
+            if "distav" in found and "ce" in found:
+                for kind, values in ratios.items():
+                    values.append(found["distav"][f"seconds_{kind}"] / found["ce"]["seconds"])
     if not ratios["contrastive"]:
         return ""
     shares = {kind: statistics.median(values) for kind, values in ratios.items()}
@@ -99,9 +101,10 @@ def times(rows: Rows) -> str:
     return "\n".join([*lines, _line("all", f"{sum(shares.values()):.2f}")])
 
 
-def every(rows: Rows) -> list[str]:
-    """Return every table that has rows."""
-    return [text for text in (accuracy(rows), correction(rows), ablation(rows), times(rows), pairs(rows)) if text]
+def every(records: Rows) -> list[str]:
+    """Return every table that the records of trainings have something for."""
+    rows = over_seeds(records)
+    return [text for text in (accuracy(rows), correction(rows), ablation(rows), times(records), pairs(rows)) if text]
 
 
 def by_cell(rows: Rows) -> dict[tuple[str, str, float], dict[str, dict[str, Any]]]:
