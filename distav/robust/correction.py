@@ -122,6 +122,9 @@ def correct(
     nats = (max(each.per_sample for each in (seen, joint, *asked)) - judges.chance()) * outcome.judges
 
     kept = F.one_hot(own, num_classes).to(held_out.dtype)
+    pair_rate = pairing.rate
+    if not seen.uneven:
+        pair_rate = checked_rate(pair_rate, seen.evidence, heard, num_classes)
     has_signal = nats > voting.signal_nats
     if not has_signal:
         present = torch.zeros_like(present)
@@ -133,7 +136,7 @@ def correct(
         evidence=outcome.evidence,
         label_rate=label_rate,
         noise_matrix=matrix,
-        pair_rate=checked_rate(pairing.rate, seen.evidence, heard, num_classes),
+        pair_rate=pair_rate,
         nats=nats,
         has_signal=has_signal,
         chosen={"pictures": seen_name, "sounds": heard_name, "joint": joint_name, "pooled": pooled_as},

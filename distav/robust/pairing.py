@@ -123,7 +123,8 @@ def checked_rate(shaped: RateEstimate, seen: Tensor, heard: Tensor, num_classes:
     Agreement tells the rate by how it grows with the sureness of votes, of which shape little is known. Labels tell it
     by another way. Where labels are wrong for a share e
     given what is seen, they are for t = e + m (1 - e - e / (C - 1)) given what is heard. The rate is brought within
-    the interval that follows, and the interval of both spans the two.
+    the interval that follows, and the interval of both spans the two. That holds for labels that are taken for any
+    other alike.
 
     Args:
         shaped: the rate by agreement.
