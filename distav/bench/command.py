@@ -24,16 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one benchmark; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        if options.command == "readme":
-            from distav.bench.readme import write_section
-
-            write_section(options.readme, options.results)
-            return 0
-        if options.command == "noise":
-            _noise(options)
-            return 0
-        if options.command in ("parsing", "audit"):
-            _parsing(options) if options.command == "parsing" else _audit(options)
+        if options.command in _OTHERS:
+            _OTHERS[options.command](options)
             return 0
         results = _measured(options)
     except UserError as error:
@@ -51,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _noise(options: argparse.Namespace) -> None:
     from distav.bench.noise import plots, results, runner, tables
 
+    if options.json:
+        results.stored(options.json)  # A file that cannot take the figures is told before they are made.
     made = runner.run(options.digits, options.work, options.seeds, options.sets, options.parts, options.at_once)
     found = {"rows": results.trainings(*made), "votes": results.votes(*made)}
     if options.json:
@@ -77,6 +71,16 @@ def _audit(options: argparse.Namespace) -> None:
     print(audit.table(found))
     if options.json:
         write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
+
+
+def _readme(options: argparse.Namespace) -> None:
+    from distav.bench.readme import write_section
+
+    write_section(options.readme, options.results)
+
+
+_OTHERS = {"noise": _noise, "parsing": _parsing, "audit": _audit, "readme": _readme}
+"""Commands that do not time candidates and have no bars."""
 
 
 def _measured(options: argparse.Namespace) -> Results:

@@ -47,9 +47,8 @@ def noise_section(results: Path) -> str:
     seeds = sorted({row["seeds"] for row in over_seeds(found["rows"])})
     counted = " to ".join(map(str, dict.fromkeys([seeds[0], seeds[-1]])))
     told = f"Test top-1 and shares in %, mean ± standard deviation (seeds: {counted}); the best of a cell in bold."
-    return "\n\n".join(
-        ["", _machines(*(("noise", each) for each in found["machines"])), told, *every(found["rows"]), plots, ""]
-    )[1:]
+    machines = _machines(*(("noise", each) for each in found["machines"]))
+    return "\n\n".join(["", machines, told, *every(found["rows"]), plots, ""])[1:]
 
 
 def parsing_section(results: Path) -> str:
@@ -82,13 +81,8 @@ def section(results: Path) -> str:
     }
     if not runs:
         raise UserError(f"--results={results}: no JSON file there; make them with bench.py NAME --json.")
-    lines = [
-        "",
-        _machines(*((name, run["machine"]) for name, run in runs.items())),
-        "",
-        "| what | ratio | bar |",
-        "|---|---|---|",
-    ]
+    machines = _machines(*((name, run["machine"]) for name, run in runs.items()))
+    lines = ["", machines, "", "| what | ratio | bar |", "|---|---|---|"]
     for name in [*ORDER, *sorted(set(runs) - set(ORDER) - {"scaling"})]:
         if name in runs:
             lines += _rows(name, runs[name])

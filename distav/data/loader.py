@@ -186,9 +186,10 @@ class Loader:
                 self.quarantine.reasons[int(ids[row])] = f"not decodable: {said}"
         self._spare = next((each for each in members if each is not None), self._proven) or self._found(views[0])
         if self._spare is None:
+            tried = min(len(self.split), _MOST_TRIED)
             raise RuntimeError(
-                f"none of the first {_MOST_TRIED} samples of split {self.split.name} can be decoded: {reason}; look at "
-                "them with tools/inspect_shards.py stats"
+                f"none of the first {tried} samples of split {self.split.name} can be decoded: {reason}; look at them "
+                "with tools/inspect_shards.py stats"
             )
         return self.graph.run(self._filled(members), views)
 

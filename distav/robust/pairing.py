@@ -56,11 +56,6 @@ class Pairing:
     rate: RateEstimate
 
 
-def mismatch_rates(num_classes: int) -> Tensor:
-    """Return the shares of mismatched pairs that are tried, from none to all: [R] float64."""
-    return rates(2) * 2 * (num_classes - 1) / num_classes
-
-
 def agreement(picture: Tensor, votes: Tensor, usable: Tensor) -> Agreement:
     """Compare votes for the sounds with the pictures at every sharpness and share of mismatched pairs.
 
@@ -69,7 +64,7 @@ def agreement(picture: Tensor, votes: Tensor, usable: Tensor) -> Agreement:
         votes: [n, C] votes for the sounds.
         usable: [n] bool; the others do not judge.
     """
-    at = mismatch_rates(picture.shape[1]).to(picture.device)[:, None]
+    at = rates(picture.shape[1]).to(picture.device)[:, None]
     shares = sharpened(votes)
     ratios = [_ratio(picture, each)[usable].double() for each in shares]
     likelihood = sum_(torch.stack([((1 - at) * ratio + at).log().sum(1) for ratio in ratios], dim=1))
@@ -91,7 +86,7 @@ def pair_evidence(picture: Tensor, agreed: Agreement, evidence: Tensor, usable: 
         evidence: [R] log-likelihood of the share of mismatched pairs.
         usable: [n] bool; the others count as pairs.
     """
-    at = mismatch_rates(picture.shape[1]).to(picture.device)
+    at = rates(picture.shape[1]).to(picture.device)
     likelihood = agreed.likelihood - agreed.evidence[:, None] + evidence[:, None]
     mass = _mass(likelihood).to(picture.dtype)
     correspondence, averaged = torch.zeros_like(picture[:, 0]), torch.zeros_like(picture)

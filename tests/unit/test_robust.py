@@ -224,10 +224,12 @@ def test_samples_without_features_keep_their_label():
     torch.testing.assert_close(found.posterior.sum(1), torch.ones(1000))
 
 
-@pytest.mark.parametrize(("spread", "least"), [(0.7, 0.97), (2.0, 0.93)])
-@pytest.mark.parametrize("swapped", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("spread", "swapped", "least", "off"),
+    [(0.7, 0.0, 0.97, 0.1), (0.7, 0.4, 0.97, 0.1), (2.0, 0.0, 0.93, 0.1), (2.0, 0.4, 0.89, 0.15)],
+)
 def test_asymmetric_noise_is_seen_as_such_and_not_as_samples_of_two_classes(
-    spread: float, least: float, swapped: float
+    spread: float, swapped: float, least: float, off: float
 ):
     visual, audio, _, true, heard = scene(0.0, swapped, num=2000, spread=spread)
     flipped = torch.rand(2000, generator=torch.Generator().manual_seed(3)) < 0.4
@@ -235,11 +237,11 @@ def test_asymmetric_noise_is_seen_as_such_and_not_as_samples_of_two_classes(
     every = torch.ones(2000, dtype=torch.bool)
     voting = Voting(neighbors=(20, 60), second=(0, 20), temperatures=(0.1, 0.3))
     found = correct([Space("rows", visual, audio)], given, 10, torch.arange(2000), every, voting)
-    assert (found.posterior.argmax(1) == true).float().mean() > least - swapped / 10
+    assert (found.posterior.argmax(1) == true).float().mean() > least
     assert found.label_rate.rate == pytest.approx(0.4, abs=0.03)
     assert found.pair_rate.rate == pytest.approx(10 / 9 * float((true != heard).float().mean()), abs=0.05)
     following = found.noise_matrix[torch.arange(10), (torch.arange(10) + 1) % 10]
-    assert (following > 0.25).all() and (following < 0.55).all()
+    assert (following > 0.4 - off).all() and (following < 0.4 + off).all()
 
 
 def test_calibration_error_of_known_shares():

@@ -11,6 +11,7 @@ from distav.bench.measure import machine
 from distav.bench.noise.grid import MOST_PAIRS, Job
 from distav.bench.noise.runner import Bench
 from distav.data.format import write_atomically
+from distav.errors import UserError
 
 KEYS = ("set", "labels", "pairs", "method", "k", "second", "seed")
 """What tells one record from the others; those of trainings have no k, those of votes no method and no pairs."""
@@ -62,6 +63,21 @@ def over_seeds(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def stored(path: Path) -> dict[str, Any]:
+    """Return what a JSON file of this benchmark holds, nothing where it is not there.
+
+    Raises:
+        UserError: where it is something else.
+    """
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"--json={path}: is damaged ({error}); delete it or name another file.") from None
+    if found and "machines" not in found:
+        raise UserError(f"--json={path}: holds no records of trainings; delete it or name another file.")
+    return found
+
+
 def save(found: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> dict[str, list[dict[str, Any]]]:
     """Add records to a JSON file, a line each, with the machine and the versions that they were made on.
 
@@ -69,8 +85,11 @@ def save(found: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> dict[str,
 
     Returns:
         Everything that the file now holds.
+
+    Raises:
+        UserError: where the file is something else.
     """
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = stored(path)
     machines = [each for each in before.get("machines", []) if each != machine()] + [machine()]
     parts = ['"benchmark": "noise"', '"machines": [\n' + ",\n".join(map(json.dumps, machines)) + "\n]"]
     together: dict[str, list[dict[str, Any]]] = {}
