@@ -20,11 +20,13 @@ from distav.metrics import (
     noise_kinds,
 )
 from distav.phase_settings import CorrectionPhase
-from distav.robust.correction import Correction, Space, Voting, correct, nothing_known
+from distav.robust.correction import Before, Correction, Space, Voting, correct, nothing_known
 from distav.run import Run
 from distav.world import gather_ragged_rows, max_, row_range
 
 _USABLE, _UNUSABLE = 1, 2
+_OF_RATES = ("evidence", "told")
+"""What the first correction knows of the noise rate, kept for all later ones."""
 SPACES = {"towers": ("visual_features", "audio_features"), "projections": ("visual", "audio")}
 
 
@@ -61,7 +63,8 @@ def vote(run: Run, name: str, settings: CorrectionPhase) -> Correction:
     groups = torch.from_numpy(split.source_codes).to(device)
     columns, before = run.bank.columns, None
     if "held_out" in columns and run.notes["neighbors_have_signal"]:
-        before = columns["held_out"], torch.tensor(run.notes["rate_evidence"], dtype=torch.float64, device=device)
+        rates = (torch.tensor(run.notes[f"rate_{each}"], dtype=torch.float64, device=device) for each in _OF_RATES)
+        before = Before(columns["held_out"], *rates)
     teachers, held = None, run.data.teachers_shares(name, settings)
     if held is not None:
         own = row_range(len(split))
@@ -121,7 +124,8 @@ def keep(run: Run, found: Correction) -> None:
         run.bank.columns[name] = getattr(found, name)
     run.notes["neighbors_have_signal"] = found.has_signal
     if first and found.has_signal:
-        run.notes["rate_evidence"] = found.evidence.tolist()
+        for each in _OF_RATES:
+            run.notes[f"rate_{each}"] = getattr(found, each).tolist()
 
 
 def _report(run: Run, name: str, found: Correction) -> None:

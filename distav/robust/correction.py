@@ -12,11 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.robust.calibration import Calibration, Judges
+from distav.robust.calibration import Judges
 from distav.robust.noise_rate import RateEstimate, class_rates, estimate_rate, noise_matrix, rates
 from distav.robust.pairing import Pairing, checked_rate, gated
 from distav.robust.ways import Problem, Space, Voting, by_labels, by_sound, together
 from distav.world import row_range
+
+
+@dataclass(frozen=True)
+class Before:
+    """What earlier corrections leave to a later one.
+
+    Later features were trained on votes that every label had a small part in, so of the noise rate the first correction
+    knows best, and none is surer than it was.
+
+    Attributes:
+        held_out: [n, C] what the last one held out, one more voice.
+        evidence, told: [R] of the first; see `Correction`.
+    """
+
+    held_out: Tensor
+    evidence: Tensor
+    told: Tensor
 
 
 @dataclass(frozen=True)
@@ -29,6 +46,7 @@ class Correction:
         audio_held_out, audio_posterior: [n, C] the same for the class of the sound, its own where a pair is mismatched.
         correspondence: [n] probability that sound and picture show one class.
         evidence: [R] log-likelihood of the noise rates, the prior of a correction to come.
+        told: [R] the same over all ways to vote that do about as well, which tells how sure a rate is.
         label_rate: share of wrong labels.
         noise_matrix: [C, C + 1] how each class is labelled, P(given | true), and in the last column its samples.
         pair_rate: share of mismatched pairs.
@@ -43,6 +61,7 @@ class Correction:
     audio_posterior: Tensor
     correspondence: Tensor
     evidence: Tensor
+    told: Tensor
     label_rate: RateEstimate
     noise_matrix: Tensor
     pair_rate: RateEstimate
@@ -53,7 +72,7 @@ class Correction:
     @property
     def class_rates(self) -> list[RateEstimate]:
         """Share of wrong labels of each class."""
-        return class_rates(self.noise_matrix)
+        return class_rates(self.noise_matrix, self.label_rate)
 
 
 def correct(
@@ -63,7 +82,7 @@ def correct(
     groups: Tensor,
     valid: Tensor,
     voting: Voting,
-    before: tuple[Tensor, Tensor] | None = None,
+    before: Before | None = None,
     teachers: tuple[Tensor, Tensor] | None = None,
 ) -> Correction:
     """Vote on the class of each sample among its neighbours in feature space.
@@ -79,9 +98,7 @@ def correct(
         groups: [N] int64; samples of one group do not vote for each other.
         valid: [N] bool; samples without features neither vote nor are voted on, they keep their label.
         voting: the votes to choose among.
-        before: what an earlier correction held out [n, C], one more voice, and its evidence [R] on the noise rate.
-            Later features were trained on votes that every label had a small part in, so the first correction's
-            estimate of the rate is the soundest.
+        before: what earlier corrections found.
         teachers: what networks that were shown no label hold picture and sound for, [n, C] each: two more voices, and
             another way to tell what a sound is.
     """
@@ -91,20 +108,21 @@ def correct(
     voting = replace(voting, neighbors=fitting, second=[each for each in voting.second if each <= max(fitting)] or [0])
     judges = Judges(own, num_classes, present)
     problem = Problem(given, own, num_classes, groups, valid, present, voting, judges)
-    prior = before[1] if before else None
+    prior = before.evidence if before else None
 
-    seen, seen_name, seen_votes = by_labels(problem, ((s.name, s.visual) for s in spaces), prior)
-    pictures = seen.sharpened(seen_votes)
-    rate = _rate(seen, num_classes)
+    by_sight = by_labels(problem, ((s.name, s.visual) for s in spaces), prior)
+    seen, pictures = by_sight.calibration, by_sight.shares
+    rate = _rate(seen.evidence, num_classes)
     shown, _ = noise_matrix(pictures, own, rate.rate, seen.confusion)
     pairing, heard_name, heard = by_sound(problem, spaces, shown, teachers[1] if teachers else None)
-    joint, joint_name, joint_votes = by_labels(problem, together(problem, spaces, pairing.correspondence), prior)
+    by_both = by_labels(problem, together(problem, spaces, pairing.correspondence), prior)
+    joint = by_both.calibration
 
     fused = (pictures * gated(pairing.shares, pairing.correspondence)).clamp_min(1e-30)
-    experts = [fused / fused.sum(1, keepdim=True), joint.sharpened(joint_votes), pictures]
+    experts = [fused / fused.sum(1, keepdim=True), by_both.shares, pictures]
     names = ["fused", "joint", "pictures"]
     if before:
-        experts.append(before[0])
+        experts.append(before.held_out)
         names.append("before")
     asked = [judges.calibrate(each, prior) for each in teachers or ()]
     if teachers:
@@ -113,10 +131,12 @@ def correct(
         experts += [picture, heard_of_it / heard_of_it.sum(1, keepdim=True)]
         names += ["teacher of pictures", "teacher of sounds"]
     pooled, weights = judges.pool(experts, seen.confusion, rate.rate if before else None)
-    soundest = min((seen, joint, *asked), key=lambda found: _width(_rate(found, num_classes)))
+    voices = [(seen, by_sight.told), (joint, by_both.told), *((each, each.evidence) for each in asked)]
+    soundest, told = min(voices, key=lambda voice: _width(_rate(voice[0].evidence, num_classes)))
+    told = before.told if before else told
     outcome = judges.calibrate(pooled, soundest.evidence if prior is None else prior)
     held_out = outcome.sharpened(pooled)
-    label_rate = _rate(outcome, num_classes)
+    label_rate = _rate(outcome.evidence, num_classes).spanning(_rate(told, num_classes))
     posterior, matrix = noise_matrix(held_out, own, label_rate.rate, outcome.confusion)
     without_label, with_label = (_sound(pairing, each) for each in (held_out, posterior))
     nats = (max(each.per_sample for each in (seen, joint, *asked)) - judges.chance()) * outcome.judges
@@ -134,12 +154,13 @@ def correct(
         *shares,
         correspondence=torch.where(present, pairing.correspondence, torch.ones_like(pairing.correspondence)),
         evidence=outcome.evidence,
+        told=told,
         label_rate=label_rate,
         noise_matrix=matrix,
         pair_rate=pair_rate,
         nats=nats,
         has_signal=has_signal,
-        chosen={"pictures": seen_name, "sounds": heard_name, "joint": joint_name, "pooled": pooled_as},
+        chosen={"pictures": by_sight.name, "sounds": heard_name, "joint": by_both.name, "pooled": pooled_as},
     )
 
 
@@ -164,7 +185,7 @@ def nothing_known(given: Tensor, num_classes: int) -> Correction:
     rows = row_range(len(given))
     kept = F.one_hot(given[rows.start : rows.stop], num_classes).float()
     evidence = torch.zeros_like(rates(num_classes), device=given.device)
-    rate = estimate_rate(evidence, rates(num_classes).to(given.device))
+    rate = _rate(evidence, num_classes)
     return Correction(
         held_out=kept,
         posterior=kept.clone(),
@@ -172,6 +193,7 @@ def nothing_known(given: Tensor, num_classes: int) -> Correction:
         audio_posterior=kept.clone(),
         correspondence=torch.ones_like(kept[:, 0]),
         evidence=evidence,
+        told=evidence,
         label_rate=rate,
         noise_matrix=kept.new_zeros(num_classes, num_classes + 1),
         pair_rate=rate,
@@ -181,8 +203,8 @@ def nothing_known(given: Tensor, num_classes: int) -> Correction:
     )
 
 
-def _rate(calibration: Calibration, num_classes: int) -> RateEstimate:
-    return estimate_rate(calibration.evidence, rates(num_classes).to(calibration.evidence.device))
+def _rate(evidence: Tensor, num_classes: int) -> RateEstimate:
+    return estimate_rate(evidence, rates(num_classes).to(evidence.device))
 
 
 def _width(rate: RateEstimate) -> float:

@@ -35,6 +35,10 @@ class RateEstimate:
     low: float
     high: float
 
+    def spanning(self, other: "RateEstimate") -> "RateEstimate":
+        """Return the same rate with an interval that spans the other's too."""
+        return RateEstimate(self.rate, min(self.low, other.low), max(self.high, other.high))
+
     def as_dict(self) -> dict[str, float]:
         """Return it rounded for a report."""
         return {name: round(getattr(self, name), 4) for name in ("rate", "low", "high")}
@@ -87,11 +91,16 @@ def noise_matrix(
     return posterior.float(), torch.cat([matrix, counts.sum(1, keepdim=True)], dim=1)
 
 
-def class_rates(matrix: Tensor) -> list[RateEstimate]:
-    """Return how often each class is mistaken, with 95 % Beta intervals, from what `noise_matrix` returned."""
+def class_rates(matrix: Tensor, overall: RateEstimate) -> list[RateEstimate]:
+    """Return how often each class is mistaken, from what `noise_matrix` returned.
+
+    Intervals are 95 % Beta ones, widened as far as the rate of all classes may be lower or higher than told.
+    """
     found = []
+    lower = overall.low / max(overall.rate, 1e-9)
+    higher = (1 - overall.high) / max(1 - overall.rate, 1e-9)
     for right, count in zip(matrix.diagonal().tolist(), matrix[:, -1].tolist(), strict=True):
         wrong = 1 - right
         low, high = beta.ppf([0.025, 0.975], 0.5 + wrong * count, 0.5 + right * count).tolist()
-        found.append(RateEstimate(wrong, low, high))
+        found.append(RateEstimate(wrong, low * min(lower, 1.0), 1 - (1 - high) * min(higher, 1.0)))
     return found

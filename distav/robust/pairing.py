@@ -133,7 +133,7 @@ def checked_rate(shaped: RateEstimate, seen: Tensor, heard: Tensor, num_classes:
     expected = torch.lerp(heard[below], heard[below + 1], (place - below).clamp(0, 1))
     told = estimate_rate((expected + seen[None, :]).logsumexp(1), at)
     inside = min(max(shaped.rate, told.low), told.high)
-    return RateEstimate(inside, min(shaped.low, told.low), max(shaped.high, told.high))
+    return RateEstimate(inside, shaped.low, shaped.high).spanning(told)
 
 
 def gated(shares: Tensor, correspondence: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ ALIKE = 0.05
 """Votes whose gain over chance differs by less than this share say as much."""
 TORN = 0.15
 """The same where labels are found to be mistaken for particular others; see `by_labels`."""
+CREDIBLE = 2.0
+"""Of votes that say as much, those with at most so many times the least entropy tell how sure the noise rate is."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,25 @@ def _neighborhoods(problem: Problem, features: Iterator[tuple[str, Tensor]]) -> 
             yield f"{name}, whitening {power:g}", Neighborhood(directions, most, problem.groups, problem.valid)
 
 
-def by_labels(
-    problem: Problem, features: Iterator[tuple[str, Tensor]], prior: Tensor | None
-) -> tuple[Calibration, str, Tensor]:
+@dataclass(frozen=True)
+class Elected:
+    """The way of voting that foretells labels best.
+
+    Attributes:
+        calibration: what the given labels say of its votes.
+        name: the way in words.
+        shares: [n, C] its calibrated votes.
+        told: [R] log-likelihood of the noise rates, averaged over the ways that foretell labels about as well and are
+            about as decided.
+    """
+
+    calibration: Calibration
+    name: str
+    shares: Tensor
+    told: Tensor
+
+
+def by_labels(problem: Problem, features: Iterator[tuple[str, Tensor]], prior: Tensor | None) -> Elected:
     """Let neighbours vote with their given labels, in every way, and take the way that foretells labels best.
 
     Of ways that do so about as well the most decided is taken: a vote torn between two classes and a sure one whose
@@ -100,7 +118,10 @@ def by_labels(
         best = max(found.per_sample for found, _, _ in good)
         gain = max(best - chance, 0.0)
         good = [each for each in good if each[0].per_sample >= best - (TORN if each[0].uneven else ALIKE) * gain]
-    return min(good, key=lambda each: each[0].entropy)
+    calibration, name, votes = min(good, key=lambda each: each[0].entropy)
+    credible = [found.evidence for found, _, _ in good if found.entropy <= CREDIBLE * calibration.entropy]
+    told = torch.stack(credible).log_softmax(1).logsumexp(0)
+    return Elected(calibration, name, calibration.sharpened(votes), told)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from distav.metrics import auroc, expected_calibration_error, label_accuracy
-from distav.robust.correction import Space, Voting, correct, fitting_neighbors
+from distav.robust.correction import Before, Space, Voting, correct, fitting_neighbors
 from distav.robust.correspondence import cdf_correspondence, fit_mixture, gmm_correspondence, sample_weights
 from distav.robust.pairing import agreement, pair_evidence
 from distav.robust.votes import Neighborhood, standardised
@@ -242,6 +242,27 @@ def test_asymmetric_noise_is_seen_as_such_and_not_as_samples_of_two_classes(
     assert found.pair_rate.rate == pytest.approx(10 / 9 * float((true != heard).float().mean()), abs=0.05)
     following = found.noise_matrix[torch.arange(10), (torch.arange(10) + 1) % 10]
     assert (following > 0.4 - off).all() and (following < 0.4 + off).all()
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.4])
+@pytest.mark.parametrize("spread", [1.2, 2.4])
+def test_the_interval_of_the_label_noise_is_as_wide_as_ways_to_vote_differ(spread: float, rate: float):
+    visual, audio, _, true, _ = scene(0.0, 0.4, num=2000, spread=spread)
+    given = torch.where(torch.rand(2000, generator=torch.Generator().manual_seed(3)) < rate, (true + 1) % 10, true)
+    every = torch.ones(2000, dtype=torch.bool)
+    voting = Voting(neighbors=(20, 60), second=(0, 20), temperatures=(0.1, 0.3))
+    spaces = [Space("rows", visual, audio)]
+    first = correct(spaces, given, 10, torch.arange(2000), every, voting)
+    before = Before(first.held_out, first.evidence, first.told)
+    later = correct(spaces, given, 10, torch.arange(2000), every, voting, before)
+    wrong = given != true
+    for found in (first, later):
+        assert found.label_rate.low <= wrong.double().mean() <= found.label_rate.high
+        assert (found.label_rate.high - found.label_rate.low < 0.08) == (spread == 1.2)
+        assert found.label_rate.low <= found.label_rate.rate <= found.label_rate.high
+        each = [float(wrong[true == c].double().mean()) for c in range(10)]
+        held = [told.low <= one <= told.high for told, one in zip(found.class_rates, each, strict=True)]
+        assert sum(held) >= 9, (found.class_rates, each)
 
 
 def test_calibration_error_of_known_shares():
