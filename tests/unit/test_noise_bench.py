@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from distav.bench.noise.grid import ABLATIONS, METHODS, PAIR_METHODS, Cell, Job,
 from distav.bench.noise.plots import save
 from distav.bench.noise.results import over_seeds, trainings, votes
 from distav.bench.noise.results import save as store
-from distav.bench.noise.runner import Bench
+from distav.bench.noise.runner import PARTS, Bench
 from distav.bench.noise.tables import ablation, accuracy, correction, every, pairs, times
 from distav.errors import UserError
 
@@ -55,27 +56,28 @@ def test_every_ablation_changes_the_recipe_and_nothing_else():
 def test_the_grid_has_every_hard_cell_with_every_simple_baseline():
     hard = [(cell, methods) for cell, methods in grid() if cell.set == "hard"]
     assert len(hard) == 8 and all({"distav", "ce", "gce", "elr"} <= set(methods) for _, methods in hard)
-    names = [Job(cell, method, 0).name for cell, methods in grid() for method in methods]
-    assert len(set(names)) == len(names) and all(
-        set(name) <= set("-._") | set(map(chr, range(48, 123))) for name in names
-    )
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_training_has_a_name_of_its_own_that_a_command_line_takes(part: str):
+    names = [Job(cell, method, 0).name for cell, methods in PARTS[part]() for method in methods]
+    assert len(set(names)) == len(names) and all(re.fullmatch(r"[\w.-]+", name) for name in names)
 
 
 @pytest.fixture
-def bench(real_data: Path, tmp_path: Path) -> Bench:
-    return Bench(real_data / "avdigits", tmp_path, SHORT)
-
-
-@pytest.mark.long
-def test_trainings_share_phase_1_are_kept_and_not_repeated(bench: Bench, tmp_path: Path, monkeypatch, capsys):
-    """Two methods after one phase 1, at a fraction of their size."""
+def bench(real_data: Path, tmp_path: Path, monkeypatch) -> Bench:
+    """The bench at a fraction of its size."""
     short = tmp_path / "configs"
-    (short / "baselines").mkdir(parents=True)
     for path in (ROOT / "configs").rglob("*.yaml"):
         text = path.read_text().replace("epochs: 28", "epochs: 1").replace("epochs: 36", "epochs: 1")
         (short / path.relative_to(ROOT / "configs")).parent.mkdir(parents=True, exist_ok=True)
         (short / path.relative_to(ROOT / "configs")).write_text(text)
     monkeypatch.setattr("distav.bench.noise.runner.CONFIGS", short)
+    return Bench(real_data / "avdigits", tmp_path, SHORT)
+
+
+@pytest.mark.long
+def test_trainings_share_phase_1_are_kept_and_not_repeated(bench: Bench, capsys):
     cell = Cell("easy", "symmetric:0.4", 0.4)
     jobs = [Job(cell, "contrast + probe", 0), Job(cell, "ce", 0)]
     bench.run(jobs, at_once=2)
@@ -95,10 +97,13 @@ def test_trainings_share_phase_1_are_kept_and_not_repeated(bench: Bench, tmp_pat
 
 
 @pytest.mark.long
-def test_a_training_that_fails_is_named_with_its_log(real_data: Path, tmp_path: Path):
-    bench = Bench(real_data / "avdigits", tmp_path, ["optim.lr=-1"])
-    with pytest.raises(UserError, match=r"ce_seed-0 ended with status 1; see .*\.log"):
-        bench.run([Job(Cell("easy", "", 0.0), "ce", 0)], at_once=1)
+def test_trainings_that_fail_are_named_with_their_logs_after_the_others(bench: Bench, monkeypatch, capsys):
+    monkeypatch.setattr("distav.bench.noise.runner._only_phase_1", lambda: "phases: {contrastive: {epochs: -1}}\n")
+    needing, other = (Job(Cell("easy", "", 0.0), method, 0) for method in ("distav", "ce"))
+    with pytest.raises(UserError, match=r"but:\n.*phase-1_seed-0 ended with status 1; see .*\.log\.$"):
+        bench.run([needing, other], at_once=1)
+    assert bench.result_path(other).exists() and not bench.result_path(needing).exists()
+    assert "ce_seed-0: " in capsys.readouterr().out
 
 
 def test_a_folder_without_the_digits_is_named(tmp_path: Path):

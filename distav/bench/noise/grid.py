@@ -67,7 +67,7 @@ ABLATIONS = {
     "no category loss": _contrast(*NO_CATEGORIES),
     "no soft targets": _contrast("soft_targets=none"),
     "pairs all believed": _contrast("estimator=none"),
-    "pairs by RAVID's cdf": _contrast("estimator=cdf"),
+    "pairs by cdf": _contrast("estimator=cdf"),
     "pairs by categories": _contrast("estimator=category"),
     "pairs by the truth": _contrast("estimator=oracle"),
     "complementary loss": _contrast(

@@ -41,7 +41,11 @@ class Bench:
                 raise UserError(f"--digits={digits}: has no {name}; get MNIST's test files and FSDD's recordings.")
 
     def run(self, jobs: Iterable[Job], at_once: int) -> None:
-        """Train what has no result yet; earlier jobs first, as soon as what they start from is there."""
+        """Train what has no result yet; earlier jobs first, as soon as what they start from is there.
+
+        Raises:
+            UserError: where trainings have failed, after all those that need none of them are done.
+        """
         waiting = [job for job in jobs if not self.result_path(job).exists()]
         phase_1 = dict.fromkeys(job.phase_1 for job in waiting if job.phase_1)
         missing = [job for job in phase_1 if job and not self.result_path(job).exists()]
@@ -49,6 +53,7 @@ class Bench:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
         running: dict[Job, tuple[ForkServerProcess, float]] = {}
+        failed: dict[Job, str] = {}
         while waiting or running:
             ready = [job for job in waiting if job.phase_1 is None or self.result_path(job.phase_1).exists()]
             while ready and len(running) < at_once:
@@ -63,9 +68,14 @@ class Bench:
                     continue
                 del running[job]
                 if process.exitcode:
-                    raise UserError(f"{job.name} ended with status {process.exitcode}; see {self.log_path(job)}.")
-                self.keep(job)
-                print(f"{job.name}: {time.monotonic() - began:.0f} s, {len(waiting)} to go", flush=True)
+                    failed[job] = f"{job.name} ended with status {process.exitcode}; see {self.log_path(job)}."
+                    waiting = [each for each in waiting if each.phase_1 != job]
+                    print(failed[job], flush=True)
+                else:
+                    self.keep(job)
+                    print(f"{job.name}: {time.monotonic() - began:.0f} s, {len(waiting)} to go", flush=True)
+        if failed:
+            raise UserError("\n".join(["What needs none of them is done, but:", *failed.values()]))
 
     def task(self, job: Job) -> tuple[list[str], str, Path, Path, bool]:
         """Make what the training needs and return its command line, its log, and what to judge its correction by."""
