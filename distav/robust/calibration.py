@@ -15,7 +15,8 @@ with no true label in sight.
 Legend: N samples, n samples of this rank, C classes, R rates, S sharpness values.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,8 @@ RAREST = 1e-12
 SHARPNESS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.5, 7.0)
 FLOOR = 20.0
 """A vote counts as so many, with one more spread over all classes: a class without votes is not ruled out."""
+PARTS, STRENGTHS = 4, (0.5, 1.0, 1.5)
+"""Weights of experts are tried in quarters of these sums; the sharpness of what they come to is calibrated anew."""
 MOST_JUDGES = 20_000
 """Samples on which votes are compared; more say no more."""
 
@@ -144,36 +147,39 @@ class Judges:
     def pool(
         self, experts: Sequence[Tensor], confusion: Tensor, rate: float | None = None
     ) -> tuple[Tensor, list[float]]:
-        """Weigh calibrated shares by what they add: softmax(sum_m w_m log p_m), the w of largest likelihood.
+        """Weigh calibrated shares by what they add: softmax(sum_m w_m log p_m), w averaged over what it may be.
+
+        Where most labels are wrong, they say little of w, and its likeliest value leaves out what others have to say.
 
         Args:
             experts: [n, C] each.
             confusion: [C, C] D.
-            rate: the noise rate, or None to fit it along.
+            rate: the noise rate, or None where it is not known.
 
         Returns:
             [n, C] pooled shares, and the weights.
         """
         stacked = torch.stack([self.gather(each).clamp_min(1e-4).log() for each in experts])
-        best: tuple[float, list[float]] | None = None
-        top = (self.num_classes - 1) / self.num_classes
-        mistaken = confusion[:, self.labels].T
-        with torch.enable_grad():
-            for start in (0.1, 0.4, 0.7, 0.9) if rate is None else (rate / top,):
-                weights = torch.full((len(experts),), -0.7, dtype=torch.float64, device=stacked.device)
-                logit = torch.logit(weights.new_tensor([start]), 1e-3)
-                weights.requires_grad_()
-                logit.requires_grad_(rate is None)
-                loss = _fit(weights, logit, stacked, self.labels, mistaken, top)
-                if best is None or loss < best[0]:
-                    best = loss, weights.detach().exp().tolist()
-        assert best is not None
-        chosen: list[float] = broadcast(best[1])
+        at = rates(self.num_classes)[::5] if rate is None else torch.tensor([rate], dtype=torch.float64)
+        at, mistaken = at.to(stacked.device), confusion[:, self.labels].T
+        tried = stacked.new_tensor(list(_weightings(len(experts))))
+        likelihood = []
+        for weights in tried:
+            shares = torch.einsum("m,mjc->jc", weights, stacked).softmax(1)
+            likelihood.append(_log_product(_mixed(shares, self.labels, mistaken, at)).logsumexp(0))
+        chosen: list[float] = broadcast((torch.stack(likelihood).softmax(0) @ tried).tolist())
         logs = sum(
             (weight * each.clamp_min(1e-4).log() for weight, each in zip(chosen, experts, strict=True)),
             torch.zeros_like(experts[0]),
         )
         return logs.softmax(1), chosen
+
+
+def _weightings(experts: int) -> Iterator[list[float]]:
+    """Yield the weights that are tried: every way to deal out so many parts, at each strength."""
+    for dealt in itertools.combinations_with_replacement(range(experts), PARTS):
+        for strength in STRENGTHS:
+            yield [strength * dealt.count(expert) / PARTS for expert in range(experts)]
 
 
 def _mixed(shares: Tensor, labels: Tensor, mistaken: Tensor, at: Tensor) -> Tensor:
@@ -199,24 +205,3 @@ def _log_product(probabilities: Tensor) -> Tensor:
         one, other = product.chunk(2, dim=1)
         product = one * other
     return product.log().sum(1)
-
-
-def _fit(weights: Tensor, logit: Tensor, stacked: Tensor, labels: Tensor, mistaken: Tensor, top: float) -> float:
-    """Maximise the likelihood over weights [M] (and the rate, where its logit has a gradient) in place."""
-    parameters = [each for each in (weights, logit) if each.requires_grad]
-    optimiser = torch.optim.LBFGS(parameters, max_iter=60, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        shares = (weights.exp()[:, None, None] * stacked).sum(0).softmax(1)
-        return (
-            -_mixed(shares, labels, mistaken, logit.sigmoid() * top).log().mean() + 1e-4 * weights.exp().square().sum()
-        )
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    optimiser.step(closure)  # pyright: ignore[reportArgumentType]
-    return float(loss().detach())

@@ -16,7 +16,7 @@ from distav.robust.calibration import Judges
 from distav.robust.noise_rate import RateEstimate, class_rates, estimate_rate, noise_matrix, rates
 from distav.robust.pairing import Pairing, checked_rate, gated
 from distav.robust.ways import Problem, Space, Voting, by_labels, by_sound, together
-from distav.world import row_range
+from distav.world import gather_ragged_rows, row_range
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,9 @@ def correct(
     """Vote on the class of each sample among its neighbours in feature space.
 
     Pictures vote among pictures on the given labels. Sounds vote among sounds on what their pictures were found to
-    show, so that each sound gets a class of its own; how far both agree tells mismatched pairs. Clips vote in both
-    senses together. The three are pooled by what each adds.
+    show, so that each sound gets a class of its own; how far both agree tells mismatched pairs. Pictures vote again, on
+    what the sounds of their neighbours were found to be: a group of pictures that wrong labels have outvoted is put
+    right by its sounds. Clips vote in both senses together. All are pooled by what each adds.
 
     Args:
         spaces: features of this rank's ids, `row_range(N)`.
@@ -115,12 +116,15 @@ def correct(
     rate = _rate(seen.evidence, num_classes)
     shown, _ = noise_matrix(pictures, own, rate.rate, seen.confusion)
     pairing, heard_name, heard = by_sound(problem, spaces, shown, teachers[1] if teachers else None)
+    heard_as = pairing.shares.argmax(1)
+    across = replace(problem, given=gather_ragged_rows(heard_as), own=heard_as)
+    by_hearing = by_labels(across, ((s.name, s.visual) for s in spaces), prior)
     by_both = by_labels(problem, together(problem, spaces, pairing.correspondence), prior)
     joint = by_both.calibration
 
     fused = (pictures * gated(pairing.shares, pairing.correspondence)).clamp_min(1e-30)
-    experts = [fused / fused.sum(1, keepdim=True), by_both.shares, pictures]
-    names = ["fused", "joint", "pictures"]
+    experts = [fused / fused.sum(1, keepdim=True), by_both.shares, pictures, by_hearing.shares]
+    names = ["fused", "joint", "pictures", "across"]
     if before:
         experts.append(before.held_out)
         names.append("before")
@@ -160,7 +164,13 @@ def correct(
         pair_rate=pair_rate,
         nats=nats,
         has_signal=has_signal,
-        chosen={"pictures": by_sight.name, "sounds": heard_name, "joint": by_both.name, "pooled": pooled_as},
+        chosen={
+            "pictures": by_sight.name,
+            "sounds": heard_name,
+            "joint": by_both.name,
+            "across": by_hearing.name,
+            "pooled": pooled_as,
+        },
     )
 
 

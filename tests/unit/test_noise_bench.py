@@ -143,7 +143,10 @@ def test_times_are_told_of_trainings_with_the_same_seed():
     told = times(records + others)
     assert "| contrastive | 0.90 |" in told and "| all | 1.60 |" in told
     assert times(others) == "" and len(every(others[1:])) == 1
-    assert len(every([*records, place | {"method": "k 20", "seed": 0}])) == 4
+    ablated = [place | {"method": "k 20", "seed": 0, "test_top1": 40.0}]
+    tables = every([*records, *ablated, place | {"method": "distav", "seed": 1, "test_top1": 60.0}])
+    assert len(tables) == 4 and "**55.0 ± 7.1**" in tables[0]
+    assert "| as it is | 50.0 |" in tables[2] and "| k 20 | 40.0 |" in tables[2]
 
 
 def test_ways_to_learn_from_mismatched_pairs_have_a_table_of_their_own():

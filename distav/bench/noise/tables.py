@@ -104,7 +104,9 @@ def times(records: Rows) -> str:
 def every(records: Rows) -> list[str]:
     """Return every table that the records of trainings have something for."""
     rows = over_seeds(records)
-    return [text for text in (accuracy(rows), correction(rows), ablation(rows), times(records), pairs(rows)) if text]
+    ablated = {record["seed"] for record in records if record["method"] in ABLATIONS}
+    beside = over_seeds(record for record in records if record["seed"] in ablated)
+    return [text for text in (accuracy(rows), correction(rows), ablation(beside), times(records), pairs(rows)) if text]
 
 
 def by_cell(rows: Rows) -> dict[tuple[str, str, float], dict[str, dict[str, Any]]]:
