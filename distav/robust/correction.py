@@ -118,6 +118,7 @@ def correct(
     pairing, heard_name, heard = by_sound(problem, spaces, shown, teachers[1] if teachers else None)
     heard_as = pairing.shares.argmax(1)
     across = replace(problem, given=gather_ragged_rows(heard_as), own=heard_as)
+    # Neighbours are searched anew: kept for every kind of features, they would take several times the memory.
     by_hearing = by_labels(across, ((s.name, s.visual) for s in spaces), prior)
     by_both = by_labels(problem, together(problem, spaces, pairing.correspondence), prior)
     joint = by_both.calibration

@@ -96,7 +96,7 @@ class Elected:
 
 
 def by_labels(problem: Problem, features: Iterator[tuple[str, Tensor]], prior: Tensor | None) -> Elected:
-    """Let neighbours vote with their given labels, in every way, and take the way that foretells labels best.
+    """Let neighbours vote with `problem.given`, in every way, and take the way that foretells the judges' labels best.
 
     Of ways that do so about as well the most decided is taken: a vote torn between two classes and a sure one whose
     label is often mistaken for the other explain the labels alike, but a sample is of one class. The torn one even
