@@ -135,6 +135,13 @@ def test_tables_show_the_rows(rows: list[dict]):
     assert "| k 20 | 30.0 ± 1.0 | 33.0 ± 1.0 |" in ablation(rows) and "no whitening" not in ablation(rows)
 
 
+def test_cells_stand_in_order_and_only_a_method_with_rivals_is_the_best(rows: list[dict]):
+    alone = [_row("easy", "symmetric:0.6", *each) for each in (("distav", 95.0), ("true labels", 99.0))]
+    lines = accuracy([*rows[::-1], *alone]).splitlines()[2:]
+    assert [line.split(" | ")[1] for line in lines] == ["symmetric:0.6", "symmetric:0.4", "symmetric:0.8"]
+    assert "*" not in lines[0]
+
+
 def test_times_are_told_of_trainings_with_the_same_seed():
     place = {"set": "hard", "labels": "", "pairs": 0.4, "test_top1": 50.0}
     spent = {"seconds_contrastive": 180.0, "seconds_correction": 40.0, "seconds_supervised": 100.0, "seconds": 320.0}

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from distav.bench.noise.grid import ABLATIONS, METHODS, PAIR_METHODS
+from distav.bench.noise.grid import ABLATIONS, METHODS, PAIR_METHODS, SETS
 from distav.bench.noise.results import over_seeds
 
 Rows = Sequence[dict[str, Any]]
@@ -19,6 +19,9 @@ DETAILS = {
     "the same, cleanlab": "f1_cleanlab",
 }
 
+TRUE_LABELS = "true labels"
+"""The method that the others are not compared with."""
+
 _HEAD = 2
 """Lines of a table without rows."""
 
@@ -32,11 +35,12 @@ def accuracy(rows: Rows) -> str:
     lines = [_line("set", "label noise", "pair noise", *methods), "|---" * (3 + len(methods)) + "|"]
     for cell, found in by_cell(rows).items():
         scores = {method: row["test_top1"] for method, row in found.items()}
-        fair = [score["mean"] for method, score in scores.items() if method != "true labels"]
+        rivals = [score["mean"] for method, score in scores.items() if method != TRUE_LABELS]
         told = []
         for method in methods:
             text = _spread(scores[method]) if method in scores else ""
-            told.append(f"**{text}**" if text and scores[method]["mean"] == max(fair) else text)
+            best = text and method != TRUE_LABELS and scores[method]["mean"] == max(rivals)
+            told.append(f"**{text}**" if best and len(rivals) > 1 else text)
         lines.append(_line(*_cell(cell), *told))
     return "\n".join(lines)
 
@@ -110,11 +114,11 @@ def every(records: Rows) -> list[str]:
 
 
 def by_cell(rows: Rows) -> dict[tuple[str, str, float], dict[str, dict[str, Any]]]:
-    """Return the rows of each cell by method."""
+    """Return the rows of each cell by method, cells in the order of sets and of growing noise."""
     cells: dict[tuple[str, str, float], dict[str, dict[str, Any]]] = {}
     for row in rows:
         cells.setdefault((row["set"], row["labels"], row["pairs"]), {})[row["method"]] = row
-    return cells
+    return dict(sorted(cells.items(), key=lambda each: (list(SETS).index(each[0][0]), *each[0][1:])))
 
 
 def _cell(cell: tuple[str, str, float]) -> tuple[str, str, str]:
