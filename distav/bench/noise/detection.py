@@ -20,10 +20,8 @@ from distav.embedding import Embeddings, Encoders
 
 
 def f1(found: np.ndarray, wrong: np.ndarray) -> float:
-    """Return the F1 score of samples said to be wrong, [N] bool twice; 1 where there are none and none is named."""
-    both = int((found & wrong).sum())
-    total = int(found.sum() + wrong.sum())
-    return 2 * both / total if total else 1.0
+    """Return the F1 score of samples said to be wrong, [N] bool twice; some are."""
+    return 2 * float((found & wrong).sum()) / float(found.sum() + wrong.sum())
 
 
 def foretold(embeddings: Embeddings, given: np.ndarray) -> np.ndarray:
@@ -46,12 +44,17 @@ def compare(run: Path, shards: Path, given: Path, table: str) -> dict[str, float
         shards: the set, which knows the true labels.
         given: the table of given labels.
         table: name of the correction.
+
+    Returns:
+        F1 scores; nothing where no label is wrong.
     """
     opened = ShardSet.open(shards)
     split = opened.split("train")
     labels = load_labels(opened, split, str(given))
     truth = labels.given if labels.true is None else labels.true
     wrong = labels.given != truth
+    if not wrong.any():
+        return {}
     corrected = read_table(run / "labels" / f"{table}.parquet")
     ours = np.array(corrected.column("given").to_pylist()) != np.array(corrected.column("corrected").to_pylist())
     embeddings = Encoders.open(run / "export", torch.device("cpu"), batch=128).of_clips(split)
