@@ -167,12 +167,12 @@ class Judges:
         for weights in tried:
             shares = torch.einsum("m,mjc->jc", weights, stacked).softmax(1)
             likelihood.append(_log_product(_mixed(shares, self.labels, mistaken, at)).logsumexp(0))
-        chosen: list[float] = broadcast((torch.stack(likelihood).softmax(0) @ tried).tolist())
+        averaged: list[float] = broadcast((torch.stack(likelihood).softmax(0) @ tried).tolist())
         logs = sum(
-            (weight * each.clamp_min(1e-4).log() for weight, each in zip(chosen, experts, strict=True)),
+            (weight * each.clamp_min(1e-4).log() for weight, each in zip(averaged, experts, strict=True)),
             torch.zeros_like(experts[0]),
         )
-        return logs.softmax(1), chosen
+        return logs.softmax(1), averaged
 
 
 def _weightings(experts: int) -> Iterator[list[float]]:

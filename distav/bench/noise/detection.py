@@ -20,7 +20,7 @@ from distav.embedding import Embeddings, Encoders
 
 
 def f1(found: np.ndarray, wrong: np.ndarray) -> float:
-    """Return the F1 score of samples said to be wrong, [N] bool twice; some are."""
+    """Return the F1 score of samples said to be wrong, [N] bool twice, where some are."""
     return 2 * float((found & wrong).sum()) / float(found.sum() + wrong.sum())
 
 
@@ -46,7 +46,7 @@ def compare(run: Path, shards: Path, given: Path, table: str) -> dict[str, float
         table: name of the correction.
 
     Returns:
-        F1 scores; nothing where no label is wrong.
+        F1 scores; nothing, and nothing is written, where no label is wrong.
     """
     opened = ShardSet.open(shards)
     split = opened.split("train")

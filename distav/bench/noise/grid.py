@@ -13,12 +13,15 @@ class Method:
     shares_phase_1: bool = False
 
 
+TRUE_LABELS = "true labels"
+"""The method that shows what could be reached, and that no other is compared with."""
+
 METHODS = {
     "distav": Method("avdigits", shares_phase_1=True),
     "ce": Method("baselines/ce"),
     "gce": Method("baselines/gce"),
     "elr": Method("baselines/elr"),
-    "true labels": Method("baselines/true_labels"),
+    TRUE_LABELS: Method("baselines/true_labels"),
     "ce after contrast": Method("baselines/ce_after_contrast", shares_phase_1=True),
     "contrast + probe": Method("baselines/contrast_probe", shares_phase_1=True),
     "infonce + probe": Method("baselines/infonce_probe"),
@@ -126,7 +129,7 @@ def grid() -> list[tuple[Cell, tuple[str, ...]]]:
     found = [(Cell("easy", "symmetric:0.8", 0.4), tuple(METHODS))]
     found += [(Cell("easy", "symmetric:0.8", 0.0), ("distav", *SIMPLE))]
     found += [(Cell("easy", "asymmetric:0.4", 0.4), ("distav", *SIMPLE))]
-    found += [(Cell("easy", "", 0.0), ("distav", "ce", "true labels"))]
+    found += [(Cell("easy", "", 0.0), ("distav", "ce", TRUE_LABELS))]
     found += [
         (Cell("hard", labels, pairs), ("distav", *SIMPLE))
         for pairs in (0.4, 0.0)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from distav.bench.noise.grid import ABLATIONS, METHODS, PAIR_METHODS, SETS
+from distav.bench.noise.grid import ABLATIONS, METHODS, PAIR_METHODS, SETS, TRUE_LABELS
 from distav.bench.noise.results import over_seeds
 
 Rows = Sequence[dict[str, Any]]
@@ -18,9 +18,6 @@ DETAILS = {
     "wrong labels found, F1": "f1",
     "the same, cleanlab": "f1_cleanlab",
 }
-
-TRUE_LABELS = "true labels"
-"""The method that the others are not compared with."""
 
 _HEAD = 2
 """Lines of a table without rows."""
