@@ -49,7 +49,7 @@ def _stored(run: Run) -> dict[str, Any]:
     """Return how the clips were stored that the network learnt from, so that others can be brought into that form."""
     split = run.data.train
     duration_s = float(split.columns["duration_s"][0])
-    return {"codec": split.codec, "short_side": split.shortest_side, "clip_s": duration_s}
+    return {"codec": split.codec, "short_side": split.sides[0], "clip_s": duration_s}
 
 
 def _noise(report: dict[str, Any]) -> str:

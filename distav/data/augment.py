@@ -19,6 +19,7 @@ class View:
         colour: [4] float32 factors of brightness, contrast and saturation, and a hue turn in degrees.
         audio_start: first audio sample; may lie before the beginning, where there is silence.
         gain: factor on the amplitude.
+        size: stored height and width in pixels.
     """
 
     start_frame: int
@@ -27,6 +28,7 @@ class View:
     colour: np.ndarray
     audio_start: int
     gain: float
+    size: tuple[int, int]
 
 
 _WHOLE = np.array([0, 0, 1, 1], np.float32)
@@ -48,7 +50,7 @@ class Viewer:
             start = slack // 2
             colour = np.array([1, 1, 1, 0], np.float32)
             crop = _WHOLE if self.data.squash else _centre(height, width)
-            return View(start, crop, False, colour, self._audio_start(sample, start, 0.0), 1.0)
+            return View(start, crop, False, colour, self._audio_start(sample, start, 0.0), 1.0, (height, width))
         rng, change = np.random.default_rng([self.seed, 5, epoch, sample]), self.augment
         start = int(rng.integers(0, slack + 1))
         crop = _random_crop(height, width, change, rng)
@@ -57,7 +59,7 @@ class Viewer:
         shift = change.shift_s * rng.uniform(-1, 1)
         gain = 1 + change.gain * rng.uniform(-1, 1)
         flip = bool(rng.uniform() < change.flip)
-        return View(start, crop, flip, colour, self._audio_start(sample, start, shift), gain)
+        return View(start, crop, flip, colour, self._audio_start(sample, start, shift), gain, (height, width))
 
     def _audio_start(self, sample: int, start_frame: int, shift_s: float) -> int:
         """Centre the sound on the frames, kept inside the clip where it can be, then shift it."""

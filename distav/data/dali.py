@@ -1,10 +1,25 @@
-"""The one DALI graph that decodes and augments clips, on a GPU ("mixed") or on the CPU.
+"""Clips decoded and augmented by DALI, on a GPU or on the CPU.
 
-Legend: B clips, T frames, H W pixels, N audio samples.
+`decoder_for` says how the video of a dataset is decoded:
+
+| codec | on a CPU | on a GPU |
+|---|---|---|
+| MJPEG | `jpeg`: libjpeg-turbo | `jpeg`: nvJPEG |
+| VP9 | `video`: FFmpeg inside DALI | `video`: NVDEC, or as on a CPU where NVDEC does not take the size |
+| H.264 | `pyav`: FFmpeg inside PyAV | `video`: NVDEC, or as on a CPU where NVDEC does not take the size |
+
+Legend: B clips, T frames, H W pixels, S side of the output in pixels, N audio samples.
 """
 
 import io
-from collections.abc import Sequence
+import itertools
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
 
 import av
 import av.error
@@ -15,130 +30,269 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from distav.data.augment import View
+from distav.data.avi import jpeg_frames
+from distav.data.color import change_colors
 from distav.data.format import Split
 from distav.data.reader import DecodeError, Members
 from distav.settings import DataSettings
 
-CPU_CODECS = ("mjpeg", "vp9")
-"""What DALI's video decoder takes on a CPU; PyAV decodes the rest there, ahead of the same graph."""
+log = logging.getLogger("distav")
+
+NVDEC_SIDES = (144, 4096)
+"""Shortest and longest side in pixels that NVDEC decodes of VP9 (from 128) and H.264 (up to 4096) alike."""
+_TRIED = 3
+"""Clips that NVDEC is tried on."""
+_FLOAT, _INT32, _UINT8 = types.DALIDataType.FLOAT, types.DALIDataType.INT32, types.DALIDataType.UINT8
 
 
-SMALLEST_ON_GPU = 144
-"""Frames with a shorter side are decoded on the CPU, since NVDEC refuses small ones (VP9: below 128 pixels)."""
+class Decoder(Enum):
+    """What decodes the video of a clip."""
+
+    jpeg = "jpeg"
+    """DALI's image decoder, frame by frame."""
+    video = "video"
+    """DALI's video decoder."""
+    pyav = "pyav"
+    """PyAV, on the CPU, ahead of the graph."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """How video is decoded, and whether a GPU does it."""
+
+    decoder: Decoder
+    on_gpu: bool
+
+
+class DeviceError(RuntimeError):
+    """The device failed while it decoded a batch; no clip is to blame."""
+
+
+def decoder_for(codec: str, on_gpu: bool, sides: tuple[int, int]) -> Route:
+    """Return how video of a codec is decoded.
+
+    Args:
+        codec: mjpeg, vp9 or h264.
+        on_gpu: whether there is a GPU to decode on.
+        sides: shortest and longest side of any frame in pixels.
+    """
+    if codec == "mjpeg":
+        return Route(Decoder.jpeg, on_gpu)
+    if on_gpu and NVDEC_SIDES[0] <= sides[0] and sides[1] <= NVDEC_SIDES[1]:
+        return Route(Decoder.video, True)
+    return Route(Decoder.video if codec == "vp9" else Decoder.pyav, False)
 
 
 class ClipGraph:
-    """Decodes batches of one size. A failed batch leaves the pipeline invalid, so it is built anew after one."""
+    """Decodes batches of clips and applies their views."""
 
     def __init__(self, data: DataSettings, split: Split, batch: int, device: torch.device):
-        self.data, self.batch, self.device = data, batch, device
+        """Prepare for batches of up to B clips of one split."""
+        self.data, self.split, self.batch, self.device = data, split, batch, device
         self.num_audio_samples = round(data.audio_s * split.sample_rate_hz)
         self.on_gpu = device.type == "cuda"
-        self.decoded_on_gpu = self.on_gpu and split.shortest_side >= SMALLEST_ON_GPU
-        self.decoded_by_pyav = not self.decoded_on_gpu and split.codec not in CPU_CODECS
-        self._pipeline = self._build()
+        self.route = decoder_for(split.codec, self.on_gpu, split.sides)
+        self.shapes = {
+            "frames": ((data.num_frames, data.frame_size, data.frame_size, 3), torch.uint8),
+            "sound": ((self.num_audio_samples,), torch.float32),
+        }
+        """Shape and dtype of a sample of each output."""
+        self._nvdec_tried = not (self.route.decoder is Decoder.video and self.route.on_gpu)
+        self._pipelines: dict[str, Pipeline] = {}
+        self._pool = ThreadPoolExecutor(data.decode_threads, "pyav")
 
-    def _build(self) -> Pipeline:
-        data = self.data
+    def run(self, members: Sequence[Members], views: Sequence[View]) -> dict[str, Tensor]:
+        """Decode a batch.
+
+        Args:
+            members: up to B samples as read.
+            views: a view of each.
+
+        Returns:
+            `frames` [B, T, S, S, 3] uint8 and `sound` [B, N] float32 in [-1, 1], on the graph's device; the work on a
+            GPU is in its current stream.
+
+        Raises:
+            DecodeError: where any sample of the batch cannot be decoded.
+            DeviceError: where the device failed.
+        """
+        try:
+            if not self._nvdec_tried:
+                self._try_nvdec(members[:_TRIED], views[:_TRIED])
+            frames = self._frames([each["video"] for each in members], views)
+            return {"frames": frames, "sound": self._sound([each["audio"] for each in members], views)}
+        except (ValueError, IndexError, av.error.FFmpegError) as error:
+            raise DecodeError(str(error).strip().splitlines()[0]) from None
+
+    def _try_nvdec(self, members: Sequence[Members], views: Sequence[View]) -> None:
+        """Decode a few clips; where NVDEC decodes none that FFmpeg decodes, FFmpeg decodes all from now on."""
+        reason = ""
+        for member, view in zip(members, views, strict=True):
+            try:
+                self._frames([member["video"]], [view])
+                break
+            except (DecodeError, DeviceError) as error:
+                if _out_of_memory(str(error)):
+                    raise
+                reason = str(error)
+                self._decoded_by_pyav(member["video"], view)
+        else:
+            self.route = decoder_for(self.split.codec, False, self.split.sides)
+            log.warning(
+                f"NVDEC does not decode the {self.split.codec} clips of {self.split.root} ({reason}), so they are "
+                "decoded on the CPU, which is slower. In a container, set NVIDIA_DRIVER_CAPABILITIES to include video."
+            )
+        self._nvdec_tried = True
+
+    def _frames(self, videos: Sequence[bytes], views: Sequence[View]) -> Tensor:
+        """Return augmented frames: [B, T, S, S, 3] uint8."""
+        decoder, num_frames = self.route.decoder, self.data.num_frames
+        crops = np.stack([view.crop for view in views])
+        colors = np.stack([view.colour for view in views])
+        flips = np.array([view.flip for view in views], np.int32)
+        if decoder is Decoder.jpeg:
+            bands, crops = _bands(views, crops, self.data.frame_size)
+            images = [jpeg_frames(video, self._wanted(view)) for video, view in zip(videos, views, strict=True)]
+            fed: dict[str, Any] = {"video": list(itertools.chain.from_iterable(images))}
+            fed |= {"band": np.repeat(bands, num_frames, axis=0), "crop": np.repeat(crops, num_frames, axis=0)}
+            fed |= {"flip": np.repeat(flips, num_frames)}
+        elif decoder is Decoder.pyav:
+            fed = {"video": list(self._pool.map(self._decoded_by_pyav, videos, views)), "crop": crops, "flip": flips}
+        else:
+            fed = {"video": [np.frombuffer(each, np.uint8) for each in videos], "crop": crops, "flip": flips}
+            fed |= {"start_frame": np.array([view.start_frame for view in views], np.int32)}
+        if self.on_gpu:
+            fed["color"] = np.repeat(colors, len(fed["flip"]) // len(views), axis=0)
+        frames = self._run("frames", self._frame_graph, fed).view(len(videos), *self.shapes["frames"][0])
+        if not self.on_gpu:
+            change_colors(frames.numpy(), colors)
+        return frames
+
+    def _sound(self, contents: Sequence[bytes], views: Sequence[View]) -> Tensor:
+        """Return the audio of each view: [B, N] float32, silence past either end of a clip."""
+        fed = {
+            "audio": [np.frombuffer(each, np.uint8) for each in contents],
+            "start": np.array([view.audio_start for view in views], np.int32),
+            "gain": np.array([view.gain for view in views], np.float32),
+        }
+        return self._run("sound", self._sound_graph, fed)
+
+    def _frame_graph(self) -> Any:
+        size, crop = self.data.frame_size, fn.external_source(name="crop", ndim=1, dtype=_FLOAT)
+        route, backend = self.route, "mixed" if self.route.on_gpu else "cpu"
+        if route.decoder is Decoder.pyav:
+            frames = fn.external_source(name="video", ndim=4, dtype=_UINT8, layout="FHWC")
+        else:
+            content = fn.external_source(name="video", ndim=1, dtype=_UINT8)
+            if route.decoder is Decoder.jpeg:
+                band = fn.external_source(name="band", ndim=1, dtype=_INT32)
+                frames = fn.decoders.image_slice(
+                    content,
+                    device=backend,
+                    start=band[0:1],
+                    end=band[1:2],
+                    axis_names="H",
+                    jpeg_fancy_upsampling=True,
+                )
+            else:
+                frames = fn.decoders.video(
+                    content,
+                    device=backend,
+                    start_frame=fn.external_source(name="start_frame", ndim=0, dtype=_INT32),
+                    sequence_length=self.data.num_frames,
+                    stride=self.data.frame_stride,
+                    pad_mode="edge",
+                )
+        if self.on_gpu and not route.on_gpu:
+            frames = frames.gpu()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        frames = fn.resize(
+            frames,
+            roi_start=crop[0:2],
+            roi_end=crop[2:4],
+            roi_relative=route.decoder is not Decoder.jpeg,
+            size=[size, size],
+            interp_type=types.DALIInterpType.INTERP_LINEAR,
+            antialias=True,
+        )
+        if self.on_gpu:
+            color = fn.external_source(name="color", ndim=1, dtype=_FLOAT)
+            frames = fn.color_twist(  # pyright: ignore[reportCallIssue]
+                frames,  # pyright: ignore[reportArgumentType]
+                brightness=color[0],
+                contrast=color[1],
+                saturation=color[2],
+                hue=color[3],
+            )
+        flip = fn.external_source(name="flip", ndim=0, dtype=_INT32)
+        return fn.flip(frames, horizontal=flip)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    def _sound_graph(self) -> Any:
+        content = fn.external_source(name="audio", ndim=1, dtype=_UINT8)
+        sound, _ = fn.decoders.audio(content, dtype=_FLOAT, downmix=True)
+        start = fn.external_source(name="start", ndim=0, dtype=_INT32)
+        gain = fn.external_source(name="gain", ndim=0, dtype=_FLOAT)
+        sound = fn.slice(sound, start, self.num_audio_samples, axes=[0], out_of_bounds_policy="pad") * gain
+        return sound.gpu() if self.on_gpu else sound
+
+    def _run(self, name: str, graph: Callable[[], Any], fed: Mapping[str, Any]) -> Tensor:
+        """Run a pipeline, building it where there is none; one that failed is not valid any more."""
+        try:
+            if name not in self._pipelines:
+                flattened = name == "frames" and self.route.decoder is Decoder.jpeg
+                self._pipelines[name] = self._build(graph, self.batch * (self.data.num_frames if flattened else 1))
+            pipeline = self._pipelines[name]
+            for source, values in fed.items():
+                pipeline.feed_input(source, values)
+            return self._tensor(pipeline.run()[0])
+        except RuntimeError as error:
+            self._pipelines.pop(name, None)
+            reason = dali_reason(str(error))
+            if self._is_device_fault(reason):
+                raise DeviceError(f"decoding a batch of {self.batch} clips on {self.device} failed: {reason}") from None
+            raise DecodeError(reason) from None
+
+    def _build(self, graph: Callable[[], Any], batch: int) -> Pipeline:
         pipeline = Pipeline(
-            batch_size=self.batch,
-            num_threads=data.decode_threads,
+            batch_size=batch,
+            num_threads=self.data.decode_threads,
             device_id=self.device.index if self.on_gpu else None,
             prefetch_queue_depth=1,
             exec_async=False,
             exec_pipelined=False,
         )
         with pipeline:
-            crop = fn.external_source(name="crop", ndim=1, dtype=types.DALIDataType.FLOAT)
-            colour = fn.external_source(name="colour", ndim=1, dtype=types.DALIDataType.FLOAT)
-            flip = fn.external_source(name="flip", ndim=0, dtype=types.DALIDataType.INT32)
-            if self.decoded_by_pyav:
-                frames = fn.external_source(name="video", ndim=4, dtype=types.DALIDataType.UINT8, layout="FHWC")
-            else:
-                frames = fn.decoders.video(
-                    fn.external_source(name="video", ndim=1, dtype=types.DALIDataType.UINT8),
-                    device="mixed" if self.decoded_on_gpu else "cpu",
-                    start_frame=fn.external_source(name="start_frame", ndim=0, dtype=types.DALIDataType.INT32),
-                    sequence_length=data.num_frames,
-                    stride=data.frame_stride,
-                    pad_mode="edge",
-                )
-            if self.on_gpu and not self.decoded_on_gpu:
-                frames = frames.gpu()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-            frames = fn.resize(
-                frames,
-                roi_start=crop[0:2],
-                roi_end=crop[2:4],
-                roi_relative=True,
-                size=[data.frame_size, data.frame_size],
-                interp_type=types.DALIInterpType.INTERP_LINEAR,
-                antialias=True,
-            )
-            frames = fn.color_twist(  # pyright: ignore[reportCallIssue]
-                frames,  # pyright: ignore[reportArgumentType]
-                brightness=colour[0],
-                contrast=colour[1],
-                saturation=colour[2],
-                hue=colour[3],
-            )
-            frames = fn.flip(frames, horizontal=flip)
-            sound, _ = fn.decoders.audio(
-                fn.external_source(name="audio", ndim=1, dtype=types.DALIDataType.UINT8),
-                dtype=types.DALIDataType.FLOAT,
-                downmix=True,
-            )
-            start = fn.external_source(name="audio_start", ndim=0, dtype=types.DALIDataType.INT32)
-            gain = fn.external_source(name="gain", ndim=0, dtype=types.DALIDataType.FLOAT)
-            sound = fn.slice(sound, start, self.num_audio_samples, axes=[0], out_of_bounds_policy="pad") * gain
-            pipeline.set_outputs(frames, sound.gpu() if self.on_gpu else sound)
+            pipeline.set_outputs(graph())
         pipeline.build()
         return pipeline
 
-    def run(self, members: Sequence[Members], views: Sequence[View]) -> dict[str, Tensor]:
-        """Decode one batch.
-
-        Args:
-            members: B samples as read.
-            views: B views.
-
-        Returns:
-            `frames` [B, T, H, W, 3] uint8 and `sound` [B, N] float32 in [-1, 1], on the graph's device.
-
-        Raises:
-            DecodeError: where any sample of the batch cannot be decoded.
-        """
-        feed = self._pipeline.feed_input
-        try:
-            if self.decoded_by_pyav:
-                feed("video", [self._frames(each["video"], view) for each, view in zip(members, views, strict=True)])
-            else:
-                feed("video", [np.frombuffer(each["video"], np.uint8) for each in members])
-                feed("start_frame", [np.int32(view.start_frame) for view in views])
-            feed("audio", [np.frombuffer(each["audio"], np.uint8) for each in members])
-            feed("crop", [view.crop for view in views])
-            feed("colour", [view.colour for view in views])
-            feed("flip", [np.int32(view.flip) for view in views])
-            feed("audio_start", [np.int32(view.audio_start) for view in views])
-            feed("gain", [np.float32(view.gain) for view in views])
-            frames, sound = (self._tensor(each) for each in self._pipeline.run())
-            if self.on_gpu:
-                # The next run writes where these copies are taken from, on a stream of its own.
-                torch.cuda.current_stream(self.device).synchronize()
-            return {"frames": frames, "sound": sound}
-        except (RuntimeError, ValueError, IndexError, av.error.FFmpegError) as error:
-            self._pipeline = self._build()
-            raise DecodeError(str(error).strip().splitlines()[0]) from None
-
-    def _tensor(self, batch: object) -> Tensor:
+    def _tensor(self, output: Any) -> Tensor:
         """Copy DALI's output, whose memory the next run reuses."""
         if not self.on_gpu:
-            return torch.from_numpy(np.array(batch.as_array()))  # pyright: ignore[reportAttributeAccessIssue]
-        dense = batch.as_tensor()  # pyright: ignore[reportAttributeAccessIssue]
-        return torch.from_dlpack(dense).clone()
+            return torch.from_numpy(output.as_array())  # A copy already.
+        copy = torch.from_dlpack(output.as_tensor()).clone()
+        torch.cuda.current_stream(self.device).synchronize()  # DALI's next run is in a stream of its own.
+        return copy
 
-    def _frames(self, video: bytes, view: View) -> np.ndarray:
-        """Decode the frames of a view by PyAV: [T, H, W, 3] uint8; past the end the last one stands still."""
-        wanted = [view.start_frame + number * self.data.frame_stride for number in range(self.data.num_frames)]
+    def _is_device_fault(self, reason: str) -> bool:
+        """Whether a failure is the device's: out of memory, or a CUDA error after which the device does not answer."""
+        if _out_of_memory(reason):
+            return True
+        if not re.search(r"\bCUDA\b|cuda[A-Z]|libnvcuvid|libcuda", reason):
+            return False
+        if not self.on_gpu or "libnvcuvid" in reason:
+            return True
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError:
+            return True
+        return False
+
+    def _wanted(self, view: View) -> list[int]:
+        return [view.start_frame + number * self.data.frame_stride for number in range(self.data.num_frames)]
+
+    def _decoded_by_pyav(self, video: bytes, view: View) -> np.ndarray:
+        """Return the frames of a view: [T, H, W, 3] uint8; past the end the last one is repeated."""
+        wanted = self._wanted(view)
         kept: dict[int, np.ndarray] = {}
         with av.open(io.BytesIO(video), "r") as container:
             stream = container.streams.video[0]
@@ -152,3 +306,38 @@ class ClipGraph:
         if last is None:
             raise DecodeError("no frame could be decoded")
         return np.stack([kept[number if number in kept else last] for number in wanted])
+
+
+def _bands(views: Sequence[View], crops: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of pixels that the crops need, and the crops in pixels of the decoded bands.
+
+    A JPEG image is coded row by row: decoding fewer columns saves nothing. The margin is what the antialiasing filter
+    reads beyond a crop.
+
+    Args:
+        views: B views.
+        crops: [B, 4] top, left, bottom, right as fractions of height and width.
+        size: S.
+
+    Returns:
+        [B, 2] int32 first row and the row after the last, and [B, 4] float32.
+    """
+    height, width = np.array([view.size for view in views]).T
+    top, left, bottom, right = (crops * np.stack([height, width, height, width], axis=1)).T
+    margin = np.maximum(1, (bottom - top) / size) + 2
+    first = np.maximum(0, np.floor(top - margin))
+    last = np.minimum(height, np.ceil(bottom + margin))
+    bands = np.stack([first, last], axis=1).astype(np.int32)
+    return bands, np.stack([top - first, left, bottom - first, right], axis=1).astype(np.float32)
+
+
+def dali_reason(message: str) -> str:
+    """Return what happened from a message of DALI: the first line after "encountered:"."""
+    said = message.partition("encountered:")[2] or message
+    lines = [line.strip() for line in said.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("Critical error in pipeline", "Current pipeline"))]
+    return lines[0] if lines else "the decoder gave no reason"
+
+
+def _out_of_memory(reason: str) -> bool:
+    return bool(re.search(r"out of memory|allocation failed|OUT_OF_MEMORY|MemoryAllocation|bad_alloc", reason))

@@ -93,9 +93,10 @@ class Split:
         return np.bincount(self.columns["shard"], minlength=len(self.shards)).tolist()
 
     @cached_property
-    def shortest_side(self) -> int:
-        """Shortest side of any stored frame, in pixels."""
-        return int(min(self.columns["width"].min(), self.columns["height"].min()))
+    def sides(self) -> tuple[int, int]:
+        """Shortest and longest side of any stored frame, in pixels."""
+        sides = np.concatenate([self.columns["width"], self.columns["height"]])
+        return int(sides.min()), int(sides.max())
 
     @cached_property
     def source_codes(self) -> np.ndarray:

@@ -26,8 +26,13 @@ from distav.data.streams import Stream
 from distav.seeding import sample_seeds
 from distav.settings import AugmentSettings, DataSettings
 
-_MOST_TRIED = 1000
-"""Samples among which one that can be decoded is looked for."""
+_MOST_REFUSED = 64
+"""Samples of one batch that may be refused, where most are, before the split counts as one that cannot be decoded."""
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on a device; a copy to a GPU goes through pinned memory and does not wait."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass
@@ -56,10 +61,12 @@ class Quarantine:
 
 
 class FeatureGraph:
-    """Puts batches of one size together."""
+    """Puts batches of features together."""
 
     def __init__(self, streams: dict[str, Stream], batch: int, device: torch.device):
         self.streams, self.batch, self.device = streams, batch, device
+        self.shapes = {name: ((stream.steps, stream.dim), torch.float32) for name, stream in streams.items()}
+        """Shape and dtype of a sample of each output."""
 
     def run(self, members: Sequence[Members], views: Sequence[object] = ()) -> dict[str, Tensor]:
         """Return the streams of one batch, [B, steps, dim] float32 each; views are for clips.
@@ -69,7 +76,9 @@ class FeatureGraph:
         """
         del views
         return {
-            name: torch.from_numpy(np.stack([decode_features(each[name], stream) for each in members])).to(self.device)
+            name: on_device(
+                torch.from_numpy(np.stack([decode_features(each[name], stream) for each in members])), self.device
+            )
             for name, stream in self.streams.items()
         }
 
@@ -94,8 +103,7 @@ class Loader:
         self.reader = ShardReader(split)
         self.quarantine = Quarantine()
         self._pool = ThreadPoolExecutor(CONNECTIONS, "reader") if split.remote else None
-        self._spare: Members | None = None
-        self._proven: Members | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def close(self) -> None:
         """Close the shard files, and read nothing ahead any more."""
@@ -136,14 +144,14 @@ class Loader:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                yield item
+                yield self._handed_over(item)
         finally:
             stop.set()
             thread.join()
 
     def load(self, ids: Ids, epoch: int) -> Batch:
         """Read, check and decode one batch."""
-        return self._batch(ids, epoch, list(self._members(ids)))
+        return self._handed_over(self._batch(ids, epoch, list(self._members(ids))))
 
     def _read_ahead(self, plan: Iterable[tuple[Ids, int]]) -> Iterator[tuple[Ids, int, Iterator[Members | None]]]:
         """Yield what is to be loaded with its members; from afar those of the next batches are under way by then."""
@@ -160,56 +168,76 @@ class Loader:
         return (self._pool.map if self._pool else map)(self._read, ids.tolist())
 
     def _batch(self, ids: Ids, epoch: int, members: list[Members | None]) -> Batch:
-        valid = ids != PADDING
+        """Decode one batch; on a GPU in a stream of its own, so that it does not wait for queued training."""
         views = [self.viewer.view(max(0, int(sample)), epoch) for sample in ids] if self.viewer else [None] * len(ids)
-        media = self._decode(ids, members, views)
-        valid &= np.array([each is not None for each in members])
-        return Batch(
-            ids=torch.from_numpy(np.maximum(ids, 0)).to(self.device),
-            valid=torch.from_numpy(valid).to(self.device),
-            seeds=sample_seeds(self.seed, epoch, torch.from_numpy(ids)).to(self.device),
-            media=media,
-        )
+        with torch.cuda.stream(self._stream):
+            media = self._decode(ids, members, views)
+            valid = torch.tensor([each is not None for each in members])
+            batch = Batch(
+                ids=on_device(torch.from_numpy(np.maximum(ids, 0)), self.device),
+                valid=on_device(valid, self.device),
+                seeds=on_device(sample_seeds(self.seed, epoch, torch.from_numpy(ids)), self.device),
+                media=media,
+            )
+        if self._stream:
+            self._stream.synchronize()
+        return batch
+
+    def _handed_over(self, batch: Batch) -> Batch:
+        """Return a batch whose memory is not used again before the caller's stream is done with it."""
+        if self._stream:
+            for each in (batch.ids, batch.valid, batch.seeds, *batch.media.values()):
+                each.record_stream(torch.cuda.current_stream(self.device))
+        return batch
 
     def _decode(self, ids: Ids, members: list[Members | None], views: list) -> dict[str, Tensor]:
-        """Decode a batch; where it is refused, find the samples at fault and take them out of `members`."""
-        self._spare = self._spare or next((each for each in members if each is not None), None)
-        try:
-            decoded = self.graph.run(self._filled(members), views)
-            self._proven = self._spare
-            return decoded
-        except DecodeError as error:
-            reason = str(error)
-        for row, member in enumerate(members):
-            if member is not None and (said := self._refused(member, views[row])):
-                members[row] = None
-                self.quarantine.reasons[int(ids[row])] = f"not decodable: {said}"
-        self._spare = next((each for each in members if each is not None), self._proven) or self._found(views[0])
-        if self._spare is None:
-            tried = min(len(self.split), _MOST_TRIED)
-            raise RuntimeError(
-                f"none of the first {tried} samples of split {self.split.name} can be decoded: {reason}; look at them "
-                "with tools/inspect_shards.py stats"
-            )
-        return self.graph.run(self._filled(members), views)
+        """Decode a batch; a sample that is refused is taken out of `members`.
 
-    def _found(self, view: object) -> Members | None:
-        """Look for a sample that can be decoded where none of the first batch could."""
-        some = (self._read(sample) for sample in range(min(len(self.split), _MOST_TRIED)))
-        return next((each for each in some if each and not self._refused(each, view)), None)
+        Rows without a sample repeat one that was decoded, or are zero where none was.
+        """
+        rows = [(row, each) for row, each in enumerate(members) if each is not None]
+        decoded = self._decode_rows(ids, rows, views)
+        if len(decoded) == 1 and len(decoded[0][0]) == len(members):
+            return decoded[0][1]
+        places = [row for rows, _ in decoded for row in rows]
+        for row in set(range(len(members))) - set(places):
+            members[row] = None
+        media = {}
+        for name, (shape, dtype) in self.graph.shapes.items():
+            media[name] = torch.zeros(len(members), *shape, dtype=dtype, device=self.device)
+            if decoded:
+                media[name][:] = decoded[0][1][name][0]
+                values = torch.cat([each[name] for _, each in decoded])
+                media[name].index_copy_(0, on_device(torch.tensor(places), self.device), values)
+        return media
 
-    def _filled(self, members: list[Members | None]) -> list[Members]:
-        """Put a sample known to be good where there is none; those rows are masked."""
-        if self._spare is None:
-            self._spare = next(spare for sample in range(len(self.split)) if (spare := self._read(sample)))
-        return [each or self._spare for each in members]
+    def _decode_rows(
+        self, ids: Ids, rows: list[tuple[int, Members]], views: list
+    ) -> list[tuple[list[int], dict[str, Tensor]]]:
+        """Return what rows of a batch decode to, in as many parts as it takes to leave out those that are refused.
 
-    def _refused(self, member: Members, view: object) -> str:
-        try:
-            self.graph.run([member] * self.graph.batch, [view] * self.graph.batch)  # pyright: ignore[reportArgumentType]
-        except DecodeError as error:
-            return str(error)
-        return ""
+        Halves of a refused batch are tried on their own: one bad sample among b costs 2 log2(b) smaller decodes.
+        """
+        done: list[tuple[list[int], dict[str, Tensor]]] = []
+        waiting, refused = [rows] if rows else [], 0
+        while waiting:
+            part = waiting.pop()
+            places = [row for row, _ in part]
+            try:
+                done.append((places, self.graph.run([each for _, each in part], [views[row] for row in places])))
+            except DecodeError as error:
+                if len(part) > 1:
+                    middle = len(part) // 2
+                    waiting += [part[middle:], part[:middle]]
+                    continue
+                refused += 1
+                self.quarantine.reasons[int(ids[places[0]])] = f"not decodable: {error}"
+                if refused > max(_MOST_REFUSED, sum(len(each) for each, _ in done)):
+                    raise RuntimeError(
+                        f"{refused} samples of one batch of split {self.split.name} cannot be decoded, the last of "
+                        f"them for this reason: {error}. Look at the split with tools/inspect_shards.py stats."
+                    ) from None
+        return done
 
     def _read(self, sample: int) -> Members | None:
         """Read the members of a sample; None for padding, and with an entry in the quarantine for damaged ones."""

@@ -104,10 +104,19 @@ class Encoding:
         """Audio samples of a clip."""
         return round(self.clip_s * self.sample_rate_hz)
 
+    @property
+    def side(self) -> int:
+        """Side of square frames in pixels."""
+        return self.size_of(self.short_side, self.short_side)[0]
+
     def size_of(self, width: int, height: int) -> tuple[int, int]:
-        """Return width and height with the short side as wanted, the aspect kept, both even."""
-        scale = self.short_side / min(width, height)
-        wide, high = (max(2, 2 * round(side * scale / 2)) for side in (width, height))
+        """Return width and height with the short side as wanted and the aspect kept.
+
+        Both are multiples of 2; of 16 for H.264, whose frames are coded in blocks of 16 x 16 pixels: of other sizes
+        NVDEC makes a new decoder for each clip.
+        """
+        scale, step = self.short_side / min(width, height), 16 if self.codec == "h264" else 2
+        wide, high = (max(step, step * round(side * scale / step)) for side in (width, height))
         return wide, high
 
 

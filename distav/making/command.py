@@ -209,7 +209,12 @@ def _add_common(parser: argparse.ArgumentParser, defaults: dict[str, object]) ->
     default = Encoding()
     add("--codec", default=default.codec, help=f"{', '.join(CODECS)} (default: %(default)s)")
     add("--fps", type=float, default=default.fps, help="frames stored each second (default: %(default)s)")
-    add("--short-side", type=int, default=default.short_side, help="pixels (default: %(default)s)")
+    add(
+        "--short-side",
+        type=int,
+        default=default.short_side,
+        help="pixels; H.264: rounded to a multiple of 16 (default: %(default)s)",
+    )
     add("--clip-s", type=float, default=default.clip_s, help="seconds of a clip (default: %(default)s)")
     add("--sample-rate", type=int, default=default.sample_rate_hz, help="of the sound, in Hz (default: %(default)s)")
     add("--label-noise", default="", metavar="KIND:RATE", help="symmetric:0.4 or asymmetric:0.4, training split only")

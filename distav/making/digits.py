@@ -82,7 +82,7 @@ class Digits:
 
 
 def _drift(digit: np.ndarray, encoding: Encoding, rng: np.random.Generator) -> np.ndarray:
-    side = encoding.short_side
+    side = encoding.side
     if side < digit.shape[0]:
         raise UserError(f"--short-side={side}: the digits are {digit.shape[0]} pixels high; give that or more.")
     room = side - digit.shape[0]

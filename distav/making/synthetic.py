@@ -44,7 +44,7 @@ class Scenes:
 
 
 def _paint(shape: str, size: float, encoding: Encoding, rng: np.random.Generator) -> np.ndarray:
-    side = encoding.short_side
+    side = encoding.side
     axis = np.linspace(-1, 1, side, dtype=np.float32)
     y, x = np.meshgrid(axis, axis, indexing="ij")
     ground, ink = rng.uniform(0, 0.5, 3), rng.uniform(0.5, 1.0, 3)

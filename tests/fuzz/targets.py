@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distav import sealing
+from distav.data.avi import jpeg_frames
 from distav.data.events import EVENTS_SCHEMA, load_events, read_events
 from distav.data.features import decode_features, encode_features
 from distav.data.format import ShardSet, index_schema
@@ -21,6 +22,7 @@ from distav.data.streams import Stream
 from distav.data.tar import by_key
 from distav.data.verify import sample_json
 from distav.errors import UserError
+from distav.making.clips import Encoding, encode_video
 
 TYPED = (UserError, DecodeError, sealing.Damaged)
 CLASSES = ["cat", "dog"]
@@ -149,6 +151,15 @@ def features(content: bytes, folder: Path) -> None:
     assert decode_features(content, STREAM).shape == (3, 2)
 
 
+def avi(content: bytes, folder: Path) -> None:
+    assert len(jpeg_frames(content, [0, 2, 9])) == 3
+
+
+def _avi() -> bytes:
+    frames = np.arange(3 * 16 * 16 * 3).reshape(3, 16, 16, 3).astype(np.uint8)
+    return encode_video(frames, Encoding("mjpeg", fps=3, short_side=16, clip_s=1))
+
+
 def sample(content: bytes, folder: Path) -> None:
     sample_json(content)
 
@@ -173,6 +184,7 @@ TARGETS: dict[str, tuple[Callable[[bytes, Path], None], bytes]] = {
     "label_parquet": (label_parquet, _labels()),
     "events": (events, _events()),
     "weak_labels": (weak_labels, _several_labels()),
+    "avi": (avi, _avi()),
     "features": (features, _features()),
     "sample": (sample, b'{"id": 3, "source": "x"}'),
     "checkpoint_manifest": (checkpoint_manifest, _sealed()),

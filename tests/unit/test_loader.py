@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from distav.data.augment import Viewer
+from distav.data.dali import Decoder
 from distav.data.format import ShardSet
 from distav.data.labels import load_labels
 from distav.data.loader import Loader
@@ -166,7 +167,7 @@ def test_other_codecs_go_through_the_same_graph(codec: str, tmp_path: Path):
             "synthetic", tmp_path / name, "--train-clips=6", "--test-clips=1", f"--codec={name}", "--short-side=32"
         )
     first, second = (loader(tmp_path / name, 6) for name in ("mjpeg", codec))
-    assert second.graph.decoded_by_pyav == (codec == "h264")
+    assert second.graph.route.decoder is (Decoder.pyav if codec == "h264" else Decoder.video)
     ids = np.arange(6)
     one, other = (each.load(ids, 0).media["frames"].int() for each in (first, second))
     assert second.load(ids, 0).valid.all()

@@ -299,6 +299,29 @@ def test_digits_pair_each_recording_with_images_of_its_own(real_data: Path):
     assert {("theo" in each.source) for each in held if each.split == "test"} == {True}
 
 
+@pytest.mark.parametrize(
+    ("codec", "size", "stored"),
+    [
+        ("h264", (1920, 1080), (448, 256)),
+        ("h264", (720, 1281), (256, 448)),
+        ("h264", (250, 250), (256, 256)),
+        ("mjpeg", (1920, 1080), (456, 256)),
+        ("vp9", (720, 1281), (256, 456)),
+    ],
+)
+def test_frames_of_h264_are_whole_blocks(codec: str, size: tuple[int, int], stored: tuple[int, int]):
+    assert Encoding(codec, short_side=256).size_of(*size) == stored
+
+
+@pytest.mark.parametrize(("codec", "side"), [("h264", 32), ("mjpeg", 40)])
+def test_rendered_frames_have_sides_that_the_codec_takes(codec: str, side: int):
+    from distav.making.synthetic import Scenes
+
+    source = Scenes(train_clips=2, test_clips=1)
+    (clip,) = source.clips(source.candidates()[0], Encoding(codec, short_side=40, clip_s=0.5), np.random.default_rng(0))
+    assert clip.size == (side, side)
+
+
 @pytest.mark.parametrize("degrade", [False, True])
 def test_digits_render_and_degrade(real_data: Path, degrade: bool):
     from distav.making.digits import Digits

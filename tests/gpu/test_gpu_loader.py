@@ -1,0 +1,43 @@
+"""The loader on a GPU."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distav.data.format import ShardSet
+from distav.data.loader import Loader
+from distav.settings import AugmentSettings, DataSettings
+from tests.conftest import make_shards
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DATA = DataSettings(num_frames=3, frame_stride=2, frame_size=112, audio_s=0.5)
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "h264"])
+def test_loading_does_not_wait_for_queued_training(codec: str, tmp_path: Path):
+    make_shards("synthetic", tmp_path, "--train-clips=16", "--test-clips=1", f"--codec={codec}", "--short-side=160")
+    device = torch.device("cuda", 0)
+    loader = Loader(ShardSet.open(tmp_path).split("train"), DATA, AugmentSettings(), 0, 16, device)
+    expected = loader.load(np.arange(16), 0)
+    factor = torch.randn(8192, 8192, device=device)
+    product, end = torch.empty_like(factor), torch.cuda.Event()
+    for _ in range(200):  # Seconds of work.
+        torch.mm(factor, factor, out=product)
+    end.record()
+    (batch,) = loader.batches([(np.arange(16), 0)])
+    assert not end.query()
+    torch.cuda.synchronize()
+    for name, values in batch.media.items():
+        assert torch.equal(values, expected.media[name])
+
+
+def test_a_bad_clip_is_masked(tmp_path: Path):
+    make_shards("synthetic", tmp_path, "--train-clips=8", "--test-clips=1", "--codec=mjpeg", "--short-side=160")
+    loader = Loader(ShardSet.open(tmp_path).split("train"), DATA, None, 0, 8, torch.device("cuda", 0))
+    read = loader._read
+    loader._read = lambda sample: read(sample) | {"video": b"none" * 99} if sample == 5 else read(sample)  # type: ignore
+    batch = loader.load(np.arange(8), 0)
+    assert batch.valid.tolist() == [number != 5 for number in range(8)]
+    assert list(loader.quarantine.reasons) == [5]
