@@ -31,7 +31,6 @@ def check(settings: Settings) -> None:
         "data.frame_stride": settings.data.frame_stride,
         "data.frame_size": settings.data.frame_size,
         "data.shuffle_block": settings.data.shuffle_block,
-        "data.decode_threads": settings.data.decode_threads,
         "data.prefetch": settings.data.prefetch,
         "run.log_every": settings.run.log_every,
         "run.max_skipped_steps": settings.run.max_skipped_steps,
@@ -52,6 +51,8 @@ def check(settings: Settings) -> None:
     }
     for key, value in at_least_one.items():
         _require(value >= 1, key, value, "a whole number from 1 up")
+    threads = settings.data.decode_threads
+    _require(threads >= 0, "data.decode_threads", threads, "a whole number from 1 up, or 0 to choose by the device")
     _require(settings.run.keep_checkpoints >= 2, "run.keep_checkpoints", settings.run.keep_checkpoints, "2 or more")
     shares = {
         "data.max_bad_fraction": settings.data.max_bad_fraction,

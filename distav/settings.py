@@ -98,8 +98,8 @@ class DataSettings:
     """Seconds of sound fed to the audio tower."""
     shuffle_block: int = 64
     """Shards whose samples are shuffled together; reads stay inside such a block."""
-    decode_threads: int = 1
-    """DALI threads of each rank."""
+    decode_threads: int = 0
+    """Threads of each rank that decode; 0: its share of the cores on a GPU, one on a CPU, where training needs them."""
     prefetch: int = 2
     """Decoded batches kept ready."""
     max_bad_fraction: float = 0.01

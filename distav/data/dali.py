@@ -99,7 +99,9 @@ class ClipGraph:
         """Shape and dtype of a sample of each output."""
         self._nvdec_tried = not (self.route.decoder is Decoder.video and self.route.on_gpu)
         self._pipelines: dict[str, Pipeline] = {}
-        self._pool = ThreadPoolExecutor(data.decode_threads, "pyav")
+        # On a GPU training leaves this process's threads to decoding; their number is the rank's share of the cores.
+        self._threads = data.decode_threads or (torch.get_num_threads() if self.on_gpu else 1)
+        self._pool = ThreadPoolExecutor(self._threads, "pyav")
 
     def run(self, members: Sequence[Members], views: Sequence[View]) -> dict[str, Tensor]:
         """Decode a batch.
@@ -254,7 +256,7 @@ class ClipGraph:
     def _build(self, graph: Callable[[], Any], batch: int) -> Pipeline:
         pipeline = Pipeline(
             batch_size=batch,
-            num_threads=self.data.decode_threads,
+            num_threads=self._threads,
             device_id=self.device.index if self.on_gpu else None,
             prefetch_queue_depth=1,
             exec_async=False,

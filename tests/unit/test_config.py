@@ -46,6 +46,7 @@ def test_phases_keep_their_order_and_are_typed_by_kind(file: Path):
         ("optim.lr=fast", ["optim.lr", "'fast'", "Float"]),
         ("optim.global_batch=0", ["optim.global_batch=0", "2 or more"]),
         ("run.seed=-1", ["run.seed=-1", "0 or more"]),
+        ("data.decode_threads=-1", ["data.decode_threads=-1", "0 to choose"]),
         ("phases.learn.negatives=8", ["phases.learn.negatives=8", "soft_targets=none"]),
         ("phases.learn.nce=true", ["phases.learn.nce=true", "phases.learn.negatives"]),
         ("phases.learn.loss=acl", ["phases.learn.loss=acl", "candidates=batch", "127"]),
