@@ -31,7 +31,7 @@ def test_the_graph_decodes_what_pyav_decodes(codec: str, device: str, tmp_path: 
     assert batch.valid.all() and not loader.quarantine.reasons
     for sample in range(4):
         member, view = reader.read(sample), loader.viewer.view(sample, 0)  # pyright: ignore[reportOptionalMemberAccess]
-        with av.open(io.BytesIO(member["video"])) as container:
+        with av.open(io.BytesIO(member["video"]), "r") as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         expected = np.stack(frames[view.start_frame :: DATA.frame_stride][: DATA.num_frames]).astype(int)
         difference = np.abs(batch.media["frames"][sample].cpu().numpy().astype(int) - expected)
