@@ -22,8 +22,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 GRACE_S = 5.0
 """Time between SIGTERM and SIGKILL for a part that is stopped."""
+POLL_S = 0.05
 SOURCES = ("configs", "distav", "tests", "tools", "pyproject.toml")
-"""What the content hash of the tree covers."""
+"""What the content hash of the tree covers, recorded results apart."""
 BENCH_MISSED = 3
 """Exit status of tools/bench.py where one of its own thresholds is missed; its figures are complete."""
 TESTS = "python -m pytest -v -ra --durations=8 -p no:cacheprovider -o faulthandler_timeout=60 tests/gpu"
@@ -56,6 +57,10 @@ class Part:
         return [{"python": sys.executable, "{json}": str(file)}.get(word, word) for word in words]
 
 
+def _tests(chosen: str, gpu: str = "") -> tuple[str, str]:
+    return f"{TESTS} -k '{chosen}' -m 'gpu and not long'{gpu}", f"{TESTS} -k '{chosen}'"
+
+
 def _bench(gpu: str, cpu: str) -> tuple[str, str]:
     return (
         f"python tools/bench.py {gpu} --device cuda --threads 8 --json {{json}}",
@@ -68,6 +73,7 @@ def _script(name: str) -> tuple[str, str]:
     return f"{command} cuda", f"{command} cpu"
 
 
+# What these tests compare does not depend on time.
 _SIDE_BY_SIDE = " -n 4" if importlib.util.find_spec("xdist") else ""
 _STEP = {"distav / bare PyTorch loop": "<= 1.05"}
 _WAIT = {"data wait, share of a step of 1.25 batches' time": "<= 0.02"}
@@ -77,15 +83,13 @@ PARTS = (
         "h264",
         "DALI decodes on this GPU at all",
         60,
-        f"{TESTS} -k 'graph_decodes and h264'",
-        f"{TESTS} -k 'graph_decodes and h264'",
+        *_tests("graph_decodes and h264"),
     ),
     Part(
         "decode",
         "MJPEG, VP9 and H.264 on the GPU are as on the CPU and by PyAV",
         60,
-        f"{TESTS} -k 'graph_decodes and not h264'",
-        f"{TESTS} -k 'graph_decodes and not h264'",
+        *_tests("graph_decodes and not h264"),
     ),
     Part(
         "quickstart",
@@ -125,14 +129,14 @@ PARTS = (
         "step-vit-l",
         "time of a step with ViT-L towers",
         75,
-        *_bench("step --towers vit-l --batch 32 --clips 160", "step --towers small --batch 8 --clips 40"),
+        *_bench("step --towers vit-l --batch 32 --clips 160", "step --towers small --batch 8 --clips 96"),
         _STEP | {"rate of a step / rate of a matrix product": ">= 0.4"},
     ),
     Part(
         "step-r2plus1d",
         "time of a step with R(2+1)D-18 towers",
         75,
-        *_bench("step --towers r2plus1d_18 --batch 32 --clips 160", "step --towers small --batch 8 --clips 40"),
+        *_bench("step --towers r2plus1d_18 --batch 32 --clips 160", "step --towers small --batch 8 --clips 96"),
         _STEP,
     ),
     Part(
@@ -153,8 +157,7 @@ PARTS = (
         "tests",
         "what else runs on the GPU equals the CPU",
         150,
-        f"{TESTS}{_SIDE_BY_SIDE} -k 'not graph_decodes'",
-        f"{TESTS} -k 'not graph_decodes'",
+        *_tests("not graph_decodes", _SIDE_BY_SIDE),
     ),
     Part("multinode", "ten steps of configs/multinode.yaml at 128 clips fit one GPU", 90, *_script("multinode")),
 )
@@ -176,10 +179,6 @@ class Result:
     command: str = ""
     thresholds: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
-
-
-class Stopped(BaseException):
-    """The runner was asked to end."""
 
 
 def run(parts: Sequence[Part], out: Path, device: str, seconds: float) -> int:
@@ -211,24 +210,23 @@ def run(parts: Sequence[Part], out: Path, device: str, seconds: float) -> int:
         partial.replace(out / "summary.json")
         return status
 
-    with _stopped_by_signals(), contextlib.suppress(Stopped):
+    with _signals() as asked:
         for number, (part, result) in enumerate(zip(parts, results, strict=True)):
             left = seconds - (time.monotonic() - began)
-            if left < part.limit_s / 2:
+            if asked:
+                result.reason = "stopped before it"
+            elif left < part.limit_s / 2:
                 result.reason = f"no time left: {max(0.0, left):.0f} s of {seconds:.0f} s, limit {part.limit_s:.0f} s"
             else:
                 print(f"[{number + 1}/{len(parts)}] {part.name}: {part.shows}", flush=True)
-                _run_part(part, result, out, device, min(part.limit_s, left))
+                _run_part(part, result, out, device, min(part.limit_s, left), asked)
             save()
-    for result in results:
-        if result.status == "not run" and not result.reason:
-            result.reason = "stopped before it"
     status = save()
     print(_table(summary, results), flush=True)
     return status
 
 
-def _run_part(part: Part, result: Result, out: Path, device: str, limit_s: float) -> None:
+def _run_part(part: Part, result: Result, out: Path, device: str, limit_s: float, asked: list[str]) -> None:
     file, log = out / f"{part.name}.json", out / f"{part.name}.log"
     file.unlink(missing_ok=True)
     command = part.command(device, file)
@@ -239,29 +237,28 @@ def _run_part(part: Part, result: Result, out: Path, device: str, limit_s: float
         process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
         )
-        try:
-            result.exit_status = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            result.status, result.reason = "timed out", f"after {limit_s:.0f} s"
-        except Stopped:
-            result.status = "stopped"
-            raise
-        finally:
-            _end(process)
-            result.seconds = round(time.monotonic() - began, 1)
-            _judge(part, result, file, log, device)
+        while process.poll() is None:
+            if asked:
+                result.status, result.reason = "stopped", f"by {asked[0]}"
+                break
+            if time.monotonic() - began > limit_s:
+                result.status, result.reason = "timed out", f"after {limit_s:.0f} s"
+                break
+            time.sleep(POLL_S)
+        result.exit_status = process.returncode
+        _end(process)
+    result.seconds = round(time.monotonic() - began, 1)
+    _judge(part, result, file, log, device)
 
 
 def _end(process: subprocess.Popen) -> None:
     """End a part and all that it has started."""
-    try:
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(GRACE_S)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(GRACE_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _judge(part: Part, result: Result, file: Path, log: Path, device: str) -> None:
@@ -331,10 +328,9 @@ def _table(summary: Mapping[str, Any], results: Sequence[Result]) -> str:
     for each in results:
         exit_status = "" if each.exit_status is None else each.exit_status
         lines.append(f"{each.name:15s}{each.status:11s}{each.seconds:7.1f}  {exit_status!s:4s}  {each.reason}".rstrip())
-        for bar in each.thresholds:
-            value = "missing" if bar["value"] is None else f"{bar['value']:.4g}"
+        for bar in (bar for bar in each.thresholds if bar["value"] is not None):
             judged = ("passed" if bar["passed"] else "FAILED") if summary["device"] == "cuda" else "not judged on a CPU"
-            lines.append(f"    {bar['figure']:52s}{value:>10s}  {bar['bound']:8s} {judged}")
+            lines.append(f"    {bar['figure']:52s}{bar['value']:10.4g}  {bar['bound']:8s} {judged}")
     machine, source = summary.get("machine", {}), summary["source"]
     dali = machine.get("dali", {})
     lines += [
@@ -361,9 +357,9 @@ def _source() -> dict[str, Any]:
     for top in SOURCES:
         paths = sorted((ROOT / top).rglob("*")) if (ROOT / top).is_dir() else [ROOT / top]
         for path in paths:
-            if path.is_file() and "__pycache__" not in path.parts:
-                content = hashlib.sha256(path.read_bytes()).hexdigest()
-                digest.update(f"{path.relative_to(ROOT)} {content}\n".encode())
+            name = path.relative_to(ROOT)
+            if path.is_file() and {"__pycache__", "results"}.isdisjoint(name.parts):
+                digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return {
         "commit": git("rev-parse", "HEAD"),
         "clean": git("status", "--porcelain") == "",
@@ -372,22 +368,18 @@ def _source() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Raise Stopped at the first signal that asks to end; further ones do not disturb the summary."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def stop(number: int, _: object) -> None:
-        for each in numbers:
-            signal.signal(each, signal.SIG_IGN)
-        print(f"stopped by {signal.Signals(number).name}", flush=True)
-        raise Stopped
-
-    before = [signal.signal(each, stop) for each in numbers]
+def _signals() -> Iterator[list[str]]:
+    """Give the names of the signals that have asked to end so far, in place of being ended by them."""
+    asked: list[str] = []
+    before = {
+        number: signal.signal(number, lambda number, _: asked.append(signal.Signals(number).name))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
-        yield
+        yield asked
     finally:
-        for each, handler in zip(numbers, before, strict=True):
-            signal.signal(each, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _read(file: Path) -> dict[str, Any]:
