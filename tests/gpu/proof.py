@@ -129,14 +129,14 @@ PARTS = (
         "step-vit-l",
         "time of a step with ViT-L towers",
         75,
-        *_bench("step --towers vit-l --batch 32 --clips 160", "step --towers small --batch 8 --clips 96"),
+        *_bench("step --towers vit-l --batch 32 --clips 160", "step --towers small --batch 4 --clips 64"),
         _STEP | {"rate of a step / rate of a matrix product": ">= 0.4"},
     ),
     Part(
         "step-r2plus1d",
         "time of a step with R(2+1)D-18 towers",
         75,
-        *_bench("step --towers r2plus1d_18 --batch 32 --clips 160", "step --towers small --batch 8 --clips 96"),
+        *_bench("step --towers r2plus1d_18 --batch 32 --clips 160", "step --towers small --batch 4 --clips 64"),
         _STEP,
     ),
     Part(

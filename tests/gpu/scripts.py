@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -116,9 +117,14 @@ def quickstart(file: Path, device: str) -> int:
             )  # fmt: skip
             with file.with_name(f"{file.stem}-{place}.log").open("w") as log:
                 started[place] = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=log, stderr=log)
-        statuses = {place: process.wait() for place, process in started.items()}
-        print(f"exit statuses: {statuses}; see {file.stem}-run.log and {file.stem}-reference.log", flush=True)
-        if any(statuses.values()):
+        both = list(started.values())
+        while None in (statuses := [process.poll() for process in both]) and not any(statuses):
+            time.sleep(0.2)
+        if any(statuses):  # One has failed, so there is nothing to compare the other with.
+            for process in psutil.Process().children(recursive=True):  # The launcher would leave its rank.
+                process.kill()
+            statuses = [process.wait() for process in both]
+            print(f"exit statuses {statuses}: see {file.stem}-run.log and {file.stem}-reference.log")
             return 1
         reports = {place: json.loads((folder / place / "quickstart" / "report.json").read_text()) for place in runs}
     found = {place: _learned(report) for place, report in reports.items()}
