@@ -1,0 +1,272 @@
+"""Parts of the proof that no other program of the project does: facts, the quickstart twice, ten steps at full size."""
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from distav.bench.measure import machine
+from tests.helpers.launch import DEEPSPEED, ROOT, command, environment
+
+PACKAGES = ("torchvision", "torchaudio", "triton", "transformers", "pyarrow", "pytest")
+"""Versions to know besides those that the benchmarks write."""
+DALI = "nvidia-dali-cuda130"
+WARM_UP = 1
+"""Steps before those that are timed."""
+
+
+def facts(file: Path, device: str) -> int:
+    """Write versions, the state of the GPU, and whether the libraries of DALI are those of its wheel."""
+    print(_output("nvidia-smi"))
+    found = machine()
+    found["versions"] |= {name: version for name in PACKAGES if (version := _version(name))}
+    found |= {
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "dali": _dali(),
+        "deepspeed_launcher": str(DEEPSPEED) if DEEPSPEED.is_file() else None,
+    }
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        found |= {
+            "capability": list(torch.cuda.get_device_capability()),
+            "gpu_free_gib": round(free / 2**30, 2),
+            "gpu_total_gib": round(total / 2**30, 2),
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        }
+    _save(file, {}, machine=found)
+    print(json.dumps(found, indent=1))
+    if not found["deepspeed_launcher"]:
+        print(f"{DEEPSPEED} is missing: put DeepSpeed's launcher beside the interpreter")
+        return 1
+    if device == "cuda" and not found["gpu"]:
+        print("PyTorch sees no GPU")
+        return 1
+    return 0
+
+
+def _dali() -> dict[str, Any]:
+    """Return DALI's version and place, and which of its libraries are not as its wheel has them."""
+    wheel = metadata.distribution(DALI)
+    altered = []
+    for each in wheel.files or []:
+        if each.name.startswith("libdali") and each.hash:
+            with open(str(each.locate()), "rb") as content:
+                digest = hashlib.file_digest(content, each.hash.mode).digest()
+            if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != each.hash.value:
+                altered.append(each.name)
+    kind = f"reduced ({', '.join(altered)})" if altered else "as published"
+    return {"version": wheel.version, "path": str(wheel.locate_file("nvidia/dali")), "libraries": kind}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _output(*words: str) -> str | None:
+    """Return what a program prints; None where it is missing or fails."""
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def quickstart(file: Path, device: str) -> int:
+    """Train the quickstart on the device in bf16 at ZeRO 1 and, beside it, on the CPU in fp32 at ZeRO 0; compare.
+
+    Frames are of 160 pixels, which a GPU decodes. On a CPU both trainings are on the CPU in fp32, and short.
+    """
+    small = device == "cpu"
+    cores = len(os.sched_getaffinity(0))
+    clips, side = ((120, 30), 32) if small else ((1200, 300), 160)
+    threads = f"run.threads_per_rank={max(1, cores * 3 // 8)}", f"data.decode_threads={max(1, cores // 4)}"
+    short = "phases.contrastive.epochs=2", "phases.learn_1.epochs=1", "phases.learn_2.epochs=1"
+    runs = {
+        "run": ("run.device=cpu", "deepspeed.precision=fp32")
+        if small
+        else ("run.device=gpu", "deepspeed.precision=bf16"),
+        "reference": ("run.device=cpu", "deepspeed.precision=fp32"),
+    }
+    with tempfile.TemporaryDirectory(prefix="distav-quickstart-") as name:
+        folder = Path(name)
+        _render(folder / "set", clips, "--label-noise=symmetric:0.4", f"--short-side={side}")
+        started = {}
+        for place, stage in (("run", 1), ("reference", 0)):
+            words = command(
+                ROOT / "configs" / "quickstart.yaml", f"data.root={folder / 'set'}", "data.make.enabled=false",
+                f"run.root={folder / place}", f"deepspeed.zero_stage={stage}", *runs[place], *threads,
+                *(short if small else ()),
+            )  # fmt: skip
+            with file.with_name(f"{file.stem}-{place}.log").open("w") as log:
+                started[place] = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=log, stderr=log)
+        both = list(started.values())
+        while None in (statuses := [process.poll() for process in both]) and not any(statuses):
+            time.sleep(0.2)
+        if any(statuses):  # One has failed, so there is nothing to compare the other with.
+            for process in psutil.Process().children(recursive=True):  # The launcher would leave its rank.
+                process.kill()
+            statuses = [process.wait() for process in both]
+            print(f"exit statuses {statuses}: see {file.stem}-run.log and {file.stem}-reference.log")
+            return 1
+        reports = {place: json.loads((folder / place / "quickstart" / "report.json").read_text()) for place in runs}
+    found = {place: _learned(report) for place, report in reports.items()}
+    values = {}
+    for figure, value in found["run"].items():
+        values |= {figure: value, f"{figure}, reference": found["reference"][figure]}
+        if figure in ("labels right", "noise rate", "top-1"):
+            values[f"{figure}, difference"] = abs(value - found["reference"][figure])
+    values["noise rate, error"] = abs(found["run"]["noise rate"] - 0.4)
+    _save(file, values, reports=reports)
+    print(*(f"{figure}: {value:.4g}" for figure, value in values.items()), sep="\n")
+    return 0
+
+
+def _learned(report: Mapping[str, Any]) -> dict[str, float]:
+    seconds = {f"seconds of {phase['name']}": phase["seconds"] for phase in report["phases"]}
+    return {
+        "labels right": report["label_accuracy"]["corrected"],
+        "noise rate": report["corrections"][-1]["label_noise"]["rate"],
+        "top-1": report["test"]["top1"],
+        "clips skipped": len(report["skipped_samples"]),
+        **seconds,
+    }
+
+
+def multinode(file: Path, device: str) -> int:
+    """Train some steps of the first phase of configs/multinode.yaml at its 128 clips a GPU.
+
+    Writes memory, clips/s and the share of the measured rate of a matrix product (three forward passes a step count,
+    recomputed activations do not); out of memory, where and for how much.
+    """
+    small = device == "cpu"
+    clips, steps, encoding, reduced = 128, 10, ("--short-side=256", "--clip-s=4"), ()
+    if small:
+        clips, steps, encoding = 2, 2, ("--short-side=48", "--clip-s=1")
+        reduced = "data.num_frames=2", "data.frame_size=32", "data.audio_s=0.5", "data.decode_threads=1"
+    with tempfile.TemporaryDirectory(prefix="distav-multinode-") as name:
+        folder, found = Path(name), dict[str, Any]()
+        _render(folder / "set", (clips, 1), "--codec=h264", "--fps=16", "--sample-rate=24000", *encoding)
+        overrides = [
+            f"data.root={folder / 'set'}", f"run.root={folder}", f"run.device={'cpu' if small else 'gpu'}",
+            f"optim.global_batch={clips}", "run.threads_per_rank=2", "~phases.correction", "~phases.hybrid", *reduced,
+        ]  # fmt: skip
+        try:
+            _train(overrides, clips, steps, found)
+        except torch.OutOfMemoryError as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            last = [each for each in frames if each.filename.startswith((str(ROOT / "distav"), __file__))][-1]
+            found["out of memory"] = f"{last.filename}:{last.lineno} ({last.line}): {str(error).splitlines()[0]}"
+            traceback.print_exc()
+            print(torch.cuda.memory_summary())
+    if device == "cuda":
+        found["peak memory allocated, GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        found["peak memory reserved, GiB"] = torch.cuda.max_memory_reserved() / 2**30
+    _save(file, {name: value for name, value in found.items() if isinstance(value, int | float)}, found=found)
+    print(*(f"{name}: {value}" for name, value in found.items()), sep="\n")
+    return 1 if "out of memory" in found or found["clips skipped"] else 0
+
+
+def _train(overrides: list[str], clips: int, steps: int, found: dict[str, Any]) -> None:
+    from distav import config
+    from distav.phase_settings import ContrastivePhase
+    from distav.phases.contrastive import contrastive_losses
+    from distav.run import opened
+    from distav.world import joined
+
+    settings = config.load(ROOT / "configs" / "multinode.yaml", overrides)
+    phase = next(each for each in settings.phases.values() if isinstance(each, ContrastivePhase))
+    with joined(settings.run.device.name, 600, settings.run.threads_per_rank) as world, opened(settings, world) as run:
+        on_gpu = world.device.type == "cuda"
+        losses, order = contrastive_losses(run, phase), run.order(0)
+        batches = run.loader.batches((order.batch(0), epoch) for epoch in range(WARM_UP + steps))
+        run.engine.train()
+        run.engine.set_lr(1e-5, 1e-5)
+        waited = began = 0.0
+        for step in range(WARM_UP + steps):
+            if step == WARM_UP:
+                waited, began = 0.0, _now(on_gpu)
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            run.engine.backward(losses(batch, 0.5)["loss"])
+            run.engine.step()
+            found |= {"steps": step + 1, "clips skipped": len(run.loader.quarantine.reasons)}
+        seconds = (_now(on_gpu) - began) / steps
+        run.engine.train(False)
+        some = {name: media[:2] for name, media in batch.media.items()}
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run.engine.model(**some, seeds=batch.seeds[:2])
+        operations, rate = 3 * counter.get_total_flops() / 2 * clips, _product_rate(world.device)
+        found |= {
+            "clips/s": clips / seconds,
+            "seconds of a step": seconds,
+            "data wait, share of a step": waited / steps / seconds,
+            "operations of a step, TFLOP": operations / 1e12,
+            "rate of a matrix product, TFLOP/s": rate / 1e12,
+            "rate of a step / rate of a matrix product": operations / seconds / rate,
+        }
+
+
+def _product_rate(device: torch.device) -> float:
+    """Return the operations a second of a large matrix product in the precision of the training."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        began = _now(device.type == "cuda")
+        torch.mm(a, b)
+        seconds.append(_now(device.type == "cuda") - began)
+    return 2 * size**3 / sorted(seconds)[len(seconds) // 2]
+
+
+def _now(on_gpu: bool) -> float:
+    """Return seconds, after the GPU has finished its work."""
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _render(folder: Path, clips: tuple[int, int], *options: str) -> None:
+    words = [sys.executable, str(ROOT / "tools" / "make_shards.py"), "synthetic", str(folder), *options]
+    began = time.perf_counter()
+    subprocess.run([*words, f"--train-clips={clips[0]}", f"--test-clips={clips[1]}"], check=True)
+    print(f"clips rendered in {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def _save(file: Path, values: Mapping[str, float], **more: Any) -> None:
+    """Write figures in the form of tools/bench.py, and what else there is to know."""
+    figures = {name: {"value": value} for name, value in values.items()}
+    file.write_text(json.dumps({"figures": figures, **more}, indent=1) + "\n")
+
+
+def main() -> int:
+    """Run one of the scripts; returns the exit status."""
+    scripts = {each.__name__: each for each in (facts, quickstart, multinode)}
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.scripts", description=__doc__)
+    parser.add_argument("script", choices=tuple(scripts))
+    parser.add_argument("--json", type=Path, required=True, help="file for the figures")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu takes small sizes")
+    options = parser.parse_args()
+    return scripts[options.script](options.json.resolve(), options.device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
