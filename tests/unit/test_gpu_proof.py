@@ -71,7 +71,9 @@ def test_what_fails_does_not_keep_the_rest_from_running(tmp_path: Path, capsys: 
 def test_a_missed_threshold_alone_has_a_status_of_its_own(tmp_path: Path):
     slow = part("slow", writes(ratio=2.0), ratio="<= 1.5")
     assert run([slow], tmp_path, "cuda", 60) == 3
+    assert summary_of(tmp_path)["parts"][0]["thresholds"][0]["passed"] is False
     assert run([slow], tmp_path, "cpu", 60) == 0  # A rehearsal measures nothing.
+    assert summary_of(tmp_path)["parts"][0]["thresholds"][0]["passed"] is None
 
 
 def test_a_part_that_no_longer_fits_is_not_run(tmp_path: Path):
