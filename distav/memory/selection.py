@@ -46,6 +46,9 @@ memory sector of 32 bytes for each key: from 16 to 64 keys both together are lea
 LONGEST_LIST = 2**24
 """Candidates of a block that are kept before they are scored in full."""
 
+SLOTS = 1024
+"""Fewest candidates of a query that kernels have room for; a row of which more pass is searched again without them."""
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -225,7 +228,7 @@ def _best_coarse(
     reached = score_or_lowest(best[:, -1]) * shard.scale**2
     bound = torch.empty(num, dtype=dtype, device=queries.device)
     kernels = kernels_for(queries.device, queries.shape[1]) if guess else None
-    candidates = Candidates(num, dtype, queries.device, slots=max(1024, 4 * k) if kernels else 0)
+    candidates = Candidates(num, dtype, queries.device, slots=max(SLOTS, 4 * k) if kernels else 0)
     fresh = first
 
     def raise_bound(scores: Tensor) -> None:
