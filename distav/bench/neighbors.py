@@ -1,7 +1,11 @@
-"""Exact nearest neighbours, beside FAISS and beside a matrix product with a full top-k.
+"""Exact nearest neighbors, beside FAISS or cuVS and beside a matrix product with a full top-k.
 
-Legend: N samples, D width, k neighbours.
+Legend: N samples, D width, k neighbors.
 """
+
+from collections.abc import Callable
+from importlib import metadata, util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,14 +39,30 @@ def full_top_k(features: Tensor, k: int, queries: Tensor) -> None:
         scores.topk(k, dim=1)
 
 
+def top_k_in_tiles(features: Tensor, k: int, queries: Tensor) -> None:
+    """Do the same in tiles for which a GPU has memory, in bfloat16: neighbors by rounded scores."""
+    rounded, width = features.bfloat16(), 65536
+    for part in queries.split(4096):
+        best, ids = rounded.new_empty(len(part), 0), part.new_empty(len(part), 0)
+        for start in range(0, len(rounded), width):
+            scores = rounded[part] @ rounded[start : start + width].T
+            row = ((part >= start) & (part < start + width)).nonzero().squeeze(1)
+            scores[row, part[row] - start] = -torch.inf
+            found = scores.topk(min(k, scores.shape[1]), dim=1)
+            best, ids = torch.cat([best, found.values], dim=1), torch.cat([ids, found.indices + start], dim=1)
+            best, kept = best.topk(min(k, best.shape[1]), dim=1)
+            ids = ids.gather(1, kept)
+
+
 def products(features: Tensor, queries: Tensor) -> None:
     """Do the matrix product alone, in blocks that stay in the cache."""
     keys = features if features.device.type == "cpu" else features.bfloat16()
     size, width = (1024, 2048) if features.device.type == "cpu" else (4096, 4096)
     space = keys.new_empty(size * width)
     for part in queries.split(size):
+        block_of_queries = keys[part]
         for block in keys.split(width):
-            torch.mm(keys[part], block.T, out=space[: len(part) * len(block)].view(len(part), len(block)))
+            torch.mm(block_of_queries, block.T, out=space[: len(part) * len(block)].view(len(part), len(block)))
 
 
 def run(setting: Setting, rows: int, dim: int, k: int, num_queries: int, ring_rows: int) -> Results:
@@ -58,6 +78,10 @@ def run(setting: Setting, rows: int, dim: int, k: int, num_queries: int, ring_ro
         "neighbors",
         {"rows": rows, "dim": dim, "k": k, "threads": setting.threads, "device": setting.device.type},
     )
+    on_cpu = setting.device.type == "cpu"
+    naive = full_top_k if on_cpu else top_k_in_tiles
+    if not on_cpu:
+        results.arguments["cuvs"] = metadata.version("cuvs") if util.find_spec("cuvs") else "not installed"
     features = features_of(rows, dim, setting.device)
     for name, count in ((f"{num_queries} queries", num_queries), ("all pairs", rows)):
         queries = torch.arange(count, device=setting.device)
@@ -65,25 +89,37 @@ def run(setting: Setting, rows: int, dim: int, k: int, num_queries: int, ring_ro
             f"distav, {name}": lambda queries=queries: search(features, k, queries),
             f"matrix product, {name}": lambda queries=queries: products(features, queries),
         }
-        if setting.device.type == "cpu":
+        if on_cpu:
             candidates[f"FAISS IndexFlatIP, {name}"] = _faiss(features, k, count, setting.threads)
-        if count < rows:
-            candidates[f"matrix product and top-k, {name}"] = lambda queries=queries: full_top_k(features, k, queries)
-        some = setting if count < rows else Setting(setting.device, setting.threads, max(1, min(3, setting.rounds)))
+        if count < rows or not on_cpu:
+            candidates[f"matrix product and top-k, {name}"] = lambda queries=queries: naive(features, k, queries)
+        if count < rows and not on_cpu and util.find_spec("cuvs"):
+            candidates[f"cuVS brute force, {name}"] = _cuvs(features, k, count)
+        most = setting.rounds if count < rows else min(setting.rounds, 3 if on_cpu else 2)
+        some = Setting(setting.device, setting.threads, most)
         seconds = some.interleaved(candidates)
         results.times(seconds, {each: (count, "queries/s") for each in seconds})
         ours = seconds[f"distav, {name}"]
-        if setting.device.type == "cpu":
-            results.ratio(f"distav / FAISS, {name}", (ours, seconds[f"FAISS IndexFlatIP, {name}"]), "<= 1")
-        bar = "<= 3" if setting.device.type == "cuda" and count == rows else ""
+        bar = "<= 1" if on_cpu else ""
+        for peer in ("FAISS IndexFlatIP", "cuVS brute force"):
+            if f"{peer}, {name}" in seconds:
+                results.ratio(f"distav / {peer.split()[0]}, {name}", (ours, seconds[f"{peer}, {name}"]), bar)
+        bar = "<= 3" if not on_cpu and count == rows else ""
         results.ratio(f"distav / matrix product, {name}", (ours, seconds[f"matrix product, {name}"]), bar)
-        if count < rows:
-            naive = seconds[f"matrix product and top-k, {name}"]
-            results.ratio(f"matrix product and top-k / distav, {name}", (naive, ours))
-    if setting.device.type == "cpu":
+        if f"matrix product and top-k, {name}" in seconds:
+            results.ratio(
+                f"matrix product and top-k / distav, {name}", (seconds[f"matrix product and top-k, {name}"], ours)
+            )
+    if not on_cpu:
+        torch.cuda.reset_peak_memory_stats(setting.device)
+        before = torch.cuda.memory_allocated(setting.device)
+        search(features, k)
+        peak = torch.cuda.max_memory_allocated(setting.device)
+        results.note("memory of a search beside the features", (peak - before) / 2**30, "GiB")
+    if on_cpu:
         same = _share_of_equal_ids(features, k, torch.arange(min(1000, rows)))
         results.ratio("ids equal to FAISS's under the tie rule, share", same, ">= 1")
-    if setting.device.type == "cpu" and setting.threads == 1:
+    if on_cpu and setting.threads == 1:
         _spread(results, ring_rows, dim, k, setting.rounds)
     return results
 
@@ -95,6 +131,13 @@ def _faiss(features: Tensor, k: int, count: int, threads: int):  # noqa: ANN202
     index = faiss.IndexFlatIP(features.shape[1])
     index.add(features.numpy())  # pyright: ignore[reportCallIssue]
     return lambda: index.search(features[:count].numpy(), k + 1)  # pyright: ignore[reportCallIssue]
+
+
+def _cuvs(features: Tensor, k: int, count: int) -> Callable[[], Any]:
+    from cuvs.neighbors import brute_force  # pyright: ignore[reportMissingImports]
+
+    index = brute_force.build(features, metric="inner_product")
+    return lambda: brute_force.search(index, features[:count], k + 1)
 
 
 def _share_of_equal_ids(features: Tensor, k: int, queries: Tensor) -> float:

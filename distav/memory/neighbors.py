@@ -6,8 +6,9 @@ Legend: N samples, n samples of this rank, D width, k neighbours.
 """
 
 import contextlib
+import functools
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -36,8 +37,8 @@ def nearest_neighbors(
 
     A sample is never its own neighbour, nor is any of its group (clips of one source video carry the same wrong
     label). Equal similarities are ordered by id. A similarity does not depend on how the work is cut, so every number
-    of ranks finds the same neighbours. On a GPU a first pass in bfloat16 leaves out what its rounding error cannot
-    bring back; the rest is scored in full.
+    of ranks finds the same neighbours. On a GPU a first pass in 16 bits leaves out what its rounding error cannot bring
+    back; the rest is scored in full.
 
     Args:
         features: [n, D] of this rank's ids, `row_range(N)`.
@@ -68,28 +69,34 @@ def nearest_neighbors(
     tiling = tiling or Tiling.for_device(device)
     sorted_groups, order = groups.sort(stable=True)
     best = torch.full((len(places), k), NOT_SEEN, device=device)
-    with _workers(device) as workers:
-        spaces: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
+    spaces: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
+
+    def search(rows: Tensor, shard: Shard, first: bool, guess: bool) -> Tensor:
+        asked, before = places[rows], best[rows]
+        barred = shard.barred(*_same_group(groups[own.start + asked], sorted_groups, order))
+        space = spaces.get()
+        try:
+            found, again = best_of(features[asked], shard, before, barred, space, first=first, guess=guess)
+        finally:
+            spaces.put(space)
+        best[rows] = torch.where(again[:, None], before, found)
+        return again
+
+    first = True
+    with _workers(device) as (workers, mapped), _sums_in_float32():
         for _ in range(workers):
             spaces.put(Workspace(tiling, device))
-        with ThreadPoolExecutor(workers) as pool:
-            for first_id, keys in _keys(features, num_samples, gather_below_bytes):
-                if not len(keys):
-                    continue
-                shard = Shard.of(keys, first_id, valid[first_id : first_id + len(keys)], largest, tiling)
-
-                def search(start: int, shard: Shard = shard) -> None:
-                    part = slice(start, start + tiling.queries)
-                    asked = places[part]
-                    mine = groups[own.start + asked]
-                    barred = _same_group(mine, sorted_groups, order, shard.first_id, len(shard.keys))
-                    space = spaces.get()
-                    try:
-                        best[part] = best_of(features[asked], shard, best[part], barred, tiling, space)
-                    finally:
-                        spaces.put(space)
-
-                list(pool.map(search, range(0, len(places), tiling.queries)))
+        for first_id, keys in _keys(features, num_samples, gather_below_bytes):
+            usable = valid[first_id : first_id + len(keys)].nonzero().squeeze(1)
+            if not len(usable):
+                continue
+            shard = Shard.of(keys, first_id, usable, largest, tiling)
+            rows = torch.arange(len(places), device=device)
+            for guess in (True, False):
+                if len(rows):
+                    block = functools.partial(search, shard=shard, first=first, guess=guess)
+                    rows = rows[torch.cat(list(mapped(block, rows.split(tiling.queries))))]
+            first = False
     seen = best != NOT_SEEN
     return unpacked_ids(best).masked_fill(~seen, -1), unpacked_scores(best).masked_fill(~seen, 0.0)
 
@@ -121,27 +128,44 @@ def _largest_length(features: Tensor, valid: Tensor, first_id: int) -> float:
     return max(largest for largest, _ in told)
 
 
-def _same_group(
-    mine: Tensor, sorted_groups: Tensor, order: Tensor, first_id: int, num_keys: int
-) -> tuple[Tensor, Tensor]:
-    """Return rows and key places of all pairs of one group: groups [b] of the queries -> [p], [p]."""
+def _same_group(mine: Tensor, sorted_groups: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows and ids of all pairs of one group: groups [b] of the queries -> [p], [p]."""
     low = torch.searchsorted(sorted_groups, mine)
     counts = torch.searchsorted(sorted_groups, mine, right=True) - low
     row = torch.repeat_interleave(torch.arange(len(mine), device=mine.device), counts)
     within = torch.arange(len(row), device=mine.device) - (counts.cumsum(0) - counts)[row]
-    place = order[low[row] + within] - first_id
-    here = (place >= 0) & (place < num_keys)
-    return row[here], place[here]
+    return row, order[low[row] + within]
 
 
 @contextlib.contextmanager
-def _workers(device: torch.device) -> Iterator[int]:
-    """Let each worker run on one CPU thread: blocks in parallel waste less than the parts of one block."""
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    if threads > 1:
-        torch.set_num_threads(1)
+def _workers(device: torch.device) -> Iterator[tuple[int, Callable[..., Iterator[Tensor]]]]:
+    """Yield the number of workers and what maps a function over blocks.
+
+    On a CPU each worker runs on one thread: blocks in parallel waste less than the parts of one block. On a GPU the
+    calling thread works alone, since its current device and stream are not those of a new thread.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield 1, map
+        return
+    torch.set_num_threads(1)
     try:
-        yield threads
+        with ThreadPoolExecutor(threads) as pool:
+            yield threads, pool.map
     finally:
-        if threads > 1:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _sums_in_float32() -> Iterator[None]:
+    """Let no product of 16-bit matrices on a GPU add parts up in 16 bits, which the bound on its error leaves out."""
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("fp16", "bf16")]
+    before = [(getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)

@@ -1,37 +1,73 @@
 """The k best keys of each query out of one block of queries and one shard of keys, exactly.
 
 A full top-k over every score costs more than the scores themselves. Here a bound per query, taken from the first tile
-of keys, lets only a few hundred scores of each row pass; those are kept in a reservoir and sorted once.
-Legend: b queries, n keys, D width, k wanted, s reservoir slots.
+of keys, lets only a few hundred scores of each row pass; those are kept and sorted once.
+
+Where the scores are rounded to 16 bits, on a GPU, the bound is lowered by what the rounding can have changed, and the
+keys that pass are scored again in float64. The large tiles keep the number of operators small beside the product: a
+tile of 4,096 queries and 65,536 keys takes an H100 some 300 microseconds to multiply and an operator 5 to launch.
+Legend: b queries, n keys, m of them usable, D width, k wanted, T tiles of w keys, p pairs.
 """
 
+import functools
+import itertools
+import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distav.memory.reservoir import LOWEST, NOT_SEEN, Reservoir, nth_largest, packed, score_or_lowest
+from distav.memory.reservoir import (
+    LOWEST,
+    MOST_ROWS,
+    Candidates,
+    Reservoir,
+    largest_first,
+    largest_of_rows,
+    nth_largest,
+    packed,
+    score_or_lowest,
+)
+
+log = logging.getLogger("distav")
 
 SMALLEST_GEMM = 32
 """Fewest rows of either matrix of a product. BLAS sums the products of thinner matrices in another order, and with
 them the scores, and the order of near ties, would hang on how the work is cut."""
 
+GROUP = 32
+"""Keys of a tile that share one maximum. The maxima are read instead of the scores, and of a group that passes one
+memory sector of 32 bytes for each key: from 16 to 64 keys both together are least."""
+
+LONGEST_LIST = 2**24
+"""Candidates of a block that are kept before they are scored in full."""
+
+SLOTS = 1024
+"""Fewest candidates of a query that kernels have room for; a row of which more pass is searched again without them."""
+
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a search is cut: queries and keys scored at a time, and the number format of the first pass."""
+    """How a search is cut: queries and keys scored at a time, and the 16-bit number format of a first pass or None."""
 
     queries: int
     keys: int
     coarse: torch.dtype | None = None
 
+    def __post_init__(self):
+        if self.coarse is not None and self.queries > MOST_ROWS:
+            raise ValueError(f"queries={self.queries} at a time; allowed with a first pass: up to {MOST_ROWS}")
+
     @staticmethod
     def for_device(device: torch.device) -> "Tiling":
-        """Return blocks whose scores stay in the last cache: 8 MiB on a CPU, 32 MiB on a GPU."""
+        """Return blocks of scores: 8 MiB on a CPU, which stay in its cache, and 512 MiB on a GPU."""
         if device.type == "cuda":
-            return Tiling(4096, 4096, torch.bfloat16)
+            # As fast as bfloat16, and its scores are off by an eighth: fewer have to be computed again.
+            return Tiling(4096, 65536, torch.float16)
         return Tiling(1024, 2048)
 
 
@@ -39,9 +75,9 @@ class Workspace:
     """Buffers that one worker uses again and again."""
 
     def __init__(self, tiling: Tiling, device: torch.device):
-        area = max(tiling.queries, SMALLEST_GEMM) * (max(tiling.keys, SMALLEST_GEMM) + 16)
+        area = max(tiling.queries, SMALLEST_GEMM) * (max(tiling.keys, SMALLEST_GEMM) + 4 * GROUP)
         self.scores = torch.empty(area, dtype=tiling.coarse or torch.float32, device=device)
-        self.passed = torch.empty(area, dtype=torch.bool, device=device)
+        self.passed = torch.empty(0 if tiling.coarse else area, dtype=torch.bool, device=device)
 
 
 @dataclass(frozen=True)
@@ -49,52 +85,89 @@ class Shard:
     """Keys of one rank, ready to be scored.
 
     Attributes:
-        keys: [n, D] float32.
-        tiles: T parts of the keys in the format of the first pass, filled up with zeros; key j is row j // T of tile
-            j mod T, so that each tile is an even sample of the shard.
-        first_id: id of the first key.
-        unusable: [u] places that are no neighbours of anyone, those filled up among them.
-        largest: a length that no key exceeds.
+        keys: [m, D] float32, those that may be neighbors.
+        ids: [m] int64.
+        first_id: id of the first key, usable or not.
+        place: [n] int64, the place of each id among the usable keys, -1 for the others.
+        tiles: T parts of the keys times `scale` in the format of the first pass, each [w, D]; key j is row j // T of
+            tile j mod T, so that each tile is an even sample of the shard. The last rows may be filled up with zeros.
+        scale: power of two that brings the keys of a coarse first pass to lengths of at most 1.
+        largest: a length that no scaled key exceeds.
+        residual: 0-dim, the largest length of what the format of the first pass takes from a scaled key.
     """
 
     keys: Tensor
-    tiles: list[Tensor]
+    ids: Tensor
     first_id: int
-    unusable: Tensor
+    place: Tensor
+    tiles: list[Tensor]
+    scale: float
     largest: float
+    residual: Tensor
 
     @staticmethod
-    def of(keys: Tensor, first_id: int, valid: Tensor, largest: float, tiling: Tiling) -> "Shard":
-        """Prepare float32 keys [n, D] of that largest length; `valid` [n] says which of them may be neighbours."""
+    def of(keys: Tensor, first_id: int, usable: Tensor, largest: float, tiling: Tiling) -> "Shard":
+        """Prepare float32 keys [n, D] of that largest length; only those at the places `usable` [m] are neighbors."""
+        place = torch.full((len(keys),), -1, device=keys.device)
+        place[usable] = torch.arange(len(usable), device=keys.device)
+        if len(usable) < len(keys):
+            keys = keys[usable]
         num_tiles = max(1, min(math.ceil(len(keys) / tiling.keys), len(keys) // SMALLEST_GEMM))
         # Products whose rows are no multiple of 64 bytes, or whose factors lie apart, take a quarter longer.
-        width = math.ceil(max(len(keys), SMALLEST_GEMM) / num_tiles / 16) * 16
+        multiple = 4 * GROUP if tiling.coarse else 16
+        width = math.ceil(max(len(keys), SMALLEST_GEMM) / num_tiles / multiple) * multiple
         tiles = keys.new_empty(num_tiles, width, keys.shape[1], dtype=tiling.coarse or torch.float32)
-        full, rest = divmod(len(keys), num_tiles)
-        tiles[:, :full] = keys[: full * num_tiles].view(full, num_tiles, -1).transpose(0, 1)
-        tiles[:, full:] = 0
-        tiles[:rest, full : full + 1] = keys[full * num_tiles :, None]
-        fill = torch.arange(len(keys), width * num_tiles, device=keys.device)
-        unusable = torch.cat([(~valid).nonzero().squeeze(1), fill])
-        return Shard(keys, list(tiles), first_id, unusable, largest)
+        scale = 2.0 ** -math.ceil(math.log2(largest)) if tiling.coarse and largest else 1.0
+        residual = keys.new_zeros(())
+        for tile, stored in enumerate(tiles):
+            part = keys[tile::num_tiles]
+            stored[len(part) :] = 0
+            if tiling.coarse is None:
+                stored[: len(part)] = part
+            else:
+                scaled = part * scale
+                stored[: len(part)] = scaled
+                residual = torch.maximum(residual, (scaled - stored[: len(part)]).norm(dim=1).amax())
+        return Shard(keys, usable + first_id, first_id, place, list(tiles), scale, largest * scale, residual)
+
+    def barred(self, row: Tensor, ids: Tensor) -> list[Tensor]:
+        """Return for each tile the places in its flattened scores [b * w] of pairs that must not be neighbors.
+
+        Args:
+            row: [p] rows of the block of queries.
+            ids: [p] what each must not find; ids of other shards are left out.
+        """
+        num_tiles, width = len(self.tiles), len(self.tiles[0])
+        at = ids - self.first_id
+        here = (at >= 0) & (at < len(self.place))
+        place = self.place[at.masked_fill(~here, 0)].masked_fill(~here, -1)
+        tile, order = (place % num_tiles).masked_fill_(place < 0, num_tiles).sort(stable=True)
+        flat = (row * width + torch.div(place, num_tiles, rounding_mode="trunc"))[order]
+        edges = torch.searchsorted(tile, torch.arange(num_tiles + 1, device=tile.device)).tolist()
+        return [flat[low:high] for low, high in itertools.pairwise(edges)]
+
+    def scores(self, queries: Tensor, tile: int, barred: Tensor, space: Workspace) -> Tensor:
+        """Multiply scaled queries [b, D] by the keys of a tile; -inf where a pair is barred or no key: [b, w]."""
+        keys = self.tiles[tile]
+        area = space.scores[: len(queries) * len(keys)]
+        scores = torch.mm(queries, keys.T, out=area.view(len(queries), len(keys)))
+        area.index_fill_(0, barred, -torch.inf)
+        used = len(range(tile, len(self.keys), len(self.tiles)))
+        if used < len(keys):
+            scores[:, used:].fill_(-torch.inf)
+        return scores
 
 
 def best_of(
-    queries: Tensor,
-    shard: Shard,
-    best: Tensor,
-    barred: tuple[Tensor, Tensor],
-    tiling: Tiling,
-    space: Workspace,
-    guess: bool = True,
-) -> Tensor:
+    queries: Tensor, shard: Shard, best: Tensor, barred: list[Tensor], space: Workspace, *, first: bool, guess: bool
+) -> tuple[Tensor, Tensor]:
     """Merge the best keys of a shard into the best found so far.
 
     Each query's bound is the k-th best found in other shards. In the first shard there is none; there the tiles seen so
     far, each time their number doubles, give one: the k-th largest score among them, which can never be too high, or,
     to let fewer scores pass, the one that a sample of this size lets expect, with a margin of four standard deviations.
-    Rows for which a guess was too high end with fewer than k scores above the bound; they are searched again without
-    guessing. So the result is exact either way.
+    Rows for which a guess was too high end with fewer than k scores above the bound; they are to be searched again
+    without guessing. So the result is exact either way.
 
     With a coarse first pass every score that comes within its rounding error of the bound is computed again in
     float64 and rounded to float32.
@@ -103,92 +176,129 @@ def best_of(
         queries: [b, D] float32.
         shard: the keys.
         best: [b, k] packed scores and ids, in descending order, NOT_SEEN where there are fewer.
-        barred: rows [p] and key places [p] of pairs that must not be neighbours.
-        tiling: how the work is cut.
+        barred: what `Shard.barred` returned for these queries.
         space: buffers of this worker.
+        first: whether no shard was searched before.
         guess: whether the bound may be guessed.
 
     Returns:
-        [b, k] packed, in descending order.
+        [b, k] packed, in descending order, and [b] bool, which rows have to be searched again.
     """
-    num, k, num_tiles = len(queries), best.shape[1], len(shard.tiles)
-    total = sum(map(len, shard.tiles))
-    coarse = queries.to(shard.tiles[0].dtype)
+    find = _best_exact if space.scores.dtype is torch.float32 else _best_coarse
+    return find(queries, shard, best, barred, space, first, guess)
+
+
+def _best_exact(
+    queries: Tensor, shard: Shard, best: Tensor, barred: list[Tensor], space: Workspace, first: bool, guess: bool
+) -> tuple[Tensor, Tensor]:
+    num, k, num_tiles, width = len(queries), best.shape[1], len(shard.tiles), len(shard.tiles[0])
     if num < SMALLEST_GEMM:
-        coarse = torch.cat([coarse, coarse.new_zeros(SMALLEST_GEMM - num, coarse.shape[1])])
-    error = _rounding(queries, shard, tiling)
-    bound = score_or_lowest(best[:, -1])[:, None] - error
-    bounded = not bool((best[:, -1] == NOT_SEEN).any())
-    reservoir = Reservoir(best, slots=k + len(shard.tiles[0]))
-    barred_in = _by_tile(barred, shard.unusable, num_tiles)
-    for tile, keys in enumerate(shard.tiles):
-        area = len(coarse) * len(keys)
-        scores = torch.mm(coarse, keys.T, out=space.scores[:area].view(len(coarse), len(keys)))[:num]
-        rows, places, unusable = barred_in[tile]
-        scores[rows, places] = -torch.inf
-        if len(unusable):
-            scores[:, unusable] = -torch.inf
-        if not bounded and tile & (tile - 1) == 0:  # 0 and the powers of two
-            seen = tile / num_tiles or len(keys) / total
-            rank = min(k, _guessed_rank(k * seen)) if guess else k
+        queries = torch.cat([queries, queries.new_zeros(SMALLEST_GEMM - num, queries.shape[1])])
+    bound = score_or_lowest(best[:, -1])[:, None]
+    reservoir = Reservoir(best, slots=k + width)
+    for tile in range(num_tiles):
+        scores = shard.scores(queries, tile, barred[tile], space)[:num]
+        if first and tile & (tile - 1) == 0:  # 0 and the powers of two
+            rank = _rank_of_bound(k, (tile or 1) / num_tiles, guess)
             if tile:
-                bound = torch.maximum(bound, reservoir.nth_largest(rank) - error)
-            elif rank <= len(keys):
-                bound = torch.maximum(bound, nth_largest(scores, rank)[:, None].float() - 2 * error)
+                bound = torch.maximum(bound, reservoir.nth_largest(rank))
+            elif rank <= width:
+                bound = torch.maximum(bound, nth_largest(scores, rank)[:, None])
         bound.clamp_min_(LOWEST)
-        flat, row = _passing(scores, bound, space.passed)
+        flat, row = _passing_exact(scores, bound, space.passed)
         counts = torch.bincount(row, minlength=num)
         if not reservoir.has_room(counts):
-            bound = torch.maximum(bound, reservoir.compacted() - error).clamp_min_(LOWEST)
-            flat, row = _passing(scores, bound, space.passed)
+            bound = torch.maximum(bound, reservoir.compacted()).clamp_min_(LOWEST)
+            flat, row = _passing_exact(scores, bound, space.passed)
             counts = torch.bincount(row, minlength=num)
-        place = tile + (flat - row * len(keys)) * num_tiles
-        if tiling.coarse is None:
-            exact = scores.view(-1).index_select(0, flat)
-        else:
-            exact = dot_products(queries, shard.keys, row, place)
-        reservoir.add(row, counts, packed(exact, shard.first_id + place))
+        place = tile + (flat - row * width) * num_tiles
+        reservoir.add(row, counts, packed(scores.view(-1).index_select(0, flat), shard.ids.index_select(0, place)))
     found = reservoir.sorted()
-    missed = (score_or_lowest(found[:, -1])[:, None] < bound + error).squeeze(1).nonzero().squeeze(1)
-    if guess and len(missed):
-        position = torch.full_like(found[:, 0], -1)
-        position[missed] = torch.arange(len(missed), device=position.device)
-        row = position[barred[0]]
-        again = row[row >= 0], barred[1][row >= 0]
-        found[missed] = best_of(queries[missed], shard, best[missed], again, tiling, space, guess=False)
-    return found
+    return found, score_or_lowest(found[:, -1]) < bound.squeeze(1)
 
 
-def _rounding(queries: Tensor, shard: Shard, tiling: Tiling) -> Tensor:
-    """Bound the error of a coarse score: [b, 1].
+def _best_coarse(
+    queries: Tensor, shard: Shard, best: Tensor, barred: list[Tensor], space: Workspace, first: bool, guess: bool
+) -> tuple[Tensor, Tensor]:
+    num, k, num_tiles, dtype = len(queries), best.shape[1], len(shard.tiles), space.scores.dtype
+    scaled = queries * shard.scale
+    rounded = scaled.to(dtype)
+    error = _rounding(scaled, rounded, shard)
+    # A key of this scaled score has passed: the bound is what its coarse score cannot fall below.
+    reached = score_or_lowest(best[:, -1]) * shard.scale**2
+    bound = torch.empty(num, dtype=dtype, device=queries.device)
+    kernels = kernels_for(queries.device, queries.shape[1]) if guess else None
+    candidates = Candidates(num, dtype, queries.device, slots=max(SLOTS, 4 * k) if kernels else 0)
+    fresh = first
 
-    Three roundings to bfloat16 (both inputs and the result, 2^-9 each) and a float32 sum of D terms.
+    def raise_bound(scores: Tensor) -> None:
+        """Every row has keys enough that reach these coarse scores [b], -inf where it has not."""
+        off = error + scores.abs() * (torch.finfo(dtype).eps / 2)
+        torch.maximum(reached, scores - off, out=reached)
+        bound.copy_((reached - error).clamp_min_(torch.finfo(dtype).min))
+
+    def score_in_full() -> None:
+        nonlocal best, fresh
+        raise_bound(candidates.nth_largest(k))
+        row, place = candidates.reaching(bound)
+        candidates.clear()
+        values = packed(dot_products(queries, shard.keys, row, place), shard.ids[place])
+        found = largest_of_rows(values, row, num, k)
+        best, fresh = found if fresh else largest_first(torch.cat([best, found], dim=1), k), False
+
+    raise_bound(torch.full_like(error, -torch.inf))
+    for tile in range(num_tiles):
+        scores = shard.scores(rounded, tile, barred[tile], space)
+        if first and tile != 1 and tile & (tile - 1) == 0:  # 0 and the powers of two from 2 on
+            rank = _rank_of_bound(k, (tile or 1) / num_tiles, guess)
+            raise_bound(candidates.nth_largest(rank) if tile else _nth_largest_of_groups(scores, rank))
+        if kernels:
+            candidates.append_passing(kernels, scores, bound, tile, num_tiles)
+            continue
+        for row, column, score in _passing_coarse(scores, bound):
+            candidates.add(row, score, column * num_tiles + tile)
+            if candidates.count > LONGEST_LIST:
+                score_in_full()
+                torch.maximum(reached, score_or_lowest(best[:, -1]) * shard.scale**2, out=reached)
+                raise_bound(torch.full_like(error, -torch.inf))
+    score_in_full()
+    return best, (score_or_lowest(best[:, -1]) * shard.scale**2 < reached) | candidates.overflowed
+
+
+def _rounding(scaled: Tensor, rounded: Tensor, shard: Shard) -> Tensor:
+    """Bound how far a coarse score may be off before it is rounded itself: [b].
+
+    |q.k - q'.k'| <= |q - q'| |k| + |q'| |k - k'| for the rounded q' and k', and a float32 sum of D terms. The lengths
+    of what the rounding took away are measured: on average they are 0.4 of what they might be.
     """
-    if tiling.coarse is None:
-        return queries.new_zeros(len(queries), 1)
-    unit = torch.finfo(tiling.coarse).eps / 2
-    relative = 1.02 * (3 * unit + queries.shape[1] * 2.0**-23)
-    return relative * shard.largest * queries.norm(dim=1, keepdim=True)
+    limits = torch.finfo(rounded.dtype)
+    lost, kept = (scaled - rounded).norm(dim=1), rounded.float().norm(dim=1)
+    summed = (scaled.shape[1] + 2) * 2.0**-23 * shard.largest * scaled.norm(dim=1)
+    return 1.01 * (lost * shard.largest + kept * shard.residual + summed) + limits.smallest_normal * limits.eps
 
 
-def _guessed_rank(expected: float) -> int:
-    """Return the rank in a sample of a score that is too high for the whole in less than one of ten thousand rows."""
-    return math.ceil(((4 + math.sqrt(16 + 4 * expected)) / 2) ** 2)
+def _rank_of_bound(k: int, share: float, guess: bool) -> int:
+    """Return the rank among the scores of a share of all tiles that gives the bound.
+
+    A guessed one is too high for the whole in less than one of ten thousand rows.
+    """
+    return min(k, math.ceil(((4 + math.sqrt(16 + 4 * k * share)) / 2) ** 2)) if guess else k
 
 
-def _by_tile(barred: tuple[Tensor, Tensor], unusable: Tensor, num_tiles: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Split barred pairs and unusable keys by tile: rows, columns, and columns that are barred in every row."""
-    rows, places = barred
-    order = (places % num_tiles).argsort(stable=True)
-    counts = torch.bincount(places % num_tiles, minlength=num_tiles).tolist()
-    pairs = zip(rows[order].split(counts), (places[order] // num_tiles).split(counts), strict=True)
-    return [(*pair, unusable[unusable % num_tiles == tile] // num_tiles) for tile, pair in enumerate(pairs)]
+def _nth_largest_of_groups(scores: Tensor, rank: int) -> Tensor:
+    """Return a coarse score that so many keys of each row reach, hardly below the largest: [b, w] -> [b] float32."""
+    maxima = scores.view(len(scores), GROUP, -1).amax(1)
+    if 2 * rank <= maxima.shape[1]:  # Few of the largest scores share a group.
+        return nth_largest(maxima, rank).float()
+    if rank <= scores.shape[1]:
+        return nth_largest(scores, rank).float()
+    return torch.full((len(scores),), -torch.inf, device=scores.device)
 
 
-def _passing(scores: Tensor, bound: Tensor, passed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the places in the flattened scores, and the rows, of those that reach the bound of their row."""
+def _passing_exact(scores: Tensor, bound: Tensor, passed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the places in the flattened scores, and the rows, of those that reach the bound [b, 1] of their row."""
     above = passed[: scores.numel()].view(scores.shape)
-    if scores.device.type == "cpu" and scores.dtype is torch.float32:
+    if scores.device.type == "cpu":
         # NumPy compares and searches several times as fast as PyTorch does on one CPU thread.
         np.greater_equal(scores.numpy(), bound.numpy(), out=above.numpy())
         flat = torch.from_numpy(np.flatnonzero(above.numpy()))
@@ -197,19 +307,53 @@ def _passing(scores: Tensor, bound: Tensor, passed: Tensor) -> tuple[Tensor, Ten
     return flat, torch.div(flat, scores.shape[1], rounding_mode="trunc")
 
 
+def _passing_coarse(scores: Tensor, bound: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield rows, columns and values [p] of the scores [b, w] that reach the bound [b] of their row, in parts.
+
+    The bound may be raised between parts.
+    """
+    grouped = scores.view(len(scores), GROUP, -1)
+    rows, groups = (grouped.amax(1) >= bound[:, None]).nonzero(as_tuple=True)
+    most = max(1, LONGEST_LIST // GROUP)
+    for row, group in zip(rows.split(most), groups.split(most), strict=True):
+        members = grouped[row, :, group]
+        at, member = (members >= bound[row][:, None]).nonzero(as_tuple=True)
+        yield row[at], torch.add(group[at], member, alpha=grouped.shape[2]), members[at, member]
+
+
 def dot_products(queries: Tensor, keys: Tensor, row: Tensor, place: Tensor) -> Tensor:
     """Return queries[row] . keys[place] in float64, rounded to float32: [p].
 
     Products are added by folding the vector in halves, an order that no device or batch size changes.
     """
+    width = queries.shape[1]
+    kernels = kernels_for(queries.device, width)
     found = queries.new_empty(len(row))
-    chunk = 2**18
+    chunk = max(1, 2**24 // width)
     for start in range(0, len(row), chunk):
         part = slice(start, start + chunk)
-        terms = queries[row[part]].double() * keys[place[part]].double()
+        if kernels:
+            terms = kernels.folded_products(queries, keys, row[part], place[part])
+        else:
+            terms = queries[row[part]].double().mul_(keys[place[part]])
         while terms.shape[1] > 1:
-            half = terms.shape[1] // 2
-            odd = terms[:, 2 * half :]
-            terms = torch.cat([terms[:, :half] + terms[:, half : 2 * half], odd], dim=1)
-        found[part] = terms.squeeze(1).float()
+            half, odd = divmod(terms.shape[1], 2)
+            folded = terms[:, :half] + terms[:, half : 2 * half]
+            terms = torch.cat([folded, terms[:, -1:]], dim=1) if odd else folded
+        found[part] = terms.squeeze(1)
     return found
+
+
+@functools.cache
+def kernels_for(device: torch.device, width: int) -> ModuleType | None:
+    """Return `distav.memory.kernels` where they run on the device and give what PyTorch's operators give, at a D."""
+    if device.type != "cuda":
+        return None
+    try:
+        from distav.memory import kernels
+
+        kernels.check(device, width)
+    except Exception as error:  # noqa: BLE001  # whatever Triton raises where it cannot compile
+        log.warning(f"neighbor search without Triton kernels, which takes longer: {type(error).__name__}: {error}")
+        return None
+    return kernels
