@@ -23,16 +23,18 @@ from distav.making.synthetic import Scenes
 from distav.making.writer import Plan, make_set
 from distav.settings import AugmentSettings, DataSettings
 
-SHORT_SIDE, FRAMES, STRIDE, SIZE, AUDIO_S = 128, 8, 2, 112, 1.0
+FRAMES, STRIDE, AUDIO_S = 8, 2, 1.0
+SIDES = {"cpu": (128, 112), "cuda": (256, 224)}
+"""Pixels of the short side of stored frames, and of the frames that are fed; NVDEC takes no smaller ones than 144."""
 STEP_OVER_LOADER = 1.25
 
 
-def make_clips(folder: Path, clips: int, codec: str = "mjpeg") -> Split:
-    """Render a set of two-second clips of 16 frames, 128 pixels."""
+def make_clips(folder: Path, clips: int, codec: str = "mjpeg", short_side: int = 128) -> Split:
+    """Render a dataset of two-second clips of 16 frames."""
     make_set(
         Scenes(train_clips=clips, test_clips=1),
         folder,
-        Plan(Encoding(codec, fps=8, short_side=SHORT_SIDE, clip_s=2.0)),
+        Plan(Encoding(codec, fps=8, short_side=short_side, clip_s=2.0)),
         workers=torch.get_num_threads(),
     )
     return ShardSet.open(folder).split("train")
@@ -48,17 +50,20 @@ def run(setting: Setting, clips: int, batch: int, codec: str = "mjpeg") -> Resul
         codec: codec of the clips.
     """
     arguments = {"clips": clips, "batch": batch, "threads": setting.threads, "device": setting.device.type}
-    results = Results("loader", arguments | {"frames": f"{FRAMES} of 16, {SHORT_SIDE} px {codec} -> {SIZE} px"})
+    stored, size = SIDES[setting.device.type]
+    results = Results("loader", arguments | {"frames": f"{FRAMES} of 16, {stored} px {codec} -> {size} px"})
     setting = Setting(setting.device, max(2, setting.threads), setting.rounds)  # by the wall clock in any case
-    data = DataSettings(num_frames=FRAMES, frame_stride=STRIDE, frame_size=SIZE, audio_s=AUDIO_S)
+    data = DataSettings(num_frames=FRAMES, frame_stride=STRIDE, frame_size=size, audio_s=AUDIO_S)
     data.decode_threads = setting.threads
     with tempfile.TemporaryDirectory(prefix="distav-bench-") as name:
-        split = make_clips(Path(name) / "set", clips, codec)
+        split = make_clips(Path(name) / "set", clips, codec, stored)
         number = len(split) // batch
         plan = [(ids, 0) for ids in np.arange(number * batch).reshape(number, batch)]
         loader = Loader(split, data, AugmentSettings(), 0, batch, setting.device)
         stages = _Stages(split, data, plan, setting.device)
-        peers = {name: _webdataset(split, batch, decoder, setting.threads) for name, decoder in _decoders().items()}
+        peers = {
+            name: _webdataset(split, batch, decoder, setting.threads, size) for name, decoder in _decoders().items()
+        }
         candidates = {
             "reading and checking alone": stages.read,
             "decoding and augmenting alone": stages.decode,
@@ -146,10 +151,10 @@ def _data_wait(loader: Loader, plan: list, step: Callable[[], None]) -> float:
 
 
 def _decoders() -> dict[str, str]:
-    """Return the decoders to compare with; torchcodec needs FFmpeg's libraries on the machine."""
+    """Return the decoders to compare with; torchcodec needs FFmpeg's libraries."""
     try:
         import torchcodec.decoders  # noqa: F401
-    except (RuntimeError, OSError) as error:
+    except (ImportError, RuntimeError, OSError) as error:
         print(f"torchcodec is left out: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return {"PyAV": "pyav"}
     return {"PyAV": "pyav", "torchcodec": "torchcodec"}
@@ -160,7 +165,7 @@ def _exhaust(batches: Any) -> None:
         pass
 
 
-def _webdataset(split: Split, batch: int, decoder: str, workers: int) -> torch.utils.data.DataLoader:
+def _webdataset(split: Split, batch: int, decoder: str, workers: int, size: int) -> torch.utils.data.DataLoader:
     """Build what one would write without distav: the same frames, crops of random size, a flip, and the sound."""
     from webdataset.compat import WebDataset
 
@@ -168,7 +173,7 @@ def _webdataset(split: Split, batch: int, decoder: str, workers: int) -> torch.u
     shards = [str(path) for path in split.shards]
     dataset = WebDataset(shards, shardshuffle=False, nodesplitter=None, workersplitter=None)
     dataset: Any = dataset.compose(_every_nth)
-    dataset = dataset.map(_Decoded(decoder, split.sample_rate_hz)).batched(batch, partial=True)
+    dataset = dataset.map(_Decoded(decoder, split.sample_rate_hz, size)).batched(batch, partial=True)
     return torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=True)
 
 
@@ -183,8 +188,8 @@ def _every_nth(samples: Iterator[dict]) -> Iterator[dict]:
 class _Decoded:
     """Decodes and augments one sample."""
 
-    def __init__(self, decoder: str, sample_rate_hz: int):
-        self.decoder, self.num_samples = decoder, round(AUDIO_S * sample_rate_hz)
+    def __init__(self, decoder: str, sample_rate_hz: int, size: int):
+        self.decoder, self.num_samples, self.size = decoder, round(AUDIO_S * sample_rate_hz), size
 
     def __call__(self, sample: dict) -> tuple[Tensor, Tensor]:
         import soundfile
@@ -197,7 +202,7 @@ class _Decoded:
             next(sample[key] for key in VIDEO_EXTENSIONS.values() if key in sample), wanted
         )
         change = v2.Compose(
-            [v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4)]
+            [v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4)]
         )
         sound, _ = soundfile.read(io.BytesIO(sample["flac"]), dtype="float32")
         return change(frames), torch.from_numpy(sound[: self.num_samples])
