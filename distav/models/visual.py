@@ -114,8 +114,8 @@ class R2Plus1D18(nn.Module):
 
     def forward(self, clip: Tensor) -> Tensor:
         """Encode [B, 3, T, H, W] to [B, E]."""
-        layers = (self.stem, *(getattr(self, f"layer{number}") for number in range(1, 5)))
-        return run(layers, clip, self.recompute).mean((2, 3, 4))
+        blocks = [block for number in range(1, 5) for block in getattr(self, f"layer{number}")]
+        return run([self.stem, *blocks], clip, self.recompute).mean((2, 3, 4))
 
 
 class TubeletViT(nn.Module):

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.models.video.resnet import BasicBlock
 
 from distav.errors import UserError
 from distav.models.audio import LogMel
@@ -48,6 +49,22 @@ def test_activation_checkpointing_changes_no_gradient_and_no_statistics():
         gradients.append([*(each.grad for each in net.parameters() if each.grad is not None), *net.buffers()])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
+
+
+def test_r2plus1d_recomputes_one_residual_block_at_a_time():
+    tower = build_visual(VisualSettings("r2plus1d_18"), DATA, recompute=True)
+    blocks = [block for block in tower.modules() if isinstance(block, BasicBlock)]
+    complete: list[bool] = []
+
+    def note(block: torch.nn.Module, _: object) -> None:
+        later = blocks[blocks.index(block) + 1 :]  # pyright: ignore[reportArgumentType]
+        complete.append(all(each.grad is not None for other in later for each in other.parameters()))
+
+    features = tower(inputs()[0])
+    for block in blocks:
+        block.register_forward_pre_hook(note)
+    features.sum().backward()
+    assert complete == [True] * 8
 
 
 def test_r2plus1d_takes_torchvision_weights_and_gives_its_features():
