@@ -16,6 +16,10 @@ from distav.errors import UserError
 from distav.teachers.prompts import Prompts
 
 
+_AT_ONCE = 32
+"""Pieces of sound whose spectrograms are computed together, in float64: 20 MB each of ten seconds."""
+
+
 class Teacher(Protocol):
     """Scores segments of one sense."""
 
@@ -83,7 +87,7 @@ class SoundTeacher:
         length = sound.shape[1] // self.segments
         starts = np.linspace(0, sound.shape[1], self.segments + 1).round().astype(int)[:-1]
         pieces = torch.cat([sound[:, start : start + length] for start in starts.tolist()])
-        fed = self._spectrograms(pieces)
+        fed = torch.cat([self._spectrograms(some) for some in pieces.split(_AT_ONCE)])
         # The extractor calls one clip of a batch, drawn at random, longer than it is; none here is.
         longer = torch.zeros(len(fed), 1, dtype=torch.bool, device=self.device)
         heard = _unit(self.model.get_audio_features(input_features=fed, is_longer=longer).pooler_output)
