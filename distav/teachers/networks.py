@@ -15,7 +15,6 @@ from torch import Tensor
 from distav.errors import UserError
 from distav.teachers.prompts import Prompts
 
-
 _AT_ONCE = 32
 """Pieces of sound whose spectrograms are computed together, in float64: 20 MB each of ten seconds."""
 
