@@ -116,7 +116,8 @@ def run(setting: Setting, towers: str, batch: int | None, clips: int, overrides:
 def _measure(results: Results, setting: Setting, settings: Settings, whole: Run, device: torch.device) -> None:
     phase: Any = next(iter(settings.phases.values()))
     order = whole.order(0)
-    batches = [whole.loader.load(order.batch(step), 0) for step in range(min(STEPS, order.steps_per_epoch))]
+    loaded = [whole.loader.load(order.batch(step), 0) for step in range(min(STEPS, order.steps_per_epoch))]
+    batches = [loaded[step % len(loaded)] for step in range(STEPS)]
     classes, rate = len(whole.data.shards.classes), whole.data.train.sample_rate_hz
     # Counted apart from the step, since counters refuse the fused attention over the bank.
     operations = count_operations(settings, rate, classes, batches[0])
