@@ -177,10 +177,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "step":
             sizes = ("small", "vit-l", "r2plus1d_18")
             command.add_argument("--towers", choices=sizes, default="small", help="size of the towers")
-            told = "samples of a step; None: 64, of vit-l 32, of r2plus1d_18 128"
-            command.add_argument("--batch", type=int, help=told)
-            told = "settings that replace those of the towers, such as data.frame_size=64"
-            command.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help=told)
+            meaning = "samples of a step; None: 64, for vit-l 32, for r2plus1d_18 128"
+            command.add_argument("--batch", type=int, help=meaning)
+            meaning = "settings that replace those of the towers, such as data.frame_size=64"
+            command.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help=meaning)
         if name == "loader":
             command.add_argument("--codec", choices=tuple(CODECS), default="mjpeg", help="codec of the clips")
         _common(command, _THREADS.get(name, 1))

@@ -61,20 +61,20 @@ class _FusedGlobalNormalise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         x = x.contiguous(memory_format=_memory_format(x))
         means, invstds = gather_rows(torch.stack(torch.batch_norm_stats(x, eps))[None]).unbind(1)
-        # All ranks have the same number of elements, so they count alike. The kernel adds up counts in 32 bits, which
-        # the true ones would overflow from some hundred ranks on; and it takes the type of counts from its first input.
-        alike = torch.ones(len(means), device=x.device)
-        mean, invstd = torch.batch_norm_gather_stats_with_counts(means, means, invstds, None, None, 0.0, eps, alike)
+        # All ranks have the same number of elements, so counts of one give the same result; the kernel sums counts in
+        # 32 bits, which the true ones overflow at some hundred ranks. The first argument sets the type of the counts.
+        counts = torch.ones(len(means), device=x.device)
+        mean, invstd = torch.batch_norm_gather_stats_with_counts(means, means, invstds, None, None, 0.0, eps, counts)
         ctx.save_for_backward(x, weight, mean, invstd)
         var = invstd.pow(-2).sub_(eps).clamp_min_(0)
         ctx.mark_non_differentiable(mean, var)
-        # Of the parameters' types the kernels take the input's or float32.
+        # The kernels accept parameters in float32 for any input.
         return torch.batch_norm_elemt(x, weight.float(), bias.float(), mean, invstd, eps), mean, var
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, invstd = ctx.saved_tensors
-        # A gradient whose layout differs from the input's would be copied by every kernel.
+        # With a layout other than the input's, every kernel would copy the gradient.
         grad, scale = gradients[0].contiguous(memory_format=_memory_format(x)), weight.float()
         of_bias, of_weight, weight_grad, bias_grad = torch.batch_norm_backward_reduce(
             grad, x, mean, invstd, scale, True, True, True

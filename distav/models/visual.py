@@ -51,10 +51,10 @@ class VisualTower(nn.Module):
 
     def _normalized(self, frames: Tensor, dtype: torch.dtype) -> Tensor:
         """Subtract the mean and divide by the standard deviation of ImageNet's colors, computed in float32."""
-        if frames.device not in self._moments:  # No buffer, which a cast of the model to bfloat16 would round.
+        if frames.device not in self._moments:  # Not a buffer: a cast of the model to bfloat16 would round it.
             self._moments[frames.device] = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=frames.device)
         mean, std = self._moments[frames.device]
-        if frames.is_cuda:  # In one kernel, which the CPU does not have: it would convert all frames first.
+        if frames.is_cuda:  # One kernel reads uint8 and writes the result; a CPU would convert all frames first.
             return torch.addcmul(-mean / std, frames, 1 / (255 * std), out=torch.empty_like(frames, dtype=dtype))
         return frames.float().div_(255).sub_(mean).div_(std).to(dtype)
 
