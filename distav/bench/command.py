@@ -127,7 +127,7 @@ def _loader(setting: Setting, options: argparse.Namespace) -> Results:
 def _step(setting: Setting, options: argparse.Namespace) -> Results:
     from distav.bench import step
 
-    return step.run(setting, options.towers, options.batch, options.clips)
+    return step.run(setting, options.towers, options.batch, options.clips, options.overrides)
 
 
 def _scaling(setting: Setting, options: argparse.Namespace) -> Results:
@@ -143,7 +143,7 @@ _NUMBERS = {
                                                           "ring-rows": 20000}),
     "shards": (_shards, "reading from tars", {"samples": 2000}),
     "loader": (_loader, "batches end to end", {"clips": 384, "batch": 32}),
-    "step": (_step, "a training step", {"batch": 64, "clips": 384}),
+    "step": (_step, "a training step", {"clips": 384}),
     "scaling": (_scaling, "cost as bank, batch and ranks grow", {"batch": 1024, "dim": 128}),
 }  # fmt: skip
 _THREADS = {"loader": 2}
@@ -175,7 +175,12 @@ def _parser() -> argparse.ArgumentParser:
         for key, default in numbers.items():
             command.add_argument(f"--{key}", type=int, default=default, help=_MEANINGS[key])
         if name == "step":
-            command.add_argument("--towers", choices=("small", "vit-l"), default="small", help="size of the towers")
+            sizes = ("small", "vit-l", "r2plus1d_18")
+            command.add_argument("--towers", choices=sizes, default="small", help="size of the towers")
+            meaning = "samples of a step; None: 64, for vit-l 32, for r2plus1d_18 128"
+            command.add_argument("--batch", type=int, help=meaning)
+            meaning = "settings that replace those of the towers, such as data.frame_size=64"
+            command.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help=meaning)
         if name == "loader":
             command.add_argument("--codec", choices=tuple(CODECS), default="mjpeg", help="codec of the clips")
         _common(command, _THREADS.get(name, 1))

@@ -1,8 +1,10 @@
 """A whole training step, beside a bare PyTorch loop with the same towers and losses."""
 
+import copy
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,36 @@ from distav.settings import Settings
 from distav.world import joined
 
 STEPS = 5
+
+
+@dataclass(frozen=True)
+class Towers:
+    """Encoders of one size.
+
+    Attributes:
+        config: the file in configs/ whose contrastive phase is measured.
+        batch: clips of a step, unless told otherwise; on a GPU it takes less than 80 GB.
+        overrides: settings that replace the file's.
+    """
+
+    config: str
+    batch: int
+    overrides: tuple[str, ...] = ()
+
+    def settings(self, *more: str) -> Settings:
+        """Return the settings, with the contrastive phase alone."""
+        settings = config.load(Path(__file__).parents[2] / "configs" / self.config, [*self.overrides, *more])
+        phases = settings.phases.items()
+        settings.phases = {name: each for name, each in phases if isinstance(each, ContrastivePhase)}
+        return settings
+
+
 TOWERS = {
-    "small": ["model.visual.width=24", "model.audio.width=24", "data.num_frames=4", "data.frame_size=64"],
-    "vit-l": ["model.visual.name=vit_large", "model.audio.name=vit_large", "data.num_frames=8", "data.frame_size=224"],
+    "small": Towers("quickstart.yaml", 64, ("model.visual.width=24", "model.audio.width=24", "data.num_frames=4",
+                                            "data.frame_size=64")),
+    "vit-l": Towers("quickstart.yaml", 32, ("model.visual.name=vit_large", "model.audio.name=vit_large",
+                                            "data.num_frames=8", "data.frame_size=224")),
+    "r2plus1d_18": Towers("multinode.yaml", 128),
 }  # fmt: skip
 
 
@@ -57,26 +86,27 @@ class BareEngine:
         self.optimizer.step()
 
 
-def run(setting: Setting, towers: str, batch: int, clips: int) -> Results:
-    """Measure phase 1's step on batches kept in memory.
+def run(setting: Setting, towers: str, batch: int | None, clips: int, overrides: Sequence[str] = ()) -> Results:
+    """Measure the contrastive phase's step on batches kept in memory.
 
     Args:
         setting: device, threads, rounds; a round is five steps.
         towers: name of a size.
-        batch: clips of a step.
+        batch: clips of a step; None for what goes with the size.
         clips: clips of the set.
+        overrides: settings that replace those of the size, as `key=value`.
     """
+    batch = batch or TOWERS[towers].batch
     arguments = {"towers": towers, "batch": batch, "threads": setting.threads, "device": setting.device.type}
-    results = Results("step", arguments)
+    results = Results("step", arguments | ({"overrides": " ".join(overrides)} if overrides else {}))
     with tempfile.TemporaryDirectory(prefix="distav-bench-") as name:
         folder = Path(name)
         split = make_clips(folder / "set", clips)
         del split
-        settings = config.load(
-            Path(__file__).parents[2] / "configs" / "quickstart.yaml",
-            [f"data.root={folder / 'set'}", f"run.root={folder}", "run.name=bench", f"optim.global_batch={batch}",
-             f"run.threads_per_rank={setting.threads}", "data.make.enabled=false",
-             f"run.device={'gpu' if setting.device.type == 'cuda' else 'cpu'}", *TOWERS[towers]],
+        settings = TOWERS[towers].settings(
+            f"data.root={folder / 'set'}", f"run.root={folder}", "run.name=bench", f"optim.global_batch={batch}",
+            f"run.threads_per_rank={setting.threads}", "data.make.enabled=false",
+            f"run.device={'gpu' if setting.device.type == 'cuda' else 'cpu'}", *overrides,
         )  # fmt: skip
         with joined(settings.run.device.name, 600, setting.threads) as world, opened(settings, world) as whole:
             _measure(results, setting, settings, whole, world.device)
@@ -84,10 +114,29 @@ def run(setting: Setting, towers: str, batch: int, clips: int) -> Results:
 
 
 def _measure(results: Results, setting: Setting, settings: Settings, whole: Run, device: torch.device) -> None:
-    phase = next(each for each in settings.phases.values() if isinstance(each, ContrastivePhase))
+    phase: Any = next(iter(settings.phases.values()))
     order = whole.order(0)
-    batches = [whole.loader.load(order.batch(step), 0) for step in range(min(STEPS, order.steps_per_epoch))]
+    loaded = [whole.loader.load(order.batch(step), 0) for step in range(min(STEPS, order.steps_per_epoch))]
+    batches = [loaded[step % len(loaded)] for step in range(STEPS)]
     classes, rate = len(whole.data.shards.classes), whole.data.train.sample_rate_hz
+    # Counted apart from the step, since counters refuse the fused attention over the bank.
+    operations = count_operations(settings, rate, classes, batches[0])
+    results.note("operations of a step, encoders and heads", operations / 1e9, "GFLOP")
+    losses = contrastive_losses(whole, phase)
+    whole.engine.train()
+
+    def ours() -> None:
+        for number, batch in enumerate(batches):
+            rate = settings.optim.lr * learning_rate(number / 100, 0.1, 0.0)
+            whole.engine.set_lr(rate, rate)
+            found = losses(batch, 0.5)
+            whole.engine.backward(found["loss"])
+            whole.engine.step()
+
+    if device.type == "cuda":  # Before there is another model.
+        torch.cuda.reset_peak_memory_stats(device)
+        ours()
+        results.note("peak memory of the GPU", torch.cuda.max_memory_allocated(device) / 2**30, "GiB")
     engine = BareEngine(settings, lambda: AVModel(settings.model, settings.data, rate, classes), device)
     bank = Bank(
         len(whole.data.train),
@@ -98,17 +147,8 @@ def _measure(results: Results, setting: Setting, settings: Settings, whole: Run,
         dtype=whole.bank.dtype,
     )
     bare: Any = dataclasses.replace(whole, engine=engine, bank=bank)  # type: ignore[arg-type]
-    losses, bare_losses = contrastive_losses(whole, phase), contrastive_losses(bare, phase)
-    whole.engine.train()
+    bare_losses = contrastive_losses(bare, phase)
     engine.model.train()
-
-    def ours() -> None:
-        for number, batch in enumerate(batches):
-            rate = settings.optim.lr * learning_rate(number / 100, 0.1, 0.0)
-            whole.engine.set_lr(rate, rate)
-            found = losses(batch, 0.5)
-            whole.engine.backward(found["loss"])
-            whole.engine.step()
 
     def by_hand() -> None:
         for batch in batches:
@@ -118,15 +158,27 @@ def _measure(results: Results, setting: Setting, settings: Settings, whole: Run,
     work = len(batches) * settings.optim.global_batch
     results.times(seconds, {name: (work, "clips/s") for name in seconds})
     results.ratio("distav / bare PyTorch loop", (seconds["distav"], seconds["bare PyTorch loop"]), "<= 1.05")
-    counter = FlopCounterMode(display=False)
-    with counter:
-        engine.update(bare_losses(batches[0], 0.5)["loss"])
-    operations = counter.get_total_flops() * len(batches)
     peak = _matmul_rate(setting, device)
-    results.note("operations of a step", operations / len(batches) / 1e9, "GFLOP")
     results.note("rate of a square matrix product", peak / 1e9, "GFLOP/s")
-    share = operations / results.figures["distav"]["median_s"] / peak
+    share = operations * len(batches) / results.figures["distav"]["median_s"] / peak
     results.ratio("rate of a step / rate of a matrix product", share, ">= 0.4" if device.type == "cuda" else "")
+
+
+def count_operations(settings: Settings, sample_rate_hz: int, num_classes: int, batch: Batch) -> int:
+    """Count the floating-point operations of encoders and heads in a step, forward and backward.
+
+    What activation checkpointing computes again does not count, nor does the loss over the bank. Nothing is computed:
+    the model is built on the meta device.
+    """
+    model_settings = copy.deepcopy(settings.model)
+    model_settings.activation_checkpointing = False
+    with torch.device("meta"):
+        model = AVModel(model_settings, settings.data, sample_rate_hz, num_classes)
+    media = {name: each.to("meta") for name, each in batch.media.items()}
+    with FlopCounterMode(display=False) as counter:
+        outputs = model(**media, seeds=batch.seeds.to("meta"))
+        torch.stack([each.float().sum() for each in outputs.values()]).sum().backward()
+    return counter.get_total_flops()
 
 
 def _matmul_rate(setting: Setting, device: torch.device) -> float:

@@ -43,13 +43,20 @@ class VisualTower(nn.Module):
         super().__init__()
         self.net = net
         self.feature_dim = net.feature_dim
+        self._moments: dict[torch.device, Tensor] = {}
 
     def forward(self, frames: Tensor) -> Tensor:
         """Encode frames [B, T, H, W, 3] uint8 to [B, E]."""
-        dtype = next(self.net.parameters()).dtype
-        mean, std = (torch.tensor(each, device=frames.device) for each in (IMAGENET_MEAN, IMAGENET_STD))
-        clip = (frames.float() / 255 - mean) / std
-        return self.net(clip.permute(0, 4, 1, 2, 3).to(dtype))
+        return self.net(self._normalized(frames, next(self.net.parameters()).dtype).permute(0, 4, 1, 2, 3))
+
+    def _normalized(self, frames: Tensor, dtype: torch.dtype) -> Tensor:
+        """Subtract the mean and divide by the standard deviation of ImageNet's colors, computed in float32."""
+        if frames.device not in self._moments:  # Not a buffer: a cast of the model to bfloat16 would round it.
+            self._moments[frames.device] = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=frames.device)
+        mean, std = self._moments[frames.device]
+        if frames.is_cuda:  # One kernel reads uint8 and writes the result; a CPU would convert all frames first.
+            return torch.addcmul(-mean / std, frames, 1 / (255 * std), out=torch.empty_like(frames, dtype=dtype))
+        return frames.float().div_(255).sub_(mean).div_(std).to(dtype)
 
 
 def _stage(inside: int, outside: int, stride: int) -> nn.Sequential:
@@ -107,8 +114,8 @@ class R2Plus1D18(nn.Module):
 
     def forward(self, clip: Tensor) -> Tensor:
         """Encode [B, 3, T, H, W] to [B, E]."""
-        layers = (self.stem, *(getattr(self, f"layer{number}") for number in range(1, 5)))
-        return run(layers, clip, self.recompute).mean((2, 3, 4))
+        blocks = [block for number in range(1, 5) for block in getattr(self, f"layer{number}")]
+        return run([self.stem, *blocks], clip, self.recompute).mean((2, 3, 4))
 
 
 class TubeletViT(nn.Module):

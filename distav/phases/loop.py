@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from distav.data.loader import Batch
 from distav.monitor import clock, peak_memory_gib
@@ -81,7 +82,7 @@ def _stretch(
             factor = learning_rate((step + 1) / total, optim.warmup_fraction, optim.min_lr_fraction)
             run.engine.set_lr(rates[0] * factor, rates[1] * factor)
             parts: list[tuple[Batch, Losses]] = []
-            norm = 0.0
+            norm: float | Tensor = 0.0
             for _ in range(optim.accumulation):
                 waiting = time.monotonic()
                 batch = next(batches)
@@ -140,9 +141,12 @@ class _Meter:
         """Note the losses of a step's micro-batches."""
         self.parts += parts
 
-    def report(self, lr: float, norm: float) -> None:
-        """Write a line, averaged over ranks and over the steps since the last one."""
-        run = self.run
+    def report(self, lr: float, norm: float | Tensor) -> None:
+        """Write a line, averaged over ranks and over the steps since the last one.
+
+        The CPU waits here for the GPU, and nowhere else in a step: values that are logged stay tensors until now.
+        """
+        run, norm = self.run, float(norm)
         if not self.parts:  # All steps were skipped, and told.
             return
         keys = list(self.parts[0])

@@ -18,6 +18,7 @@ def run_parsing(run: Run, name: str, settings: ParsingPhase) -> None:
     if harvested is not None and not harvested[1].all() and run.world.is_main:
         left = int((~harvested[1]).sum())
         run.monitor.say(f"phase={name} {left} clips were not looked at, and learn from their weak labels alone")
+    stored = None if harvested is None else [torch.from_numpy(part).to(device) for part in harvested]
 
     def losses_of(batch: Batch, progress: float) -> Losses:
         del progress
@@ -27,8 +28,8 @@ def run_parsing(run: Run, name: str, settings: ParsingPhase) -> None:
         if settings.modality_weight:
             smoothing = settings.audio_smoothing, settings.visual_smoothing
             each["modality"] = settings.modality_weight * modality_losses(parsed["modality"], given, smoothing)
-        if harvested is not None:
-            told, looked_at = (torch.from_numpy(part[batch.ids.cpu().numpy()]).to(device) for part in harvested)
+        if stored is not None:
+            told, looked_at = (part[batch.ids] for part in stored)
             each["segments"] = settings.segment_weight * looked_at * segment_losses(parsed["segments"], told)
         losses = {key: weighted_mean(value, present) for key, value in each.items()}
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}

@@ -1,7 +1,6 @@
 """Supervised training on given labels, corrected ones or both: NTL's phase 2, and the baselines it is measured by."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distav.data.loader import Batch
@@ -83,7 +82,7 @@ class _Targets:
         labels = run.data.labels
         known = labels.true if kind is Targets.truth and labels.true is not None else labels.given
         self.known = torch.from_numpy(known).to(run.world.device)
-        self.num_classes = len(run.data.shards.classes)
+        self.classes = torch.arange(len(run.data.shards.classes), device=run.world.device)
         wrong = labels.mismatched() if kind is Targets.truth else None
         self.pairs = None if wrong is None else torch.from_numpy(~wrong).float().to(run.world.device)
         self.heard = self.known
@@ -98,7 +97,7 @@ class _Targets:
             ids: [B] of all ranks.
         """
         if self.kind in (Targets.given, Targets.truth):
-            seen, heard = (F.one_hot(each[batch.ids], self.num_classes).float() for each in (self.known, self.heard))
+            seen, heard = ((each[batch.ids, None] == self.classes).float() for each in (self.known, self.heard))
             paired = torch.ones_like(seen[:, 0]) if self.pairs is None else self.pairs[batch.ids]
             return (seen, seen, heard), paired
         name = "held_out" if self.kind is Targets.held_out else "posterior"

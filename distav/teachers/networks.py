@@ -15,6 +15,9 @@ from torch import Tensor
 from distav.errors import UserError
 from distav.teachers.prompts import Prompts
 
+_AT_ONCE = 32
+"""Pieces of sound whose spectrograms are computed together, in float64: 20 MB each of ten seconds."""
+
 
 class Teacher(Protocol):
     """Scores segments of one sense."""
@@ -82,13 +85,32 @@ class SoundTeacher:
         sound = AF.resample(media.to(self.device).float(), self.rate, rate)
         length = sound.shape[1] // self.segments
         starts = np.linspace(0, sound.shape[1], self.segments + 1).round().astype(int)[:-1]
-        pieces = torch.cat([sound[:, start : start + length] for start in starts.tolist()]).cpu().numpy()
-        fed = self.hears(list(pieces), sampling_rate=rate, return_tensors="pt")["input_features"].to(self.device)
+        pieces = torch.cat([sound[:, start : start + length] for start in starts.tolist()])
+        fed = torch.cat([self._spectrograms(some) for some in pieces.split(_AT_ONCE)])
         # The extractor calls one clip of a batch, drawn at random, longer than it is; none here is.
         longer = torch.zeros(len(fed), 1, dtype=torch.bool, device=self.device)
         heard = _unit(self.model.get_audio_features(input_features=fed, is_longer=longer).pooler_output)
         scores = (self.model.logit_scale_a.exp() * heard @ self.captions.T).float()
         return scores.unflatten(0, (self.segments, len(media))).transpose(0, 1)
+
+    def _spectrograms(self, pieces: Tensor) -> Tensor:
+        """Return what CLAP's feature extractor makes of sound [B, N]: [B, 1 or 4, frames, mel bins] in decibels.
+
+        The extractor itself takes one piece after the other on the CPU, and serves for those that it would cut.
+        """
+        hears, size = self.hears, int(self.hears.nb_max_samples)
+        if pieces.shape[1] > size or hears.padding != "repeatpad":
+            fed = hears(list(pieces.cpu().numpy()), sampling_rate=hears.sampling_rate, return_tensors="pt")
+            return fed["input_features"].to(self.device)
+        fused = hears.truncation == "fusion"
+        filters = torch.from_numpy(hears.mel_filters if fused else hears.mel_filters_slaney).to(self.device)
+        window = torch.hann_window(hears.fft_window_size, dtype=torch.float64, device=self.device)
+        sound = pieces.repeat(1, size // pieces.shape[1]).double()
+        sound = F.pad(sound, (0, size - sound.shape[1]))
+        spectrum = torch.stft(sound, len(window), hears.hop_length, window=window, return_complex=True)
+        power = spectrum.abs().square().transpose(1, 2) @ filters
+        levels = 10 * power.clamp_min(1e-10).log10().float()
+        return levels[:, None].expand(-1, 4 if fused else 1, -1, -1)
 
 
 def _unit(embedded: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ SMALL = [
     "run.log_every=1", "run.device=cpu",
     "data.num_frames=2", "data.frame_stride=2", "data.frame_size=16", "data.audio_s=0.5",
     "model.visual.name=small_conv", "model.audio.name=small_conv", "model.visual.width=8", "model.audio.width=8",
-    "optim.global_batch=24", "phases.contrastive.epochs=2", "phases.hybrid.epochs=1",
-    "phases.correction.neighbors=[12]",
-    "phases.correction.second=[0,6]", "data.max_bad_fraction=0", "data.decode_threads=1",
+    "optim.global_batch=24", "phases.contrastive.epochs=2", "data.max_bad_fraction=0", "data.decode_threads=1",
+    *(f"phases.learn_{turn}.epochs=1" for turn in (1, 2, 3)),
+    *(f"phases.{name}.{each}" for name in ("correct_1", "correct_2", "correct_3", "labels")
+      for each in ("neighbors=[12]", "second=[0,6]")),
 ]  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def test_multinode_configuration_trains_on_two_hosts(hosts: list[tuple[str, str]
     statuses = [each.wait(240) for each in started(hosts, tiny_shards, tmp_path)]
     assert statuses == [0, 0], [each[-3000:] for each in said_by(tmp_path)]
     report = json.loads((tmp_path / "multinode" / "report.json").read_text())
-    assert report["samples"] == 96 and len(losses(tmp_path / "multinode")) == 12
+    assert report["samples"] == 96 and len(losses(tmp_path / "multinode")) == 20
     assert json.loads((tmp_path / "multinode" / "environment.json").read_text())["num_ranks"] == 2
 
 

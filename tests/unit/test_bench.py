@@ -1,16 +1,20 @@
 import json
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from distav import config
 from distav.bench import readme
 from distav.bench.bank import Problem
 from distav.bench.command import main
 from distav.bench.measure import Results, Setting
-from distav.bench.step import TOWERS
+from distav.bench.step import TOWERS, count_operations
+from distav.data.loader import Batch
+from distav.models.av import AVModel
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tools" / "results"
@@ -81,7 +85,37 @@ def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str], tmp_path:
 
 @pytest.mark.parametrize("towers", TOWERS)
 def test_the_towers_of_the_step_exist(towers: str):
-    config.load(ROOT / "configs" / "quickstart.yaml", TOWERS[towers])
+    settings = TOWERS[towers].settings()
+    assert [each.kind for each in settings.phases.values()] == ["contrastive"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_operations_are_those_of_the_encoders_and_heads_once(recompute: bool):
+    settings = TOWERS["small"].settings(f"model.activation_checkpointing={str(recompute).lower()}")
+    frames, sound = torch.zeros(3, 4, 64, 64, 3, dtype=torch.uint8), torch.randn(3, 8000)
+    ids = torch.arange(3)
+    batch = Batch(ids, ids >= 0, ids, {"frames": frames, "sound": sound})
+    settings.model.activation_checkpointing = False
+    model = AVModel(settings.model, settings.data, 8000, 5)
+    with FlopCounterMode(display=False) as counter:
+        outputs = model(frames, sound, ids)
+        torch.stack([each.sum() for each in outputs.values()]).sum().backward()
+    settings.model.activation_checkpointing = recompute
+    assert count_operations(settings, 8000, 5, batch) == counter.get_total_flops() > 1e8
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("towers", "visual", "audio"), [("vit-l", "vit_tiny", "vit_tiny"), ("r2plus1d_18", "r2plus1d_18", "avid_conv")]
+)
+def test_any_encoders_are_measured_at_sizes_for_a_cpu(towers: str, visual: str, audio: str, tmp_path: Path):
+    file = tmp_path / "result.json"
+    small = [f"model.visual.name={visual}", f"model.audio.name={audio}", "data.frame_size=32"]
+    command = [sys.executable, str(ROOT / "tools" / "bench.py"), "step", f"--towers={towers}", "--batch=2", "--clips=2"]
+    done = subprocess.run([*command, "--rounds=1", f"--json={file}", "--overrides", *small], check=False)
+    assert done.returncode in (0, 3)  # The bar is not for these sizes.
+    figures = json.loads(file.read_text())["figures"]
+    assert figures["distav"]["rate"] > 0 and figures["operations of a step, encoders and heads"]["value"] > 1
 
 
 def test_the_readme_shows_what_the_record_says():

@@ -3,13 +3,15 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.models.video.resnet import BasicBlock
 
 from distav.errors import UserError
 from distav.models.audio import LogMel
 from distav.models.av import AVModel, parameter_groups
 from distav.models.layers import GlobalBatchNorm, SeededDropout, _GlobalNormalise
-from distav.models.visual import build_visual
+from distav.models.visual import IMAGENET_MEAN, IMAGENET_STD, build_visual
 from distav.settings import AudioSettings, DataSettings, ModelSettings, VisualSettings
+from tests.helpers.on_gpu import OnGPU
 
 DATA = DataSettings(num_frames=4, frame_size=32, audio_s=0.5)
 RATE = 8000
@@ -47,6 +49,22 @@ def test_activation_checkpointing_changes_no_gradient_and_no_statistics():
         gradients.append([*(each.grad for each in net.parameters() if each.grad is not None), *net.buffers()])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
+
+
+def test_r2plus1d_recomputes_one_residual_block_at_a_time():
+    tower = build_visual(VisualSettings("r2plus1d_18"), DATA, recompute=True)
+    blocks = [block for block in tower.modules() if isinstance(block, BasicBlock)]
+    complete: list[bool] = []
+
+    def note(block: torch.nn.Module, _: object) -> None:
+        later = blocks[blocks.index(block) + 1 :]  # pyright: ignore[reportArgumentType]
+        complete.append(all(each.grad is not None for other in later for each in other.parameters()))
+
+    features = tower(inputs()[0])
+    for block in blocks:
+        block.register_forward_pre_hook(note)
+    features.sum().backward()
+    assert complete == [True] * 8
 
 
 def test_r2plus1d_takes_torchvision_weights_and_gives_its_features():
@@ -108,6 +126,24 @@ def test_global_batch_norm_alone_is_batch_norm():
     torch.testing.assert_close(ours, plain)
     for a, b in zip(*(torch.autograd.grad((y * grad).sum(), [x, weight, bias]) for y in (ours, plain)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_frames_are_normalized_in_float32_whatever_the_model_is_cast_to(on_gpu: bool):
+    tower, frames = model().visual, inputs()[0]
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    expected = (frames.float() / 255 - mean) / std
+    fed: list[torch.Tensor] = []
+    tower.net.register_forward_pre_hook(lambda _, given: fed.append(given[0]))
+    for dtype, places in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        tower.to(dtype)(frames.as_subclass(OnGPU) if on_gpu else frames)
+        assert fed[-1].dtype == dtype and fed[-1].is_contiguous(memory_format=torch.channels_last_3d)
+        clip = fed[-1].permute(0, 2, 3, 4, 1)
+        if on_gpu:
+            torch.testing.assert_close(clip, expected.to(dtype), rtol=places, atol=1e-6)
+        else:
+            assert torch.equal(clip, expected.to(dtype))
+    assert not any("moment" in name for name in [*tower.state_dict(), *dict(tower.named_buffers())])
 
 
 def test_parameter_groups_hold_every_parameter_once():

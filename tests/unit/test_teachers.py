@@ -83,6 +83,21 @@ def test_scores_are_those_of_transformers_called_by_hand(ave: Path):
     assert found.shape == heard.shape == (3, 10, 3) and found.std() > 0 and heard.std() > 0
 
 
+@pytest.mark.parametrize("truncation", ["fusion", "rand_trunc"])
+@pytest.mark.parametrize("seconds", [0.3, 1, 2, 2.5])
+def test_spectrograms_are_those_of_the_extractor(ave: Path, truncation: str, seconds: float):
+    teacher = SoundTeacher(read_prompts(ave / "prompts.yaml")["audio"], CPU, 16000, 10)
+    teacher.hears = transformers.ClapFeatureExtractor(sampling_rate=16000, max_length_s=2, truncation=truncation)
+    pieces = 0.1 * torch.randn(3, int(16000 * seconds), generator=torch.Generator().manual_seed(0))
+    pieces[1] = 0
+    pieces[2, 2000:] = 0
+    np.random.seed(0)  # What is longer than the input is cut at random.
+    ours = teacher._spectrograms(pieces)
+    np.random.seed(0)
+    theirs = teacher.hears(list(pieces.numpy()), sampling_rate=16000, return_tensors="pt")["input_features"]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
 def test_sound_of_another_rate_is_resampled(ave: Path):
     batch, prompts = batch_of(ave, "test", 1), read_prompts(ave / "prompts.yaml")
     sound = batch.media["sound"]

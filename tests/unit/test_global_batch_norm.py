@@ -1,0 +1,202 @@
+"""The fused path of the global batch normalization, with its five CUDA operators written out for the CPU.
+
+The stand-ins take what the kernels take and refuse what those refuse or compute wrongly: other types, other layouts.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distav.models.layers import GlobalBatchNorm, _FusedGlobalNormalise, _GlobalNormalise, run
+from tests.helpers.on_gpu import OnGPU
+from tests.helpers.spawn import on_ranks
+
+FLOAT = torch.float32
+LAYOUTS = {"channels last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
+
+
+def _shaped(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _dims(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    var, mean = torch.var_mean(x.float(), _dims(x), correction=0)
+    return mean, (var + eps).rsqrt()
+
+
+def gather_stats(
+    x: Tensor, means: Tensor, invstds: Tensor, running_mean: None, running_var: None, momentum: float, eps: float,
+    counts: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    assert means.dtype == invstds.dtype == FLOAT and counts.dtype == x.dtype and running_mean is running_var is None
+    assert counts.sum() < 2**31
+    share = (counts / counts.sum())[:, None]
+    mean = (share * means).sum(0)
+    var = (share * (invstds**-2 - eps + (means - mean) ** 2)).sum(0)
+    return mean, (var + eps).rsqrt()
+
+
+def elemt(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
+    assert weight.dtype == bias.dtype and weight.dtype in (x.dtype, FLOAT) and mean.dtype == invstd.dtype == FLOAT
+    scaled = (x.float() - _shaped(mean, x)) * _shaped(weight.float() * invstd, x)
+    return torch.empty_like(x).copy_(scaled + _shaped(bias.float(), x))
+
+
+def backward_reduce(
+    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, by_x: bool, by_weight: bool, by_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert grad.dtype == x.dtype and grad.stride() == x.stride() and weight.dtype in (x.dtype, FLOAT)
+    assert by_x and by_weight and by_bias
+    sum_dy = grad.float().sum(_dims(x))
+    sum_dy_xmu = (grad.float() * (x.float() - _shaped(mean, x))).sum(_dims(x))
+    return sum_dy, sum_dy_xmu, (sum_dy_xmu * invstd).to(weight.dtype), sum_dy.to(weight.dtype)
+
+
+def backward_elemt(
+    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, sum_dy: Tensor, sum_dy_xmu: Tensor,
+    count: Tensor,
+) -> Tensor:  # fmt: skip
+    assert grad.dtype == x.dtype and grad.stride() == x.stride() and count.dtype == torch.int32
+    assert weight.dtype == FLOAT and sum_dy.is_contiguous() and sum_dy_xmu.is_contiguous()
+    total = count.sum()
+    centered = (x.float() - _shaped(mean, x)) * _shaped(invstd**2 * sum_dy_xmu / total, x)
+    by_x = (grad.float() - _shaped(sum_dy / total, x) - centered) * _shaped(weight * invstd, x)
+    return torch.empty_like(x).copy_(by_x)
+
+
+OPERATORS = {
+    "batch_norm_stats": stats,
+    "batch_norm_gather_stats_with_counts": gather_stats,
+    "batch_norm_elemt": elemt,
+    "batch_norm_backward_reduce": backward_reduce,
+    "batch_norm_backward_elemt": backward_elemt,
+}
+
+
+def stand_in() -> tuple[torch.library.Library, list[str]]:
+    """Register the operators for the CPU for as long as the library is kept; returns it and the calls made."""
+    library, called = torch.library.Library("aten", "IMPL", "CPU"), list[str]()
+
+    def noted(name: str) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            called.append(name)
+            return OPERATORS[name](*given)
+
+        return call
+
+    for name in OPERATORS:
+        library.impl(name, noted(name))
+    return library, called
+
+
+@pytest.fixture(autouse=True)
+def called() -> Iterator[list[str]]:
+    library, called = stand_in()
+    yield called
+    library._destroy()
+
+
+def inputs(dtype: torch.dtype, shape: tuple[int, ...] = (6, 5, 3, 4, 2)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) * 3 + 10
+    weight, bias = torch.randn(2, shape[1], generator=generator)
+    return x.to(dtype), weight, bias, torch.randn(shape, generator=generator).to(dtype)
+
+
+def results(
+    normalize: type[torch.autograd.Function], x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor
+) -> list[Tensor]:
+    leaves = [each.detach().requires_grad_() for each in (x, weight, bias)]
+    out, mean, var = normalize.apply(*leaves, 1e-5)  # pyright: ignore[reportGeneralTypeIssues]
+    out.backward(grad)
+    return [out.detach(), mean, var, *(each.grad for each in leaves)]  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("parameters", [FLOAT, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16])
+def test_the_fused_path_follows_the_plain_one(dtype: torch.dtype, parameters: torch.dtype, layout: str):
+    x, weight, bias, grad = inputs(dtype)
+    weight, bias = weight.to(parameters), bias.to(parameters)
+    oracle = results(_GlobalNormalise, x.float(), weight.float(), bias.float(), grad.float())
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    fused = results(_FusedGlobalNormalise, x, weight, bias, grad)
+    assert fused[0].stride() == fused[3].stride() == x.stride()
+    types = [dtype, FLOAT, FLOAT, dtype, parameters, parameters]
+    for ours, theirs, kind in zip(fused, oracle, types, strict=True):
+        assert ours.dtype == kind
+        places = 2e-2 if kind == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(ours.float(), theirs, rtol=places, atol=places)
+
+
+def test_features_without_places_are_normalized_alike():
+    given = inputs(FLOAT, (6, 5))
+    for ours, theirs in zip(results(_FusedGlobalNormalise, *given), results(_GlobalNormalise, *given), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_input_is_saved_at_its_size():
+    x, weight, bias, _ = inputs(torch.bfloat16)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each):
+        _FusedGlobalNormalise.apply(x.requires_grad_(), weight, bias, 1e-5)
+    assert [each.data_ptr() for each in saved if each.numel() > x.shape[1]] == [x.data_ptr()]
+
+
+def on_each_rank(dtype: torch.dtype) -> list[Tensor]:
+    library, _ = stand_in()
+    x, weight, bias, grad = inputs(dtype)
+    mine = slice(3 * torch.distributed.get_rank(), 3 * torch.distributed.get_rank() + 3)
+    found = results(_FusedGlobalNormalise, x[mine], weight, bias, grad[mine])
+    library._destroy()
+    return found
+
+
+def test_two_ranks_normalize_over_the_batch_of_both():
+    whole = results(_GlobalNormalise, *inputs(FLOAT))
+    first, second = on_ranks(2, on_each_rank, FLOAT)
+    together = [torch.cat([first[at], second[at]]) if at in (0, 3) else first[at] for at in range(4)]
+    together += [first[at] + second[at] for at in (4, 5)]
+    for ours, theirs in zip(together, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_running_statistics_count_a_batch_once_and_no_batch_that_is_not_finite(on_gpu: bool, called: list[str]):
+    x = inputs(torch.bfloat16 if on_gpu else FLOAT)[0]
+    layer = GlobalBatchNorm(5).to(x.dtype)
+
+    def train(x: Tensor) -> None:
+        x = x.clone().requires_grad_()
+        run([layer], x.as_subclass(OnGPU) if on_gpu else x, True).sum().backward()
+
+    train(x)
+    assert called.count("batch_norm_stats") == 2 * on_gpu and called.count("batch_norm_backward_elemt") == on_gpu
+    assert layer.running_mean.dtype == layer.running_var.dtype == FLOAT
+    var, mean = torch.var_mean(x.float(), _dims(x), correction=1)
+    torch.testing.assert_close(layer.running_mean, 0.1 * mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.running_var, 0.9 + 0.1 * var, rtol=1e-4, atol=1e-5)
+    before = layer.running_mean.clone(), layer.running_var.clone()
+    x[0, 2, 0] = torch.inf
+    train(x)
+    bad = torch.arange(5) == 2
+    for old, new in zip(before, (layer.running_mean, layer.running_var), strict=True):
+        assert torch.isfinite(new).all() and torch.equal(old[bad], new[bad]) and (old != new)[~bad].all()
+
+
+def test_evaluation_keeps_running_statistics_exact():
+    x, weight, bias, _ = inputs(torch.bfloat16)
+    layer = GlobalBatchNorm(5).eval()
+    torch.nn.init.constant_(layer.running_mean, 10.011)
+    exact = layer(x.float())
+    low = layer.to(torch.bfloat16)
+    torch.nn.init.constant_(low.running_mean, 10.011)  # a cast of the module rounds what it finds
+    assert low(x).dtype == torch.bfloat16
+    torch.testing.assert_close(low(x), exact.bfloat16(), rtol=0, atol=0)
