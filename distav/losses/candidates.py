@@ -33,15 +33,17 @@ class _KnownGradient(torch.autograd.Function):
     """A loss whose gradient was found along with its value."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, temperature: Tensor, losses: Tensor, gradients: Tensor) -> Tensor:
-        ctx.save_for_backward(queries, temperature, gradients)
+    def forward(ctx: Any, queries: Tensor, temperature: float | Tensor, losses: Tensor, gradients: Tensor) -> Tensor:
+        ctx.learns = ctx.needs_input_grad[1]
+        ctx.save_for_backward(gradients, *((queries, temperature) if ctx.learns else ()))
         return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        queries, temperature, known = ctx.saved_tensors
+        known, *others = ctx.saved_tensors
         by_temperature = None
-        if ctx.needs_input_grad[1]:  # d loss / d tau = -(q . d loss / d q) / tau
+        if ctx.learns:  # d loss / d tau = -(q . d loss / d q) / tau
+            queries, temperature = others
             by_temperature = -(gradients[0] * (queries * known).sum(1)).sum() / temperature
         return gradients[0][:, None] * known, by_temperature, None, None
 
@@ -55,8 +57,7 @@ def with_gradient(queries: Tensor, temperature: float | Tensor, losses: Tensor, 
         losses: [b].
         gradients: [b, D] of each loss by its query.
     """
-    learnt = temperature if isinstance(temperature, Tensor) else queries.new_tensor(temperature)
-    return _KnownGradient.apply(queries, learnt, losses, gradients)  # pyright: ignore[reportReturnType]
+    return _KnownGradient.apply(queries, temperature, losses, gradients)  # pyright: ignore[reportReturnType]
 
 
 class _Candidates:

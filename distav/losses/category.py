@@ -48,7 +48,7 @@ def category_loss(
     audio: Tensor,
     weights: Tensor,
     temperature: float,
-    memory: tuple[Tensor, int] | None = None,
+    memory: tuple[Tensor, Tensor] | None = None,
     memory_weight: float = 1.0,
 ) -> CategoryLoss:
     """Compare how the two modalities use the categories.
@@ -60,7 +60,7 @@ def category_loss(
         visual, audio: [b, K] category logits.
         weights: [b] weight of each pair; 0 for masked rows. Rows are scaled by its root before columns are formed.
         temperature: tau_c.
-        memory: Gram matrices [3, K, K] of this rank's bank rows, and their number.
+        memory: Gram matrices [3, K, K] of this rank's bank rows, and their number, a tensor without dimensions.
         memory_weight: how much they count.
     """
     logs = visual.log_softmax(1), audio.log_softmax(1)
@@ -78,7 +78,7 @@ def category_loss(
     count = sums[2].clamp_min(1)
     products = products.view(3, num, num)
     if memory:
-        stored = sum_(torch.cat([memory[0].flatten(), memory[0].new_tensor([float(memory[1])])]))
+        stored = sum_(torch.cat([memory[0].flatten(), memory[1].to(memory[0].dtype).view(1)]))
         scale = memory_weight * count.detach() / stored[-1].clamp_min(1)
         products = products + (scale * stored[:-1]).view_as(products).to(products.dtype)
     uu, uz, zz = products

@@ -3,7 +3,6 @@
 Legend: b samples of this rank, M candidates of each, one of which is its own.
 """
 
-import torch
 from torch import Tensor
 
 from distav.losses.candidates import ScoreLoss
@@ -46,5 +45,5 @@ def matching_among(share: Tensor, candidates: Tensor | int, among: int) -> Tenso
         candidates: how many it was found among, itself included; [b] or one for all.
         among: how many it is asked for.
     """
-    others = torch.as_tensor(candidates, device=share.device).sub(1).clamp_min(1)
+    others = (candidates - 1).clamp_min(1) if isinstance(candidates, Tensor) else max(1, candidates - 1)
     return share / (share + (1 - share).clamp_min(0) * (among - 1) / others).clamp_min(1e-12)

@@ -13,7 +13,7 @@ from distav.losses.candidates import DIRECTIONS, MODALITIES, Directions, with_gr
 from distav.memory.bank import Bank
 from distav.memory.softmax import attend, merge_across_ranks
 from distav.memory.visitors import Visitors
-from distav.world import gather_rows, own_rows, sum_
+from distav.world import gather_rows, num_ranks, own_rows, sum_
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def instance_losses(
             then have no loss.
         directions: across or within; soft targets are for those across.
     """
-    tau = float(temperature.detach()) if isinstance(temperature, Tensor) else temperature
+    tau = temperature.detach() if isinstance(temperature, Tensor) else temperature
     queries = {"visual": visual, "audio": audio}
     rows: dict[str, Tensor] = dict(zip(MODALITIES, bank.fetch(MODALITIES, visitors.ids), strict=True))
     seen = None
@@ -145,5 +145,4 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     It is scaled by the number of ranks, so that averaging gradients over ranks restores the global ratio.
     """
     total = sum_(weights.detach().sum())
-    ranks = sum_(torch.ones_like(total))
-    return ranks * (weights * losses).sum() / total.clamp_min(1e-12)
+    return num_ranks() * (weights * losses).sum() / total.clamp_min(1e-12)

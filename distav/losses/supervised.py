@@ -4,7 +4,6 @@ Legend: b rows of this rank, C classes.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,7 +22,7 @@ def hybrid_targets(given: Tensor, corrected: Tensor, confidence: Tensor) -> Tens
     """
     agreement = corrected.gather(1, given[:, None]).squeeze(1)
     trust = torch.where(confidence >= 0.5, agreement, torch.full_like(agreement, 0.5))[:, None]
-    return trust * F.one_hot(given, corrected.shape[1]) + (1 - trust) * corrected
+    return ((1 - trust) * corrected).scatter_add(1, given[:, None], trust)
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ Legend: N rows in all, n rows of this rank, b batch of this rank, B of all ranks
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,10 @@ from distav.memory.assignments import Assignments
 from distav.memory.visitors import Visitors
 from distav.seeding import sample_seeds, uniform
 from distav.world import exchange, gather_ragged_rows, num_ranks, own_rows, rank, row_range
+
+_TILE_NUMBERS, _TILE_NUMBERS_ON_GPU = 2**18, 2**22
+"""Numbers of a column that are computed at a time."""
+_MODALITIES = ("visual", "audio")
 
 
 class Bank:
@@ -49,12 +54,8 @@ class Bank:
         self.replicated = replicated and num_ranks() > 1
         self.rows = row_range(num_samples)
         self.held = range(num_samples) if self.replicated else self.rows
-        # Random directions spread the first targets over the sphere; from the alike embeddings of a new network,
-        # rows would tell apart by age alone.
         size, own = len(self.rows), slice(self.rows.start - self.held.start, self.rows.stop - self.held.start)
-        self._held = {
-            "visual": self._random_rows(seed, 1, dim),
-            "audio": self._random_rows(seed, 2, dim),
+        self._held = {name: torch.empty(len(self.held), dim, device=device) for name in _MODALITIES} | {
             "visits": torch.zeros(len(self.held), device=device),
             "pair_similarity": torch.zeros(len(self.held), device=device),
         }
@@ -66,34 +67,58 @@ class Bank:
         if num_categories:
             self.columns["categories"] = self.assignments.shares
         self._rounded: dict[str, Tensor] = {}
-        self.refresh()
+        if dtype is not torch.float32:
+            self._rounded = {name: torch.empty_like(self._held[name], dtype=dtype) for name in _MODALITIES}
+        starts = [row_range(num_samples, each).start for each in range(num_ranks())]
+        self._starts = torch.tensor(starts, device=device)
+        self._routed: _Route | None = None
+        self._begin()
 
     def restart(self) -> None:
         """Forget the embeddings and what was seen of them; the correspondence of pairs stays."""
-        dim = self._held["visual"].shape[1]
-        for stream, name in enumerate(("visual", "audio"), start=1):
-            self._held[name].copy_(self._random_rows(self._seed, stream, dim))
         self._held["visits"].zero_()
         self.columns["category_agreement"].fill_(1.0)
-        self.assignments.shares.zero_()
-        self.refresh()
+        self.assignments.clear()
+        self._begin()
 
     def refresh(self) -> None:
         """Bring what follows from the columns up to date after they were written from outside."""
-        self._held["pair_similarity"].copy_((self._held["visual"] * self._held["audio"]).sum(1))
-        self._follow()
-
-    def _follow(self) -> None:
-        if self.dtype is not torch.float32:
-            self._rounded = {name: self._held[name].to(self.dtype) for name in ("visual", "audio")}
+        self._compare_pairs()
+        self._round()
         self.assignments.recount()
 
-    def _random_rows(self, seed: int, stream: int, dim: int) -> Tensor:
-        """Return unit vectors of random direction that hang on the id, not on the rank that holds it: [held, D]."""
-        ids = torch.arange(self.held.start, self.held.stop, device=self.device)
-        draws = uniform(sample_seeds(seed, 0, ids), stream, 2 * dim).clamp_min(1e-7)
-        radius, angle = (-2 * draws[:, :dim].log()).sqrt(), 2 * math.pi * draws[:, dim:]
-        return F.normalize(radius * angle.cos(), dim=1)
+    def _begin(self) -> None:
+        """Fill the rows with unit vectors of random direction that hang on the id, not on the rank that holds it.
+
+        They spread the first targets over the sphere; from the alike embeddings of a new network, rows would tell
+        apart by age alone.
+        """
+        for stream, name in enumerate(_MODALITIES, start=1):
+            column = self._held[name]
+            dim = column.shape[1]
+            for tile in self._tiles():
+                ids = torch.arange(self.held[tile].start, self.held[tile].stop, device=self.device)
+                draws = uniform(sample_seeds(self._seed, 0, ids), stream, 2 * dim).clamp_min(1e-7)
+                radius, angle = (-2 * draws[:, :dim].log()).sqrt(), 2 * math.pi * draws[:, dim:]
+                column[tile] = F.normalize(radius * angle.cos(), dim=1)
+        self._compare_pairs()
+        self._round()
+
+    def _compare_pairs(self) -> None:
+        for tile in self._tiles():
+            pairs = self._held["visual"][tile] * self._held["audio"][tile]
+            self._held["pair_similarity"][tile] = pairs.sum(1)
+
+    def _round(self) -> None:
+        for name, rounded in self._rounded.items():
+            rounded.copy_(self._held[name])
+
+    def _tiles(self) -> Iterator[slice]:
+        """Yield the places of the held rows, some at a time, so that what is computed of them takes little memory."""
+        numbers = _TILE_NUMBERS_ON_GPU if self.device.type == "cuda" else _TILE_NUMBERS
+        step = max(1, numbers // self._held["visual"].shape[1])
+        for start in range(0, len(self.held), step):
+            yield slice(start, min(start + step, len(self.held)))
 
     def keys(self, name: str) -> Tensor:
         """Return the held rows of a modality in the dtype of the product: [held, D]."""
@@ -105,7 +130,8 @@ class Bank:
 
     def place(self, ids: Tensor) -> Tensor:
         """Return the place of each id among the held rows, -1 for the rows of others: [B] -> [B]."""
-        return _within(ids, self.held)
+        place = ids - self.held.start
+        return place.masked_fill((place < 0) | (place >= len(self.held)), -1)
 
     def fetch(self, names: Sequence[str], ids: Tensor) -> list[Tensor]:
         """Return columns at the ids of this rank's part of a batch.
@@ -124,18 +150,15 @@ class Bank:
         if self.replicated and all(name in self._held for name in names):
             return [self._held[name][mine] for name in names]
         widths = [math.prod(column.shape[1:]) for column in columns]
-        wanted = _within(ids, self.rows)
-        asked = wanted >= 0
-        place = wanted[asked]
+        route = self._route(ids)
+        place = ids[route.owned] - self.rows.start
         flat = torch.cat(
             [column[place].view(len(place), width).float() for column, width in zip(columns, widths, strict=True)],
             dim=1,
         )
-        to = asked.view(num_ranks(), -1).sum(1).tolist()
-        owner = self.owner(mine)
-        came = exchange(flat, to, torch.bincount(owner, minlength=num_ranks()).tolist())
+        came = exchange(flat, route.of_rank, route.by_owner)
         found = torch.empty_like(came)
-        found[owner.argsort(stable=True)] = came
+        found[route.order] = came
         parts = found.split(widths, dim=1)
         return [part.reshape(len(mine), *column.shape[1:]) for part, column in zip(parts, columns, strict=True)]
 
@@ -151,10 +174,22 @@ class Bank:
         """
         if num_ranks() == 1:
             return values
-        owner = self.owner(ids).view(num_ranks(), -1)
-        mine = owner[rank()]
-        to = torch.bincount(mine, minlength=num_ranks()).tolist()
-        return exchange(values[mine.argsort(stable=True)], to, (owner == rank()).sum(1).tolist())
+        route = self._route(ids)
+        return exchange(values[route.order], route.by_owner, route.of_rank)
+
+    def _route(self, ids: Tensor) -> "_Route":
+        """Return where the rows of a batch have to go; found once for each batch, since the host waits for it."""
+        if self._routed is None or self._routed.ids is not ids:
+            me, owner = rank(), self.owner(ids).view(num_ranks(), -1)
+            counts = [(owner == me).sum(1), (owner[me][:, None] == torch.arange(num_ranks(), device=ids.device)).sum(0)]
+            of_rank, by_owner = torch.stack(counts).tolist()
+            owned = (owner.flatten() != me).byte().argsort(stable=True)[: sum(of_rank)]
+            self._routed = _Route(ids, owned, of_rank, owner[me].argsort(stable=True), by_owner)
+        return self._routed
+
+    def _owned(self, ids: Tensor) -> slice | Tensor:
+        """Return the places in a batch of the ids that this rank owns."""
+        return slice(None) if num_ranks() == 1 else self._route(ids).owned
 
     def write(self, name: str, values: Tensor, ids: Tensor, valid: Tensor) -> None:
         """Put rows of this rank's batch into a column, where their owners keep it; repeated ids are averaged.
@@ -165,16 +200,14 @@ class Bank:
             ids, valid: [B] of all ranks; rows that are not valid, or not finite, are left out.
         """
         came = self.deliver(values.reshape(len(values), -1).float(), ids)
-        place = _within(ids, self.rows)
-        asked = place >= 0
-        touched = _Touched(place[asked], valid[asked] & torch.isfinite(came.sum(1)))
-        column = self.columns[name]
-        column[touched.rows] = touched.mean(came).view(-1, *column.shape[1:]).to(column.dtype)
+        owned, column = self._owned(ids), self.columns[name]
+        touched = _Touched(ids[owned] - self.rows.start, valid[owned] & torch.isfinite(came.sum(1)))
+        mean = touched.mean(came).view(-1, *column.shape[1:]).to(column.dtype)
+        touched.change(column, lambda _old: mean)
 
     def owner(self, ids: Tensor) -> Tensor:
         """Return the rank that owns each id: [B] -> [B]."""
-        starts = [row_range(self.num_samples, each).start for each in range(num_ranks())]
-        return torch.searchsorted(torch.tensor(starts, device=ids.device), ids, right=True) - 1
+        return torch.searchsorted(self._starts, ids, right=True) - 1
 
     def whole(self, name: str) -> Tensor:
         """Return a column of one number a row for all ids: [N]."""
@@ -195,29 +228,32 @@ class Bank:
             agreement: [b] category agreement of this rank's batch.
             shares: [b, 2, K] category shares of picture and sound, 0..1, scaled by the root of the pair's weight.
         """
-        ids = visitors.ids
+        ids, owned = visitors.ids, self._owned(visitors.ids)
+        held = slice(None) if self.replicated else owned
         sound = visitors.valid & torch.isfinite(visitors.visual.sum(1)) & torch.isfinite(visitors.audio.sum(1))
-        moved = _Touched(_within(ids, self.held), sound)
-        for name in ("visual", "audio"):
-            column = self._held[name]
-            mean = moved.mean(getattr(visitors, name))
-            column[moved.rows] = F.normalize(self.momentum * column[moved.rows] + (1 - self.momentum) * mean, dim=1)
+        moved = _Touched(ids[held] - self.held.start, sound[held])
+        pair = []
+        for name in _MODALITIES:
+            mean = moved.mean(getattr(visitors, name)[held])
+            rows = moved.change(self._held[name], lambda old, mean=mean: F.normalize(self._mixed(old, mean), dim=1))
             if self._rounded:
-                self._rounded[name][moved.rows] = column[moved.rows].to(self.dtype)
-        self._held["visits"][moved.rows] += 1
-        pairs = self._held["visual"][moved.rows] * self._held["audio"][moved.rows]
-        self._held["pair_similarity"][moved.rows] = pairs.sum(1)
+                self._rounded[name][moved.rows] = rows.to(self.dtype)
+            pair.append(rows)
+        moved.change(self._held["visits"], lambda old: old + 1)
+        moved.change(self._held["pair_similarity"], lambda _old: (pair[0] * pair[1]).sum(1))
 
         own = torch.cat([agreement[:, None]] + ([shares.flatten(1)] if shares is not None else []), dim=1)
         own = self.deliver(own.detach().float(), ids)
-        place = _within(ids, self.rows)
-        asked = place >= 0
-        touched = _Touched(place[asked], sound[asked] & torch.isfinite(own.sum(1)))
+        usable, same = sound[owned] & torch.isfinite(own.sum(1)), None if self.replicated else moved
+        touched = _Touched(ids[owned] - self.rows.start, usable, same)
         mean = touched.mean(own)
-        column = self.columns["category_agreement"]
-        column[touched.rows] = self.momentum * column[touched.rows] + (1 - self.momentum) * mean[:, 0]
+        touched.change(self.columns["category_agreement"], lambda old: self._mixed(old, mean[:, 0]))
         if shares is not None:
-            self.assignments.replace(touched.rows, mean[:, 1:].view(-1, *shares.shape[1:]))
+            new = mean[:, 1:].view(-1, *shares.shape[1:])
+            self.assignments.replace(touched.rows, new, touched.written, touched.first)
+
+    def _mixed(self, old: Tensor, new: Tensor) -> Tensor:
+        return self.momentum * old + (1 - self.momentum) * new
 
     def believe(self, correspondence: Tensor) -> None:
         """Store the correspondence of all pairs: [N], the same on every rank."""
@@ -225,7 +261,10 @@ class Bank:
 
     def state(self) -> dict[str, Tensor]:
         """Return this rank's rows for a checkpoint, with the range of ids that they cover."""
-        found = {name: column.to("cpu", copy=True).contiguous() for name, column in self.columns.items()}
+        found = {
+            name: column.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, column in self.columns.items()
+        }
         return found | {"range": torch.tensor([self.rows.start, self.rows.stop, self.num_samples])}
 
     def restore(self, parts: Iterable[dict[str, Tensor]]) -> None:
@@ -247,7 +286,8 @@ class Bank:
                 break
         if missing.any():
             raise ValueError(f"the saved bank lacks {int(missing.sum())} of this rank's rows")
-        self._follow()
+        self._round()
+        self.assignments.recount()
 
     def _take(self, name: str, saved: Tensor, start: int) -> None:
         """Copy what this rank holds of a saved column, whose first row has the id `start`."""
@@ -257,26 +297,69 @@ class Bank:
         column = self._held.get(name, self.columns[name])
         low, high = max(start, rows.start), min(start + len(saved), rows.stop)
         if low < high:
-            column[low - rows.start : high - rows.start] = saved[low - start : high - start].to(self.device)
+            column[low - rows.start : high - rows.start].copy_(saved[low - start : high - start])
+
+
+@dataclass(frozen=True)
+class _Route:
+    """Where the rows of a batch have to go.
+
+    Attributes:
+        ids: [B] of all ranks, the batch.
+        owned: places in the batch of the ids that this rank owns.
+        of_rank: how many of those stand in the part of each rank.
+        order: [b] this rank's part of the batch, sorted by owner.
+        by_owner: how many of it each rank owns.
+    """
+
+    ids: Tensor
+    owned: Tensor
+    of_rank: list[int]
+    order: Tensor
+    by_owner: list[int]
 
 
 class _Touched:
-    """Rows that a batch writes, each once, with the mean of what it brings."""
+    """Rows that a batch writes, with the mean of what it brings for each.
 
-    def __init__(self, place: Tensor, usable: Tensor):
-        self.usable = usable & (place >= 0)
-        self.rows, self.row_of = torch.unique(place[self.usable], return_inverse=True)
+    Nothing here has a size that hangs on the values, for which the host would have to wait: a row that stands at
+    several places of the batch is written at each of them, with the same numbers.
+
+    Attributes:
+        rows: [m] the row that stands at each place of the batch.
+        written: [m] bool, whether there is anything usable for the row.
+    """
+
+    def __init__(self, rows: Tensor, usable: Tensor, same: "_Touched | None" = None):
+        """Take rows [m] and whether what stands at their place may be used [m]; `same` has the same rows."""
+        self.rows = rows
+        if same is None:
+            ordered, order = rows.sort(stable=True)
+            self._first_place = order[torch.searchsorted(ordered, rows)]
+        else:
+            self._first_place = same._first_place
+        # What may not be used is added up in a row of its own.
+        self._target = torch.where(usable, self._first_place, len(rows))
+        count = self._sum(torch.ones(len(rows), device=rows.device))
+        self.written = count > 0
+        self._divisor = count.clamp_min(1)
+
+    @property
+    def first(self) -> Tensor:
+        """Whether a place is the first of its row: [m] bool."""
+        return self._first_place == torch.arange(len(self.rows), device=self.rows.device)
 
     def mean(self, values: Tensor) -> Tensor:
-        """Average values [B, ...] by row: [touched, ...]."""
-        used = values[self.usable]
-        if len(self.rows) == len(used):  # no id twice
-            return torch.empty_like(used).index_copy_(0, self.row_of, used)
-        total = used.new_zeros(len(self.rows), *used.shape[1:]).index_add_(0, self.row_of, used)
-        count = used.new_zeros(len(self.rows)).index_add_(0, self.row_of, used.new_ones(len(used)))
-        return total / count.view([-1] + [1] * (used.dim() - 1))
+        """Average values [m, ...] by row: [m, ...], the same at each place of a row."""
+        return self._sum(values).div_(self._divisor.view([-1] + [1] * (values.dim() - 1)))
 
+    def _sum(self, values: Tensor) -> Tensor:
+        total = values.new_zeros(len(values) + 1, *values.shape[1:]).index_add_(0, self._target, values)
+        return total.index_select(0, self._first_place)
 
-def _within(ids: Tensor, rows: range) -> Tensor:
-    place = ids - rows.start
-    return place.masked_fill((place < 0) | (place >= len(rows)), -1)
+    def change(self, column: Tensor, new_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """Write what `new_of` makes of the rows of a column [n, ...]; return what then stands there [m, ...]."""
+        old = column.index_select(0, self.rows)
+        new = torch.where(self.written.view([-1] + [1] * (old.dim() - 1)), new_of(old), old)
+        column[self.rows] = new
+        return new

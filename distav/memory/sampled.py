@@ -29,8 +29,7 @@ class Partition:
     def take(self, logits: Tensor) -> float:
         """Return Z, from these scores [b, M] of all ranks where it is not known yet."""
         if self.value is None:
-            total = sum_(torch.stack([logits.exp().sum().double(), logits.new_tensor(logits.numel()).double()]))
-            self.value = float(total[0] / total[1])
+            self.value = float(sum_(logits.exp().sum().double())) / (num_ranks() * logits.numel())
         return self.value
 
 

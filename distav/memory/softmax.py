@@ -17,7 +17,7 @@ def attend(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     *,
     bias: Tensor | None = None,
     exclude: Tensor | None = None,
@@ -29,7 +29,8 @@ def attend(
         queries: [B, D].
         keys: [n, D] float32, or bfloat16 on a GPU, where it is several times as fast; sums are in float32.
         values: [n, D] of the same dtype.
-        temperature: divides the dot products.
+        temperature: divides the dot products; a tensor has no dimensions, is taken to be positive and stays on its
+            device.
         bias: [n] added to the logits of each row; -inf leaves a row out.
         exclude: [B] or [B, E] int64 rows that a query must not see, or -1.
         back_end: name of a back end in `distav.memory.attention`; the best one where empty.
@@ -40,14 +41,16 @@ def attend(
     Raises:
         ValueError: for a temperature that is not positive, or a back end that cannot do this.
     """
-    if not temperature > 0:
+    learnt = isinstance(temperature, Tensor)
+    if not learnt and not temperature > 0:
         raise ValueError(f"temperature={temperature:g} must be above 0")
     if not keys.is_cuda and keys.dtype is torch.bfloat16:  # CPUs multiply bfloat16 a hundred times as slowly.
         keys, values = keys.float(), values.float()
     if exclude is not None and exclude.dim() == 1:
         exclude = exclude[:, None]
-    bias = None if bias is None else bias.to(keys.dtype)
-    asked = Asked(queries.detach(), keys, values, 1 / temperature, bias, exclude)
+    bias = None if bias is None else bias.float()
+    scale = temperature.detach().float().reciprocal() if learnt else 1 / temperature
+    asked = Asked(queries.detach(), keys, values, scale, bias, exclude)
     chosen = _named(back_end, asked) if back_end else best_back_end(asked)
     return chosen.run(asked)
 

@@ -34,7 +34,8 @@ class Visitors:
         rows = gather_rows(
             torch.cat([visual.detach().float(), audio.detach().float(), valid[:, None].float(), bits], 1)
         )
-        whole_ids = rows[:, 2 * dim + 1 :].contiguous().view(torch.int64).squeeze(1)
+        # A clone is aligned; a single row counts as contiguous wherever it begins.
+        whole_ids = rows[:, 2 * dim + 1 :].clone(memory_format=torch.contiguous_format).view(torch.int64).squeeze(1)
         return Visitors(
             whole_ids, rows[:, 2 * dim] > 0, rows[:, :dim].contiguous(), rows[:, dim : 2 * dim].contiguous()
         )

@@ -73,7 +73,7 @@ def test_the_bank_s_rows_count_as_rows_of_the_batch():
     visual, audio, weights = torch.randn(40, K).double(), torch.randn(40, K).double(), torch.rand(40).double() + 0.1
     whole = category_loss(visual, audio, weights, 0.5)
     u, z = weighted_shares(visual[10:], audio[10:], weights[10:]).unbind(1)
-    memory = torch.stack([u.T @ u, u.T @ z, z.T @ z]), 30
+    memory = torch.stack([u.T @ u, u.T @ z, z.T @ z]), torch.tensor(30)
     visual, audio = visual[:10].requires_grad_(), audio[:10].requires_grad_()
     found = category_loss(visual, audio, weights[:10], 0.5, memory, memory_weight=3.0)
     torch.testing.assert_close(found.contrast, whole.contrast)

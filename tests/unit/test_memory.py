@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 from distav.losses.candidates import DrawnCandidates, ScoreLoss, cross_entropy, noise_contrastive
 from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
@@ -83,7 +82,7 @@ def test_the_fused_operator_serves_here_and_excluded_keys_go_to_the_tiles():
 @pytest.mark.parametrize("with_more", [False, True])
 def test_flex_attention_takes_bias_and_excluded_keys(num_rows: int, with_more: bool, monkeypatch: pytest.MonkeyPatch):
     # Not compiled, as it would be on a GPU: the same function, slowly.
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: attention._flex_attention)
     queries, keys, values = unit(20, 16), unit(num_rows, 16, seed=1), unit(num_rows, 16, seed=2)
     bias = torch.linspace(-2, 2, num_rows) if with_more else None
     exclude = torch.randint(-1, num_rows, (20, 2)) if with_more and num_rows > 1 else None
