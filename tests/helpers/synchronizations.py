@@ -53,27 +53,34 @@ class Synchronizations(contextlib.ExitStack):
         found: one line for each time: the operator, and the innermost line outside torch that led to it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, when: Callable[[], bool] = lambda: True) -> None:
+        """List only what happens while `when` returns true."""
         super().__init__()
+        self.when = when
         self.found: list[str] = []
 
     def __enter__(self) -> "Synchronizations":
-        calls = _Calls(self.found)
+        calls = _Calls(self)
         self.enter_context(calls)
-        self.enter_context(_Operators(self.found, calls))
+        self.enter_context(_Operators(self, calls))
         return self
+
+    def note(self, what: object) -> None:
+        """Add the call that is being made."""
+        if self.when():
+            self.found.append(f"{what} at {_caller()}")
 
 
 class _Calls(TorchFunctionMode):
     """What is called on tensors; notes where a number is assigned, of which the CPU alone makes a tensor."""
 
-    def __init__(self, found: list[str]):
+    def __init__(self, waits: Synchronizations):
         super().__init__()
-        self.found, self.assigns_number = found, False
+        self.waits, self.assigns_number = waits, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _METHODS:
-            self.found.append(f"{func.__name__} at {_caller()}")
+            self.waits.note(func.__name__)
         self.assigns_number = func is Tensor.__setitem__ and not isinstance(args[2], Tensor)
         try:
             return func(*args, **(kwargs or {}))
@@ -82,15 +89,15 @@ class _Calls(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
-    def __init__(self, found: list[str], calls: _Calls):
+    def __init__(self, waits: Synchronizations, calls: _Calls):
         super().__init__()
-        self.found, self.calls = found, calls
+        self.waits, self.calls = waits, calls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         lifted = func is aten.lift_fresh.default and not (self.calls.assigns_number and args[0].dim() == 0)
         if lifted or _waits(func, args, kwargs):
-            self.found.append(f"{func} at {_caller()}")
+            self.waits.note(func)
         return func(*args, **kwargs)
 
 
@@ -117,7 +124,7 @@ def _is_mask(index: Tensor | None) -> bool:
 
 
 def _caller() -> str:
-    frame = sys._getframe(2)
+    frame = sys._getframe(1)
     while frame.f_back and (
         Path(frame.f_code.co_filename) == _HERE or _TORCH in Path(frame.f_code.co_filename).parents
     ):
