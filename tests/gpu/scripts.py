@@ -17,7 +17,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from distav.bench.measure import machine
 from tests.helpers.launch import DEEPSPEED, ROOT, command, environment
@@ -151,10 +150,10 @@ def _learned(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def multinode(file: Path, device: str) -> int:
-    """Train some steps of the first phase of configs/multinode.yaml at its 128 clips a GPU.
+    """Train some steps of the first phase of configs/multinode.yaml at its 128 clips a GPU, decoded from shards.
 
-    Writes memory, clips/s and the share of the measured rate of a matrix product (three forward passes a step count,
-    recomputed activations do not); out of memory, where and for how much.
+    Writes memory, clips/s and the share of the measured rate of a matrix product; out of memory, where and for how
+    much.
     """
     small = device == "cpu"
     clips, steps, encoding, reduced = 128, 10, ("--short-side=256", "--clip-s=4"), ()
@@ -166,7 +165,7 @@ def multinode(file: Path, device: str) -> int:
         _render(folder / "set", (clips, 1), "--codec=h264", "--fps=16", "--sample-rate=24000", *encoding)
         overrides = [
             f"data.root={folder / 'set'}", f"run.root={folder}", f"run.device={'cpu' if small else 'gpu'}",
-            f"optim.global_batch={clips}", "run.threads_per_rank=2", "~phases.correction", "~phases.hybrid", *reduced,
+            f"optim.global_batch={clips}", "run.threads_per_rank=2", *reduced,
         ]  # fmt: skip
         try:
             _train(overrides, clips, steps, found)
@@ -185,14 +184,14 @@ def multinode(file: Path, device: str) -> int:
 
 
 def _train(overrides: list[str], clips: int, steps: int, found: dict[str, Any]) -> None:
-    from distav import config
-    from distav.phase_settings import ContrastivePhase
+    from distav.bench.measure import Setting
+    from distav.bench.step import TOWERS, count_operations, matmul_rate
     from distav.phases.contrastive import contrastive_losses
     from distav.run import opened
     from distav.world import joined
 
-    settings = config.load(ROOT / "configs" / "multinode.yaml", overrides)
-    phase = next(each for each in settings.phases.values() if isinstance(each, ContrastivePhase))
+    settings = TOWERS["r2plus1d_18"].settings(*overrides)
+    phase: Any = next(iter(settings.phases.values()))
     with joined(settings.run.device.name, 600, settings.run.threads_per_rank) as world, opened(settings, world) as run:
         on_gpu = world.device.type == "cuda"
         losses, order = contrastive_losses(run, phase), run.order(0)
@@ -210,11 +209,9 @@ def _train(overrides: list[str], clips: int, steps: int, found: dict[str, Any]) 
             run.engine.step()
             found |= {"steps": step + 1, "clips skipped": len(run.loader.quarantine.reasons)}
         seconds = (_now(on_gpu) - began) / steps
-        run.engine.train(False)
-        some = {name: media[:2] for name, media in batch.media.items()}
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            run.engine.model(**some, seeds=batch.seeds[:2])
-        operations, rate = 3 * counter.get_total_flops() / 2 * clips, _product_rate(world.device)
+        classes, sample_rate_hz = len(run.data.shards.classes), run.data.train.sample_rate_hz
+        operations = count_operations(settings, sample_rate_hz, classes, batch)
+        rate = matmul_rate(Setting(world.device, 2, 10), world.device)
         found |= {
             "clips/s": clips / seconds,
             "seconds of a step": seconds,
@@ -223,18 +220,6 @@ def _train(overrides: list[str], clips: int, steps: int, found: dict[str, Any]) 
             "rate of a matrix product, TFLOP/s": rate / 1e12,
             "rate of a step / rate of a matrix product": operations / seconds / rate,
         }
-
-
-def _product_rate(device: torch.device) -> float:
-    """Return the operations a second of a large matrix product in the precision of the training."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(10):
-        began = _now(device.type == "cuda")
-        torch.mm(a, b)
-        seconds.append(_now(device.type == "cuda") - began)
-    return 2 * size**3 / sorted(seconds)[len(seconds) // 2]
 
 
 def _now(on_gpu: bool) -> float:

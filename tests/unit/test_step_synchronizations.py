@@ -21,7 +21,7 @@ from tests.helpers.synchronizations import Synchronizations
 
 PACKAGE = Path(distav.__file__).parent
 ALLOWED = ("engine.py", "world.py")
-"""The engine reads the gradient norm where no ZeRO optimizer does, on a CPU alone; ranks agree by tensors of the CPU."""
+"""The engine reads the gradient norm where no ZeRO optimizer does, on a CPU; ranks agree by tensors of the CPU."""
 
 
 def synchronizations(file: Path, *overrides: str) -> list[str]:
