@@ -159,9 +159,7 @@ def _report(run: Run, name: str, found: Correction) -> None:
     if labels.true is not None:
         accuracy = label_accuracy(labels.given, corrected, labels.true)
         accuracy |= {
-            f"calibration_error_{each}": expected_calibration_error(
-                gather_ragged_rows(getattr(found, each)).cpu().numpy(), labels.true
-            )
+            f"calibration_error_{each}": _calibration_error(getattr(found, each), labels.true)
             for each in ("held_out", "posterior")
         }
         record |= {f"labels/{key}": value for key, value in accuracy.items() if value is not None}
@@ -199,3 +197,15 @@ def _report(run: Run, name: str, found: Correction) -> None:
             f"phase={name} neighbours say nothing of the labels ({found.nats:.1f} nats over all clips), so the given "
             "ones stay, and the next training takes them with a loss that bears wrong ones"
         )
+
+
+def _calibration_error(shares: Tensor, true: np.ndarray) -> float:
+    """Return the calibration error over all ranks, of which each sends its largest shares and not whole rows.
+
+    Args:
+        shares: [n, C] of this rank.
+        true: [N] class numbers of all.
+    """
+    confidence, told = (gather_ragged_rows(each).cpu().numpy() for each in shares.max(1))
+    largest_first = np.stack([confidence, np.zeros_like(confidence)], axis=1)
+    return expected_calibration_error(largest_first, np.where(told == true, 0, 1))

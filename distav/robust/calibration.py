@@ -12,19 +12,19 @@ better.
 Votes that know nothing gain nothing by any b; of two votes the one with more to say of the labels has the larger
 maximum. That chooses among neighbourhoods, features and temperatures, calibrates the winner, and estimates the rate,
 with no true label in sight.
-Legend: N samples, n samples of this rank, C classes, R rates, S sharpness values.
+Legend: N samples, n samples of this rank, t of them at a time, C classes, R rates, S sharpness values.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distav.robust.noise_rate import MATRIX_PRIOR, even_matrix, rates
-from distav.world import broadcast, gather_ragged_rows, sum_
+from distav.robust.tiles import in_tiles, normalized, tiles
+from distav.world import broadcast, sum_
 
 RAREST = 1e-12
 """Least probability of a label; sixteen of these multiplied are still a number."""
@@ -33,6 +33,8 @@ FLOOR = 20.0
 """A vote counts as so many, with one more spread over all classes: a class without votes is not ruled out."""
 PARTS, STRENGTHS = 4, (0.5, 1.0, 1.5)
 """Weights of experts are tried in quarters of these sums; the sharpness of what they come to is calibrated anew."""
+LEAST_SHARE = 1e-4
+"""An expert that gives a class less counts as if it gave so much."""
 MOST_JUDGES = 20_000
 """Samples on which votes are compared; more say no more."""
 
@@ -65,27 +67,51 @@ class Calibration:
 
     def sharpened(self, votes: Tensor) -> Tensor:
         """Return calibrated class shares, averaged over what the sharpness may be: [n, C] -> [n, C]."""
-        return _averaged(self.likelihood, sharpened(votes))
+        weights = sharpness_weights(self.likelihood)
+        return in_tiles(votes.shape[1], lambda some: blended(some, weights), votes)
 
 
-def sharpened(votes: Tensor) -> list[Tensor]:
-    """Return votes at each sharpness, softmax(b log v): [n, C] -> S times [n, C].
+def sharpened(votes: Tensor, at: Iterable[int] = range(len(SHARPNESS))) -> Iterator[Tensor]:
+    """Yield votes at each sharpness, softmax(b log v): [t, C] -> S times [t, C].
 
     One vote spread over all classes is added first.
+
+    Args:
+        votes: [t, C].
+        at: places in `SHARPNESS`; all of them by default.
     """
-    logs = ((FLOOR * votes + 1 / votes.shape[1]) / (FLOOR + 1)).log()
-    return [(sharpness * logs).softmax(1) for sharpness in SHARPNESS]
+    logs = ((FLOOR * votes + 1 / votes.shape[1]) / (FLOOR + 1)).log_()
+    for place in at:
+        yield (SHARPNESS[place] * logs).softmax(1)
 
 
-def _averaged(likelihood: Tensor, shares: Sequence[Tensor]) -> Tensor:
-    """Average votes over what the sharpness may be: [R, S] and S times [n, C] -> [n, C]."""
+def blended(votes: Tensor, weights: Mapping[int, float]) -> Tensor:
+    """Average votes over sharpness values, by their places in `SHARPNESS` with weights: [t, C] -> [t, C]."""
+    return sum(
+        (weight * each for weight, each in zip(weights.values(), sharpened(votes, weights), strict=True)),
+        torch.zeros_like(votes),
+    )
+
+
+def sharpness_weights(likelihood: Tensor, least: float = 1e-12) -> dict[int, float]:
+    """Return how likely each sharpness is, whatever the rate.
+
+    Args:
+        likelihood: [R, S] log-likelihood.
+        least: sharpness values of less weight are left out.
+
+    Returns:
+        Weights by the place in `SHARPNESS`; all of them add up to 1.
+    """
     mass = (likelihood - likelihood.max()).exp().sum(0)
-    mass = (mass / mass.sum()).tolist()
-    return sum((share * each for share, each in zip(mass, shares, strict=True)), torch.zeros_like(shares[0]))
+    return {place: weight for place, weight in enumerate((mass / mass.sum()).tolist()) if weight > least}
 
 
 class Judges:
-    """The samples whose given labels judge votes: all, or an even part of them where they are many."""
+    """The samples whose given labels judge votes: all, or an even part of them where they are many.
+
+    Each rank judges by its own samples, some of them at a time; what comes of it is added up over ranks.
+    """
 
     def __init__(self, own: Tensor, num_classes: int, usable: Tensor):
         """Take part of this rank's samples.
@@ -98,11 +124,15 @@ class Judges:
         self.num_classes = num_classes
         stride = max(1, -(-int(sum_(usable.sum().double())) // MOST_JUDGES))
         self.chosen = usable.nonzero().squeeze(1)[::stride]
-        self.labels = gather_ragged_rows(own[self.chosen])
+        self.labels = own[self.chosen]
+        self.counts = sum_(torch.bincount(self.labels, minlength=num_classes).double())
+        self.number = max(1, int(self.counts.sum()))
+        self.even = even_matrix(1.0, num_classes).to(self.counts)
 
-    def gather(self, votes: Tensor) -> Tensor:
-        """Return the judges' rows of [n, C], the same on every rank: [J, C] float64."""
-        return gather_ragged_rows(votes[self.chosen]).double()
+    def _tiles(self, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield places [t] and given labels [t] of some of this rank's judges at a time."""
+        for part in tiles(len(self.chosen), width, self.chosen.device):
+            yield self.chosen[part], self.labels[part]
 
     def calibrate(self, votes: Tensor, prior: Tensor | None = None) -> Calibration:
         """Compare votes with the given labels.
@@ -111,38 +141,46 @@ class Judges:
             votes: [n, C] of this rank, each without a part of the sample's own label.
             prior: [R] log-probability of the rates, from votes judged before.
         """
-        gathered = self.gather(votes)
-        shares = sharpened(gathered)
-        even = self._judge(shares, even_matrix(1.0, self.num_classes).to(gathered), False, prior)
-        seen = self._judge(shares, self._confusion(gathered), True, prior)
+        at = rates(self.num_classes).to(votes.device)
+        confusions = [self.even, self._confusion(votes)]
+        by_label = [each.T.contiguous() for each in confusions]
+        likelihoods = self.counts.new_zeros(len(confusions), len(at), len(SHARPNESS))
+        for rows, labels in self._tiles(max(self.num_classes, len(at))):
+            mistaken = [each[labels] for each in by_label]
+            for column, shares in enumerate(sharpened(votes[rows].double())):
+                for likelihood, wrong in zip(likelihoods, mistaken, strict=True):
+                    likelihood[:, column] += _log_product(_mixed(shares, labels, wrong, at))
+        sum_(likelihoods)
+        if prior is not None:
+            likelihoods += prior[:, None]
+        even, seen = likelihoods.amax((1, 2)).tolist()
         # As many free numbers would gain half a nat each by chance.
-        better = (seen.per_sample - even.per_sample) * even.judges > self.num_classes * (self.num_classes - 1)
-        return seen if better else even
+        uneven = seen - even > self.num_classes * (self.num_classes - 1)
+        likelihood = likelihoods[int(uneven)].clone()
+        entropy = self._entropy(votes, sharpness_weights(likelihood))
+        per_sample = (seen if uneven else even) / self.number
+        return Calibration(likelihood, confusions[int(uneven)], uneven, per_sample, entropy, self.number)
 
     def _confusion(self, votes: Tensor) -> Tensor:
         """Return how the labels of each elected class are spread over the others, drawn towards evenness: [C, C]."""
-        counts = MATRIX_PRIOR * even_matrix(1.0, self.num_classes).to(votes)
-        counts.index_put_((votes.argmax(1), self.labels), votes.new_ones(len(votes)), accumulate=True)
-        counts.fill_diagonal_(0.0)
-        return counts / counts.sum(1, keepdim=True)
+        counts = torch.zeros_like(self.even)
+        for rows, labels in self._tiles(self.num_classes):
+            elected = votes[rows].argmax(1)
+            counts.index_put_((elected, labels), torch.ones_like(labels, dtype=counts.dtype), accumulate=True)
+        counts = (sum_(counts) + MATRIX_PRIOR * self.even).fill_diagonal_(0.0)
+        return normalized(counts)
 
-    def _judge(self, votes: Sequence[Tensor], confusion: Tensor, uneven: bool, prior: Tensor | None) -> Calibration:
-        at = rates(self.num_classes).to(confusion.device)
-        mistaken = confusion[:, self.labels].T
-        columns = [_log_product(_mixed(shares, self.labels, mistaken, at)) for shares in votes]
-        likelihood = torch.stack(columns, dim=1)
-        if prior is not None:
-            likelihood = likelihood + prior[:, None]
-        count = max(1, len(self.labels))
-        shares = _averaged(likelihood, votes)
-        entropy = float(-(shares * shares.clamp_min(1e-30).log()).sum(1).mean())
-        return Calibration(likelihood, confusion, uneven, float(likelihood.max()) / count, entropy, count)
+    def _entropy(self, votes: Tensor, weights: Mapping[int, float]) -> float:
+        """Return the mean entropy of calibrated votes, in nats."""
+        total = self.counts.new_zeros(())
+        for rows, _ in self._tiles(self.num_classes):
+            total += entropies(blended(votes[rows].double(), weights)).sum()
+        return float(sum_(total)) / self.number
 
     def chance(self) -> float:
         """Return the mean log-likelihood of the labels where nothing is known but how frequent each is."""
-        counts = torch.bincount(self.labels, minlength=self.num_classes).double()
-        shares = (counts + 1) / (counts.sum() + self.num_classes)
-        return float(shares.log()[self.labels].mean())
+        shares = (self.counts + 1) / (self.counts.sum() + self.num_classes)
+        return float(self.counts @ shares.log()) / self.number
 
     def pool(
         self, experts: Sequence[Tensor], confusion: Tensor, rate: float | None = None
@@ -159,20 +197,27 @@ class Judges:
         Returns:
             [n, C] pooled shares, and the weights.
         """
-        stacked = torch.stack([self.gather(each).clamp_min(1e-4).log() for each in experts])
         at = rates(self.num_classes)[::5] if rate is None else torch.tensor([rate], dtype=torch.float64)
-        at, mistaken = at.to(stacked.device), confusion[:, self.labels].T
-        tried = stacked.new_tensor(list(_weightings(len(experts))))
-        likelihood = []
-        for weights in tried:
-            shares = torch.einsum("m,mjc->jc", weights, stacked).softmax(1)
-            likelihood.append(_log_product(_mixed(shares, self.labels, mistaken, at)).logsumexp(0))
-        averaged: list[float] = broadcast((torch.stack(likelihood).softmax(0) @ tried).tolist())
-        logs = sum(
-            (weight * each.clamp_min(1e-4).log() for weight, each in zip(averaged, experts, strict=True)),
-            torch.zeros_like(experts[0]),
-        )
-        return logs.softmax(1), averaged
+        at, tried = at.to(self.counts), self.counts.new_tensor(list(_weightings(len(experts))))
+        likelihood, by_label = self.counts.new_zeros(len(tried), len(at)), confusion.T.contiguous()
+        for rows, labels in self._tiles(len(experts) * self.num_classes):
+            logs = torch.stack([each[rows].double().clamp_min_(LEAST_SHARE).log_() for each in experts])
+            mistaken = by_label[labels]
+            for place, weights in enumerate(tried):
+                shares = torch.einsum("m,mtc->tc", weights, logs).softmax(1)
+                likelihood[place] += _log_product(_mixed(shares, labels, mistaken, at))
+        averaged: list[float] = broadcast((sum_(likelihood).logsumexp(1).softmax(0) @ tried).tolist())
+
+        def product(*some: Tensor) -> Tensor:
+            logs = (weight * each.clamp_min(LEAST_SHARE).log_() for weight, each in zip(averaged, some, strict=True))
+            return sum(logs, torch.zeros_like(some[0])).softmax(1)
+
+        return in_tiles(self.num_classes, product, *experts), averaged
+
+
+def entropies(shares: Tensor) -> Tensor:
+    """Return the entropy of each row in nats: [t, C] -> [t]."""
+    return -(shares * shares.clamp_min(1e-30).log_()).sum(1)
 
 
 def _weightings(experts: int) -> Iterator[list[float]]:
@@ -195,13 +240,13 @@ def _mixed(shares: Tensor, labels: Tensor, mistaken: Tensor, at: Tensor) -> Tens
         [R, J], at least `RAREST`.
     """
     right, wrong = shares.gather(1, labels[:, None]).squeeze(1), (shares * mistaken).sum(1)
-    return torch.lerp(right, wrong, at[:, None]).clamp_min(RAREST)
+    return torch.lerp(right, wrong, at[:, None]).clamp_min_(RAREST)
 
 
 def _log_product(probabilities: Tensor) -> Tensor:
     """Return the sum of logarithms of [R, J] float64 over J; sixteen are multiplied before one logarithm is taken."""
-    product = F.pad(probabilities, (0, -probabilities.shape[1] % 16), value=1.0)
+    product, rest = probabilities.tensor_split([probabilities.shape[1] // 16 * 16], dim=1)
     for _ in range(4):
         one, other = product.chunk(2, dim=1)
         product = one * other
-    return product.log().sum(1)
+    return product.log_().sum(1) + rest.log().sum(1)

@@ -7,16 +7,17 @@ Legend: N samples, n samples of this rank, C classes, E feature width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distav.robust.calibration import Judges
 from distav.robust.noise_rate import RateEstimate, class_rates, estimate_rate, noise_matrix, rates
-from distav.robust.pairing import Pairing, checked_rate, gated
+from distav.robust.pairing import checked_rate, gated
+from distav.robust.tiles import in_tiles, normalized
 from distav.robust.ways import Problem, Space, Voting, by_labels, by_sound, together
-from distav.world import gather_ragged_rows, row_range
+from distav.world import gather_ragged_rows, own_share
 
 
 @dataclass(frozen=True)
@@ -103,61 +104,65 @@ def correct(
         teachers: what networks that were shown no label hold picture and sound for, [n, C] each: two more voices, and
             another way to tell what a sound is.
     """
-    own_rows = row_range(len(given))
-    own, present = given[own_rows.start : own_rows.stop], valid[own_rows.start : own_rows.stop]
+    own, present = own_share(given), own_share(valid)
     fitting = fitting_neighbors(voting.neighbors, len(given), num_classes)
     voting = replace(voting, neighbors=fitting, second=[each for each in voting.second if each <= max(fitting)] or [0])
     judges = Judges(own, num_classes, present)
     problem = Problem(given, own, num_classes, groups, valid, present, voting, judges)
     prior = before.evidence if before else None
 
-    by_sight = by_labels(problem, ((s.name, s.visual) for s in spaces), prior)
-    seen, pictures = by_sight.calibration, by_sight.shares
+    by_sight, pictures = by_labels(problem, spaces, lambda space: space.visual, prior)
+    seen = by_sight.calibration
     rate = _rate(seen.evidence, num_classes)
     shown, _ = noise_matrix(pictures, own, rate.rate, seen.confusion)
     pairing, heard_name, heard = by_sound(problem, spaces, shown, teachers[1] if teachers else None)
-    heard_as = pairing.shares.argmax(1)
+    del shown
+    sounds, correspondence = pairing.shares, pairing.correspondence
+    heard_as = sounds.argmax(1)
     across = replace(problem, given=gather_ragged_rows(heard_as), own=heard_as)
     # Neighbours are searched anew: kept for every kind of features, they would take several times the memory.
-    by_hearing = by_labels(across, ((s.name, s.visual) for s in spaces), prior)
-    by_both = by_labels(problem, together(problem, spaces, pairing.correspondence), prior)
+    by_hearing, hearing = by_labels(across, spaces, lambda space: space.visual, prior)
+    by_both, both = by_labels(problem, spaces, partial(together, problem, correspondence), prior)
     joint = by_both.calibration
 
-    fused = (pictures * gated(pairing.shares, pairing.correspondence)).clamp_min(1e-30)
-    experts = [fused / fused.sum(1, keepdim=True), by_both.shares, pictures, by_hearing.shares]
-    names = ["fused", "joint", "pictures", "across"]
+    fused = in_tiles(num_classes, _joined, pictures, sounds, correspondence)
+    experts = {"fused": fused, "joint": both, "pictures": pictures, "across": hearing}
+    del fused, both, pictures, hearing
     if before:
-        experts.append(before.held_out)
-        names.append("before")
+        experts["before"] = before.held_out
     asked = [judges.calibrate(each, prior) for each in teachers or ()]
     if teachers:
         picture, sound = (calibration.sharpened(each) for calibration, each in zip(asked, teachers, strict=True))
-        heard_of_it = gated(sound, pairing.correspondence)
-        experts += [picture, heard_of_it / heard_of_it.sum(1, keepdim=True)]
-        names += ["teacher of pictures", "teacher of sounds"]
-    pooled, weights = judges.pool(experts, seen.confusion, rate.rate if before else None)
+        experts["teacher of pictures"] = picture
+        experts["teacher of sounds"] = in_tiles(num_classes, _alone, sound, correspondence)
+        del picture, sound
+    pooled, weights = judges.pool(list(experts.values()), seen.confusion, rate.rate if before else None)
+    pooled_as = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(experts, weights, strict=True))
+    experts.clear()
     voices = [(seen, by_sight.told), (joint, by_both.told), *((each, each.evidence) for each in asked)]
     soundest, told = min(voices, key=lambda voice: _width(_rate(voice[0].evidence, num_classes)))
     told = before.told if before else told
     outcome = judges.calibrate(pooled, soundest.evidence if prior is None else prior)
     held_out = outcome.sharpened(pooled)
+    del pooled
     label_rate = _rate(outcome.evidence, num_classes).spanning(_rate(told, num_classes))
     posterior, matrix = noise_matrix(held_out, own, label_rate.rate, outcome.confusion)
-    without_label, with_label = (_sound(pairing, each) for each in (held_out, posterior))
+    # The class of the sound: its own votes, and the picture's as far as they belong together.
+    by_ear = [in_tiles(num_classes, _joined, sounds, each, correspondence) for each in (held_out, posterior)]
     nats = (max(each.per_sample for each in (seen, joint, *asked)) - judges.chance()) * outcome.judges
 
-    kept = F.one_hot(own, num_classes).to(held_out.dtype)
     pair_rate = pairing.rate
     if not seen.uneven:
         pair_rate = checked_rate(pair_rate, seen.evidence, heard, num_classes)
     has_signal = nats > voting.signal_nats
     if not has_signal:
         present = torch.zeros_like(present)
-    shares = [torch.where(present[:, None], each, kept) for each in (held_out, posterior, without_label, with_label)]
-    pooled_as = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(names, weights, strict=True))
+    shares = [held_out, posterior, *by_ear]
+    for each in shares:
+        _keep_labels(each, own, ~present)
     return Correction(
         *shares,
-        correspondence=torch.where(present, pairing.correspondence, torch.ones_like(pairing.correspondence)),
+        correspondence=torch.where(present, correspondence, torch.ones_like(correspondence)),
         evidence=outcome.evidence,
         told=told,
         label_rate=label_rate,
@@ -193,8 +198,8 @@ def nothing_known(given: Tensor, num_classes: int) -> Correction:
         given: [N] int64 labels.
         num_classes: C.
     """
-    rows = row_range(len(given))
-    kept = F.one_hot(given[rows.start : rows.stop], num_classes).float()
+    own = own_share(given)
+    kept = torch.zeros(len(own), num_classes, device=given.device).scatter_(1, own[:, None], 1.0)
     evidence = torch.zeros_like(rates(num_classes), device=given.device)
     rate = _rate(evidence, num_classes)
     return Correction(
@@ -222,7 +227,18 @@ def _width(rate: RateEstimate) -> float:
     return rate.high - rate.low
 
 
-def _sound(pairing: Pairing, picture: Tensor) -> Tensor:
-    """Return the class of the sound: its own votes, and the picture's as far as they belong together."""
-    both = (pairing.shares * gated(picture, pairing.correspondence)).clamp_min(1e-30)
-    return both / both.sum(1, keepdim=True)
+def _joined(shares: Tensor, other: Tensor, correspondence: Tensor) -> Tensor:
+    """Return shares of one modality with those of the other as far as both belong together: [t, C]."""
+    return normalized((shares * gated(other, correspondence)).clamp_min_(1e-30))
+
+
+def _alone(other: Tensor, correspondence: Tensor) -> Tensor:
+    """Return what shares of the other modality say of one, in doubt nothing: [t, C]."""
+    return normalized(gated(other, correspondence))
+
+
+def _keep_labels(shares: Tensor, own: Tensor, kept: Tensor) -> None:
+    """Give some samples their labels back, in place: [n, C] shares, [n] labels, [n] bool."""
+    rows = kept.nonzero().squeeze(1)
+    shares[rows] = 0.0
+    shares[rows, own[rows]] = 1.0

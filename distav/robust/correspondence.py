@@ -6,8 +6,11 @@ Legend: N pairs.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from distav.robust.tiles import in_tiles, tiles
 
 NUM_ITERATIONS = 50
 VARIANCE_FLOOR = 1e-4
@@ -37,15 +40,20 @@ def fit_mixture(similarity: Tensor) -> Mixture:
     Args:
         similarity: [N] finite values.
     """
-    s = similarity.double()
-    mean = torch.quantile(s, torch.tensor([0.1, 0.9], dtype=torch.float64, device=s.device))
-    var = s.var(correction=0).clamp_min(VARIANCE_FLOOR).expand(2).clone()
+    # torch.quantile takes 2^24 values at most.
+    ends = np.quantile(similarity.double().cpu().numpy(), [0.1, 0.9])
+    mean = torch.from_numpy(ends).to(similarity.device)
+    var = similarity.double().var(correction=0).clamp_min(VARIANCE_FLOOR).expand(2)
     share = torch.full_like(mean, 0.5)
     for _ in range(NUM_ITERATIONS):
-        gamma = _log_joint(s, mean, var, share).softmax(1)
-        mass = gamma.sum(0).clamp_min(1e-12)
-        mean = (gamma * s[:, None]).sum(0) / mass
-        var = ((gamma * (s[:, None] - mean) ** 2).sum(0) / mass).clamp_min(VARIANCE_FLOOR)
+        moments = mean.new_zeros(2, 3)
+        for part in tiles(len(similarity), 4, similarity.device):
+            s = similarity[part].double()
+            powers = torch.stack([torch.ones_like(s), s, s.square()], dim=1)
+            moments.addmm_(_log_joint(s, mean, var, share).softmax(1).T, powers)
+        mass = moments[:, 0].clamp_min(1e-12)
+        mean = moments[:, 1] / mass
+        var = (moments[:, 2] / mass - mean.square()).clamp_min(VARIANCE_FLOOR)
         share = mass / mass.sum()
     low, high = mean.argsort().tolist()
     return Mixture(*((float(each[low]), float(each[high])) for each in (mean, var, share)))
@@ -67,13 +75,15 @@ def gmm_correspondence(similarity: Tensor) -> tuple[Tensor, Mixture]:
     mixture = fit_mixture(similarity)
     if mixture.says_clean:
         return torch.ones_like(similarity), mixture
-    s = similarity.double()
-    parts = (torch.tensor(each, dtype=torch.float64, device=s.device) for each in (
-        mixture.means, mixture.variances, mixture.shares
-    ))  # fmt: skip
-    posterior = _log_joint(s, *parts).softmax(1)[:, 1]
-    posterior = posterior.masked_fill(s >= mixture.means[1], 1.0).masked_fill(s <= mixture.means[0], 0.0)
-    return posterior.float(), mixture
+    fitted = torch.tensor([mixture.means, mixture.variances, mixture.shares], dtype=torch.float64)
+    parts = fitted.to(similarity.device)
+
+    def posterior(some: Tensor) -> Tensor:
+        s = some.double()
+        upper = _log_joint(s, *parts).softmax(1)[:, 1]
+        return upper.masked_fill_(s >= mixture.means[1], 1.0).masked_fill_(s <= mixture.means[0], 0.0).float()
+
+    return in_tiles(4, posterior, similarity), mixture
 
 
 def cdf_correspondence(similarity: Tensor, kappa: float = 0.5, delta: float = 0.0) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from scipy.stats import beta
 from torch import Tensor
 
+from distav.robust.tiles import normalized, tiles
 from distav.world import sum_
 
 NUM_RATES = 91
@@ -77,18 +78,23 @@ def noise_matrix(
     Returns:
         [n, C] posteriors and [C, C + 1]: T, and in the last column how many samples are of each class.
     """
-    shares, confusion = shares.double(), confusion.double()
-    itself = torch.eye(shares.shape[1], dtype=shares.dtype, device=shares.device)
+    confusion = confusion.double()
+    itself, num_classes = torch.eye(len(confusion), dtype=confusion.dtype, device=confusion.device), len(confusion)
     matrix = torch.lerp(itself, confusion, rate)
-    posterior, counts = shares, matrix
-    for _ in range(iterations):
-        posterior = shares * matrix[:, own].T
-        posterior = posterior / posterior.sum(1, keepdim=True).clamp_min(1e-30)
-        counts = sum_(torch.zeros_like(matrix).index_add_(0, own, posterior)).T
-        wrong = float(1 - counts.diagonal().sum() / counts.sum().clamp_min(1e-9))
-        matrix = counts + MATRIX_PRIOR * torch.lerp(itself, confusion, wrong)
-        matrix = matrix / matrix.sum(1, keepdim=True)
-    return posterior.float(), torch.cat([matrix, counts.sum(1, keepdim=True)], dim=1)
+    posterior = torch.empty_like(shares)
+    counts = matrix
+    for iteration in range(iterations):
+        by_label, counts = matrix.T.contiguous(), torch.zeros_like(matrix)
+        for part in tiles(len(shares), num_classes, shares.device):
+            some = shares[part] * by_label[own[part]]
+            some /= some.sum(1, keepdim=True).clamp_min(1e-30)
+            counts.index_add_(0, own[part], some)
+            if iteration + 1 == iterations:
+                posterior[part] = some
+        counts = sum_(counts).T
+        wrong = 1 - counts.diagonal().sum() / counts.sum().clamp_min(1e-9)
+        matrix = normalized(counts + MATRIX_PRIOR * torch.lerp(itself, confusion, wrong))
+    return posterior, torch.cat([matrix, counts.sum(1, keepdim=True)], dim=1)
 
 
 def class_rates(matrix: Tensor, overall: RateEstimate) -> list[RateEstimate]:

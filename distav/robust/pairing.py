@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distav.robust.calibration import sharpened
+from distav.robust.calibration import SHARPNESS, blended, entropies, sharpened, sharpness_weights
 from distav.robust.noise_rate import RateEstimate, estimate_rate, rates
+from distav.robust.tiles import normalized, tiles
 from distav.world import sum_
 
 
@@ -64,17 +65,21 @@ def agreement(picture: Tensor, votes: Tensor, usable: Tensor) -> Agreement:
         votes: [n, C] votes for the sounds.
         usable: [n] bool; the others do not judge.
     """
-    at = rates(picture.shape[1]).to(picture.device)[:, None]
-    shares = sharpened(votes)
-    ratios = [_ratio(picture, each)[usable].double() for each in shares]
-    likelihood = sum_(torch.stack([((1 - at) * ratio + at).log().sum(1) for ratio in ratios], dim=1))
-    count = max(1.0, float(sum_(usable.sum().double())))
-    averaged = sum(
-        (weight * each[usable] for weight, each in zip(_mass(likelihood).sum(0).tolist(), shares, strict=True)),
-        torch.zeros_like(picture[usable]),
-    )
-    entropy = float(sum_(-(averaged * averaged.clamp_min(1e-30).log()).sum().double())) / count
-    return Agreement(votes, likelihood, float(likelihood.max()) / count, entropy)
+    at, num_classes = rates(picture.shape[1]).to(picture.device)[:, None], picture.shape[1]
+    likelihood = at.new_zeros(len(at), len(SHARPNESS))
+    for part in tiles(len(votes), max(num_classes, len(at)), votes.device):
+        for column, each in enumerate(sharpened(votes[part])):
+            ratio = _ratio(picture[part], each).double().where(usable[part], 1.0)
+            likelihood[:, column] += ((1 - at) * ratio + at).log_().sum(1)
+    weights = sharpness_weights(sum_(likelihood))
+    entropy = at.new_zeros(())
+    for part in tiles(len(votes), num_classes, votes.device):
+        entropy += entropies(blended(votes[part], weights)).double() @ usable[part].double()
+    count, entropy, best = torch.stack(
+        [*sum_(torch.stack([usable.sum().double(), entropy])), likelihood.max()]
+    ).tolist()
+    count = max(1.0, count)
+    return Agreement(votes, likelihood, best / count, entropy / count)
 
 
 def pair_evidence(picture: Tensor, agreed: Agreement, evidence: Tensor, usable: Tensor) -> Pairing:
@@ -88,17 +93,17 @@ def pair_evidence(picture: Tensor, agreed: Agreement, evidence: Tensor, usable: 
     """
     at = rates(picture.shape[1]).to(picture.device)
     likelihood = agreed.likelihood - agreed.evidence[:, None] + evidence[:, None]
-    mass = _mass(likelihood).to(picture.dtype)
-    correspondence, averaged = torch.zeros_like(picture[:, 0]), torch.zeros_like(picture)
-    for column, each in enumerate(sharpened(agreed.votes)):
-        if mass[:, column].sum() > 1e-4:
-            averaged += mass[:, column].sum() * each
-            ratio = _ratio(picture, each)
-            for share, mismatched in zip(mass[:, column].tolist(), at.tolist(), strict=True):
-                if share > 1e-5:
-                    together = (1 - mismatched) * ratio
-                    correspondence += share * together / (together + mismatched).clamp_min(1e-12)
-    averaged = averaged / averaged.sum(1, keepdim=True)
+    weights, mass = sharpness_weights(likelihood, 1e-4), _mass(likelihood).to(picture.dtype)
+    mass = mass.masked_fill(mass <= 1e-5, 0.0)
+    matched, mismatched = ((each[:, None]).to(picture.dtype) for each in (1 - at, at))
+    correspondence, averaged = torch.zeros_like(picture[:, 0]), torch.empty_like(picture)
+    for part in tiles(len(picture), max(picture.shape[1], len(at)), picture.device):
+        shares = torch.zeros_like(picture[part])
+        for column, each in zip(weights, sharpened(agreed.votes[part], weights), strict=True):
+            shares += weights[column] * each
+            together = matched * _ratio(picture[part], each)
+            correspondence[part] += mass[:, column] @ (together / (together + mismatched).clamp_min(1e-12))
+        averaged[part] = normalized(shares)
     correspondence = torch.where(usable, correspondence.clamp(0, 1), torch.ones_like(correspondence))
     return Pairing(correspondence, averaged, estimate_rate(evidence, at))
 

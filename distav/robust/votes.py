@@ -1,8 +1,9 @@
 """Votes among nearest neighbours, such that no sample's own label ever reaches its own vote.
 
-Legend: N samples, n samples of this rank, C classes, k neighbours, E feature width.
+Legend: N samples, n samples of this rank, t of them at a time, C classes, k neighbours, E feature width.
 """
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distav.memory.neighbors import nearest_neighbors
+from distav.robust.tiles import in_tiles, tiles
 from distav.world import broadcast, gather_ragged_rows, sum_
 
 TIE = 1e-6
@@ -31,15 +33,31 @@ def standardised(features: Tensor, present: Tensor, width: int, whitening: float
     Returns:
         [n, min(width, E)] float32 of unit length.
     """
-    some = features.double() * present[:, None]
+    num_axes = features.shape[1]
+
+    def centred(some: Tensor, counted: Tensor, mean: Tensor | float) -> Tensor:
+        return (some.double() - mean) * counted[:, None]
+
+    cut = [(features[part], present[part]) for part in tiles(len(features), num_axes, features.device)]
     count = sum_(present.sum().double()).clamp_min(1)
-    mean = sum_(some.sum(0)) / count
-    centred = (features.double() - mean) * present[:, None]
-    variance, axes = torch.linalg.eigh(sum_(centred.T @ centred) / count)
+    total = torch.zeros(num_axes, dtype=torch.float64, device=features.device)
+    for each in cut:
+        total += centred(*each, 0.0).sum(0)
+    mean = sum_(total) / count
+    covariance = total.new_zeros(num_axes, num_axes)
+    for each in cut:
+        some = centred(*each, mean)
+        covariance.addmm_(some.T, some)
+    variance, axes = torch.linalg.eigh(sum_(covariance) / count)
     kept = variance.argsort(descending=True)[:width]
     scale = variance[kept].clamp_min(variance.amax() * 1e-10 + 1e-30) ** (-whitening / 2)
     turn: Tensor = broadcast((axes[:, kept] * scale).cpu())  # Signs of axes are free, so all take those of one rank.
-    return F.normalize(centred @ turn.to(centred.device), dim=1).float()
+    turn = turn.to(features.device)
+
+    def turned(some: Tensor, counted: Tensor) -> Tensor:
+        return F.normalize(centred(some, counted, mean) @ turn, dim=1).float()
+
+    return in_tiles(num_axes, turned, features, present)
 
 
 class Neighborhood:
@@ -47,7 +65,8 @@ class Neighborhood:
 
     def __init__(self, features: Tensor, k: int, groups: Tensor, valid: Tensor):
         """Search for k neighbours; see `nearest_neighbors` for the arguments and errors."""
-        self.ids, self.similarity = nearest_neighbors(features, k, groups, valid)
+        ids, self.similarity = nearest_neighbors(features, k, groups, valid)
+        self.ids = ids.int()  # Half the memory: with many neighbours and few classes they are the largest table.
 
     def election(self, labels: Tensor, num_classes: int, k: int, temperature: float) -> "Election":
         """Let the k nearest vote with their labels.
@@ -58,18 +77,30 @@ class Neighborhood:
             k: voters, at most as many as were searched for.
             temperature: divides the similarity; votes are weighted by exp(similarity / temperature).
         """
-        weights = ((self.similarity[:, :k] - 1) / temperature).exp().masked_fill(self.ids[:, :k] < 0, 0.0)
-        return Election(self, labels, num_classes, weights, temperature)
+        return Election(self, labels, num_classes, k, temperature)
+
+    def weights(self, part: slice, k: int, temperature: float) -> Tensor:
+        """Return how much the k nearest of some rows weigh: [t, k], 0 where there is none."""
+        weights = ((self.similarity[part, :k] - 1) / temperature).exp_()
+        return weights.masked_fill_(self.ids[part, :k] < 0, 0.0)
 
 
 class Election:
     """A vote among neighbours, and second votes over what it elected."""
 
-    def __init__(self, near: Neighborhood, labels: Tensor, num_classes: int, weights: Tensor, temperature: float):
+    def __init__(self, near: Neighborhood, labels: Tensor, num_classes: int, k: int, temperature: float):
         """Count the votes; made by `Neighborhood.election`."""
-        self.near, self.num_classes, self.weights, self.temperature = near, num_classes, weights, temperature
-        self.shares = _tally(labels[near.ids[:, : weights.shape[1]].clamp_min(0)], weights, num_classes)
+        self.near, self.num_classes, self.k, self.temperature = near, num_classes, k, temperature
+        self.shares = near.similarity.new_empty(len(near.ids), num_classes)
         """[n, C], rows add up to 1; uniform where a sample has no neighbour."""
+        self._total = torch.empty_like(self.shares[:, 0])
+        for part in self._tiles():
+            weights = near.weights(part, k, temperature)
+            self._total[part] = weights.sum(1)
+            self.shares[part] = _tally(labels[near.ids[part, :k].clamp_min(0)], weights, num_classes)
+
+    def _tiles(self) -> Iterator[slice]:
+        return tiles(len(self.near.ids), max(self.num_classes, self.k), self.near.ids.device)
 
     def second_vote(self, own: Tensor, voters: int) -> Tensor:
         """Vote again, each neighbour with the class that its own neighbours elected.
@@ -85,11 +116,16 @@ class Election:
             [n, C], rows add up to 1.
         """
         first, runner_up, margin, total, reach = self._outcome
-        near, similarity = self.near.ids[:, :voters].clamp_min(0), self.near.similarity[:, :voters]
-        share = ((similarity - 1) / self.temperature).exp() / total[near].clamp_min(1e-30)
-        share = share.masked_fill(similarity < reach[near] - TIE, 0.0)
-        turned = (first[near] == own[:, None]) & (margin[near] < share)
-        return _tally(torch.where(turned, runner_up[near], first[near]), self.weights[:, :voters], self.num_classes)
+        found = torch.empty_like(self.shares)
+        for part in self._tiles():
+            near, similarity = self.near.ids[part, :voters].clamp_min(0), self.near.similarity[part, :voters]
+            share = ((similarity - 1) / self.temperature).exp_() / total[near].clamp_min_(1e-30)
+            share.masked_fill_(similarity < reach[near] - TIE, 0.0)
+            elected = first[near]
+            turned = (elected == own[part, None]) & (margin[near] < share)
+            weights = self.near.weights(part, voters, self.temperature)
+            found[part] = _tally(torch.where(turned, runner_up[near], elected), weights, self.num_classes)
+        return found
 
     @cached_property
     def _outcome(self) -> tuple[Tensor, ...]:
@@ -99,15 +135,13 @@ class Election:
         the similarity of the farthest voter.
         """
         top, order = self.shares.topk(2, dim=1)
-        last = self.weights.shape[1] - 1
-        total, farthest = self.weights.sum(1), self.near.similarity[:, last]
-        reach = torch.where(self.near.ids[:, last] < 0, torch.full_like(total, -2.0), farthest)
+        farthest = self.near.similarity[:, self.k - 1].masked_fill(self.near.ids[:, self.k - 1] < 0, -2.0)
         classes = gather_ragged_rows(order)
-        numbers = gather_ragged_rows(torch.stack([top[:, 0] - top[:, 1], total, reach], dim=1))
+        numbers = gather_ragged_rows(torch.stack([top[:, 0] - top[:, 1], self._total, farthest], dim=1))
         return *classes.unbind(1), *numbers.unbind(1)
 
 
 def _tally(classes: Tensor, weights: Tensor, num_classes: int) -> Tensor:
     weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-30)
     votes = weights.new_zeros(len(weights), num_classes).scatter_add_(1, classes, weights)
-    return torch.where(votes.sum(1, keepdim=True) > 0, votes, torch.full_like(votes, 1 / num_classes))
+    return votes.masked_fill_(votes.sum(1, keepdim=True) <= 0, 1 / num_classes)

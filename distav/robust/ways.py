@@ -4,16 +4,16 @@ Legend: N samples, n samples of this rank, C classes, E feature width, R noise r
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from distav.robust.calibration import Calibration, Judges
 from distav.robust.pairing import Agreement, Pairing, agreement, pair_evidence
-from distav.robust.votes import Election, Neighborhood, standardised
+from distav.robust.tiles import in_tiles, normalized
+from distav.robust.votes import Neighborhood, standardised
 from distav.world import gather_ragged_rows
 
 ALIKE = 0.05
@@ -68,13 +68,50 @@ class Problem:
     judges: Judges
 
 
-def _neighborhoods(problem: Problem, features: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Neighborhood]]:
-    """Search each kind of features at each power of whitening, for as many neighbours as any vote asks."""
-    most = max(problem.voting.neighbors)
-    for name, raw in features:
-        for power in problem.voting.whitening:
-            directions = standardised(raw, problem.present, problem.voting.width, power)
-            yield f"{name}, whitening {power:g}", Neighborhood(directions, most, problem.groups, problem.valid)
+FeaturesOf = Callable[[Space], Tensor]
+"""Takes the features [n, E] that neighbours are looked for by out of a space, or makes them of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """How neighbours vote: all that is kept of a vote that may be counted again."""
+
+    space: Space
+    whitening: float
+    k: int
+    temperature: float
+    second: int = 0
+
+    @property
+    def features(self) -> str:
+        """The features in words."""
+        return f"{self.space.name}, whitening {self.whitening:g}"
+
+    def __str__(self) -> str:
+        return f"{self.features}, k {self.k}, temperature {self.temperature:g}, second vote of {self.second}"
+
+
+def _neighborhood(problem: Problem, features_of: FeaturesOf, space: Space, whitening: float) -> Neighborhood:
+    """Search for as many neighbours as any vote asks."""
+    voting = problem.voting
+    directions = standardised(features_of(space), problem.present, voting.width, whitening)
+    return Neighborhood(directions, max(voting.neighbors), problem.groups, problem.valid)
+
+
+def _count(problem: Problem, near: Neighborhood, way: Way) -> Tensor:
+    """Count the votes of one way: [n, C]."""
+    election = near.election(problem.given, problem.num_classes, way.k, way.temperature)
+    return election.second_vote(problem.own, way.second) if way.second else election.shares
+
+
+def _votes(problem: Problem, near: Neighborhood, space: Space, whitening: float) -> Iterator[tuple[Way, Tensor]]:
+    """Yield every way to vote in a neighbourhood, with its votes."""
+    voting = problem.voting
+    for k, temperature in itertools.product(voting.neighbors, voting.temperatures):
+        election = near.election(problem.given, problem.num_classes, k, temperature)
+        for second in (each for each in voting.second if each <= k):
+            way = Way(space, whitening, k, temperature, second)
+            yield way, election.second_vote(problem.own, second) if second else election.shares
 
 
 @dataclass(frozen=True)
@@ -84,54 +121,64 @@ class Elected:
     Attributes:
         calibration: what the given labels say of its votes.
         name: the way in words.
-        shares: [n, C] its calibrated votes.
         told: [R] log-likelihood of the noise rates, averaged over the ways that foretell labels about as well and are
             about as decided.
     """
 
     calibration: Calibration
     name: str
-    shares: Tensor
     told: Tensor
 
 
-def by_labels(problem: Problem, features: Iterator[tuple[str, Tensor]], prior: Tensor | None) -> Elected:
+def by_labels(
+    problem: Problem, spaces: Sequence[Space], features_of: FeaturesOf, prior: Tensor | None
+) -> tuple[Elected, Tensor]:
     """Let neighbours vote with `problem.given`, in every way, and take the way that foretells the judges' labels best.
 
     Of ways that do so about as well the most decided is taken: a vote torn between two classes and a sure one whose
     label is often mistaken for the other explain the labels alike, but a sample is of one class. The torn one even
     gains by every mistake that it repeats, so that sure votes with uneven mistakes may be further behind.
+
+    Of all votes only those of the way that leads so far are held. Where one comes to lead after its votes were given
+    up, since a better one has left the leader behind, they are counted again.
+
+    Returns:
+        What was elected, and [n, C] its calibrated votes.
     """
-    voting, labels = problem.voting, problem.given
-
-    def candidates() -> Iterator[tuple[str, Tensor]]:
-        for name, near in _neighborhoods(problem, features):
-            for k, temperature in itertools.product(voting.neighbors, voting.temperatures):
-                election = near.election(labels, problem.num_classes, k, temperature)
-                for voters, votes in _votes(problem, election, k):
-                    yield f"{name}, k {k}, temperature {temperature:g}, second vote of {voters}", votes
-
     chance = problem.judges.chance()
-    good: list[tuple[Calibration, str, Tensor]] = []
-    for name, votes in candidates():
-        good.append((problem.judges.calibrate(votes, prior), name, votes))
-        best = max(found.per_sample for found, _, _ in good)
-        gain = max(best - chance, 0.0)
-        good = [each for each in good if each[0].per_sample >= best - (TORN if each[0].uneven else ALIKE) * gain]
-    calibration, name, votes = min(good, key=lambda each: each[0].entropy)
-    credible = [found.evidence for found, _, _ in good if found.entropy <= CREDIBLE * calibration.entropy]
+    good: list[tuple[Calibration, Way]] = []
+    held: tuple[Way, Tensor] | None = None
+
+    def leader() -> tuple[Calibration, Way]:
+        return min(good, key=lambda each: each[0].entropy)
+
+    for space, whitening in itertools.product(spaces, problem.voting.whitening):
+        near = _neighborhood(problem, features_of, space, whitening)
+        for way, votes in _votes(problem, near, space, whitening):
+            good.append((problem.judges.calibrate(votes, prior), way))
+            best = max(found.per_sample for found, _ in good)
+            gain = max(best - chance, 0.0)
+            good = [each for each in good if each[0].per_sample >= best - (TORN if each[0].uneven else ALIKE) * gain]
+            if leader()[1] is way:
+                held = way, votes
+            del votes
+        del near
+    calibration, way = leader()
+    if held is None or held[0] is not way:
+        held = None
+        held = way, _count(problem, _neighborhood(problem, features_of, way.space, way.whitening), way)
+    credible = [found.evidence for found, _ in good if found.entropy <= CREDIBLE * calibration.entropy]
     told = torch.stack(credible).log_softmax(1).logsumexp(0)
-    return Elected(calibration, name, calibration.sharpened(votes), told)
+    return Elected(calibration, str(way), told), calibration.sharpened(held[1])
 
 
 @dataclass(frozen=True)
 class _Sounds:
-    """A way for sounds to vote: what it comes to, of which kind, by which name, and the votes of the given labels."""
+    """A way for sounds to vote: of which kind, by which name, how far it agrees with the pictures."""
 
-    agreed: Agreement
     kind: str
     name: str
-    labelled: Callable[[], list[Tensor]]
+    agreed: Agreement
 
 
 def by_sound(
@@ -145,53 +192,55 @@ def by_sound(
 
     The neighbours taken also vote with the given labels, for what these say of the noise that is heard: [R].
     """
-    elected = gather_ragged_rows(shown.argmax(1))
-
-    def candidates() -> Iterator[_Sounds]:
-        for name, near in _neighborhoods(problem, ((space.name, space.audio) for space in spaces)):
-            for k, temperature in itertools.product(problem.voting.neighbors, problem.voting.temperatures):
-                votes = near.election(elected, problem.num_classes, k, temperature).shares
-                kind = f"{name}, temperature {temperature:g}"
-                labelled = partial(_labelled, problem, near, k, temperature)
-                yield _Sounds(agreement(shown, votes, problem.present), kind, f"{kind}, k {k}", labelled)
-                if teacher is not None:
-                    both = (votes.clamp_min(1e-6) * teacher.clamp_min(1e-6)).sqrt()
-                    agreed = agreement(shown, both / both.sum(1, keepdim=True), problem.present)
-                    kind += ", and the teacher"
-                    yield _Sounds(agreed, kind, f"{kind}, k {k}", labelled)
-        if teacher is not None:
-            agreed = agreement(shown, teacher, problem.present)
-            yield _Sounds(agreed, "the teacher", "the teacher", partial(list[Tensor], [teacher]))
-
-    best: _Sounds | None = None
+    voting, judges = problem.voting, problem.judges
+    elected = replace(problem, given=gather_ragged_rows(shown.argmax(1)), voting=replace(voting, second=(0,)))
     told: list[tuple[str, float, float, Tensor]] = []
-    for each in candidates():
-        told.append((each.kind, each.agreed.per_sample, each.agreed.entropy, each.agreed.evidence))
-        best = each if best is None or each.agreed.per_sample > best.agreed.per_sample else best
+    best: _Sounds | None = None
+
+    def leads(kind: str, name: str, votes: Tensor) -> bool:
+        nonlocal best
+        agreed = agreement(shown, votes, problem.present)
+        told.append((kind, agreed.per_sample, agreed.entropy, agreed.evidence))
+        if best is not None and agreed.per_sample <= best.agreed.per_sample:
+            return False
+        best = _Sounds(kind, name, agreed)
+        return True
+
+    def heard_of(labelled: Iterable[Tensor]) -> Tensor:
+        return max((judges.calibrate(votes) for votes in labelled), key=lambda each: each.per_sample).evidence
+
+    heard = torch.empty(0)
+    for space, whitening in itertools.product(spaces, voting.whitening):
+        near, leading = _neighborhood(problem, lambda each: each.audio, space, whitening), None
+        for way, votes in _votes(elected, near, space, whitening):
+            kind = f"{way.features}, temperature {way.temperature:g}"
+            if leads(kind, f"{kind}, k {way.k}", votes):
+                leading = way
+            if teacher is not None:
+                kind += ", and the teacher"
+                if leads(kind, f"{kind}, k {way.k}", in_tiles(problem.num_classes, _halfway, votes, teacher)):
+                    leading = way
+            del votes
+        if leading is not None:
+            alone = replace(voting, neighbors=(leading.k,), temperatures=(leading.temperature,))
+            heard = heard_of(votes for _, votes in _votes(replace(problem, voting=alone), near, space, whitening))
+        del near
+    if teacher is not None and leads("the teacher", "the teacher", teacher):
+        heard = heard_of([teacher])
     assert best is not None
     enough = best.agreed.per_sample - abs(best.agreed.per_sample) / 2
     kin = [(entropy, evidence) for kind, agree, entropy, evidence in told if kind == best.kind and agree >= enough]
     _, evidence = min(kin, key=lambda each: each[0])
-    judged = [problem.judges.calibrate(votes) for votes in best.labelled()]
-    heard = max(judged, key=lambda each: each.per_sample).evidence
     return pair_evidence(shown, best.agreed, evidence, problem.present), best.name, heard
 
 
-def _labelled(problem: Problem, near: Neighborhood, k: int, temperature: float) -> list[Tensor]:
-    """Return the votes of the given labels in a neighbourhood."""
-    election = near.election(problem.given, problem.num_classes, k, temperature)
-    return [votes for _, votes in _votes(problem, election, k)]
+def _halfway(one: Tensor, other: Tensor) -> Tensor:
+    """Give two votes half the say each: [t, C] twice -> [t, C]."""
+    return normalized((one.clamp_min(1e-6) * other.clamp_min(1e-6)).sqrt_())
 
 
-def _votes(problem: Problem, election: Election, k: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield the votes of an election of k and of every second vote over it, with the number of second voters."""
-    for voters in (each for each in problem.voting.second if each <= k):
-        yield voters, election.second_vote(problem.own, voters) if voters else election.shares
-
-
-def together(problem: Problem, spaces: Sequence[Space], correspondence: Tensor) -> Iterator[tuple[str, Tensor]]:
+def together(problem: Problem, correspondence: Tensor, space: Space) -> Tensor:
     """Put picture and sound side by side; a doubtful pair's sound counts less: f_v.f_v' + c c' f_a.f_a'."""
     width, power = problem.voting.width, problem.voting.whitening[-1]
-    for space in spaces:
-        seen, heard = (standardised(each, problem.present, width, power) for each in (space.visual, space.audio))
-        yield space.name, torch.cat([seen, correspondence[:, None] * heard], dim=1)
+    seen, heard = (standardised(each, problem.present, width, power) for each in (space.visual, space.audio))
+    return torch.cat([seen, correspondence[:, None] * heard], dim=1)
