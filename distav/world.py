@@ -69,6 +69,8 @@ def joined(device: str, timeout_s: float, threads_per_rank: int = 0) -> Iterator
     if on_gpu:
         torch.cuda.set_device(target)
         torch.backends.cudnn.benchmark = True
+        # NCCL ends the process where its own watch gets no answer of CUDA for 8 minutes; ours names the rank at fault.
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(max(480, int(2 * timeout_s))))
     else:
         _keep_freed_memory()
     torch.set_num_threads(threads_per_rank or max(1, len(os.sched_getaffinity(0)) // max(1, local_size)))

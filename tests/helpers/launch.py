@@ -51,13 +51,14 @@ def train(
     """Run a training to its end and return what it printed.
 
     Ranks are forked from one warm process, which takes a second, or started by the deepspeed launcher, which takes
-    half a minute.
+    half a minute. Only the latter may use a GPU.
     """
     if launcher:
         words = command(config, *overrides, ranks=ranks)
         done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=timeout_s, check=False)
         said, good = done.stdout + done.stderr, done.returncode == 0
     else:
+        assert "run.device=gpu" not in overrides, "forked ranks compute on the CPU; give launcher=True for a GPU"
         with tempfile.TemporaryDirectory() as folder:
             team = Team(ranks, ["--config", str(config), *overrides], Path(folder))
             statuses = team.end(timeout_s)

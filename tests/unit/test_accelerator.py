@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from distav.engine import Engine, deepspeed_config
 from distav.errors import UserError
 from distav.settings import Precision, Settings
 from distav.world import World
+from tests.helpers.spawn import on_ranks
 
 GPU_HOST = """
 from unittest import mock
@@ -72,6 +74,17 @@ def test_a_ds_accelerator_that_contradicts_the_device_is_named(monkeypatch: pyte
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     with pytest.raises(UserError, match="DS_ACCELERATOR=cuda contradicts run.device=auto, .* computes on cpu"):
         Engine(lambda: nn.Linear(1, 1), Settings(), cpu)
+
+
+def chosen() -> tuple[str, str]:
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    return os.environ["DS_ACCELERATOR"], accelerator.device_name()
+
+
+def test_forked_ranks_take_the_cpu():
+    assert on_ranks(1, chosen)[0] == ("cpu", "cpu")
 
 
 def test_the_zero_stage_follows_the_device_unless_it_is_set():
