@@ -26,8 +26,9 @@ phases:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a launch: our interpreter's tools first, no GPU unless there is one to be had."""
-    return {**os.environ, "PATH": f"{DEEPSPEED.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    """The environment of a launch: our interpreter's tools first, and the accelerator that the run chooses."""
+    ours = {"PATH": f"{DEEPSPEED.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | ours
 
 
 def tiny_config(folder: Path, text: str = TINY) -> Path:

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -58,7 +59,7 @@ def _at_step_3(rank: int, happens: Callable[[], None]) -> None:
 
         plain, calls = Engine.step, [0]
 
-        def step(self: Engine) -> float:
+        def step(self: Engine) -> Any:
             calls[0] += 1
             if calls[0] == 3:
                 happens()
@@ -108,9 +109,8 @@ def test_a_rank_that_lives_but_does_not_get_on_is_named(
     for log in team.logs:
         assert re.search(r": rank 1 \(in contrastive step 3, .*\) keeps the others waiting", log.read_text())
     records = tmp_path / "tiny" / "logs" / "collectives" / "gloo"
-    ended, others = (
-        [each["retired"] for each in read_dump("rank_", str(records / f"rank_{rank}"))["entries"]] for rank in range(2)
-    )
+    dumps: list[Any] = [read_dump("rank_", str(records / f"rank_{rank}"))["entries"] for rank in range(2)]
+    ended, others = ([each["retired"] for each in entries] for entries in dumps)
     assert not ended[-1] and all(ended[:-1]) and all(others)
 
 

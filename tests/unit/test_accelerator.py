@@ -13,6 +13,7 @@ from distav.engine import Engine, deepspeed_config
 from distav.errors import UserError
 from distav.settings import Precision, Settings
 from distav.world import World
+from tests.helpers.launch import environment
 from tests.helpers.spawn import on_ranks
 
 GPU_HOST = """
@@ -62,9 +63,8 @@ print("accelerator:", get_accelerator().device_name(), os.environ["DS_ACCELERATO
 
 @pytest.mark.parametrize("before", ["", IMPORTED_BEFORE], ids=["not imported", "imported before"])
 def test_a_run_on_the_cpu_of_a_gpu_host_trains_on_the_cpu(before: str):
-    clean = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     command = [sys.executable, "-c", GPU_HOST + before + TRAINS]
-    done = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "accelerator: cpu cpu" in done.stdout
 

@@ -38,16 +38,17 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def new_engine(stage: int, precision: str, depth: int) -> Engine:
+def new_engine(stage: int | None, precision: str, depth: int, world: World = CPU) -> Engine:
     settings = Settings()
     settings.deepspeed.zero_stage, settings.deepspeed.precision = stage, Precision[precision]
     settings.optim.global_batch = 4
-    return Engine(lambda: Net(depth), settings, CPU)
+    return Engine(lambda: Net(depth), settings, world)
 
 
 def step(engine: Engine, scale: float = 1.0) -> Tensor:
     none = torch.zeros(0, dtype=torch.int64)
-    out = engine(Batch(none, none.bool(), none, {"frames": torch.ones(4, 5)}))
+    frames = torch.ones(4, 5, device=next(engine.model.parameters()).device)
+    out = engine(Batch(none, none.bool(), none, {"frames": frames}))
     engine.backward(scale * out["logits"].float().square().mean())
     return engine.step()
 
