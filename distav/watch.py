@@ -84,7 +84,7 @@ class Watch(threading.Thread):
         )
         self.stage, self._place = "start", (0, "nothing")
         self.records: Path | None = None
-        self._done, self._beats = threading.Event(), 0
+        self._done, self._beats, self._gives_up = threading.Event(), 0, False
         self._answered = now = time.monotonic()
         self._deadman = threading.Thread(target=self._await_answers, name="watch's watch", daemon=True)
         self._signs = [_Sign(heard=now, moved=now) for _ in range(num_ranks)]
@@ -96,6 +96,8 @@ class Watch(threading.Thread):
 
     def stop(self) -> None:
         """End the watch; a rank that leaves in order is not missed."""
+        while self._gives_up:  # It ends the process, with its own status.
+            time.sleep(self.interval_s)
         self._done.set()
         self.join(self.interval_s + 1)
         if self.is_alive():  # It waits for a store that answers no more.
@@ -215,6 +217,7 @@ class Watch(threading.Thread):
         return self.store.get("verdict").decode() if self.store.check(["verdict"]) else ""
 
     def _give_up(self, verdict: str) -> None:
+        self._gives_up = True
         print(f"distav: rank {self.rank}: {verdict}. Giving up; the same command goes on.", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         self._write_records()

@@ -1,6 +1,8 @@
 """Whom the watch names where ranks begin collectives and wait for them elsewhere, as they do under NCCL."""
 
 import contextlib
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -11,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from distav.watch import Watch
+from distav.watch import STATUS, Watch
 from distav.world import rank
 from tests.helpers.spawn import on_ranks
+from tests.helpers.team import new_process
 
 TIMEOUT_S = 2.0
 
@@ -114,3 +117,22 @@ def ahead_but_not_waiting() -> str:
 @pytest.mark.parametrize("scenario", [alone, ahead_but_not_waiting])
 def test_ranks_that_do_not_wait_may_work_for_as_long_as_they_like(scenario: Callable[[], str]):
     assert on_ranks(2, scenario) == ["", ""]
+
+
+def fail_while_giving_up() -> None:
+    """As a rank whose collective breaks off when another one has ended."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    watch = Watch("127.0.0.1", store.port, 0, 2, 0.5)
+    began = threading.Event()
+    watch._write_records = lambda: began.set() or time.sleep(2)
+    watch.start()
+    began.wait()
+    watch.stop()
+    sys.exit(1)
+
+
+def test_a_rank_that_gives_up_ends_with_that_status():
+    process = new_process(fail_while_giving_up)
+    process.start()
+    process.join(60)
+    assert process.exitcode == STATUS
