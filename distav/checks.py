@@ -101,10 +101,10 @@ def check(settings: Settings) -> None:
         "0 to 0.5 seconds, since a larger shift makes mismatched pairs",
     )
     _require(
-        settings.deepspeed.zero_stage in (0, 1, 2, 3),
+        settings.deepspeed.zero_stage in (None, 0, 1, 2, 3),
         "deepspeed.zero_stage",
         settings.deepspeed.zero_stage,
-        "0, 1, 2 or 3",
+        "0, 1, 2 or 3, or null for 1 on a GPU and 0 on a CPU",
     )
     _require(bool(settings.phases), "phases", "{}", "at least one phase, e.g. {learn: {kind: contrastive}}")
     corrected = False

@@ -1,8 +1,10 @@
 """The DeepSpeed engine, the only place that knows DeepSpeed."""
 
 import contextlib
+import importlib
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,8 +17,8 @@ from distav.data.order import check_batch
 from distav.engine_state import collect, put_back
 from distav.errors import UserError
 from distav.models.av import parameter_groups
-from distav.settings import Precision, Settings
-from distav.world import World
+from distav.settings import Device, Precision, Settings
+from distav.world import World, collective_timeout
 
 DERIVED_KEYS = (
     "train_batch_size",
@@ -47,8 +49,9 @@ def deepspeed_config(settings: Settings, world: World) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": chosen.zero_stage},
+        "zero_optimization": {"stage": _zero_stage(settings, world)},
         "bf16": {"enabled": trains_in_bf16(settings, world)},
+        "timers": {"throughput": {"enabled": False}},  # It synchronizes the device twice per micro-batch.
     }
     for key, value in chosen.extra.items():
         both = isinstance(value, dict) and isinstance(config.get(key), dict)
@@ -60,6 +63,29 @@ def trains_in_bf16(settings: Settings, world: World) -> bool:
     """Whether the model runs in bfloat16."""
     precision = settings.deepspeed.precision
     return precision is Precision.bf16 or (precision is Precision.auto and world.device.type == "cuda")
+
+
+def _zero_stage(settings: Settings, world: World) -> int:
+    stage = settings.deepspeed.zero_stage
+    return int(world.device.type == "cuda") if stage is None else stage
+
+
+def _set_accelerator(device: torch.device, setting: Device) -> None:
+    """Make DeepSpeed use the run's device; by itself it takes a GPU wherever there is one.
+
+    Raises:
+        UserError: if the environment variable DS_ACCELERATOR names another kind of device.
+    """
+    kind = os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if kind != device.type:
+        raise UserError(
+            f"DS_ACCELERATOR={kind} contradicts run.device={setting.name}, by which this run computes on "
+            f"{device.type}; unset DS_ACCELERATOR or set run.device={'cpu' if kind == 'cpu' else 'gpu'}."
+        )
+    accelerator: Any = importlib.import_module("deepspeed.accelerator")
+    if accelerator.get_accelerator().device_name() != kind:  # DeepSpeed was imported before the device was known.
+        module = importlib.import_module(f"deepspeed.accelerator.{kind}_accelerator")
+        accelerator.set_accelerator(getattr(module, f"{kind.upper()}_Accelerator")())
 
 
 class _AdamW(torch.optim.AdamW):
@@ -80,6 +106,7 @@ class Engine:
 
     def __init__(self, build_model: Callable[[], nn.Module], settings: Settings, world: World):
         # Imported late: it takes seconds, and chooses its accelerator when it is.
+        _set_accelerator(world.device, settings.run.device)
         import deepspeed
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
         from deepspeed.utils import logger
@@ -106,6 +133,8 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=self._adamw, config=self.config, dist_init_required=False
         )
+        # DeepSpeed's own process group has a timeout of half an hour, whatever the run's.
+        self._engine.data_parallel_group.set_timeout(collective_timeout())
 
     @property
     def model(self) -> nn.Module:
@@ -127,23 +156,24 @@ class Engine:
         """
         self._engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan))
 
-    def step(self) -> float:
-        """Update the parameters if the micro-batches of the step are complete; return the gradient norm.
+    def step(self) -> Tensor:
+        """Update the parameters if the micro-batches of the step are complete.
 
         A step whose gradient is not finite is skipped on all ranks: weights and optimiser state stay, see `skipped`.
+
+        Returns:
+            The gradient norm, a scalar. On a GPU, reading it waits for the device: do so in steps that are logged.
         """
         complete = self._engine.is_gradient_accumulation_boundary()
-        norm = self._plain_norm() if self.stage == 0 else None
-        self._adamw.skips = complete and norm is not None and not bool(torch.isfinite(norm))
+        norm = self._plain_norm() if complete and self._optimizer is self._adamw else None
+        self._adamw.skips = norm is not None and not bool(torch.isfinite(norm))
         self._engine.step()
         self.skipped = complete and (self._adamw.skips or not self._engine.was_step_applied())
         norm = self._engine.get_global_grad_norm() if norm is None else norm
-        return float(norm) if norm is not None else float("nan")
+        return torch.as_tensor(float("nan") if norm is None else norm)
 
     def _plain_norm(self) -> Tensor | None:
-        """Return the norm of the averaged gradients where no ZeRO optimiser keeps it."""
-        if not self._engine.is_gradient_accumulation_boundary():
-            return None
+        """Return the norm of the averaged gradients, which DeepSpeed checks in all but plain float32."""
         grads = [each.grad.float().norm() for each in self.model.parameters() if each.grad is not None]
         return torch.stack(grads).norm() if grads else None
 

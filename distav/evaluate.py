@@ -31,7 +31,7 @@ from distav.errors import UserError  # noqa: E402
 from distav.metrics import retrieval  # noqa: E402
 from distav.phase_settings import SupervisedPhase, Targets  # noqa: E402
 from distav.probing import LinearProbe, neighbor_votes  # noqa: E402
-from distav.settings import OptimSettings, RunSettings, Settings  # noqa: E402
+from distav.settings import Device, OptimSettings, RunSettings, Settings  # noqa: E402
 from distav.world import World, broadcast, gather_ragged_rows, joined, own_share, rank, row_range, sum_  # noqa: E402
 
 KINDS = ("knn", "probe", "retrieval", "fine_tune")
@@ -170,7 +170,13 @@ def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: 
         labels=options.labels,
     )
     settings = Settings(
-        run=RunSettings(name=options.out.name, root=str(options.out.parent)),
+        run=RunSettings(
+            name=options.out.name,
+            root=str(options.out.parent),
+            device=Device[options.device],
+            timeout_s=options.timeout_s,
+            threads_per_rank=options.threads,
+        ),
         data=data,
         model=replace(model_settings(description), start_from=str(options.export)),
         optim=OptimSettings(global_batch=options.global_batch, lr=options.lr),

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -69,6 +70,12 @@ def enter(stage: str) -> None:
     """Note what this rank is about, for when it keeps others waiting."""
     if _watch:
         _watch.stage = stage
+
+
+def keep_records(folder: Path) -> None:
+    """Note where this rank writes its last collectives should it give up: FOLDER/BACKEND/rank_N."""
+    if _watch:
+        _watch.records = folder
 
 
 def mark(what: str) -> None:

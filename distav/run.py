@@ -22,6 +22,7 @@ from distav.models.av import AVModel
 from distav.models.parser import FeatureParser
 from distav.monitor import Monitor
 from distav.phase_settings import ContrastivePhase, ParsingPhase
+from distav.rendezvous import keep_records
 from distav.run_folder import claimed
 from distav.settings import Settings
 from distav.stopping import Interrupted, Stop, listening
@@ -159,6 +160,7 @@ def opened(settings: Settings, world: World) -> Iterator[Run]:
     folder = Path(settings.run.root) / settings.run.name
     with ExitStack() as stack:
         stack.enter_context(claimed(folder, settings, world))
+        keep_records(folder / "logs" / "collectives")
         monitor = Monitor(folder, world)
         stack.callback(monitor.close)
         engine = Engine(lambda: _model(settings, data), settings, world)

@@ -258,8 +258,8 @@ class OptimSettings:
 class DeepSpeedSettings:
     """What becomes DeepSpeed's own configuration."""
 
-    zero_stage: int = 0
-    """ZeRO stage 0, 1, 2 or 3; at 3 parameters are created sharded."""
+    zero_stage: int | None = None
+    """ZeRO stage 0, 1, 2 or 3; null: 1 on a GPU, 0 on a CPU. At 3 parameters are created sharded."""
     precision: Precision = Precision.auto
     """auto, fp32 or bf16."""
     extra: dict[str, Any] = field(default_factory=dict[str, Any])

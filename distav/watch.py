@@ -4,32 +4,71 @@ Every rank's watch sends a sign of life to the store of the rendezvous, with the
 begun; the first rank's watch compares them. A rank whose signs stay out has stopped or lost the network. Where all
 live and nobody gets on, the ones that have begun fewest collectives keep the others waiting. Watches run in threads of
 their own and use no collective, so they see what a blocked rank cannot.
+
+Under NCCL a rank begins a collective and goes on; it waits later, wherever it reads a value from the GPU. So whether it
+waits is not seen in its stack but in torch's flight recorder, where each process group notes the last collective begun
+and the last one finished. Nobody is named as long as no rank waits: ranks may work alone for as long as they like.
 """
 
 import faulthandler
+import json
 import os
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
+from torch._C import _distributed_c10d as c10d
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 STATUS = 76
 """Exit status of a rank that gave up waiting for another."""
+RECORDS_S = 10.0
+"""Seconds that writing the flight recorder may take, after which the process ends without."""
 
 
 @dataclass
 class _Sign:
     said: bytes = b""
     count: int = 0
+    finished: int = 0
     waits: bool = False
     place: str = "start"
     heard: float = 0.0
     moved: float = 0.0
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """What torch's flight recorder notes of this process's groups, of all backends.
+
+    Attributes:
+        begun: collectives begun in groups other than the default one, whose collectives `Watch.mark` counts: those of
+            DeepSpeed.
+        finished: a number that changes when a collective ends.
+        under_way: whether a collective has been begun and not finished.
+    """
+
+    begun: int
+    finished: int
+    under_way: bool
+
+    @classmethod
+    def recorded(cls) -> "Collectives":
+        """Read the flight recorders; no lock is taken and CUDA is not asked, so that this never waits."""
+        begun, finished, under_way = 0, 0, False
+        for read in _recorders("_json").values():
+            for group, status in json.loads(read(includeCollectives=False))["pg_status"].items():
+                last, ended = int(status["last_enqueued_collective"]), int(status["last_completed_collective"])
+                begun += last if group != "0" else 0
+                finished += ended
+                under_way |= last != ended
+        return cls(begun, finished, under_way)
 
 
 class Watch(threading.Thread):
@@ -44,7 +83,8 @@ class Watch(threading.Thread):
             address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=max(2.0, timeout_s / 2))
         )
         self.stage, self._place = "start", (0, "nothing")
-        self._done, self._beats = threading.Event(), 0
+        self.records: Path | None = None
+        self._done, self._beats, self._gives_up = threading.Event(), 0, False
         self._answered = now = time.monotonic()
         self._deadman = threading.Thread(target=self._await_answers, name="watch's watch", daemon=True)
         self._signs = [_Sign(heard=now, moved=now) for _ in range(num_ranks)]
@@ -56,6 +96,8 @@ class Watch(threading.Thread):
 
     def stop(self) -> None:
         """End the watch; a rank that leaves in order is not missed."""
+        while self._gives_up:  # It ends the process, with its own status.
+            time.sleep(self.interval_s)
         self._done.set()
         self.join(self.interval_s + 1)
         if self.is_alive():  # It waits for a store that answers no more.
@@ -110,8 +152,10 @@ class Watch(threading.Thread):
 
     def _beat(self) -> None:
         self._beats += 1
-        count = self._place[0]
-        self.store.set(f"sign/{self.rank}", f"{self._beats}|{count}|{int(_waits())}|{self._here()}|{_host()}")
+        seen = Collectives.recorded()
+        count, waits = self._place[0] + seen.begun, seen.under_way or _waits()
+        said = f"{self._beats}|{count}|{seen.finished}|{int(waits)}|{self._here()}|{_host()}"
+        self.store.set(f"sign/{self.rank}", said)
 
     def _here(self) -> str:
         return f"{self.stage}, last collective {self._place[1]}"
@@ -125,10 +169,11 @@ class Watch(threading.Thread):
             if said != sign.said:
                 sign.said, sign.heard = said, now
                 if said and said != b"done":
-                    _, count, waits, what, host = said.decode().split("|", 4)
-                    if int(count) != sign.count:
+                    _, count, finished, waits, what, host = said.decode().split("|", 5)
+                    if (int(count), int(finished)) != (sign.count, sign.finished):
                         sign.moved = now
-                    sign.count, sign.waits, sign.place = int(count), waits == "1", f"{what} on {host}"
+                    sign.count, sign.finished, sign.waits = int(count), int(finished), waits == "1"
+                    sign.place = f"{what} on {host}"
 
     def _silent(self, longest_s: float) -> str:
         """Name the ranks without a sign for so long."""
@@ -148,13 +193,22 @@ class Watch(threading.Thread):
         return verdict
 
     def _behind(self) -> str:
-        """Name the ranks that others wait for: of those that have begun fewest collectives, the ones in none."""
+        """Name the ranks that others wait for: of those that have begun fewest collectives, the ones in none.
+
+        Where all have begun the same collective and none gets out of it, no rank is at fault.
+        """
         here = [(each, sign) for each, sign in enumerate(self._signs) if sign.said != b"done"]
         still_s = time.monotonic() - max(sign.moved for sign in self._signs)
         if still_s <= self.timeout_s or not any(sign.waits for _, sign in here):
             return ""
         fewest = min(sign.count for _, sign in here)
         last = [(each, sign) for each, sign in here if sign.count == fewest]
+        if len(last) == len(here) and all(sign.waits for _, sign in here):
+            place = here[0][1].place
+            return (
+                f"all ranks began collective {fewest} (in {place}) and none has finished it for {still_s:.0f} s; no "
+                "rank is behind, so look at the network between them, and with NCCL_DEBUG=INFO at NCCL"
+            )
         at_fault = [(each, sign) for each, sign in last if not sign.waits] or last
         named = ", ".join(f"rank {each} (in {sign.place})" for each, sign in at_fault)
         return f"{named} keeps the others waiting for {still_s:.0f} s"
@@ -163,11 +217,33 @@ class Watch(threading.Thread):
         return self.store.get("verdict").decode() if self.store.check(["verdict"]) else ""
 
     def _give_up(self, verdict: str) -> None:
+        self._gives_up = True
         print(f"distav: rank {self.rank}: {verdict}. Giving up; the same command goes on.", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        self._write_records()
         if self.rank == 0:
             time.sleep(3 * self.interval_s)  # The others read the verdict here.
         os._exit(STATUS)
+
+    def _write_records(self) -> None:
+        """Write what each backend has recorded of the last collectives, as `torchfrtrace` reads it."""
+        if not self.records:
+            return
+        # Whether they have ended is asked of CUDA, which may never answer, nor let any Python run meanwhile.
+        faulthandler.dump_traceback_later(RECORDS_S, exit=True)
+        for backend, read in _recorders("").items():
+            path = self.records / backend / f"rank_{self.rank}"
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(read(includeCollectives=True, includeStackTraces=True, onlyActive=False))
+            except (OSError, RuntimeError) as error:
+                print(f"distav: rank {self.rank}: {path} could not be written: {error}", file=sys.stderr, flush=True)
+
+
+def _recorders(suffix: str) -> dict[str, Callable[..., bytes]]:
+    """Return the functions of this build of torch that read its flight recorders, by backend."""
+    names = {"gloo": f"_dump_fr_trace{suffix}", "nccl": f"_dump_nccl_trace{suffix}"}
+    return {backend: getattr(c10d, name) for backend, name in names.items() if hasattr(c10d, name)}
 
 
 def _of_communication(error: BaseException) -> bool:
@@ -177,12 +253,12 @@ def _of_communication(error: BaseException) -> bool:
 
 
 def _waits() -> bool:
-    """Whether this process's main thread is inside a collective."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    while frame:
-        if frame.f_code.co_filename.endswith("distributed_c10d.py"):
-            return True
-        frame = frame.f_back
+    """Whether a thread of this process is inside a call of torch.distributed, such as one that sets up a group."""
+    for frame in sys._current_frames().values():
+        while frame:
+            if frame.f_code.co_filename.endswith("distributed_c10d.py"):
+                return True
+            frame = frame.f_back
     return False
 
 

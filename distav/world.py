@@ -43,6 +43,10 @@ class World:
 def joined(device: str, timeout_s: float, threads_per_rank: int = 0) -> Iterator[World]:
     """Join the process group that the launcher describes in the environment; alone, be a world of one.
 
+    On a GPU, cuDNN measures its algorithms at the first batch of each shape and keeps the fastest. Which one wins may
+    differ from start to start, so a run that is resumed on a GPU goes on to the same numbers up to rounding; on a CPU,
+    to the same bits.
+
     Args:
         device: auto, gpu or cpu.
         timeout_s: seconds after which a rank that keeps the others waiting is named, and all of them end.
@@ -64,6 +68,9 @@ def joined(device: str, timeout_s: float, threads_per_rank: int = 0) -> Iterator
     target = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(target)
+        torch.backends.cudnn.benchmark = True
+        # NCCL ends the process where its own watch gets no answer of CUDA for 8 minutes; ours names the rank at fault.
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(max(480, int(2 * timeout_s))))
     else:
         _keep_freed_memory()
     torch.set_num_threads(threads_per_rank or max(1, len(os.sched_getaffinity(0)) // max(1, local_size)))
@@ -81,6 +88,12 @@ def joined(device: str, timeout_s: float, threads_per_rank: int = 0) -> Iterator
             yield World(0, 1, local_rank, target)
         finally:
             dist.destroy_process_group()
+
+
+def collective_timeout() -> timedelta:
+    """Return the timeout of collectives in the process group that `joined` made."""
+    group = dist.distributed_c10d._get_default_group()
+    return group._get_backend(torch.device("cpu")).options._timeout
 
 
 def _keep_freed_memory() -> None:

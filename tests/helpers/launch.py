@@ -26,8 +26,9 @@ phases:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a launch: our interpreter's tools first, no GPU unless there is one to be had."""
-    return {**os.environ, "PATH": f"{DEEPSPEED.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    """The environment of a launch: our interpreter's tools first, and the accelerator that the run chooses."""
+    ours = {"PATH": f"{DEEPSPEED.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | ours
 
 
 def tiny_config(folder: Path, text: str = TINY) -> Path:
@@ -51,13 +52,14 @@ def train(
     """Run a training to its end and return what it printed.
 
     Ranks are forked from one warm process, which takes a second, or started by the deepspeed launcher, which takes
-    half a minute.
+    half a minute. Only the latter may use a GPU.
     """
     if launcher:
         words = command(config, *overrides, ranks=ranks)
         done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=timeout_s, check=False)
         said, good = done.stdout + done.stderr, done.returncode == 0
     else:
+        assert "run.device=gpu" not in overrides, "forked ranks compute on the CPU; give launcher=True for a GPU"
         with tempfile.TemporaryDirectory() as folder:
             team = Team(ranks, ["--config", str(config), *overrides], Path(folder))
             statuses = team.end(timeout_s)

@@ -1,6 +1,7 @@
 """Trainings of several ranks without a launcher, to be killed, stopped and started again in quick succession.
 
-Ranks are forked from a server that has imported everything, so that a start takes a second and not a minute.
+Ranks are forked from a server that has imported everything, so that a start takes a second and not a minute. They
+compute on the CPU: what is forked cannot use a GPU that its parent has asked for.
 """
 
 import hashlib
@@ -12,14 +13,24 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import safetensors.torch
 
 _PRELOADED = ["distav.train", "distav.run", "distav.phases.table", "distav.report", "deepspeed"]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(_PRELOADED)
+
+
+def new_process(target: Callable[..., None], *arguments: Any, daemon: bool = False) -> ForkServerProcess:
+    """Return a process, not yet started, that is forked from the server; DeepSpeed takes the CPU there."""
+    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):
+        forkserver.ensure_running()
+    return context.Process(target=target, args=arguments, daemon=daemon)
 
 
 class Team:
@@ -42,9 +53,7 @@ class Team:
             port = free.getsockname()[1]
         self.logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
         self.ranks = [
-            context.Process(
-                target=_rank, args=(rank, num_ranks, port, tuple(arguments), str(self.logs[rank]), before, module)
-            )
+            new_process(_rank, rank, num_ranks, port, tuple(arguments), str(self.logs[rank]), before, module)
             for rank in range(num_ranks)
         ]
         for each in self.ranks:
@@ -108,8 +117,8 @@ def _rank(
     }  # fmt: skip
     if before:
         before(rank)
-    threads = ["run.threads_per_rank=1"] if module == "distav.train" else ["--threads=1"]
-    sys.exit(importlib.import_module(module).main([*arguments, *threads]))
+    cpu = ["run.device=cpu", "run.threads_per_rank=1"] if module == "distav.train" else ["--device=cpu", "--threads=1"]
+    sys.exit(importlib.import_module(module).main([*arguments, *cpu]))
 
 
 def run_whole(

@@ -7,9 +7,11 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from torch.distributed.flight_recorder.components.loader import read_dump
 
 from distav.stopping import STATUS as ASKED
 from distav.watch import STATUS as GAVE_UP
@@ -57,7 +59,7 @@ def _at_step_3(rank: int, happens: Callable[[], None]) -> None:
 
         plain, calls = Engine.step, [0]
 
-        def step(self: Engine) -> float:
+        def step(self: Engine) -> Any:
             calls[0] += 1
             if calls[0] == 3:
                 happens()
@@ -89,12 +91,27 @@ def test_the_fault_of_one_rank_is_told_by_all(tiny_shards: Path, tmp_path: Path)
     run_whole(2, given, tmp_path / "second")
 
 
-@pytest.mark.long
-def test_a_rank_that_lives_but_does_not_get_on_is_named(tiny_shards: Path, tmp_path: Path):
-    team = Team(2, arguments(tmp_path, tiny_shards), tmp_path / "first", _dawdle_at_step_3)
+def _dawdle_and_wait_unseen(rank: int) -> None:
+    """As under NCCL, where a rank that waits is in no call of torch.distributed."""
+    from distav import watch
+
+    watch._waits = lambda: False
+    _dawdle_at_step_3(rank)
+
+
+@pytest.mark.parametrize("before", [pytest.param(_dawdle_at_step_3, marks=pytest.mark.long), _dawdle_and_wait_unseen])
+def test_a_rank_that_lives_but_does_not_get_on_is_named(
+    tiny_shards: Path, tmp_path: Path, before: Callable[[int], None]
+):
+    team = Team(2, arguments(tmp_path, tiny_shards), tmp_path / "first", before)
     statuses = team.end(60)
     assert statuses == [GAVE_UP, GAVE_UP], (statuses, team.said()[-6000:])
-    assert re.search(r"rank 0: rank 1 \(in contrastive step 3, .*\) keeps the others waiting", team.logs[0].read_text())
+    for log in team.logs:
+        assert re.search(r": rank 1 \(in contrastive step 3, .*\) keeps the others waiting", log.read_text())
+    records = tmp_path / "tiny" / "logs" / "collectives" / "gloo"
+    dumps: list[Any] = [read_dump("rank_", str(records / f"rank_{rank}"))["entries"] for rank in range(2)]
+    ended, others = ([each["retired"] for each in entries] for entries in dumps)
+    assert not ended[-1] and all(ended[:-1]) and all(others)
 
 
 def test_a_killed_rank_is_named_by_the_others(tiny_shards: Path, tmp_path: Path):

@@ -36,6 +36,13 @@ def test_phases_keep_their_order_and_are_typed_by_kind(file: Path):
     assert settings.deepspeed.extra == {"a": {"b": 1}}
 
 
+def test_the_zero_stage_is_the_devices_unless_a_number_is_given(file: Path):
+    assert config.load(file).deepspeed.zero_stage is None
+    assert "zero_stage: null" in config.to_yaml(config.load(file))
+    assert config.load(file, ["deepspeed.zero_stage=3"]).deepspeed.zero_stage == 3
+    assert config.load(file, ["deepspeed.zero_stage=null"]).deepspeed.zero_stage is None
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
@@ -57,7 +64,8 @@ def test_phases_keep_their_order_and_are_typed_by_kind(file: Path):
         ("bank.replicate_below_mib=-1", ["bank.replicate_below_mib=-1", "0 or more"]),
         ("optim.beta1=1", ["optim.beta1=1"]),
         ("augment.shift_s=1", ["augment.shift_s=1", "0 to 0.5"]),
-        ("deepspeed.zero_stage=4", ["deepspeed.zero_stage=4", "0, 1, 2 or 3"]),
+        ("deepspeed.zero_stage=4", ["deepspeed.zero_stage=4", "0, 1, 2 or 3, or null"]),
+        ("deepspeed.zero_stage=auto", ["deepspeed.zero_stage", "'auto'", "Integer"]),
         ("phases.learn.temperature=0", ["phases.learn.temperature=0", "above 0"]),
         ("optim.lr", ["key=value"]),
         ("optim.lr=[", ["optim.lr=["]),

@@ -1,0 +1,100 @@
+"""DeepSpeed computes where the run does, also where it would find a GPU."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from distav.engine import Engine, deepspeed_config
+from distav.errors import UserError
+from distav.settings import Precision, Settings
+from distav.world import World
+from tests.helpers.launch import environment
+from tests.helpers.spawn import on_ranks
+
+GPU_HOST = """
+from unittest import mock
+
+gpu_host = mock.patch.multiple("torch.cuda", is_available=lambda: True, device_count=lambda: 1)
+"""
+IMPORTED_BEFORE = """
+with gpu_host:
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    assert get_accelerator().device_name() == "cuda"
+"""
+TRAINS = """
+import os
+import torch
+from torch import nn
+from distav.data.loader import Batch
+from distav.engine import Engine
+from distav.settings import Device, Settings
+from distav.world import joined
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.classify = nn.Linear(5, 3)
+
+    def forward(self, frames, seeds):
+        return {"logits": self.classify(frames)}
+
+settings = Settings()
+settings.run.device, settings.optim.global_batch = Device.cpu, 4
+with joined("cpu", 60, 1) as world:
+    with gpu_host:
+        engine = Engine(Net, settings, world)
+    none = torch.zeros(0, dtype=torch.int64)
+    before = engine.model.classify.weight.detach().clone()
+    out = engine(Batch(none, none.bool(), none, {"frames": torch.ones(4, 5)}))
+    engine.backward(out["logits"].square().mean())
+    assert engine.step() > 0 and not engine.skipped and engine.stage == 0
+    assert engine.model.classify.weight.device.type == "cpu" and not torch.equal(engine.model.classify.weight, before)
+from deepspeed.accelerator import get_accelerator
+print("accelerator:", get_accelerator().device_name(), os.environ["DS_ACCELERATOR"])
+"""
+
+
+@pytest.mark.parametrize("before", ["", IMPORTED_BEFORE], ids=["not imported", "imported before"])
+def test_a_run_on_the_cpu_of_a_gpu_host_trains_on_the_cpu(before: str):
+    command = [sys.executable, "-c", GPU_HOST + before + TRAINS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "accelerator: cpu cpu" in done.stdout
+
+
+def test_a_ds_accelerator_that_contradicts_the_device_is_named(monkeypatch: pytest.MonkeyPatch):
+    cpu = World(0, 1, 0, torch.device("cpu"))
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(UserError, match="DS_ACCELERATOR=cuda contradicts run.device=auto, .* computes on cpu"):
+        Engine(lambda: nn.Linear(1, 1), Settings(), cpu)
+
+
+def chosen() -> tuple[str, str]:
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    return os.environ["DS_ACCELERATOR"], accelerator.device_name()
+
+
+def test_forked_ranks_take_the_cpu():
+    assert on_ranks(1, chosen)[0] == ("cpu", "cpu")
+
+
+def test_the_zero_stage_follows_the_device_unless_it_is_set():
+    on_cpu, on_gpu = (World(0, 1, 0, torch.device(kind)) for kind in ("cpu", "cuda"))
+    settings = Settings()
+    for world, stage in ((on_cpu, 0), (on_gpu, 1)):
+        assert deepspeed_config(settings, world)["zero_optimization"]["stage"] == stage
+    settings.deepspeed.precision = Precision.fp32
+    assert deepspeed_config(settings, on_gpu)["zero_optimization"]["stage"] == 1
+    for stage in range(4):
+        settings.deepspeed.zero_stage = stage
+        for world in (on_cpu, on_gpu):
+            assert deepspeed_config(settings, world)["zero_optimization"]["stage"] == stage
