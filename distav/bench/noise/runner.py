@@ -50,6 +50,7 @@ class Bench:
         phase_1 = dict.fromkeys(job.phase_1 for job in waiting if job.phase_1)
         missing = [job for job in phase_1 if job and not self.result_path(job).exists()]
         waiting = _before_their_users(waiting, missing)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Or DeepSpeed looks for a GPU before the server forks.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(PRELOADED))
         running: dict[Job, tuple[ForkServerProcess, float]] = {}
