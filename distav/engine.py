@@ -80,7 +80,7 @@ def _set_accelerator(device: torch.device, setting: Device) -> None:
     if kind != device.type:
         raise UserError(
             f"DS_ACCELERATOR={kind} contradicts run.device={setting.name}, by which this run computes on "
-            f"{device.type}; unset DS_ACCELERATOR or set run.device={'cpu' if kind == 'cpu' else 'gpu'}."
+            f"{device.type}; unset DS_ACCELERATOR or change run.device."
         )
     accelerator: Any = importlib.import_module("deepspeed.accelerator")
     if accelerator.get_accelerator().device_name() != kind:  # DeepSpeed was imported before the device was known.
