@@ -127,7 +127,7 @@ class Judges:
         self.labels = own[self.chosen]
         self.counts = sum_(torch.bincount(self.labels, minlength=num_classes).double())
         self.number = max(1, int(self.counts.sum()))
-        self.even = even_matrix(1.0, num_classes).to(self.counts)
+        self.even, self.rates = even_matrix(1.0, num_classes).to(self.counts), rates(num_classes).to(own.device)
 
     def _tiles(self, width: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield places [t] and given labels [t] of some of this rank's judges at a time."""
@@ -141,7 +141,7 @@ class Judges:
             votes: [n, C] of this rank, each without a part of the sample's own label.
             prior: [R] log-probability of the rates, from votes judged before.
         """
-        at = rates(self.num_classes).to(votes.device)
+        at = self.rates
         confusions = [self.even, self._confusion(votes)]
         by_label = [each.T.contiguous() for each in confusions]
         likelihoods = self.counts.new_zeros(len(confusions), len(at), len(SHARPNESS))
@@ -197,8 +197,8 @@ class Judges:
         Returns:
             [n, C] pooled shares, and the weights.
         """
-        at = rates(self.num_classes)[::5] if rate is None else torch.tensor([rate], dtype=torch.float64)
-        at, tried = at.to(self.counts), self.counts.new_tensor(list(_weightings(len(experts))))
+        at = self.rates[::5] if rate is None else self.counts.new_tensor([rate])
+        tried = self.counts.new_tensor(list(_weightings(len(experts))))
         likelihood, by_label = self.counts.new_zeros(len(tried), len(at)), confusion.T.contiguous()
         for rows, labels in self._tiles(len(experts) * self.num_classes):
             logs = torch.stack([each[rows].double().clamp_min_(LEAST_SHARE).log_() for each in experts])

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from distav.robust import correspondence
 from distav.robust.correspondence import cdf_correspondence, fit_mixture, gmm_correspondence, sample_weights
 
 
@@ -40,3 +41,14 @@ def test_cdf_weights_lessen_the_share_of_wrong_pairs_as_known(rate: float, carri
     similarity, wrong = mixture(rate)
     weights = sample_weights(cdf_correspondence(similarity), 0.25)
     assert (weights[wrong].sum() / weights.sum()).item() == pytest.approx(carried, abs=0.01)
+
+
+def test_more_pairs_than_torch_quantile_takes_are_fitted_alike(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(correspondence, "NUM_ITERATIONS", 1)
+    some = mixture(0.4, num=2**17)[0]
+    many = torch.cat([some.repeat(2**24 // len(some)), some[:: len(some) // 4]])
+    assert len(many) > 2**24
+    few, found = gmm_correspondence(some), gmm_correspondence(many)
+    for name in ("means", "variances", "shares"):
+        assert getattr(found[1], name) == pytest.approx(getattr(few[1], name), rel=1e-5)
+    torch.testing.assert_close(found[0][-len(some) - 4 : -4], few[0], rtol=0, atol=1e-4)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distav.losses.parsing import modality_losses, segment_losses, video_losses
+from distav.losses.parsing import binary_cross_entropy, modality_losses, segment_losses, video_losses
 from distav.models.parser import Attention, AttentivePooling, EventParser, HybridLayer, SegmentEmbedding, Stream
 
 SEEDS = torch.arange(3)
@@ -122,3 +122,32 @@ def test_losses_are_the_published_means():
         for n in range(2)
     ]
     torch.testing.assert_close(segment_losses(logits, harvested), torch.stack(each))  # type: ignore[arg-type]
+
+
+def test_binary_cross_entropy_and_its_gradient_are_pytorchs_at_the_ends_too():
+    values = torch.tensor([0.0, 1e-44, 1e-30, 1e-7, 0.3, 0.5, 1 - 1e-7, 1.0])
+    probability = values.repeat(3, 1).requires_grad_()
+    target = torch.tensor([0.0, 0.05, 1.0])[:, None].expand_as(probability)
+    found = []
+    for each in (
+        binary_cross_entropy(probability, target),
+        F.binary_cross_entropy(probability, target, reduction="none"),
+    ):
+        gradient = torch.autograd.grad(each.sum(), probability)[0]
+        assert torch.isfinite(each).all() and torch.isfinite(gradient).all()
+        found.append((each.detach(), gradient))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)
+    assert float(found[0][0][2, 0]) == 100
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, -0.1, 1.1])
+def test_what_is_no_probability_makes_the_loss_nan_where_it_is(wrong: float):
+    """PyTorch raises on a CPU, and on a GPU ends every later operation of the process."""
+    probability, weak = torch.full((3, 2, 4), 0.4), torch.ones(3, 4)
+    probability[1, 0, 2] = wrong
+    probability.requires_grad_()
+    for losses in (modality_losses(probability, weak), video_losses(probability[:, 0], weak)):
+        assert torch.isnan(losses).tolist() == [False, True, False]
+    if wrong != wrong:
+        gradient = torch.autograd.grad(modality_losses(probability, weak).sum(), probability)[0]
+        assert torch.isnan(gradient).nonzero().tolist() == [[1, 0, 2]]
