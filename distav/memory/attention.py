@@ -192,8 +192,9 @@ def _flex(asked: Asked) -> Attended:
     keys, scale = asked.keys, asked.scale
     if not isinstance(scale, Tensor):
         scale = torch.full((), scale, device=keys.device)
+    exclude = None if asked.exclude is None else asked.exclude.int()
     queries = asked.queries.to(keys.dtype).expand(len(keys), 1, -1, -1).contiguous()
-    lse, out = _compiled_flex()(queries, keys[:, None], asked.values[:, None], scale, asked.bias, asked.exclude)
+    lse, out = _compiled_flex()(queries, keys[:, None], asked.values[:, None], scale, asked.bias, exclude)
     return lse[:, 0], out[:, 0]
 
 
@@ -210,7 +211,15 @@ def _flex_attention(
                 score = torch.where(exclude[part, row, entry] == column, -torch.inf, score)
         return score
 
-    found: Any = flex_attention(queries, keys, values, score_mod=modified, scale=1.0, return_aux=AuxRequest(lse=True))
+    found: Any = flex_attention(
+        queries,
+        keys,
+        values,
+        score_mod=modified,
+        scale=1.0,
+        kernel_options={"BACKEND": "TRITON"},  # for few queries too, so that one kernel is tried and used
+        return_aux=AuxRequest(lse=True),
+    )
     return found[1].lse, found[0]
 
 
@@ -275,8 +284,8 @@ class BackEnd:
 
 def _aligned(rows: Tensor) -> bool:
     """Whether rows can be loaded 16 bytes at a time."""
-    bytes_per_row = rows.stride(0) * rows.element_size()
-    return rows.stride(1) == 1 and bytes_per_row % 16 == 0 and rows.data_ptr() % 16 == 0
+    begins = rows.storage_offset(), rows.stride(0)
+    return rows.stride(1) == 1 and all(each * rows.element_size() % 16 == 0 for each in begins)
 
 
 def _named(dtype: torch.dtype) -> str:
@@ -310,13 +319,13 @@ def probe(back_end: BackEnd, device: torch.device, width: int, with_bias: bool, 
     dtype = back_end.dtypes[0]
     queries, keys = rows[:300].to(device, dtype), rows[300:].to(device, dtype)
     bias = torch.linspace(-1, 1, 2500, device=device) if with_bias else None
-    exclude = torch.arange(300 * num_excluded, device=device).view(300, -1) if num_excluded else None
+    exclude = torch.arange(300 * num_excluded, device=device).view(300, -1) % 2500 if num_excluded else None
     asked = Asked(queries, keys, keys, 10.0, bias, exclude)
     close, fault = 1e-4 if dtype is torch.float32 else 2e-2, ""
     try:
         found = back_end.run(asked)
         errors = [float((ours - true).abs().max()) for ours, true in zip(found, reference(asked), strict=True)]
-        if not max(errors) < close:
+        if not all(each < close for each in errors):
             fault = f"lse off by {errors[0]:.2g}, average by {errors[1]:.2g}; allowed: {close:g}"
     except Exception as error:  # noqa: BLE001  # whatever a private operator raises, it cannot be used
         fault = f"{type(error).__name__}: {textwrap.shorten(str(error), 300)}"

@@ -1,6 +1,9 @@
 """The bank takes no more memory than it must, and a step on it never makes the host wait for a GPU."""
 
 import math
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,3 +162,46 @@ def test_rows_are_filled_as_if_all_at_once(num: int, dim: int):
     bank.restart()
     assert all(torch.equal(column, state[name]) for name, column in bank.columns.items())
     assert all(torch.equal(bank.keys(name), bank.columns[name].bfloat16()) for name in ("visual", "audio"))
+
+
+TILE_BYTES = 64 * 2**20
+
+
+def resident(name: str) -> int:
+    """A size from the kernel's account of this process, in bytes."""
+    line = next(each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def growth(work: Callable[[], object]) -> int:
+    """By how many bytes the peak of this process rises above what it holds now."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = resident("VmRSS")
+    work()
+    return resident("VmHWM") - before
+
+
+def bank_growths(num: int) -> tuple[int, dict[str, int]]:
+    """The size of a bank and what it takes to build it and to bring it up to date."""
+    torch.set_num_threads(1)
+    Bank(4096, 128, 0.5, CPU).state()  # what the libraries allocate once
+    banks: list[Bank] = []
+    found = {"build": growth(lambda: banks.append(Bank(num, 128, 0.5, CPU, dtype=torch.bfloat16)))}
+    (bank,) = banks
+    size = sum(each.nbytes for each in [*bank.columns.values(), bank.keys("visual"), bank.keys("audio")])
+    state = bank.state()
+    for name, work in (
+        ("restart", bank.restart),
+        ("refresh", bank.refresh),
+        ("restore", lambda: bank.restore([state])),
+    ):
+        found[name] = growth(work)
+    return size, found
+
+
+@pytest.mark.parametrize("num", [100_000, pytest.param(2_000_000, marks=pytest.mark.long)])
+def test_a_bank_takes_little_more_memory_than_its_rows(num: int):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        size, found = pool.apply(bank_growths, (num,))
+    assert found.pop("build") <= 1.3 * size + TILE_BYTES
+    assert all(each <= TILE_BYTES for each in found.values()), found

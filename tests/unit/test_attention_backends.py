@@ -1,0 +1,149 @@
+"""Which attention back end is chosen, what the log says of it, and how often FlexAttention is compiled."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+
+from distav.memory import attention
+from distav.memory.attention import BACK_ENDS, Asked, BackEnd, best_back_end, reference, tiles
+from distav.memory.softmax import attend
+
+FLEX = next(each for each in BACK_ENDS if each.name == "flex")
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+@pytest.fixture
+def said() -> Iterator[list[logging.LogRecord]]:
+    """What the library's logger is told, with back ends tried and chosen as if for the first time."""
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    records: list[logging.LogRecord] = []
+    logger, handler = logging.getLogger("distav"), Keep()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    attention.probe.cache_clear()
+    attention._tell.cache_clear()
+    yield records
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+@pytest.mark.parametrize("excluded", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_flex_attention_is_compiled_once_for_all_temperatures(
+    biased: bool, excluded: bool, monkeypatch: pytest.MonkeyPatch
+):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attention._flex_attention, dynamic=True, fullgraph=True, backend=counter)
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: compiled)
+    monkeypatch.setattr(attention, "_num_parts", lambda queries, num_keys: num_keys // 100)
+    temperatures = [0.02 + 0.01 * each for each in range(14)]
+    for number, temperature in enumerate([*temperatures, torch.tensor(0.5), torch.tensor(0.6)]):
+        num_queries, num_keys = 20 + number % 3, 300 + 41 * number  # with rows left over, in 3 to 9 parts
+        queries, keys, values = unit(num_queries, 16), unit(num_keys, 16, seed=1), unit(num_keys, 16, seed=2)
+        bias = torch.linspace(-2, 2, num_keys) if biased else None
+        exclude = torch.randint(-1, num_keys, (num_queries, 1)) if excluded else None
+        if exclude is not None:
+            exclude[0] = num_keys - 1  # among those left over
+        asked = Asked(queries, keys, values, 1 / temperature, bias, exclude)
+        for ours, expected in zip(FLEX.run(asked), reference(asked), strict=True):
+            torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("back_end", ["flash-cpu", "tiles"])
+def test_a_temperature_on_the_device_is_a_temperature(back_end: str):
+    queries, keys = unit(20, 16), unit(2500, 16, seed=1)
+    found = attend(queries, keys, keys, torch.tensor(0.07), back_end=back_end)
+    for ours, expected in zip(found, attend(queries, keys, keys, 0.07, back_end=back_end), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def on_gpu(num_keys: int = 100, width: int = 64, offset: int = 0, **more: object) -> Asked:
+    """What could be asked of a GPU, without one."""
+    with FakeTensorMode():
+        numbers = torch.empty(offset + num_keys * width, dtype=torch.bfloat16, device="cuda")
+        keys = numbers[offset:].view(num_keys, width)
+        queries = torch.empty(30, width, device="cuda")
+        bias = torch.empty(num_keys, device="cuda") if more.get("bias") else None
+        exclude = torch.empty(30, 1, dtype=torch.int64, device="cuda") if more.get("exclude") else None
+        values = torch.empty(num_keys, more["values"], device="cuda") if "values" in more else keys  # type: ignore[arg-type]
+        return Asked(queries, keys, values, 10.0, bias, exclude)
+
+
+GPU = ["cudnn", "flash", "flex"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "able", "reason"),
+    [
+        (on_gpu(), GPU, ""),
+        (on_gpu(num_keys=2), GPU, ""),
+        (on_gpu(num_keys=1), ["flash", "flex"], "takes no fewer than 2 keys"),
+        (on_gpu(num_keys=0), [], "takes no fewer than 2 keys"),
+        (on_gpu(width=136), ["flash", "flex"], "takes widths from 8 to 128 in steps of 8"),
+        (on_gpu(width=8), ["cudnn", "flash"], ""),
+        (on_gpu(width=60), [], "takes widths from 8 to 128 in steps of 8"),
+        (on_gpu(offset=8), GPU, ""),
+        (on_gpu(offset=4), [], "takes only rows that begin at multiples of 16 bytes"),
+        (on_gpu(bias=True), ["flex"], "takes no bias"),
+        (on_gpu(exclude=True), ["flex"], "takes no excluded keys"),
+        (on_gpu(values=32), [], "takes values only as wide as keys"),
+        (Asked(unit(3, 8), unit(5, 8), unit(5, 8), 1.0), ["flash-cpu"], "needs cuda"),
+        (Asked(unit(3, 8), unit(0, 8), unit(0, 8), 1.0), [], "needs cuda"),
+    ],
+)
+def test_back_ends_are_asked_only_for_what_they_can_do(asked: Asked, able: list[str], reason: str):
+    assert [each.name for each in BACK_ENDS if each.suits(asked)] == [*able, "tiles"]
+    assert BACK_ENDS[0].unsuited(asked) == reason
+
+
+def test_the_log_says_once_which_back_end_serves_and_why(said: list[logging.LogRecord]):
+    rows, bias = unit(40, 16), torch.zeros(40)
+    for _ in range(3):
+        best_back_end(Asked(rows, rows, rows, 1.0, bias))
+        best_back_end(Asked(rows[:7], rows[:30], rows[:30], 5.0, bias[:30]))
+    best_back_end(Asked(rows, rows, rows, 1.0, None, torch.zeros(40, 1, dtype=torch.int64)))
+    assert [each.getMessage() for each in said] == [
+        "attention (cpu, float32, width 16, bias): flash-cpu; cudnn needs cuda; flash needs cuda; flex needs cuda",
+        "attention (cpu, float32, width 16, 1 excluded): tiles; cudnn needs cuda; flash needs cuda; flex needs cuda; "
+        "flash-cpu takes no excluded keys",
+    ]
+    assert all(each.levelno == logging.INFO for each in said)
+
+
+def test_the_log_warns_of_a_back_end_that_fails_its_probe(
+    said: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+):
+    def not_a_number(asked: Asked) -> tuple[Tensor, Tensor]:
+        lse, out = tiles(asked)
+        return lse, out * torch.nan
+
+    wrong = BackEnd("wrong", lambda asked: tuple(2 * each for each in tiles(asked)), "cpu")  # type: ignore[arg-type]
+    broken = BackEnd("broken", lambda asked: asked.no_such_operator, "cpu")  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        attention, "BACK_ENDS", (wrong, broken, BackEnd("undefined", not_a_number, "cpu"), *attention.BACK_ENDS[-1:])
+    )
+    rows = unit(40, 16)
+    for _ in range(3):
+        assert best_back_end(Asked(rows, rows, rows, 1.0)).name == "tiles"
+    warnings = [each.getMessage() for each in said if each.levelno == logging.WARNING]
+    assert len(warnings) == 3 and len(said) == 4
+    assert "back end wrong failed its probe on cpu, width 16: lse off by" in warnings[0]
+    assert "broken failed" in warnings[1] and "AttributeError: 'Asked' object has no attribute" in warnings[1]
+    assert "average by nan" in warnings[2]
+    assert said[-1].getMessage().startswith("attention (cpu, float32, width 16): tiles; wrong lse off by")
