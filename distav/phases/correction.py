@@ -159,7 +159,7 @@ def _report(run: Run, name: str, found: Correction) -> None:
     if labels.true is not None:
         accuracy = label_accuracy(labels.given, corrected, labels.true)
         accuracy |= {
-            f"calibration_error_{each}": _calibration_error(getattr(found, each), labels.true)
+            f"calibration_error_{each}": calibration_error(getattr(found, each), labels.true)
             for each in ("held_out", "posterior")
         }
         record |= {f"labels/{key}": value for key, value in accuracy.items() if value is not None}
@@ -199,7 +199,7 @@ def _report(run: Run, name: str, found: Correction) -> None:
         )
 
 
-def _calibration_error(shares: Tensor, true: np.ndarray) -> float:
+def calibration_error(shares: Tensor, true: np.ndarray) -> float:
     """Return the calibration error over all ranks, of which each sends its largest shares and not whole rows.
 
     Args:

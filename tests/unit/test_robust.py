@@ -1,14 +1,19 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from distav.metrics import auroc, expected_calibration_error, label_accuracy
-from distav.robust.calibration import Judges
+from distav.phases.correction import calibration_error
+from distav.robust import tiles
+from distav.robust.calibration import Calibration, Judges
 from distav.robust.correction import Before, Space, Voting, correct, fitting_neighbors
 from distav.robust.noise_rate import even_matrix
 from distav.robust.pairing import agreement, pair_evidence
 from distav.robust.votes import Neighborhood, standardised
+from distav.robust.ways import Problem, by_labels
 
 
 def scene(noise: float, swapped: float, num: int = 1000, classes: int = 10, spread: float = 0.7):
@@ -192,6 +197,68 @@ def test_a_label_never_reaches_its_own_vote():
     assert moved[0] == 100 and moved[10] > 50
 
 
+def test_a_correction_does_not_hang_on_the_size_of_tiles(monkeypatch: pytest.MonkeyPatch):
+    visual, audio, given, _, _ = scene(0.4, 0.3, num=300, spread=1.5)
+    valid = torch.arange(300) != 5
+    teachers = opinion(given, 0.6, 5), opinion(given, 0.5, 6)
+    found = []
+    for numbers in (2**17, 1000):
+        monkeypatch.setitem(tiles.TILE_NUMBERS, "cpu", numbers)
+        voting = Voting((20,), (0, 20), (0.1, 0.3))
+        found.append(
+            correct([Space("rows", visual, audio)], given, 10, torch.arange(300), valid, voting, None, teachers)
+        )
+    assert found[0].chosen == found[1].chosen
+    for name in (
+        "held_out",
+        "posterior",
+        "audio_held_out",
+        "audio_posterior",
+        "correspondence",
+        "noise_matrix",
+        "told",
+    ):
+        torch.testing.assert_close(getattr(found[1], name), getattr(found[0], name), rtol=1e-4, atol=1e-5, msg=name)
+
+
+class _Scripted(Judges):
+    """Judges whose findings on one way after the other are known."""
+
+    def calibrate(self, votes: torch.Tensor, prior: torch.Tensor | None = None) -> Calibration:
+        found = replace(super().calibrate(votes, prior), per_sample=self.found[0][0], entropy=self.found[0][1])
+        self.found = self.found[1:]
+        return found
+
+    def chance(self) -> float:
+        return 0.0
+
+
+@pytest.mark.parametrize(
+    ("found", "wins"),
+    [
+        ([(0.56, 1.0), (0.58, 1.1), (0.60, 1.2), (0.1, 0.1)], 1),  # The first leads until the third leaves it behind.
+        ([(0.56, 1.0), (0.58, 1.2), (0.60, 1.1), (0.1, 0.1)], 2),
+        ([(0.56, 1.3), (0.58, 1.2), (0.1, 0.1), (0.59, 1.1)], 3),
+        ([(0.60, 1.0), (0.58, 1.1), (0.1, 0.1), (0.1, 0.1)], 0),
+    ],
+)
+def test_votes_that_were_given_up_are_counted_again_where_they_win(found: list[tuple[float, float]], wins: int):
+    visual, audio, given, _, _ = scene(0.4, 0.0, num=300, spread=1.5)
+    every, groups = torch.ones(300, dtype=torch.bool), torch.arange(300)
+    judges = _Scripted(given, 10, every)
+    judges.found = found
+    voting = Voting((20,), (0, 20), (0.1,), (0.0, 0.5))
+    problem = Problem(given, given, 10, groups, every, every, voting, judges)
+    elected, votes = by_labels(problem, [Space("rows", visual, audio)], lambda space: space.visual, None)
+    whitening, second = ((0.0, 0), (0.0, 20), (0.5, 0), (0.5, 20))[wins]
+    assert elected.name == f"rows, whitening {whitening:g}, k 20, temperature 0.1, second vote of {second}"
+    election = Neighborhood(standardised(visual, every, voting.width, whitening), 20, groups, every).election(
+        given, 10, 20, 0.1
+    )
+    expected = election.second_vote(given, 20) if second else election.shares
+    torch.testing.assert_close(votes, Judges(given, 10, every).calibrate(expected).sharpened(expected))
+
+
 def test_whitening_evens_out_the_axes():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(4000, 6, generator=generator) * torch.tensor([100.0, 10.0, 1.0, 1.0, 1.0, 1.0]) + 5
@@ -257,6 +324,7 @@ def test_calibration_error_of_known_shares():
     shares = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.4, 0.6]])
     assert expected_calibration_error(shares, np.array([0, 1, 0, 1])) == pytest.approx((2 * 0.4 + 2 * 0.4) / 4)
     assert expected_calibration_error(np.eye(3), np.arange(3)) == 0
+    assert calibration_error(torch.from_numpy(shares), np.array([0, 1, 0, 1])) == pytest.approx(0.4)
 
 
 def test_auroc_and_label_accuracy():
