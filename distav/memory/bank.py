@@ -19,7 +19,7 @@ from distav.memory.visitors import Visitors
 from distav.seeding import sample_seeds, uniform
 from distav.world import exchange, gather_ragged_rows, num_ranks, own_rows, rank, row_range
 
-_TILE_NUMBERS, _TILE_NUMBERS_ON_GPU = 2**18, 2**22
+_TILE_NUMBERS, _TILE_NUMBERS_ON_GPU = 2**18, 2**20
 """Numbers of a column that are computed at a time."""
 _MODALITIES = ("visual", "audio")
 
