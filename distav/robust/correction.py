@@ -93,6 +93,8 @@ def correct(
     what the sounds of their neighbours were found to be: a group of pictures that wrong labels have outvoted is put
     right by its sounds. Clips vote in both senses together. All are pooled by what each adds.
 
+    At most M + 2 tables [n, C] float32 are held at a time, where M votes are pooled that are no arguments.
+
     Args:
         spaces: features of this rank's ids, `row_range(N)`.
         given: [N] int64 labels.

@@ -69,18 +69,26 @@ class Problem:
 
 
 FeaturesOf = Callable[[Space], Tensor]
-"""Takes the features [n, E] that neighbours are looked for by out of a space, or makes them of it."""
+"""Returns the features [n, E] of a space that neighbours are searched by."""
 
 
 @dataclass(frozen=True, eq=False)
 class Way:
-    """How neighbours vote: all that is kept of a vote that may be counted again."""
+    """How neighbours vote: all that is needed to count the same votes again.
+
+    Attributes:
+        space: where neighbours are looked for.
+        whitening: power by which the principal axes are evened out.
+        k: voters of the first vote.
+        temperature: divides the similarity in a neighbour's weight.
+        second: voters of the second vote; 0 for one vote alone.
+    """
 
     space: Space
     whitening: float
     k: int
     temperature: float
-    second: int = 0
+    second: int
 
     @property
     def features(self) -> str:
@@ -139,11 +147,11 @@ def by_labels(
     label is often mistaken for the other explain the labels alike, but a sample is of one class. The torn one even
     gains by every mistake that it repeats, so that sure votes with uneven mistakes may be further behind.
 
-    Of all votes only those of the way that leads so far are held. Where one comes to lead after its votes were given
-    up, since a better one has left the leader behind, they are counted again.
+    Only the votes of the way that leads so far are kept. A way may come to lead after its votes were dropped, when a
+    better one leaves the leader behind; its votes are then counted again.
 
     Returns:
-        What was elected, and [n, C] its calibrated votes.
+        The way with its calibration, and its calibrated votes [n, C].
     """
     chance = problem.judges.chance()
     good: list[tuple[Calibration, Way]] = []
@@ -209,7 +217,7 @@ def by_sound(
     def heard_of(labelled: Iterable[Tensor]) -> Tensor:
         return max((judges.calibrate(votes) for votes in labelled), key=lambda each: each.per_sample).evidence
 
-    heard = torch.empty(0)
+    heard: Tensor | None = None
     for space, whitening in itertools.product(spaces, voting.whitening):
         near, leading = _neighborhood(problem, lambda each: each.audio, space, whitening), None
         for way, votes in _votes(elected, near, space, whitening):
@@ -227,7 +235,7 @@ def by_sound(
         del near
     if teacher is not None and leads("the teacher", "the teacher", teacher):
         heard = heard_of([teacher])
-    assert best is not None
+    assert best is not None and heard is not None
     enough = best.agreed.per_sample - abs(best.agreed.per_sample) / 2
     kin = [(entropy, evidence) for kind, agree, entropy, evidence in told if kind == best.kind and agree >= enough]
     _, evidence = min(kin, key=lambda each: each[0])
