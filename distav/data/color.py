@@ -46,6 +46,8 @@ def change_colors(frames: np.ndarray, color: np.ndarray) -> None:
         frames: [B, T, H, W, 3] uint8, contiguous.
         color: [B, 4], see `color_transforms`; a clip whose row is (1, 1, 1, 0) stays as it is.
     """
+    if not len(frames):
+        return
     matrices, offsets = color_transforms(color)
     group = math.gcd(frames[0].size // 3, _PIXELS)
     source, levels = np.empty((2, _ROWS, 3 * group), np.float32)
@@ -58,4 +60,5 @@ def change_colors(frames: np.ndarray, color: np.ndarray) -> None:
             source[: len(part)] = part
             product = np.dot(source[: len(part)], block, out=levels[: len(part)])
             product += offset
-            part[...] = np.clip(product, 0, 255, out=product)
+            np.minimum(product, 255, out=product)
+            part[...] = np.maximum(product, 0, out=product)

@@ -101,7 +101,7 @@ class ClipGraph:
         self._pipelines: dict[str, Pipeline] = {}
         # On a GPU training leaves this process's threads to decoding; their number is the rank's share of the cores.
         self._threads = data.decode_threads or (torch.get_num_threads() if self.on_gpu else 1)
-        self._pool = ThreadPoolExecutor(self._threads, "pyav")
+        self._pool = ThreadPoolExecutor(self._threads, "decoder")
 
     def run(self, members: Sequence[Members], views: Sequence[View]) -> dict[str, Tensor]:
         """Decode a batch.
@@ -167,7 +167,8 @@ class ClipGraph:
             fed["color"] = np.repeat(colors, len(fed["flip"]) // len(views), axis=0)
         frames = self._run("frames", self._frame_graph, fed).view(len(videos), *self.shapes["frames"][0])
         if not self.on_gpu:
-            change_colors(frames.numpy(), colors)
+            parts = zip(*(np.array_split(each, self._threads) for each in (frames.numpy(), colors)), strict=True)
+            list(self._pool.map(lambda part: change_colors(*part), parts))
         return frames
 
     def _sound(self, contents: Sequence[bytes], views: Sequence[View]) -> Tensor:
