@@ -50,15 +50,19 @@ def change_colors(frames: np.ndarray, color: np.ndarray) -> None:
         return
     matrices, offsets = color_transforms(color)
     group = math.gcd(frames[0].size // 3, _PIXELS)
-    source, levels = np.empty((2, _ROWS, 3 * group), np.float32)
+    shape = (len(frames), -1, 3 * group)
+    whole = frames[0].size // (3 * group) // _ROWS * _ROWS
+    parts = [
+        frames.reshape(shape)[:, :whole].reshape(len(frames), -1, _ROWS, 3 * group),
+        frames.reshape(shape)[:, whole:],
+    ]
+    buffers = [np.empty((2, *part.shape[1:]), np.float32) for part in parts]
     for clip in (color != (1, 1, 1, 0)).any(axis=1).nonzero()[0]:
         block = np.kron(np.eye(group, dtype=np.float32), matrices[clip].T)
         offset = np.tile(offsets[clip], group) + np.float32(0.5)  # The conversion to uint8 truncates.
-        rows = frames[clip].reshape(-1, 3 * group)
-        for start in range(0, len(rows), _ROWS):
-            part = rows[start : start + _ROWS]
-            source[: len(part)] = part
-            product = np.dot(source[: len(part)], block, out=levels[: len(part)])
-            product += offset
-            np.minimum(product, 255, out=product)
-            part[...] = np.maximum(product, 0, out=product)
+        for part, (source, levels) in zip(parts, buffers, strict=True):
+            source[...] = part[clip]
+            np.matmul(source, block, out=levels)
+            levels += offset
+            np.minimum(levels, 255, out=levels)
+            part[clip] = np.maximum(levels, 0, out=levels)
