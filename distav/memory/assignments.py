@@ -57,7 +57,7 @@ class Assignments:
         self.shares[rows] = new
         once = _either(first, new, old)
         self.gram += _gram_change(once, old)
-        self.assigned += once.flatten(1).any(1).sum() - old.flatten(1).any(1).sum()
+        self.assigned = self.assigned + once.flatten(1).any(1).sum() - old.flatten(1).any(1).sum()
 
     def columns(self) -> tuple[Tensor, Tensor]:
         """Return the Gram matrices [3, K, K] of the stored shares in 0..1, and the number of rows in them."""

@@ -180,7 +180,7 @@ def _flash_gpu(asked: Asked) -> Attended:
 def _cudnn(asked: Asked) -> Attended:
     q, k, v, scale = _as_heads(asked)
     found = torch.ops.aten._scaled_dot_product_cudnn_attention(q.contiguous(), k, v, None, True, scale=scale)
-    return found[1].view(q.shape[1:3]), found[0][0]
+    return found[1].reshape(q.shape[1:3]), found[0][0]
 
 
 def _flex(asked: Asked) -> Attended:

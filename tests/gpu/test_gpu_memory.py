@@ -1,5 +1,6 @@
 """The bank, its losses and its attention on a GPU: no waiting, no recompilation, no memory beyond the rows."""
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,12 +28,14 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DIM, CATEGORIES = 128, 30
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def fresh_compiler() -> Iterator[None]:
-    """FlexAttention is compiled for few kinds of call in a process; tests make many."""
-    torch._dynamo.reset()
+    """FlexAttention is compiled for eight kinds of call at most; all tests together make more."""
+    for function in (torch._dynamo.reset, attention._compiled_flex.cache_clear):
+        function()
     yield
-    torch._dynamo.reset()
+    for function in (torch._dynamo.reset, attention._compiled_flex.cache_clear):
+        function()
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -48,14 +51,14 @@ def asked_of(
     return Asked(queries.bfloat16(), keys, keys, scale, bias, exclude)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("excluded", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_flex_attention_is_compiled_once_for_all_temperatures(
     biased: bool, excluded: bool, monkeypatch: pytest.MonkeyPatch
 ):
     counter = CompileCounterWithBackend("inductor")
-    compiled = torch.compile(attention._flex_attention, dynamic=True, fullgraph=True, backend=counter)
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: compiled)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     flex = next(each for each in BACK_ENDS if each.name == "flex")
     for number in range(14):
         scale = 1 / (0.02 + 0.01 * number)
@@ -203,6 +206,7 @@ def test_a_bank_takes_little_more_memory_than_its_rows():
     assert torch.equal(bank.columns["audio"].cpu(), state["audio"])
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_the_benchmark_of_the_bank_runs_fused(tmp_path: Path):
     sizes = ["--batch=256", "--rows=20000", "--dim=64", "--memory-rows=20000", "--shard-rows=600", "--rounds=1"]
     main(["bank", "--device=cuda", *sizes, f"--json={tmp_path / 'bank.json'}"])

@@ -1,5 +1,6 @@
 """Which attention back end is chosen, what the log says of it, and how often FlexAttention is compiled."""
 
+import functools
 import logging
 from collections.abc import Iterator
 
@@ -41,15 +42,22 @@ def said() -> Iterator[list[logging.LogRecord]]:
     logger.setLevel(level)
 
 
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+    """Counts what is compiled, for a CPU and without a compiler of C++."""
+    counts = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    attention._compiled_flex.cache_clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counts))
+    yield counts
+    attention._compiled_flex.cache_clear()
+
+
 @pytest.mark.parametrize("excluded", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_flex_attention_is_compiled_once_for_all_temperatures(
-    biased: bool, excluded: bool, monkeypatch: pytest.MonkeyPatch
+    biased: bool, excluded: bool, counter: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
 ):
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(attention._flex_attention, dynamic=True, fullgraph=True, backend=counter)
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: compiled)
     monkeypatch.setattr(attention, "_num_parts", lambda queries, num_keys: num_keys // 100)
     temperatures = [0.02 + 0.01 * each for each in range(14)]
     for number, temperature in enumerate([*temperatures, torch.tensor(0.5), torch.tensor(0.6)]):
@@ -73,15 +81,23 @@ def test_a_temperature_on_the_device_is_a_temperature(back_end: str):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def on_gpu(num_keys: int = 100, width: int = 64, offset: int = 0, **more: object) -> Asked:
+def on_gpu(
+    num_keys: int = 100,
+    width: int = 64,
+    offset: int = 0,
+    values_width: int = 0,
+    *,
+    biased: bool = False,
+    excluded: bool = False,
+) -> Asked:
     """What could be asked of a GPU, without one."""
     with FakeTensorMode():
         numbers = torch.empty(offset + num_keys * width, dtype=torch.bfloat16, device="cuda")
         keys = numbers[offset:].view(num_keys, width)
         queries = torch.empty(30, width, device="cuda")
-        bias = torch.empty(num_keys, device="cuda") if more.get("bias") else None
-        exclude = torch.empty(30, 1, dtype=torch.int64, device="cuda") if more.get("exclude") else None
-        values = torch.empty(num_keys, more["values"], device="cuda") if "values" in more else keys  # type: ignore[arg-type]
+        bias = torch.empty(num_keys, device="cuda") if biased else None
+        exclude = torch.empty(30, 1, dtype=torch.int64, device="cuda") if excluded else None
+        values = torch.empty(num_keys, values_width, device="cuda") if values_width else keys
         return Asked(queries, keys, values, 10.0, bias, exclude)
 
 
@@ -91,25 +107,32 @@ GPU = ["cudnn", "flash", "flex"]
 @pytest.mark.parametrize(
     ("asked", "able", "reason"),
     [
-        (on_gpu(), GPU, ""),
-        (on_gpu(num_keys=2), GPU, ""),
-        (on_gpu(num_keys=1), ["flash", "flex"], "takes no fewer than 2 keys"),
-        (on_gpu(num_keys=0), [], "takes no fewer than 2 keys"),
-        (on_gpu(width=136), ["flash", "flex"], "takes widths from 8 to 128 in steps of 8"),
-        (on_gpu(width=8), ["cudnn", "flash"], ""),
-        (on_gpu(width=60), [], "takes widths from 8 to 128 in steps of 8"),
-        (on_gpu(offset=8), GPU, ""),
-        (on_gpu(offset=4), [], "takes only rows that begin at multiples of 16 bytes"),
-        (on_gpu(bias=True), ["flex"], "takes no bias"),
-        (on_gpu(exclude=True), ["flex"], "takes no excluded keys"),
-        (on_gpu(values=32), [], "takes values only as wide as keys"),
-        (Asked(unit(3, 8), unit(5, 8), unit(5, 8), 1.0), ["flash-cpu"], "needs cuda"),
-        (Asked(unit(3, 8), unit(0, 8), unit(0, 8), 1.0), [], "needs cuda"),
+        ({}, GPU, ""),
+        ({"num_keys": 2}, GPU, ""),
+        ({"num_keys": 1}, ["flash", "flex"], "takes no fewer than 2 keys"),
+        ({"num_keys": 0}, [], "takes no fewer than 2 keys"),
+        ({"width": 136}, ["flash", "flex"], "takes widths from 8 to 128 in steps of 8"),
+        ({"width": 8}, ["cudnn", "flash"], ""),
+        ({"width": 60}, [], "takes widths from 8 to 128 in steps of 8"),
+        ({"offset": 8}, GPU, ""),
+        ({"offset": 4}, [], "takes only rows that begin at multiples of 16 bytes"),
+        ({"biased": True}, ["flex"], "takes no bias"),
+        ({"excluded": True}, ["flex"], "takes no excluded keys"),
+        ({"values_width": 32}, [], "takes values only as wide as keys"),
     ],
+    ids=str,
 )
-def test_back_ends_are_asked_only_for_what_they_can_do(asked: Asked, able: list[str], reason: str):
-    assert [each.name for each in BACK_ENDS if each.suits(asked)] == [*able, "tiles"]
-    assert BACK_ENDS[0].unsuited(asked) == reason
+def test_back_ends_of_a_gpu_are_asked_only_for_what_they_can_do(asked: dict, able: list[str], reason: str):
+    problem = on_gpu(**asked)
+    assert [each.name for each in BACK_ENDS if each.suits(problem)] == [*able, "tiles"]
+    assert BACK_ENDS[0].unsuited(problem) == reason
+
+
+@pytest.mark.parametrize(("num_keys", "able"), [(5, ["flash-cpu", "tiles"]), (0, ["tiles"])])
+def test_a_cpu_has_its_own(num_keys: int, able: list[str]):
+    problem = Asked(unit(3, 8), unit(num_keys, 8), unit(num_keys, 8), 1.0)
+    assert [each.name for each in BACK_ENDS if each.suits(problem)] == able
+    assert BACK_ENDS[0].unsuited(problem) == "needs cuda"
 
 
 def test_the_log_says_once_which_back_end_serves_and_why(said: list[logging.LogRecord]):

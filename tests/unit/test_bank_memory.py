@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from distav.losses.candidates import WITHIN, BatchCandidates, DrawnCandidates, cross_entropy
 from distav.losses.category import category_agreement, category_loss
 from distav.losses.complementary import complementary, matching_among
 from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
 from distav.losses.supervised import hybrid_targets
+from distav.memory import attention
 from distav.memory.bank import Bank
 from distav.memory.sampled import Draw
 from distav.memory.visitors import Visitors
@@ -90,6 +92,46 @@ def test_other_losses_do_not_wait():
         bank.update(visitors, category_agreement(category.shares), category.shares)
         matching_among(torch.rand(4), bank.num_samples, 10)
         hybrid_targets(ids % 3, torch.rand(4, 3), torch.rand(4))
+    assert waits.found == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_forward_pass_on_a_gpu_mixes_no_devices_and_does_not_wait(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    """On tensors that have a device and a shape and no values; FlexAttention is the one part that needs values."""
+
+    def flex(queries: Tensor, keys: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, exclude: Tensor | None):
+        assert keys.shape == values.shape and queries.shape[0] == keys.shape[0] == 9 and scale.dim() == 0
+        assert bias is None or bias.shape == (9, keys.shape[2])
+        assert exclude is None or exclude.shape == (9, queries.shape[2], 1)
+        assert {each.device.type for each in (keys, scale, bias, exclude) if each is not None} == {"cuda"}
+        return queries.new_empty(queries.shape[:3]), torch.empty_like(queries)
+
+    monkeypatch.setattr(attention, "probe", lambda *_call: "")
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex)
+    monkeypatch.setattr(attention, "_num_parts", lambda _queries, _num_keys: 9)
+    gpu = torch.device("cuda", 0)
+    with FakeTensorMode(), torch.no_grad():
+        bank = Bank(5003, 128, 0.5, gpu, num_categories=CATEGORIES, dtype=dtype)
+        ids, ones = torch.zeros(300, dtype=torch.int64, device=gpu), torch.ones(300, device=gpu)
+        pair, logits = torch.randn(2, 300, 128, device=gpu), torch.randn(2, 300, CATEGORIES, device=gpu)
+        with Synchronizations() as waits:
+            visitors = Visitors.gather(ids, ids >= 0, *pair)
+            for kind in ("none", "bootstrapping", "swapped", "neighbour", "cycle"):
+                for temperature in (0.07, torch.full((), 0.07, device=gpu)):
+                    for also in (False, True):
+                        soft = SoftTargets(kind, 0.1, 0.1, excludes_self=also)
+                        arguments = bank, visitors, *pair, temperature, ones, soft
+                        weighted_mean(instance_losses(*arguments, mask_unvisited=also).losses, ones)
+            BatchCandidates(visitors, *pair, 0.07).losses(complementary(ones, 5.0))
+            drawn = DrawnCandidates(bank, visitors, *pair, 0.07, Draw(64, 0, 1))
+            drawn.drawn.sums(matching_among(drawn.matching(), drawn.number(), 10)[:, None].expand(-1, 64), "audio")
+            category = category_loss(*logits, ones, 1.0, bank.assignments.columns())
+            bank.write("correspondence", bank.fetch(("correspondence",), ids)[0], ids, visitors.valid)
+            bank.update(visitors, category_agreement(category.shares), category.shares)
+            bank.refresh()
+            bank.restart()
     assert waits.found == []
 
 
