@@ -56,7 +56,7 @@ def change_colors(frames: np.ndarray, color: np.ndarray) -> None:
         frames.reshape(shape)[:, :whole].reshape(len(frames), -1, _ROWS, 3 * group),
         frames.reshape(shape)[:, whole:],
     ]
-    buffers = [np.empty((2, *part.shape[1:]), np.float32) for part in parts]
+    buffers = [[np.empty(part.shape[1:], np.float32) for _ in range(2)] for part in parts]
     for clip in (color != (1, 1, 1, 0)).any(axis=1).nonzero()[0]:
         block = np.kron(np.eye(group, dtype=np.float32), matrices[clip].T)
         offset = np.tile(offsets[clip], group) + np.float32(0.5)  # The conversion to uint8 truncates.

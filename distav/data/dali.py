@@ -124,7 +124,7 @@ class ClipGraph:
             frames = self._frames([each["video"] for each in members], views)
             return {"frames": frames, "sound": self._sound([each["audio"] for each in members], views)}
         except (ValueError, IndexError, av.error.FFmpegError) as error:
-            raise DecodeError(str(error).strip().splitlines()[0]) from None
+            raise DecodeError(dali_reason(str(error))) from None
 
     def _try_nvdec(self, members: Sequence[Members], views: Sequence[View]) -> None:
         """Decode a few clips; where NVDEC decodes none that FFmpeg decodes, FFmpeg decodes all from now on."""
@@ -247,12 +247,17 @@ class ClipGraph:
             for source, values in fed.items():
                 pipeline.feed_input(source, values)
             return self._tensor(pipeline.run()[0])
-        except RuntimeError as error:
+        except Exception as error:
             self._pipelines.pop(name, None)
             reason = dali_reason(str(error))
             if self._is_device_fault(reason):
-                raise DeviceError(f"decoding a batch of {self.batch} clips on {self.device} failed: {reason}") from None
-            raise DecodeError(reason) from None
+                advice = "look at nvidia-smi and give the same command again"
+                if _out_of_memory(reason):
+                    advice = "lower optim.global_batch or raise optim.accumulation"
+                raise DeviceError(f"decoding on {self.device} failed: {reason}; {advice}.") from None
+            if isinstance(error, RuntimeError | ValueError | IndexError):
+                raise DecodeError(reason) from None
+            raise
 
     def _build(self, graph: Callable[[], Any], batch: int) -> Pipeline:
         pipeline = Pipeline(
@@ -277,15 +282,13 @@ class ClipGraph:
         return copy
 
     def _is_device_fault(self, reason: str) -> bool:
-        """Whether a failure is the device's: out of memory, or a CUDA error after which the device does not answer."""
+        """Whether a failure is the device's: out of memory, or one after which a GPU does not answer."""
         if _out_of_memory(reason):
             return True
-        if not re.search(r"\bCUDA\b|cuda[A-Z]|libnvcuvid|libcuda", reason):
-            return False
         if not self.on_gpu or "libnvcuvid" in reason:
-            return True
+            return bool(re.search(r"CUDA|cuda[A-Z]|libnvcuvid|libcuda", reason))
         try:
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         except RuntimeError:
             return True
         return False
@@ -343,4 +346,9 @@ def dali_reason(message: str) -> str:
 
 
 def _out_of_memory(reason: str) -> bool:
-    return bool(re.search(r"out of memory|allocation failed|OUT_OF_MEMORY|MemoryAllocation|bad_alloc", reason))
+    return bool(
+        re.search(
+            r"out of memory|allocation failed|OUT_OF_MEMORY|MemoryAllocation|bad_alloc|nvImageCodec failure: '#5'",
+            reason,
+        )
+    )

@@ -27,7 +27,7 @@ from distav.seeding import sample_seeds
 from distav.settings import AugmentSettings, DataSettings
 
 _MOST_REFUSED = 64
-"""Samples of one batch that may be refused, where most are, before the split counts as one that cannot be decoded."""
+"""Samples of one batch that may be refused, where most of those tried so far are, before loading is given up."""
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:

@@ -219,6 +219,7 @@ class _Failing:
         "CUDA driver API error CUDA_ERROR_OUT_OF_MEMORY (2):\nout of memory",
         "CUDA allocation failed",
         "Can't allocate 1073741824 bytes: std::bad_alloc",
+        "nvImageCodec failure: '#5'",
         "dlopen libnvcuvid.so failed!. Please install NVIDIA GPU driver",
     ],
 )
