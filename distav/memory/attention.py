@@ -238,7 +238,7 @@ class BackEnd:
         run: computes the softmax.
         device: type of the device that it needs; any where empty.
         dtypes: of the keys.
-        takes_bias, takes_exclude: whether it can do without, too.
+        takes_bias, takes_exclude: whether it can add a bias and leave out excluded keys.
         widths: range of D.
         fewest_keys: n from which on it can be used.
     """

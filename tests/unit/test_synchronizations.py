@@ -57,7 +57,7 @@ def test_what_makes_the_host_wait_is_found(name: str):
 
 
 @pytest.mark.parametrize("name", DO_NOT_WAIT)
-def test_what_does_not_is_not(name: str):
+def test_other_operators_are_not_found(name: str):
     with Synchronizations() as waits:
         DO_NOT_WAIT[name]()
     assert waits.found == []
