@@ -35,6 +35,8 @@ PARTS, STRENGTHS = 4, (0.5, 1.0, 1.5)
 """Weights of experts are tried in quarters of these sums; the sharpness of what they come to is calibrated anew."""
 LEAST_SHARE = 1e-4
 """An expert that gives a class less counts as if it gave so much."""
+NEGLIGIBLE = 1e-12
+"""Sharpness values of less weight are left out of an average."""
 MOST_JUDGES = 20_000
 """Samples on which votes are compared; more say no more."""
 
@@ -93,18 +95,17 @@ def blended(votes: Tensor, weights: Mapping[int, float]) -> Tensor:
     )
 
 
-def sharpness_weights(likelihood: Tensor, least: float = 1e-12) -> dict[int, float]:
-    """Return how likely each sharpness is, whatever the rate.
+def sharpness_weights(likelihood: Tensor) -> dict[int, float]:
+    """Return how likely each sharpness is, whatever the rate, without those that have next to no weight.
 
     Args:
         likelihood: [R, S] log-likelihood.
-        least: sharpness values of less weight are left out.
 
     Returns:
-        Weights by the place in `SHARPNESS`; all of them add up to 1.
+        Weights by the place in `SHARPNESS`; they add up to 1.
     """
     mass = (likelihood - likelihood.max()).exp().sum(0)
-    return {place: weight for place, weight in enumerate((mass / mass.sum()).tolist()) if weight > least}
+    return {place: weight for place, weight in enumerate((mass / mass.sum()).tolist()) if weight > NEGLIGIBLE}
 
 
 class Judges:

@@ -93,17 +93,22 @@ def pair_evidence(picture: Tensor, agreed: Agreement, evidence: Tensor, usable: 
     """
     at = rates(picture.shape[1]).to(picture.device)
     likelihood = agreed.likelihood - agreed.evidence[:, None] + evidence[:, None]
-    weights, mass = sharpness_weights(likelihood, 1e-4), _mass(likelihood).to(picture.dtype)
-    mass = mass.masked_fill(mass <= 1e-5, 0.0)
-    matched, mismatched = ((each[:, None]).to(picture.dtype) for each in (1 - at, at))
-    correspondence, averaged = torch.zeros_like(picture[:, 0]), torch.empty_like(picture)
-    for part in tiles(len(picture), max(picture.shape[1], len(at)), picture.device):
+    mass = _mass(likelihood).to(picture.dtype)
+    weights = enumerate(torch.stack([each.sum() for each in mass.unbind(1)]).tolist())
+    used = {column: weight for column, weight in weights if weight > 1e-4}
+    averaged, ratios = torch.empty_like(picture), [torch.empty_like(picture[:, 0]) for _ in used]
+    for part in tiles(len(picture), picture.shape[1], picture.device):
         shares = torch.zeros_like(picture[part])
-        for column, each in zip(weights, sharpened(agreed.votes[part], weights), strict=True):
-            shares += weights[column] * each
-            together = matched * _ratio(picture[part], each)
-            correspondence[part] += mass[:, column] @ (together / (together + mismatched).clamp_min(1e-12))
+        for ratio, weight, each in zip(ratios, used.values(), sharpened(agreed.votes[part], used), strict=True):
+            shares += weight * each
+            ratio[part] = _ratio(picture[part], each)
         averaged[part] = normalized(shares)
+    correspondence = torch.zeros_like(picture[:, 0])
+    for ratio, by_rate in zip(ratios, mass[:, list(used)].T.tolist(), strict=True):
+        for share, mismatched in zip(by_rate, at.tolist(), strict=True):
+            if share > 1e-5:
+                together = (1 - mismatched) * ratio
+                correspondence += share * together / (together + mismatched).clamp_min(1e-12)
     correspondence = torch.where(usable, correspondence.clamp(0, 1), torch.ones_like(correspondence))
     return Pairing(correspondence, averaged, estimate_rate(evidence, at))
 
