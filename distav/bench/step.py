@@ -34,7 +34,7 @@ class Towers:
 
     Attributes:
         config: the file in configs/ whose contrastive phase is measured.
-        batch: clips of a step, unless told otherwise; on a GPU it takes less than 80 GB.
+        batch: default number of clips of a step, chosen for a GPU of 80 GB.
         overrides: settings that replace the file's.
     """
 

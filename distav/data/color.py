@@ -1,7 +1,7 @@
 """Color augmentation of clips on a CPU.
 
 A change of brightness, contrast, saturation and hue is one affine map of RGB. On a CPU it is computed here, with the
-values of DALI's `color_twist`, since that operator takes longer there than decoding and resizing together.
+values of DALI's `color_twist`, since that operator takes about as long there as decoding and resizing together.
 Legend: B clips, T frames, H W pixels.
 """
 

@@ -1,24 +1,13 @@
 """Clips decoded and augmented by DALI, on a GPU or on the CPU.
 
-`decoder_for` says how the video of a dataset is decoded:
-
-| codec | on a CPU | on a GPU |
-|---|---|---|
-| MJPEG | `jpeg`: libjpeg-turbo | `jpeg`: nvJPEG |
-| VP9 | `video`: FFmpeg inside DALI | `video`: NVDEC, or as on a CPU where NVDEC does not take the size |
-| H.264 | `pyav`: FFmpeg inside PyAV | `video`: NVDEC, or as on a CPU where NVDEC does not take the size |
-
 Legend: B clips, T frames, H W pixels, S side of the output in pixels, N audio samples.
 """
 
-import io
 import itertools
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import av
@@ -32,55 +21,21 @@ from torch import Tensor
 from distav.data.augment import View
 from distav.data.avi import jpeg_frames
 from distav.data.color import change_colors
+from distav.data.decode import decode_frames
+from distav.data.decoder import Decoder, decoder_for
 from distav.data.format import Split
 from distav.data.reader import DecodeError, Members
 from distav.settings import DataSettings
 
 log = logging.getLogger("distav")
 
-NVDEC_SIDES = (144, 4096)
-"""Shortest and longest side in pixels that NVDEC decodes of VP9 (from 128) and H.264 (up to 4096) alike."""
 _TRIED = 3
 """Clips that NVDEC is tried on."""
 _FLOAT, _INT32, _UINT8 = types.DALIDataType.FLOAT, types.DALIDataType.INT32, types.DALIDataType.UINT8
 
 
-class Decoder(Enum):
-    """What decodes the video of a clip."""
-
-    jpeg = "jpeg"
-    """DALI's image decoder, frame by frame."""
-    video = "video"
-    """DALI's video decoder."""
-    pyav = "pyav"
-    """PyAV, on the CPU, ahead of the graph."""
-
-
-@dataclass(frozen=True)
-class Route:
-    """How video is decoded, and whether a GPU does it."""
-
-    decoder: Decoder
-    on_gpu: bool
-
-
 class DeviceError(RuntimeError):
     """The device failed while it decoded a batch; no clip is to blame."""
-
-
-def decoder_for(codec: str, on_gpu: bool, sides: tuple[int, int]) -> Route:
-    """Return how video of a codec is decoded.
-
-    Args:
-        codec: mjpeg, vp9 or h264.
-        on_gpu: whether there is a GPU to decode on.
-        sides: shortest and longest side of any frame in pixels.
-    """
-    if codec == "mjpeg":
-        return Route(Decoder.jpeg, on_gpu)
-    if on_gpu and NVDEC_SIDES[0] <= sides[0] and sides[1] <= NVDEC_SIDES[1]:
-        return Route(Decoder.video, True)
-    return Route(Decoder.video if codec == "vp9" else Decoder.pyav, False)
 
 
 class ClipGraph:
@@ -137,7 +92,7 @@ class ClipGraph:
                 if _out_of_memory(str(error)):
                     raise
                 reason = str(error)
-                self._decoded_by_pyav(member["video"], view)
+                decode_frames(member["video"], self._wanted(view))
         else:
             self.route = decoder_for(self.split.codec, False, self.split.sides)
             log.warning(
@@ -159,7 +114,11 @@ class ClipGraph:
             fed |= {"band": np.repeat(bands, num_frames, axis=0), "crop": np.repeat(crops, num_frames, axis=0)}
             fed |= {"flip": np.repeat(flips, num_frames)}
         elif decoder is Decoder.pyav:
-            fed = {"video": list(self._pool.map(self._decoded_by_pyav, videos, views)), "crop": crops, "flip": flips}
+            fed = {
+                "video": list(self._pool.map(decode_frames, videos, map(self._wanted, views))),
+                "crop": crops,
+                "flip": flips,
+            }
         else:
             fed = {"video": [np.frombuffer(each, np.uint8) for each in videos], "crop": crops, "flip": flips}
             fed |= {"start_frame": np.array([view.start_frame for view in views], np.int32)}
@@ -295,23 +254,6 @@ class ClipGraph:
 
     def _wanted(self, view: View) -> list[int]:
         return [view.start_frame + number * self.data.frame_stride for number in range(self.data.num_frames)]
-
-    def _decoded_by_pyav(self, video: bytes, view: View) -> np.ndarray:
-        """Return the frames of a view: [T, H, W, 3] uint8; past the end the last one is repeated."""
-        wanted = self._wanted(view)
-        kept: dict[int, np.ndarray] = {}
-        with av.open(io.BytesIO(video), "r") as container:
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            for number, frame in enumerate(container.decode(stream)):
-                if number in wanted or number < min(wanted):
-                    kept[number] = frame.to_ndarray(format="rgb24") if number in wanted else np.empty(0)
-                if number >= wanted[-1]:
-                    break
-        last = max((number for number in kept if kept[number].size), default=None)
-        if last is None:
-            raise DecodeError("no frame could be decoded")
-        return np.stack([kept[number if number in kept else last] for number in wanted])
 
 
 def _bands(views: Sequence[View], crops: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,9 +1,10 @@
-"""Stored clips as a person sees and hears them: whole, on the CPU, without DALI.
+"""Stored clips decoded on the CPU, without DALI: whole, as a person sees and hears them, or frame by frame.
 
 Legend: T frames, H W pixels, N audio samples.
 """
 
 import io
+from collections.abc import Sequence
 
 import av
 import av.error
@@ -45,6 +46,34 @@ def decode_video(content: bytes) -> np.ndarray:
         raise DecodeError(f"picture: {getattr(error, 'strerror', None) or error}") from None
     except IndexError:
         raise DecodeError("picture: no video in it") from None
+
+
+def decode_frames(content: bytes, wanted: Sequence[int]) -> np.ndarray:
+    """Return some frames of a stored video.
+
+    Args:
+        content: the video.
+        wanted: ascending frame numbers from 0; a number past the end stands for the last of them that is there.
+
+    Returns:
+        [T, H, W, 3] uint8.
+
+    Raises:
+        DecodeError: where none of the frames is there.
+        av.error.FFmpegError: where the video cannot be decoded.
+    """
+    frames: dict[int, np.ndarray] = {}
+    with av.open(io.BytesIO(content), "r") as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                frames[number] = frame.to_ndarray(format="rgb24")
+            if number >= wanted[-1]:
+                break
+    if not frames:
+        raise DecodeError("no frame could be decoded")
+    return np.stack([frames.get(number, frames[max(frames)]) for number in wanted])
 
 
 def decode_audio(content: bytes) -> np.ndarray:

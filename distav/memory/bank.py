@@ -7,7 +7,7 @@ Legend: N rows in all, n rows of this rank, b batch of this rank, B of all ranks
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distav.memory.assignments import Assignments
+from distav.memory.row_update import RowUpdate
 from distav.memory.visitors import Visitors
 from distav.seeding import sample_seeds, uniform
 from distav.world import exchange, gather_ragged_rows, num_ranks, own_rows, rank, row_range
@@ -88,7 +89,7 @@ class Bank:
         self.assignments.recount()
 
     def _begin(self) -> None:
-        """Fill the rows with unit vectors of random direction that hang on the id, not on the rank that holds it.
+        """Fill the rows with unit vectors of random direction that depend on the id, not on the rank that owns it.
 
         They spread the first targets over the sphere; from the alike embeddings of a new network, rows would tell
         apart by age alone.
@@ -201,7 +202,7 @@ class Bank:
         """
         came = self.deliver(values.reshape(len(values), -1).float(), ids)
         owned, column = self._owned(ids), self.columns[name]
-        touched = _Touched(ids[owned] - self.rows.start, valid[owned] & torch.isfinite(came.sum(1)))
+        touched = RowUpdate(ids[owned] - self.rows.start, valid[owned] & torch.isfinite(came.sum(1)))
         mean = touched.mean(came).view(-1, *column.shape[1:]).to(column.dtype)
         touched.change(column, lambda _old: mean)
 
@@ -231,7 +232,7 @@ class Bank:
         ids, owned = visitors.ids, self._owned(visitors.ids)
         held = slice(None) if self.replicated else owned
         sound = visitors.valid & torch.isfinite(visitors.visual.sum(1)) & torch.isfinite(visitors.audio.sum(1))
-        moved = _Touched(ids[held] - self.held.start, sound[held])
+        moved = RowUpdate(ids[held] - self.held.start, sound[held])
         pair = []
         for name in _MODALITIES:
             mean = moved.mean(getattr(visitors, name)[held])
@@ -245,7 +246,7 @@ class Bank:
         own = torch.cat([agreement[:, None]] + ([shares.flatten(1)] if shares is not None else []), dim=1)
         own = self.deliver(own.detach().float(), ids)
         usable, same = sound[owned] & torch.isfinite(own.sum(1)), None if self.replicated else moved
-        touched = _Touched(ids[owned] - self.rows.start, usable, same)
+        touched = RowUpdate(ids[owned] - self.rows.start, usable, same)
         mean = touched.mean(own)
         touched.change(self.columns["category_agreement"], lambda old: self._mixed(old, mean[:, 0]))
         if shares is not None:
@@ -317,49 +318,3 @@ class _Route:
     of_rank: list[int]
     order: Tensor
     by_owner: list[int]
-
-
-class _Touched:
-    """Rows that a batch writes, with the mean of what it brings for each.
-
-    Nothing here has a size that hangs on the values, for which the host would have to wait: a row that stands at
-    several places of the batch is written at each of them, with the same numbers.
-
-    Attributes:
-        rows: [m] the row that stands at each place of the batch.
-        written: [m] bool, whether there is anything usable for the row.
-    """
-
-    def __init__(self, rows: Tensor, usable: Tensor, same: "_Touched | None" = None):
-        """Take rows [m] and whether what stands at their place may be used [m]; `same` has the same rows."""
-        self.rows = rows
-        if same is None:
-            ordered, order = rows.sort(stable=True)
-            self._first_place = order[torch.searchsorted(ordered, rows)]
-        else:
-            self._first_place = same._first_place
-        # What may not be used is added up in a row of its own.
-        self._target = torch.where(usable, self._first_place, len(rows))
-        count = self._sum(torch.ones(len(rows), device=rows.device))
-        self.written = count > 0
-        self._divisor = count.clamp_min(1)
-
-    @property
-    def first(self) -> Tensor:
-        """Whether a place is the first of its row: [m] bool."""
-        return self._first_place == torch.arange(len(self.rows), device=self.rows.device)
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Average values [m, ...] by row: [m, ...], the same at each place of a row."""
-        return self._sum(values).div_(self._divisor.view([-1] + [1] * (values.dim() - 1)))
-
-    def _sum(self, values: Tensor) -> Tensor:
-        total = values.new_zeros(len(values) + 1, *values.shape[1:]).index_add_(0, self._target, values)
-        return total.index_select(0, self._first_place)
-
-    def change(self, column: Tensor, new_of: Callable[[Tensor], Tensor]) -> Tensor:
-        """Write what `new_of` makes of the rows of a column [n, ...]; return what then stands there [m, ...]."""
-        old = column.index_select(0, self.rows)
-        new = torch.where(self.written.view([-1] + [1] * (old.dim() - 1)), new_of(old), old)
-        column[self.rows] = new
-        return new

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from distav.memory.reservoir import NOT_SEEN, unpacked_ids, unpacked_scores
-from distav.memory.selection import Shard, Tiling, Workspace, best_of
+from distav.memory.selection import best_of
+from distav.memory.shard import Shard, Tiling, Workspace
 from distav.world import gather_objects, gather_ragged_rows, num_ranks, passing_shards, row_range
 
 LARGEST_K = 2048

@@ -17,6 +17,7 @@ from distav.models.visual import build_visual
 from distav.settings import DataSettings, VisualSettings
 from tests.conftest import make_shards
 from tests.helpers.launch import ROOT, TINY, tiny_config
+from tests.helpers.normalization import normalized
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BOTH = [torch.float32, torch.bfloat16]
@@ -28,15 +29,6 @@ SHAPES = {
     "features": ((128, 512), torch.contiguous_format),
     "one place": ((128, 512, 1, 1), torch.contiguous_format),
 }
-
-
-def normalized(
-    normalize: type[torch.autograd.Function], x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor
-) -> list[Tensor]:
-    leaves = [each.detach().requires_grad_() for each in (x, weight, bias)]
-    out, mean, var = normalize.apply(*leaves, 1e-5)  # pyright: ignore[reportGeneralTypeIssues]
-    out.backward(grad)
-    return [out.detach(), mean, var, *(each.grad for each in leaves)]  # pyright: ignore[reportReturnType]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from distav.memory import selection
 from distav.memory.neighbors import nearest_neighbors
-from distav.memory.selection import Tiling, dot_products, kernels_for
+from distav.memory.selection import dot_products, kernels_for
+from distav.memory.shard import Tiling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

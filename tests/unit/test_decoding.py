@@ -16,7 +16,8 @@ from PIL import Image
 from distav.data.augment import View, Viewer
 from distav.data.avi import jpeg_frames
 from distav.data.color import change_colors
-from distav.data.dali import ClipGraph, Decoder, DeviceError, Route, dali_reason, decoder_for
+from distav.data.dali import ClipGraph, DeviceError, dali_reason
+from distav.data.decoder import Decoder, Route, decoder_for
 from distav.data.format import ShardSet, Split
 from distav.data.loader import Loader
 from distav.data.order import PADDING

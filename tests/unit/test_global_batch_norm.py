@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distav.models.layers import GlobalBatchNorm, _FusedGlobalNormalise, _GlobalNormalise, run
+from tests.helpers.normalization import normalized
 from tests.helpers.on_gpu import OnGPU
 from tests.helpers.spawn import on_ranks
 
@@ -80,7 +81,7 @@ OPERATORS = {
 }
 
 
-def stand_in() -> tuple[torch.library.Library, list[str]]:
+def cpu_operators() -> tuple[torch.library.Library, list[str]]:
     """Register the operators for the CPU for as long as the library is kept; returns it and the calls made."""
     library, called = torch.library.Library("aten", "IMPL", "CPU"), list[str]()
 
@@ -98,7 +99,7 @@ def stand_in() -> tuple[torch.library.Library, list[str]]:
 
 @pytest.fixture(autouse=True)
 def called() -> Iterator[list[str]]:
-    library, called = stand_in()
+    library, called = cpu_operators()
     yield called
     library._destroy()
 
@@ -110,24 +111,15 @@ def inputs(dtype: torch.dtype, shape: tuple[int, ...] = (6, 5, 3, 4, 2)) -> tupl
     return x.to(dtype), weight, bias, torch.randn(shape, generator=generator).to(dtype)
 
 
-def results(
-    normalize: type[torch.autograd.Function], x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor
-) -> list[Tensor]:
-    leaves = [each.detach().requires_grad_() for each in (x, weight, bias)]
-    out, mean, var = normalize.apply(*leaves, 1e-5)  # pyright: ignore[reportGeneralTypeIssues]
-    out.backward(grad)
-    return [out.detach(), mean, var, *(each.grad for each in leaves)]  # pyright: ignore[reportReturnType]
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("parameters", [FLOAT, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16])
 def test_the_fused_path_follows_the_plain_one(dtype: torch.dtype, parameters: torch.dtype, layout: str):
     x, weight, bias, grad = inputs(dtype)
     weight, bias = weight.to(parameters), bias.to(parameters)
-    oracle = results(_GlobalNormalise, x.float(), weight.float(), bias.float(), grad.float())
+    oracle = normalized(_GlobalNormalise, x.float(), weight.float(), bias.float(), grad.float())
     x = x.contiguous(memory_format=LAYOUTS[layout])
-    fused = results(_FusedGlobalNormalise, x, weight, bias, grad)
+    fused = normalized(_FusedGlobalNormalise, x, weight, bias, grad)
     assert fused[0].stride() == fused[3].stride() == x.stride()
     types = [dtype, FLOAT, FLOAT, dtype, parameters, parameters]
     for ours, theirs, kind in zip(fused, oracle, types, strict=True):
@@ -138,7 +130,9 @@ def test_the_fused_path_follows_the_plain_one(dtype: torch.dtype, parameters: to
 
 def test_features_without_places_are_normalized_alike():
     given = inputs(FLOAT, (6, 5))
-    for ours, theirs in zip(results(_FusedGlobalNormalise, *given), results(_GlobalNormalise, *given), strict=True):
+    for ours, theirs in zip(
+        normalized(_FusedGlobalNormalise, *given), normalized(_GlobalNormalise, *given), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
@@ -151,16 +145,16 @@ def test_only_the_input_is_saved_at_its_size():
 
 
 def on_each_rank(dtype: torch.dtype) -> list[Tensor]:
-    library, _ = stand_in()
+    library, _ = cpu_operators()
     x, weight, bias, grad = inputs(dtype)
     mine = slice(3 * torch.distributed.get_rank(), 3 * torch.distributed.get_rank() + 3)
-    found = results(_FusedGlobalNormalise, x[mine], weight, bias, grad[mine])
+    found = normalized(_FusedGlobalNormalise, x[mine], weight, bias, grad[mine])
     library._destroy()
     return found
 
 
 def test_two_ranks_normalize_over_the_batch_of_both():
-    whole = results(_GlobalNormalise, *inputs(FLOAT))
+    whole = normalized(_GlobalNormalise, *inputs(FLOAT))
     first, second = on_ranks(2, on_each_rank, FLOAT)
     together = [torch.cat([first[at], second[at]]) if at in (0, 3) else first[at] for at in range(4)]
     together += [first[at] + second[at] for at in (4, 5)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distav.data.augment import Viewer
-from distav.data.dali import Decoder
+from distav.data.decoder import Decoder
 from distav.data.format import ShardSet
 from distav.data.labels import load_labels
 from distav.data.loader import Loader

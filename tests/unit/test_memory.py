@@ -13,7 +13,7 @@ from distav.memory.attention import Asked, BackEnd, best_back_end, reference, ti
 from distav.memory.bank import Bank
 from distav.memory.neighbors import nearest_neighbors
 from distav.memory.sampled import Draw, Partition, drawn_ids
-from distav.memory.selection import Tiling
+from distav.memory.shard import Tiling
 from distav.memory.softmax import attend
 from distav.memory.visitors import Visitors
 

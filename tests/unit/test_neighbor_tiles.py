@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distav.memory import selection
 from distav.memory.neighbors import nearest_neighbors
 from distav.memory.reservoir import Candidates, largest_of_rows, packed
-from distav.memory.selection import Shard, Tiling, dot_products
+from distav.memory.selection import dot_products
+from distav.memory.shard import Shard, Tiling
 from tests.conftest import ROOT
 
 COARSE = (torch.bfloat16, torch.float16)
@@ -193,7 +194,7 @@ def test_sums_of_16_bits_are_left_to_others():
     matmul = torch.backends.cuda.matmul
     seen = []
     first, second = (Tiling(4, 40, torch.bfloat16), unit(50, 8))
-    keep: Callable[..., Any] = selection.Shard.barred
+    keep: Callable[..., Any] = Shard.barred
 
     def barred(*arguments: Any) -> Any:
         seen.append((matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction))
@@ -201,7 +202,7 @@ def test_sums_of_16_bits_are_left_to_others():
 
     before = matmul.allow_bf16_reduced_precision_reduction
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection.Shard, "barred", barred)
+        patch.setattr(Shard, "barred", barred)
         nearest_neighbors(second, 3, torch.arange(50), torch.ones(50, dtype=torch.bool), tiling=first)
     assert seen and set(seen) == {(False, False)}
     assert matmul.allow_bf16_reduced_precision_reduction is before
@@ -211,7 +212,7 @@ _KERNELS_FIND_THE_SAME = """
 import torch
 from distav.memory import kernels, selection
 from distav.memory.neighbors import nearest_neighbors
-from distav.memory.selection import Tiling
+from distav.memory.shard import Tiling
 
 kernels.check(torch.device("cpu"), 24)
 kernels._SPAN, kernels._COLUMNS = 256, 128  # The interpreter is slow.
