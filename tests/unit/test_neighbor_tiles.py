@@ -214,6 +214,7 @@ from distav.memory import kernels, selection
 from distav.memory.neighbors import nearest_neighbors
 from distav.memory.shard import Tiling
 
+torch.set_num_threads(1)  # The interpreter keeps its state in globals.
 kernels.check(torch.device("cpu"), 24)
 kernels._SPAN, kernels._COLUMNS = 256, 128  # The interpreter is slow.
 generator = torch.Generator().manual_seed(0)
