@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from distav.config.version import __version__
+
 if TYPE_CHECKING:
     from distav.encoders import load_encoders
 
-__version__ = "0.1.0"
+
 __all__ = ["__version__", "load_encoders"]
 
 

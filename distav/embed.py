@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from distav.commands import add_rank_options, ended_by
+from distav.config.cli import add_rank_options, ended_by
+from distav.config.errors import UserError
 from distav.data.format import ShardSet, Split, write_atomically, write_table
 from distav.data.remote import is_url
 from distav.data.scores import digest_of
 from distav.embedding import Embeddings, Encoders, table
-from distav.errors import UserError
 from distav.making.clips import Encoding
 from distav.making.sources import MediaFiles
 from distav.making.writer import Plan, make_set

@@ -13,11 +13,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from distav.config.errors import UserError
 from distav.data.format import Split
 from distav.data.loader import Loader
 from distav.data.order import PADDING, padded_batches
 from distav.encoders import fed, load_encoders
-from distav.errors import UserError
 from distav.models.av import AVModel
 
 

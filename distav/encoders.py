@@ -8,11 +8,11 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from distav.config.errors import UserError
+from distav.config.schema import AudioSettings, DataSettings, ModelSettings, ParserSettings, VisualSettings
 from distav.data.streams import Stream
-from distav.errors import UserError
 from distav.models.av import AVModel
 from distav.models.parser import FeatureParser
-from distav.settings import AudioSettings, DataSettings, ModelSettings, ParserSettings, VisualSettings
 
 
 def load_encoders(folder: str | Path) -> tuple[AVModel, dict[str, Any]]:

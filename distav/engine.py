@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distav.config.errors import UserError
+from distav.config.schema import Device, Precision, Settings
 from distav.data.loader import Batch
 from distav.data.order import check_batch
 from distav.engine_state import collect, put_back
-from distav.errors import UserError
 from distav.models.av import parameter_groups
-from distav.settings import Device, Precision, Settings
 from distav.world import World, collective_timeout
 
 DERIVED_KEYS = (

@@ -22,16 +22,16 @@ sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from distav.commands import add_rank_options, ended_by  # noqa: E402
+from distav.config.cli import add_rank_options, ended_by  # noqa: E402
+from distav.config.errors import UserError  # noqa: E402
+from distav.config.phases import SupervisedPhase, Targets  # noqa: E402
+from distav.config.schema import Device, OptimSettings, RunSettings, Settings  # noqa: E402
 from distav.data.format import ShardSet, Split, write_atomically  # noqa: E402
 from distav.data.labels import load_labels  # noqa: E402
 from distav.embedding import Encoders  # noqa: E402
 from distav.encoders import fed, model_settings  # noqa: E402
-from distav.errors import UserError  # noqa: E402
 from distav.metrics import retrieval  # noqa: E402
-from distav.phase_settings import SupervisedPhase, Targets  # noqa: E402
 from distav.probing import LinearProbe, neighbor_votes  # noqa: E402
-from distav.settings import Device, OptimSettings, RunSettings, Settings  # noqa: E402
 from distav.world import World, broadcast, gather_ragged_rows, joined, own_share, rank, row_range, sum_  # noqa: E402
 
 KINDS = ("knn", "probe", "retrieval", "fine_tune")
@@ -157,7 +157,7 @@ def _probe(train: Embedded, test: Embedded, num_classes: int) -> dict[str, float
 
 def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: World) -> dict[str, Any]:
     # Imported late: DeepSpeed takes seconds.
-    from distav.checks import check
+    from distav.config.validation import check
     from distav.phases.table import run_remaining
     from distav.report import finish
     from distav.run import opened

@@ -21,16 +21,16 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from distav.commands import add_rank_options, ended_by
+from distav.config.cli import add_rank_options, ended_by
+from distav.config.errors import UserError, listed
+from distav.config.schema import DataSettings
 from distav.data.events import events_table, load_events, segments_of
 from distav.data.format import ShardSet, Split, write_atomically, write_table
 from distav.data.loader import Loader
 from distav.data.order import padded_batches
 from distav.data.scores import CHUNK, about_file, digest_of, read_scores, score_file, score_files, write_scores
 from distav.data.streams import SENSES
-from distav.errors import UserError, listed
 from distav.parsing_scores import parsing_scores
-from distav.settings import DataSettings
 from distav.teachers.networks import ImageTeacher, SoundTeacher, Teacher
 from distav.teachers.prompts import Prompts, read_prompts
 from distav.world import World, broadcast, joined, on_main, wait_for_all

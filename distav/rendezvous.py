@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from distav.errors import UserError
+from distav.config.errors import UserError
 from distav.watch import Watch
 
 _watch: Watch | None = None

@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 from distav import test_split
+from distav.config.phases import ParsingPhase
 from distav.data.format import write_atomically
 from distav.export import export
-from distav.phase_settings import ParsingPhase
 from distav.run import Run
 
 _KNOWS_NOTHING = 0.5

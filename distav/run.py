@@ -10,21 +10,21 @@ from typing import Any
 import torch
 
 from distav.checkpoint import Checkpoints, Position
+from distav.config.errors import UserError, listed
+from distav.config.phases import ContrastivePhase, ParsingPhase
+from distav.config.schema import Settings
 from distav.data.events import segments_of
 from distav.data.loader import Loader
 from distav.data.order import TrainingOrder, check_batch
 from distav.data.sets import Data
 from distav.encoders import weights
 from distav.engine import Engine, trains_in_bf16
-from distav.errors import UserError, listed
 from distav.memory.bank import Bank
 from distav.models.av import AVModel
 from distav.models.parser import FeatureParser
 from distav.monitor import Monitor
-from distav.phase_settings import ContrastivePhase, ParsingPhase
 from distav.rendezvous import keep_records
 from distav.run_folder import claimed
-from distav.settings import Settings
 from distav.stopping import Interrupted, Stop, listening
 from distav.world import World, any_rank, gather_objects
 

@@ -16,11 +16,11 @@ from typing import Any, TextIO
 import torch
 from omegaconf import OmegaConf
 
-from distav import config
+from distav.config import loading
+from distav.config.errors import UserError
+from distav.config.phases import PHASE_KINDS
+from distav.config.schema import Settings
 from distav.data.format import write_atomically
-from distav.errors import UserError
-from distav.phase_settings import PHASE_KINDS
-from distav.settings import Settings
 from distav.world import World, broadcast, rank, wait_for_all
 
 PATIENCE_S = 10.0
@@ -63,7 +63,7 @@ def claimed(folder: Path, settings: Settings, world: World) -> Iterator[None]:
 def _claim(folder: Path, settings: Settings, world: World, held: contextlib.ExitStack) -> None:
     problem = None
     if rank() == 0:
-        stored, text = folder / "config.yaml", config.to_yaml(settings)
+        stored, text = folder / "config.yaml", loading.to_yaml(settings)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _lock(held.enter_context(open(folder / "lock", "a+")), folder)
@@ -121,7 +121,7 @@ def _difference(before: str, now: str) -> str:
 def _defaults(flat: dict[str, Any]) -> dict[str, Any]:
     """Return the default of every setting of a run with these phases, but for what says which phases there are."""
     phases = {name: PHASE_KINDS[flat[f"phases.{name}.kind"]]() for name in _phases(flat)}
-    defaults = dict(_flat(OmegaConf.to_container(OmegaConf.create(config.to_yaml(Settings(phases=phases))))))
+    defaults = dict(_flat(OmegaConf.to_container(OmegaConf.create(loading.to_yaml(Settings(phases=phases))))))
     return {key: value for key, value in defaults.items() if not key.endswith(".kind")}
 
 

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distav.config.phases import SupervisedPhase
 from distav.data.format import Split
 from distav.data.loader import Batch, Loader
 from distav.data.order import owned_batches
 from distav.metrics import retrieval
 from distav.parsing_scores import parsing_scores, segment_accuracy, told_events
-from distav.phase_settings import SupervisedPhase
 from distav.run import Run
 from distav.world import gather_ragged_rows, sum_
 

@@ -14,9 +14,10 @@ from pathlib import Path
 # Started as a file, Python puts this folder first, where `config`, `data` or `models` would hide other packages.
 sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(__file__).resolve().parent]
 
-from distav import config  # noqa: E402
-from distav.commands import ended_by  # noqa: E402
-from distav.errors import UserError  # noqa: E402
+from distav.config import loading  # noqa: E402
+from distav.config.cli import ended_by  # noqa: E402
+from distav.config.errors import UserError  # noqa: E402
+from distav.config.schema import Settings  # noqa: E402
 from distav.stopping import STATUS, Interrupted  # noqa: E402
 
 
@@ -24,9 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a configuration; returns the exit status."""
     options = _parse(arguments)
     try:
-        settings = config.load(options.config, options.overrides)
+        settings = loading.load(options.config, options.overrides)
         if options.print_config:
-            print(config.to_yaml(settings), end="")
+            print(loading.to_yaml(settings), end="")
             return 0
         return _train(settings)
     except UserError as error:
@@ -44,7 +45,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _train(settings: config.Settings) -> int:
+def _train(settings: Settings) -> int:
     # Imported late, so that mistakes in the configuration show at once.
     from distav import world
     from distav.making.quickstart import make_missing

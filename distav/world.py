@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distav.errors import UserError
+from distav.config.errors import UserError
 from distav.rendezvous import mark, met
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

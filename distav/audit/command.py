@@ -20,10 +20,10 @@ from omegaconf import OmegaConf
 
 from distav.audit.page import Audit, write_page
 from distav.audit.problems import corrections_of, label_problems, neighbors_of, pair_problems
-from distav.commands import ended_by
+from distav.config.cli import ended_by
+from distav.config.errors import UserError
 from distav.data.format import ShardSet, Split
 from distav.embedding import Embeddings, Encoders
-from distav.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

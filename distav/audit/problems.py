@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from distav.config.errors import UserError, listed
 from distav.data.format import Split, read_table
 from distav.embedding import Embeddings, unit
-from distav.errors import UserError, listed
 from distav.memory.neighbors import LARGEST_K, nearest_neighbors
 
 COLUMNS = ("id", "key", "given", "corrected", "voted", "confidence", "agreement", "correspondence")

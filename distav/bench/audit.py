@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 from distav.audit.problems import corrections_of, label_problems, pair_problems
 from distav.bench.measure import machine
 from distav.bench.noise.detection import foretold
+from distav.config.errors import UserError
 from distav.data.format import ShardSet
 from distav.data.labels import load_labels
 from distav.embedding import Encoders
-from distav.errors import UserError
 
 FIRST = (100, 500, 1000)
 _METHODS = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distav.bench.measure import Results, Setting
 from distav.bench.ranks import cpu_seconds, loopback_bytes, on_ranks
-from distav.errors import UserError
+from distav.config.errors import UserError
 from distav.losses.category import category_agreement, category_loss
 from distav.losses.instance import SoftTargets, instance_losses
 from distav.memory.attention import Asked, best_back_end

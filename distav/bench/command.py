@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from distav.bench.measure import Results, Setting
+from distav.config.errors import UserError
 from distav.data.format import write_atomically
-from distav.errors import UserError
 from distav.making.clips import CODECS
 
 _EPILOG = """Candidates take turns in one process with the same threads; ratios are medians over the rounds. One thread

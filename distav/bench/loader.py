@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distav.bench.measure import Results, Setting
+from distav.config.schema import AugmentSettings, DataSettings
 from distav.data.augment import Viewer
 from distav.data.dali import ClipGraph
 from distav.data.format import VIDEO_EXTENSIONS, ShardSet, Split
@@ -21,7 +22,6 @@ from distav.data.reader import ShardReader
 from distav.making.clips import Encoding
 from distav.making.synthetic import Scenes
 from distav.making.writer import Plan, make_set
-from distav.settings import AugmentSettings, DataSettings
 
 FRAMES, STRIDE, AUDIO_S = 8, 2, 1.0
 SIDES = {"cpu": (128, 112), "cuda": (256, 224)}

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from distav.bench.measure import machine
+from distav.config.errors import UserError
 from distav.data.events import events_table, load_events
 from distav.data.format import ShardSet, write_atomically, write_table
 from distav.data.llp import CLASSES, SECONDS, VIDEOS, read_llp
 from distav.data.streams import SENSES
-from distav.errors import UserError
 from distav.making.clips import Encoding
 from distav.making.events import EventSource
 from distav.making.writer import Plan, make_set

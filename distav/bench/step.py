@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from distav import config
 from distav.bench.loader import make_clips
 from distav.bench.measure import Results, Setting
+from distav.config import loading
+from distav.config.phases import ContrastivePhase
+from distav.config.schema import Settings
 from distav.data.loader import Batch
 from distav.memory.bank import Bank
 from distav.models.av import AVModel, parameter_groups
-from distav.phase_settings import ContrastivePhase
 from distav.phases.contrastive import contrastive_losses
 from distav.phases.loop import learning_rate
 from distav.run import Run, opened
-from distav.settings import Settings
 from distav.world import joined
 
 STEPS = 5
@@ -44,7 +44,7 @@ class Towers:
 
     def settings(self, *more: str) -> Settings:
         """Return the settings, with the contrastive phase alone."""
-        settings = config.load(Path(__file__).parents[2] / "configs" / self.config, [*self.overrides, *more])
+        settings = loading.load(Path(__file__).parents[2] / "configs" / self.config, [*self.overrides, *more])
         phases = settings.phases.items()
         settings.phases = {name: each for name, each in phases if isinstance(each, ContrastivePhase)}
         return settings

@@ -1,1 +1,1 @@
-"""Shards, labels, the order of samples, and the loader that turns them into batches."""
+"""The dataset format, the input pipeline and the preparation of datasets."""

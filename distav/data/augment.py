@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from distav.config.schema import AugmentSettings, DataSettings
 from distav.data.format import Split
-from distav.settings import AugmentSettings, DataSettings
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distav.errors import UserError
+from distav.config.errors import UserError
 
 SECONDS = 10
 HEADER = "Category&VideoID&Quality&StartTime&EndTime"

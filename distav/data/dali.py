@@ -18,6 +18,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
+from distav.config.schema import DataSettings
 from distav.data.augment import View
 from distav.data.avi import jpeg_frames
 from distav.data.color import change_colors
@@ -25,7 +26,6 @@ from distav.data.decode import decode_frames
 from distav.data.decoder import Decoder, decoder_for
 from distav.data.format import Split
 from distav.data.reader import DecodeError, Members
-from distav.settings import DataSettings
 
 log = logging.getLogger("distav")
 

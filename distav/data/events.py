@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from distav.config.errors import UserError, listed, nearest
 from distav.data.format import EVENTS, ShardSet, Split, read_table
 from distav.data.labels import class_numbers, load_labels, several_labels
 from distav.data.streams import SENSES
-from distav.errors import UserError, listed, nearest
 
 EVENTS_SCHEMA = pa.schema(
     [

@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distav.config.errors import UserError, listed, nearest
 from distav.data.manifest import VIDEO_EXTENSIONS, read_manifest
 from distav.data.remote import Remote, is_url
 from distav.data.streams import Stream
-from distav.errors import UserError, listed, nearest
 from distav.sealing import Damaged, check
 
 AUDIO_EXTENSION = "flac"

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
+from distav.config.errors import UserError, listed, nearest
 from distav.data.format import ShardSet, Split, columns_once, read_table
-from distav.errors import UserError, listed, nearest
 
 
 @dataclass(frozen=True)

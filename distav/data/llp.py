@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distav.errors import UserError, listed, nearest
+from distav.config.errors import UserError, listed, nearest
 
 SECONDS = 10
 CLASSES = (

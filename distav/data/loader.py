@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distav.config.schema import AugmentSettings, DataSettings
 from distav.data.augment import Viewer
 from distav.data.dali import ClipGraph
 from distav.data.features import decode_features
@@ -24,7 +25,6 @@ from distav.data.reader import BadSample, DecodeError, Members, ShardReader
 from distav.data.remote import CONNECTIONS
 from distav.data.streams import Stream
 from distav.seeding import sample_seeds
-from distav.settings import AugmentSettings, DataSettings
 
 _MOST_REFUSED = 64
 """Samples of one batch that may be refused, where most of those tried so far are, before loading is given up."""

@@ -4,8 +4,8 @@ import json
 import re
 from typing import Any
 
+from distav.config.errors import UserError, listed
 from distav.data.streams import SENSES, STREAM_NAME
-from distav.errors import UserError, listed
 
 VIDEO_EXTENSIONS = {"mjpeg": "avi", "vp9": "webm", "h264": "mp4"}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distav.errors import UserError, nearest
+from distav.config.errors import UserError, nearest
 
 _KINDS = ("symmetric", "asymmetric")
 

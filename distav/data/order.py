@@ -12,7 +12,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from distav.errors import UserError
+from distav.config.errors import UserError
 
 Ids = NDArray[np.int64]
 PADDING = -1

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from distav.config.errors import UserError, listed
 from distav.data.cache import Cache, default_folder
-from distav.errors import UserError, listed
 from distav.sealing import MANIFEST, Damaged, check
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "https": "aiohttp", "http": "aiohttp"}

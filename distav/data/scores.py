@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from distav.config.errors import UserError, listed
 from distav.data.events import segments_of
 from distav.data.format import ShardSet, Split
 from distav.data.streams import SENSES
-from distav.errors import UserError, listed
 
 CHUNK = 256
 """Samples whose scores are one file."""

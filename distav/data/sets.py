@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from distav.config.errors import UserError, listed
+from distav.config.phases import ContrastivePhase, CorrectionPhase, ParsingPhase
+from distav.config.schema import Settings
 from distav.data.events import EventLabels, load_events, read_events, segments_of
 from distav.data.format import ShardSet, Split
 from distav.data.labels import Labels, load_labels
 from distav.data.scores import check_scores, read_shares
-from distav.errors import UserError, listed
-from distav.phase_settings import ContrastivePhase, CorrectionPhase, ParsingPhase
-from distav.settings import Settings
 
 
 @dataclass

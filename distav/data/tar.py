@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from distav.config.errors import UserError, listed
 from distav.data.format import write_atomically
-from distav.errors import UserError, listed
 
 BLOCK = 512
 MOST_BYTES = 1 << 30

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from distav.config.errors import UserError
 from distav.data.events import load_events
 from distav.data.format import ShardSet, Split
 from distav.data.labels import load_labels
 from distav.data.reader import BadSample, ShardReader
 from distav.data.remote import Missing, Remote, Unreadable
 from distav.data.tar import by_key, dali_index
-from distav.errors import UserError
 
 _MOST_JSON = 1 << 20
 

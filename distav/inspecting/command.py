@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from distav.config.errors import UserError
 from distav.data.format import write_atomically
 from distav.data.verify import verify
-from distav.errors import UserError
 from distav.inspecting.show import FRAMES, MOST_CLIPS, show
 from distav.inspecting.stats import stats, stats_json, told
 

@@ -1,1 +1,1 @@
-"""The training losses, one file each."""
+"""Losses, one per file."""

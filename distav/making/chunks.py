@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from distav.config.errors import UserError
 from distav.data.format import write_atomically
-from distav.errors import UserError
 from distav.making.clips import Candidate, Encoding, Unusable
 from distav.making.sources import Source
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from distav.config.errors import UserError
 from distav.data.format import EVENTS, ShardSet, Split, write_table
 from distav.data.labels import load_labels
-from distav.errors import UserError
 from distav.making.chunks import Encoded
 from distav.making.clips import Encoding
 from distav.making.decisions import Verdict, judge

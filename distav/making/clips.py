@@ -9,9 +9,9 @@ import numpy as np
 import soundfile
 from av.video.stream import VideoStream
 
+from distav.config.errors import UserError, listed, nearest
 from distav.data.features import encode_features
 from distav.data.format import VIDEO_EXTENSIONS
-from distav.errors import UserError, listed, nearest
 
 CODECS = tuple(VIDEO_EXTENSIONS)
 KEYFRAME_INTERVAL = 12

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distav.config.errors import UserError
 from distav.data.noise import LabelNoise
 from distav.data.remote import is_url
-from distav.errors import UserError
 from distav.making.chunks import Part
 from distav.making.cleaned import Cleaning, make_cleaned
 from distav.making.clips import CODECS, Encoding

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from distav.config.errors import UserError, listed, nearest
 from distav.data.format import ShardSet, Split, read_table
 from distav.data.labels import load_labels
-from distav.errors import UserError, listed, nearest
 
 PAIRS = ("wrong", "right", "")
 

@@ -14,7 +14,7 @@ import soundfile
 from scipy.ndimage import shift
 from scipy.signal import resample_poly
 
-from distav.errors import UserError, listed
+from distav.config.errors import UserError, listed
 from distav.making.clips import Candidate, Clip, Encoding
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

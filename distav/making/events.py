@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from distav.config.errors import UserError, listed
 from distav.data.ave import read_ave
 from distav.data.features import decode_features, header
 from distav.data.llp import CLASSES, VIDEOS, read_llp
 from distav.data.reader import DecodeError
 from distav.data.streams import SENSES, STREAM_NAME, Stream
-from distav.errors import UserError, listed
 from distav.making.clips import Candidate, Clip, Encoding, Features, Unusable
 from distav.making.decoding import decode_clips
 

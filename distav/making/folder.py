@@ -17,9 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from distav import __version__
+from distav.config.errors import UserError
+from distav.config.version import __version__
 from distav.data.format import TABLES, index_schema, unfinished, write_atomically, write_table
-from distav.errors import UserError
 from distav.sealing import described
 
 WORK = ".work"

@@ -4,9 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from distav.config.errors import UserError
+from distav.config.schema import DataSettings
 from distav.data.remote import is_url
-from distav.errors import UserError
-from distav.settings import DataSettings
 from distav.world import World, broadcast
 
 

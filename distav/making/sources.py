@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from distav.errors import UserError, listed
+from distav.config.errors import UserError, listed
 from distav.making.clips import Candidate, Clip, Encoding, Features
 from distav.making.decoding import decode_clips
 

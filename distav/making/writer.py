@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from distav.config.errors import UserError
 from distav.data.events import events_table
 from distav.data.format import EVENTS, members_of, write_table
 from distav.data.llp import SECONDS
 from distav.data.noise import LabelNoise, flip_labels, mismatch_pairs
-from distav.errors import UserError
 from distav.making.chunks import Encoded, Part, encode_all, finished
 from distav.making.clips import Encoding
 from distav.making.events import About, EventSource

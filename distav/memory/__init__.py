@@ -1,1 +1,1 @@
-"""The global cross-modal memory bank: sharded rows, exact softmax over them, exact nearest neighbours."""
+"""The memory bank, its exact softmax and exact k-nearest-neighbor search."""

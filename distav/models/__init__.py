@@ -1,1 +1,1 @@
-"""Visual and audio towers, and the heads on top of them."""
+"""Audio and visual encoders, heads and the event parser."""

@@ -8,10 +8,10 @@ import torchaudio.functional as AF
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 
+from distav.config.schema import AudioSettings, DataSettings
 from distav.models.layers import GlobalBatchNorm, run
 from distav.models.transformer import SIZES, TokenEncoder, unknown_tower
 from distav.seeding import uniform
-from distav.settings import AudioSettings, DataSettings
 
 BANDS = 4
 """Bands of frequency that the small tower pools over time."""

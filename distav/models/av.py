@@ -8,11 +8,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from distav.config.schema import DataSettings, ModelSettings
 from distav.models.audio import build_audio
 from distav.models.heads import CategoryHead, Classifiers, Projection
 from distav.models.parser import Stream, build_parser
 from distav.models.visual import build_visual
-from distav.settings import DataSettings, ModelSettings
 
 HEADS = (
     "project_visual",

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distav.config.schema import ParserSettings
 from distav.data.streams import SENSES
 from distav.data.streams import Stream as Features
 from distav.models.layers import SeededDropout
-from distav.settings import ParserSettings
 
 _DROPOUT_STREAM = 100
 """First of the streams of a sample's random numbers that drop entries here."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
-from distav.errors import UserError, listed, nearest
+from distav.config.errors import UserError, listed, nearest
 from distav.models.layers import run
 
 SIZES = {

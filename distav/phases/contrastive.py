@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from distav.config.phases import ContrastivePhase
 from distav.data.loader import Batch
 from distav.losses.category import (
     CategoryLoss,
@@ -15,7 +16,6 @@ from distav.losses.category import (
 )
 from distav.losses.instance import weighted_mean
 from distav.memory.visitors import Visitors
-from distav.phase_settings import ContrastivePhase
 from distav.phases.correspondence import estimate_correspondence, tell_pairs
 from distav.phases.instance import InstanceTerm, ramp
 from distav.phases.loop import Losses, train

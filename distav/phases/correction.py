@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distav.config.phases import CorrectionPhase
 from distav.data.format import write_table
 from distav.data.labels import correction_table
 from distav.data.loader import Loader
@@ -19,7 +20,6 @@ from distav.metrics import (
     label_accuracy,
     noise_kinds,
 )
-from distav.phase_settings import CorrectionPhase
 from distav.robust.correction import Before, Correction, Space, Voting, correct, nothing_known
 from distav.run import Run
 from distav.world import gather_ragged_rows, max_, row_range

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distav.config.phases import ContrastivePhase, Estimator
 from distav.losses.complementary import matching_among
 from distav.memory.visitors import Visitors
 from distav.metrics import auroc, confusion
-from distav.phase_settings import ContrastivePhase, Estimator
 from distav.robust.correspondence import SelfRefinement, cdf_correspondence, gmm_correspondence, sample_weights
 from distav.run import Run
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distav.config.errors import UserError, listed
 from distav.data.loader import Batch
-from distav.errors import UserError, listed
 from distav.run import Run
 from distav.world import gather_objects, num_ranks, sum_
 

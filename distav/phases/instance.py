@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from distav.config.phases import Candidates, ContrastivePhase, Estimator, InstanceLoss
 from distav.data.loader import Batch
 from distav.losses.candidates import (
     WITHIN,
@@ -15,7 +16,6 @@ from distav.losses.complementary import complementary
 from distav.losses.instance import SoftTargets, instance_losses
 from distav.memory.sampled import Draw, Partition
 from distav.memory.visitors import Visitors
-from distav.phase_settings import Candidates, ContrastivePhase, Estimator, InstanceLoss
 from distav.phases.correspondence import Refinement
 from distav.robust.correspondence import sample_weights
 from distav.run import Run

@@ -2,10 +2,10 @@
 
 import torch
 
+from distav.config.phases import ParsingPhase
 from distav.data.loader import Batch
 from distav.losses.instance import weighted_mean
 from distav.losses.parsing import modality_losses, segment_losses, video_losses
-from distav.phase_settings import ParsingPhase
 from distav.phases.loop import Losses, train
 from distav.run import Run
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from distav.config.errors import UserError
+from distav.config.phases import NEED_CORRECTION, ClassLoss, SupervisedPhase, Targets
 from distav.data.loader import Batch
-from distav.errors import UserError
 from distav.losses.category import category_agreement, weighted_shares
 from distav.losses.instance import instance_losses, weighted_mean
 from distav.losses.supervised import (
@@ -14,7 +15,6 @@ from distav.losses.supervised import (
     soft_cross_entropy,
 )
 from distav.memory.visitors import Visitors
-from distav.phase_settings import NEED_CORRECTION, ClassLoss, SupervisedPhase, Targets
 from distav.phases.loop import Losses, train
 from distav.robust.correspondence import sample_weights
 from distav.run import Run

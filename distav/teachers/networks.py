@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import torchaudio.functional as AF
 from torch import Tensor
 
-from distav.errors import UserError
+from distav.config.errors import UserError
 from distav.teachers.prompts import Prompts
 
 _AT_ONCE = 32

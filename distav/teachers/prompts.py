@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from distav.config.errors import UserError, listed
 from distav.data.streams import SENSES
-from distav.errors import UserError, listed
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from distav.checkpoint import Checkpoints, Position
+from distav.config.schema import Precision, Settings
 from distav.data.loader import Batch
 from distav.engine import Engine
 from distav.memory.bank import Bank
 from distav.models.layers import GlobalBatchNorm
-from distav.settings import Precision, Settings
 from distav.world import World, gather_objects, num_ranks, own_rows, rank
 from tests.helpers.spawn import on_ranks
 

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from distav.config import load
+from distav.config.loading import load
 from distav.data.format import ShardSet
 from distav.data.loader import Batch
 from distav.embed import main as embed

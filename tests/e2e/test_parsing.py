@@ -10,15 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from distav.config import load
+from distav.config.errors import UserError
+from distav.config.loading import load
+from distav.config.schema import DataSettings
 from distav.data.events import events_table, load_events
 from distav.data.format import ShardSet
 from distav.data.loader import Loader
 from distav.data.sets import Data
 from distav.encoders import load_encoders, load_parser
-from distav.errors import UserError
 from distav.parsing_scores import parsing_scores
-from distav.settings import DataSettings
 from tests.helpers.events import AVE_CLASSES, ave_shards, llp_shards, write_ave, write_llp
 from tests.helpers.launch import ROOT, losses, train
 from tests.helpers.team import Team, fingerprint, run_whole

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import yaml
 
-from distav import config, harvest, train
+from distav import harvest, train
 from distav.audit import command as audit
 from distav.bench import command as bench
+from distav.config import loading
 from distav.embed import main as embed
 from distav.evaluate import main as evaluate
 from distav.inspecting import command as inspecting
@@ -55,7 +56,7 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch):
     program, *arguments = _words(command)
     if program == "distav/train.py":
         options = train._parse(arguments)
-        assert config.load(options.config, options.overrides).phases
+        assert loading.load(options.config, options.overrides).phases
     elif program in PARSERS:
         PARSERS[program]().parse_args(arguments)
     elif program in ("sbatch", "kubectl"):
@@ -92,7 +93,7 @@ def test_the_kubernetes_job_starts_the_command_of_the_other_clusters():
         words[words.index("--node_rank") + 1] == "2" and words[words.index("--master_addr") + 1] == hosts[0].split()[0]
     )
     options = train._parse(words[words.index("distav/train.py") + 1 :])
-    assert config.load(ROOT / options.config, options.overrides).run.root == "/data/runs"
+    assert loading.load(ROOT / options.config, options.overrides).run.root == "/data/runs"
 
 
 @pytest.mark.long

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distav.config import load
+from distav.config.errors import UserError
+from distav.config.loading import load
 from distav.data.format import ShardSet
 from distav.data.labels import load_labels
 from distav.data.scores import about_file, digest_of, score_file, write_scores
 from distav.data.sets import Data
-from distav.errors import UserError
 from tests.helpers.launch import ROOT, TINY, records, tiny_config, train
 from tests.helpers.team import Team, fingerprint, run_whole
 

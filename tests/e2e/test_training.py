@@ -13,12 +13,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distav.config import load, to_yaml
+from distav.config.loading import load, to_yaml
+from distav.config.schema import DataSettings
 from distav.data.format import ShardSet
 from distav.data.loader import Loader
 from distav.encoders import load_encoders
 from distav.run_folder import _difference
-from distav.settings import DataSettings
 from tests.helpers.launch import ROOT, TINY, command, environment, losses, records, tiny_config, train
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distav import sealing
+from distav.config.errors import UserError
 from distav.data.avi import jpeg_frames
 from distav.data.events import EVENTS_SCHEMA, load_events, read_events
 from distav.data.features import decode_features, encode_features
@@ -21,7 +22,6 @@ from distav.data.reader import DecodeError
 from distav.data.streams import Stream
 from distav.data.tar import by_key
 from distav.data.verify import sample_json
-from distav.errors import UserError
 from distav.making.clips import Encoding, encode_video
 
 TYPED = (UserError, DecodeError, sealing.Damaged)

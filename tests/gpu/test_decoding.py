@@ -9,10 +9,10 @@ import pytest
 import soundfile
 import torch
 
+from distav.config.schema import DataSettings
 from distav.data.format import ShardSet
 from distav.data.loader import Loader
 from distav.data.reader import ShardReader
-from distav.settings import DataSettings
 from tests.conftest import make_shards
 
 SIDE = 160

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from distav.config.schema import AugmentSettings, DataSettings
 from distav.data.format import ShardSet
 from distav.data.loader import Loader
-from distav.settings import AugmentSettings, DataSettings
 from tests.conftest import make_shards
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from distav.config.schema import DataSettings, VisualSettings
 from distav.models.layers import GlobalBatchNorm, _FusedGlobalNormalise, _GlobalNormalise
 from distav.models.visual import build_visual
-from distav.settings import DataSettings, VisualSettings
 from tests.conftest import make_shards
 from tests.helpers.launch import ROOT, TINY, tiny_config
 from tests.helpers.normalization import normalized
@@ -128,12 +128,12 @@ def waits(file: Path, *overrides: str) -> list[str]:
 
     Of the autograd engine's own thread the place told is that of the call of `backward`.
     """
-    from distav import config
+    from distav.config import loading
     from distav.phases.contrastive import run_contrastive
     from distav.run import opened
     from distav.world import joined
 
-    settings = config.load(file, overrides)
+    settings = loading.load(file, overrides)
     with joined("gpu", 120, 4) as world, opened(settings, world) as run, warnings.catch_warnings():
         found: list[str] = []
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from distav.config.schema import AugmentSettings, DataSettings
 from distav.data.format import ShardSet
 from distav.data.loader import Loader
 from distav.data.order import TrainingOrder
 from distav.data.reader import crc32
-from distav.settings import AugmentSettings, DataSettings
 from tests.conftest import make_shards
 from tests.helpers.spawn import on_ranks
 

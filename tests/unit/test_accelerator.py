@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from distav.config.errors import UserError
+from distav.config.schema import Precision, Settings
 from distav.engine import Engine, deepspeed_config
-from distav.errors import UserError
-from distav.settings import Precision, Settings
 from distav.world import World
 from tests.helpers.launch import environment
 from tests.helpers.spawn import on_ranks

@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distav.config.errors import UserError
 from distav.data.ave import HEADER, read_ave
-from distav.errors import UserError
 from distav.parsing_scores import segment_accuracy, told_events
 
 

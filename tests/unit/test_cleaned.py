@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from distav.config.schema import DataSettings
 from distav.data.format import ShardSet, read_table
 from distav.data.labels import _apply, load_labels
 from distav.data.loader import Loader
@@ -23,7 +24,6 @@ from distav.making.clips import Encoding
 from distav.making.command import main
 from distav.making.events import EventSource
 from distav.making.writer import Plan, make_set
-from distav.settings import DataSettings
 from tests.helpers.events import AVE_CLASSES, write_ave
 from tests.unit.test_making import digests
 

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from distav import config
-from distav.errors import UserError
-from distav.phase_settings import ContrastivePhase, Estimator, SupervisedPhase
+from distav.config import loading
+from distav.config.errors import UserError
+from distav.config.phases import ContrastivePhase, Estimator, SupervisedPhase
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -21,14 +21,14 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_and_survives_a_round_trip(path: Path, tmp_path: Path):
-    settings = config.load(path)
+    settings = loading.load(path)
     copy = tmp_path / "copy.yaml"
-    copy.write_text(config.to_yaml(settings))
-    assert config.load(copy) == settings
+    copy.write_text(loading.to_yaml(settings))
+    assert loading.load(copy) == settings
 
 
 def test_phases_keep_their_order_and_are_typed_by_kind(file: Path):
-    settings = config.load(file, ["phases.learn.estimator=cdf", "deepspeed.extra={a: {b: 1}}"])
+    settings = loading.load(file, ["phases.learn.estimator=cdf", "deepspeed.extra={a: {b: 1}}"])
     assert list(settings.phases) == ["learn", "fix", "use"]
     learn = settings.phases["learn"]
     assert isinstance(learn, ContrastivePhase) and learn.estimator is Estimator.cdf and learn.epochs == 2
@@ -37,10 +37,10 @@ def test_phases_keep_their_order_and_are_typed_by_kind(file: Path):
 
 
 def test_the_zero_stage_is_the_devices_unless_a_number_is_given(file: Path):
-    assert config.load(file).deepspeed.zero_stage is None
-    assert "zero_stage: null" in config.to_yaml(config.load(file))
-    assert config.load(file, ["deepspeed.zero_stage=3"]).deepspeed.zero_stage == 3
-    assert config.load(file, ["deepspeed.zero_stage=null"]).deepspeed.zero_stage is None
+    assert loading.load(file).deepspeed.zero_stage is None
+    assert "zero_stage: null" in loading.to_yaml(loading.load(file))
+    assert loading.load(file, ["deepspeed.zero_stage=3"]).deepspeed.zero_stage == 3
+    assert loading.load(file, ["deepspeed.zero_stage=null"]).deepspeed.zero_stage is None
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_the_zero_stage_is_the_devices_unless_a_number_is_given(file: Path):
 )
 def test_a_wrong_override_is_named_with_what_is_right(file: Path, override: str, told: list[str]):
     with pytest.raises(UserError) as error:
-        config.load(file, [override])
+        loading.load(file, [override])
     for part in told:
         assert part in str(error.value)
 
@@ -95,9 +95,9 @@ def test_a_wrong_file_is_named_with_what_is_right(tmp_path: Path, text: str, tol
     path = tmp_path / "wrong.yaml"
     path.write_text("defaults: [schema, _self_]\n" + text)
     with pytest.raises(UserError, match=told):
-        config.load(path)
+        loading.load(path)
 
 
 def test_a_missing_file_names_its_neighbour(file: Path):
     with pytest.raises(UserError, match=r"Did you mean 'some\.yaml'"):
-        config.load(file.with_name("sone.yaml"))
+        loading.load(file.with_name("sone.yaml"))

@@ -13,6 +13,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
+from distav.config.schema import AugmentSettings, DataSettings
 from distav.data.augment import View, Viewer
 from distav.data.avi import jpeg_frames
 from distav.data.color import change_colors
@@ -23,7 +24,6 @@ from distav.data.loader import Loader
 from distav.data.order import PADDING
 from distav.data.reader import DecodeError, Members, ShardReader
 from distav.making.clips import Encoding, encode_video
-from distav.settings import AugmentSettings, DataSettings
 from tests.conftest import make_shards
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distav.config.schema import Precision, Settings
 from distav.data.loader import Batch
 from distav.engine import Engine
-from distav.settings import Precision, Settings
 from distav.world import World
 from tests.helpers.spawn import on_ranks
 

@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from distav.config.errors import UserError
+from distav.config.schema import DataSettings
 from distav.data.events import EVENTS_SCHEMA, events_table, load_events, read_events
 from distav.data.features import decode_features, encode_features
 from distav.data.format import ShardSet
@@ -17,8 +19,6 @@ from distav.data.loader import Loader
 from distav.data.reader import DecodeError
 from distav.data.streams import Stream
 from distav.data.verify import verify
-from distav.errors import UserError
-from distav.settings import DataSettings
 from tests.conftest import make_shards
 from tests.helpers.events import SIZES, STREAMS, llp_shards, write_llp
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from distav.config.errors import UserError
+from distav.config.schema import AugmentSettings, DataSettings
 from distav.data.augment import Viewer
 from distav.data.decoder import Decoder
 from distav.data.format import ShardSet
 from distav.data.labels import load_labels
 from distav.data.loader import Loader
 from distav.data.order import PADDING
-from distav.errors import UserError
-from distav.settings import AugmentSettings, DataSettings
 from tests.conftest import make_shards
 
 CPU = torch.device("cpu")

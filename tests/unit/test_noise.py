@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from distav.config.errors import UserError
 from distav.data.noise import LabelNoise, flip_labels, mismatch_pairs
-from distav.errors import UserError
 
 LABELS = np.repeat(np.arange(5), 40)
 

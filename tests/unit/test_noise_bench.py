@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distav import config
 from distav.bench.noise.grid import ABLATIONS, METHODS, PAIR_METHODS, Cell, Job, ablations, grid
 from distav.bench.noise.plots import save
 from distav.bench.noise.results import over_seeds, trainings, votes
 from distav.bench.noise.results import save as store
 from distav.bench.noise.runner import PARTS, Bench
 from distav.bench.noise.tables import ablation, accuracy, correction, every, pairs, times
-from distav.errors import UserError
+from distav.config import loading
+from distav.config.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["data.num_frames=1", "optim.global_batch=300", "model.visual.width=8", "model.audio.width=8"]
@@ -20,15 +20,15 @@ SHORT = ["data.num_frames=1", "optim.global_batch=300", "model.visual.width=8", 
 
 @pytest.mark.long
 def test_every_method_has_a_configuration_with_the_data_and_towers_of_the_recipe():
-    recipe = config.load(ROOT / "configs" / "avdigits.yaml")
+    recipe = loading.load(ROOT / "configs" / "avdigits.yaml")
     for name, method in METHODS.items():
-        settings = config.load(ROOT / "configs" / f"{method.config}.yaml", method.changes)
+        settings = loading.load(ROOT / "configs" / f"{method.config}.yaml", method.changes)
         for section in ("data", "augment", "model", "optim", "bank"):
             assert getattr(settings, section) == getattr(recipe, section), (name, section)
         if method.shares_phase_1:
             assert settings.phases["contrastive"] == recipe.phases["contrastive"], name
     for name, method in PAIR_METHODS.items():
-        settings = config.load(ROOT / "configs" / f"{method.config}.yaml", method.changes)
+        settings = loading.load(ROOT / "configs" / f"{method.config}.yaml", method.changes)
         for section in ("data", "augment", "model", "optim", "bank"):
             assert getattr(settings, section) == getattr(recipe, section), (name, section)
         phases = list(settings.phases.values())
@@ -36,15 +36,15 @@ def test_every_method_has_a_configuration_with_the_data_and_towers_of_the_recipe
         assert {(phase.kind, phase.temperature) for phase in phases} == {("contrastive", 0.3)}, name
     learnt = [phase.epochs for phase in recipe.phases.values() if phase.kind == "supervised"]
     for name in ("ce", "gce", "elr", "true_labels"):
-        settings = config.load(ROOT / "configs" / "baselines" / f"{name}.yaml")
+        settings = loading.load(ROOT / "configs" / "baselines" / f"{name}.yaml")
         assert [phase.epochs for phase in settings.phases.values()] == [sum(learnt)]
 
 
 @pytest.mark.long
 def test_every_ablation_changes_the_recipe_and_nothing_else():
-    recipe = config.load(ROOT / "configs" / "avdigits.yaml")
+    recipe = loading.load(ROOT / "configs" / "avdigits.yaml")
     for name, method in ABLATIONS.items():
-        changed = config.load(ROOT / "configs" / f"{method.config}.yaml", method.changes)
+        changed = loading.load(ROOT / "configs" / f"{method.config}.yaml", method.changes)
         assert changed.phases != recipe.phases, name
         assert (changed.data, changed.model, changed.optim) == (recipe.data, recipe.model, recipe.optim), name
         assert method.shares_phase_1 == (changed.phases.get("contrastive") == recipe.phases["contrastive"]), name

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from distav.config.errors import UserError
 from distav.data.order import PADDING, TrainingOrder, check_batch, owned_batches, permutation
-from distav.errors import UserError
 
 SIZES = [7, 30, 1, 12, 22]
 

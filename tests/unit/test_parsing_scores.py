@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distav.config.errors import UserError
 from distav.data.llp import CLASSES, read_llp
-from distav.errors import UserError
 from distav.parsing_scores import parsing_scores
 
 NAMES = ("audio", "visual", "audio_visual", "type", "event")

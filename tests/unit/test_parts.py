@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distav.config.errors import UserError
 from distav.data.format import write_atomically
-from distav.errors import UserError
 from distav.making.chunks import Part
 from distav.making.clips import Candidate, Clip, Encoding, Unusable
 from distav.making.command import main

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from distav.config.errors import UserError
 from distav.data.llp import CLASSES
-from distav.errors import UserError
 from distav.teachers.prompts import read_prompts
 
 LLP = Path(__file__).parents[2] / "configs" / "teachers" / "llp.yaml"

@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-from distav import config
+from distav.config import loading
+from distav.config.errors import UserError
+from distav.config.schema import AugmentSettings, DataSettings, MakeSettings
 from distav.data import remote
 from distav.data.cache import Cache
 from distav.data.format import ShardSet
 from distav.data.labels import load_labels
 from distav.data.loader import Loader
 from distav.data.reader import BadSample, ShardReader
-from distav.errors import UserError
 from distav.making.quickstart import make_missing
-from distav.settings import AugmentSettings, DataSettings, MakeSettings
 from tests.helpers.launch import tiny_config
 from tests.helpers.stores import CREDENTIALS, Bucket, Web, bucket, bytes_in, use, web
 from tests.robustness.test_data import inspect, overwrite
@@ -386,8 +386,8 @@ def test_samples_of_a_batch_are_read_at_a_time(site: Web, tmp_path: Path):
 def test_settings_take_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     for url in ("s3://clips/a-b/set_1", "https://host.org:8080/a/set"):
-        assert config.load(tiny_config(tmp_path), [f"data.root={url}"]).data.root == url
+        assert loading.load(tiny_config(tmp_path), [f"data.root={url}"]).data.root == url
     with pytest.raises(UserError, match="data.cache_mib=-1 is not possible; allowed: 0 or more"):
-        config.load(tiny_config(tmp_path), ["data.cache_mib=-1"])
+        loading.load(tiny_config(tmp_path), ["data.cache_mib=-1"])
     make_missing(DataSettings(root="s3://clips/set", make=MakeSettings(enabled=True)), None)  # type: ignore[arg-type]
     assert not (tmp_path / "s3:").exists()

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distav import config
+from distav.config import loading
+from distav.config.errors import UserError
+from distav.config.schema import Settings
 from distav.engine import deepspeed_config
-from distav.errors import UserError
 from distav.run import Data, Run
-from distav.settings import Settings
 from distav.world import World
 from tests.helpers.launch import tiny_config
 
@@ -18,7 +18,7 @@ TWO_RANKS = World(0, 2, 0, torch.device("cpu"))
 @pytest.fixture
 def settings(tiny_shards: Path, tmp_path: Path):
     def load(*overrides: str) -> Settings:
-        return config.load(tiny_config(tmp_path), [f"data.root={tiny_shards}", *overrides])
+        return loading.load(tiny_config(tmp_path), [f"data.root={tiny_shards}", *overrides])
 
     return load
 

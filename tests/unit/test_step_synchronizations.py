@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import distav
-from distav import config
+from distav.config import loading
 from distav.data.events import events_table
 from distav.data.format import ShardSet
 from distav.phases.table import PHASES
@@ -27,7 +27,7 @@ ALLOWED = ("engine.py", "world.py")
 def synchronizations(file: Path, *overrides: str) -> list[str]:
     """Train the last phase of a configuration; returns what waits in its third and fourth step, which log nothing."""
     quiet = ["run.log_every=1000", "monitor.media_every=1000", "run.checkpoint_every=1000"]
-    settings = config.load(file, [*overrides, *quiet])
+    settings = loading.load(file, [*overrides, *quiet])
     with opened(settings, World(0, 1, 0, torch.device("cpu"))) as run:
         _correct(run)
         name, phase = list(settings.phases.items())[-1]

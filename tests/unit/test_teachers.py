@@ -16,13 +16,13 @@ import yaml
 
 import distav.data.scores
 import distav.harvest
+from distav.config.errors import UserError
+from distav.config.schema import DataSettings
 from distav.data.events import load_events, read_events
 from distav.data.format import ShardSet
 from distav.data.loader import Batch, Loader
 from distav.data.scores import read_scores
-from distav.errors import UserError
 from distav.harvest import main
-from distav.settings import DataSettings
 from distav.teachers.networks import ImageTeacher, SoundTeacher
 from distav.teachers.prompts import read_prompts
 from tests.conftest import ROOT

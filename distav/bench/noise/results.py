@@ -10,8 +10,8 @@ from typing import Any
 from distav.bench.measure import machine
 from distav.bench.noise.grid import MOST_PAIRS, Job
 from distav.bench.noise.runner import Bench
+from distav.config.errors import UserError
 from distav.data.format import write_atomically
-from distav.errors import UserError
 
 KEYS = ("set", "labels", "pairs", "method", "k", "second", "seed")
 """What tells one record from the others; those of trainings have no k, those of votes no method and no pairs."""

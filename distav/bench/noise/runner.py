@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow as pa
 
 from distav.bench.noise.grid import ABLATIONS, PHASE_1, SETS, Cell, Job, ablations, file_name, grid, pairs
+from distav.config.errors import UserError, listed
 from distav.data.format import ShardSet, write_atomically, write_table
 from distav.data.labels import load_labels
 from distav.data.noise import LabelNoise, flip_labels
-from distav.errors import UserError, listed
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PARTS = {"grid": grid, "ablations": ablations, "pairs": pairs}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from distav.phase_settings import PhaseSettings
+from distav.config.phases import PhaseSettings
 
 
 class Precision(Enum):

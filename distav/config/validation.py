@@ -4,8 +4,8 @@ import dataclasses
 import re
 from typing import Any, cast
 
-from distav.errors import UserError
-from distav.phase_settings import (
+from distav.config.errors import UserError
+from distav.config.phases import (
     NEED_CORRECTION,
     Candidates,
     ContrastivePhase,
@@ -15,7 +15,7 @@ from distav.phase_settings import (
     SoftTargets,
     SupervisedPhase,
 )
-from distav.settings import Settings
+from distav.config.schema import Settings
 
 
 def check(settings: Settings) -> None:

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 
-from distav.errors import UserError
+from distav.config.errors import UserError
 
 
 def ended_by(error: UserError, program: str) -> int:

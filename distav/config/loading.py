@@ -15,13 +15,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distav.checks import check
-from distav.errors import UserError, listed, nearest
-from distav.phase_settings import (
-    PHASE_KINDS,
-    PhaseSettings,
-)
-from distav.settings import Settings
+from distav.config.errors import UserError, listed, nearest
+from distav.config.phases import PHASE_KINDS, PhaseSettings
+from distav.config.schema import Settings
+from distav.config.validation import check
 
 __all__ = ["check", "load", "to_yaml"]
 
