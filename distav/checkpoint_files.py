@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from distav.data.format import write_atomically
+from distav.distributed.collectives import num_ranks, rank
 from distav.sealing import described, seal, sync
-from distav.world import num_ranks, rank
 
 _NAME = re.compile(r"step-\d{9}-\d{3}-\d{6}")
 

@@ -30,11 +30,12 @@ from distav.config.errors import UserError
 from distav.data.format import ShardSet, Split, write_atomically, write_table
 from distav.data.remote import is_url
 from distav.data.scores import digest_of
+from distav.distributed.collectives import broadcast, on_main, wait_for_all
+from distav.distributed.process_group import World, joined
 from distav.embedding import Embeddings, Encoders, table
 from distav.making.clips import Encoding
 from distav.making.sources import MediaFiles
 from distav.making.writer import Plan, make_set
-from distav.world import World, broadcast, joined, on_main, wait_for_all
 
 CHUNK = 1024
 """Clips of one file."""

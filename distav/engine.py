@@ -16,9 +16,9 @@ from distav.config.errors import UserError
 from distav.config.schema import Device, Precision, Settings
 from distav.data.loader import Batch
 from distav.data.order import check_batch
+from distav.distributed.process_group import World, collective_timeout
 from distav.engine_state import collect, put_back
 from distav.models.av import parameter_groups
-from distav.world import World, collective_timeout
 
 DERIVED_KEYS = (
     "train_batch_size",

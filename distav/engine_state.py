@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distav.world import num_ranks, rank
+from distav.distributed.collectives import num_ranks, rank
 
 WEIGHT = "weight"
 

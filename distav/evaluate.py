@@ -28,11 +28,12 @@ from distav.config.phases import SupervisedPhase, Targets  # noqa: E402
 from distav.config.schema import Device, OptimSettings, RunSettings, Settings  # noqa: E402
 from distav.data.format import ShardSet, Split, write_atomically  # noqa: E402
 from distav.data.labels import load_labels  # noqa: E402
+from distav.distributed.collectives import broadcast, gather_ragged_rows, own_share, rank, row_range, sum_  # noqa: E402
+from distav.distributed.process_group import World, joined  # noqa: E402
 from distav.embedding import Encoders  # noqa: E402
 from distav.encoders import fed, model_settings  # noqa: E402
 from distav.metrics import retrieval  # noqa: E402
 from distav.probing import LinearProbe, neighbor_votes  # noqa: E402
-from distav.world import World, broadcast, gather_ragged_rows, joined, own_share, rank, row_range, sum_  # noqa: E402
 
 KINDS = ("knn", "probe", "retrieval", "fine_tune")
 SENSES = ("visual", "audio", "both")

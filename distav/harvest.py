@@ -30,10 +30,11 @@ from distav.data.loader import Loader
 from distav.data.order import padded_batches
 from distav.data.scores import CHUNK, about_file, digest_of, read_scores, score_file, score_files, write_scores
 from distav.data.streams import SENSES
+from distav.distributed.collectives import broadcast, on_main, wait_for_all
+from distav.distributed.process_group import World, joined
 from distav.parsing_scores import parsing_scores
 from distav.teachers.networks import ImageTeacher, SoundTeacher, Teacher
 from distav.teachers.prompts import Prompts, read_prompts
-from distav.world import World, broadcast, joined, on_main, wait_for_all
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

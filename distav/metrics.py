@@ -7,7 +7,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from distav.world import gather_ragged_rows, gather_rows, rank, sum_
+from distav.distributed.collectives import gather_ragged_rows, gather_rows, rank, sum_
 
 RECALLED = (1, 5, 10)
 _SCORES = 2**24

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from distav.world import World
+from distav.distributed.process_group import World
 
 log = logging.getLogger("distav")
 

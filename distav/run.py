@@ -17,16 +17,17 @@ from distav.data.events import segments_of
 from distav.data.loader import Loader
 from distav.data.order import TrainingOrder, check_batch
 from distav.data.sets import Data
+from distav.distributed.collectives import any_rank, gather_objects
+from distav.distributed.process_group import World
+from distav.distributed.rendezvous import keep_records
+from distav.distributed.signals import Interrupted, Stop, listening
 from distav.encoders import weights
 from distav.engine import Engine, trains_in_bf16
 from distav.memory.bank import Bank
 from distav.models.av import AVModel
 from distav.models.parser import FeatureParser
 from distav.monitor import Monitor
-from distav.rendezvous import keep_records
 from distav.run_folder import claimed
-from distav.stopping import Interrupted, Stop, listening
-from distav.world import World, any_rank, gather_objects
 
 
 @dataclass

@@ -21,7 +21,8 @@ from distav.config.errors import UserError
 from distav.config.phases import PHASE_KINDS
 from distav.config.schema import Settings
 from distav.data.format import write_atomically
-from distav.world import World, broadcast, rank, wait_for_all
+from distav.distributed.collectives import broadcast, rank, wait_for_all
+from distav.distributed.process_group import World
 
 PATIENCE_S = 10.0
 """How long a run that is there already may take to end."""

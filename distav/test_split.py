@@ -10,10 +10,10 @@ from distav.config.phases import SupervisedPhase
 from distav.data.format import Split
 from distav.data.loader import Batch, Loader
 from distav.data.order import owned_batches
+from distav.distributed.collectives import gather_ragged_rows, sum_
 from distav.metrics import retrieval
 from distav.parsing_scores import parsing_scores, segment_accuracy, told_events
 from distav.run import Run
-from distav.world import gather_ragged_rows, sum_
 
 _LIKELY = 0.5
 

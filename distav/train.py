@@ -18,7 +18,7 @@ from distav.config import loading  # noqa: E402
 from distav.config.cli import ended_by  # noqa: E402
 from distav.config.errors import UserError  # noqa: E402
 from distav.config.schema import Settings  # noqa: E402
-from distav.stopping import STATUS, Interrupted  # noqa: E402
+from distav.distributed.signals import STATUS, Interrupted  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,14 +47,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _train(settings: Settings) -> int:
     # Imported late, so that mistakes in the configuration show at once.
-    from distav import world
+    from distav.distributed.process_group import joined
     from distav.making.quickstart import make_missing
     from distav.phases.table import run_remaining
     from distav.report import finish
     from distav.run import opened
 
     chosen = settings.run
-    with world.joined(chosen.device.name, chosen.timeout_s, chosen.threads_per_rank) as here:
+    with joined(chosen.device.name, chosen.timeout_s, chosen.threads_per_rank) as here:
         make_missing(settings.data, here)
         try:
             with opened(settings, here) as run:

@@ -18,12 +18,12 @@ from torch import Tensor
 from distav.bench.measure import Results, Setting
 from distav.bench.ranks import cpu_seconds, loopback_bytes, on_ranks
 from distav.config.errors import UserError
+from distav.distributed.collectives import gather_rows, num_ranks, own_rows
 from distav.losses.category import category_agreement, category_loss
 from distav.losses.instance import SoftTargets, instance_losses
 from distav.memory.attention import Asked, best_back_end
 from distav.memory.bank import Bank
 from distav.memory.visitors import Visitors
-from distav.world import gather_rows, num_ranks, own_rows
 
 TEMPERATURE = 0.07
 CATEGORIES = 300

@@ -18,12 +18,12 @@ from distav.config import loading
 from distav.config.phases import ContrastivePhase
 from distav.config.schema import Settings
 from distav.data.loader import Batch
+from distav.distributed.process_group import joined
 from distav.memory.bank import Bank
 from distav.models.av import AVModel, parameter_groups
 from distav.phases.contrastive import contrastive_losses
 from distav.phases.loop import learning_rate
 from distav.run import Run, opened
-from distav.world import joined
 
 STEPS = 5
 

@@ -24,7 +24,7 @@ from distav.data.order import PADDING, Ids
 from distav.data.reader import BadSample, DecodeError, Members, ShardReader
 from distav.data.remote import CONNECTIONS
 from distav.data.streams import Stream
-from distav.seeding import sample_seeds
+from distav.distributed.rng import sample_seeds
 
 _MOST_REFUSED = 64
 """Samples of one batch that may be refused, where most of those tried so far are, before loading is given up."""

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distav.distributed.collectives import gather_across, own_rows, rank
 from distav.memory.bank import Bank
 from distav.memory.sampled import Draw, Drawn, Partition
 from distav.memory.visitors import Visitors
-from distav.world import gather_across, own_rows, rank
 
 MODALITIES = ("visual", "audio")
 Directions = tuple[tuple[str, str], ...]

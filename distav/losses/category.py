@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distav.world import sum_, sum_across
+from distav.distributed.collectives import sum_, sum_across
 
 PLATEAU_MARGIN = 0.01
 """Nats below log(2K - 1) that a contrast has to fall to have left the plateau."""

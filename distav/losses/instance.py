@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distav.distributed.collectives import gather_rows, num_ranks, own_rows, sum_
 from distav.losses.candidates import DIRECTIONS, MODALITIES, Directions, with_gradient
 from distav.memory.bank import Bank
 from distav.memory.softmax import attend, merge_across_ranks
 from distav.memory.visitors import Visitors
-from distav.world import gather_rows, num_ranks, own_rows, sum_
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from distav.config.errors import UserError
 from distav.config.schema import DataSettings
 from distav.data.remote import is_url
-from distav.world import World, broadcast
+from distav.distributed.collectives import broadcast
+from distav.distributed.process_group import World
 
 
 def make_missing(data: DataSettings, world: World) -> None:

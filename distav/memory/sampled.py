@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distav.distributed.collectives import exchange, gather_rows, num_ranks, sum_
+from distav.distributed.rng import sample_seeds, uniform
 from distav.memory.bank import Bank
-from distav.seeding import sample_seeds, uniform
-from distav.world import exchange, gather_rows, num_ranks, sum_
 
 _QUERIES = 128
 """Queries whose drawn rows are looked up at a time."""

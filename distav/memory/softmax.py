@@ -9,8 +9,8 @@ Legend: b queries of this rank, B of all ranks, n rows of this rank, D width.
 import torch
 from torch import Tensor
 
+from distav.distributed.collectives import exchange, num_ranks
 from distav.memory.attention import BACK_ENDS, Asked, BackEnd, best_back_end, merge
-from distav.world import exchange, num_ranks
 
 
 def attend(

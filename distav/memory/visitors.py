@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distav.world import gather_rows
+from distav.distributed.collectives import gather_rows
 
 
 @dataclass(frozen=True)

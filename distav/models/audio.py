@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 
 from distav.config.schema import AudioSettings, DataSettings
+from distav.distributed.rng import uniform
 from distav.models.layers import GlobalBatchNorm, run
 from distav.models.transformer import SIZES, TokenEncoder, unknown_tower
-from distav.seeding import uniform
 
 BANDS = 4
 """Bands of frequency that the small tower pools over time."""

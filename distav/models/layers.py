@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distav.seeding import uniform
-from distav.world import gather_rows, num_ranks, sum_
+from distav.distributed.collectives import gather_rows, num_ranks, sum_
+from distav.distributed.rng import uniform
 
 _recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
 """Whether activations are being computed a second time; running statistics have counted the batch then."""

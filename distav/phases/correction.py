@@ -12,6 +12,7 @@ from distav.data.labels import correction_table
 from distav.data.loader import Loader
 from distav.data.order import PADDING, padded_batches
 from distav.data.streams import SENSES
+from distav.distributed.collectives import gather_ragged_rows, max_, row_range
 from distav.metrics import (
     NOISE_KINDS,
     auroc,
@@ -22,7 +23,6 @@ from distav.metrics import (
 )
 from distav.robust.correction import Before, Correction, Space, Voting, correct, nothing_known
 from distav.run import Run
-from distav.world import gather_ragged_rows, max_, row_range
 
 _USABLE, _UNUSABLE = 1, 2
 _OF_RATES = ("evidence", "told")

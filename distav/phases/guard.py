@@ -9,8 +9,8 @@ from torch import Tensor
 
 from distav.config.errors import UserError, listed
 from distav.data.loader import Batch
+from distav.distributed.collectives import gather_objects, num_ranks, sum_
 from distav.run import Run
-from distav.world import gather_objects, num_ranks, sum_
 
 Losses = dict[str, Tensor]
 """Scalars by name; `loss` is the one that is minimised, the others are its parts and are logged."""

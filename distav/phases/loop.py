@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from distav.data.loader import Batch
+from distav.distributed.collectives import num_ranks, sum_
+from distav.distributed.rendezvous import enter
 from distav.monitor import clock, peak_memory_gib
 from distav.phases.guard import Guard, Losses, roll_back
-from distav.rendezvous import enter
 from distav.run import Run
-from distav.world import num_ranks, sum_
 
 
 def learning_rate(progress: float, warmup: float, floor: float) -> float:

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from distav.distributed.rendezvous import enter
 from distav.phases.contrastive import run_contrastive
 from distav.phases.correction import run_correction
 from distav.phases.parsing import run_parsing
 from distav.phases.supervised import run_supervised
-from distav.rendezvous import enter
 from distav.run import Run
 
 PHASES: dict[str, Callable[[Run, str, Any], None]] = {

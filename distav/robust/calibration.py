@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distav.distributed.collectives import broadcast, sum_
 from distav.robust.noise_rate import MATRIX_PRIOR, even_matrix, rates
 from distav.robust.tiles import in_tiles, normalized, tiles
-from distav.world import broadcast, sum_
 
 RAREST = 1e-12
 """Least probability of a label; sixteen of these multiplied are still a number."""

@@ -12,12 +12,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from distav.distributed.collectives import gather_ragged_rows, own_share
 from distav.robust.calibration import Judges
 from distav.robust.noise_rate import RateEstimate, class_rates, estimate_rate, noise_matrix, rates
 from distav.robust.pairing import checked_rate, gated
 from distav.robust.tiles import in_tiles, normalized
 from distav.robust.ways import Problem, Space, Voting, by_labels, by_sound, together
-from distav.world import gather_ragged_rows, own_share
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from scipy.stats import beta
 from torch import Tensor
 
+from distav.distributed.collectives import sum_
 from distav.robust.tiles import normalized, tiles
-from distav.world import sum_
 
 NUM_RATES = 91
 """Rates that are tried."""

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distav.distributed.collectives import sum_
 from distav.robust.calibration import SHARPNESS, blended, entropies, sharpened, sharpness_weights
 from distav.robust.noise_rate import RateEstimate, estimate_rate, rates
 from distav.robust.tiles import normalized, tiles
-from distav.world import sum_
 
 
 @dataclass(frozen=True)

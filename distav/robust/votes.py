@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distav.distributed.collectives import broadcast, gather_ragged_rows, sum_
 from distav.memory.neighbors import nearest_neighbors
 from distav.robust.tiles import in_tiles, tiles
-from distav.world import broadcast, gather_ragged_rows, sum_
 
 TIE = 1e-6
 

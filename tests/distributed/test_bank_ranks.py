@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from distav.distributed.collectives import own_rows
 from distav.losses.category import category_agreement, category_loss
 from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
 from distav.memory.bank import Bank
 from distav.memory.visitors import Visitors
-from distav.world import own_rows
 from tests.helpers.spawn import on_ranks
 from tests.helpers.synchronizations import Synchronizations
 

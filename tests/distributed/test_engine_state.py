@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from distav.checkpoint import Checkpoints, Position
 from distav.config.schema import Precision, Settings
 from distav.data.loader import Batch
+from distav.distributed.collectives import gather_objects, num_ranks, own_rows, rank
+from distav.distributed.process_group import World
 from distav.engine import Engine
 from distav.memory.bank import Bank
 from distav.models.layers import GlobalBatchNorm
-from distav.world import World, gather_objects, num_ranks, own_rows, rank
 from tests.helpers.spawn import on_ranks
 
 STAGES, PRECISIONS, HALF, BATCH = (0, 1, 2, 3), tuple(Precision[name] for name in ("fp32", "bf16")), 3, 12

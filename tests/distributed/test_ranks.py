@@ -5,6 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from distav.config.schema import AudioSettings, DataSettings, ModelSettings, VisualSettings
+from distav.distributed.collectives import (
+    gather_ragged_rows,
+    gather_rows,
+    num_ranks,
+    own_rows,
+    rank,
+    row_range,
+    sum_,
+    sum_across,
+)
 from distav.losses.candidates import BatchCandidates, DrawnCandidates, cross_entropy
 from distav.losses.category import category_agreement, category_loss
 from distav.losses.complementary import complementary
@@ -18,7 +28,6 @@ from distav.metrics import retrieval
 from distav.models.av import AVModel
 from distav.models.layers import GlobalBatchNorm
 from distav.robust.correction import Space, Voting, correct
-from distav.world import gather_ragged_rows, gather_rows, num_ranks, own_rows, rank, row_range, sum_, sum_across
 from tests.helpers.spawn import on_ranks
 
 NUM, DIM = 37, 8

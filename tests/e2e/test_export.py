@@ -15,11 +15,11 @@ import torch
 from distav.config.loading import load
 from distav.data.format import ShardSet
 from distav.data.loader import Batch
+from distav.distributed.process_group import joined
 from distav.embed import main as embed
 from distav.embedding import Embeddings, Encoders
 from distav.evaluate import main as evaluate
 from distav.run import opened
-from distav.world import joined
 from tests.helpers.launch import tiny_config, train
 from tests.helpers.team import context, run_whole
 

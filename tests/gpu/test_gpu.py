@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from distav.config.schema import AugmentSettings, DataSettings
 from distav.data.format import ShardSet
 from distav.data.loader import Loader
+from distav.distributed.rng import sample_seeds, uniform
 from distav.losses.candidates import BatchCandidates, DrawnCandidates
 from distav.losses.complementary import complementary
 from distav.memory.attention import BACK_ENDS, Asked, reference, works
@@ -19,7 +20,6 @@ from distav.memory.sampled import Draw
 from distav.memory.softmax import attend
 from distav.memory.visitors import Visitors
 from distav.metrics import retrieval
-from distav.seeding import sample_seeds, uniform
 from tests.conftest import make_shards
 from tests.helpers.events import llp_shards, write_llp
 from tests.helpers.launch import ROOT, losses, tiny_config, train

@@ -129,9 +129,9 @@ def waits(file: Path, *overrides: str) -> list[str]:
     Of the autograd engine's own thread the place told is that of the call of `backward`.
     """
     from distav.config import loading
+    from distav.distributed.process_group import joined
     from distav.phases.contrastive import run_contrastive
     from distav.run import opened
-    from distav.world import joined
 
     settings = loading.load(file, overrides)
     with joined("gpu", 120, 4) as world, opened(settings, world) as run, warnings.catch_warnings():

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from torch.distributed.flight_recorder.components.loader import read_dump
 
-from distav.stopping import STATUS as ASKED
-from distav.watch import STATUS as GAVE_UP
+from distav.distributed.signals import STATUS as ASKED
+from distav.distributed.watchdog import STATUS as GAVE_UP
 from tests.helpers.launch import command, environment
 from tests.helpers.team import Team, run_whole
 from tests.robustness.test_kills import arguments
@@ -93,7 +93,7 @@ def test_the_fault_of_one_rank_is_told_by_all(tiny_shards: Path, tmp_path: Path)
 
 def _dawdle_and_wait_unseen(rank: int) -> None:
     """As under NCCL, where a rank that waits is in no call of torch.distributed."""
-    from distav import watch
+    from distav.distributed import watchdog as watch
 
     watch._waits = lambda: False
     _dawdle_at_step_3(rank)

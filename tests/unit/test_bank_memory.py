@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from distav.distributed.rng import sample_seeds, uniform
 from distav.losses.candidates import WITHIN, BatchCandidates, DrawnCandidates, cross_entropy
 from distav.losses.category import category_agreement, category_loss
 from distav.losses.complementary import complementary, matching_among
@@ -20,7 +21,6 @@ from distav.memory import attention
 from distav.memory.bank import Bank
 from distav.memory.sampled import Draw
 from distav.memory.visitors import Visitors
-from distav.seeding import sample_seeds, uniform
 from tests.helpers.synchronizations import Synchronizations
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distav.config.schema import Precision, Settings
 from distav.data.loader import Batch
+from distav.distributed.process_group import World
 from distav.engine import Engine
-from distav.world import World
 from tests.helpers.spawn import on_ranks
 
 CPU = World(0, 1, 0, torch.device("cpu"))

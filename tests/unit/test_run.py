@@ -7,9 +7,9 @@ import torch
 from distav.config import loading
 from distav.config.errors import UserError
 from distav.config.schema import Settings
+from distav.distributed.process_group import World
 from distav.engine import deepspeed_config
 from distav.run import Data, Run
-from distav.world import World
 from tests.helpers.launch import tiny_config
 
 TWO_RANKS = World(0, 2, 0, torch.device("cpu"))

@@ -1,6 +1,6 @@
 import torch
 
-from distav.seeding import sample_seeds, uniform
+from distav.distributed.rng import sample_seeds, uniform
 
 
 def test_numbers_hang_on_the_sample_alone():

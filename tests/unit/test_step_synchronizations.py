@@ -11,9 +11,9 @@ import distav
 from distav.config import loading
 from distav.data.events import events_table
 from distav.data.format import ShardSet
+from distav.distributed.process_group import World
 from distav.phases.table import PHASES
 from distav.run import Run, opened
-from distav.world import World
 from tests.helpers.events import llp_shards, write_llp
 from tests.helpers.launch import ROOT, TINY, tiny_config
 from tests.helpers.spawn import on_ranks

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from distav.watch import STATUS, Watch
-from distav.world import rank
+from distav.distributed.collectives import rank
+from distav.distributed.watchdog import STATUS, Watch
 from tests.helpers.spawn import on_ranks
 from tests.helpers.team import new_process
 

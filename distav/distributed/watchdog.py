@@ -75,7 +75,7 @@ class Watch(threading.Thread):
     """One rank's watch."""
 
     def __init__(self, address: str, port: int, rank: int, num_ranks: int, timeout_s: float):
-        """Connect to the store; see `distav.world.joined` for the arguments."""
+        """Connect to the store; see `distav.distributed.process_group.joined` for the arguments."""
         super().__init__(name="watch", daemon=True)
         self.rank, self.num_ranks, self.timeout_s = rank, num_ranks, timeout_s
         self.interval_s = min(2.0, timeout_s / 10)

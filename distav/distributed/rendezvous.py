@@ -11,7 +11,7 @@ from pathlib import Path
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from distav.config.errors import UserError
-from distav.watch import Watch
+from distav.distributed.watchdog import Watch
 
 _watch: Watch | None = None
 

@@ -1,0 +1,1 @@
+"""Process group, collectives and detection of stalled ranks."""
