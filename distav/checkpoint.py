@@ -15,10 +15,10 @@ from typing import Any
 
 from distav.checkpoint_files import Ranges, Writer, bank_parts, published
 from distav.config.errors import UserError
+from distav.data.integrity import Damaged, check, files_of
 from distav.distributed.collectives import broadcast, gather_objects, num_ranks, rank, wait_for_all
 from distav.engine import Engine
 from distav.memory.bank import Bank
-from distav.sealing import Damaged, check, files_of
 
 _WRITING, _BROKEN = ".writing-", ".broken-"
 

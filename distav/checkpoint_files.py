@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from distav.data.format import write_atomically
+from distav.data.files import write_atomically
+from distav.data.integrity import described, seal, sync
 from distav.distributed.collectives import num_ranks, rank
-from distav.sealing import described, seal, sync
 
 _NAME = re.compile(r"step-\d{9}-\d{3}-\d{6}")
 

@@ -27,15 +27,16 @@ from tqdm import tqdm
 
 from distav.config.cli import add_rank_options, ended_by
 from distav.config.errors import UserError
-from distav.data.format import ShardSet, Split, write_atomically, write_table
-from distav.data.remote import is_url
-from distav.data.scores import digest_of
+from distav.data.annotations.teacher_scores import digest_of
+from distav.data.dataset import ShardSet, Split
+from distav.data.files import write_atomically, write_table
+from distav.data.preparation.builder import Plan, make_set
+from distav.data.preparation.encoding import Encoding
+from distav.data.preparation.sources import MediaFiles
+from distav.data.storage.object_store import is_url
 from distav.distributed.collectives import broadcast, on_main, wait_for_all
 from distav.distributed.process_group import World, joined
 from distav.embedding import Embeddings, Encoders, table
-from distav.making.clips import Encoding
-from distav.making.sources import MediaFiles
-from distav.making.writer import Plan, make_set
 
 CHUNK = 1024
 """Clips of one file."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from distav.config.errors import UserError
-from distav.data.format import Split
-from distav.data.loader import Loader
-from distav.data.order import PADDING, padded_batches
+from distav.data.dataset import Split
+from distav.data.pipeline.loader import Loader
+from distav.data.pipeline.sampler import PADDING, padded_batches
 from distav.encoders import fed, load_encoders
 from distav.models.av import AVModel
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distav.config.errors import UserError
 from distav.config.schema import AudioSettings, DataSettings, ModelSettings, ParserSettings, VisualSettings
-from distav.data.streams import Stream
+from distav.data.modalities import Stream
 from distav.models.av import AVModel
 from distav.models.parser import FeatureParser
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from distav.config.errors import UserError
 from distav.config.schema import Device, Precision, Settings
-from distav.data.loader import Batch
-from distav.data.order import check_batch
+from distav.data.pipeline.loader import Batch
+from distav.data.pipeline.sampler import check_batch
 from distav.distributed.process_group import World, collective_timeout
 from distav.engine_state import collect, put_back
 from distav.models.av import parameter_groups

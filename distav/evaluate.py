@@ -26,8 +26,9 @@ from distav.config.cli import add_rank_options, ended_by  # noqa: E402
 from distav.config.errors import UserError  # noqa: E402
 from distav.config.phases import SupervisedPhase, Targets  # noqa: E402
 from distav.config.schema import Device, OptimSettings, RunSettings, Settings  # noqa: E402
-from distav.data.format import ShardSet, Split, write_atomically  # noqa: E402
-from distav.data.labels import load_labels  # noqa: E402
+from distav.data.annotations.labels import load_labels  # noqa: E402
+from distav.data.dataset import ShardSet, Split  # noqa: E402
+from distav.data.files import write_atomically  # noqa: E402
 from distav.distributed.collectives import broadcast, gather_ragged_rows, own_share, rank, row_range, sum_  # noqa: E402
 from distav.distributed.process_group import World, joined  # noqa: E402
 from distav.embedding import Encoders  # noqa: E402

@@ -8,7 +8,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from distav.data.format import write_atomically
+from distav.data.files import write_atomically
 from distav.run import Run
 
 

@@ -24,12 +24,21 @@ from tqdm import tqdm
 from distav.config.cli import add_rank_options, ended_by
 from distav.config.errors import UserError, listed
 from distav.config.schema import DataSettings
-from distav.data.events import events_table, load_events, segments_of
-from distav.data.format import ShardSet, Split, write_atomically, write_table
-from distav.data.loader import Loader
-from distav.data.order import padded_batches
-from distav.data.scores import CHUNK, about_file, digest_of, read_scores, score_file, score_files, write_scores
-from distav.data.streams import SENSES
+from distav.data.annotations.events import events_table, load_events, segments_of
+from distav.data.annotations.teacher_scores import (
+    CHUNK,
+    about_file,
+    digest_of,
+    read_scores,
+    score_file,
+    score_files,
+    write_scores,
+)
+from distav.data.dataset import ShardSet, Split
+from distav.data.files import write_atomically, write_table
+from distav.data.modalities import SENSES
+from distav.data.pipeline.loader import Loader
+from distav.data.pipeline.sampler import padded_batches
 from distav.distributed.collectives import broadcast, on_main, wait_for_all
 from distav.distributed.process_group import World, joined
 from distav.parsing_scores import parsing_scores

@@ -5,7 +5,7 @@ from typing import Any
 
 from distav import test_split
 from distav.config.phases import ParsingPhase
-from distav.data.format import write_atomically
+from distav.data.files import write_atomically
 from distav.export import export
 from distav.run import Run
 

@@ -13,10 +13,10 @@ from distav.checkpoint import Checkpoints, Position
 from distav.config.errors import UserError, listed
 from distav.config.phases import ContrastivePhase, ParsingPhase
 from distav.config.schema import Settings
-from distav.data.events import segments_of
-from distav.data.loader import Loader
-from distav.data.order import TrainingOrder, check_batch
-from distav.data.sets import Data
+from distav.data.annotations.events import segments_of
+from distav.data.data_module import Data
+from distav.data.pipeline.loader import Loader
+from distav.data.pipeline.sampler import TrainingOrder, check_batch
 from distav.distributed.collectives import any_rank, gather_objects
 from distav.distributed.process_group import World
 from distav.distributed.rendezvous import keep_records

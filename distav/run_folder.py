@@ -20,7 +20,7 @@ from distav.config import loading
 from distav.config.errors import UserError
 from distav.config.phases import PHASE_KINDS
 from distav.config.schema import Settings
-from distav.data.format import write_atomically
+from distav.data.files import write_atomically
 from distav.distributed.collectives import broadcast, rank, wait_for_all
 from distav.distributed.process_group import World
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from distav.config.phases import SupervisedPhase
-from distav.data.format import Split
-from distav.data.loader import Batch, Loader
-from distav.data.order import owned_batches
+from distav.data.dataset import Split
+from distav.data.pipeline.loader import Batch, Loader
+from distav.data.pipeline.sampler import owned_batches
 from distav.distributed.collectives import gather_ragged_rows, sum_
 from distav.metrics import retrieval
 from distav.parsing_scores import parsing_scores, segment_accuracy, told_events

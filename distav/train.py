@@ -47,8 +47,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _train(settings: Settings) -> int:
     # Imported late, so that mistakes in the configuration show at once.
+    from distav.data.preparation.quickstart import make_missing
     from distav.distributed.process_group import joined
-    from distav.making.quickstart import make_missing
     from distav.phases.table import run_remaining
     from distav.report import finish
     from distav.run import opened

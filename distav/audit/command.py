@@ -22,7 +22,7 @@ from distav.audit.page import Audit, write_page
 from distav.audit.problems import corrections_of, label_problems, neighbors_of, pair_problems
 from distav.config.cli import ended_by
 from distav.config.errors import UserError
-from distav.data.format import ShardSet, Split
+from distav.data.dataset import ShardSet, Split
 from distav.embedding import Embeddings, Encoders
 
 

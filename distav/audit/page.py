@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from distav.audit.media import small_sound, strip
 from distav.audit.problems import Problems
-from distav.data.decode import decode_clip
-from distav.data.format import Split, unfinished
-from distav.data.reader import BadSample, DecodeError, ShardReader
+from distav.data.dataset import Split
+from distav.data.files import unfinished
+from distav.data.pipeline.decoding import decode_clip
+from distav.data.pipeline.reader import BadSample, DecodeError, ShardReader
 
 Neighbors = dict[str, tuple[np.ndarray, ...]]
 """By sense: ids [p, k], -1 where there are fewer, and cosines [p, k]."""

@@ -12,7 +12,8 @@ import pyarrow as pa
 import torch
 
 from distav.config.errors import UserError, listed
-from distav.data.format import Split, read_table
+from distav.data.dataset import Split
+from distav.data.files import read_table
 from distav.embedding import Embeddings, unit
 from distav.memory.neighbors import LARGEST_K, nearest_neighbors
 

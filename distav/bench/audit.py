@@ -17,8 +17,8 @@ from distav.audit.problems import corrections_of, label_problems, pair_problems
 from distav.bench.measure import machine
 from distav.bench.noise.detection import foretold
 from distav.config.errors import UserError
-from distav.data.format import ShardSet
-from distav.data.labels import load_labels
+from distav.data.annotations.labels import load_labels
+from distav.data.dataset import ShardSet
 from distav.embedding import Encoders
 
 FIRST = (100, 500, 1000)

@@ -11,8 +11,8 @@ import torch
 
 from distav.bench.measure import Results, Setting
 from distav.config.errors import UserError
-from distav.data.format import write_atomically
-from distav.making.clips import CODECS
+from distav.data.files import write_atomically
+from distav.data.preparation.encoding import CODECS
 
 _EPILOG = """Candidates take turns in one process with the same threads; ratios are medians over the rounds. One thread
 is timed by CPU time, more by the wall clock. exit status: 0 every bar is met; 3 one is missed; 1 or 2 it did not run.

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from distav.bench.measure import Results, Setting
 from distav.config.schema import AugmentSettings, DataSettings
-from distav.data.augment import Viewer
-from distav.data.dali import ClipGraph
-from distav.data.format import VIDEO_EXTENSIONS, ShardSet, Split
-from distav.data.loader import Batch, Loader
-from distav.data.reader import ShardReader
-from distav.making.clips import Encoding
-from distav.making.synthetic import Scenes
-from distav.making.writer import Plan, make_set
+from distav.data.dataset import VIDEO_EXTENSIONS, ShardSet, Split
+from distav.data.pipeline.augmentation import Viewer
+from distav.data.pipeline.dali import ClipGraph
+from distav.data.pipeline.loader import Batch, Loader
+from distav.data.pipeline.reader import ShardReader
+from distav.data.preparation.builder import Plan, make_set
+from distav.data.preparation.encoding import Encoding
+from distav.data.preparation.synthetic import Scenes
 
 FRAMES, STRIDE, AUDIO_S = 8, 2, 1.0
 SIDES = {"cpu": (128, 112), "cuda": (256, 224)}

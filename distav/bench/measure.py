@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from distav.data.format import write_atomically
+from distav.data.files import write_atomically
 
 PACKAGES = (
     "distav",

@@ -19,13 +19,14 @@ import numpy as np
 
 from distav.bench.measure import machine
 from distav.config.errors import UserError
-from distav.data.events import events_table, load_events
-from distav.data.format import ShardSet, write_atomically, write_table
-from distav.data.llp import CLASSES, SECONDS, VIDEOS, read_llp
-from distav.data.streams import SENSES
-from distav.making.clips import Encoding
-from distav.making.events import EventSource
-from distav.making.writer import Plan, make_set
+from distav.data.annotations.events import events_table, load_events
+from distav.data.annotations.llp import CLASSES, SECONDS, VIDEOS, read_llp
+from distav.data.dataset import ShardSet
+from distav.data.files import write_atomically, write_table
+from distav.data.modalities import SENSES
+from distav.data.preparation.annotated_videos import EventSource
+from distav.data.preparation.builder import Plan, make_set
+from distav.data.preparation.encoding import Encoding
 from distav.parsing_scores import parsing_scores
 
 ROOT = Path(__file__).parents[2]

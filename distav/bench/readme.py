@@ -8,7 +8,7 @@ from distav.bench.noise.results import over_seeds
 from distav.bench.noise.tables import every
 from distav.bench.parsing import table
 from distav.config.errors import UserError
-from distav.data.format import write_atomically
+from distav.data.files import write_atomically
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 NOISE_BEGIN, NOISE_END = "<!-- noise: begin -->", "<!-- noise: end -->"

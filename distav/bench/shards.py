@@ -7,9 +7,9 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from distav.bench.measure import Results, Setting
-from distav.data.format import Split
-from distav.data.reader import ShardReader
-from distav.data.tar import by_key
+from distav.data.dataset import Split
+from distav.data.pipeline.reader import ShardReader
+from distav.data.storage.tar import by_key
 
 VIDEO_BYTES, AUDIO_BYTES = 300_000, 60_000
 

@@ -17,7 +17,7 @@ from distav.bench.measure import Results, Setting
 from distav.config import loading
 from distav.config.phases import ContrastivePhase
 from distav.config.schema import Settings
-from distav.data.loader import Batch
+from distav.data.pipeline.loader import Batch
 from distav.distributed.process_group import joined
 from distav.memory.bank import Bank
 from distav.models.av import AVModel, parameter_groups

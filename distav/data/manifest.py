@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from distav.config.errors import UserError, listed
-from distav.data.streams import SENSES, STREAM_NAME
+from distav.data.modalities import SENSES, STREAM_NAME
 
 VIDEO_EXTENSIONS = {"mjpeg": "avi", "vp9": "webm", "h264": "mp4"}
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distav.config.errors import UserError
-from distav.data.format import write_atomically
-from distav.data.verify import verify
+from distav.data.files import write_atomically
 from distav.inspecting.show import FRAMES, MOST_CLIPS, show
 from distav.inspecting.stats import stats, stats_json, told
+from distav.tools.inspect_shards.verify import verify
 
 FAULTY = 2
 """Exit status where the set is not what was written."""

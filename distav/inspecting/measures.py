@@ -15,10 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from distav.config.errors import UserError
-from distav.data.decode import decode_clip
-from distav.data.features import decode_features
-from distav.data.format import ShardSet, Split
-from distav.data.reader import BadSample, DecodeError, ShardReader
+from distav.data.dataset import ShardSet, Split
+from distav.data.pipeline.decoding import decode_clip
+from distav.data.pipeline.features import decode_features
+from distav.data.pipeline.reader import BadSample, DecodeError, ShardReader
 
 SILENT_DBFS = -60.0
 """A clip is silent whose peak is below."""

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from distav.config.errors import UserError, listed, nearest
-from distav.data.decode import decode_clip
-from distav.data.format import ShardSet, Split
-from distav.data.labels import load_labels, several_labels
-from distav.data.reader import BadSample, DecodeError, ShardReader
+from distav.data.annotations.labels import load_labels, several_labels
+from distav.data.dataset import ShardSet, Split
+from distav.data.pipeline.decoding import decode_clip
+from distav.data.pipeline.reader import BadSample, DecodeError, ShardReader
 from distav.inspecting.console import WIDTH, cut, table
 from distav.inspecting.measures import measure_clip
 from distav.inspecting.sheet import Cell, draw

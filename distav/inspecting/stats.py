@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from distav.config.errors import listed
-from distav.data.format import ShardSet, Split
-from distav.data.labels import load_labels, several_labels
+from distav.data.annotations.labels import load_labels, several_labels
+from distav.data.dataset import ShardSet, Split
 from distav.inspecting.console import WIDTH, cut, printable, table
 from distav.inspecting.measures import BLACK_PIXEL, BLACK_SHARE, SILENT_DBFS, measure
 

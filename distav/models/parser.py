@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distav.config.schema import ParserSettings
-from distav.data.streams import SENSES
-from distav.data.streams import Stream as Features
+from distav.data.modalities import SENSES
+from distav.data.modalities import Stream as Features
 from distav.models.layers import SeededDropout
 
 _DROPOUT_STREAM = 100

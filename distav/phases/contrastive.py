@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distav.config.phases import ContrastivePhase
-from distav.data.loader import Batch
+from distav.data.pipeline.loader import Batch
 from distav.losses.category import (
     CategoryLoss,
     categories_used,

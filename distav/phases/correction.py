@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from distav.config.phases import CorrectionPhase
-from distav.data.format import write_table
-from distav.data.labels import correction_table
-from distav.data.loader import Loader
-from distav.data.order import PADDING, padded_batches
-from distav.data.streams import SENSES
+from distav.data.annotations.labels import correction_table
+from distav.data.files import write_table
+from distav.data.modalities import SENSES
+from distav.data.pipeline.loader import Loader
+from distav.data.pipeline.sampler import PADDING, padded_batches
 from distav.distributed.collectives import gather_ragged_rows, max_, row_range
 from distav.metrics import (
     NOISE_KINDS,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distav.config.errors import UserError, listed
-from distav.data.loader import Batch
+from distav.data.pipeline.loader import Batch
 from distav.distributed.collectives import gather_objects, num_ranks, sum_
 from distav.run import Run
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from distav.config.phases import Candidates, ContrastivePhase, Estimator, InstanceLoss
-from distav.data.loader import Batch
+from distav.data.pipeline.loader import Batch
 from distav.losses.candidates import (
     WITHIN,
     BatchCandidates,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distav.data.loader import Batch
+from distav.data.pipeline.loader import Batch
 from distav.distributed.collectives import num_ranks, sum_
 from distav.distributed.rendezvous import enter
 from distav.monitor import clock, peak_memory_gib

@@ -3,7 +3,7 @@
 import torch
 
 from distav.config.phases import ParsingPhase
-from distav.data.loader import Batch
+from distav.data.pipeline.loader import Batch
 from distav.losses.instance import weighted_mean
 from distav.losses.parsing import modality_losses, segment_losses, video_losses
 from distav.phases.loop import Losses, train

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from distav.config.errors import UserError
 from distav.config.phases import NEED_CORRECTION, ClassLoss, SupervisedPhase, Targets
-from distav.data.loader import Batch
+from distav.data.pipeline.loader import Batch
 from distav.losses.category import category_agreement, weighted_shares
 from distav.losses.instance import instance_losses, weighted_mean
 from distav.losses.supervised import (

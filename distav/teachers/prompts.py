@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from distav.config.errors import UserError, listed
-from distav.data.streams import SENSES
+from distav.data.modalities import SENSES
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distav.checkpoint import Checkpoints, Position
 from distav.config.schema import Precision, Settings
-from distav.data.loader import Batch
+from distav.data.pipeline.loader import Batch
 from distav.distributed.collectives import gather_objects, num_ranks, own_rows, rank
 from distav.distributed.process_group import World
 from distav.engine import Engine

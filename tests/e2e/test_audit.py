@@ -15,8 +15,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from distav.audit.command import main
 from distav.audit.page import Audit, write_page
 from distav.audit.problems import Problems
-from distav.data.format import ShardSet, write_table
-from distav.data.labels import load_labels
+from distav.data.annotations.labels import load_labels
+from distav.data.dataset import ShardSet
+from distav.data.files import write_table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 
 from distav.config.loading import load
-from distav.data.format import ShardSet
-from distav.data.loader import Batch
+from distav.data.dataset import ShardSet
+from distav.data.pipeline.loader import Batch
 from distav.distributed.process_group import joined
 from distav.embed import main as embed
 from distav.embedding import Embeddings, Encoders

@@ -13,10 +13,10 @@ import torch
 from distav.config.errors import UserError
 from distav.config.loading import load
 from distav.config.schema import DataSettings
-from distav.data.events import events_table, load_events
-from distav.data.format import ShardSet
-from distav.data.loader import Loader
-from distav.data.sets import Data
+from distav.data.annotations.events import events_table, load_events
+from distav.data.data_module import Data
+from distav.data.dataset import ShardSet
+from distav.data.pipeline.loader import Loader
 from distav.encoders import load_encoders, load_parser
 from distav.parsing_scores import parsing_scores
 from tests.helpers.events import AVE_CLASSES, ave_shards, llp_shards, write_ave, write_llp

@@ -20,7 +20,7 @@ from distav.config import loading
 from distav.embed import main as embed
 from distav.evaluate import main as evaluate
 from distav.inspecting import command as inspecting
-from distav.making import command as making
+from distav.tools import make_shards as making
 from tests.helpers.launch import ROOT
 
 README = (ROOT / "README.md").read_text()

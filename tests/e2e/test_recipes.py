@@ -11,10 +11,10 @@ import pytest
 
 from distav.config.errors import UserError
 from distav.config.loading import load
-from distav.data.format import ShardSet
-from distav.data.labels import load_labels
-from distav.data.scores import about_file, digest_of, score_file, write_scores
-from distav.data.sets import Data
+from distav.data.annotations.labels import load_labels
+from distav.data.annotations.teacher_scores import about_file, digest_of, score_file, write_scores
+from distav.data.data_module import Data
+from distav.data.dataset import ShardSet
 from tests.helpers.launch import ROOT, TINY, records, tiny_config, train
 from tests.helpers.team import Team, fingerprint, run_whole
 

@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distav.config.loading import load, to_yaml
 from distav.config.schema import DataSettings
-from distav.data.format import ShardSet
-from distav.data.loader import Loader
+from distav.data.dataset import ShardSet
+from distav.data.pipeline.loader import Loader
 from distav.encoders import load_encoders
 from distav.run_folder import _difference
 from tests.helpers.launch import ROOT, TINY, command, environment, losses, records, tiny_config, train

@@ -11,18 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distav import sealing
 from distav.config.errors import UserError
-from distav.data.avi import jpeg_frames
-from distav.data.events import EVENTS_SCHEMA, load_events, read_events
-from distav.data.features import decode_features, encode_features
-from distav.data.format import ShardSet, index_schema
-from distav.data.labels import load_labels
-from distav.data.reader import DecodeError
-from distav.data.streams import Stream
-from distav.data.tar import by_key
-from distav.data.verify import sample_json
-from distav.making.clips import Encoding, encode_video
+from distav.data import integrity as sealing
+from distav.data.annotations.events import EVENTS_SCHEMA, load_events, read_events
+from distav.data.annotations.labels import load_labels
+from distav.data.dataset import ShardSet, index_schema
+from distav.data.modalities import Stream
+from distav.data.pipeline.avi import jpeg_frames
+from distav.data.pipeline.features import decode_features, encode_features
+from distav.data.pipeline.reader import DecodeError
+from distav.data.preparation.encoding import Encoding, encode_video
+from distav.data.storage.tar import by_key
+from distav.tools.inspect_shards.verify import sample_json
 
 TYPED = (UserError, DecodeError, sealing.Damaged)
 CLASSES = ["cat", "dog"]

@@ -10,9 +10,9 @@ import soundfile
 import torch
 
 from distav.config.schema import DataSettings
-from distav.data.format import ShardSet
-from distav.data.loader import Loader
-from distav.data.reader import ShardReader
+from distav.data.dataset import ShardSet
+from distav.data.pipeline.loader import Loader
+from distav.data.pipeline.reader import ShardReader
 from tests.conftest import make_shards
 
 SIDE = 160

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from distav.config.schema import AugmentSettings, DataSettings
-from distav.data.format import ShardSet
-from distav.data.loader import Loader
+from distav.data.dataset import ShardSet
+from distav.data.pipeline.loader import Loader
 from distav.distributed.rng import sample_seeds, uniform
 from distav.losses.candidates import BatchCandidates, DrawnCandidates
 from distav.losses.complementary import complementary

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from distav.config.schema import AugmentSettings, DataSettings
-from distav.data.format import ShardSet
-from distav.data.loader import Loader
+from distav.data.dataset import ShardSet
+from distav.data.pipeline.loader import Loader
 from tests.conftest import make_shards
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

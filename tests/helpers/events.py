@@ -5,7 +5,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from distav.data.llp import CLASSES, SECONDS
+from distav.data.annotations.llp import CLASSES, SECONDS
 from tests.conftest import make_shards
 
 USED = (0, 3, 9, 11)

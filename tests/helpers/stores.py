@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from distav.data.cache import Cache
+from distav.data.storage.cache import Cache
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",

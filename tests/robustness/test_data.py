@@ -14,11 +14,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from distav import sealing
 from distav.config.errors import UserError
-from distav.data.format import ShardSet, read_table, write_table
-from distav.data.reader import BadSample, ShardReader
-from distav.data.tar import by_key
+from distav.data import integrity as sealing
+from distav.data.dataset import ShardSet
+from distav.data.files import read_table, write_table
+from distav.data.pipeline.reader import BadSample, ShardReader
+from distav.data.storage.tar import by_key
 from distav.inspecting.command import main
 from tests.conftest import ROOT, make_shards
 from tests.helpers.team import Team, run_whole

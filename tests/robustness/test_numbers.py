@@ -116,8 +116,8 @@ def test_a_spike_rolls_the_run_back_and_leaves_batches_out(tiny_shards: Path, tm
 
 
 def test_any_number_of_ranks_cuts_the_same_global_batch(tiny_shards: Path):
-    from distav.data.format import ShardSet
-    from distav.data.order import TrainingOrder
+    from distav.data.dataset import ShardSet
+    from distav.data.pipeline.sampler import TrainingOrder
 
     sizes = ShardSet.open(tiny_shards).split("train").shard_sizes
     order = TrainingOrder(sizes, 0, 64, 24, 1)

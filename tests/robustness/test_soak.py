@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from distav.config.schema import AugmentSettings, DataSettings
-from distav.data.format import ShardSet
-from distav.data.loader import Loader
-from distav.data.order import TrainingOrder
-from distav.data.reader import crc32
+from distav.data.dataset import ShardSet
+from distav.data.pipeline.loader import Loader
+from distav.data.pipeline.reader import crc32
+from distav.data.pipeline.sampler import TrainingOrder
 from tests.conftest import make_shards
 from tests.helpers.spawn import on_ranks
 

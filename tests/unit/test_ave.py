@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from distav.config.errors import UserError
-from distav.data.ave import HEADER, read_ave
+from distav.data.annotations.ave import HEADER, read_ave
 from distav.parsing_scores import segment_accuracy, told_events
 
 

@@ -13,7 +13,7 @@ from distav.bench.bank import Problem
 from distav.bench.command import main
 from distav.bench.measure import Results, Setting
 from distav.bench.step import TOWERS, count_operations
-from distav.data.loader import Batch
+from distav.data.pipeline.loader import Batch
 from distav.models.av import AVModel
 
 ROOT = Path(__file__).parents[2]

@@ -14,16 +14,17 @@ import pytest
 import torch
 
 from distav.config.schema import DataSettings
-from distav.data.format import ShardSet, read_table
-from distav.data.labels import _apply, load_labels
-from distav.data.loader import Loader
-from distav.data.order import padded_batches
-from distav.data.reader import ShardReader
-from distav.data.verify import verify
-from distav.making.clips import Encoding
-from distav.making.command import main
-from distav.making.events import EventSource
-from distav.making.writer import Plan, make_set
+from distav.data.annotations.labels import _apply, load_labels
+from distav.data.dataset import ShardSet
+from distav.data.files import read_table
+from distav.data.pipeline.loader import Loader
+from distav.data.pipeline.reader import ShardReader
+from distav.data.pipeline.sampler import padded_batches
+from distav.data.preparation.annotated_videos import EventSource
+from distav.data.preparation.builder import Plan, make_set
+from distav.data.preparation.encoding import Encoding
+from distav.tools.inspect_shards.verify import verify
+from distav.tools.make_shards import main
 from tests.helpers.events import AVE_CLASSES, write_ave
 from tests.unit.test_making import digests
 

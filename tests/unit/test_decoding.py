@@ -14,16 +14,16 @@ from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
 from distav.config.schema import AugmentSettings, DataSettings
-from distav.data.augment import View, Viewer
-from distav.data.avi import jpeg_frames
-from distav.data.color import change_colors
-from distav.data.dali import ClipGraph, DeviceError, dali_reason
-from distav.data.decoder import Decoder, Route, decoder_for
-from distav.data.format import ShardSet, Split
-from distav.data.loader import Loader
-from distav.data.order import PADDING
-from distav.data.reader import DecodeError, Members, ShardReader
-from distav.making.clips import Encoding, encode_video
+from distav.data.dataset import ShardSet, Split
+from distav.data.pipeline.augmentation import View, Viewer
+from distav.data.pipeline.avi import jpeg_frames
+from distav.data.pipeline.color import change_colors
+from distav.data.pipeline.dali import ClipGraph, DeviceError, dali_reason
+from distav.data.pipeline.decoder_selection import Decoder, Route, decoder_for
+from distav.data.pipeline.loader import Loader
+from distav.data.pipeline.reader import DecodeError, Members, ShardReader
+from distav.data.pipeline.sampler import PADDING
+from distav.data.preparation.encoding import Encoding, encode_video
 from tests.conftest import make_shards
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distav.config.schema import Precision, Settings
-from distav.data.loader import Batch
+from distav.data.pipeline.loader import Batch
 from distav.distributed.process_group import World
 from distav.engine import Engine
 from tests.helpers.spawn import on_ranks

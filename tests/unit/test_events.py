@@ -10,15 +10,15 @@ import torch
 
 from distav.config.errors import UserError
 from distav.config.schema import DataSettings
-from distav.data.events import EVENTS_SCHEMA, events_table, load_events, read_events
-from distav.data.features import decode_features, encode_features
-from distav.data.format import ShardSet
-from distav.data.labels import load_labels
-from distav.data.llp import CLASSES
-from distav.data.loader import Loader
-from distav.data.reader import DecodeError
-from distav.data.streams import Stream
-from distav.data.verify import verify
+from distav.data.annotations.events import EVENTS_SCHEMA, events_table, load_events, read_events
+from distav.data.annotations.labels import load_labels
+from distav.data.annotations.llp import CLASSES
+from distav.data.dataset import ShardSet
+from distav.data.modalities import Stream
+from distav.data.pipeline.features import decode_features, encode_features
+from distav.data.pipeline.loader import Loader
+from distav.data.pipeline.reader import DecodeError
+from distav.tools.inspect_shards.verify import verify
 from tests.conftest import make_shards
 from tests.helpers.events import SIZES, STREAMS, llp_shards, write_llp
 

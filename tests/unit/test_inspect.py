@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distav.data.decode import decode_audio, decode_clip, decode_video
-from distav.data.format import ShardSet
-from distav.data.reader import DecodeError, ShardReader
+from distav.data.dataset import ShardSet
+from distav.data.pipeline.decoding import decode_audio, decode_clip, decode_video
+from distav.data.pipeline.reader import DecodeError, ShardReader
+from distav.data.preparation.annotated_videos import EventSource
+from distav.data.preparation.builder import Plan, make_set
+from distav.data.preparation.encoding import Candidate, Clip, Encoding, encode_audio, encode_video
 from distav.inspecting.command import main
 from distav.inspecting.console import table, width
 from distav.inspecting.measures import loudness_lufs, measure_clip, peak_dbfs
 from distav.inspecting.sheet import FRAME, PAD, TEXT, WAVE, places
-from distav.making.clips import Candidate, Clip, Encoding, encode_audio, encode_video
-from distav.making.events import EventSource
-from distav.making.writer import Plan, make_set
 from tests.conftest import ROOT
 from tests.helpers.events import STREAMS, write_llp
 

@@ -9,12 +9,12 @@ import torch
 
 from distav.config.errors import UserError
 from distav.config.schema import AugmentSettings, DataSettings
-from distav.data.augment import Viewer
-from distav.data.decoder import Decoder
-from distav.data.format import ShardSet
-from distav.data.labels import load_labels
-from distav.data.loader import Loader
-from distav.data.order import PADDING
+from distav.data.annotations.labels import load_labels
+from distav.data.dataset import ShardSet
+from distav.data.pipeline.augmentation import Viewer
+from distav.data.pipeline.decoder_selection import Decoder
+from distav.data.pipeline.loader import Loader
+from distav.data.pipeline.sampler import PADDING
 from tests.conftest import make_shards
 
 CPU = torch.device("cpu")

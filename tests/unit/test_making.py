@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from distav.data.format import ShardSet
-from distav.making.chunks import encode_all
-from distav.making.clips import Candidate, Clip, Encoding
+from distav.data.dataset import ShardSet
+from distav.data.preparation.encode_workers import encode_all
+from distav.data.preparation.encoding import Candidate, Clip, Encoding
 from tests.conftest import ROOT, make_shards
 
 
@@ -285,7 +285,7 @@ def digits(data: Path) -> list[str]:
 
 
 def test_digits_pair_each_recording_with_images_of_its_own(real_data: Path):
-    from distav.making.digits import Digits
+    from distav.data.preparation.digits import Digits
 
     paths = [Path(each.split("=")[1]) for each in digits(real_data)]
     found = Digits(*paths).candidates()
@@ -315,7 +315,7 @@ def test_frames_of_h264_are_whole_blocks(codec: str, size: tuple[int, int], stor
 
 @pytest.mark.parametrize(("codec", "side"), [("h264", 32), ("mjpeg", 40)])
 def test_rendered_frames_have_sides_that_the_codec_takes(codec: str, side: int):
-    from distav.making.synthetic import Scenes
+    from distav.data.preparation.synthetic import Scenes
 
     source = Scenes(train_clips=2, test_clips=1)
     (clip,) = source.clips(source.candidates()[0], Encoding(codec, short_side=40, clip_s=0.5), np.random.default_rng(0))
@@ -324,7 +324,7 @@ def test_rendered_frames_have_sides_that_the_codec_takes(codec: str, side: int):
 
 @pytest.mark.parametrize("degrade", [False, True])
 def test_digits_render_and_degrade(real_data: Path, degrade: bool):
-    from distav.making.digits import Digits
+    from distav.data.preparation.digits import Digits
 
     paths = [Path(each.split("=")[1]) for each in digits(real_data)]
     source = Digits(*paths, degrade=degrade)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from distav.config.errors import UserError
-from distav.data.noise import LabelNoise, flip_labels, mismatch_pairs
+from distav.data.preparation.noise_injection import LabelNoise, flip_labels, mismatch_pairs
 
 LABELS = np.repeat(np.arange(5), 40)
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from distav.config.errors import UserError
-from distav.data.order import PADDING, TrainingOrder, check_batch, owned_batches, permutation
+from distav.data.pipeline.sampler import PADDING, TrainingOrder, check_batch, owned_batches, permutation
 
 SIZES = [7, 30, 1, 12, 22]
 

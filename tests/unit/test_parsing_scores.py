@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from distav.config.errors import UserError
-from distav.data.llp import CLASSES, read_llp
+from distav.data.annotations.llp import CLASSES, read_llp
 from distav.parsing_scores import parsing_scores
 
 NAMES = ("audio", "visual", "audio_visual", "type", "event")

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from distav.config.errors import UserError
-from distav.data.format import write_atomically
-from distav.making.chunks import Part
-from distav.making.clips import Candidate, Clip, Encoding, Unusable
-from distav.making.command import main
-from distav.making.folder import claim
-from distav.making.writer import Plan, make_set
+from distav.data.files import write_atomically
+from distav.data.preparation.builder import Plan, make_set
+from distav.data.preparation.encode_workers import Part
+from distav.data.preparation.encoding import Candidate, Clip, Encoding, Unusable
+from distav.data.preparation.output_dir import claim
+from distav.tools.make_shards import main
 from tests.conftest import ROOT, make_shards
 from tests.unit.test_making import digests
 
@@ -100,7 +100,7 @@ def test_parts_hold_every_chunk_once_and_tell_what_they_did(tmp_path: Path):
 
 
 def test_a_part_ends_well_if_the_set_is_finished_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from distav.making import writer
+    from distav.data.preparation import builder as writer
 
     plan, out = Plan(Encoding(clip_s=1, sample_rate_hz=8000)), tmp_path / "set"
 

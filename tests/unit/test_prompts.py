@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from distav.config.errors import UserError
-from distav.data.llp import CLASSES
+from distav.data.annotations.llp import CLASSES
 from distav.teachers.prompts import read_prompts
 
 LLP = Path(__file__).parents[2] / "configs" / "teachers" / "llp.yaml"

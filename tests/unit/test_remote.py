@@ -19,13 +19,13 @@ import torch
 from distav.config import loading
 from distav.config.errors import UserError
 from distav.config.schema import AugmentSettings, DataSettings, MakeSettings
-from distav.data import remote
-from distav.data.cache import Cache
-from distav.data.format import ShardSet
-from distav.data.labels import load_labels
-from distav.data.loader import Loader
-from distav.data.reader import BadSample, ShardReader
-from distav.making.quickstart import make_missing
+from distav.data.annotations.labels import load_labels
+from distav.data.dataset import ShardSet
+from distav.data.pipeline.loader import Loader
+from distav.data.pipeline.reader import BadSample, ShardReader
+from distav.data.preparation.quickstart import make_missing
+from distav.data.storage import object_store as remote
+from distav.data.storage.cache import Cache
 from tests.helpers.launch import tiny_config
 from tests.helpers.stores import CREDENTIALS, Bucket, Web, bucket, bytes_in, use, web
 from tests.robustness.test_data import inspect, overwrite
@@ -294,7 +294,7 @@ def test_reading_goes_on_where_nothing_can_be_kept(
     split = opened(site.url, tmp_path).split("train")
     shutil.rmtree(tmp_path / "cache" / "parts")
     (tmp_path / "cache" / "parts").write_text("in the way")
-    monkeypatch.setattr("distav.data.cache._PAUSE_S", 0.0)
+    monkeypatch.setattr("distav.data.storage.cache._PAUSE_S", 0.0)
     monkeypatch.setattr(logging.getLogger("distav"), "propagate", True)
     reader = ShardReader(split)
     assert reader.read(0) and reader.read(1) and reader.read(0)

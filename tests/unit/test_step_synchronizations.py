@@ -9,8 +9,8 @@ import torch
 
 import distav
 from distav.config import loading
-from distav.data.events import events_table
-from distav.data.format import ShardSet
+from distav.data.annotations.events import events_table
+from distav.data.dataset import ShardSet
 from distav.distributed.process_group import World
 from distav.phases.table import PHASES
 from distav.run import Run, opened

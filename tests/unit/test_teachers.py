@@ -14,14 +14,14 @@ import pytest
 import torch
 import yaml
 
-import distav.data.scores
+import distav.data.annotations.teacher_scores
 import distav.harvest
 from distav.config.errors import UserError
 from distav.config.schema import DataSettings
-from distav.data.events import load_events, read_events
-from distav.data.format import ShardSet
-from distav.data.loader import Batch, Loader
-from distav.data.scores import read_scores
+from distav.data.annotations.events import load_events, read_events
+from distav.data.annotations.teacher_scores import read_scores
+from distav.data.dataset import ShardSet
+from distav.data.pipeline.loader import Batch, Loader
 from distav.harvest import main
 from distav.teachers.networks import ImageTeacher, SoundTeacher
 from distav.teachers.prompts import read_prompts
@@ -173,7 +173,7 @@ def test_other_thresholds_need_no_teachers_and_other_captions_another_folder(
 def test_scores_that_are_left_are_made_by_any_number_of_ranks(
     ave: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    for module in (distav.harvest, distav.data.scores):
+    for module in (distav.harvest, distav.data.annotations.teacher_scores):
         monkeypatch.setattr(module, "CHUNK", 4)
     assert harvest(ave, tmp_path) == 0
     whole = pq.read_table(tmp_path / "events.parquet")
@@ -185,7 +185,8 @@ def test_scores_that_are_left_are_made_by_any_number_of_ranks(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script = "import sys, distav.data.scores as scores; scores.CHUNK = 4; from distav.harvest import main; "
+    script = "import sys, distav.data.annotations.teacher_scores as scores; scores.CHUNK = 4; "
+    script += "from distav.harvest import main; "
     script += f"sys.exit(main({arguments(ave, tmp_path)!r}))"
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [

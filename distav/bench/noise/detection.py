@@ -14,8 +14,9 @@ from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from distav.data.format import ShardSet, read_table, write_atomically
-from distav.data.labels import load_labels
+from distav.data.annotations.labels import load_labels
+from distav.data.dataset import ShardSet
+from distav.data.files import read_table, write_atomically
 from distav.embedding import Embeddings, Encoders
 
 

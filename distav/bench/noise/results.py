@@ -11,7 +11,7 @@ from distav.bench.measure import machine
 from distav.bench.noise.grid import MOST_PAIRS, Job
 from distav.bench.noise.runner import Bench
 from distav.config.errors import UserError
-from distav.data.format import write_atomically
+from distav.data.files import write_atomically
 
 KEYS = ("set", "labels", "pairs", "method", "k", "second", "seed")
 """What tells one record from the others; those of trainings have no k, those of votes no method and no pairs."""

@@ -21,9 +21,10 @@ import pyarrow as pa
 
 from distav.bench.noise.grid import ABLATIONS, PHASE_1, SETS, Cell, Job, ablations, file_name, grid, pairs
 from distav.config.errors import UserError, listed
-from distav.data.format import ShardSet, write_atomically, write_table
-from distav.data.labels import load_labels
-from distav.data.noise import LabelNoise, flip_labels
+from distav.data.annotations.labels import load_labels
+from distav.data.dataset import ShardSet
+from distav.data.files import write_atomically, write_table
+from distav.data.preparation.noise_injection import LabelNoise, flip_labels
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PARTS = {"grid": grid, "ablations": ablations, "pairs": pairs}
@@ -111,7 +112,7 @@ class Bench:
         """Return the set of a cell, with right labels; it is rendered where it is not there yet."""
         out = self.work / "shards" / file_name(f"{cell.set}, pairs {cell.pairs:g}, seed {seed}")
         if not (out / "manifest.json").exists():
-            from distav.making.command import main as make_shards
+            from distav.tools.make_shards import main as make_shards
 
             status = make_shards([
                 "digits", str(out), "--images", str(self.digits / "t10k-images-idx3-ubyte.gz"),

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from distav.data.format import ShardSet
-from distav.data.labels import load_labels
-from distav.data.noise import LabelNoise, flip_labels
+from distav.data.annotations.labels import load_labels
+from distav.data.dataset import ShardSet
+from distav.data.preparation.noise_injection import LabelNoise, flip_labels
 from distav.embedding import Encoders
 from distav.robust.calibration import Judges
 from distav.robust.correction import Voting

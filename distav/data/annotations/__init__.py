@@ -1,0 +1,1 @@
+"""Tables of labels, events and teacher scores."""

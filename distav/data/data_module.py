@@ -1,0 +1,140 @@
+"""The set that a run trains and tests on, checked against the settings."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from distav.config.errors import UserError, listed
+from distav.config.phases import ContrastivePhase, CorrectionPhase, ParsingPhase
+from distav.config.schema import Settings
+from distav.data.annotations.events import EventLabels, load_events, read_events, segments_of
+from distav.data.annotations.labels import Labels, load_labels
+from distav.data.annotations.teacher_scores import check_scores, read_shares
+from distav.data.dataset import ShardSet, Split
+
+
+@dataclass
+class Data:
+    """Both splits, and what is told of them: each kind of label is read when it is first asked for."""
+
+    shards: ShardSet
+    train: Split
+    test: Split | None
+    override: str = ""
+
+    @cached_property
+    def labels(self) -> Labels:
+        """One class of every training clip."""
+        return load_labels(self.shards, self.train, self.override)
+
+    @cached_property
+    def test_labels(self) -> Labels | None:
+        """One class of every test clip."""
+        return load_labels(self.shards, self.test) if self.test else None
+
+    @cached_property
+    def events(self) -> EventLabels:
+        """Classes and events of the training clips."""
+        return load_events(self.shards, self.train, self.override)
+
+    @cached_property
+    def test_events(self) -> EventLabels | None:
+        """Classes and events of the test clips."""
+        return load_events(self.shards, self.test) if self.test else None
+
+    def harvested_events(self, name: str, phase: ParsingPhase) -> tuple[np.ndarray, ...] | None:
+        """Return the events that a phase learns from, [N, 2, T, C] bool, and which clips were looked at, [N] bool.
+
+        None where it has weak labels alone.
+
+        Raises:
+            UserError: for a table that is missing or does not fit the set.
+        """
+        if not phase.harvested:
+            return None
+        path = Path(phase.harvested).expanduser()
+        path = path / "events.parquet" if path.is_dir() else path
+        return read_events(path, f"phases.{name}.harvested", self.train, self.shards.classes, self.events.weak)
+
+    def teachers_shares(self, name: str, phase: CorrectionPhase) -> np.ndarray | None:
+        """Return what teachers hold each clip for, [N, 2, C] float32; None where none were asked.
+
+        Raises:
+            UserError: for scores that are missing or of another set.
+        """
+        if not phase.harvested:
+            return None
+        folder = Path(phase.harvested).expanduser()
+        return read_shares(folder, f"phases.{name}.harvested", self.shards, self.train)
+
+    @classmethod
+    def open(cls, settings: Settings) -> "Data":
+        """Open the set and check the settings against it.
+
+        Raises:
+            UserError: for anything missing, or settings that this set makes impossible.
+        """
+        shards = ShardSet.open(settings.data.root, settings.data.cache, settings.data.cache_mib)
+        train = shards.split(settings.data.train_split, "data.train_split")
+        test = shards.split(settings.data.test_split, "data.test_split") if settings.data.test_split else None
+        data = cls(shards, train, test, settings.data.labels)
+        parses = [isinstance(phase, ParsingPhase) for phase in settings.phases.values()]
+        if not all(parses):
+            _ = data.labels, data.test_labels
+        if any(parses):
+            _ = data.events, data.test_events
+            _check_segments(settings, train)
+        if settings.optim.global_batch > len(train):
+            raise UserError(
+                f"optim.global_batch={settings.optim.global_batch}: the training split has {len(train)} samples; "
+                "allowed: up to that many."
+            )
+        for name, phase in settings.phases.items():
+            if isinstance(phase, ParsingPhase):
+                data.harvested_events(name, phase)
+            if isinstance(phase, CorrectionPhase):
+                if phase.harvested:
+                    check_scores(Path(phase.harvested).expanduser(), f"phases.{name}.harvested", shards, train)
+                k = min(phase.neighbors)
+                if k >= len(train):
+                    raise UserError(
+                        f"phases.{name}.neighbors={phase.neighbors}: all are too many for a training split of "
+                        f"{len(train)} samples; allowed: up to {len(train) - 1}, sensible: up to twice the "
+                        f"{len(train) // len(shards.classes)} of a class."
+                    )
+            if train.streams and not isinstance(phase, ParsingPhase):
+                raise UserError(f"phases.{name}.kind={phase.kind}: {shards.where} holds features; allowed: parsing.")
+            if shards.several_labels and not isinstance(phase, ParsingPhase | ContrastivePhase):
+                raise UserError(
+                    f"phases.{name}.kind={phase.kind}: in {shards.where} a clip may have several classes; allowed: "
+                    "parsing, contrastive."
+                )
+        return data
+
+
+def _check_segments(settings: Settings, train: Split) -> None:
+    """Make sure that what the towers are fed of a clip covers its seconds evenly."""
+    segments, data = segments_of(train), settings.data
+    if train.streams:
+        unknown = set(settings.model.parser.maps) - set(train.streams)
+        if unknown:
+            raise UserError(
+                f"model.parser.maps.{min(unknown)}: the set has no such stream; allowed: {listed(train.streams)}. "
+                f"Leave it out by ~model.parser.maps.{min(unknown)}."
+            )
+        for name, (rows, columns) in settings.model.parser.maps.items():
+            if rows * columns != train.streams[name].steps:
+                raise UserError(
+                    f"model.parser.maps.{name}=[{rows}, {columns}]: the stream has {train.streams[name].steps} steps."
+                )
+        return
+    if data.audio_s != segments:
+        raise UserError(f"data.audio_s={data.audio_s:g}: parsing hears all of a clip; set it to {segments}.")
+    if data.num_frames % segments or data.num_frames * data.frame_stride != round(segments * train.fps):
+        raise UserError(
+            f"data.num_frames={data.num_frames} and data.frame_stride={data.frame_stride}: parsing sees every second "
+            f"of a clip alike; take a multiple of {segments} frames whose strides make up the "
+            f"{round(segments * train.fps)} stored ones."
+        )

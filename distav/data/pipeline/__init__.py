@@ -1,0 +1,1 @@
+"""The input pipeline: sampling, reading, decoding, augmentation."""

@@ -1,0 +1,1 @@
+"""Raw media to shards."""

@@ -1,0 +1,1 @@
+"""Object storage, the local cache and tar files."""

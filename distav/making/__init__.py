@@ -1,1 +1,0 @@
-"""From raw clips to shards: sources of clips, encoding, and the writer."""

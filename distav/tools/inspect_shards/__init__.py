@@ -1,0 +1,1 @@
+"""Verify, describe and preview the shards of a dataset."""
