@@ -17,8 +17,8 @@ from distav.config.errors import UserError
 from distav.data.dataset import Split
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.sampler import PADDING, padded_batches
-from distav.encoders import fed, load_encoders
-from distav.models.av import AVModel
+from distav.models.av_model import AVModel
+from distav.models.pretrained import fed, load_encoders
 
 
 @dataclass(frozen=True)

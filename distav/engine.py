@@ -18,7 +18,7 @@ from distav.data.pipeline.loader import Batch
 from distav.data.pipeline.sampler import check_batch
 from distav.distributed.process_group import World, collective_timeout
 from distav.engine_state import collect, put_back
-from distav.models.av import parameter_groups
+from distav.models.av_model import parameter_groups
 
 DERIVED_KEYS = (
     "train_batch_size",

@@ -70,7 +70,7 @@ def _card(run: Run, description: dict[str, Any], report: dict[str, Any]) -> str:
         what = "The network that tells events heard and seen from features, trained by distav."
         streams = (f"`{name}` [{each.steps}, {each.dim}]" for name, each in data.train.streams.items())
         inputs = f"- Input: {', '.join(streams)}, float32."
-        use = 'model, description = distav.encoders.load_parser("export")`; `model(seeds, **features)'
+        use = 'model, description = distav.models.pretrained.load_parser("export")`; `model(seeds, **features)'
     else:
         what = "Audio-visual encoders and classifiers trained by distav."
         fed = description["input"]

@@ -21,11 +21,11 @@ from distav.distributed.collectives import any_rank, gather_objects
 from distav.distributed.process_group import World
 from distav.distributed.rendezvous import keep_records
 from distav.distributed.signals import Interrupted, Stop, listening
-from distav.encoders import weights
 from distav.engine import Engine, trains_in_bf16
 from distav.memory.bank import Bank
-from distav.models.av import AVModel
-from distav.models.parser import FeatureParser
+from distav.models.av_model import AVModel
+from distav.models.event_parser import FeatureParser
+from distav.models.pretrained import weights
 from distav.monitor import Monitor
 from distav.run_folder import claimed
 

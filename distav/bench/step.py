@@ -20,7 +20,7 @@ from distav.config.schema import Settings
 from distav.data.pipeline.loader import Batch
 from distav.distributed.process_group import joined
 from distav.memory.bank import Bank
-from distav.models.av import AVModel, parameter_groups
+from distav.models.av_model import AVModel, parameter_groups
 from distav.phases.contrastive import contrastive_losses
 from distav.phases.loop import learning_rate
 from distav.run import Run, opened

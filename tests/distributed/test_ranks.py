@@ -25,7 +25,7 @@ from distav.memory.sampled import Draw
 from distav.memory.softmax import attend, merge_across_ranks
 from distav.memory.visitors import Visitors
 from distav.metrics import retrieval
-from distav.models.av import AVModel
+from distav.models.av_model import AVModel
 from distav.models.layers import GlobalBatchNorm
 from distav.robust.correction import Space, Voting, correct
 from tests.helpers.spawn import on_ranks

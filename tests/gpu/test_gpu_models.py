@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distav.config.schema import DataSettings, VisualSettings
 from distav.models.layers import GlobalBatchNorm, _FusedGlobalNormalise, _GlobalNormalise
-from distav.models.visual import build_visual
+from distav.models.visual_encoders import build_visual
 from tests.conftest import make_shards
 from tests.helpers.launch import ROOT, TINY, tiny_config
 from tests.helpers.normalization import normalized

@@ -15,7 +15,7 @@ from tests.robustness.test_kills import losses_by_step
 
 def nan_at_3_and_14(rank: int) -> None:
     """Let rank 1 pool values that are not finite in two steps."""
-    from distav.models.parser import AttentivePooling
+    from distav.models.event_parser import AttentivePooling
 
     plain, calls = AttentivePooling.forward, [0]
 

@@ -14,7 +14,7 @@ from distav.bench.command import main
 from distav.bench.measure import Results, Setting
 from distav.bench.step import TOWERS, count_operations
 from distav.data.pipeline.loader import Batch
-from distav.models.av import AVModel
+from distav.models.av_model import AVModel
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tools" / "results"

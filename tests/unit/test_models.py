@@ -7,10 +7,10 @@ from torchvision.models.video.resnet import BasicBlock
 
 from distav.config.errors import UserError
 from distav.config.schema import AudioSettings, DataSettings, ModelSettings, VisualSettings
-from distav.models.audio import LogMel
-from distav.models.av import AVModel, parameter_groups
+from distav.models.audio_encoders import LogMel
+from distav.models.av_model import AVModel, parameter_groups
 from distav.models.layers import GlobalBatchNorm, SeededDropout, _GlobalNormalise
-from distav.models.visual import IMAGENET_MEAN, IMAGENET_STD, build_visual
+from distav.models.visual_encoders import IMAGENET_MEAN, IMAGENET_STD, build_visual
 from tests.helpers.on_gpu import OnGPU
 
 DATA = DataSettings(num_frames=4, frame_size=32, audio_s=0.5)

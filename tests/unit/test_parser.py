@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distav.losses.parsing import binary_cross_entropy, modality_losses, segment_losses, video_losses
-from distav.models.parser import Attention, AttentivePooling, EventParser, HybridLayer, SegmentEmbedding, Stream
+from distav.models.event_parser import Attention, AttentivePooling, EventParser, HybridLayer, SegmentEmbedding, Stream
 
 SEEDS = torch.arange(3)
 VALOR = [Stream("vggish", 128)], [Stream("resnet152", 64), Stream("r2plus1d", 32)]

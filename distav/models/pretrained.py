@@ -11,8 +11,8 @@ from torch import Tensor
 from distav.config.errors import UserError
 from distav.config.schema import AudioSettings, DataSettings, ModelSettings, ParserSettings, VisualSettings
 from distav.data.modalities import Stream
-from distav.models.av import AVModel
-from distav.models.parser import FeatureParser
+from distav.models.av_model import AVModel
+from distav.models.event_parser import FeatureParser
 
 
 def load_encoders(folder: str | Path) -> tuple[AVModel, dict[str, Any]]:

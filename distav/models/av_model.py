@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from distav.config.schema import DataSettings, ModelSettings
-from distav.models.audio import build_audio
+from distav.models.audio_encoders import build_audio
+from distav.models.event_parser import Stream, build_parser
 from distav.models.heads import CategoryHead, Classifiers, Projection
-from distav.models.parser import Stream, build_parser
-from distav.models.visual import build_visual
+from distav.models.visual_encoders import build_visual
 
 HEADS = (
     "project_visual",
@@ -62,7 +62,7 @@ class AVModel(nn.Module):
         Returns:
             visual_features, audio_features [B, E]; visual, audio [B, D] unit vectors; visual_categories,
             audio_categories [B, K] logits; logits, visual_logits, audio_logits [B, C]; and, where it is learnt, the
-            temperature of the instance loss, a number. To `parse`: what `distav.models.parser.Parsed` holds.
+            temperature of the instance loss, a number. To `parse`: what `distav.models.event_parser.Parsed` holds.
         """
         if parse:
             return self._parsed(frames, sound, seeds)

@@ -11,7 +11,7 @@ from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, R2Plus1dSte
 from distav.config.errors import UserError
 from distav.config.schema import DataSettings, VisualSettings
 from distav.models.layers import GlobalBatchNorm, run, with_global_batch_norm
-from distav.models.transformer import SIZES, TokenEncoder, unknown_tower
+from distav.models.vit import SIZES, TokenEncoder, unknown_tower
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

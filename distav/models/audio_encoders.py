@@ -11,7 +11,7 @@ from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 from distav.config.schema import AudioSettings, DataSettings
 from distav.distributed.rng import uniform
 from distav.models.layers import GlobalBatchNorm, run
-from distav.models.transformer import SIZES, TokenEncoder, unknown_tower
+from distav.models.vit import SIZES, TokenEncoder, unknown_tower
 
 BANDS = 4
 """Bands of frequency that the small tower pools over time."""
