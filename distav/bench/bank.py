@@ -21,9 +21,10 @@ from distav.config.errors import UserError
 from distav.distributed.collectives import gather_rows, num_ranks, own_rows
 from distav.losses.category import category_agreement, category_loss
 from distav.losses.instance import SoftTargets, instance_losses
-from distav.memory.attention import Asked, best_back_end
+from distav.memory.attention import Asked
+from distav.memory.attention_backends import best_back_end
 from distav.memory.bank import Bank
-from distav.memory.visitors import Visitors
+from distav.memory.global_batch import Visitors
 
 TEMPERATURE = 0.07
 CATEGORIES = 300

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from distav.distributed.collectives import gather_across, own_rows, rank
 from distav.memory.bank import Bank
-from distav.memory.sampled import Draw, Drawn, Partition
-from distav.memory.visitors import Visitors
+from distav.memory.global_batch import Visitors
+from distav.memory.negative_sampling import Draw, Drawn, Partition
 
 MODALITIES = ("visual", "audio")
 Directions = tuple[tuple[str, str], ...]

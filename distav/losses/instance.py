@@ -12,8 +12,8 @@ from torch import Tensor
 from distav.distributed.collectives import gather_rows, num_ranks, own_rows, sum_
 from distav.losses.candidates import DIRECTIONS, MODALITIES, Directions, with_gradient
 from distav.memory.bank import Bank
+from distav.memory.global_batch import Visitors
 from distav.memory.softmax import attend, merge_across_ranks
-from distav.memory.visitors import Visitors
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from distav.distributed.collectives import exchange, gather_ragged_rows, num_ranks, own_rows, rank, row_range
 from distav.distributed.rng import sample_seeds, uniform
-from distav.memory.assignments import Assignments
+from distav.memory.category_gram import Assignments
+from distav.memory.global_batch import Visitors
 from distav.memory.row_update import RowUpdate
-from distav.memory.visitors import Visitors
 
 _TILE_NUMBERS, _TILE_NUMBERS_ON_GPU = 2**18, 2**20
 """Numbers of a column that are computed at a time."""

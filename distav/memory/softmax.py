@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from distav.distributed.collectives import exchange, num_ranks
-from distav.memory.attention import BACK_ENDS, Asked, BackEnd, best_back_end, merge
+from distav.memory.attention import Asked, merge
+from distav.memory.attention_backends import BACK_ENDS, BackEnd, best_back_end
 
 
 def attend(
@@ -33,7 +34,7 @@ def attend(
             device.
         bias: [n] added to the logits of each row; -inf leaves a row out.
         exclude: [B] or [B, E] int64 rows that a query must not see, or -1.
-        back_end: name of a back end in `distav.memory.attention`; the best one where empty.
+        back_end: name of a back end in `distav.memory.attention_backends`; the best one where empty.
 
     Returns:
         lse [B] (-inf where no row is seen) and out [B, D], float32.

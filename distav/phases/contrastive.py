@@ -15,7 +15,7 @@ from distav.losses.category import (
     category_loss,
 )
 from distav.losses.instance import weighted_mean
-from distav.memory.visitors import Visitors
+from distav.memory.global_batch import Visitors
 from distav.phases.correspondence import estimate_correspondence, tell_pairs
 from distav.phases.instance import InstanceTerm, ramp
 from distav.phases.loop import Losses, train

@@ -14,8 +14,8 @@ from distav.losses.candidates import (
 )
 from distav.losses.complementary import complementary
 from distav.losses.instance import SoftTargets, instance_losses
-from distav.memory.sampled import Draw, Partition
-from distav.memory.visitors import Visitors
+from distav.memory.global_batch import Visitors
+from distav.memory.negative_sampling import Draw, Partition
 from distav.phases.correspondence import Refinement
 from distav.robust.correspondence import sample_weights
 from distav.run import Run

@@ -14,7 +14,7 @@ from distav.losses.supervised import (
     hybrid_targets,
     soft_cross_entropy,
 )
-from distav.memory.visitors import Visitors
+from distav.memory.global_batch import Visitors
 from distav.phases.loop import Losses, train
 from distav.robust.correspondence import sample_weights
 from distav.run import Run

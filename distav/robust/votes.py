@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distav.distributed.collectives import broadcast, gather_ragged_rows, sum_
-from distav.memory.neighbors import nearest_neighbors
+from distav.memory.knn import nearest_neighbors
 from distav.robust.tiles import in_tiles, tiles
 
 TIE = 1e-6

@@ -8,7 +8,7 @@ from distav.distributed.collectives import own_rows
 from distav.losses.category import category_agreement, category_loss
 from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
 from distav.memory.bank import Bank
-from distav.memory.visitors import Visitors
+from distav.memory.global_batch import Visitors
 from tests.helpers.spawn import on_ranks
 from tests.helpers.synchronizations import Synchronizations
 

@@ -20,10 +20,10 @@ from distav.losses.category import category_agreement, category_loss
 from distav.losses.complementary import complementary
 from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
 from distav.memory.bank import Bank
-from distav.memory.neighbors import nearest_neighbors
-from distav.memory.sampled import Draw
+from distav.memory.global_batch import Visitors
+from distav.memory.knn import nearest_neighbors
+from distav.memory.negative_sampling import Draw
 from distav.memory.softmax import attend, merge_across_ranks
-from distav.memory.visitors import Visitors
 from distav.metrics import retrieval
 from distav.models.av_model import AVModel
 from distav.models.layers import GlobalBatchNorm

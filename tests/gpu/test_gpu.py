@@ -13,12 +13,13 @@ from distav.data.pipeline.loader import Loader
 from distav.distributed.rng import sample_seeds, uniform
 from distav.losses.candidates import BatchCandidates, DrawnCandidates
 from distav.losses.complementary import complementary
-from distav.memory.attention import BACK_ENDS, Asked, reference, works
+from distav.memory.attention import Asked, reference
+from distav.memory.attention_backends import BACK_ENDS, works
 from distav.memory.bank import Bank
-from distav.memory.neighbors import nearest_neighbors
-from distav.memory.sampled import Draw
+from distav.memory.global_batch import Visitors
+from distav.memory.knn import nearest_neighbors
+from distav.memory.negative_sampling import Draw
 from distav.memory.softmax import attend
-from distav.memory.visitors import Visitors
 from distav.metrics import retrieval
 from tests.conftest import make_shards
 from tests.helpers.events import llp_shards, write_llp

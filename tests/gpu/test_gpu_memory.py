@@ -16,12 +16,13 @@ from distav.losses.candidates import WITHIN, BatchCandidates, DrawnCandidates, c
 from distav.losses.category import category_agreement, category_loss
 from distav.losses.complementary import complementary, matching_among
 from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
-from distav.memory import attention
-from distav.memory.attention import BACK_ENDS, Asked, best_back_end, reference
+from distav.memory import attention_backends as attention
+from distav.memory.attention import Asked, reference
+from distav.memory.attention_backends import BACK_ENDS, best_back_end
 from distav.memory.bank import Bank
-from distav.memory.sampled import Draw
+from distav.memory.global_batch import Visitors
+from distav.memory.negative_sampling import Draw
 from distav.memory.softmax import attend
-from distav.memory.visitors import Visitors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

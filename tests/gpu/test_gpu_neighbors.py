@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.memory import selection
-from distav.memory.neighbors import nearest_neighbors
-from distav.memory.selection import dot_products, kernels_for
-from distav.memory.shard import Tiling
+from distav.memory import top_k as selection
+from distav.memory.key_shard import Tiling
+from distav.memory.knn import nearest_neighbors
+from distav.memory.top_k import dot_products, kernels_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

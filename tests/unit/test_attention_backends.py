@@ -11,8 +11,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
-from distav.memory import attention
-from distav.memory.attention import BACK_ENDS, Asked, BackEnd, best_back_end, reference, tiles
+from distav.memory import attention_backends as attention
+from distav.memory.attention import Asked, reference, tiles
+from distav.memory.attention_backends import BACK_ENDS, BackEnd, best_back_end
 from distav.memory.softmax import attend
 
 FLEX = next(each for each in BACK_ENDS if each.name == "flex")

@@ -17,10 +17,10 @@ from distav.losses.category import category_agreement, category_loss
 from distav.losses.complementary import complementary, matching_among
 from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
 from distav.losses.supervised import hybrid_targets
-from distav.memory import attention
+from distav.memory import attention_backends as attention
 from distav.memory.bank import Bank
-from distav.memory.sampled import Draw
-from distav.memory.visitors import Visitors
+from distav.memory.global_batch import Visitors
+from distav.memory.negative_sampling import Draw
 from tests.helpers.synchronizations import Synchronizations
 
 CPU = torch.device("cpu")

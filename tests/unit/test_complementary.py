@@ -11,8 +11,8 @@ from torch import Tensor
 from distav.losses.candidates import BatchCandidates, DrawnCandidates, cross_entropy
 from distav.losses.complementary import complementary, matching_among
 from distav.memory.bank import Bank
-from distav.memory.sampled import Draw, drawn_ids
-from distav.memory.visitors import Visitors
+from distav.memory.global_batch import Visitors
+from distav.memory.negative_sampling import Draw, drawn_ids
 from distav.robust.correspondence import SelfRefinement
 
 TAU, LAMBDA = 0.05, 5.0

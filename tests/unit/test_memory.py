@@ -8,14 +8,15 @@ from torch import Tensor
 
 from distav.losses.candidates import DrawnCandidates, ScoreLoss, cross_entropy, noise_contrastive
 from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
-from distav.memory import attention
-from distav.memory.attention import Asked, BackEnd, best_back_end, reference, tiles
+from distav.memory import attention_backends as attention
+from distav.memory.attention import Asked, reference, tiles
+from distav.memory.attention_backends import BackEnd, best_back_end
 from distav.memory.bank import Bank
-from distav.memory.neighbors import nearest_neighbors
-from distav.memory.sampled import Draw, Partition, drawn_ids
-from distav.memory.shard import Tiling
+from distav.memory.global_batch import Visitors
+from distav.memory.key_shard import Tiling
+from distav.memory.knn import nearest_neighbors
+from distav.memory.negative_sampling import Draw, Partition, drawn_ids
 from distav.memory.softmax import attend
-from distav.memory.visitors import Visitors
 
 CPU = torch.device("cpu")
 

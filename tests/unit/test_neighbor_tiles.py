@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distav.memory import selection
-from distav.memory.neighbors import nearest_neighbors
+from distav.memory import top_k as selection
+from distav.memory.key_shard import Shard, Tiling
+from distav.memory.knn import nearest_neighbors
 from distav.memory.reservoir import Candidates, largest_of_rows, packed
-from distav.memory.selection import dot_products
-from distav.memory.shard import Shard, Tiling
+from distav.memory.top_k import dot_products
 from tests.conftest import ROOT
 
 COARSE = (torch.bfloat16, torch.float16)
@@ -249,7 +249,7 @@ def test_kernels_compile_for_a_gpu(dim: int):
     from triton import compile
     from triton.backends.compiler import GPUTarget
 
-    from distav.memory import kernels
+    from distav.memory import top_k_kernels as kernels
 
     target, length = GPUTarget("cuda", 90, 32), dim & -dim
     append = {"scores": "*bf16", "bound": "*bf16", "held": "*i64", "filled": "*i32"}

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from distav.distributed.collectives import gather_objects, gather_ragged_rows, num_ranks, passing_shards, row_range
+from distav.memory.key_shard import Shard, Tiling, Workspace
 from distav.memory.reservoir import NOT_SEEN, unpacked_ids, unpacked_scores
-from distav.memory.selection import best_of
-from distav.memory.shard import Shard, Tiling, Workspace
+from distav.memory.top_k import best_of
 
 LARGEST_K = 2048
 GATHER_BELOW_BYTES = 2**30

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distav.memory.key_shard import GROUP, SMALLEST_GEMM, Shard, Workspace
 from distav.memory.reservoir import (
     LOWEST,
     Candidates,
@@ -29,7 +30,6 @@ from distav.memory.reservoir import (
     packed,
     score_or_lowest,
 )
-from distav.memory.shard import GROUP, SMALLEST_GEMM, Shard, Workspace
 
 log = logging.getLogger("distav")
 
@@ -228,11 +228,11 @@ def dot_products(queries: Tensor, keys: Tensor, row: Tensor, place: Tensor) -> T
 
 @functools.cache
 def kernels_for(device: torch.device, width: int) -> ModuleType | None:
-    """Return `distav.memory.kernels` where they run on the device and give what PyTorch's operators give, at a D."""
+    """Return `distav.memory.top_k_kernels` where they run on the device and give what PyTorch's operators give, at a D."""
     if device.type != "cuda":
         return None
     try:
-        from distav.memory import kernels
+        from distav.memory import top_k_kernels as kernels
 
         kernels.check(device, width)
     except Exception as error:  # noqa: BLE001  # whatever Triton raises where it cannot compile
