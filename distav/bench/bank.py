@@ -19,8 +19,8 @@ from distav.bench.measure import Results, Setting
 from distav.bench.ranks import cpu_seconds, loopback_bytes, on_ranks
 from distav.config.errors import UserError
 from distav.distributed.collectives import gather_rows, num_ranks, own_rows
-from distav.losses.category import category_agreement, category_loss
-from distav.losses.instance import SoftTargets, instance_losses
+from distav.losses.category_contrast import category_agreement, category_loss
+from distav.losses.instance_discrimination import SoftTargets, instance_losses
 from distav.memory.attention import Asked
 from distav.memory.attention_backends import best_back_end
 from distav.memory.bank import Bank

@@ -7,14 +7,14 @@ from torch import Tensor
 
 from distav.config.phases import ContrastivePhase
 from distav.data.pipeline.loader import Batch
-from distav.losses.category import (
+from distav.losses.category_contrast import (
     CategoryLoss,
     categories_used,
     category_agreement,
     category_fault,
     category_loss,
 )
-from distav.losses.instance import weighted_mean
+from distav.losses.reduction import weighted_mean
 from distav.memory.global_batch import Visitors
 from distav.phases.correspondence import estimate_correspondence, tell_pairs
 from distav.phases.instance import InstanceTerm, ramp

@@ -5,15 +5,9 @@ from torch import Tensor
 
 from distav.config.phases import Candidates, ContrastivePhase, Estimator, InstanceLoss
 from distav.data.pipeline.loader import Batch
-from distav.losses.candidates import (
-    WITHIN,
-    BatchCandidates,
-    DrawnCandidates,
-    cross_entropy,
-    noise_contrastive,
-)
-from distav.losses.complementary import complementary
-from distav.losses.instance import SoftTargets, instance_losses
+from distav.losses.active_complementary import complementary
+from distav.losses.info_nce import WITHIN, BatchCandidates, DrawnCandidates, cross_entropy, noise_contrastive
+from distav.losses.instance_discrimination import SoftTargets, instance_losses
 from distav.memory.global_batch import Visitors
 from distav.memory.negative_sampling import Draw, Partition
 from distav.phases.correspondence import Refinement

@@ -4,8 +4,8 @@ import torch
 
 from distav.config.phases import ParsingPhase
 from distav.data.pipeline.loader import Batch
-from distav.losses.instance import weighted_mean
-from distav.losses.parsing import modality_losses, segment_losses, video_losses
+from distav.losses.event_parsing import modality_losses, segment_losses, video_losses
+from distav.losses.reduction import weighted_mean
 from distav.phases.loop import Losses, train
 from distav.run import Run
 

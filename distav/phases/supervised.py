@@ -6,14 +6,15 @@ from torch import Tensor
 from distav.config.errors import UserError
 from distav.config.phases import NEED_CORRECTION, ClassLoss, SupervisedPhase, Targets
 from distav.data.pipeline.loader import Batch
-from distav.losses.category import category_agreement, weighted_shares
-from distav.losses.instance import instance_losses, weighted_mean
-from distav.losses.supervised import (
+from distav.losses.category_contrast import category_agreement, weighted_shares
+from distav.losses.classification import (
     early_learning_regularisation,
     generalised_cross_entropy,
     hybrid_targets,
     soft_cross_entropy,
 )
+from distav.losses.instance_discrimination import instance_losses
+from distav.losses.reduction import weighted_mean
 from distav.memory.global_batch import Visitors
 from distav.phases.loop import Losses, train
 from distav.robust.correspondence import sample_weights

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from distav.distributed.collectives import own_rows
-from distav.losses.category import category_agreement, category_loss
-from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
+from distav.losses.category_contrast import category_agreement, category_loss
+from distav.losses.instance_discrimination import SoftTargets, instance_losses
+from distav.losses.reduction import weighted_mean
 from distav.memory.bank import Bank
 from distav.memory.global_batch import Visitors
 from tests.helpers.spawn import on_ranks

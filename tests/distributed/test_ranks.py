@@ -15,10 +15,11 @@ from distav.distributed.collectives import (
     sum_,
     sum_across,
 )
-from distav.losses.candidates import BatchCandidates, DrawnCandidates, cross_entropy
-from distav.losses.category import category_agreement, category_loss
-from distav.losses.complementary import complementary
-from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
+from distav.losses.active_complementary import complementary
+from distav.losses.category_contrast import category_agreement, category_loss
+from distav.losses.info_nce import BatchCandidates, DrawnCandidates, cross_entropy
+from distav.losses.instance_discrimination import SoftTargets, instance_losses
+from distav.losses.reduction import weighted_mean
 from distav.memory.bank import Bank
 from distav.memory.global_batch import Visitors
 from distav.memory.knn import nearest_neighbors

@@ -11,8 +11,8 @@ from distav.config.schema import AugmentSettings, DataSettings
 from distav.data.dataset import ShardSet
 from distav.data.pipeline.loader import Loader
 from distav.distributed.rng import sample_seeds, uniform
-from distav.losses.candidates import BatchCandidates, DrawnCandidates
-from distav.losses.complementary import complementary
+from distav.losses.active_complementary import complementary
+from distav.losses.info_nce import BatchCandidates, DrawnCandidates
 from distav.memory.attention import Asked, reference
 from distav.memory.attention_backends import BACK_ENDS, works
 from distav.memory.bank import Bank

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from distav.bench.command import main
-from distav.losses.candidates import WITHIN, BatchCandidates, DrawnCandidates, cross_entropy
-from distav.losses.category import category_agreement, category_loss
-from distav.losses.complementary import complementary, matching_among
-from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
+from distav.losses.active_complementary import complementary, matching_among
+from distav.losses.category_contrast import category_agreement, category_loss
+from distav.losses.info_nce import WITHIN, BatchCandidates, DrawnCandidates, cross_entropy
+from distav.losses.instance_discrimination import SoftTargets, instance_losses
+from distav.losses.reduction import weighted_mean
 from distav.memory import attention_backends as attention
 from distav.memory.attention import Asked, reference
 from distav.memory.attention_backends import BACK_ENDS, best_back_end

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.losses.parsing import modality_losses, segment_losses, video_losses
+from distav.losses.event_parsing import modality_losses, segment_losses, video_losses
 from distav.robust.calibration import Judges
 from distav.robust.correction import Before, Correction, Space, Voting, correct
 from distav.robust.correspondence import fit_mixture, gmm_correspondence

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from distav.distributed.rng import sample_seeds, uniform
-from distav.losses.candidates import WITHIN, BatchCandidates, DrawnCandidates, cross_entropy
-from distav.losses.category import category_agreement, category_loss
-from distav.losses.complementary import complementary, matching_among
-from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
-from distav.losses.supervised import hybrid_targets
+from distav.losses.active_complementary import complementary, matching_among
+from distav.losses.category_contrast import category_agreement, category_loss
+from distav.losses.classification import hybrid_targets
+from distav.losses.info_nce import WITHIN, BatchCandidates, DrawnCandidates, cross_entropy
+from distav.losses.instance_discrimination import SoftTargets, instance_losses
+from distav.losses.reduction import weighted_mean
 from distav.memory import attention_backends as attention
 from distav.memory.bank import Bank
 from distav.memory.global_batch import Visitors

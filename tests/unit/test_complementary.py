@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.losses.candidates import BatchCandidates, DrawnCandidates, cross_entropy
-from distav.losses.complementary import complementary, matching_among
+from distav.losses.active_complementary import complementary, matching_among
+from distav.losses.info_nce import BatchCandidates, DrawnCandidates, cross_entropy
 from distav.memory.bank import Bank
 from distav.memory.global_batch import Visitors
 from distav.memory.negative_sampling import Draw, drawn_ids

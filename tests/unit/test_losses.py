@@ -4,8 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distav.losses.category import categories_used, category_agreement, category_fault, category_loss, weighted_shares
-from distav.losses.supervised import hybrid_targets, soft_cross_entropy
+from distav.losses.category_contrast import (
+    categories_used,
+    category_agreement,
+    category_fault,
+    category_loss,
+    weighted_shares,
+)
+from distav.losses.classification import hybrid_targets, soft_cross_entropy
 
 K = 10
 

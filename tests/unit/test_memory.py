@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.losses.candidates import DrawnCandidates, ScoreLoss, cross_entropy, noise_contrastive
-from distav.losses.instance import SoftTargets, instance_losses, weighted_mean
+from distav.losses.info_nce import DrawnCandidates, ScoreLoss, cross_entropy, noise_contrastive
+from distav.losses.instance_discrimination import SoftTargets, instance_losses
+from distav.losses.reduction import weighted_mean
 from distav.memory import attention_backends as attention
 from distav.memory.attention import Asked, reference, tiles
 from distav.memory.attention_backends import BackEnd, best_back_end

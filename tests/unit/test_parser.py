@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distav.losses.parsing import binary_cross_entropy, modality_losses, segment_losses, video_losses
+from distav.losses.event_parsing import binary_cross_entropy, modality_losses, segment_losses, video_losses
 from distav.models.event_parser import Attention, AttentivePooling, EventParser, HybridLayer, SegmentEmbedding, Stream
 
 SEEDS = torch.arange(3)

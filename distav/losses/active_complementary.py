@@ -5,7 +5,7 @@ Legend: b samples of this rank, M candidates of each, one of which is its own.
 
 from torch import Tensor
 
-from distav.losses.candidates import ScoreLoss
+from distav.losses.info_nce import ScoreLoss
 
 
 def complementary(correspondence: Tensor, weight: float) -> ScoreLoss:

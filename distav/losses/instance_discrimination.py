@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import gather_rows, num_ranks, own_rows, sum_
-from distav.losses.candidates import DIRECTIONS, MODALITIES, Directions, with_gradient
+from distav.distributed.collectives import gather_rows, own_rows
+from distav.losses.info_nce import DIRECTIONS, MODALITIES, Directions
+from distav.losses.known_gradient import with_gradient
 from distav.memory.bank import Bank
 from distav.memory.global_batch import Visitors
 from distav.memory.softmax import attend, merge_across_ranks
@@ -137,12 +138,3 @@ def _soft_rows(
         keys, values = bank.keys(compared), bank.keys(other)
         found.append(attend(asked, keys, values, soft.temperature, bias=bias, exclude=exclude))
     return found
-
-
-def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
-    """Return this rank's share of sum(w * loss) / sum(w) over the global batch.
-
-    It is scaled by the number of ranks, so that averaging gradients over ranks restores the global ratio.
-    """
-    total = sum_(weights.detach().sum())
-    return num_ranks() * (weights * losses).sum() / total.clamp_min(1e-12)
