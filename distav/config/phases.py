@@ -9,7 +9,7 @@ from enum import Enum
 
 
 class Estimator(Enum):
-    """How the correspondence of a pair is estimated (`distav.robust.correspondence`).
+    """How the correspondence of a pair is estimated (`distav.noise.correspondence`).
 
     scc: at each visit from how it matches (CRCL). The others: once an epoch from the bank.
     """

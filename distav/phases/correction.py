@@ -21,7 +21,7 @@ from distav.metrics import (
     label_accuracy,
     noise_kinds,
 )
-from distav.robust.correction import Before, Correction, Space, Voting, correct, nothing_known
+from distav.noise.label_correction import Before, Correction, Space, Voting, correct, nothing_known
 from distav.run import Run
 
 _USABLE, _UNUSABLE = 1, 2

@@ -10,7 +10,7 @@ from distav.config.phases import ContrastivePhase, Estimator
 from distav.losses.active_complementary import matching_among
 from distav.memory.global_batch import Visitors
 from distav.metrics import auroc, confusion
-from distav.robust.correspondence import SelfRefinement, cdf_correspondence, gmm_correspondence, sample_weights
+from distav.noise.correspondence import SelfRefinement, cdf_correspondence, gmm_correspondence, sample_weights
 from distav.run import Run
 
 FULLY_BELIEVED = "fully_believed_from"

@@ -10,8 +10,8 @@ from distav.losses.info_nce import WITHIN, BatchCandidates, DrawnCandidates, cro
 from distav.losses.instance_discrimination import SoftTargets, instance_losses
 from distav.memory.global_batch import Visitors
 from distav.memory.negative_sampling import Draw, Partition
+from distav.noise.correspondence import sample_weights
 from distav.phases.correspondence import Refinement
-from distav.robust.correspondence import sample_weights
 from distav.run import Run
 
 

@@ -16,8 +16,8 @@ from distav.losses.classification import (
 from distav.losses.instance_discrimination import instance_losses
 from distav.losses.reduction import weighted_mean
 from distav.memory.global_batch import Visitors
+from distav.noise.correspondence import sample_weights
 from distav.phases.loop import Losses, train
-from distav.robust.correspondence import sample_weights
 from distav.run import Run
 
 HEADS = ("logits", "visual_logits", "audio_logits")

@@ -28,7 +28,7 @@ from distav.memory.softmax import attend, merge_across_ranks
 from distav.metrics import retrieval
 from distav.models.av_model import AVModel
 from distav.models.layers import GlobalBatchNorm
-from distav.robust.correction import Space, Voting, correct
+from distav.noise.label_correction import Space, Voting, correct
 from tests.helpers.spawn import on_ranks
 
 NUM, DIM = 37, 8

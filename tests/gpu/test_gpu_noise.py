@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distav.losses.event_parsing import modality_losses, segment_losses, video_losses
-from distav.robust.calibration import Judges
-from distav.robust.correction import Before, Correction, Space, Voting, correct
-from distav.robust.correspondence import fit_mixture, gmm_correspondence
-from distav.robust.noise_rate import even_matrix, noise_matrix
-from distav.robust.pairing import agreement, pair_evidence
-from distav.robust.tiles import TILE_NUMBERS
+from distav.noise.calibration import Judges
+from distav.noise.class_agreement import agreement, pair_evidence
+from distav.noise.correspondence import fit_mixture, gmm_correspondence
+from distav.noise.label_correction import Before, Correction, Space, Voting, correct
+from distav.noise.noise_rate import even_matrix, noise_matrix
+from distav.noise.tiling import TILE_NUMBERS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")

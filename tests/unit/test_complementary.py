@@ -13,7 +13,7 @@ from distav.losses.info_nce import BatchCandidates, DrawnCandidates, cross_entro
 from distav.memory.bank import Bank
 from distav.memory.global_batch import Visitors
 from distav.memory.negative_sampling import Draw, drawn_ids
-from distav.robust.correspondence import SelfRefinement
+from distav.noise.correspondence import SelfRefinement
 
 TAU, LAMBDA = 0.05, 5.0
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from distav.robust import correspondence
-from distav.robust.correspondence import cdf_correspondence, fit_mixture, gmm_correspondence, sample_weights
+from distav.noise import correspondence
+from distav.noise.correspondence import cdf_correspondence, fit_mixture, gmm_correspondence, sample_weights
 
 
 def mixture(rate: float, num: int = 20000) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from distav.metrics import auroc, expected_calibration_error, label_accuracy
+from distav.noise import tiling as tiles
+from distav.noise.calibration import Calibration, Judges
+from distav.noise.class_agreement import agreement, pair_evidence
+from distav.noise.knn_vote import Neighborhood, standardised
+from distav.noise.label_correction import Before, Space, Voting, correct, fitting_neighbors
+from distav.noise.noise_rate import even_matrix
+from distav.noise.vote_search import Problem, by_labels
 from distav.phases.correction import calibration_error
-from distav.robust import tiles
-from distav.robust.calibration import Calibration, Judges
-from distav.robust.correction import Before, Space, Voting, correct, fitting_neighbors
-from distav.robust.noise_rate import even_matrix
-from distav.robust.pairing import agreement, pair_evidence
-from distav.robust.votes import Neighborhood, standardised
-from distav.robust.ways import Problem, by_labels
 
 
 def scene(noise: float, swapped: float, num: int = 1000, classes: int = 10, spread: float = 0.7):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from distav.robust import calibration
-from distav.robust.calibration import Judges
-from distav.robust.correction import Before, Space, Voting, correct
-from distav.robust.noise_rate import even_matrix, noise_matrix
-from distav.robust.pairing import agreement, pair_evidence
-from distav.robust.votes import Neighborhood, standardised
+from distav.noise import calibration
+from distav.noise.calibration import Judges
+from distav.noise.class_agreement import agreement, pair_evidence
+from distav.noise.knn_vote import Neighborhood, standardised
+from distav.noise.label_correction import Before, Space, Voting, correct
+from distav.noise.noise_rate import even_matrix, noise_matrix
 
 CLASSES = 700
 BESIDE = 16 * 2**20 + 8 * CLASSES**2 * 8

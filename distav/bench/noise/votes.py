@@ -14,9 +14,9 @@ from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardSet
 from distav.data.preparation.noise_injection import LabelNoise, flip_labels
 from distav.embedding import Encoders
-from distav.robust.calibration import Judges
-from distav.robust.correction import Voting
-from distav.robust.votes import Neighborhood, standardised
+from distav.noise.calibration import Judges
+from distav.noise.knn_vote import Neighborhood, standardised
+from distav.noise.label_correction import Voting
 
 NEIGHBORS = (5, 10, 20, 50, 100, 200, 400, 800)
 SECOND = 20

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from distav.distributed.collectives import gather_ragged_rows
-from distav.robust.calibration import Calibration, Judges
-from distav.robust.pairing import Agreement, Pairing, agreement, pair_evidence
-from distav.robust.tiles import in_tiles, normalized
-from distav.robust.votes import Neighborhood, standardised
+from distav.noise.calibration import Calibration, Judges
+from distav.noise.class_agreement import Agreement, Pairing, agreement, pair_evidence
+from distav.noise.knn_vote import Neighborhood, standardised
+from distav.noise.tiling import in_tiles, normalized
 
 ALIKE = 0.05
 """Votes whose gain over chance differs by less than this share say as much."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from distav.distributed.collectives import sum_
-from distav.robust.calibration import SHARPNESS, blended, entropies, sharpened, sharpness_weights
-from distav.robust.noise_rate import RateEstimate, estimate_rate, rates
-from distav.robust.tiles import normalized, tiles
+from distav.noise.calibration import SHARPNESS, blended, entropies, sharpened, sharpness_weights
+from distav.noise.noise_rate import RateEstimate, estimate_rate, rates
+from distav.noise.tiling import normalized, tiles
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from distav.distributed.collectives import broadcast, sum_
-from distav.robust.noise_rate import MATRIX_PRIOR, even_matrix, rates
-from distav.robust.tiles import in_tiles, normalized, tiles
+from distav.noise.noise_rate import MATRIX_PRIOR, even_matrix, rates
+from distav.noise.tiling import in_tiles, normalized, tiles
 
 RAREST = 1e-12
 """Least probability of a label; sixteen of these multiplied are still a number."""

@@ -10,7 +10,7 @@ from scipy.stats import beta
 from torch import Tensor
 
 from distav.distributed.collectives import sum_
-from distav.robust.tiles import normalized, tiles
+from distav.noise.tiling import normalized, tiles
 
 NUM_RATES = 91
 """Rates that are tried."""

@@ -1,7 +1,7 @@
 """Label correction: what a sample's neighbours say that it shows, and how far to believe them.
 
 Every choice (features, whitening, neighbours, temperature, one vote or two, one sense or both) is made by how well
-held-out votes foretell the given labels (`distav.robust.calibration`); true labels are never asked.
+held-out votes foretell the given labels (`distav.noise.calibration`); true labels are never asked.
 Legend: N samples, n samples of this rank, C classes, E feature width.
 """
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from distav.distributed.collectives import gather_ragged_rows, own_share
-from distav.robust.calibration import Judges
-from distav.robust.noise_rate import RateEstimate, class_rates, estimate_rate, noise_matrix, rates
-from distav.robust.pairing import checked_rate, gated
-from distav.robust.tiles import in_tiles, normalized
-from distav.robust.ways import Problem, Space, Voting, by_labels, by_sound, together
+from distav.noise.calibration import Judges
+from distav.noise.class_agreement import checked_rate, gated
+from distav.noise.noise_rate import RateEstimate, class_rates, estimate_rate, noise_matrix, rates
+from distav.noise.tiling import in_tiles, normalized
+from distav.noise.vote_search import Problem, Space, Voting, by_labels, by_sound, together
 
 
 @dataclass(frozen=True)

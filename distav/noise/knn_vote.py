@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distav.distributed.collectives import broadcast, gather_ragged_rows, sum_
 from distav.memory.knn import nearest_neighbors
-from distav.robust.tiles import in_tiles, tiles
+from distav.noise.tiling import in_tiles, tiles
 
 TIE = 1e-6
 

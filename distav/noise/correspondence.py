@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distav.robust.tiles import in_tiles, tiles
+from distav.noise.tiling import in_tiles, tiles
 
 NUM_ITERATIONS = 50
 VARIANCE_FLOOR = 1e-4

@@ -1,0 +1,1 @@
+"""Label noise and noisy correspondence: estimation and correction."""
