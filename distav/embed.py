@@ -36,7 +36,7 @@ from distav.data.preparation.sources import MediaFiles
 from distav.data.storage.object_store import is_url
 from distav.distributed.collectives import broadcast, on_main, wait_for_all
 from distav.distributed.process_group import World, joined
-from distav.embedding import Embeddings, Encoders, table
+from distav.evaluation.embedding import Embeddings, Encoders, table
 
 CHUNK = 1024
 """Clips of one file."""

@@ -31,10 +31,10 @@ from distav.data.dataset import ShardSet, Split  # noqa: E402
 from distav.data.files import write_atomically  # noqa: E402
 from distav.distributed.collectives import broadcast, gather_ragged_rows, own_share, rank, row_range, sum_  # noqa: E402
 from distav.distributed.process_group import World, joined  # noqa: E402
-from distav.embedding import Encoders  # noqa: E402
-from distav.metrics import retrieval  # noqa: E402
+from distav.evaluation.embedding import Encoders  # noqa: E402
+from distav.evaluation.metrics import retrieval  # noqa: E402
+from distav.evaluation.probing import LinearProbe, neighbor_votes  # noqa: E402
 from distav.models.pretrained import fed, model_settings  # noqa: E402
-from distav.probing import LinearProbe, neighbor_votes  # noqa: E402
 
 KINDS = ("knn", "probe", "retrieval", "fine_tune")
 SENSES = ("visual", "audio", "both")

@@ -41,7 +41,7 @@ from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.sampler import padded_batches
 from distav.distributed.collectives import broadcast, on_main, wait_for_all
 from distav.distributed.process_group import World, joined
-from distav.parsing_scores import parsing_scores
+from distav.evaluation.event_metrics import parsing_scores
 from distav.teachers.networks import ImageTeacher, SoundTeacher, Teacher
 from distav.teachers.prompts import Prompts, read_prompts
 

@@ -11,8 +11,8 @@ from distav.data.dataset import Split
 from distav.data.pipeline.loader import Batch, Loader
 from distav.data.pipeline.sampler import owned_batches
 from distav.distributed.collectives import gather_ragged_rows, sum_
-from distav.metrics import retrieval
-from distav.parsing_scores import parsing_scores, segment_accuracy, told_events
+from distav.evaluation.event_metrics import parsing_scores, segment_accuracy, told_events
+from distav.evaluation.metrics import retrieval
 from distav.run import Run
 
 _LIKELY = 0.5

@@ -23,7 +23,7 @@ from distav.audit.problems import corrections_of, label_problems, neighbors_of, 
 from distav.config.cli import ended_by
 from distav.config.errors import UserError
 from distav.data.dataset import ShardSet, Split
-from distav.embedding import Embeddings, Encoders
+from distav.evaluation.embedding import Embeddings, Encoders
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

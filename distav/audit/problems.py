@@ -14,7 +14,7 @@ import torch
 from distav.config.errors import UserError, listed
 from distav.data.dataset import Split
 from distav.data.files import read_table
-from distav.embedding import Embeddings, unit
+from distav.evaluation.embedding import Embeddings, unit
 from distav.memory.knn import LARGEST_K, nearest_neighbors
 
 COLUMNS = ("id", "key", "given", "corrected", "voted", "confidence", "agreement", "correspondence")

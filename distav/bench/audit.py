@@ -19,7 +19,7 @@ from distav.bench.noise.detection import foretold
 from distav.config.errors import UserError
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardSet
-from distav.embedding import Encoders
+from distav.evaluation.embedding import Encoders
 
 FIRST = (100, 500, 1000)
 _METHODS = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")

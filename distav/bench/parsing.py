@@ -27,7 +27,7 @@ from distav.data.modalities import SENSES
 from distav.data.preparation.annotated_videos import EventSource
 from distav.data.preparation.builder import Plan, make_set
 from distav.data.preparation.encoding import Encoding
-from distav.parsing_scores import parsing_scores
+from distav.evaluation.event_metrics import parsing_scores
 
 ROOT = Path(__file__).parents[2]
 WIDTH, BACKGROUNDS = 64, 15

@@ -13,7 +13,7 @@ from distav.data.modalities import SENSES
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.sampler import PADDING, padded_batches
 from distav.distributed.collectives import gather_ragged_rows, max_, row_range
-from distav.metrics import (
+from distav.evaluation.metrics import (
     NOISE_KINDS,
     auroc,
     confusion,

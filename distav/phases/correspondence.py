@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from distav.config.phases import ContrastivePhase, Estimator
+from distav.evaluation.metrics import auroc, confusion
 from distav.losses.active_complementary import matching_among
 from distav.memory.global_batch import Visitors
-from distav.metrics import auroc, confusion
 from distav.noise.correspondence import SelfRefinement, cdf_correspondence, gmm_correspondence, sample_weights
 from distav.run import Run
 

@@ -15,6 +15,7 @@ from distav.distributed.collectives import (
     sum_,
     sum_across,
 )
+from distav.evaluation.metrics import retrieval
 from distav.losses.active_complementary import complementary
 from distav.losses.category_contrast import category_agreement, category_loss
 from distav.losses.info_nce import BatchCandidates, DrawnCandidates, cross_entropy
@@ -25,7 +26,6 @@ from distav.memory.global_batch import Visitors
 from distav.memory.knn import nearest_neighbors
 from distav.memory.negative_sampling import Draw
 from distav.memory.softmax import attend, merge_across_ranks
-from distav.metrics import retrieval
 from distav.models.av_model import AVModel
 from distav.models.layers import GlobalBatchNorm
 from distav.noise.label_correction import Space, Voting, correct

@@ -17,8 +17,8 @@ from distav.data.dataset import ShardSet
 from distav.data.pipeline.loader import Batch
 from distav.distributed.process_group import joined
 from distav.embed import main as embed
-from distav.embedding import Embeddings, Encoders
 from distav.evaluate import main as evaluate
+from distav.evaluation.embedding import Embeddings, Encoders
 from distav.run import opened
 from tests.helpers.launch import tiny_config, train
 from tests.helpers.team import context, run_whole

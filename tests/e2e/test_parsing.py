@@ -17,8 +17,8 @@ from distav.data.annotations.events import events_table, load_events
 from distav.data.data_module import Data
 from distav.data.dataset import ShardSet
 from distav.data.pipeline.loader import Loader
+from distav.evaluation.event_metrics import parsing_scores
 from distav.models.pretrained import load_encoders, load_parser
-from distav.parsing_scores import parsing_scores
 from tests.helpers.events import AVE_CLASSES, ave_shards, llp_shards, write_ave, write_llp
 from tests.helpers.launch import ROOT, losses, train
 from tests.helpers.team import Team, fingerprint, run_whole

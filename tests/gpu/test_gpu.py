@@ -11,6 +11,7 @@ from distav.config.schema import AugmentSettings, DataSettings
 from distav.data.dataset import ShardSet
 from distav.data.pipeline.loader import Loader
 from distav.distributed.rng import sample_seeds, uniform
+from distav.evaluation.metrics import retrieval
 from distav.losses.active_complementary import complementary
 from distav.losses.info_nce import BatchCandidates, DrawnCandidates
 from distav.memory.attention import Asked, reference
@@ -20,7 +21,6 @@ from distav.memory.global_batch import Visitors
 from distav.memory.knn import nearest_neighbors
 from distav.memory.negative_sampling import Draw
 from distav.memory.softmax import attend
-from distav.metrics import retrieval
 from tests.conftest import make_shards
 from tests.helpers.events import llp_shards, write_llp
 from tests.helpers.launch import ROOT, losses, tiny_config, train

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 
-from distav.metrics import NOISE_KINDS, confusion, noise_kinds, retrieval
+from distav.evaluation.metrics import NOISE_KINDS, confusion, noise_kinds, retrieval
 
 
 def test_retrieval_is_what_loops_find():

@@ -8,7 +8,7 @@ import pytest
 
 from distav.config.errors import UserError
 from distav.data.annotations.llp import CLASSES, read_llp
-from distav.parsing_scores import parsing_scores
+from distav.evaluation.event_metrics import parsing_scores
 
 NAMES = ("audio", "visual", "audio_visual", "type", "event")
 ANCHORS = {

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from distav.probing import LinearProbe, neighbor_votes
+from distav.evaluation.probing import LinearProbe, neighbor_votes
 
 
 def blobs(seed: int, count: int, num_classes: int = 3, width: int = 8) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distav.metrics import auroc, expected_calibration_error, label_accuracy
+from distav.evaluation.metrics import auroc, expected_calibration_error, label_accuracy
 from distav.noise import tiling as tiles
 from distav.noise.calibration import Calibration, Judges
 from distav.noise.class_agreement import agreement, pair_evidence

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardSet
 from distav.data.files import read_table, write_atomically
-from distav.embedding import Embeddings, Encoders
+from distav.evaluation.embedding import Embeddings, Encoders
 
 
 def f1(found: np.ndarray, wrong: np.ndarray) -> float:

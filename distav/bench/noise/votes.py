@@ -13,7 +13,7 @@ import torch
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardSet
 from distav.data.preparation.noise_injection import LabelNoise, flip_labels
-from distav.embedding import Encoders
+from distav.evaluation.embedding import Encoders
 from distav.noise.calibration import Judges
 from distav.noise.knn_vote import Neighborhood, standardised
 from distav.noise.label_correction import Voting

@@ -1,0 +1,1 @@
+"""Metrics, probes and embeddings of a dataset."""
