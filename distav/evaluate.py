@@ -160,9 +160,9 @@ def _probe(train: Embedded, test: Embedded, num_classes: int) -> dict[str, float
 def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: World) -> dict[str, Any]:
     # Imported late: DeepSpeed takes seconds.
     from distav.config.validation import check
-    from distav.phases.table import run_remaining
-    from distav.report import finish
-    from distav.run import opened
+    from distav.training.phases.registry import run_remaining
+    from distav.training.report import finish
+    from distav.training.run import opened
 
     data = replace(
         fed(description),

@@ -49,9 +49,9 @@ def _train(settings: Settings) -> int:
     # Imported late, so that mistakes in the configuration show at once.
     from distav.data.preparation.quickstart import make_missing
     from distav.distributed.process_group import joined
-    from distav.phases.table import run_remaining
-    from distav.report import finish
-    from distav.run import opened
+    from distav.training.phases.registry import run_remaining
+    from distav.training.report import finish
+    from distav.training.run import opened
 
     chosen = settings.run
     with joined(chosen.device.name, chosen.timeout_s, chosen.threads_per_rank) as here:

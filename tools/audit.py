@@ -3,7 +3,7 @@
 
 import sys
 
-from distav.audit.command import main
+from distav.tools.audit.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

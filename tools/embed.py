@@ -3,7 +3,7 @@
 
 import sys
 
-from distav.embed import main
+from distav.tools.embed import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,7 +3,7 @@
 
 import sys
 
-from distav.harvest import main
+from distav.tools.pseudo_label.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

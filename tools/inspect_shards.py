@@ -3,7 +3,7 @@
 
 import sys
 
-from distav.inspecting.command import main
+from distav.tools.inspect_shards.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

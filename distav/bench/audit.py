@@ -13,13 +13,13 @@ import torch
 from cleanlab.rank import get_label_quality_scores
 from omegaconf import OmegaConf
 
-from distav.audit.problems import corrections_of, label_problems, pair_problems
 from distav.bench.measure import machine
 from distav.bench.noise.detection import foretold
 from distav.config.errors import UserError
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardSet
 from distav.evaluation.embedding import Encoders
+from distav.tools.audit.issues import corrections_of, label_problems, pair_problems
 
 FIRST = (100, 500, 1000)
 _METHODS = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")

@@ -21,9 +21,9 @@ from distav.data.pipeline.loader import Batch
 from distav.distributed.process_group import joined
 from distav.memory.bank import Bank
 from distav.models.av_model import AVModel, parameter_groups
-from distav.phases.contrastive import contrastive_losses
-from distav.phases.loop import learning_rate
-from distav.run import Run, opened
+from distav.training.lr_schedule import learning_rate
+from distav.training.phases.contrastive import contrastive_losses
+from distav.training.run import Run, opened
 
 STEPS = 5
 

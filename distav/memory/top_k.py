@@ -228,7 +228,7 @@ def dot_products(queries: Tensor, keys: Tensor, row: Tensor, place: Tensor) -> T
 
 @functools.cache
 def kernels_for(device: torch.device, width: int) -> ModuleType | None:
-    """Return `distav.memory.top_k_kernels` where they run on the device and give what PyTorch's operators give, at a D."""
+    """Return `distav.memory.top_k_kernels` where they run on the device and agree with PyTorch operators at width D."""
     if device.type != "cuda":
         return None
     try:

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distav.checkpoint import Checkpoints, Position
 from distav.config.schema import Precision, Settings
 from distav.data.pipeline.loader import Batch
 from distav.distributed.collectives import gather_objects, num_ranks, own_rows, rank
 from distav.distributed.process_group import World
-from distav.engine import Engine
 from distav.memory.bank import Bank
 from distav.models.layers import GlobalBatchNorm
+from distav.training.checkpoint.manager import Checkpoints, Position
+from distav.training.engine.deepspeed_engine import Engine
 from tests.helpers.spawn import on_ranks
 
 STAGES, PRECISIONS, HALF, BATCH = (0, 1, 2, 3), tuple(Precision[name] for name in ("fp32", "bf16")), 3, 12

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from distav.audit.command import main
-from distav.audit.page import Audit, write_page
-from distav.audit.problems import Problems
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardSet
 from distav.data.files import write_table
+from distav.tools.audit.command import main
+from distav.tools.audit.issues import Problems
+from distav.tools.audit.page import Audit, write_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

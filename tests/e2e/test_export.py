@@ -16,10 +16,10 @@ from distav.config.loading import load
 from distav.data.dataset import ShardSet
 from distav.data.pipeline.loader import Batch
 from distav.distributed.process_group import joined
-from distav.embed import main as embed
 from distav.evaluate import main as evaluate
 from distav.evaluation.embedding import Embeddings, Encoders
-from distav.run import opened
+from distav.tools.embed import main as embed
+from distav.training.run import opened
 from tests.helpers.launch import tiny_config, train
 from tests.helpers.team import context, run_whole
 
@@ -107,7 +107,7 @@ def test_a_set_is_embedded_to_the_same_bytes_by_any_number_of_ranks(
         shard.seek(int(split.columns["video_offset"][7]) + 5)
         shard.write(b"\xff\x00\xff")
     arguments = [str(export), str(tmp_path / "set"), "--device", "cpu", "--batch", "8"]
-    run_whole(2, [*arguments, "--out", str(out)], tmp_path / "log", module="distav.embed")
+    run_whole(2, [*arguments, "--out", str(out)], tmp_path / "log", module="distav.tools.embed")
     assert embed([*arguments, "--out", str(tmp_path / "alone"), "--threads", "1"]) == 0
     for path in sorted(out.iterdir()):
         assert path.read_bytes() == (tmp_path / "alone" / path.name).read_bytes(), path.name

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import yaml
 
-from distav import harvest, train
-from distav.audit import command as audit
+from distav import train
 from distav.bench import command as bench
 from distav.config import loading
-from distav.embed import main as embed
 from distav.evaluate import main as evaluate
-from distav.inspecting import command as inspecting
 from distav.tools import make_shards as making
+from distav.tools.audit import command as audit
+from distav.tools.embed import main as embed
+from distav.tools.inspect_shards import command as inspecting
+from distav.tools.pseudo_label import command as harvest
 from tests.helpers.launch import ROOT
 
 README = (ROOT / "README.md").read_text()

@@ -18,7 +18,7 @@ from distav.config.schema import DataSettings
 from distav.data.dataset import ShardSet
 from distav.data.pipeline.loader import Loader
 from distav.models.pretrained import load_encoders
-from distav.run_folder import _difference
+from distav.training.run_dir import _difference
 from tests.helpers.launch import ROOT, TINY, command, environment, losses, records, tiny_config, train
 
 

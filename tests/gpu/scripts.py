@@ -187,8 +187,8 @@ def _train(overrides: list[str], clips: int, steps: int, found: dict[str, Any]) 
     from distav.bench.measure import Setting
     from distav.bench.step import TOWERS, count_operations, matmul_rate
     from distav.distributed.process_group import joined
-    from distav.phases.contrastive import contrastive_losses
-    from distav.run import opened
+    from distav.training.phases.contrastive import contrastive_losses
+    from distav.training.run import opened
 
     settings = TOWERS["r2plus1d_18"].settings(*overrides)
     phase: Any = next(iter(settings.phases.values()))

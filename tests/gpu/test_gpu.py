@@ -173,8 +173,8 @@ def test_parsing_in_bf16_follows_the_cpu_in_fp32(tmp_path: Path):
 
 def test_teachers_say_the_same_on_both(tmp_path: Path):
     pytest.importorskip("transformers", reason="teachers need transformers: pip install 'distav[teachers]'")
-    from distav.teachers.networks import ImageTeacher, SoundTeacher
-    from distav.teachers.prompts import read_prompts
+    from distav.tools.pseudo_label.prompts import read_prompts
+    from distav.tools.pseudo_label.teachers import ImageTeacher, SoundTeacher
     from tests.helpers.teachers import SIDE, write_prompts, write_teachers
 
     write_teachers(tmp_path, ["A photo of a cat.", "This is a sound of a dog"])

@@ -130,8 +130,8 @@ def waits(file: Path, *overrides: str) -> list[str]:
     """
     from distav.config import loading
     from distav.distributed.process_group import joined
-    from distav.phases.contrastive import run_contrastive
-    from distav.run import opened
+    from distav.training.phases.contrastive import run_contrastive
+    from distav.training.run import opened
 
     settings = loading.load(file, overrides)
     with joined("gpu", 120, 4) as world, opened(settings, world) as run, warnings.catch_warnings():

@@ -21,7 +21,13 @@ from unittest import mock
 
 import safetensors.torch
 
-_PRELOADED = ["distav.train", "distav.run", "distav.phases.table", "distav.report", "deepspeed"]
+_PRELOADED = [
+    "distav.train",
+    "distav.training.run",
+    "distav.training.phases.registry",
+    "distav.training.report",
+    "deepspeed",
+]
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(_PRELOADED)
 

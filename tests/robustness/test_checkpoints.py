@@ -51,7 +51,7 @@ def test_a_checkpoint_has_a_seal_and_nothing_that_runs(halfway: Path):
 
 
 def test_a_flipped_byte_in_any_file_is_found_and_the_one_before_taken(halfway: Path, tiny_shards: Path, tmp_path: Path):
-    from distav.checkpoint import Checkpoints
+    from distav.training.checkpoint.manager import Checkpoints
 
     names = sorted(each.name for each in last_checkpoint(halfway / "tiny").iterdir())
     for name in names:

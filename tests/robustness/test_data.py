@@ -20,7 +20,7 @@ from distav.data.dataset import ShardSet
 from distav.data.files import read_table, write_table
 from distav.data.pipeline.reader import BadSample, ShardReader
 from distav.data.storage.tar import by_key
-from distav.inspecting.command import main
+from distav.tools.inspect_shards.command import main
 from tests.conftest import ROOT, make_shards
 from tests.helpers.team import Team, run_whole
 from tests.robustness.test_kills import arguments

@@ -55,7 +55,7 @@ def test_a_stopped_rank_is_named_within_the_timeout(tiny_shards: Path, tmp_path:
 def _at_step_3(rank: int, happens: Callable[[], None]) -> None:
     """Let something happen to rank 1 when it is about to take its third step."""
     if rank == 1:
-        from distav.engine import Engine
+        from distav.training.engine.deepspeed_engine import Engine
 
         plain, calls = Engine.step, [0]
 

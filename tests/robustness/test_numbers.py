@@ -14,7 +14,7 @@ from tests.robustness.test_kills import arguments, losses_by_step
 
 def _poison(steps: range, where: str) -> None:
     """From here on rank 1 (or the only one) computes nonsense in some steps."""
-    from distav.engine import Engine
+    from distav.training.engine.deepspeed_engine import Engine
 
     plain_call, plain_backward, calls = Engine.__call__, Engine.backward, [0]
 
@@ -72,7 +72,7 @@ def test_too_many_steps_in_a_row_stop_the_run_with_the_reason(tiny_shards: Path,
 
 
 def jump_after_30(rank: int) -> None:
-    from distav.phases import loop
+    from distav.training import loop
 
     plain = loop.train
 
@@ -87,7 +87,7 @@ def jump_after_30(rank: int) -> None:
 
         plain(run, name, epochs, rates, spiked, begin_epoch, **more)
 
-    from distav.phases import contrastive
+    from distav.training.phases import contrastive
 
     contrastive.train = train
 

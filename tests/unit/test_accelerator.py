@@ -12,7 +12,7 @@ from torch import nn
 from distav.config.errors import UserError
 from distav.config.schema import Precision, Settings
 from distav.distributed.process_group import World
-from distav.engine import Engine, deepspeed_config
+from distav.training.engine.deepspeed_engine import Engine, deepspeed_config
 from tests.helpers.launch import environment
 from tests.helpers.spawn import on_ranks
 

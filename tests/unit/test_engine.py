@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distav.config.schema import Precision, Settings
 from distav.data.pipeline.loader import Batch
 from distav.distributed.process_group import World
-from distav.engine import Engine
+from distav.training.engine.deepspeed_engine import Engine
 from tests.helpers.spawn import on_ranks
 
 CPU = World(0, 1, 0, torch.device("cpu"))

@@ -18,10 +18,10 @@ from distav.data.pipeline.reader import DecodeError, ShardReader
 from distav.data.preparation.annotated_videos import EventSource
 from distav.data.preparation.builder import Plan, make_set
 from distav.data.preparation.encoding import Candidate, Clip, Encoding, encode_audio, encode_video
-from distav.inspecting.command import main
-from distav.inspecting.console import table, width
-from distav.inspecting.measures import loudness_lufs, measure_clip, peak_dbfs
-from distav.inspecting.sheet import FRAME, PAD, TEXT, WAVE, places
+from distav.tools.inspect_shards.command import main
+from distav.tools.inspect_shards.drawing import FRAME, PAD, TEXT, WAVE, places
+from distav.tools.inspect_shards.measurements import loudness_lufs, measure_clip, peak_dbfs
+from distav.tools.inspect_shards.text_table import table, width
 from tests.conftest import ROOT
 from tests.helpers.events import STREAMS, write_llp
 

@@ -4,7 +4,7 @@ import pytest
 
 from distav.config.errors import UserError
 from distav.data.annotations.llp import CLASSES
-from distav.teachers.prompts import read_prompts
+from distav.tools.pseudo_label.prompts import read_prompts
 
 LLP = Path(__file__).parents[2] / "configs" / "teachers" / "llp.yaml"
 

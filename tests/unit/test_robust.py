@@ -13,7 +13,7 @@ from distav.noise.knn_vote import Neighborhood, standardised
 from distav.noise.label_correction import Before, Space, Voting, correct, fitting_neighbors
 from distav.noise.noise_rate import even_matrix
 from distav.noise.vote_search import Problem, by_labels
-from distav.phases.correction import calibration_error
+from distav.training.phases.correction_summary import calibration_error
 
 
 def scene(noise: float, swapped: float, num: int = 1000, classes: int = 10, spread: float = 0.7):

@@ -8,8 +8,8 @@ from distav.config import loading
 from distav.config.errors import UserError
 from distav.config.schema import Settings
 from distav.distributed.process_group import World
-from distav.engine import deepspeed_config
-from distav.run import Data, Run
+from distav.training.engine.deepspeed_engine import deepspeed_config
+from distav.training.run import Data, Run
 from tests.helpers.launch import tiny_config
 
 TWO_RANKS = World(0, 2, 0, torch.device("cpu"))

@@ -12,8 +12,8 @@ from distav.config import loading
 from distav.data.annotations.events import events_table
 from distav.data.dataset import ShardSet
 from distav.distributed.process_group import World
-from distav.phases.table import PHASES
-from distav.run import Run, opened
+from distav.training.phases.registry import PHASES
+from distav.training.run import Run, opened
 from tests.helpers.events import llp_shards, write_llp
 from tests.helpers.launch import ROOT, TINY, tiny_config
 from tests.helpers.spawn import on_ranks

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distav.harvest
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -15,16 +16,15 @@ import torch
 import yaml
 
 import distav.data.annotations.teacher_scores
-import distav.harvest
 from distav.config.errors import UserError
 from distav.config.schema import DataSettings
 from distav.data.annotations.events import load_events, read_events
 from distav.data.annotations.teacher_scores import read_scores
 from distav.data.dataset import ShardSet
 from distav.data.pipeline.loader import Batch, Loader
-from distav.harvest import main
-from distav.teachers.networks import ImageTeacher, SoundTeacher
-from distav.teachers.prompts import read_prompts
+from distav.tools.pseudo_label.command import main
+from distav.tools.pseudo_label.prompts import read_prompts
+from distav.tools.pseudo_label.teachers import ImageTeacher, SoundTeacher
 from tests.conftest import ROOT
 from tests.helpers.events import AVE_CLASSES, ave_shards, write_ave
 
@@ -173,7 +173,7 @@ def test_other_thresholds_need_no_teachers_and_other_captions_another_folder(
 def test_scores_that_are_left_are_made_by_any_number_of_ranks(
     ave: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    for module in (distav.harvest, distav.data.annotations.teacher_scores):
+    for module in (distav.tools.pseudo_label.command, distav.data.annotations.teacher_scores):
         monkeypatch.setattr(module, "CHUNK", 4)
     assert harvest(ave, tmp_path) == 0
     whole = pq.read_table(tmp_path / "events.parquet")
@@ -186,7 +186,7 @@ def test_scores_that_are_left_are_made_by_any_number_of_ranks(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     script = "import sys, distav.data.annotations.teacher_scores as scores; scores.CHUNK = 4; "
-    script += "from distav.harvest import main; "
+    script += "from distav.tools.pseudo_label.command import main; "
     script += f"sys.exit(main({arguments(ave, tmp_path)!r}))"
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [

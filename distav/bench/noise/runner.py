@@ -28,7 +28,13 @@ from distav.data.preparation.noise_injection import LabelNoise, flip_labels
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PARTS = {"grid": grid, "ablations": ablations, "pairs": pairs}
-PRELOADED = ("distav.train", "distav.run", "distav.phases.table", "distav.report", "deepspeed")
+PRELOADED = (
+    "distav.train",
+    "distav.training.run",
+    "distav.training.phases.registry",
+    "distav.training.report",
+    "deepspeed",
+)
 
 
 class Bench:

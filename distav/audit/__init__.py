@@ -1,1 +1,0 @@
-"""Labels and pairs that look wrong, on a page to judge them by."""

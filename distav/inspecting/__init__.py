@@ -1,1 +1,0 @@
-"""Looking into shards: whether they are as written, what is in them in figures, and some of their clips."""

@@ -1,1 +1,0 @@
-"""What is believed about the data: which pairs correspond, which labels are right."""

@@ -1,0 +1,1 @@
+"""A page for reviewing labels and pairs."""

@@ -1,0 +1,1 @@
+"""Segment pseudo-labels from pretrained teachers."""

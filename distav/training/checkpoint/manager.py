@@ -1,0 +1,190 @@
+"""Saving and restoring a run, by all ranks together.
+
+A checkpoint is a folder, `step-000000120-000-000000`: weights, optimiser state and bank rows by ranges, `state.json`,
+and a manifest with size and SHA-256 of each. It is written beside the training under another name and gets its own
+when all of it is on disk. It is safetensors and JSON: nothing in it can run.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distav.config.errors import UserError
+from distav.data.integrity import Damaged, check, files_of
+from distav.distributed.collectives import broadcast, gather_objects, num_ranks, rank, wait_for_all
+from distav.memory.bank import Bank
+from distav.training.checkpoint.files import Ranges, Writer, bank_parts, published
+from distav.training.engine.deepspeed_engine import Engine
+
+_WRITING, _BROKEN = ".writing-", ".broken-"
+
+
+@dataclass
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        phase: number of the phase it is in; the number of phases when all are done.
+        step: optimiser steps done in that phase.
+        total_steps: optimiser steps done in all phases.
+        samples: samples seen.
+        passed_over: batches of this phase's order that were left out, after spikes of the loss.
+        extracted: batches of a correction whose features are there.
+    """
+
+    phase: int = 0
+    step: int = 0
+    total_steps: int = 0
+    samples: int = 0
+    passed_over: int = 0
+    extracted: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint at this place; names sort like places."""
+        return f"step-{self.total_steps:09d}-{self.phase:03d}-{self.extracted:06d}"
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Attributes:
+        write_s: seconds that the last one took to be written, beside the training.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        """Take the folder that they lie in, and how many of them are kept."""
+        self.folder, self.keep = folder, keep
+        self.write_s = 0.0
+        self._writer: Writer | None = None
+        self._not_begun: list[str] = []
+
+    def save(self, position: Position, engine: Engine, bank: Bank, notes: dict[str, Any]) -> list[str]:
+        """Copy the state and have it written while the training goes on; every rank calls this at the same step.
+
+        Args:
+            position: where the run stands.
+            engine: weights and optimiser state; a rank writes what it holds of them.
+            bank: a rank writes its own rows.
+            notes: JSON values of the main rank that come back from `restore`.
+
+        Returns:
+            Why the checkpoint before could not be written, by rank; nothing where it was.
+        """
+        faults = self.wait()
+        part = self.folder / f"{_WRITING}{position.name}"
+        fault = broadcast(self._make(part) if rank() == 0 else None)
+        if fault:
+            self._not_begun = [fault]
+            return faults
+        tensors, steps = engine.state()
+        kinds = sorted({name.partition("/")[0] for name in tensors} - {"weight", "buffer"})
+        optimizer = {"steps": steps, "kinds": kinds}
+        state = {"format": 1, "position": asdict(position), "optimizer": optimizer, "notes": notes}
+        content = json.dumps(state).encode() if rank() == 0 else None
+        files = {f"engine-{rank():05d}.safetensors": tensors, f"bank-{rank():05d}.safetensors": bank.state()}
+        self._writer = Writer(part, self.folder / position.name, files, content, self.keep)
+        self._writer.start()
+        return faults
+
+    def wait(self) -> list[str]:
+        """Return when the last checkpoint is on disk on all ranks, or why it is not, by rank."""
+        if not self._writer:
+            faults, self._not_begun = self._not_begun, []
+            return faults
+        writer, self._writer = self._writer, None
+        writer.written.wait()
+        faults = [each for each in gather_objects(writer.fault) if each]
+        if faults:
+            writer.given_up.set()
+        writer.join()
+        if not faults:
+            faults = [each for each in gather_objects(writer.fault) if each]
+        if faults and rank() == 0:
+            shutil.rmtree(writer.part, ignore_errors=True)
+        wait_for_all()
+        self.write_s = writer.seconds
+        return faults
+
+    def _make(self, part: Path) -> str | None:
+        """Make the folder to write into; those of killed runs are taken away."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in self.folder.glob(f"{_WRITING}*"):
+                shutil.rmtree(old)
+            part.mkdir()
+        except OSError as error:
+            return f"{self.folder}: {error.strerror}"
+        return None
+
+    def restore(
+        self, engine: Engine, bank: Bank, warn: Callable[[str], None], phase: int | None = None
+    ) -> tuple[Position, dict[str, Any]] | None:
+        """Take up the newest whole checkpoint.
+
+        Args:
+            engine, bank: what is filled.
+            warn: told of checkpoints that are passed over, on the main rank.
+            phase: the phase that it has to be of; None for any.
+
+        Returns:
+            Where it stands and the notes; None where there is no checkpoint, or it is of another phase.
+
+        Raises:
+            UserError: where there are checkpoints and none is whole, or it is of another set or network.
+        """
+        faults: list[str] = []
+        names: list[str] = broadcast([each.name for each in published(self.folder)] if rank() == 0 else None)
+        for name in reversed(names):
+            fault = self._fault(self.folder / name)
+            if fault is None:
+                self._pass_over(faults, warn)
+                return self._read(self.folder / name, engine, bank, phase)
+            faults.append(f"{name}: {fault}")
+        if faults:
+            raise UserError(
+                f"{self.folder}: no checkpoint is whole ({'; '.join(faults)}). Copy one back from a backup, or delete "
+                "the run's folder to start afresh."
+            )
+        return None
+
+    def _fault(self, folder: Path) -> str | None:
+        """Return what is wrong with a checkpoint; ranks share the files, all get the same answer."""
+        fault = None
+        try:
+            for number, (name, expected) in enumerate(sorted(files_of(folder).items())):
+                if number % num_ranks() == rank():
+                    check(folder, name, expected)
+        except Damaged as error:
+            fault = str(error)
+        return next((each for each in gather_objects(fault) if each), None)
+
+    def _pass_over(self, faults: Sequence[str], warn: Callable[[str], None]) -> None:
+        """Put damaged checkpoints aside, so that they neither count as kept ones nor are in the way."""
+        for fault in faults if rank() == 0 else ():
+            name = fault.partition(":")[0]
+            aside = self.folder / f"{_BROKEN}{name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(self.folder / name, aside)
+            warn(f"checkpoint {fault}; it is put aside as {aside.name}, and the one before is taken")
+        wait_for_all()
+
+    def _read(
+        self, folder: Path, engine: Engine, bank: Bank, phase: int | None
+    ) -> tuple[Position, dict[str, Any]] | None:
+        state = json.loads((folder / "state.json").read_text())
+        position = Position(**state["position"])
+        if phase not in (None, position.phase):
+            return None
+        try:
+            engine.restore(Ranges(folder).read, **state["optimizer"])
+            bank.restore(bank_parts(folder))
+        except ValueError as error:
+            raise UserError(
+                f"{folder}: {error}; it is of another set or network, start afresh under another run.name."
+            ) from None
+        return position, state["notes"]

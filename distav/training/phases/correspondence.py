@@ -1,0 +1,154 @@
+"""Which pairs belong together, estimated while a contrastive phase trains: once an epoch, or at every visit."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distav.config.phases import ContrastivePhase, Estimator
+from distav.evaluation.metrics import auroc, confusion
+from distav.losses.active_complementary import matching_among
+from distav.memory.global_batch import Visitors
+from distav.noise.correspondence import SelfRefinement, cdf_correspondence, gmm_correspondence, sample_weights
+from distav.training.run import Run
+
+FULLY_BELIEVED = "fully_believed_from"
+"""The run's note of the matching probability from which a pair is believed wholly."""
+REFINED = "refined_correspondence"
+"""The bank's column of averages that self-refinement keeps; `correspondence` has what is believed of them."""
+
+PAIR_KINDS = ["matching", "mismatched"]
+_FEWEST_SEEN, _HALF = 10, 0.5
+
+
+class Refinement:
+    """Self-refining correspondence correction, a sample at each of its visits (CRCL)."""
+
+    def __init__(self, run: Run, settings: ContrastivePhase):
+        """Go on from what an earlier phase refined."""
+        self.run, self.settings = run, settings
+        self.rule = _rule(settings)
+        if REFINED not in run.bank.columns:
+            run.bank.columns[REFINED] = torch.ones_like(run.bank.columns["correspondence"])
+
+    def __call__(self, visitors: Visitors, matching: Tensor, candidates: Tensor | int) -> Tensor:
+        """Take a batch's matching probabilities in; returns what is believed of its pairs: [b].
+
+        Args:
+            visitors: the batch of all ranks.
+            matching: [b] probabilities of this rank's samples.
+            candidates: how many they were found among.
+        """
+        run = self.run
+        # Looked up here and not before, since a phase that is rolled back brings its notes back too.
+        first = run.notes.setdefault("first_refined_in_phase", run.position.phase) == run.position.phase
+        epoch = run.position.step // run.order(run.position.phase).steps_per_epoch
+        stored = run.bank.fetch((REFINED,), visitors.ids)[0]
+        matching = matching_among(matching, candidates, self.settings.matching_candidates)
+        full = run.notes.get(FULLY_BELIEVED, 1.0)
+        believed, stored = self.rule.visit(stored, matching, epoch, first, full)
+        run.bank.write(REFINED, stored, visitors.ids, visitors.valid)
+        run.bank.write("correspondence", self.rule.believed(stored, full), visitors.ids, visitors.valid)
+        return believed
+
+
+def _rule(settings: ContrastivePhase) -> SelfRefinement:
+    return SelfRefinement(
+        settings.correspondence_momentum,
+        settings.refine_after_epochs,
+        settings.refine_threshold,
+        settings.store_thresholded,
+    )
+
+
+def _measure_belief(run: Run, settings: ContrastivePhase) -> None:
+    """Find from which matching probability on a pair is believed wholly, and believe all by it."""
+    if settings.matching_quantile:
+        refined = run.bank.whole(REFINED)
+        full = max(float(np.quantile(refined.cpu().numpy(), settings.matching_quantile)), 1e-6)
+        run.notes[FULLY_BELIEVED] = full
+        run.bank.believe(_rule(settings).believed(refined, full))
+
+
+def estimate_correspondence(run: Run, settings: ContrastivePhase, trusted: bool) -> dict[str, Any]:
+    """Estimate which pairs correspond from the bank, and store it once weights and soft targets are to be trusted.
+
+    Estimates are averaged over epochs; the first one counts whole. What is refined at every visit is only told of.
+
+    Returns:
+        What was told, by its name on TensorBoard.
+    """
+    similarity, step = run.bank.pair_similarity(), run.position.total_steps
+    seen = torch.isfinite(similarity)
+    run.monitor.histogram("pairs/similarity", similarity, step)
+    if int(seen.sum()) < _FEWEST_SEEN:
+        return {}
+    record: dict[str, Any] = {"pairs/similarity_mean": float(similarity[seen].mean())}
+    refined = settings.estimator is Estimator.scc
+    if refined:
+        _measure_belief(run, settings)
+    estimate, told = _from_bank(run, settings.estimator, similarity, seen)
+    record |= told
+    if trusted and not refined:
+        if run.notes.get("correspondence_estimated"):
+            estimate = torch.lerp(estimate, run.bank.whole("correspondence"), settings.correspondence_momentum)
+        run.notes["correspondence_estimated"] = True
+        run.bank.believe(estimate)
+    if trusted or refined:
+        run.monitor.histogram("pairs/correspondence", estimate, step)
+        weights = sample_weights(estimate, settings.weight_min)
+        run.monitor.histogram("pairs/weight", weights, step)
+        record |= {"pairs/weight_mean": float(weights.mean()), "pairs/correspondence_mean": float(estimate.mean())}
+    record |= _beside_the_truth(run, settings.estimator, similarity, estimate)
+    run.monitor.record(step, record)
+    return record
+
+
+def _from_bank(run: Run, estimator: Estimator, similarity: Tensor, seen: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Return the correspondence of all pairs [N], 1 where never seen, and what else there is to tell."""
+    if estimator is Estimator.scc:
+        return run.bank.whole("correspondence"), {}
+    estimate, told = torch.ones_like(similarity), {}
+    wrong = run.data.labels.mismatched()
+    if estimator is Estimator.gmm:
+        estimate[seen], mixture = gmm_correspondence(similarity[seen])
+        for side, mean, share in zip(("low", "high"), mixture.means, mixture.shares, strict=True):
+            told |= {f"pairs/mean_{side}": mean, f"pairs/share_{side}": share}
+    elif estimator is Estimator.cdf:
+        estimate[seen] = cdf_correspondence(similarity[seen])
+    elif estimator is Estimator.category:
+        estimate[seen] = run.bank.whole("category_agreement")[seen]
+    elif estimator is Estimator.oracle and wrong is not None:
+        estimate = torch.from_numpy(~wrong).float().to(estimate.device)
+    return estimate, told
+
+
+def _beside_the_truth(run: Run, estimator: Estimator, similarity: Tensor, estimate: Tensor) -> dict[str, Any]:
+    """Return how well scores tell pairs of other classes, and all swapped ones, where the set knows them."""
+    labels, wrong = run.data.labels, run.data.labels.mismatched()
+    if wrong is None or labels.pair_id is None or not wrong.any():
+        return {}
+    scores = {"similarity": similarity.nan_to_num(), "category_agreement": run.bank.whole("category_agreement")}
+    if estimator is not Estimator.none:
+        scores["correspondence"] = run.bank.whole(REFINED) if estimator is Estimator.scc else estimate
+    swapped, found = labels.pair_id != np.arange(len(wrong)), {}
+    for name, each in scores.items():
+        values = each.cpu().numpy()
+        found[f"pairs/auroc_{name}"] = auroc(values, ~wrong)
+        found[f"pairs/auroc_{name}_swapped"] = auroc(values, ~swapped)
+    return found
+
+
+def tell_pairs(run: Run, name: str, settings: ContrastivePhase) -> None:
+    """At the end of a phase, estimate once more and note for the report what came of it."""
+    told = estimate_correspondence(run, settings, trusted=True)
+    summary: dict[str, Any] = {"phase": name, "estimator": settings.estimator.name}
+    summary |= {key.removeprefix("pairs/"): value for key, value in told.items()}
+    wrong = run.data.labels.mismatched()
+    if wrong is not None and settings.estimator is not Estimator.none:
+        kinds = wrong.astype(np.int64)
+        told_kinds = (run.bank.whole("correspondence") < _HALF).cpu().numpy().astype(np.int64)
+        summary["confusion"] = confusion(kinds, told_kinds, PAIR_KINDS)
+        run.monitor.confusion("pairs/true_to_told", kinds, told_kinds, PAIR_KINDS, run.position.total_steps)
+    run.notes.setdefault("correspondence", []).append(summary)

@@ -1,0 +1,42 @@
+"""Which function runs which kind of phase, and the loop over them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from distav.distributed.rendezvous import enter
+from distav.training.phases.contrastive import run_contrastive
+from distav.training.phases.event_parsing import run_parsing
+from distav.training.phases.label_correction import run_correction
+from distav.training.phases.supervised import run_supervised
+from distav.training.run import Run
+
+PHASES: dict[str, Callable[[Run, str, Any], None]] = {
+    "contrastive": run_contrastive,
+    "correction": run_correction,
+    "supervised": run_supervised,
+    "parsing": run_parsing,
+}
+
+
+def run_remaining(run: Run) -> None:
+    """Run the phases from where the run stands, with a checkpoint after each."""
+    for number, (name, settings) in enumerate(run.settings.phases.items()):
+        if number < run.position.phase:
+            continue
+        run.begin_phase()
+        enter(name)
+        PHASES[settings.kind](run, name, settings)
+        seconds, steps = run.seconds_in_phase(), run.position.step
+        clips = steps * run.settings.optim.global_batch or len(run.data.train)
+        entry = {
+            "name": name,
+            "kind": settings.kind,
+            "steps": steps,
+            "seconds": round(seconds, 2),
+            "clips_per_s": round(clips / max(seconds, 1e-9), 1),
+        }
+        run.notes.setdefault("phases", []).append(entry)
+        run.position.phase, run.position.step = number + 1, 0
+        run.position.passed_over = run.position.extracted = 0
+        run.begin_phase(afresh=True)
+        run.save()

@@ -1,0 +1,115 @@
+"""What a run comes to: report.json, and the same in words."""
+
+import json
+from typing import Any
+
+from distav.config.phases import ParsingPhase
+from distav.data.files import write_atomically
+from distav.training import final_evaluation as test_split
+from distav.training.export import export
+from distav.training.run import Run
+
+_KNOWS_NOTHING = 0.5
+"""Width of an interval for a rate that tells nothing of it."""
+
+
+def finish(run: Run) -> None:
+    """Test, export, write report.json and print what it says."""
+    parses = [isinstance(phase, ParsingPhase) for phase in run.settings.phases.values()]
+    test = None if all(parses) else test_split.test(run)
+    events = test_split.test_parsing(run) if any(parses) else None
+    state = run.engine.whole_state()
+    bad = run.bad_samples()
+    if not run.world.is_main:
+        return
+    keys = run.data.train.keys
+    report: dict[str, Any] = {
+        "samples": len(run.data.train),
+        "phases": run.notes.get("phases", []),
+    }
+    for name in ("saving", "skipped_steps", "correspondence", "label_accuracy", "correspondence_auroc", "corrections"):
+        if name in run.notes:
+            report[name] = run.notes[name]
+    if test is not None:
+        report["test"] = test
+        run.monitor.record(run.position.total_steps, {f"test/{key}": value for key, value in test.items()})
+    if events is not None:
+        report["events"] = events
+        flat = {
+            f"events/{level}_{key}": value for level in ("segment", "event") for key, value in events[level].items()
+        }
+        run.monitor.record(run.position.total_steps, flat)
+    report["skipped_samples"] = [{"id": each, "key": str(keys[each]), "reason": why} for each, why in bad.items()]
+    export(run, state, report)
+    write_atomically(run.folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    run.monitor.say(in_words(run, report))
+
+
+def in_words(run: Run, report: dict[str, Any]) -> str:
+    """Return the report as a newcomer would want to be told it."""
+    seconds = sum(each["seconds"] for each in report["phases"])
+    lines = ["", f"Done: {report['samples']} training clips, {seconds:.0f} s of training."]
+    accuracy = report.get("label_accuracy")
+    if accuracy:
+        lines.append(
+            f"  Labels:  {_percent(accuracy['given'])} of the given training labels were right; after correction "
+            f"{_percent(accuracy['corrected'])} are."
+        )
+        lines.append(
+            f"           Of the wrong ones {_percent(accuracy['flipped_recovered'])} were set right; of the right ones "
+            f"{_percent(accuracy['clean_damaged'])} were spoilt."
+        )
+    elif "labels_changed" in run.notes:
+        lines.append(
+            f"  Labels:  the correction disagrees with {_percent(run.notes['labels_changed'])} of the given labels."
+        )
+    if "correspondence_auroc" in report:
+        lines.append(
+            "  Pairs:   clips whose sound is foreign are told from the others with AUROC "
+            f"{report['correspondence_auroc']:.3f} (1 is perfect, 0.5 is chance)."
+        )
+    test = report.get("test")
+    if test and "top1" in test:
+        chance = 1 / len(run.data.shards.classes)
+        lines.append(
+            f"  Test:    {_percent(test['top1'])} of clean test clips named rightly by picture and sound together, "
+            f"{_percent(test['top1_visual'])} by picture alone, {_percent(test['top1_audio'])} by sound alone "
+            f"(chance: {_percent(chance)})."
+        )
+    if test and "rsum" in test:
+        lines.append(
+            f"  Search:  pictures find sounds of their class with a mean average precision of "
+            f"{_percent(test['visual_map'])}, sounds pictures with {_percent(test['audio_map'])}; rSum "
+            f"{test['rsum']:.1f} of 600."
+        )
+    if "events" in report:
+        seconds, whole = report["events"]["segment"], report["events"]["event"]
+        lines.append(
+            f"  Events:  second by second {seconds['audio']:.1f} of 100 for what is heard, {seconds['visual']:.1f} for "
+            f"what is seen, Type@AV {seconds['type']:.1f}, Event@AV {seconds['event']:.1f}; as whole events Type@AV "
+            f"{whole['type']:.1f}, Event@AV {whole['event']:.1f}."
+        )
+    if run.notes.get("corrections"):
+        last = run.notes["corrections"][-1]
+        known = (("labels", "label_noise"), ("pairs", "pair_noise")) if run.notes["neighbors_have_signal"] else ()
+        if not known:
+            lines.append("  Noise:   not known; neighbours say nothing of the labels, so these stay as given.")
+        for what, key in known:
+            low, high = (last[key][end] for end in ("low", "high"))
+            share = f"{_percent(last[key]['rate'])} of the {what} look wrong"
+            if high - low > _KNOWS_NOTHING:
+                share = f"how many of the {what} are wrong cannot be told"
+            lines.append(f"  Noise:   {share} ({_percent(low)} to {_percent(high)}).")
+    lines.append(f"  Skipped: {len(report['skipped_samples'])} clips that could not be read.")
+    if run.notes.get("corrections"):
+        lines.append(f"  Labels to keep:   {run.folder / 'labels' / run.notes['corrections'][-1]['phase']}.parquet")
+    lines += [
+        f"  Network to keep:  {run.folder / 'export'}",
+        f"  Look inside:      tensorboard --logdir {run.folder}",
+        f"  All figures:      {run.folder / 'report.json'}",
+    ]
+    return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "none" if share is None else f"{100 * share:.1f} %"
