@@ -2,8 +2,12 @@
 """Measure distav beside its peers: what `bench.py --help` lists."""
 
 import sys
+from pathlib import Path
 
-from distav.bench.command import main
+# Started as a file, Python puts this folder first, where `bench` is this file's package under a second name.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tools.bench.command import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

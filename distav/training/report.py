@@ -5,7 +5,7 @@ from typing import Any
 
 from distav.config.phases import ParsingPhase
 from distav.data.files import write_atomically
-from distav.training import final_evaluation as test_split
+from distav.training import final_evaluation
 from distav.training.export import export
 from distav.training.run import Run
 
@@ -16,8 +16,8 @@ _KNOWS_NOTHING = 0.5
 def finish(run: Run) -> None:
     """Test, export, write report.json and print what it says."""
     parses = [isinstance(phase, ParsingPhase) for phase in run.settings.phases.values()]
-    test = None if all(parses) else test_split.test(run)
-    events = test_split.test_parsing(run) if any(parses) else None
+    test = None if all(parses) else final_evaluation.test(run)
+    events = final_evaluation.test_parsing(run) if any(parses) else None
     state = run.engine.whole_state()
     bad = run.bad_samples()
     if not run.world.is_main:

@@ -14,15 +14,15 @@ import pytest
 import yaml
 
 from distav import train
-from distav.bench import command as bench
 from distav.config import loading
 from distav.evaluate import main as evaluate
-from distav.tools import make_shards as making
+from distav.tools import make_shards
 from distav.tools.audit import command as audit
 from distav.tools.embed import main as embed
 from distav.tools.inspect_shards import command as inspecting
 from distav.tools.pseudo_label import command as harvest
 from tests.helpers.launch import ROOT
+from tools.bench import command as bench
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -32,7 +32,7 @@ COMMANDS = [
     if line.strip() and not line.startswith("#")
 ]
 PARSERS = {
-    "tools/make_shards.py": making._parser,
+    "tools/make_shards.py": make_shards._parser,
     "tools/inspect_shards.py": inspecting._parser,
     "tools/harvest_labels.py": harvest._parser,
     "tools/audit.py": audit._parser,
@@ -63,7 +63,7 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch):
     elif program in ("sbatch", "kubectl"):
         assert (ROOT / next(word for word in arguments if word.startswith("configs/"))).is_file()
     elif program.startswith(("PARTS=", "configs/launch")):
-        making._parser().parse_args(arguments[arguments.index("configs/launch/make_shards.sh") + 1 :])
+        make_shards._parser().parse_args(arguments[arguments.index("configs/launch/make_shards.sh") + 1 :])
     else:
         assert program in ("pip", "pytest") or command.startswith(RUN_SMALL), f"nothing tests this command: {command}"
 
@@ -130,7 +130,7 @@ def test_tools_do_what_the_readme_says(
     (table.parent / "labels.parquet").symlink_to(table)
     (tmp_path / "decisions.csv").write_text("key,label,pair\ntrain-000000000,,wrong\n")
     mains: dict[str, Callable[[list[str]], int]] = {
-        "tools/make_shards.py": making.main,
+        "tools/make_shards.py": make_shards.main,
         "tools/inspect_shards.py": inspecting.main,
         "tools/audit.py": audit.main,
         "tools/embed.py": embed,

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distav.config.errors import UserError
-from distav.data import integrity as sealing
+from distav.data import integrity
 from distav.data.annotations.events import EVENTS_SCHEMA, load_events, read_events
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardSet, index_schema
@@ -24,7 +24,7 @@ from distav.data.preparation.encoding import Encoding, encode_video
 from distav.data.storage.tar import by_key
 from distav.tools.inspect_shards.verify import sample_json
 
-TYPED = (UserError, DecodeError, sealing.Damaged)
+TYPED = (UserError, DecodeError, integrity.Damaged)
 CLASSES = ["cat", "dog"]
 
 
@@ -165,14 +165,14 @@ def sample(content: bytes, folder: Path) -> None:
 
 
 def checkpoint_manifest(content: bytes, folder: Path) -> None:
-    sealing.opened(content)
+    integrity.opened(content)
 
 
 def _sealed() -> bytes:
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "state.json").write_bytes(b"{}")
-        sealing.seal(Path(name), {"state.json": sealing.described(Path(name) / "state.json")})
-        return (Path(name) / sealing.MANIFEST).read_bytes()
+        integrity.seal(Path(name), {"state.json": integrity.described(Path(name) / "state.json")})
+        return (Path(name) / integrity.MANIFEST).read_bytes()
 
 
 TARGETS: dict[str, tuple[Callable[[bytes, Path], None], bytes]] = {

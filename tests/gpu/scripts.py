@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 import torch
 
-from distav.bench.measure import machine
 from tests.helpers.launch import DEEPSPEED, ROOT, command, environment
+from tools.bench.timing import machine
 
 PACKAGES = ("torchvision", "torchaudio", "triton", "transformers", "pyarrow", "pytest")
 """Versions to know besides those that the benchmarks write."""
@@ -184,11 +184,11 @@ def multinode(file: Path, device: str) -> int:
 
 
 def _train(overrides: list[str], clips: int, steps: int, found: dict[str, Any]) -> None:
-    from distav.bench.measure import Setting
-    from distav.bench.step import TOWERS, count_operations, matmul_rate
     from distav.distributed.process_group import joined
     from distav.training.phases.contrastive import contrastive_losses
     from distav.training.run import opened
+    from tools.bench.timing import Setting
+    from tools.bench.training_step import TOWERS, count_operations, matmul_rate
 
     settings = TOWERS["r2plus1d_18"].settings(*overrides)
     phase: Any = next(iter(settings.phases.values()))

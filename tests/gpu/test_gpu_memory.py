@@ -11,19 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from distav.bench.command import main
 from distav.losses.active_complementary import complementary, matching_among
 from distav.losses.category_contrast import category_agreement, category_loss
 from distav.losses.info_nce import WITHIN, BatchCandidates, DrawnCandidates, cross_entropy
 from distav.losses.instance_discrimination import SoftTargets, instance_losses
 from distav.losses.reduction import weighted_mean
-from distav.memory import attention_backends as attention
+from distav.memory import attention_backends
 from distav.memory.attention import Asked, reference
 from distav.memory.attention_backends import BACK_ENDS, best_back_end
 from distav.memory.bank import Bank
 from distav.memory.global_batch import Visitors
 from distav.memory.negative_sampling import Draw
 from distav.memory.softmax import attend
+from tools.bench.command import main
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -33,10 +33,10 @@ DIM, CATEGORIES = 128, 30
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     """FlexAttention is compiled for eight kinds of call at most; all tests together make more."""
-    for function in (torch._dynamo.reset, attention._compiled_flex.cache_clear):
+    for function in (torch._dynamo.reset, attention_backends._compiled_flex.cache_clear):
         function()
     yield
-    for function in (torch._dynamo.reset, attention._compiled_flex.cache_clear):
+    for function in (torch._dynamo.reset, attention_backends._compiled_flex.cache_clear):
         function()
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.memory import top_k as selection
+from distav.memory import top_k
 from distav.memory.key_shard import Tiling
 from distav.memory.knn import nearest_neighbors
 from distav.memory.top_k import dot_products, kernels_for
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.fixture(params=["kernels", "operators"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "operators":
-        monkeypatch.setattr(selection, "kernels_for", lambda device, width: None)
+        monkeypatch.setattr(top_k, "kernels_for", lambda device, width: None)
     yield request.param
 
 

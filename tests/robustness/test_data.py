@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from distav.config.errors import UserError
-from distav.data import integrity as sealing
+from distav.data import integrity
 from distav.data.dataset import ShardSet
 from distav.data.files import read_table, write_table
 from distav.data.pipeline.reader import BadSample, ShardReader
@@ -76,7 +76,7 @@ def _rewrite(root: Path, name: str, change) -> None:
     """Change a table, and the manifest with it, as a program at fault would have."""
     write_table(root / name, change(read_table(root / name)))
     manifest = json.loads((root / "manifest.json").read_text())
-    manifest["tables"][name] = sealing.described(root / name)
+    manifest["tables"][name] = integrity.described(root / name)
     (root / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
-from distav.memory import attention_backends as attention
+from distav.memory import attention_backends
 from distav.memory.attention import Asked, reference, tiles
 from distav.memory.attention_backends import BACK_ENDS, BackEnd, best_back_end
 from distav.memory.softmax import attend
@@ -36,8 +36,8 @@ def said() -> Iterator[list[logging.LogRecord]]:
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    attention.probe.cache_clear()
-    attention._tell.cache_clear()
+    attention_backends.probe.cache_clear()
+    attention_backends._tell.cache_clear()
     yield records
     logger.removeHandler(handler)
     logger.setLevel(level)
@@ -48,10 +48,10 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacke
     """Counts what is compiled, for a CPU and without a compiler of C++."""
     counts = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
-    attention._compiled_flex.cache_clear()
+    attention_backends._compiled_flex.cache_clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counts))
     yield counts
-    attention._compiled_flex.cache_clear()
+    attention_backends._compiled_flex.cache_clear()
 
 
 @pytest.mark.parametrize("excluded", [False, True])
@@ -59,7 +59,7 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacke
 def test_flex_attention_is_compiled_once_for_all_temperatures(
     biased: bool, excluded: bool, counter: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(attention, "_num_parts", lambda queries, num_keys: num_keys // 100)
+    monkeypatch.setattr(attention_backends, "_num_parts", lambda queries, num_keys: num_keys // 100)
     temperatures = [0.02 + 0.01 * each for each in range(14)]
     for number, temperature in enumerate([*temperatures, torch.tensor(0.5), torch.tensor(0.6)]):
         num_queries, num_keys = 20 + number % 3, 300 + 41 * number  # with rows left over, in 3 to 9 parts
@@ -160,7 +160,9 @@ def test_the_log_warns_of_a_back_end_that_fails_its_probe(
     wrong = BackEnd("wrong", lambda asked: tuple(2 * each for each in tiles(asked)), "cpu")  # type: ignore[arg-type]
     broken = BackEnd("broken", lambda asked: asked.no_such_operator, "cpu")  # type: ignore[attr-defined]
     monkeypatch.setattr(
-        attention, "BACK_ENDS", (wrong, broken, BackEnd("undefined", not_a_number, "cpu"), *attention.BACK_ENDS[-1:])
+        attention_backends,
+        "BACK_ENDS",
+        (wrong, broken, BackEnd("undefined", not_a_number, "cpu"), *attention_backends.BACK_ENDS[-1:]),
     )
     rows = unit(40, 16)
     for _ in range(3):

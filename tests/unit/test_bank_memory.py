@@ -18,7 +18,7 @@ from distav.losses.classification import hybrid_targets
 from distav.losses.info_nce import WITHIN, BatchCandidates, DrawnCandidates, cross_entropy
 from distav.losses.instance_discrimination import SoftTargets, instance_losses
 from distav.losses.reduction import weighted_mean
-from distav.memory import attention_backends as attention
+from distav.memory import attention_backends
 from distav.memory.bank import Bank
 from distav.memory.global_batch import Visitors
 from distav.memory.negative_sampling import Draw
@@ -109,9 +109,9 @@ def test_a_forward_pass_on_a_gpu_mixes_no_devices_and_does_not_wait(
         assert {each.device.type for each in (keys, scale, bias, exclude) if each is not None} == {"cuda"}
         return queries.new_empty(queries.shape[:3]), torch.empty_like(queries)
 
-    monkeypatch.setattr(attention, "probe", lambda *_call: "")
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex)
-    monkeypatch.setattr(attention, "_num_parts", lambda _queries, _num_keys: 9)
+    monkeypatch.setattr(attention_backends, "probe", lambda *_call: "")
+    monkeypatch.setattr(attention_backends, "_compiled_flex", lambda: flex)
+    monkeypatch.setattr(attention_backends, "_num_parts", lambda _queries, _num_keys: 9)
     gpu = torch.device("cuda", 0)
     with FakeTensorMode(), torch.no_grad():
         bank = Bank(5003, 128, 0.5, gpu, num_categories=CATEGORIES, dtype=dtype)

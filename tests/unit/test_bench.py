@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from distav.bench import readme
-from distav.bench.bank import Problem
-from distav.bench.command import main
-from distav.bench.measure import Results, Setting
-from distav.bench.step import TOWERS, count_operations
 from distav.data.pipeline.loader import Batch
 from distav.models.av_model import AVModel
+from tools.bench import markdown
+from tools.bench.command import main
+from tools.bench.memory_bank import Problem
+from tools.bench.timing import Results, Setting
+from tools.bench.training_step import TOWERS, count_operations
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tools" / "results"
@@ -121,8 +121,8 @@ def test_any_encoders_are_measured_at_sizes_for_a_cpu(towers: str, visual: str, 
 def test_the_readme_shows_what_the_record_says():
     text = (ROOT / "README.md").read_text()
     for begin, end, expected in (
-        (readme.BEGIN, readme.END, readme.section(RESULTS)),
-        (readme.NOISE_BEGIN, readme.NOISE_END, readme.noise_section(RESULTS)),
-        (readme.PARSING_BEGIN, readme.PARSING_END, readme.parsing_section(RESULTS)),
+        (markdown.BEGIN, markdown.END, markdown.section(RESULTS)),
+        (markdown.NOISE_BEGIN, markdown.NOISE_END, markdown.noise_section(RESULTS)),
+        (markdown.PARSING_BEGIN, markdown.PARSING_END, markdown.parsing_section(RESULTS)),
     ):
         assert text.split(begin + "\n")[1].split(end)[0] == expected

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from distav.bench import command as bench
 from tests.gpu.proof import PARTS, Part, figures, holds, outcomes, run
 from tests.helpers.launch import ROOT
+from tools.bench import command as bench
 
 
 def python(code: str) -> str:

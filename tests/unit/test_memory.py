@@ -9,7 +9,7 @@ from torch import Tensor
 from distav.losses.info_nce import DrawnCandidates, ScoreLoss, cross_entropy, noise_contrastive
 from distav.losses.instance_discrimination import SoftTargets, instance_losses
 from distav.losses.reduction import weighted_mean
-from distav.memory import attention_backends as attention
+from distav.memory import attention_backends
 from distav.memory.attention import Asked, reference, tiles
 from distav.memory.attention_backends import BackEnd, best_back_end
 from distav.memory.bank import Bank
@@ -84,12 +84,12 @@ def test_the_fused_operator_serves_here_and_excluded_keys_go_to_the_tiles():
 @pytest.mark.parametrize("with_more", [False, True])
 def test_flex_attention_takes_bias_and_excluded_keys(num_rows: int, with_more: bool, monkeypatch: pytest.MonkeyPatch):
     # Not compiled, as it would be on a GPU: the same function, slowly.
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: attention._flex_attention)
+    monkeypatch.setattr(attention_backends, "_compiled_flex", lambda: attention_backends._flex_attention)
     queries, keys, values = unit(20, 16), unit(num_rows, 16, seed=1), unit(num_rows, 16, seed=2)
     bias = torch.linspace(-2, 2, num_rows) if with_more else None
     exclude = torch.randint(-1, num_rows, (20, 2)) if with_more and num_rows > 1 else None
     asked = Asked(queries, keys, values, 8.0, bias, exclude)
-    flex = next(each for each in attention.BACK_ENDS if each.name == "flex")
+    flex = next(each for each in attention_backends.BACK_ENDS if each.name == "flex")
     for ours, expected in zip(flex.run(asked), reference(asked), strict=True):
         torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -97,7 +97,7 @@ def test_flex_attention_takes_bias_and_excluded_keys(num_rows: int, with_more: b
 def test_a_back_end_that_answers_wrongly_is_passed_over(monkeypatch: pytest.MonkeyPatch):
     wrong = BackEnd("wrong", lambda asked: tuple(2 * each for each in tiles(asked)), "cpu")  # type: ignore[arg-type]
     broken = BackEnd("broken", lambda asked: asked.no_such_operator, "cpu")  # type: ignore[attr-defined]
-    monkeypatch.setattr(attention, "BACK_ENDS", (wrong, broken, *attention.BACK_ENDS))
+    monkeypatch.setattr(attention_backends, "BACK_ENDS", (wrong, broken, *attention_backends.BACK_ENDS))
     rows = unit(40, 16)
     assert best_back_end(Asked(rows, rows, rows, 1.0)).name == "flash-cpu"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distav.memory import top_k as selection
+from distav.memory import top_k
 from distav.memory.key_shard import Shard, Tiling
 from distav.memory.knn import nearest_neighbors
 from distav.memory.reservoir import Candidates, largest_of_rows, packed
@@ -80,7 +80,7 @@ def test_a_coarse_pass_changes_no_neighbor_and_no_similarity(
 ):
     features, k, groups, valid, tiling = search
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "LONGEST_LIST", longest)
+        patch.setattr(top_k, "LONGEST_LIST", longest)
         ids, similarity = nearest_neighbors(features, k, groups, valid, tiling=tiling)
     expected = dense(features.nan_to_num(), k, groups, valid)
     assert torch.equal(ids[valid], expected[0][valid])
@@ -95,7 +95,7 @@ def test_the_bound_holds_for_every_coarse_score(coarse: torch.dtype):
         shard = Shard.of(keys, 0, torch.arange(500), float(keys.norm(dim=1).max()), Tiling(500, 500, coarse))
         scaled = keys * shard.scale
         rounded = scaled.to(coarse)
-        error = selection._rounding(scaled, rounded, shard)
+        error = top_k._rounding(scaled, rounded, shard)
         exact = scaled.double() @ scaled.double().T
         sums = rounded.double() @ rounded.double().T
         off = (sums - exact).abs().amax(1)
@@ -210,23 +210,23 @@ def test_sums_of_16_bits_are_left_to_others():
 
 _KERNELS_FIND_THE_SAME = """
 import torch
-from distav.memory import kernels, selection
+from distav.memory import top_k_kernels, selection
 from distav.memory.neighbors import nearest_neighbors
 from distav.memory.shard import Tiling
 
 torch.set_num_threads(1)  # The interpreter keeps its state in globals.
-kernels.check(torch.device("cpu"), 24)
-kernels._SPAN, kernels._COLUMNS = 256, 128  # The interpreter is slow.
+top_k_kernels.check(torch.device("cpu"), 24)
+top_k_kernels._SPAN, top_k_kernels._COLUMNS = 256, 128  # The interpreter is slow.
 generator = torch.Generator().manual_seed(0)
 rows = torch.nn.functional.normalize(torch.randn(160, 24, generator=generator), dim=1)
 rows[100:150] = rows[100]  # Of copies more pass than there are slots.
 valid = torch.rand(160, generator=generator) < 0.95
-selection.SLOTS = 40
+top_k.SLOTS = 40
 for coarse, k in ((torch.float16, 5), (torch.bfloat16, 30)):
     data = rows, k, torch.arange(160) // 2, valid
-    selection.kernels_for = lambda device, width: None
+    top_k.kernels_for = lambda device, width: None
     plain = nearest_neighbors(*data, tiling=Tiling(90, 70, coarse))
-    selection.kernels_for = lambda device, width: kernels
+    top_k.kernels_for = lambda device, width: kernels
     for ours, expected in zip(nearest_neighbors(*data, tiling=Tiling(90, 70, coarse)), plain, strict=True):
         assert torch.equal(ours, expected)
 """
@@ -249,7 +249,7 @@ def test_kernels_compile_for_a_gpu(dim: int):
     from triton import compile
     from triton.backends.compiler import GPUTarget
 
-    from distav.memory import top_k_kernels as kernels
+    from distav.memory import top_k_kernels
 
     target, length = GPUTarget("cuda", 90, 32), dim & -dim
     append = {"scores": "*bf16", "bound": "*bf16", "held": "*i64", "filled": "*i32"}
@@ -257,10 +257,10 @@ def test_kernels_compile_for_a_gpu(dim: int):
         "SPAN": "constexpr",
         "COLUMNS": "constexpr",
     }
-    sizes = {"SPAN": kernels._SPAN, "COLUMNS": kernels._COLUMNS}
-    assert compile(compiler.ASTSource(kernels._append_passing, append, sizes), target=target).asm["cubin"]
+    sizes = {"SPAN": top_k_kernels._SPAN, "COLUMNS": top_k_kernels._COLUMNS}
+    assert compile(compiler.ASTSource(top_k_kernels._append_passing, append, sizes), target=target).asm["cubin"]
     fold = {"queries": "*fp32", "keys": "*fp32", "row": "*i64", "place": "*i64", "out": "*fp64", "number": "i32"}
-    sizes = {"PAIRS": kernels._TERMS // length, "PARTS": dim // length, "LENGTH": length}
+    sizes = {"PAIRS": top_k_kernels._TERMS // length, "PARTS": dim // length, "LENGTH": length}
     sizes |= {"HALVINGS": length.bit_length() - 1}
     fold |= {name: "constexpr" for name in sizes}
-    assert compile(compiler.ASTSource(kernels._fold_products, fold, sizes), target=target).asm["cubin"]
+    assert compile(compiler.ASTSource(top_k_kernels._fold_products, fold, sizes), target=target).asm["cubin"]

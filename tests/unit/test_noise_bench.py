@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distav.bench.noise.grid import ABLATIONS, METHODS, PAIR_METHODS, Cell, Job, ablations, grid
-from distav.bench.noise.plots import save
-from distav.bench.noise.results import over_seeds, trainings, votes
-from distav.bench.noise.results import save as store
-from distav.bench.noise.runner import PARTS, Bench
-from distav.bench.noise.tables import ablation, accuracy, correction, every, pairs, times
 from distav.config import loading
 from distav.config.errors import UserError
+from tools.bench.noise.experiments import ABLATIONS, METHODS, PAIR_METHODS, Cell, Job, ablations, grid
+from tools.bench.noise.plots import save
+from tools.bench.noise.results import over_seeds, trainings, votes
+from tools.bench.noise.results import save as store
+from tools.bench.noise.runner import PARTS, Bench
+from tools.bench.noise.tables import ablation, accuracy, correction, every, pairs, times
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["data.num_frames=1", "optim.global_batch=300", "model.visual.width=8", "model.audio.width=8"]
@@ -72,7 +72,7 @@ def bench(real_data: Path, tmp_path: Path, monkeypatch) -> Bench:
         text = path.read_text().replace("epochs: 28", "epochs: 1").replace("epochs: 36", "epochs: 1")
         (short / path.relative_to(ROOT / "configs")).parent.mkdir(parents=True, exist_ok=True)
         (short / path.relative_to(ROOT / "configs")).write_text(text)
-    monkeypatch.setattr("distav.bench.noise.runner.CONFIGS", short)
+    monkeypatch.setattr("tools.bench.noise.runner.CONFIGS", short)
     return Bench(real_data / "avdigits", tmp_path, SHORT)
 
 
@@ -98,7 +98,7 @@ def test_trainings_share_phase_1_are_kept_and_not_repeated(bench: Bench, capsys)
 
 @pytest.mark.long
 def test_trainings_that_fail_are_named_with_their_logs_after_the_others(bench: Bench, monkeypatch, capsys):
-    monkeypatch.setattr("distav.bench.noise.runner._only_phase_1", lambda: "phases: {contrastive: {epochs: -1}}\n")
+    monkeypatch.setattr("tools.bench.noise.runner._only_phase_1", lambda: "phases: {contrastive: {epochs: -1}}\n")
     needing, other = (Job(Cell("easy", "", 0.0), method, 0) for method in ("distav", "ce"))
     with pytest.raises(UserError, match=r"but:\n.*phase-1_seed-0 ended with status 1; see .*\.log\.$"):
         bench.run([needing, other], at_once=1)
@@ -216,7 +216,7 @@ def test_plots_show_the_rows_and_are_the_same_again(rows: list[dict], tmp_path: 
 
 
 def test_f1_counts_both_kinds_of_mistake():
-    detection = pytest.importorskip("distav.bench.noise.detection")
+    detection = pytest.importorskip("tools.bench.noise.detection")
     found, wrong = np.array([True, True, False, False]), np.array([True, False, True, False])
     assert detection.f1(found, wrong) == 0.5
     assert detection.f1(wrong, wrong) == 1

@@ -100,16 +100,16 @@ def test_parts_hold_every_chunk_once_and_tell_what_they_did(tmp_path: Path):
 
 
 def test_a_part_ends_well_if_the_set_is_finished_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from distav.data.preparation import builder as writer
+    from distav.data.preparation import builder
 
     plan, out = Plan(Encoding(clip_s=1, sample_rate_hz=8000)), tmp_path / "set"
 
     def overtaken(*arguments):
         monkeypatch.undo()
         make_set(Plain(5), out, plan, 1)
-        return writer.encode_all(*arguments)
+        return builder.encode_all(*arguments)
 
-    monkeypatch.setattr(writer, "encode_all", overtaken)
+    monkeypatch.setattr(builder, "encode_all", overtaken)
     late = make_set(Plain(5), out, plan, 1, Part(0, 2))
     assert late.clips == {"train": 5} and late.chunks is None
     assert not (out / ".work").exists()

@@ -24,7 +24,7 @@ from distav.data.dataset import ShardSet
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.reader import BadSample, ShardReader
 from distav.data.preparation.quickstart import make_missing
-from distav.data.storage import object_store as remote
+from distav.data.storage import object_store
 from distav.data.storage.cache import Cache
 from tests.helpers.launch import tiny_config
 from tests.helpers.stores import CREDENTIALS, Bucket, Web, bucket, bytes_in, use, web
@@ -38,7 +38,7 @@ MIB = 64
 def no_long_waits(monkeypatch: pytest.MonkeyPatch):
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "WAIT_S", 0.01)
+    monkeypatch.setattr(object_store, "WAIT_S", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,9 @@ def batches(shards: ShardSet, epoch: int) -> list:
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the objects that are asked for."""
     asked: list[str] = []
-    whole = remote.Remote._range
+    whole = object_store.Remote._range
     monkeypatch.setattr(
-        remote.Remote, "_range", lambda self, name, *place: (asked.append(name), whole(self, name, *place))[1]
+        object_store.Remote, "_range", lambda self, name, *place: (asked.append(name), whole(self, name, *place))[1]
     )
     return asked
 
@@ -190,14 +190,14 @@ def test_tries_end_and_cost_the_samples_of_that_shard_alone(
     site.fails = lambda path, before: fault if path == "train-000001.tar" else ""
     site.asked.clear()
     loader = Loader(split, DATA, None, 0, 3, torch.device("cpu"))
-    monkeypatch.setattr(remote.time, "sleep", waits.append)
-    monkeypatch.setattr(remote, "WAIT_S", 1.0)
+    monkeypatch.setattr(object_store.time, "sleep", waits.append)
+    monkeypatch.setattr(object_store, "WAIT_S", 1.0)
     batch = loader.load(np.array([0, 41, 95]), 0)
     loader.close()
     assert batch.valid.tolist() == [True, False, True]
     assert "train-000001.tar cannot be read (" in loader.quarantine.reasons[41]
     tries = [request for request in site.asked if request[1] == "train-000001.tar"]
-    assert len(tries) == remote.TRIES and len(waits) == remote.TRIES - 1
+    assert len(tries) == object_store.TRIES and len(waits) == object_store.TRIES - 1
     assert all(2**number / 2 <= wait <= 2**number * 1.5 for number, wait in enumerate(waits))
 
 

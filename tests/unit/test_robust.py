@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from distav.evaluation.metrics import auroc, expected_calibration_error, label_accuracy
-from distav.noise import tiling as tiles
+from distav.noise import tiling
 from distav.noise.calibration import Calibration, Judges
 from distav.noise.class_agreement import agreement, pair_evidence
 from distav.noise.knn_vote import Neighborhood, standardised
@@ -203,7 +203,7 @@ def test_a_correction_does_not_hang_on_the_size_of_tiles(monkeypatch: pytest.Mon
     teachers = opinion(given, 0.6, 5), opinion(given, 0.5, 6)
     found = []
     for numbers in (2**17, 1000):
-        monkeypatch.setitem(tiles.TILE_NUMBERS, "cpu", numbers)
+        monkeypatch.setitem(tiling.TILE_NUMBERS, "cpu", numbers)
         voting = Voting((20,), (0, 20), (0.1, 0.3))
         found.append(
             correct([Space("rows", visual, audio)], given, 10, torch.arange(300), valid, voting, None, teachers)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import distav.harvest
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +15,7 @@ import torch
 import yaml
 
 import distav.data.annotations.teacher_scores
+import distav.tools.pseudo_label.command
 from distav.config.errors import UserError
 from distav.config.schema import DataSettings
 from distav.data.annotations.events import load_events, read_events

@@ -15,8 +15,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.bench.measure import Results, Setting
-from distav.bench.ranks import cpu_seconds, loopback_bytes, on_ranks
 from distav.config.errors import UserError
 from distav.distributed.collectives import gather_rows, num_ranks, own_rows
 from distav.losses.category_contrast import category_agreement, category_loss
@@ -25,6 +23,8 @@ from distav.memory.attention import Asked
 from distav.memory.attention_backends import best_back_end
 from distav.memory.bank import Bank
 from distav.memory.global_batch import Visitors
+from tools.bench.multiprocess import cpu_seconds, loopback_bytes, on_ranks
+from tools.bench.timing import Results, Setting
 
 TEMPERATURE = 0.07
 CATEGORIES = 300

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from distav.bench.noise.grid import ABLATIONS, PHASE_1, SETS, Cell, Job, ablations, file_name, grid, pairs
 from distav.config.errors import UserError, listed
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardSet
 from distav.data.files import write_atomically, write_table
 from distav.data.preparation.noise_injection import LabelNoise, flip_labels
+from tools.bench.noise.experiments import ABLATIONS, PHASE_1, SETS, Cell, Job, ablations, file_name, grid, pairs
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PARTS = {"grid": grid, "ablations": ablations, "pairs": pairs}
@@ -191,7 +191,7 @@ def _train(arguments: list[str], log: str, shards: Path, labels: Path, corrects:
 
     status = main(arguments)
     if corrects and not status:
-        from distav.bench.noise.detection import compare
+        from tools.bench.noise.detection import compare
 
         compare(Path(log).parents[1] / "runs" / Path(log).stem, shards, labels, "labels")
     sys.exit(status)

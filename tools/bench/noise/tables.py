@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from distav.bench.noise.grid import ABLATIONS, METHODS, PAIR_METHODS, SETS, TRUE_LABELS
-from distav.bench.noise.results import over_seeds
+from tools.bench.noise.experiments import ABLATIONS, METHODS, PAIR_METHODS, SETS, TRUE_LABELS
+from tools.bench.noise.results import over_seeds
 
 Rows = Sequence[dict[str, Any]]
 DETAILS = {

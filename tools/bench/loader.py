@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distav.bench.measure import Results, Setting
 from distav.config.schema import AugmentSettings, DataSettings
 from distav.data.dataset import VIDEO_EXTENSIONS, ShardSet, Split
 from distav.data.pipeline.augmentation import Viewer
@@ -22,6 +21,7 @@ from distav.data.pipeline.reader import ShardReader
 from distav.data.preparation.builder import Plan, make_set
 from distav.data.preparation.encoding import Encoding
 from distav.data.preparation.synthetic import Scenes
+from tools.bench.timing import Results, Setting
 
 FRAMES, STRIDE, AUDIO_S = 8, 2, 1.0
 SIDES = {"cpu": (128, 112), "cuda": (256, 224)}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distav.bench.noise.grid import METHODS, MOST_PAIRS
+from tools.bench.noise.experiments import METHODS, MOST_PAIRS
 
 Rows = Sequence[dict[str, Any]]
 COLUMNS = 3

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from isal.isal_zlib import crc32
 
-from distav.bench.measure import Results, Setting
 from distav.data.dataset import Split
 from distav.data.pipeline.reader import ShardReader
 from distav.data.storage.tar import by_key
+from tools.bench.timing import Results, Setting
 
 VIDEO_BYTES, AUDIO_BYTES = 300_000, 60_000
 

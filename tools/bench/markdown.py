@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distav.bench.noise.results import over_seeds
-from distav.bench.noise.tables import every
-from distav.bench.parsing import table
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
+from tools.bench.event_parsing import table
+from tools.bench.noise.results import over_seeds
+from tools.bench.noise.tables import every
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 NOISE_BEGIN, NOISE_END = "<!-- noise: begin -->", "<!-- noise: end -->"
@@ -63,7 +63,7 @@ def parsing_section(results: Path) -> str:
 
 def audit_section(results: Path) -> str:
     """Return the table of what the first problems of an audit page are worth."""
-    from distav.bench.audit import table as lines
+    from tools.bench.audit import table as lines
 
     found = json.loads((results / "audit.json").read_text())
     return "\n\n".join(["", _machines(("audit", found["machine"])), lines(found), ""])[1:]

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from distav.bench.loader import make_clips
-from distav.bench.measure import Results, Setting
 from distav.config import loading
 from distav.config.phases import ContrastivePhase
 from distav.config.schema import Settings
@@ -24,6 +22,8 @@ from distav.models.av_model import AVModel, parameter_groups
 from distav.training.lr_schedule import learning_rate
 from distav.training.phases.contrastive import contrastive_losses
 from distav.training.run import Run, opened
+from tools.bench.loader import make_clips
+from tools.bench.timing import Results, Setting
 
 STEPS = 5
 

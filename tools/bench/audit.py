@@ -1,6 +1,6 @@
 """How many of the first problems of an audit page are problems, where the set knows; labels beside cleanlab's ranking.
 
-cleanlab ranks by the same embeddings, with cross-validated probabilities (`distav.bench.noise.detection`).
+cleanlab ranks by the same embeddings, with cross-validated probabilities (`tools.bench.noise.detection`).
 """
 
 import json
@@ -13,13 +13,13 @@ import torch
 from cleanlab.rank import get_label_quality_scores
 from omegaconf import OmegaConf
 
-from distav.bench.measure import machine
-from distav.bench.noise.detection import foretold
 from distav.config.errors import UserError
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardSet
 from distav.evaluation.embedding import Encoders
 from distav.tools.audit.issues import corrections_of, label_problems, pair_problems
+from tools.bench.noise.detection import foretold
+from tools.bench.timing import machine
 
 FIRST = (100, 500, 1000)
 _METHODS = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distav.bench.measure import machine
-from distav.bench.noise.grid import MOST_PAIRS, Job
-from distav.bench.noise.runner import Bench
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
+from tools.bench.noise.experiments import MOST_PAIRS, Job
+from tools.bench.noise.runner import Bench
+from tools.bench.timing import machine
 
 KEYS = ("set", "labels", "pairs", "method", "k", "second", "seed")
 """What tells one record from the others; those of trainings have no k, those of votes no method and no pairs."""
@@ -19,7 +19,7 @@ KEYS = ("set", "labels", "pairs", "method", "k", "second", "seed")
 
 def votes(bench: Bench, jobs: Iterable[Job]) -> list[dict[str, Any]]:
     """Return how right votes are by the number of neighbours, after each phase 1 with mismatched pairs."""
-    from distav.bench.noise.votes import sweep
+    from tools.bench.noise.knn_sweep import sweep
 
     noises = sorted({job.cell.labels for job in jobs if job.cell.labels.startswith("symmetric")})
     found = []

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.bench.measure import Results, Setting
-from distav.bench.ranks import cpu_seconds, on_ranks
 from distav.distributed.collectives import gather_ragged_rows, row_range
 from distav.memory.knn import GATHER_BELOW_BYTES, nearest_neighbors
 from distav.memory.top_k import dot_products
+from tools.bench.multiprocess import cpu_seconds, on_ranks
+from tools.bench.timing import Results, Setting
 
 
 def features_of(rows: int, dim: int, device: torch.device) -> Tensor:

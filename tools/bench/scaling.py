@@ -5,10 +5,10 @@ Legend: N bank rows, B global batch, W ranks, D width, k neighbours.
 
 from statistics import median
 
-from distav.bench.bank import Problem, sharded_part
-from distav.bench.measure import Results, Setting
-from distav.bench.neighbors import features_of, search
-from distav.bench.ranks import on_ranks
+from tools.bench.knn import features_of, search
+from tools.bench.memory_bank import Problem, sharded_part
+from tools.bench.multiprocess import on_ranks
+from tools.bench.timing import Results, Setting
 
 ROWS = (8192, 32768, 131072)
 BATCHES = (256, 1024, 4096)

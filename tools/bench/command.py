@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from distav.bench.measure import Results, Setting
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
 from distav.data.preparation.encoding import CODECS
+from tools.bench.timing import Results, Setting
 
 _EPILOG = """Candidates take turns in one process with the same threads; ratios are medians over the rounds. One thread
 is timed by CPU time, more by the wall clock. exit status: 0 every bar is met; 3 one is missed; 1 or 2 it did not run.
-example: bench.py bank --json tools/results/bank.json
+example: bench.py bank --json tools/results/memory_bank.json
 example: bench.py neighbors --threads 2 --rows 20000"""
 
 
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _noise(options: argparse.Namespace) -> None:
-    from distav.bench.noise import plots, results, runner, tables
+    from tools.bench.noise import plots, results, runner, tables
 
     if options.json:
         results.stored(options.json)  # A file that cannot take the figures is told before they are made.
@@ -56,16 +56,16 @@ def _noise(options: argparse.Namespace) -> None:
 
 
 def _parsing(options: argparse.Namespace) -> None:
-    from distav.bench import parsing
+    from tools.bench import event_parsing
 
-    found = parsing.run(options.annotations, options.work, options.seeds, options.at_once)
-    print(parsing.table(found))
+    found = event_parsing.run(options.annotations, options.work, options.seeds, options.at_once)
+    print(event_parsing.table(found))
     if options.json:
         write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def _audit(options: argparse.Namespace) -> None:
-    from distav.bench import audit
+    from tools.bench import audit
 
     found = audit.run(options.runs)
     print(audit.table(found))
@@ -74,7 +74,7 @@ def _audit(options: argparse.Namespace) -> None:
 
 
 def _readme(options: argparse.Namespace) -> None:
-    from distav.bench.readme import write_section
+    from tools.bench.markdown import write_section
 
     write_section(options.readme, options.results)
 
@@ -99,39 +99,39 @@ def _measured(options: argparse.Namespace) -> Results:
 
 
 def _bank(setting: Setting, options: argparse.Namespace) -> Results:
-    from distav.bench import bank
+    from tools.bench import memory_bank
 
-    return bank.run(setting, options.batch, options.rows, options.dim, options.memory_rows, options.shard_rows)
+    return memory_bank.run(setting, options.batch, options.rows, options.dim, options.memory_rows, options.shard_rows)
 
 
 def _neighbors(setting: Setting, options: argparse.Namespace) -> Results:
-    from distav.bench import neighbors
+    from tools.bench import knn
 
     if not options.k < options.rows or not options.k < options.ring_rows:
         raise UserError(f"--k={options.k}: allowed: below --rows and --ring-rows.")
-    return neighbors.run(setting, options.rows, options.dim, options.k, options.queries, options.ring_rows)
+    return knn.run(setting, options.rows, options.dim, options.k, options.queries, options.ring_rows)
 
 
 def _shards(setting: Setting, options: argparse.Namespace) -> Results:
-    from distav.bench import shards
+    from tools.bench import shards
 
     return shards.run(setting, options.samples)
 
 
 def _loader(setting: Setting, options: argparse.Namespace) -> Results:
-    from distav.bench import loader
+    from tools.bench import loader
 
     return loader.run(setting, options.clips, options.batch, options.codec)
 
 
 def _step(setting: Setting, options: argparse.Namespace) -> Results:
-    from distav.bench import step
+    from tools.bench import training_step
 
-    return step.run(setting, options.towers, options.batch, options.clips, options.overrides)
+    return training_step.run(setting, options.towers, options.batch, options.clips, options.overrides)
 
 
 def _scaling(setting: Setting, options: argparse.Namespace) -> Results:
-    from distav.bench import scaling
+    from tools.bench import scaling
 
     return scaling.run(setting, options.batch, options.dim)
 
@@ -144,7 +144,7 @@ _NUMBERS = {
     "shards": (_shards, "reading from tars", {"samples": 2000}),
     "loader": (_loader, "batches end to end", {"clips": 384, "batch": 32}),
     "step": (_step, "a training step", {"clips": 384}),
-    "scaling": (_scaling, "cost as bank, batch and ranks grow", {"batch": 1024, "dim": 128}),
+    "scaling": (_scaling, "cost as memory_bank, batch and ranks grow", {"batch": 1024, "dim": 128}),
 }  # fmt: skip
 _THREADS = {"loader": 2}
 _MEANINGS = {

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from distav.bench.measure import machine
 from distav.config.errors import UserError
 from distav.data.annotations.events import events_table, load_events
 from distav.data.annotations.llp import CLASSES, SECONDS, VIDEOS, read_llp
@@ -28,6 +27,7 @@ from distav.data.preparation.annotated_videos import EventSource
 from distav.data.preparation.builder import Plan, make_set
 from distav.data.preparation.encoding import Encoding
 from distav.evaluation.event_metrics import parsing_scores
+from tools.bench.timing import machine
 
 ROOT = Path(__file__).parents[2]
 WIDTH, BACKGROUNDS = 64, 15

@@ -1,1 +1,0 @@
-"""The benchmark of learning from wrong labels and wrong pairs."""

@@ -1,0 +1,1 @@
+"""Benchmarks of distav and its peers."""

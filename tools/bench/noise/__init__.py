@@ -1,0 +1,1 @@
+"""Benchmark of training under label noise and mismatched audio."""
