@@ -39,7 +39,7 @@ STEPS = """
 import warnings
 import torch
 from tests.unit.test_engine import new_engine, step
-from distav.world import joined
+from distav.distributed.process_group import joined
 
 with joined("gpu", 60, 1) as world:
     for depth in (1, 9):
@@ -70,8 +70,8 @@ import faulthandler, sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from distav.watch import Collectives, Watch
-from distav.world import joined
+from distav.distributed.watchdog import Collectives, Watch
+from distav.distributed.process_group import joined
 
 with joined("gpu", 60, 1) as world:
     rows = torch.ones(4, device=world.device)

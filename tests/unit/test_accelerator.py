@@ -32,10 +32,10 @@ TRAINS = """
 import os
 import torch
 from torch import nn
-from distav.data.loader import Batch
-from distav.engine import Engine
-from distav.settings import Device, Settings
-from distav.world import joined
+from distav.data.pipeline.loader import Batch
+from distav.training.engine.deepspeed_engine import Engine
+from distav.config.schema import Device, Settings
+from distav.distributed.process_group import joined
 
 class Net(nn.Module):
     def __init__(self):

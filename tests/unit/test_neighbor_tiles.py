@@ -210,9 +210,9 @@ def test_sums_of_16_bits_are_left_to_others():
 
 _KERNELS_FIND_THE_SAME = """
 import torch
-from distav.memory import top_k_kernels, selection
-from distav.memory.neighbors import nearest_neighbors
-from distav.memory.shard import Tiling
+from distav.memory import top_k, top_k_kernels
+from distav.memory.knn import nearest_neighbors
+from distav.memory.key_shard import Tiling
 
 torch.set_num_threads(1)  # The interpreter keeps its state in globals.
 top_k_kernels.check(torch.device("cpu"), 24)
@@ -226,7 +226,7 @@ for coarse, k in ((torch.float16, 5), (torch.bfloat16, 30)):
     data = rows, k, torch.arange(160) // 2, valid
     top_k.kernels_for = lambda device, width: None
     plain = nearest_neighbors(*data, tiling=Tiling(90, 70, coarse))
-    top_k.kernels_for = lambda device, width: kernels
+    top_k.kernels_for = lambda device, width: top_k_kernels
     for ours, expected in zip(nearest_neighbors(*data, tiling=Tiling(90, 70, coarse)), plain, strict=True):
         assert torch.equal(ours, expected)
 """
