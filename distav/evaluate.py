@@ -22,19 +22,19 @@ sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from distav.config.cli import add_rank_options, ended_by  # noqa: E402
+from distav.config.cli import add_rank_options, exit_with_error  # noqa: E402
 from distav.config.errors import UserError  # noqa: E402
 from distav.config.phases import SupervisedPhase, Targets  # noqa: E402
 from distav.config.schema import Device, OptimSettings, RunSettings, Settings  # noqa: E402
 from distav.data.annotations.labels import load_labels  # noqa: E402
-from distav.data.dataset import ShardSet, Split  # noqa: E402
+from distav.data.dataset import ShardedDataset, Split  # noqa: E402
 from distav.data.files import write_atomically  # noqa: E402
-from distav.distributed.collectives import broadcast, gather_ragged_rows, own_share, rank, row_range, sum_  # noqa: E402
-from distav.distributed.process_group import World, joined  # noqa: E402
+from distav.distributed.collectives import broadcast, all_gather_variable_rows, local_shard, get_rank, shard_range, all_reduce_sum_  # noqa: E402
+from distav.distributed.process_group import World, process_group  # noqa: E402
 from distav.evaluation.embedding import Encoders  # noqa: E402
 from distav.evaluation.metrics import retrieval  # noqa: E402
-from distav.evaluation.probing import LinearProbe, neighbor_votes  # noqa: E402
-from distav.models.pretrained import fed, model_settings  # noqa: E402
+from distav.evaluation.probing import LinearProbe, knn_class_probs  # noqa: E402
+from distav.models.pretrained import input_config, model_config  # noqa: E402
 
 KINDS = ("knn", "probe", "retrieval", "fine_tune")
 SENSES = ("visual", "audio", "both")
@@ -44,14 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        with joined(options.device, options.timeout_s, options.threads) as world:
+        with process_group(options.device, options.timeout_s, options.threads) as world:
             found = _scores(options, world)
             if world.is_main:
                 _tell(found)
                 if options.json:
                     write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
     except UserError as error:
-        return ended_by(error, "evaluate")
+        return exit_with_error(error, "evaluate")
     return 0
 
 
@@ -98,8 +98,8 @@ def _scores(options: argparse.Namespace, world: World) -> dict[str, Any]:
         raise UserError(f"--json={options.json}: no such folder; make it first.")
     if options.neighbors < 1:
         raise UserError(f"--neighbors={options.neighbors}: allowed: from 1 up.")
-    shards = ShardSet.open(options.shards)
-    if shards.several_labels:
+    shards = ShardedDataset.open(options.shards)
+    if shards.multi_label:
         raise UserError(f"{shards.where}: its clips have several classes each; these scores are for one class a clip.")
     encoders = Encoders.open(options.export, world.device, options.batch)
     splits = shards.split(options.train_split, "--train-split"), shards.split(options.test_split, "--test-split")
@@ -112,7 +112,7 @@ def _scores(options: argparse.Namespace, world: World) -> dict[str, Any]:
         ways = {
             "knn": lambda: _knn(train, test, len(shards.classes), options.neighbors),
             "probe": lambda: _probe(train, test, len(shards.classes)),
-            "retrieval": lambda: retrieval(*map(own_share, (*test.pairs, test.classes))),
+            "retrieval": lambda: retrieval(*map(local_shard, (*test.pairs, test.classes))),
         }
         found |= {name: ways[name]() for name in frozen}
     if "fine_tune" in options.what:
@@ -121,11 +121,11 @@ def _scores(options: argparse.Namespace, world: World) -> dict[str, Any]:
 
 
 def _embedded(encoders: Encoders, split: Split, classes: Tensor) -> Embedded:
-    rows = row_range(len(split))
+    rows = shard_range(len(split))
     some = encoders.of_clips(split, torch.arange(rows.start, rows.stop).numpy())
 
     def whole(rows: Any) -> Tensor:
-        return gather_ragged_rows(torch.from_numpy(rows).to(encoders.device))
+        return all_gather_variable_rows(torch.from_numpy(rows).to(encoders.device))
 
     there = whole(some.valid.astype("float32")) > 0
     named = {"visual": some.visual, "audio": some.audio, "both": some.both()}
@@ -141,16 +141,16 @@ def _embedded(encoders: Encoders, split: Split, classes: Tensor) -> Embedded:
 def _knn(train: Embedded, test: Embedded, num_classes: int, k: int) -> dict[str, float]:
     found = {}
     for sense in SENSES:
-        votes = neighbor_votes(train.features[sense], train.classes, own_share(test.features[sense]), num_classes, k)
-        right = (votes.argmax(1) == own_share(test.classes)).sum().double()
-        found[sense] = float(sum_(right)) / max(1, len(test.classes))
+        votes = knn_class_probs(train.features[sense], train.classes, local_shard(test.features[sense]), num_classes, k)
+        right = (votes.argmax(1) == local_shard(test.classes)).sum().double()
+        found[sense] = float(all_reduce_sum_(right)) / max(1, len(test.classes))
     return found
 
 
 def _probe(train: Embedded, test: Embedded, num_classes: int) -> dict[str, float]:
     """Fit on the main rank alone; the others wait."""
     found: dict[str, float] = {}
-    if rank() == 0:
+    if get_rank() == 0:
         for sense in SENSES:
             probe = LinearProbe(train.features[sense], train.classes, num_classes, train.groups)
             found[sense] = float((probe(test.features[sense]).argmax(1) == test.classes).float().mean())
@@ -161,11 +161,11 @@ def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: 
     # Imported late: DeepSpeed takes seconds.
     from distav.config.validation import check
     from distav.training.phases.registry import run_remaining
-    from distav.training.report import finish
-    from distav.training.run import opened
+    from distav.training.report import write_report
+    from distav.training.run import open_run
 
     data = replace(
-        fed(description),
+        input_config(description),
         root=options.shards,
         train_split=options.train_split,
         test_split=options.test_split,
@@ -180,14 +180,14 @@ def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: 
             threads_per_rank=options.threads,
         ),
         data=data,
-        model=replace(model_settings(description), start_from=str(options.export)),
+        model=replace(model_config(description), start_from=str(options.export)),
         optim=OptimSettings(global_batch=options.global_batch, lr=options.lr),
         phases={"fine_tune": SupervisedPhase(epochs=options.epochs, targets=Targets.given, tower_lr_scale=0.3)},
     )
     check(settings)
-    with opened(settings, world) as run:
+    with open_run(settings, world) as run:
         run_remaining(run)
-        finish(run)
+        write_report(run)
         report = run.folder / "report.json"
     return broadcast(json.loads(report.read_text())["test"] if world.is_main else None)
 

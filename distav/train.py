@@ -15,10 +15,10 @@ from pathlib import Path
 sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(__file__).resolve().parent]
 
 from distav.config import loading  # noqa: E402
-from distav.config.cli import ended_by  # noqa: E402
+from distav.config.cli import exit_with_error  # noqa: E402
 from distav.config.errors import UserError  # noqa: E402
 from distav.config.schema import Settings  # noqa: E402
-from distav.distributed.signals import STATUS, Interrupted  # noqa: E402
+from distav.distributed.signals import EXIT_INTERRUPTED, Interrupted  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         return _train(settings)
     except UserError as error:
-        return ended_by(error, "distav")
+        return exit_with_error(error, "distav")
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -47,23 +47,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _train(settings: Settings) -> int:
     # Imported late, so that mistakes in the configuration show at once.
-    from distav.data.preparation.quickstart import make_missing
-    from distav.distributed.process_group import joined
+    from distav.data.preparation.quickstart import render_missing_dataset
+    from distav.distributed.process_group import process_group
     from distav.training.phases.registry import run_remaining
-    from distav.training.report import finish
-    from distav.training.run import opened
+    from distav.training.report import write_report
+    from distav.training.run import open_run
 
     chosen = settings.run
-    with joined(chosen.device.name, chosen.timeout_s, chosen.threads_per_rank) as here:
-        make_missing(settings.data, here)
+    with process_group(chosen.device.name, chosen.timeout_s, chosen.threads_per_rank) as here:
+        render_missing_dataset(settings.data, here)
         try:
-            with opened(settings, here) as run:
+            with open_run(settings, here) as run:
                 run_remaining(run)
-                finish(run)
+                write_report(run)
         except Interrupted as asked:
             if here.is_main:
-                print(f"distav: {asked}; the same command goes on (exit status {STATUS})", file=sys.stderr)
-            return STATUS
+                print(f"distav: {asked}; the same command goes on (exit status {EXIT_INTERRUPTED})", file=sys.stderr)
+            return EXIT_INTERRUPTED
     return 0
 
 

@@ -8,7 +8,7 @@ import time
 from distav.config.errors import UserError
 
 
-def ended_by(error: UserError, program: str) -> int:
+def exit_with_error(error: UserError, program: str) -> int:
     """Print why a command ends, and return its exit status."""
     if os.environ.get("RANK", "0") != "0":
         # The first rank says the same and takes the others down; what is said here is this rank's own.

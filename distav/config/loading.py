@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distav.config.errors import UserError, listed, nearest
+from distav.config.errors import UserError, format_list, did_you_mean
 from distav.config.phases import PHASE_KINDS, PhaseSettings
 from distav.config.schema import Settings
 from distav.config.validation import check
@@ -35,7 +35,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """
     file = Path(path).expanduser().resolve()
     if not file.is_file():
-        near = nearest(file.name, [each.name for each in file.parent.glob("*.yaml")] if file.parent.is_dir() else [])
+        near = did_you_mean(file.name, [each.name for each in file.parent.glob("*.yaml")] if file.parent.is_dir() else [])
         raise UserError(f"--config {path}: no such file.{near}")
     kinds: dict[str, str] = {}
     try:
@@ -96,8 +96,8 @@ def _phase_kinds(tree: DictConfig) -> dict[str, str]:
     for name, phase in cast(dict[str, Any], phases).items():
         kind: Any = cast(dict[str, Any], phase).get("kind") if isinstance(phase, dict) else None
         if kind not in PHASE_KINDS:
-            near = nearest(kind, PHASE_KINDS)
-            raise UserError(f"phases.{name}.kind={kind} is not a phase; allowed: {listed(PHASE_KINDS)}.{near}")
+            near = did_you_mean(kind, PHASE_KINDS)
+            raise UserError(f"phases.{name}.kind={kind} is not a phase; allowed: {format_list(PHASE_KINDS)}.{near}")
         kinds[str(name)] = str(kind)
     return kinds
 
@@ -140,8 +140,8 @@ def _explain(error: BaseException, kinds: dict[str, str]) -> str:
     key = keys[-1]
     if "Key '" in reason or not reason:
         siblings = _keys_beside(key, kinds)
-        near = nearest(key.split(".")[-1], siblings)
-        return f"there is no setting '{key}'.{near} Allowed there: {listed(siblings, 40)}."
+        near = did_you_mean(key.split(".")[-1], siblings)
+        return f"there is no setting '{key}'.{near} Allowed there: {format_list(siblings, 40)}."
     return f"{key}: {reason}."
 
 

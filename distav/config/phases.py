@@ -29,20 +29,20 @@ class InstanceLoss(Enum):
     acl = "acl"
 
 
-class Candidates(Enum):
+class NegativesSource(Enum):
     """What a pair is told from: rows of the bank, or the batch over all ranks."""
 
-    bank = "bank"
+    memory_bank = "bank"
     batch = "batch"
 
 
-class SoftTargets(Enum):
+class SoftTargetKind(Enum):
     """Which distribution over the bank softens the instance target (RAVID section 3.3)."""
 
     none = "none"
     bootstrapping = "bootstrapping"
     swapped = "swapped"
-    neighbour = "neighbour"
+    neighbor = "neighbour"
     cycle = "cycle"
 
 
@@ -57,11 +57,11 @@ class Targets(Enum):
     given = "given"
     posterior = "posterior"
     held_out = "held_out"
-    mixed = "mixed"
-    truth = "truth"
+    hybrid = "mixed"
+    oracle = "truth"
 
 
-NEED_CORRECTION = (Targets.posterior, Targets.held_out, Targets.mixed)
+NEED_CORRECTION = (Targets.posterior, Targets.held_out, Targets.hybrid)
 """Targets that a correction has to make."""
 
 
@@ -83,96 +83,96 @@ class ContrastivePhase:
     """Passes over the training split."""
     lr_scale: float = 1.0
     """Factor on `optim.lr`."""
-    restart: bool = False
+    reinitialize: bool = False
     """Begin with new weights and rows, and keep what earlier phases found of pairs and labels (CRCL's pieces)."""
     loss: InstanceLoss = InstanceLoss.xid
     """xid or acl."""
-    candidates: Candidates = Candidates.bank
+    negatives_source: NegativesSource = NegativesSource.memory_bank
     """bank or batch (CRCL: batch); with accumulation, a micro-batch."""
     temperature: float = 0.07
     """Divides the similarities of the instance loss (AVID: 0.07, CRCL: 0.05); where `model.learn_temperature`, the
     model's does."""
     complementary_weight: float = 5.0
     """Weight lambda of the complementary part of acl (CRCL: 5)."""
-    negatives: int = 0
+    num_negatives: int = 0
     """Rows drawn for each sample in place of the whole bank (AVID: 1024); 0 uses all, and is exact."""
     nce: bool = False
     """Tell the own row from the drawn ones by noise-contrastive estimation (AVID), in place of their softmax."""
-    mask_unvisited: bool = False
+    mask_uninitialized: bool = False
     """Leave rows that were never written out of the softmax; they start as random directions."""
-    within_weight: float = 0.0
+    within_modal_weight: float = 0.0
     """Weight of telling instances apart within each modality too (Joint-AVID); it learns what the other sense cannot
     teach, which is much where clips are few or hard, and costs two more passes over the bank."""
-    soft_targets: SoftTargets = SoftTargets.cycle
+    soft_targets: SoftTargetKind = SoftTargetKind.cycle
     """Soft targets over the bank (RAVID keeps cycle)."""
-    soft_weight: float = 0.5
+    soft_target_weight: float = 0.5
     """Largest share of the soft target; a sample gets this times (1 - correspondence) (RAVID: 0.5, sweep 0.25)."""
-    soften_all: bool = False
+    soft_targets_for_all: bool = False
     """Give every sample that largest share (RAVID), doubted or not."""
-    soft_temperature: float = 0.02
+    soft_target_temperature: float = 0.02
     """Divides the similarities that make the soft target (RAVID)."""
     cycle_temperature: float = 0.07
     """Divides the pair similarities inside cycle-consistent targets (RAVID)."""
-    soft_excludes_self: bool = False
+    soft_target_excludes_self: bool = False
     """Leave the sample itself out of its soft target."""
-    estimator: Estimator = Estimator.gmm
+    correspondence_estimator: Estimator = Estimator.gmm
     """Estimator of the correspondence of pairs."""
-    weight_min: float = 0.25
+    min_pair_weight: float = 0.25
     """Loss weight of a pair surely mismatched (RAVID: 0.25)."""
-    trust_after: float = 0.35
+    pair_weighting_start: float = 0.35
     """Share of the phase after which weights and soft targets are switched on."""
-    trust_ramp: float = 0.05
+    pair_weighting_ramp: float = 0.05
     """Share of the phase over which they fade in."""
     correspondence_momentum: float = 0.8
     """Share of the old correspondence kept at each estimate (CRCL: 0.8)."""
-    refine_after_epochs: int = 2
+    refinement_warmup_epochs: int = 2
     """Epochs before scc begins (CRCL: 2)."""
-    refine_threshold: float = 0.1
+    correspondence_threshold: float = 0.1
     """Correspondence below which scc holds a pair for mismatched (CRCL: 0.1)."""
     store_thresholded: bool = False
     """Whether scc forgets what lies below (CRCL's code does), so that a pair hardly comes back."""
-    matching_candidates: int = 128
+    matching_reference_size: int = 128
     """Candidates that scc's matching probabilities are stated for, whatever number they were found among (CRCL: 128,
     its batch). Where any clip of a class matches as well as the right one, take a third of the number of classes."""
-    matching_quantile: float = 0.0
+    full_trust_quantile: float = 0.0
     """Quantile of all pairs' correspondences from which scc believes a pair wholly; 0: a probability of 1 (CRCL). Where
     a network has learnt little yet, all pairs match about alike, and this believes them all instead of none."""
     category_weight: float = 1.0
     """Weight of the category-level loss (CC: 1)."""
     category_temperature: float = 1.0
     """Divides the similarities of the category-level loss (CC: 1)."""
-    category_memory: float = 0.0
+    category_memory_weight: float = 0.0
     """Weight of the bank's stored categories beside the batch's in the category-level loss, for batches below five
     times the categories; 0 leaves them out."""
-    category_ramp: float = 0.1
+    category_warmup_fraction: float = 0.1
     """Share of the phase over which the category-level loss fades in."""
-    balance_weight: float = 1.0
+    category_balance_weight: float = 1.0
     """Weight of the term that keeps categories equally used (CC: 1)."""
-    sharpen_weight: float = 0.1
+    category_entropy_weight: float = 0.1
     """Weight of the entropy of each sample's category, against the uniform plateau."""
 
 
 @dataclass
-class CorrectionPhase:
+class LabelCorrectionPhase:
     """Every sample's label, voted for by its neighbours; the way of voting is the one that foretells labels best."""
 
     kind: str = "correction"
     """The kind of phase."""
-    neighbors: list[int] = field(default_factory=lambda: [50, 200, 400])
+    num_neighbors: list[int] = field(default_factory=lambda: [50, 200, 400])
     """Neighbours of the first vote, to choose among; more for noisier labels. Those that the set is too small
     for are left out."""
-    second: list[int] = field(default_factory=lambda: [0, 20, 100])
+    second_round_neighbors: list[int] = field(default_factory=lambda: [0, 20, 100])
     """Voters of a second vote over what the first elected, to choose among; 0: one vote alone."""
-    temperatures: list[float] = field(default_factory=lambda: [0.07, 0.2, 0.4])
+    vote_temperatures: list[float] = field(default_factory=lambda: [0.07, 0.2, 0.4])
     """Divide the similarity in a neighbour's weight, to choose among."""
-    whitening: list[float] = field(default_factory=lambda: [0.0, 0.5])
+    whitening_powers: list[float] = field(default_factory=lambda: [0.0, 0.5])
     """Powers by which the principal axes of features are evened out, to choose among; both senses together are voted
     in with the last."""
-    width: int = 48
+    num_components: int = 48
     """Principal axes of the features that are kept."""
-    harvested: str = ""
+    pseudo_labels: str = ""
     """Folder that tools/harvest_labels.py wrote, whose teachers then have a vote too; empty for none."""
-    signal_nats: float = 10.0
+    min_log_likelihood_gain: float = 10.0
     """Votes that do not make the given labels likelier than their frequencies do by this much are not believed; random
     features come to 1."""
 
@@ -206,7 +206,7 @@ class SupervisedPhase:
 
 
 @dataclass
-class ParsingPhase:
+class EventParsingPhase:
     """Learning which events are heard and which are seen, and when (HAN and VALOR), from features or from clips."""
 
     kind: str = "parsing"
@@ -217,10 +217,10 @@ class ParsingPhase:
     """Factor on `optim.lr`."""
     tower_lr_scale: float = 1.0
     """Further factor for the towers, where clips and not features are stored."""
-    harvested: str = ""
+    pseudo_labels: str = ""
     """What teachers harvested: the folder that tools/harvest_labels.py wrote, or a table of events; empty for weak
     labels alone."""
-    weak_weight: float = 1.0
+    weak_label_weight: float = 1.0
     """Weight of the classes of a whole clip, told by both senses together."""
     modality_weight: float = 0.0
     """Weight of the same classes asked of sound and of picture alike (HAN: 1, VALOR: 0)."""
@@ -232,10 +232,10 @@ class ParsingPhase:
     """Label smoothing of what is asked of pictures (HAN: 0.1)."""
 
 
-PhaseSettings = ContrastivePhase | CorrectionPhase | SupervisedPhase | ParsingPhase
-PHASE_KINDS: dict[str, type[ContrastivePhase] | type[CorrectionPhase] | type[SupervisedPhase] | type[ParsingPhase]] = {
+PhaseSettings = ContrastivePhase | LabelCorrectionPhase | SupervisedPhase | EventParsingPhase
+PHASE_KINDS: dict[str, type[ContrastivePhase] | type[LabelCorrectionPhase] | type[SupervisedPhase] | type[EventParsingPhase]] = {
     "contrastive": ContrastivePhase,
-    "correction": CorrectionPhase,
+    "correction": LabelCorrectionPhase,
     "supervised": SupervisedPhase,
-    "parsing": ParsingPhase,
+    "parsing": EventParsingPhase,
 }

@@ -44,7 +44,7 @@ class RunSettings:
     """Optimiser steps between two checkpoints; phase ends are always saved."""
     keep_checkpoints: int = 2
     """Checkpoints kept, at least 2; older ones are deleted."""
-    max_skipped_steps: int = 10
+    max_consecutive_skipped_steps: int = 10
     """Steps in a row whose loss or gradient is not finite, and which are skipped, before the run stops."""
     timeout_s: float = 600.0
     """Seconds a rank may keep the others waiting before it is named and all of them stop."""
@@ -53,7 +53,7 @@ class RunSettings:
 
 
 @dataclass
-class MakeSettings:
+class SyntheticSettings:
     """Shards that the run renders for itself when `data.root` holds none."""
 
     enabled: bool = False
@@ -84,7 +84,7 @@ class DataSettings:
     """Split to train on."""
     test_split: str = "test"
     """Split to test on; empty for none."""
-    labels: str = ""
+    label_overrides: str = ""
     """A table (parquet or csv with `id` or `key`, and `label`) used in place of the given labels."""
     num_frames: int = 4
     """Frames fed to the visual tower."""
@@ -96,15 +96,15 @@ class DataSettings:
     """Squash whole frames into the square in place of cutting the largest square out of them, where not augmented."""
     audio_s: float = 1.0
     """Seconds of sound fed to the audio tower."""
-    shuffle_block: int = 64
+    shuffle_block_shards: int = 64
     """Shards whose samples are shuffled together; reads stay inside such a block."""
     decode_threads: int = 0
     """Threads of each rank that decode; 0: its share of the cores on a GPU, one on a CPU, where training needs them."""
     prefetch: int = 2
     """Decoded batches kept ready."""
-    max_bad_fraction: float = 0.01
+    max_quarantined_fraction: float = 0.01
     """Share of samples that may be unreadable before the run stops."""
-    make: MakeSettings = field(default_factory=MakeSettings)
+    synthetic: SyntheticSettings = field(default_factory=SyntheticSettings)
     """Shards the run renders for itself."""
 
 
@@ -116,7 +116,7 @@ class AugmentSettings:
     """Smallest share of the frame a random resized crop keeps (AVID: 0.08)."""
     crop_aspect_max: float = 4 / 3
     """Largest aspect ratio of that crop, and its inverse the smallest."""
-    flip: float = 0.5
+    flip_prob: float = 0.5
     """Probability of a horizontal flip; 0 where left and right carry meaning."""
     brightness: float = 0.4
     """Factor drawn from 1 +- this (AVID: 0.4)."""
@@ -128,7 +128,7 @@ class AugmentSettings:
     """Hue turn drawn from +- this share of half a circle (AVID: 0.2)."""
     gain: float = 0.1
     """Sound amplitude factor drawn from 1 +- this (AVID: 0.1)."""
-    shift_s: float = 0.2
+    audio_shift_s: float = 0.2
     """Sound is shifted against the picture by up to this many seconds; 0.5 at most, beyond it pairs come apart."""
 
 
@@ -178,15 +178,15 @@ class ParserSettings:
     """Layers (VALOR: 1; VALOR+ and VALOR++: 4)."""
     heads: int = 8
     """Heads of each attention (VALOR: 8, HAN: 1)."""
-    feed_forward: int = 1024
+    ffn_dim: int = 1024
     """Hidden width between attentions (VALOR: 1024, HAN: 512)."""
     dropout: float = 0.1
     """Dropout inside the layers (HAN: 0.1)."""
-    in_turn: bool = False
+    sequential_update: bool = False
     """Whether pictures attend to sounds that the same layer has updated (VALOR's code), or to what came in (HAN)."""
     joint_pooling: bool = True
     """One softmax over time and senses; or, as published, one over each, whose products add up to between 0 and 2."""
-    maps: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
+    token_grids: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
     """Streams of features that are token maps, with their rows and columns, such as {clap: [2, 32]} of VALOR++."""
 
 
@@ -206,18 +206,18 @@ class ModelSettings:
     """Width of the hidden layers of the heads."""
     num_categories: int = 0
     """Categories K of the category-level head; 0: as many as classes."""
-    learn_temperature: bool = False
+    learnable_temperature: bool = False
     """Learn the temperature of the instance loss, from 0.07 within 0.01 to 1, in place of the phase's."""
     dropout: float = 0.5
     """Dropout before the classifiers."""
     activation_checkpointing: bool = False
     """Recompute tower activations in the backward pass instead of keeping them."""
-    start_from: str = ""
+    pretrained: str = ""
     """An `export/` folder whose weights training starts from, where their names and shapes fit; empty for none."""
 
 
 @dataclass
-class BankSettings:
+class MemoryBankSettings:
     """The global cross-modal memory bank."""
 
     momentum: float = 0.5
@@ -232,7 +232,7 @@ class OptimSettings:
 
     global_batch: int = 128
     """Samples of one optimiser step, over all ranks and accumulated micro-batches."""
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     """Micro-batches accumulated in one step."""
     lr: float = 1e-3
     """Learning rate after the warm-up."""
@@ -248,9 +248,9 @@ class OptimSettings:
     """AdamW's second decay rate."""
     grad_clip: float = 5.0
     """Largest global gradient norm; 0 clips nothing."""
-    spike_factor: float = 0.0
+    loss_spike_factor: float = 0.0
     """A loss so many times the median of the last 50 steps rolls the run back to the last checkpoint; 0: none does."""
-    spike_skip: int = 200
+    loss_spike_skip_batches: int = 200
     """Batches left out from the checkpoint on, besides those up to the spike (PaLM: 200 to 500)."""
 
 
@@ -284,7 +284,7 @@ class Settings:
     data: DataSettings = field(default_factory=DataSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
-    bank: BankSettings = field(default_factory=BankSettings)
+    memory_bank: MemoryBankSettings = field(default_factory=MemoryBankSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     deepspeed: DeepSpeedSettings = field(default_factory=DeepSpeedSettings)
     monitor: MonitorSettings = field(default_factory=MonitorSettings)

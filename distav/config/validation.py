@@ -7,12 +7,12 @@ from typing import Any, cast
 from distav.config.errors import UserError
 from distav.config.phases import (
     NEED_CORRECTION,
-    Candidates,
+    NegativesSource,
     ContrastivePhase,
     InstanceLoss,
-    ParsingPhase,
+    EventParsingPhase,
     PhaseSettings,
-    SoftTargets,
+    SoftTargetKind,
     SupervisedPhase,
 )
 from distav.config.schema import Settings
@@ -26,14 +26,14 @@ def check(settings: Settings) -> None:
     """
     _require(settings.optim.global_batch > 1, "optim.global_batch", settings.optim.global_batch, "2 or more")
     at_least_one = {
-        "optim.accumulation": settings.optim.accumulation,
+        "optim.accumulation": settings.optim.gradient_accumulation_steps,
         "data.num_frames": settings.data.num_frames,
         "data.frame_stride": settings.data.frame_stride,
         "data.frame_size": settings.data.frame_size,
-        "data.shuffle_block": settings.data.shuffle_block,
+        "data.shuffle_block": settings.data.shuffle_block_shards,
         "data.prefetch": settings.data.prefetch,
         "run.log_every": settings.run.log_every,
-        "run.max_skipped_steps": settings.run.max_skipped_steps,
+        "run.max_skipped_steps": settings.run.max_consecutive_skipped_steps,
         "run.checkpoint_every": settings.run.checkpoint_every,
         "monitor.media_every": settings.monitor.media_every,
         "model.visual.patch": settings.model.visual.patch,
@@ -47,7 +47,7 @@ def check(settings: Settings) -> None:
         "model.parser.width": settings.model.parser.width,
         "model.parser.depth": settings.model.parser.depth,
         "model.parser.heads": settings.model.parser.heads,
-        "model.parser.feed_forward": settings.model.parser.feed_forward,
+        "model.parser.feed_forward": settings.model.parser.ffn_dim,
     }
     for key, value in at_least_one.items():
         _require(value >= 1, key, value, "a whole number from 1 up")
@@ -55,9 +55,9 @@ def check(settings: Settings) -> None:
     _require(threads >= 0, "data.decode_threads", threads, "a whole number from 1 up, or 0 to choose by the device")
     _require(settings.run.keep_checkpoints >= 2, "run.keep_checkpoints", settings.run.keep_checkpoints, "2 or more")
     shares = {
-        "data.max_bad_fraction": settings.data.max_bad_fraction,
-        "augment.flip": settings.augment.flip,
-        "bank.momentum": settings.bank.momentum,
+        "data.max_bad_fraction": settings.data.max_quarantined_fraction,
+        "augment.flip": settings.augment.flip_prob,
+        "bank.momentum": settings.memory_bank.momentum,
         "model.dropout": settings.model.dropout,
         "model.parser.dropout": settings.model.parser.dropout,
         "optim.warmup_fraction": settings.optim.warmup_fraction,
@@ -72,32 +72,32 @@ def check(settings: Settings) -> None:
         "run.seed": settings.run.seed,
         "run.threads_per_rank": settings.run.threads_per_rank,
         "data.cache_mib": settings.data.cache_mib,
-        "optim.spike_skip": settings.optim.spike_skip,
+        "optim.spike_skip": settings.optim.loss_spike_skip_batches,
         "optim.weight_decay": settings.optim.weight_decay,
         "optim.grad_clip": settings.optim.grad_clip,
         "model.num_categories": settings.model.num_categories,
         "monitor.media_clips": settings.monitor.media_clips,
-        "bank.replicate_below_mib": settings.bank.replicate_below_mib,
+        "bank.replicate_below_mib": settings.memory_bank.replicate_below_mib,
     }
     for key, value in none_below_zero.items():
         _require(value >= 0, key, value, "0 or more")
     for key, value in {"optim.beta1": settings.optim.beta1, "optim.beta2": settings.optim.beta2}.items():
         _require(0 <= value < 1, key, value, "0 up to, not including, 1")
-    spike = settings.optim.spike_factor
+    spike = settings.optim.loss_spike_factor
     _require(spike == 0 or spike > 1, "optim.spike_factor", spike, "0 for never, or a factor above 1")
     parser = settings.model.parser
     heads = f"a divisor of model.parser.width={parser.width}"
     _require(parser.width % parser.heads == 0, "model.parser.heads", parser.heads, heads)
-    for name, grid in parser.maps.items():
+    for name, grid in parser.token_grids.items():
         _require(len(grid) == 2 and min(grid) > 0, f"model.parser.maps.{name}", grid, "rows and columns, e.g. [2, 32]")
     _require(settings.run.timeout_s > 0, "run.timeout_s", settings.run.timeout_s, "seconds above 0")
     _require(settings.optim.lr > 0, "optim.lr", settings.optim.lr, "a number above 0")
     _require(settings.data.audio_s > 0, "data.audio_s", settings.data.audio_s, "seconds above 0")
     _require(0 < settings.augment.crop_area_min <= 1, "augment.crop_area_min", settings.augment.crop_area_min, "0 to 1")
     _require(
-        0 <= settings.augment.shift_s <= 0.5,
+        0 <= settings.augment.audio_shift_s <= 0.5,
         "augment.shift_s",
-        settings.augment.shift_s,
+        settings.augment.audio_shift_s,
         "0 to 0.5 seconds, since a larger shift makes mismatched pairs",
     )
     _require(
@@ -109,7 +109,7 @@ def check(settings: Settings) -> None:
     _require(bool(settings.phases), "phases", "{}", "at least one phase, e.g. {learn: {kind: contrastive}}")
     corrected = False
     for name, phase in settings.phases.items():
-        if isinstance(phase, ParsingPhase):
+        if isinstance(phase, EventParsingPhase):
             for sense, tower in (("visual", settings.model.visual.name), ("audio", settings.model.audio.name)):
                 what = f"a convolutional tower, since phases.{name} gives it single seconds of a clip"
                 _require(not tower.startswith("vit_"), f"model.{sense}.name", tower, what)
@@ -157,32 +157,32 @@ def _check_phase(name: str, phase: PhaseSettings) -> None:
 
 
 def _check_instance_loss(where: str, phase: ContrastivePhase) -> None:
-    in_batch, acl = phase.candidates is Candidates.batch, phase.loss is InstanceLoss.acl
-    if in_batch and phase.negatives:
+    in_batch, acl = phase.negatives_source is NegativesSource.batch, phase.loss is InstanceLoss.acl
+    if in_batch and phase.num_negatives:
         raise UserError(
-            f"{where}.negatives={phase.negatives}: rows are drawn from the bank; set {where}.candidates=bank, or "
+            f"{where}.negatives={phase.num_negatives}: rows are drawn from the bank; set {where}.candidates=bank, or "
             "negatives=0 for the batch."
         )
-    if acl and not in_batch and not phase.negatives:
+    if acl and not in_batch and not phase.num_negatives:
         raise UserError(
             f"{where}.loss=acl: is taken over some candidates, not the whole bank; set {where}.candidates=batch, or "
             f"{where}.negatives to the rows to draw, e.g. 127."
         )
     if acl and phase.nce:
         raise UserError(f"{where}.nce=true: is another loss than acl; set {where}.loss=xid or nce=false.")
-    if phase.nce and not phase.negatives:
+    if phase.nce and not phase.num_negatives:
         raise UserError(
             f"{where}.nce=true: needs drawn rows; set {where}.negatives (AVID: 1024), or nce=false for the "
             "softmax over the whole bank."
         )
-    if in_batch or phase.negatives:
-        what = f"{where}.candidates=batch" if in_batch else f"{where}.negatives={phase.negatives}"
-        if not acl and phase.soft_targets is not SoftTargets.none:
+    if in_batch or phase.num_negatives:
+        what = f"{where}.candidates=batch" if in_batch else f"{where}.negatives={phase.num_negatives}"
+        if not acl and phase.soft_targets is not SoftTargetKind.none:
             raise UserError(
                 f"{where}.soft_targets={phase.soft_targets.name}: {what} goes with hard targets alone; set "
                 f"{where}.soft_targets=none, or candidates=bank and negatives=0 for the whole bank."
             )
-        if phase.mask_unvisited:
+        if phase.mask_uninitialized:
             raise UserError(f"{where}.mask_unvisited=true: is for the whole bank, and not for {what}.")
 
 

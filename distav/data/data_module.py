@@ -6,20 +6,20 @@ from pathlib import Path
 
 import numpy as np
 
-from distav.config.errors import UserError, listed
-from distav.config.phases import ContrastivePhase, CorrectionPhase, ParsingPhase
+from distav.config.errors import UserError, format_list
+from distav.config.phases import ContrastivePhase, LabelCorrectionPhase, EventParsingPhase
 from distav.config.schema import Settings
 from distav.data.annotations.events import EventLabels, load_events, read_events, segments_of
 from distav.data.annotations.labels import Labels, load_labels
 from distav.data.annotations.teacher_scores import check_scores, read_shares
-from distav.data.dataset import ShardSet, Split
+from distav.data.dataset import ShardedDataset, Split
 
 
 @dataclass
-class Data:
+class DataModule:
     """Both splits, and what is told of them: each kind of label is read when it is first asked for."""
 
-    shards: ShardSet
+    shards: ShardedDataset
     train: Split
     test: Split | None
     override: str = ""
@@ -44,7 +44,7 @@ class Data:
         """Classes and events of the test clips."""
         return load_events(self.shards, self.test) if self.test else None
 
-    def harvested_events(self, name: str, phase: ParsingPhase) -> tuple[np.ndarray, ...] | None:
+    def pseudo_label_events(self, name: str, phase: EventParsingPhase) -> tuple[np.ndarray, ...] | None:
         """Return the events that a phase learns from, [N, 2, T, C] bool, and which clips were looked at, [N] bool.
 
         None where it has weak labels alone.
@@ -52,35 +52,35 @@ class Data:
         Raises:
             UserError: for a table that is missing or does not fit the set.
         """
-        if not phase.harvested:
+        if not phase.pseudo_labels:
             return None
-        path = Path(phase.harvested).expanduser()
+        path = Path(phase.pseudo_labels).expanduser()
         path = path / "events.parquet" if path.is_dir() else path
         return read_events(path, f"phases.{name}.harvested", self.train, self.shards.classes, self.events.weak)
 
-    def teachers_shares(self, name: str, phase: CorrectionPhase) -> np.ndarray | None:
+    def teacher_probs(self, name: str, phase: LabelCorrectionPhase) -> np.ndarray | None:
         """Return what teachers hold each clip for, [N, 2, C] float32; None where none were asked.
 
         Raises:
             UserError: for scores that are missing or of another set.
         """
-        if not phase.harvested:
+        if not phase.pseudo_labels:
             return None
-        folder = Path(phase.harvested).expanduser()
+        folder = Path(phase.pseudo_labels).expanduser()
         return read_shares(folder, f"phases.{name}.harvested", self.shards, self.train)
 
     @classmethod
-    def open(cls, settings: Settings) -> "Data":
+    def open(cls, settings: Settings) -> "DataModule":
         """Open the set and check the settings against it.
 
         Raises:
             UserError: for anything missing, or settings that this set makes impossible.
         """
-        shards = ShardSet.open(settings.data.root, settings.data.cache, settings.data.cache_mib)
+        shards = ShardedDataset.open(settings.data.root, settings.data.cache, settings.data.cache_mib)
         train = shards.split(settings.data.train_split, "data.train_split")
         test = shards.split(settings.data.test_split, "data.test_split") if settings.data.test_split else None
-        data = cls(shards, train, test, settings.data.labels)
-        parses = [isinstance(phase, ParsingPhase) for phase in settings.phases.values()]
+        data = cls(shards, train, test, settings.data.label_overrides)
+        parses = [isinstance(phase, EventParsingPhase) for phase in settings.phases.values()]
         if not all(parses):
             _ = data.labels, data.test_labels
         if any(parses):
@@ -92,21 +92,21 @@ class Data:
                 "allowed: up to that many."
             )
         for name, phase in settings.phases.items():
-            if isinstance(phase, ParsingPhase):
-                data.harvested_events(name, phase)
-            if isinstance(phase, CorrectionPhase):
-                if phase.harvested:
-                    check_scores(Path(phase.harvested).expanduser(), f"phases.{name}.harvested", shards, train)
-                k = min(phase.neighbors)
+            if isinstance(phase, EventParsingPhase):
+                data.pseudo_label_events(name, phase)
+            if isinstance(phase, LabelCorrectionPhase):
+                if phase.pseudo_labels:
+                    check_scores(Path(phase.pseudo_labels).expanduser(), f"phases.{name}.harvested", shards, train)
+                k = min(phase.num_neighbors)
                 if k >= len(train):
                     raise UserError(
-                        f"phases.{name}.neighbors={phase.neighbors}: all are too many for a training split of "
+                        f"phases.{name}.neighbors={phase.num_neighbors}: all are too many for a training split of "
                         f"{len(train)} samples; allowed: up to {len(train) - 1}, sensible: up to twice the "
                         f"{len(train) // len(shards.classes)} of a class."
                     )
-            if train.streams and not isinstance(phase, ParsingPhase):
+            if train.streams and not isinstance(phase, EventParsingPhase):
                 raise UserError(f"phases.{name}.kind={phase.kind}: {shards.where} holds features; allowed: parsing.")
-            if shards.several_labels and not isinstance(phase, ParsingPhase | ContrastivePhase):
+            if shards.multi_label and not isinstance(phase, EventParsingPhase | ContrastivePhase):
                 raise UserError(
                     f"phases.{name}.kind={phase.kind}: in {shards.where} a clip may have several classes; allowed: "
                     "parsing, contrastive."
@@ -118,13 +118,13 @@ def _check_segments(settings: Settings, train: Split) -> None:
     """Make sure that what the towers are fed of a clip covers its seconds evenly."""
     segments, data = segments_of(train), settings.data
     if train.streams:
-        unknown = set(settings.model.parser.maps) - set(train.streams)
+        unknown = set(settings.model.parser.token_grids) - set(train.streams)
         if unknown:
             raise UserError(
-                f"model.parser.maps.{min(unknown)}: the set has no such stream; allowed: {listed(train.streams)}. "
+                f"model.parser.maps.{min(unknown)}: the set has no such stream; allowed: {format_list(train.streams)}. "
                 f"Leave it out by ~model.parser.maps.{min(unknown)}."
             )
-        for name, (rows, columns) in settings.model.parser.maps.items():
+        for name, (rows, columns) in settings.model.parser.token_grids.items():
             if rows * columns != train.streams[name].steps:
                 raise UserError(
                     f"model.parser.maps.{name}=[{rows}, {columns}]: the stream has {train.streams[name].steps} steps."

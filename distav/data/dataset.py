@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from distav.config.errors import UserError, listed, nearest
+from distav.config.errors import UserError, format_list, did_you_mean
 from distav.data.files import read_table
-from distav.data.integrity import Damaged, check
+from distav.data.integrity import CorruptFileError, verify_file
 from distav.data.manifest import VIDEO_EXTENSIONS, read_manifest
-from distav.data.modalities import Stream
-from distav.data.storage.object_store import Remote, is_url
+from distav.data.modalities import FeatureStream
+from distav.data.storage.object_store import ObjectStore, is_url
 
 AUDIO_EXTENSION = "flac"
 EVENTS = "events.parquet"
@@ -69,8 +69,8 @@ class Split:
     fps: float
     sample_rate_hz: int
     columns: dict[str, np.ndarray]
-    streams: dict[str, Stream] = field(default_factory=dict[str, Stream])
-    remote: Remote | None = None
+    streams: dict[str, FeatureStream] = field(default_factory=dict[str, FeatureStream])
+    remote: ObjectStore | None = None
 
     @property
     def members(self) -> dict[str, str]:
@@ -103,12 +103,12 @@ class Split:
 
 
 @dataclass(frozen=True)
-class ShardSet:
+class ShardedDataset:
     """A folder of shards, opened; of a remote one, `root` mirrors the tables."""
 
     root: Path
     manifest: dict[str, Any]
-    remote: Remote | None = None
+    remote: ObjectStore | None = None
 
     @property
     def where(self) -> str:
@@ -121,17 +121,17 @@ class ShardSet:
         return self.manifest["classes"]
 
     @property
-    def streams(self) -> dict[str, Stream]:
+    def streams(self) -> dict[str, FeatureStream]:
         """Streams of features by name; empty where clips are stored."""
-        return {name: Stream(**each) for name, each in self.manifest.get("streams", {}).items()}
+        return {name: FeatureStream(**each) for name, each in self.manifest.get("streams", {}).items()}
 
     @property
-    def several_labels(self) -> bool:
+    def multi_label(self) -> bool:
         """Whether a sample may have any number of classes, and not just one."""
         return self.manifest.get("several_labels", False)
 
     @classmethod
-    def open(cls, root: str | Path, cache: str = "", cache_mib: int = 0) -> "ShardSet":
+    def open(cls, root: str | Path, cache: str = "", cache_mib: int = 0) -> "ShardedDataset":
         """Open a set written by tools/make_shards.py.
 
         Args:
@@ -142,7 +142,7 @@ class ShardSet:
             UserError: where the folder or a file that belongs to it is missing or unreadable.
         """
         if is_url(root):
-            remote = Remote(str(root), cache, cache_mib)
+            remote = ObjectStore(str(root), cache, cache_mib)
             return cls(remote.folder, read_manifest(remote.manifest, f"{remote.url}/manifest.json"), remote)
         root = Path(root).expanduser()
         path = root / "manifest.json"
@@ -164,8 +164,8 @@ class ShardSet:
             if self.remote:
                 self.remote.mirror(name, expected)
             elif expected:
-                check(self.root, name, expected)
-        except Damaged as fault:
+                verify_file(self.root, name, expected)
+        except CorruptFileError as fault:
             raise UserError(
                 f"{self.where}: {fault}; copy it again. Labels of your own go into a table named by data.labels."
             ) from None
@@ -181,7 +181,7 @@ class ShardSet:
         if name not in splits:
             none = ", or empty for none" if key == "data.test_split" else ""
             raise UserError(
-                f"{key}={name} is not in {self.where}; allowed: {listed(splits)}{none}.{nearest(name, splits)}"
+                f"{key}={name} is not in {self.where}; allowed: {format_list(splits)}{none}.{did_you_mean(name, splits)}"
             )
         table, manifest = self.table("index.parquet", name), self.manifest
         codec = manifest.get("codec", "")

@@ -14,7 +14,7 @@ _MOST_BYTES = 64 << 20
 """Largest manifest that is read."""
 
 
-class Damaged(Exception):
+class CorruptFileError(Exception):
     """A file is not what was written, with the reason."""
 
 
@@ -27,14 +27,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def described(path: Path) -> dict[str, Any]:
+def file_entry(path: Path) -> dict[str, Any]:
     """Return size and SHA-256 of a file, after it was put on disk."""
     sync(path)
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def seal(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     """Write the manifest of a folder, the last of its files.
 
     Args:
@@ -47,7 +47,7 @@ def seal(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     sync(folder)
 
 
-def files_of(folder: Path) -> dict[str, dict[str, Any]]:
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the files that a sealed folder should have.
 
     Raises:
@@ -56,14 +56,14 @@ def files_of(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise Damaged(f"{MANIFEST} is larger than {_MOST_BYTES} bytes")
+            raise CorruptFileError(f"{MANIFEST} is larger than {_MOST_BYTES} bytes")
         content = path.read_bytes()
     except OSError as error:
-        raise Damaged(f"{MANIFEST}: {error.strerror}") from None
-    return opened(content)
+        raise CorruptFileError(f"{MANIFEST}: {error.strerror}") from None
+    return parse_manifest(content)
 
 
-def opened(content: bytes) -> dict[str, dict[str, Any]]:
+def parse_manifest(content: bytes) -> dict[str, dict[str, Any]]:
     """Return the files that a manifest names.
 
     Raises:
@@ -75,14 +75,14 @@ def opened(content: bytes) -> dict[str, dict[str, Any]]:
     except (ValueError, RecursionError):
         whole, found = False, {}
     if not whole:
-        raise Damaged(f"{MANIFEST} is not as it was written")
+        raise CorruptFileError(f"{MANIFEST} is not as it was written")
     files = found.get("files")
     if not isinstance(files, dict) or not all(_plain(name) and isinstance(each, dict) for name, each in files.items()):
-        raise Damaged(f"{MANIFEST} names no plain files")
+        raise CorruptFileError(f"{MANIFEST} names no plain files")
     return files
 
 
-def check(folder: Path, name: str, expected: dict[str, Any]) -> None:
+def verify_file(folder: Path, name: str, expected: dict[str, Any]) -> None:
     """Compare a file with its entry in the manifest.
 
     Raises:
@@ -92,12 +92,12 @@ def check(folder: Path, name: str, expected: dict[str, Any]) -> None:
     try:
         size = path.stat().st_size
         if size != expected.get("bytes"):
-            raise Damaged(f"{name} has {size} bytes of {expected.get('bytes')}")
+            raise CorruptFileError(f"{name} has {size} bytes of {expected.get('bytes')}")
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected.get("sha256"):
-                raise Damaged(f"{name} was altered, its SHA-256 differs")
+                raise CorruptFileError(f"{name} was altered, its SHA-256 differs")
     except OSError as error:
-        raise Damaged(f"{name}: {error.strerror}") from None
+        raise CorruptFileError(f"{name}: {error.strerror}") from None
 
 
 def _sealed(content: dict[str, Any]) -> bytes:

@@ -4,8 +4,8 @@ import json
 import re
 from typing import Any
 
-from distav.config.errors import UserError, listed
-from distav.data.modalities import SENSES, STREAM_NAME
+from distav.config.errors import UserError, format_list
+from distav.data.modalities import MODALITIES, STREAM_NAME
 
 VIDEO_EXTENSIONS = {"mjpeg": "avi", "vp9": "webm", "h264": "mp4"}
 
@@ -58,7 +58,7 @@ def _fault(manifest: Any) -> str:
 
 def _clips_fault(manifest: dict[str, Any]) -> str:
     if manifest["codec"] not in VIDEO_EXTENSIONS:
-        return f"codec '{manifest['codec']}'; allowed: {listed(VIDEO_EXTENSIONS)}"
+        return f"codec '{manifest['codec']}'; allowed: {format_list(VIDEO_EXTENSIONS)}"
     if not 0 < manifest["fps"] < 1e4 or not 0 < manifest["sample_rate_hz"] < 1e6:
         return "a rate that no clip has"
     return ""
@@ -69,9 +69,9 @@ def _streams_fault(streams: dict[str, Any]) -> str:
         sizes = [each.get("steps"), each.get("dim")] if isinstance(each, dict) else []
         if not STREAM_NAME.fullmatch(name) or not all(isinstance(size, int) and size > 0 for size in sizes):
             return f"stream '{name}' has no plain name, or no steps and dim"
-        if set(each) != {"sense", "steps", "dim"} or each["sense"] not in SENSES:
-            return f"stream '{name}' is of no sense; allowed: {listed(SENSES)}"
-    return "" if {each["sense"] for each in streams.values()} == set(SENSES) else "no streams of both senses"
+        if set(each) != {"sense", "steps", "dim"} or each["sense"] not in MODALITIES:
+            return f"stream '{name}' is of no sense; allowed: {format_list(MODALITIES)}"
+    return "" if {each["sense"] for each in streams.values()} == set(MODALITIES) else "no streams of both senses"
 
 
 def _is_shard(each: Any) -> bool:

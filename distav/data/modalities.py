@@ -4,14 +4,14 @@ import re
 from dataclasses import dataclass
 
 STREAM_NAME = re.compile(r"[a-z][a-z0-9_]*")
-SENSES = ("audio", "visual")
+MODALITIES = ("audio", "visual")
 """What is heard and what is seen, in the order of every axis of both."""
 
 
 @dataclass(frozen=True)
-class Stream:
+class FeatureStream:
     """Features that a frozen network gave of one sense of a sample: [steps, dim] float16 or float32."""
 
-    sense: str
+    modality: str
     steps: int
     dim: int

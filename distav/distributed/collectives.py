@@ -12,54 +12,54 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distav.config.errors import UserError
-from distav.distributed.rendezvous import mark
+from distav.distributed.rendezvous import record_collective
 
 
-def num_ranks() -> int:
+def get_world_size() -> int:
     """Return the number of ranks W."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank() -> int:
+def get_rank() -> int:
     """Return the number of this rank, 0..W-1."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def gather_rows(rows: Tensor) -> Tensor:
+def all_gather_rows(rows: Tensor) -> Tensor:
     """Concatenate the rows of all ranks in rank order: [b, ...] -> [B, ...]; b is the same everywhere, no gradient."""
     rows = rows.detach().contiguous()
-    if num_ranks() == 1:
+    if get_world_size() == 1:
         return rows
-    mark("gathering rows")
-    parts = [torch.empty_like(rows) for _ in range(num_ranks())]
+    record_collective("gathering rows")
+    parts = [torch.empty_like(rows) for _ in range(get_world_size())]
     dist.all_gather(parts, rows)
     return torch.cat(parts)
 
 
-def gather_ragged_rows(rows: Tensor) -> Tensor:
+def all_gather_variable_rows(rows: Tensor) -> Tensor:
     """Concatenate the rows of all ranks in rank order where ranks hold different numbers of rows; no gradient."""
-    if num_ranks() == 1:
+    if get_world_size() == 1:
         return rows.detach()
-    sizes = gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
+    sizes = all_gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
-    whole = gather_rows(padded).view(num_ranks(), max(sizes), *rows.shape[1:])
+    whole = all_gather_rows(padded).view(get_world_size(), max(sizes), *rows.shape[1:])
     return torch.cat([part[:size] for part, size in zip(whole, sizes, strict=True)])
 
 
-def own_rows(whole: Tensor) -> Tensor:
+def local_batch(whole: Tensor) -> Tensor:
     """Return this rank's part of rows gathered by `gather_rows`: [B, ...] -> [b, ...]."""
-    size = len(whole) // num_ranks()
-    return whole[rank() * size : (rank() + 1) * size]
+    size = len(whole) // get_world_size()
+    return whole[get_rank() * size : (get_rank() + 1) * size]
 
 
-def own_share(whole: Tensor) -> Tensor:
+def local_shard(whole: Tensor) -> Tensor:
     """Return the rows that this rank takes of what all ranks hold: [N, ...] -> [n, ...], those of `row_range(N)`."""
-    rows = row_range(len(whole))
+    rows = shard_range(len(whole))
     return whole[rows.start : rows.stop]
 
 
-def exchange(rows: Tensor, to: Sequence[int] | None = None, of: Sequence[int] | None = None) -> Tensor:
+def all_to_all_rows(rows: Tensor, to: Sequence[int] | None = None, of: Sequence[int] | None = None) -> Tensor:
     """Send a part of the rows to each rank and return what the ranks sent here, in rank order; no gradient.
 
     Args:
@@ -67,27 +67,27 @@ def exchange(rows: Tensor, to: Sequence[int] | None = None, of: Sequence[int] | 
         to: rows that go to each rank; equal parts where None.
         of: rows that come from each rank; as many as are sent to it where None.
     """
-    if num_ranks() == 1:
+    if get_world_size() == 1:
         return rows
-    mark("exchanging rows")
+    record_collective("exchanging rows")
     rows = rows.detach().contiguous()
     came = rows.new_empty(sum(of) if of is not None else len(rows), *rows.shape[1:])
     dist.all_to_all_single(came, rows, of and list(of), to and list(to))
     return came
 
 
-def sum_(values: Tensor) -> Tensor:
+def all_reduce_sum_(values: Tensor) -> Tensor:
     """Add up a tensor over ranks, in place; no gradient."""
-    if num_ranks() > 1:
-        mark("adding up")
+    if get_world_size() > 1:
+        record_collective("adding up")
         dist.all_reduce(values)
     return values
 
 
-def max_(values: Tensor) -> Tensor:
+def all_reduce_max_(values: Tensor) -> Tensor:
     """Take the maximum of a tensor over ranks, in place; no gradient."""
-    if num_ranks() > 1:
-        mark("agreeing")
+    if get_world_size() > 1:
+        record_collective("agreeing")
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
@@ -97,20 +97,20 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        return sum_(values.clone())
+        return all_reduce_sum_(values.clone())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return sum_(gradients[0].clone())
+        return all_reduce_sum_(gradients[0].clone())
 
 
-def sum_across(values: Tensor) -> Tensor:
+def all_reduce_sum(values: Tensor) -> Tensor:
     """Add up a tensor over ranks with gradient.
 
     Every rank computes the same loss from the sum, and gradients are averaged over ranks afterwards, so the backward
     sums: that gives the gradient of one process that held all rows.
     """
-    return _Sum.apply(values) if num_ranks() > 1 else values  # pyright: ignore[reportReturnType]
+    return _Sum.apply(values) if get_world_size() > 1 else values  # pyright: ignore[reportReturnType]
 
 
 class _Gather(torch.autograd.Function):
@@ -118,44 +118,44 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        return gather_rows(rows)
+        return all_gather_rows(rows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return exchange(gradients[0]).view(num_ranks(), -1, *gradients[0].shape[1:]).sum(0)
+        return all_to_all_rows(gradients[0]).view(get_world_size(), -1, *gradients[0].shape[1:]).sum(0)
 
 
-def gather_across(rows: Tensor) -> Tensor:
+def all_gather_rows_with_grad(rows: Tensor) -> Tensor:
     """Concatenate the rows of all ranks in rank order with gradient: [b, ...] -> [B, ...]; b is the same everywhere.
 
     A rank's loss has gradients by the rows of others; they are added up where the rows came from.
     """
-    return _Gather.apply(rows) if num_ranks() > 1 else rows  # pyright: ignore[reportReturnType]
+    return _Gather.apply(rows) if get_world_size() > 1 else rows  # pyright: ignore[reportReturnType]
 
 
-def any_rank(flag: bool) -> bool:
+def any_across_ranks(flag: bool) -> bool:
     """Whether any rank says yes; all ranks get the same answer."""
-    return bool(max_(torch.tensor([float(flag)])).item())
+    return bool(all_reduce_max_(torch.tensor([float(flag)])).item())
 
 
 def broadcast(value: Any, source: int = 0) -> Any:
     """Return what one rank holds to all ranks (picklable, trusted values only)."""
-    if num_ranks() == 1:
+    if get_world_size() == 1:
         return value
-    mark("telling all ranks")
+    record_collective("telling all ranks")
     box = [value]
     dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
     return box[0]
 
 
-def on_main(work: Callable[[], None]) -> None:
+def run_on_main_rank(work: Callable[[], None]) -> None:
     """Let the main rank do something, and all ranks know if it could not.
 
     Raises:
         UserError: what the main rank met, on every rank.
     """
     problem = ""
-    if rank() == 0:
+    if get_rank() == 0:
         try:
             work()
         except UserError as error:
@@ -166,23 +166,23 @@ def on_main(work: Callable[[], None]) -> None:
         raise UserError(problem)
 
 
-def gather_objects(value: Any) -> list[Any]:
+def all_gather_objects(value: Any) -> list[Any]:
     """Return what every rank holds, in rank order, to all ranks (picklable, trusted values only)."""
-    if num_ranks() == 1:
+    if get_world_size() == 1:
         return [value]
-    mark("asking all ranks")
-    values: list[Any] = [None] * num_ranks()
+    record_collective("asking all ranks")
+    values: list[Any] = [None] * get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Return when every rank has come here."""
-    if num_ranks() > 1:
-        sum_(torch.zeros(1))
+    if get_world_size() > 1:
+        all_reduce_sum_(torch.zeros(1))
 
 
-def passing_shards(rows: Tensor, sizes: list[int]) -> Iterator[tuple[int, Tensor]]:
+def ring_shards(rows: Tensor, sizes: list[int]) -> Iterator[tuple[int, Tensor]]:
     """Yield the rows of every rank in turn, this rank's own first; the next ones travel while these are used.
 
     Args:
@@ -192,12 +192,12 @@ def passing_shards(rows: Tensor, sizes: list[int]) -> Iterator[tuple[int, Tensor
     Yields:
         The owner and its rows. A rank sends (W - 1) shards and receives as many.
     """
-    world, me = num_ranks(), rank()
+    world, me = get_world_size(), get_rank()
     current = rows.contiguous()
     for step in range(world):
         owner = (me - step) % world
         waiting, coming = [], current
-        mark("passing rows on")
+        record_collective("passing rows on")
         if step + 1 < world:
             coming = rows.new_empty(sizes[(owner - 1) % world], *rows.shape[1:])
             transfers = [
@@ -211,7 +211,7 @@ def passing_shards(rows: Tensor, sizes: list[int]) -> Iterator[tuple[int, Tensor
         current = coming
 
 
-def row_range(num_rows: int, owner: int | None = None, owners: int | None = None) -> range:
+def shard_range(num_rows: int, owner: int | None = None, owners: int | None = None) -> range:
     """Return the contiguous ids that a rank owns out of 0..num_rows-1; sizes differ by one at most."""
-    of, at = owners or num_ranks(), rank() if owner is None else owner
+    of, at = owners or get_world_size(), get_rank() if owner is None else owner
     return range(num_rows * at // of, num_rows * (at + 1) // of)

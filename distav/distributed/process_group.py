@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from distav.config.errors import UserError
-from distav.distributed.collectives import wait_for_all
-from distav.distributed.rendezvous import met
+from distav.distributed.collectives import barrier
+from distav.distributed.rendezvous import rendezvous
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -26,7 +26,7 @@ class World:
     """This process among the others."""
 
     rank: int
-    num_ranks: int
+    world_size: int
     local_rank: int
     device: torch.device
 
@@ -37,7 +37,7 @@ class World:
 
 
 @contextlib.contextmanager
-def joined(device: str, timeout_s: float, threads_per_rank: int = 0) -> Iterator[World]:
+def process_group(device: str, timeout_s: float, threads_per_rank: int = 0) -> Iterator[World]:
     """Join the process group that the launcher describes in the environment; alone, be a world of one.
 
     On a GPU, cuDNN measures its algorithms at the first batch of each shape and keeps the fastest. Which one wins may
@@ -74,10 +74,10 @@ def joined(device: str, timeout_s: float, threads_per_rank: int = 0) -> Iterator
     # The watch comes first: it knows who is at fault, a collective only that it took too long.
     backend, timeout = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timedelta(seconds=1.5 * timeout_s)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        with met(timeout_s) as (store, at, of):
+        with rendezvous(timeout_s) as (store, at, of):
             dist.init_process_group(backend, timeout=timeout, store=store, rank=at, world_size=of)
             yield World(at, of, local_rank, target)
-        wait_for_all()  # The first rank takes the store along when it goes.
+        barrier()  # The first rank takes the store along when it goes.
         dist.destroy_process_group()
     else:  # Alone, and without a port that another process might take first.
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]

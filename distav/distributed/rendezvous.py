@@ -11,13 +11,13 @@ from pathlib import Path
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from distav.config.errors import UserError
-from distav.distributed.watchdog import Watch
+from distav.distributed.watchdog import Watchdog
 
-_watch: Watch | None = None
+_watch: Watchdog | None = None
 
 
 @contextlib.contextmanager
-def met(timeout_s: float) -> Iterator[tuple[Store, int, int]]:
+def rendezvous(timeout_s: float) -> Iterator[tuple[Store, int, int]]:
     """Meet the other ranks at the launcher's address, and watch over them until the run ends.
 
     The store listens on that address alone, not on every interface of the machine. An error that came of another rank
@@ -36,7 +36,7 @@ def met(timeout_s: float) -> Iterator[tuple[Store, int, int]]:
         timeout=timedelta(seconds=timeout_s),
         master_listen_fd=_listening(address, port) if at == 0 else None,
     )
-    _watch = watch = Watch(address, port, at, of, timeout_s)
+    _watch = watch = Watchdog(address, port, at, of, timeout_s)
     watch.start()
     try:
         yield store, at, of
@@ -66,7 +66,7 @@ def _listening(address: str, port: int) -> int | None:
     return listener.detach()
 
 
-def enter(stage: str) -> None:
+def set_stage(stage: str) -> None:
     """Note what this rank is about, for when it keeps others waiting."""
     if _watch:
         _watch.stage = stage
@@ -78,7 +78,7 @@ def keep_records(folder: Path) -> None:
         _watch.records = folder
 
 
-def mark(what: str) -> None:
+def record_collective(what: str) -> None:
     """Note that this rank begins a collective."""
     if _watch:
         _watch.mark(what)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-STATUS = 75
+EXIT_INTERRUPTED = 75
 """Exit status of a run that was asked to end and has saved: start the same command again."""
-SAME_S = 5.0
+DEBOUNCE_S = 5.0
 """A signal that comes again within so many seconds is the same: schedulers signal a launcher and its ranks, and the
 launcher then signals the ranks too."""
 
@@ -23,14 +23,14 @@ class Interrupted(Exception):
     """The run was asked to end, and has saved."""
 
 
-class Stop:
+class ShutdownRequest:
     """Whether this rank was asked to end."""
 
     def __init__(self) -> None:
         self._first: float | None = None
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether a signal has come."""
         return self._first is not None
 
@@ -38,15 +38,15 @@ class Stop:
         now = time.monotonic()
         if self._first is None:
             self._first = now
-        elif now - self._first > SAME_S:
+        elif now - self._first > DEBOUNCE_S:
             os._exit(128 + number)
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Stop]:
+def handle_signals() -> Iterator[ShutdownRequest]:
     """Note the signals instead of ending by them."""
     _end_with_launcher()
-    stop = Stop()
+    stop = ShutdownRequest()
     before = {each: signal.signal(each, stop._hear) for each in SIGNALS}
     try:
         yield stop

@@ -26,14 +26,14 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-STATUS = 76
+EXIT_WATCHDOG = 76
 """Exit status of a rank that gave up waiting for another."""
 RECORDS_S = 10.0
 """Seconds that writing the flight recorder may take, after which the process ends without."""
 
 
 @dataclass
-class _Sign:
+class _Heartbeat:
     said: bytes = b""
     count: int = 0
     finished: int = 0
@@ -71,7 +71,7 @@ class Collectives:
         return cls(begun, finished, under_way)
 
 
-class Watch(threading.Thread):
+class Watchdog(threading.Thread):
     """One rank's watch."""
 
     def __init__(self, address: str, port: int, rank: int, num_ranks: int, timeout_s: float):
@@ -87,7 +87,7 @@ class Watch(threading.Thread):
         self._done, self._beats, self._gives_up = threading.Event(), 0, False
         self._answered = now = time.monotonic()
         self._deadman = threading.Thread(target=self._await_answers, name="watch's watch", daemon=True)
-        self._signs = [_Sign(heard=now, moved=now) for _ in range(num_ranks)]
+        self._signs = [_Heartbeat(heard=now, moved=now) for _ in range(num_ranks)]
         self._beat()
 
     def mark(self, what: str) -> None:
@@ -113,7 +113,7 @@ class Watch(threading.Thread):
         while not self._done.wait(self.interval_s):
             try:
                 self._beat()
-                verdict = self._judge() if self.rank == 0 else self._told()
+                verdict = self._diagnose() if self.rank == 0 else self._read_diagnosis()
                 self._answered = time.monotonic()
             except RuntimeError:
                 verdict = "rank 0 has gone, or the network to it is cut"
@@ -186,7 +186,7 @@ class Watch(threading.Thread):
         ]
         return ", ".join(silent)
 
-    def _judge(self) -> str:
+    def _diagnose(self) -> str:
         verdict = self._silent(self.timeout_s) or self._behind()
         if verdict:
             self.store.set("verdict", verdict)
@@ -213,7 +213,7 @@ class Watch(threading.Thread):
         named = ", ".join(f"rank {each} (in {sign.place})" for each, sign in at_fault)
         return f"{named} keeps the others waiting for {still_s:.0f} s"
 
-    def _told(self) -> str:
+    def _read_diagnosis(self) -> str:
         return self.store.get("verdict").decode() if self.store.check(["verdict"]) else ""
 
     def _give_up(self, verdict: str) -> None:
@@ -223,7 +223,7 @@ class Watch(threading.Thread):
         self._write_records()
         if self.rank == 0:
             time.sleep(3 * self.interval_s)  # The others read the verdict here.
-        os._exit(STATUS)
+        os._exit(EXIT_WATCHDOG)
 
     def _write_records(self) -> None:
         """Write what each backend has recorded of the last collectives, as `torchfrtrace` reads it."""

@@ -18,7 +18,7 @@ from distav.data.dataset import Split
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.sampler import PADDING, padded_batches
 from distav.models.av_model import AVModel
-from distav.models.pretrained import fed, load_encoders
+from distav.models.pretrained import input_config, load_encoders
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Encoders:
         ids = np.arange(len(split)) if ids is None else ids
         self._check(split)
         count = max(1, -(-len(ids) // self.batch))  # A rank without clips learns the widths by a batch of padding.
-        loader = Loader(split, fed(self.description), None, 0, self.batch, self.device)
+        loader = Loader(split, input_config(self.description), None, 0, self.batch, self.device)
         plan = padded_batches(ids, self.batch, count)
 
         def batches() -> Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]]:
@@ -122,7 +122,7 @@ class Encoders:
         Raises:
             UserError: where shapes are not those that the network takes.
         """
-        takes, data = self.description["input"], fed(self.description)
+        takes, data = self.description["input"], input_config(self.description)
         shape = (data.num_frames, data.frame_size, data.frame_size, 3)
         length = round(data.audio_s * takes["sample_rate_hz"])
         if frames.shape[1:] != shape or sound.shape[1:] != (length,) or len(frames) != len(sound):

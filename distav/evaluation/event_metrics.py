@@ -12,7 +12,7 @@ OVERLAP = 0.5
 """Intersection over union from which two events are the same."""
 
 
-def parsing_scores(told: np.ndarray, true: np.ndarray) -> dict[str, dict[str, float]]:
+def event_metrics(predicted: np.ndarray, target: np.ndarray) -> dict[str, dict[str, float]]:
     """Score which events are heard and seen, and when.
 
     A video's score is the mean F1 over the classes that occur in it, told or true, and 1 where none does; a score is
@@ -29,9 +29,9 @@ def parsing_scores(told: np.ndarray, true: np.ndarray) -> dict[str, dict[str, fl
     Raises:
         ValueError: where the shapes differ.
     """
-    if told.shape != true.shape or told.ndim != 4 or told.shape[1] != 2:
-        raise ValueError(f"told {told.shape} and true {true.shape} have to be [videos, 2, segments, classes] alike")
-    kinds = [(told[:, 0], true[:, 0]), (told[:, 1], true[:, 1]), (told.all(axis=1), true.all(axis=1))]
+    if predicted.shape != target.shape or predicted.ndim != 4 or predicted.shape[1] != 2:
+        raise ValueError(f"told {predicted.shape} and true {target.shape} have to be [videos, 2, segments, classes] alike")
+    kinds = [(predicted[:, 0], target[:, 0]), (predicted[:, 1], target[:, 1]), (predicted.all(axis=1), target.all(axis=1))]
     found = {}
     for level, count in (("segment", _count_segments), ("event", _count_events)):
         audio, visual, both = (count(*kind) for kind in kinds)
@@ -43,12 +43,12 @@ def parsing_scores(told: np.ndarray, true: np.ndarray) -> dict[str, dict[str, fl
     return found
 
 
-def segment_accuracy(told: np.ndarray, true: np.ndarray) -> float:
+def segment_accuracy(predicted: np.ndarray, target: np.ndarray) -> float:
     """Return the share of segments whose event, or background, is right, in percent: [N, T] int64 twice."""
-    return 100 * float((told == true).mean())
+    return 100 * float((predicted == target).mean())
 
 
-def told_events(heard: np.ndarray, seen: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+def predicted_events(heard: np.ndarray, seen: np.ndarray, threshold: float = 0.5) -> np.ndarray:
     """Return the event of each segment: the likeliest one to be heard and seen, background where none is likely.
 
     Args:
@@ -72,23 +72,23 @@ def _score(counts: Counts) -> float:
     return 100 * float(videos.mean())
 
 
-def _count_segments(told: np.ndarray, true: np.ndarray) -> Counts:
+def _count_segments(predicted: np.ndarray, target: np.ndarray) -> Counts:
     """Compare [N, T, C] second by second."""
-    return (told & true).sum(axis=1), (told & ~true).sum(axis=1), (~told & true).sum(axis=1)
+    return (predicted & target).sum(axis=1), (predicted & ~target).sum(axis=1), (~predicted & target).sum(axis=1)
 
 
-def _count_events(told: np.ndarray, true: np.ndarray) -> Counts:
+def _count_events(predicted: np.ndarray, target: np.ndarray) -> Counts:
     """Compare [N, T, C] event by event; no two events share a match, since each needs half of both."""
-    (ours, lengths), (theirs, true_lengths) = _events(told), _events(true)
+    (ours, lengths), (theirs, true_lengths) = _events(predicted), _events(target)
     both = (ours >= 0) & (theirs >= 0)
     pairs, shared = np.unique(np.stack([ours[both], theirs[both]]), axis=1, return_counts=True)
     union = lengths[pairs[0]] + true_lengths[pairs[1]] - shared
     matched = pairs[0][shared >= OVERLAP * union]
-    shape = told.shape[0], told.shape[2]
+    shape = predicted.shape[0], predicted.shape[2]
     row_of = np.zeros(len(lengths), dtype=np.int64)
     row_of[ours[ours >= 0]] = np.broadcast_to(np.arange(shape[0] * shape[1])[:, None], ours.shape)[ours >= 0]
     hit = np.bincount(row_of[matched], minlength=shape[0] * shape[1]).reshape(shape)
-    return hit, _starts(told).sum(axis=1) - hit, _starts(true).sum(axis=1) - hit
+    return hit, _starts(predicted).sum(axis=1) - hit, _starts(target).sum(axis=1) - hit
 
 
 def _events(present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from distav.distributed.collectives import gather_ragged_rows, gather_rows, rank, sum_
+from distav.distributed.collectives import all_gather_variable_rows, all_gather_rows, get_rank, all_reduce_sum_
 
 RECALLED = (1, 5, 10)
 _SCORES = 2**24
@@ -66,7 +66,7 @@ def noise_kinds(wrong_label: np.ndarray, wrong_pair: np.ndarray) -> np.ndarray:
     return wrong_label.astype(np.int64) + 2 * wrong_pair
 
 
-def confusion(true: np.ndarray, told: np.ndarray, kinds: list[str]) -> dict[str, Any]:
+def confusion(target: np.ndarray, predicted: np.ndarray, kinds: list[str]) -> dict[str, Any]:
     """Return how often each kind was taken for each: rows are what is, columns what was told.
 
     Args:
@@ -74,7 +74,7 @@ def confusion(true: np.ndarray, told: np.ndarray, kinds: list[str]) -> dict[str,
         kinds: their names.
     """
     counts = np.zeros((len(kinds), len(kinds)), dtype=np.int64)
-    np.add.at(counts, (true, told), 1)
+    np.add.at(counts, (target, predicted), 1)
     return {"kinds": kinds, "counts": counts.tolist()}
 
 
@@ -92,9 +92,9 @@ def retrieval(visual: Tensor, audio: Tensor, classes: Tensor) -> dict[str, float
         For both directions, named by what asks: `recall_at_1`, `_5`, `_10` and `map` (mean average precision); and
         `rsum`, the sum of all recalls in percent, as the literature gives it. Empty without clips.
     """
-    first = gather_rows(torch.tensor([len(visual)], device=visual.device))[: rank()].sum()
-    every = {"visual": gather_ragged_rows(visual.float()), "audio": gather_ragged_rows(audio.float())}
-    kinds = gather_ragged_rows(classes)
+    first = all_gather_rows(torch.tensor([len(visual)], device=visual.device))[: get_rank()].sum()
+    every = {"visual": all_gather_variable_rows(visual.float()), "audio": all_gather_variable_rows(audio.float())}
+    kinds = all_gather_variable_rows(classes)
     if not len(kinds):
         return {}
     found: dict[str, float] = {}
@@ -110,7 +110,7 @@ def retrieval(visual: Tensor, audio: Tensor, classes: Tensor) -> dict[str, float
             precision = relevant.cumsum(1) / torch.arange(1, len(kinds) + 1, device=some.device)
             totals[:-1] += torch.stack([(place < k).sum() for k in RECALLED])
             totals[-1] += ((precision * relevant).sum(1) / relevant.sum(1)).sum()
-        shares = (sum_(totals) / len(kinds)).tolist()
+        shares = (all_reduce_sum_(totals) / len(kinds)).tolist()
         found |= {f"{asking}_recall_at_{k}": share for k, share in zip(RECALLED, shares, strict=False)}
         found[f"{asking}_map"] = shares[-1]
     found["rsum"] = 100 * sum(value for key, value in found.items() if "recall" in key)

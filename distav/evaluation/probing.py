@@ -14,7 +14,7 @@ _SCORES = 2**24
 """Similarities that are ranked at a time."""
 
 
-def neighbor_votes(
+def knn_class_probs(
     keys: Tensor, classes: Tensor, queries: Tensor, num_classes: int, k: int = 20, temperature: float = 0.07
 ) -> Tensor:
     """Return the votes of the k nearest, weighed by exp(cosine / temperature) (Wu et al. 2018, section 3.4).

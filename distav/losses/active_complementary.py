@@ -8,7 +8,7 @@ from torch import Tensor
 from distav.losses.info_nce import ScoreLoss
 
 
-def complementary(correspondence: Tensor, weight: float) -> ScoreLoss:
+def active_complementary_loss(correspondence: Tensor, weight: float) -> ScoreLoss:
     """Return the loss over one direction's scores.
 
     With matching probabilities p, the softmax of the scores, and q = 1 - y,
@@ -34,7 +34,7 @@ def complementary(correspondence: Tensor, weight: float) -> ScoreLoss:
     return loss_of
 
 
-def matching_among(share: Tensor, candidates: Tensor | int, among: int) -> Tensor:
+def rescale_matching_probability(share: Tensor, candidates: Tensor | int, among: int) -> Tensor:
     """Return what a matching probability would be among another number of candidates.
 
     A probability falls with the number of candidates, so a threshold on it means something for one number alone. The

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import sum_, sum_across
+from distav.distributed.collectives import all_reduce_sum_, all_reduce_sum
 
 PLATEAU_MARGIN = 0.01
 """Nats below log(2K - 1) that a contrast has to fall to have left the plateau."""
-FEWEST_USED = 0.25
+MIN_USED_FRACTION = 0.25
 """Share of the categories below which their use counts as a collapse."""
 
 
@@ -73,12 +73,12 @@ def category_loss(
     products: Any = _Products.apply(u, z)
     local = [products, torch.stack([present @ each for each in shares])]
     tail = torch.stack([*entropies, present.sum()])
-    packed = sum_across(torch.cat([part.flatten() for part in [*local, tail]]))
+    packed = all_reduce_sum(torch.cat([part.flatten() for part in [*local, tail]]))
     products, marginal, sums = packed.split([3 * num * num, 2 * num, 3])
     count = sums[2].clamp_min(1)
     products = products.view(3, num, num)
     if memory:
-        stored = sum_(torch.cat([memory[0].flatten(), memory[1].to(memory[0].dtype).view(1)]))
+        stored = all_reduce_sum_(torch.cat([memory[0].flatten(), memory[1].to(memory[0].dtype).view(1)]))
         scale = memory_weight * count.detach() / stored[-1].clamp_min(1)
         products = products + (scale * stored[:-1]).view_as(products).to(products.dtype)
     uu, uz, zz = products
@@ -101,7 +101,7 @@ def category_loss(
     )
 
 
-def category_fault(contrast: float, imbalance: float, num_categories: int) -> str | None:
+def detect_category_collapse(contrast: float, imbalance: float, num_categories: int) -> str | None:
     """Say what is wrong with the use of categories, if anything is.
 
     The loss falls into two traps: all samples in one category, against which the imbalance term works, and the
@@ -113,13 +113,13 @@ def category_fault(contrast: float, imbalance: float, num_categories: int) -> st
     """
     if contrast >= math.log(2 * num_categories - 1) - PLATEAU_MARGIN:
         return "each sample is in all categories about alike"
-    used = categories_used(imbalance, num_categories)
-    if used < FEWEST_USED * num_categories:
+    used = effective_num_categories(imbalance, num_categories)
+    if used < MIN_USED_FRACTION * num_categories:
         return f"about {used:.1f} of {num_categories} categories are used"
     return None
 
 
-def categories_used(imbalance: float, num_categories: int) -> float:
+def effective_num_categories(imbalance: float, num_categories: int) -> float:
     """Return how many categories, equally used, have the imbalance of these: exp of the mean marginal entropy."""
     return num_categories * math.exp(-imbalance / 2)
 

@@ -30,7 +30,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * logits.log_softmax(1)).sum(1)
 
 
-def generalised_cross_entropy(logits: Tensor, targets: Tensor, q: float) -> Tensor:
+def generalized_cross_entropy(logits: Tensor, targets: Tensor, q: float) -> Tensor:
     """Return sum_c t_c (1 - p_c^q) / q (Zhang and Sabuncu 2018, equation 6): [b, C] twice -> [b].
 
     Between cross-entropy (q -> 0) and the mean absolute error (q = 1); a wrong label costs 1/q at most.
@@ -39,7 +39,7 @@ def generalised_cross_entropy(logits: Tensor, targets: Tensor, q: float) -> Tens
     return (targets * (1 - powers)).sum(1) / q
 
 
-def early_learning_regularisation(logits: Tensor, remembered: Tensor) -> Tensor:
+def early_learning_regularization(logits: Tensor, remembered: Tensor) -> Tensor:
     """Return log(1 - <p, t>) with t the mean of earlier predictions (Liu et al. 2020, equation 6): [b, C] twice -> [b].
 
     It holds the prediction at what was learnt before wrong labels were fitted.

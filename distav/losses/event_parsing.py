@@ -61,7 +61,7 @@ def modality_losses(probability: Tensor, weak: Tensor, smoothing: tuple[float, f
     return binary_cross_entropy(probability, targets).mean(dim=2).sum(dim=1)
 
 
-def segment_losses(logits: Tensor, harvested: Tensor) -> Tensor:
+def segment_losses(logits: Tensor, pseudo_labels: Tensor) -> Tensor:
     """Return VALOR's losses with harvested labels, the mean over segments and classes and the sum over modalities.
 
     Args:
@@ -71,5 +71,5 @@ def segment_losses(logits: Tensor, harvested: Tensor) -> Tensor:
     Returns:
         [B].
     """
-    each = F.binary_cross_entropy_with_logits(logits.float(), harvested.float(), reduction="none")
+    each = F.binary_cross_entropy_with_logits(logits.float(), pseudo_labels.float(), reduction="none")
     return each.mean(dim=(2, 3)).sum(dim=1)

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.distributed.collectives import gather_across, own_rows, rank
-from distav.losses.known_gradient import with_gradient
+from distav.distributed.collectives import all_gather_rows_with_grad, local_batch, get_rank
+from distav.losses.known_gradient import attach_gradient
 from distav.memory.bank import Bank
-from distav.memory.global_batch import Visitors
-from distav.memory.negative_sampling import Draw, Drawn, Partition
+from distav.memory.global_batch import GlobalBatch
+from distav.memory.negative_sampling import NegativeSampling, SampledRows, Partition
 
 MODALITIES = ("visual", "audio")
 Directions = tuple[tuple[str, str], ...]
@@ -40,29 +40,29 @@ class _Candidates:
     scores: list[Tensor]
     own: Tensor
 
-    def matching(self) -> Tensor:
+    def matching_probability(self) -> Tensor:
         """Return the softmax share of the own candidate, the mean over the directions: [b], without gradient."""
         shares = [each.detach().softmax(1).gather(1, self.own[:, None]).squeeze(1) for each in self.scores]
         return torch.stack(shares).mean(0)
 
-    def number(self) -> Tensor:
+    def num_candidates(self) -> Tensor:
         """Return how many candidates each sample has, itself included: [b]."""
         return torch.isfinite(self.scores[0]).sum(1)
 
 
-class BatchCandidates(_Candidates):
+class InBatchNegatives(_Candidates):
     """All samples of the batch, over all ranks; gradients flow to both sides of a score."""
 
-    def __init__(self, visitors: Visitors, visual: Tensor, audio: Tensor, temperature: float | Tensor):
+    def __init__(self, visitors: GlobalBatch, visual: Tensor, audio: Tensor, temperature: float | Tensor):
         """Compare the samples of this rank, embedded in [b, D] unit vectors each, with those of all ranks."""
         visual, audio = visual.float(), audio.float()
         every: dict[str, Tensor] = dict(
-            zip(MODALITIES, gather_across(torch.cat([visual, audio], 1)).chunk(2, dim=1), strict=True)
+            zip(MODALITIES, all_gather_rows_with_grad(torch.cat([visual, audio], 1)).chunk(2, dim=1), strict=True)
         )
         queries = {"visual": visual, "audio": audio}
-        first = rank() * len(visual)
+        first = get_rank() * len(visual)
         self.own = torch.arange(first, first + len(visual), device=visual.device)
-        closed = ~visitors.valid | (visitors.ids == own_rows(visitors.ids)[:, None])
+        closed = ~visitors.valid | (visitors.ids == local_batch(visitors.ids)[:, None])
         closed = closed.scatter(1, self.own[:, None], False)
         self.scores = [
             (queries[asking] @ every[answering].T / temperature).masked_fill(closed, -torch.inf)
@@ -74,24 +74,24 @@ class BatchCandidates(_Candidates):
         return torch.stack([loss_of(each, self.own) for each in self.scores]).sum(0)
 
 
-class DrawnCandidates(_Candidates):
+class SampledNegatives(_Candidates):
     """A sample's own row of the bank, first, and drawn ones; gradients flow to the queries."""
 
     def __init__(
         self,
         bank: Bank,
-        visitors: Visitors,
+        visitors: GlobalBatch,
         visual: Tensor,
         audio: Tensor,
         temperature: float | Tensor,
-        draw: Draw,
+        draw: NegativeSampling,
         directions: Directions = DIRECTIONS,
     ):
         """Compare the samples of this rank, embedded in [b, D] unit vectors each, with rows of the bank."""
         self.directions, self.temperature = directions, temperature
         self.queries = {"visual": visual, "audio": audio}
         self.rows: dict[str, Tensor] = dict(zip(MODALITIES, bank.fetch(MODALITIES, visitors.ids), strict=True))
-        self.drawn = Drawn(bank, visitors.ids, draw)
+        self.drawn = SampledRows(bank, visitors.ids, draw)
         self.own = torch.zeros(len(visual), dtype=torch.int64, device=visual.device)
         tau = temperature.detach() if isinstance(temperature, Tensor) else temperature
         self.scores = []
@@ -111,7 +111,7 @@ class DrawnCandidates(_Candidates):
                 losses = loss_of(leaf, self.own)
                 factors = torch.autograd.grad(losses.sum(), leaf)[0]
             by_query = factors[:, :1] * self.rows[answering] + self.drawn.sums(factors[:, 1:], answering)
-            total = total + with_gradient(self.queries[asking], self.temperature, losses.detach(), by_query / tau)
+            total = total + attach_gradient(self.queries[asking], self.temperature, losses.detach(), by_query / tau)
         return total
 
 

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import gather_rows, own_rows
+from distav.distributed.collectives import all_gather_rows, local_batch
 from distav.losses.info_nce import DIRECTIONS, MODALITIES, Directions
-from distav.losses.known_gradient import with_gradient
+from distav.losses.known_gradient import attach_gradient
 from distav.memory.bank import Bank
-from distav.memory.global_batch import Visitors
+from distav.memory.global_batch import GlobalBatch
 from distav.memory.softmax import attend, merge_across_ranks
 
 
@@ -50,7 +50,7 @@ class InstanceLosses(NamedTuple):
 
 def instance_losses(
     bank: Bank,
-    visitors: Visitors,
+    visitors: GlobalBatch,
     visual: Tensor,
     audio: Tensor,
     temperature: float | Tensor,
@@ -81,7 +81,7 @@ def instance_losses(
     rows: dict[str, Tensor] = dict(zip(MODALITIES, bank.fetch(MODALITIES, visitors.ids), strict=True))
     seen = None
     if mask_unvisited:
-        seen = bank.held_column("visits") > 0
+        seen = bank.resident_column("visits") > 0
     bias = None if seen is None else _closed(seen)
     every = queries if bank.replicated else {"visual": visitors.visual, "audio": visitors.audio}
     found = [attend(every[own], bank.keys(other), bank.keys(other), tau, bias=bias) for own, other in directions]
@@ -97,7 +97,7 @@ def instance_losses(
             target = torch.lerp(target, found[2 + each][1], softness[:, None])
         asked = queries[own].detach()
         losses = lse - (asked * target).sum(1) / tau
-        total = total + with_gradient(queries[own], temperature, losses, (expected - target) / tau)
+        total = total + attach_gradient(queries[own], temperature, losses, (expected - target) / tau)
         matching = matching + ((asked * rows[other]).sum(1) / tau - lse).exp().clamp_max(1) / len(directions)
     if seen is not None:
         known = bank.fetch(("visits",), visitors.ids)[0] > 0
@@ -120,13 +120,13 @@ def _soft_rows(
     """Return, for each direction, the softmax S over this rank's rows and sum_j S(j|i) row_j of the other modality."""
     bias = None if seen is None else _closed(seen)
     if soft.kind == "cycle":  # The query's own pair term is the same for all j and cancels.
-        pairs = bank.held_column("pair_similarity") / soft.cycle_temperature
+        pairs = bank.resident_column("pair_similarity") / soft.cycle_temperature
         bias = pairs if bias is None else bias + pairs
     if soft.kind in ("neighbour", "cycle") and not bank.replicated:
-        both = gather_rows(torch.cat([rows["visual"], rows["audio"]], dim=1)).chunk(2, dim=1)
+        both = all_gather_rows(torch.cat([rows["visual"], rows["audio"]], dim=1)).chunk(2, dim=1)
         rows = dict(zip(MODALITIES, both, strict=True))
-    asked_ids = own_rows(ids) if bank.replicated else ids
-    exclude = bank.place(asked_ids) if soft.excludes_self else None
+    asked_ids = local_batch(ids) if bank.replicated else ids
+    exclude = bank.local_index(asked_ids) if soft.excludes_self else None
     found = []
     for own, other in DIRECTIONS:
         asked, compared = {

@@ -25,7 +25,7 @@ class _KnownGradient(torch.autograd.Function):
         return gradients[0][:, None] * known, by_temperature, None, None
 
 
-def with_gradient(queries: Tensor, temperature: float | Tensor, losses: Tensor, gradients: Tensor) -> Tensor:
+def attach_gradient(queries: Tensor, temperature: float | Tensor, losses: Tensor, gradients: Tensor) -> Tensor:
     """Return losses that have a gradient found before.
 
     Args:

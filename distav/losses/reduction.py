@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from distav.distributed.collectives import num_ranks, sum_
+from distav.distributed.collectives import get_world_size, all_reduce_sum_
 
 
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
@@ -10,5 +10,5 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
 
     It is scaled by the number of ranks, so that averaging gradients over ranks restores the global ratio.
     """
-    total = sum_(weights.detach().sum())
-    return num_ranks() * (weights * losses).sum() / total.clamp_min(1e-12)
+    total = all_reduce_sum_(weights.detach().sum())
+    return get_world_size() * (weights * losses).sum() / total.clamp_min(1e-12)

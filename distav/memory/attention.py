@@ -17,7 +17,7 @@ _TILE_SCORES = 2**24
 
 
 @dataclass(frozen=True)
-class Asked:
+class AttentionInputs:
     """What a back end is asked for.
 
     Attributes:
@@ -36,11 +36,11 @@ class Asked:
     exclude: Tensor | None = None
 
 
-Attended = tuple[Tensor, Tensor]
+AttentionOutput = tuple[Tensor, Tensor]
 """lse [B] and out [B, D], float32."""
 
 
-def merge(lse: Tensor, out: Tensor) -> Attended:
+def merge_parts(lse: Tensor, out: Tensor) -> AttentionOutput:
     """Merge what was found over P parts of the keys: lse [P, B], out [P, B, D] -> [B], [B, D].
 
     A part that saw nothing has lse -inf.
@@ -54,7 +54,7 @@ def merge(lse: Tensor, out: Tensor) -> Attended:
     return top + total.log(), torch.einsum("pb,pbd->bd", weight, out)
 
 
-def tiles(asked: Asked, tile: int | None = None) -> Attended:
+def tiled_attention(asked: AttentionInputs, tile: int | None = None) -> AttentionOutput:
     """Attend tile by tile in plain PyTorch, in float32; the running maximum keeps any temperature safe."""
     queries = asked.queries.float() * asked.scale
     if tile is None:
@@ -84,7 +84,7 @@ def tiles(asked: Asked, tile: int | None = None) -> Attended:
     return top + total.log(), out.div_(total.clamp_min(torch.finfo(torch.float32).tiny)[:, None])
 
 
-def reference(asked: Asked) -> Attended:
+def reference_attention(asked: AttentionInputs) -> AttentionOutput:
     """Write the softmax out in float64; B x n memory, for comparison."""
     logits = asked.queries.double() @ asked.keys.double().T * asked.scale
     if asked.bias is not None:

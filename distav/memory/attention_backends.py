@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from distav.memory.attention import TILE, Asked, Attended, merge, reference, tiles
+from distav.memory.attention import TILE, AttentionInputs, AttentionOutput, merge_parts, reference_attention, tiled_attention
 
 log = logging.getLogger("distav")
 
 
-def _fused(run: Callable[[Asked], Attended]) -> Callable[[Asked], Attended]:
+def _fused(run: Callable[[AttentionInputs], AttentionOutput]) -> Callable[[AttentionInputs], AttentionOutput]:
     """Make a back end of an operator that attends over P parts of the keys at once.
 
     On a GPU a thousand queries alone would fill eight of its 132 multiprocessors.
@@ -32,7 +32,7 @@ def _fused(run: Callable[[Asked], Attended]) -> Callable[[Asked], Attended]:
             [P, B, E]; returns lse [P, B] and out [P, B, D].
     """
 
-    def attend(asked: Asked) -> Attended:
+    def attend(asked: AttentionInputs) -> AttentionOutput:
         num_keys = len(asked.keys)
         parts = _num_parts(asked.queries, num_keys)
         length = num_keys // parts
@@ -42,7 +42,7 @@ def _fused(run: Callable[[Asked], Attended]) -> Callable[[Asked], Attended]:
         exclude = None
         if asked.exclude is not None:
             exclude = asked.exclude - torch.arange(0, cut, length, device=keys.device)[:, None, None]
-        lse, out = run(Asked(asked.queries, keys, values, asked.scale, bias, exclude))
+        lse, out = run(AttentionInputs(asked.queries, keys, values, asked.scale, bias, exclude))
         lse, out = lse.float(), out.float()
         if bias is not None:
             blind = bias.isneginf().all(1)
@@ -51,9 +51,9 @@ def _fused(run: Callable[[Asked], Attended]) -> Callable[[Asked], Attended]:
         if cut < num_keys:
             tail = None if asked.bias is None else asked.bias[cut:]
             hidden = None if asked.exclude is None else asked.exclude - cut
-            last = tiles(Asked(asked.queries, asked.keys[cut:], asked.values[cut:], asked.scale, tail, hidden))
+            last = tiled_attention(AttentionInputs(asked.queries, asked.keys[cut:], asked.values[cut:], asked.scale, tail, hidden))
             lse, out = torch.cat([lse, last[0][None]]), torch.cat([out, last[1][None]])
-        return merge(lse, out)
+        return merge_parts(lse, out)
 
     return attend
 
@@ -68,7 +68,7 @@ def _num_parts(queries: Tensor, num_keys: int) -> int:
     return max(1, min(math.ceil(wanted / blocks), num_keys // TILE))
 
 
-def _as_heads(asked: Asked) -> tuple[Tensor, Tensor, Tensor, float]:
+def _as_heads(asked: AttentionInputs) -> tuple[Tensor, Tensor, Tensor, float]:
     """Return queries, keys and values with the parts in the place of heads, [1, P, ., D], and a scale that is a number.
 
     A scale on the device goes into the queries, before they are rounded.
@@ -80,26 +80,26 @@ def _as_heads(asked: Asked) -> tuple[Tensor, Tensor, Tensor, float]:
     return queries, asked.keys[None], asked.values[None], scale
 
 
-def _flash_cpu(asked: Asked) -> Attended:
+def _flash_cpu(asked: AttentionInputs) -> AttentionOutput:
     q, k, v, scale = _as_heads(asked)
     mask = None if asked.bias is None else asked.bias[None, :, None].expand(-1, -1, q.shape[2], -1)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
     return lse[0], out[0]
 
 
-def _flash_gpu(asked: Asked) -> Attended:
+def _flash_gpu(asked: AttentionInputs) -> AttentionOutput:
     q, k, v, scale = _as_heads(asked)
     found = torch.ops.aten._scaled_dot_product_flash_attention(q.contiguous(), k, v, scale=scale)
     return found[1][0], found[0][0]
 
 
-def _cudnn(asked: Asked) -> Attended:
+def _cudnn(asked: AttentionInputs) -> AttentionOutput:
     q, k, v, scale = _as_heads(asked)
     found = torch.ops.aten._scaled_dot_product_cudnn_attention(q.contiguous(), k, v, None, True, scale=scale)
     return found[1].reshape(q.shape[1:3]), found[0][0]
 
 
-def _flex(asked: Asked) -> Attended:
+def _flex(asked: AttentionInputs) -> AttentionOutput:
     """FlexAttention: compiled on first use, takes bias and excluded keys inside the kernel.
 
     It is compiled for each number of heads, but for any number of batches, so the parts take the place of batches;
@@ -116,7 +116,7 @@ def _flex(asked: Asked) -> Attended:
 
 def _flex_attention(
     queries: Tensor, keys: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, exclude: Tensor | None
-) -> Attended:
+) -> AttentionOutput:
     def modified(score: Tensor, part: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
         del head
         score = score * scale
@@ -140,13 +140,13 @@ def _flex_attention(
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., Attended]:
+def _compiled_flex() -> Callable[..., AttentionOutput]:
     # The whole graph, since what is left out of it runs unfused, with a matrix of scores.
     return torch.compile(_flex_attention, dynamic=True, fullgraph=True)
 
 
 @dataclass(frozen=True)
-class BackEnd:
+class AttentionBackend:
     """One way to attend, and what it can take.
 
     Attributes:
@@ -160,15 +160,15 @@ class BackEnd:
     """
 
     name: str
-    run: Callable[[Asked], Attended]
+    run: Callable[[AttentionInputs], AttentionOutput]
     device: str = ""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     takes_bias: bool = True
     takes_exclude: bool = True
     widths: range = range(1, 2**20)
-    fewest_keys: int = 0
+    min_keys: int = 0
 
-    def unsuited(self, asked: Asked) -> str:
+    def unsupported_reason(self, asked: AttentionInputs) -> str:
         """Return why it cannot do what is asked, or nothing where it can.
 
         The fused operators check little of this by themselves: the rest is checked where PyTorch chooses among them,
@@ -185,17 +185,17 @@ class BackEnd:
             return "takes no excluded keys"
         if width not in self.widths:
             return f"takes widths from {self.widths[0]} to {self.widths[-1]} in steps of {self.widths.step}"
-        if len(keys) < self.fewest_keys:
-            return f"takes no fewer than {self.fewest_keys} keys"
+        if len(keys) < self.min_keys:
+            return f"takes no fewer than {self.min_keys} keys"
         if self.device and keys.shape != values.shape:
             return "takes values only as wide as keys"
         if self.device == "cuda" and not (_aligned(keys) and _aligned(values)):
             return "takes only rows that begin at multiples of 16 bytes"
         return ""
 
-    def suits(self, asked: Asked) -> bool:
+    def supports(self, asked: AttentionInputs) -> bool:
         """Whether it can do what is asked, here."""
-        return not self.unsuited(asked)
+        return not self.unsupported_reason(asked)
 
 
 def _aligned(rows: Tensor) -> bool:
@@ -209,18 +209,18 @@ def _named(dtype: torch.dtype) -> str:
 
 
 _HALF = (torch.bfloat16,)
-BACK_ENDS = (
-    BackEnd("cudnn", _fused(_cudnn), "cuda", _HALF, False, False, range(8, 129, 8), fewest_keys=2),
-    BackEnd("flash", _fused(_flash_gpu), "cuda", _HALF, False, False, range(8, 257, 8), fewest_keys=1),
-    BackEnd("flex", _fused(_flex), "cuda", _HALF, widths=range(16, 257, 8), fewest_keys=1),
-    BackEnd("flash-cpu", _fused(_flash_cpu), "cpu", (torch.float32,), True, False, range(8, 2**20, 8), fewest_keys=1),
-    BackEnd("tiles", tiles),
+BACKENDS = (
+    AttentionBackend("cudnn", _fused(_cudnn), "cuda", _HALF, False, False, range(8, 129, 8), min_keys=2),
+    AttentionBackend("flash", _fused(_flash_gpu), "cuda", _HALF, False, False, range(8, 257, 8), min_keys=1),
+    AttentionBackend("flex", _fused(_flex), "cuda", _HALF, widths=range(16, 257, 8), min_keys=1),
+    AttentionBackend("flash-cpu", _fused(_flash_cpu), "cpu", (torch.float32,), True, False, range(8, 2**20, 8), min_keys=1),
+    AttentionBackend("tiles", tiled_attention),
 )
 """In order of preference."""
 
 
 @functools.cache
-def probe(back_end: BackEnd, device: torch.device, width: int, with_bias: bool, num_excluded: int) -> str:
+def self_test(back_end: AttentionBackend, device: torch.device, width: int, with_bias: bool, num_excluded: int) -> str:
     """Return what is wrong with a back end here, on 300 queries and 2,500 keys; nothing where its answer is right.
 
     Args:
@@ -236,11 +236,11 @@ def probe(back_end: BackEnd, device: torch.device, width: int, with_bias: bool, 
     queries, keys = rows[:300].to(device, dtype), rows[300:].to(device, dtype)
     bias = torch.linspace(-1, 1, 2500, device=device) if with_bias else None
     exclude = torch.arange(300 * num_excluded, device=device).view(300, -1) % 2500 if num_excluded else None
-    asked = Asked(queries, keys, keys, 10.0, bias, exclude)
+    asked = AttentionInputs(queries, keys, keys, 10.0, bias, exclude)
     close, fault = 1e-4 if dtype is torch.float32 else 2e-2, ""
     try:
         found = back_end.run(asked)
-        errors = [float((ours - true).abs().max()) for ours, true in zip(found, reference(asked), strict=True)]
+        errors = [float((ours - true).abs().max()) for ours, true in zip(found, reference_attention(asked), strict=True)]
         if not all(each < close for each in errors):
             fault = f"lse off by {errors[0]:.2g}, average by {errors[1]:.2g}; allowed: {close:g}"
     except Exception as error:  # noqa: BLE001  # whatever a private operator raises, it cannot be used
@@ -250,30 +250,30 @@ def probe(back_end: BackEnd, device: torch.device, width: int, with_bias: bool, 
     return fault
 
 
-def works(name: str, device: torch.device, with_bias: bool, with_exclude: bool, width: int = 64) -> bool:
+def passes_self_test(name: str, device: torch.device, with_bias: bool, with_exclude: bool, width: int = 64) -> bool:
     """Whether a back end gives the right answer here."""
-    chosen = next(each for each in BACK_ENDS if each.name == name)
-    return not probe(chosen, device, width, with_bias, int(with_exclude))
+    chosen = next(each for each in BACKENDS if each.name == name)
+    return not self_test(chosen, device, width, with_bias, int(with_exclude))
 
 
-def best_back_end(asked: Asked) -> BackEnd:
+def select_backend(asked: AttentionInputs) -> AttentionBackend:
     """Return the first back end that can do what is asked; the log says once for each kind of call which and why."""
     keys, with_bias = asked.keys, asked.bias is not None
     num_excluded = 0 if asked.exclude is None else asked.exclude.shape[1]
     passed = []
-    for each in BACK_ENDS:
-        fault = each.unsuited(asked)
+    for each in BACKENDS:
+        fault = each.unsupported_reason(asked)
         if not fault and each.device:
-            fault = probe(each, keys.device, keys.shape[1], with_bias, num_excluded)
+            fault = self_test(each, keys.device, keys.shape[1], with_bias, num_excluded)
         if not fault:
-            _tell(keys.device, keys.dtype, keys.shape[1], with_bias, num_excluded, each.name, tuple(passed))
+            _log_selection(keys.device, keys.dtype, keys.shape[1], with_bias, num_excluded, each.name, tuple(passed))
             return each
         passed.append(f"{each.name} {fault}")
     raise AssertionError("the tiles can do everything")
 
 
 @functools.cache
-def _tell(
+def _log_selection(
     device: torch.device,
     dtype: torch.dtype,
     width: int,

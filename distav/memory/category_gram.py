@@ -15,7 +15,7 @@ _ROWS_ON_GPU = 2**13
 """Rows at a time on a GPU, where float64 is fast and small products are not."""
 
 
-class Assignments:
+class CategoryAssignments:
     """Stored shares of the rows of one rank.
 
     Attributes:

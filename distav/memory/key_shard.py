@@ -52,7 +52,7 @@ class Workspace:
 
 
 @dataclass(frozen=True)
-class Shard:
+class KeyShard:
     """Keys of one rank, ready to be scored.
 
     Attributes:
@@ -77,7 +77,7 @@ class Shard:
     residual: Tensor
 
     @staticmethod
-    def of(keys: Tensor, first_id: int, usable: Tensor, largest: float, tiling: Tiling) -> "Shard":
+    def of(keys: Tensor, first_id: int, usable: Tensor, largest: float, tiling: Tiling) -> "KeyShard":
         """Prepare float32 keys [n, D] of that largest length; only those at the places `usable` [m] are neighbors."""
         place = torch.full((len(keys),), -1, device=keys.device)
         place[usable] = torch.arange(len(usable), device=keys.device)
@@ -99,9 +99,9 @@ class Shard:
                 scaled = part * scale
                 stored[: len(part)] = scaled
                 residual = torch.maximum(residual, (scaled - stored[: len(part)]).norm(dim=1).amax())
-        return Shard(keys, usable + first_id, first_id, place, list(tiles), scale, largest * scale, residual)
+        return KeyShard(keys, usable + first_id, first_id, place, list(tiles), scale, largest * scale, residual)
 
-    def barred(self, row: Tensor, ids: Tensor) -> list[Tensor]:
+    def excluded(self, row: Tensor, ids: Tensor) -> list[Tensor]:
         """Return for each tile the places in its flattened scores [b * w] of pairs that must not be neighbors.
 
         Args:

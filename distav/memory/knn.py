@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import gather_objects, gather_ragged_rows, num_ranks, passing_shards, row_range
-from distav.memory.key_shard import Shard, Tiling, Workspace
-from distav.memory.reservoir import NOT_SEEN, unpacked_ids, unpacked_scores
-from distav.memory.top_k import best_of
+from distav.distributed.collectives import all_gather_objects, all_gather_variable_rows, get_world_size, ring_shards, shard_range
+from distav.memory.key_shard import KeyShard, Tiling, Workspace
+from distav.memory.reservoir import EMPTY, unpacked_ids, unpacked_scores
+from distav.memory.top_k import exact_top_k
 
 LARGEST_K = 2048
 GATHER_BELOW_BYTES = 2**30
@@ -58,7 +58,7 @@ def nearest_neighbors(
             finite or all zero; on every rank alike.
     """
     num_samples, device = len(groups), features.device
-    own = row_range(num_samples)
+    own = shard_range(num_samples)
     if not 1 <= k <= min(LARGEST_K, num_samples - 1):
         allowed = f"1 to {min(LARGEST_K, num_samples - 1)}"
         raise ValueError(f"k={k} neighbours among {num_samples} samples; allowed: {allowed}")
@@ -69,15 +69,15 @@ def nearest_neighbors(
         raise ValueError(f"queries must be ids of this rank, {own.start} to {own.stop - 1}")
     tiling = tiling or Tiling.for_device(device)
     sorted_groups, order = groups.sort(stable=True)
-    best = torch.full((len(places), k), NOT_SEEN, device=device)
+    best = torch.full((len(places), k), EMPTY, device=device)
     spaces: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
 
-    def search(rows: Tensor, shard: Shard, first: bool, guess: bool) -> Tensor:
+    def search(rows: Tensor, shard: KeyShard, first: bool, guess: bool) -> Tensor:
         asked, before = places[rows], best[rows]
-        barred = shard.barred(*_same_group(groups[own.start + asked], sorted_groups, order))
+        barred = shard.excluded(*_same_group(groups[own.start + asked], sorted_groups, order))
         space = spaces.get()
         try:
-            found, again = best_of(features[asked], shard, before, barred, space, first=first, guess=guess)
+            found, again = exact_top_k(features[asked], shard, before, barred, space, first=first, estimate_bound=guess)
         finally:
             spaces.put(space)
         best[rows] = torch.where(again[:, None], before, found)
@@ -91,25 +91,25 @@ def nearest_neighbors(
             usable = valid[first_id : first_id + len(keys)].nonzero().squeeze(1)
             if not len(usable):
                 continue
-            shard = Shard.of(keys, first_id, usable, largest, tiling)
+            shard = KeyShard.of(keys, first_id, usable, largest, tiling)
             rows = torch.arange(len(places), device=device)
             for guess in (True, False):
                 if len(rows):
                     block = functools.partial(search, shard=shard, first=first, guess=guess)
                     rows = rows[torch.cat(list(mapped(block, rows.split(tiling.queries))))]
             first = False
-    seen = best != NOT_SEEN
+    seen = best != EMPTY
     return unpacked_ids(best).masked_fill(~seen, -1), unpacked_scores(best).masked_fill(~seen, 0.0)
 
 
 def _keys(features: Tensor, num_samples: int, gather_below_bytes: int) -> Iterator[tuple[int, Tensor]]:
     """Yield the features of all ranks in one or more parts, each with the id of its first row."""
     if num_samples * features.shape[1] * features.element_size() <= gather_below_bytes:
-        yield 0, gather_ragged_rows(features)
+        yield 0, all_gather_variable_rows(features)
         return
-    sizes = [len(row_range(num_samples, owner)) for owner in range(num_ranks())]
-    for owner, keys in passing_shards(features, sizes):
-        yield row_range(num_samples, owner).start, keys
+    sizes = [len(shard_range(num_samples, owner)) for owner in range(get_world_size())]
+    for owner, keys in ring_shards(features, sizes):
+        yield shard_range(num_samples, owner).start, keys
 
 
 def _largest_length(features: Tensor, valid: Tensor, first_id: int) -> float:
@@ -118,7 +118,7 @@ def _largest_length(features: Tensor, valid: Tensor, first_id: int) -> float:
     wrong = {"not finite": valid & ~torch.isfinite(length), "all zero": valid & (length == 0)}
     largest = float(length[valid].amax()) if valid.any() else 0.0
     firsts = {reason: (bad.nonzero().squeeze(1)[:5] + first_id).tolist() for reason, bad in wrong.items()}
-    told = gather_objects((largest, firsts))
+    told = all_gather_objects((largest, firsts))
     for reason in wrong:
         ids = sum((firsts[reason] for _, firsts in told), [])
         if ids:

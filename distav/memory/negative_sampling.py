@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import exchange, gather_rows, num_ranks, sum_
+from distav.distributed.collectives import all_to_all_rows, all_gather_rows, get_world_size, all_reduce_sum_
 from distav.distributed.rng import sample_seeds, uniform
 from distav.memory.bank import Bank
 
@@ -29,7 +29,7 @@ class Partition:
     def take(self, logits: Tensor) -> float:
         """Return Z, from these scores [b, M] of all ranks where it is not known yet."""
         if self.value is None:
-            self.value = float(sum_(logits.exp().sum().double())) / (num_ranks() * logits.numel())
+            self.value = float(all_reduce_sum_(logits.exp().sum().double())) / (get_world_size() * logits.numel())
         return self.value
 
 
@@ -44,7 +44,7 @@ def drawn_ids(ids: Tensor, number: int, num_samples: int, seed: int, step: int) 
 
 
 @dataclass(frozen=True)
-class Draw:
+class NegativeSampling:
     """Which rows are drawn: `number` for each sample, by a seed, anew at each step."""
 
     number: int
@@ -52,10 +52,10 @@ class Draw:
     step: int
 
 
-class Drawn:
+class SampledRows:
     """The rows drawn for the samples of a batch, wherever they are kept; both modalities' are of the same ids."""
 
-    def __init__(self, bank: Bank, ids: Tensor, draw: Draw):
+    def __init__(self, bank: Bank, ids: Tensor, draw: NegativeSampling):
         """Take the ids of the batch of all ranks, [B]."""
         self.bank = bank
         place = drawn_ids(ids, draw.number, bank.num_samples, draw.seed, draw.step) - bank.rows.start
@@ -72,7 +72,7 @@ class Drawn:
 
     def sums(self, factors: Tensor, modality: str) -> Tensor:
         """Return the sums of the drawn rows times factors: [b, M] -> [b, D]."""
-        column, every = self.bank.columns[modality], gather_rows(factors).masked_fill(~self._own, 0.0)
+        column, every = self.bank.columns[modality], all_gather_rows(factors).masked_fill(~self._own, 0.0)
         if not len(column):
             return _sum_for_own(every.new_zeros(len(every), column.shape[1]))
         parts = [torch.einsum("bm,bmd->bd", every[some], column[self._place[some]]) for some in _slices(len(every))]
@@ -85,4 +85,4 @@ def _slices(number: int) -> list[slice]:
 
 def _sum_for_own(parts: Tensor) -> Tensor:
     """Add up what every rank found for this rank's queries: [B, ...] -> [b, ...]."""
-    return exchange(parts).view(num_ranks(), -1, *parts.shape[1:]).sum(0)
+    return all_to_all_rows(parts).view(get_world_size(), -1, *parts.shape[1:]).sum(0)

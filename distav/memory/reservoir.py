@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NOT_SEEN = torch.iinfo(torch.int64).min
+EMPTY = torch.iinfo(torch.int64).min
 """What fills the places of neighbours that do not exist; sorts below every score."""
 
 LOWEST = torch.finfo(torch.float32).min
@@ -38,7 +38,7 @@ def unpacked_ids(values: Tensor) -> Tensor:
 
 def score_or_lowest(values: Tensor) -> Tensor:
     """Take the scores out of what `packed` made, LOWEST where there is none."""
-    return unpacked_scores(values).masked_fill(values == NOT_SEEN, LOWEST)
+    return unpacked_scores(values).masked_fill(values == EMPTY, LOWEST)
 
 
 def nth_largest(values: Tensor, rank: int) -> Tensor:
@@ -89,7 +89,7 @@ class Reservoir:
         """Return the best k, with those found before: [b, k] in descending order."""
         k = self.best.shape[1]
         both = [self.best, self._used()]
-        if both[1].shape[1] >= k and bool((self.best[:, 0] == NOT_SEEN).all()):
+        if both[1].shape[1] >= k and bool((self.best[:, 0] == EMPTY).all()):
             both = both[1:]
         return largest_first(torch.cat(both, dim=1), k)
 
@@ -102,7 +102,7 @@ class Reservoir:
     def _used(self) -> Tensor:
         width = int(self.filled.max())
         unused = torch.arange(width, device=self.held.device) >= self.filled[:, None]
-        return self.held[:, :width].masked_fill(unused, NOT_SEEN)
+        return self.held[:, :width].masked_fill(unused, EMPTY)
 
 
 MOST_ROWS = 2**15
@@ -204,6 +204,6 @@ def largest_of_rows(values: Tensor, row: Tensor, num_rows: int, k: int) -> Tenso
     row, values = row.long(), values[order]
     start = torch.searchsorted(row, torch.arange(num_rows, device=row.device))
     rank = torch.arange(len(row), device=row.device) - start[row]
-    found = values.new_full((num_rows, k + 1), NOT_SEEN)
+    found = values.new_full((num_rows, k + 1), EMPTY)
     found.view(-1).scatter_(0, row * (k + 1) + rank.clamp_max(k), values)  # The last column takes what is too many.
     return found[:, :k]

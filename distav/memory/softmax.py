@@ -9,9 +9,9 @@ Legend: b queries of this rank, B of all ranks, n rows of this rank, D width.
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import exchange, num_ranks
-from distav.memory.attention import Asked, merge
-from distav.memory.attention_backends import BACK_ENDS, BackEnd, best_back_end
+from distav.distributed.collectives import all_to_all_rows, get_world_size
+from distav.memory.attention import AttentionInputs, merge_parts
+from distav.memory.attention_backends import BACKENDS, AttentionBackend, select_backend
 
 
 def attend(
@@ -22,7 +22,7 @@ def attend(
     *,
     bias: Tensor | None = None,
     exclude: Tensor | None = None,
-    back_end: str = "",
+    backend: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Softmax-average the values of this rank's rows in one pass of 4 B n D operations, in O(B D) memory.
 
@@ -51,16 +51,16 @@ def attend(
         exclude = exclude[:, None]
     bias = None if bias is None else bias.float()
     scale = temperature.detach().float().reciprocal() if learnt else 1 / temperature
-    asked = Asked(queries.detach(), keys, values, scale, bias, exclude)
-    chosen = _named(back_end, asked) if back_end else best_back_end(asked)
+    asked = AttentionInputs(queries.detach(), keys, values, scale, bias, exclude)
+    chosen = _named(backend, asked) if backend else select_backend(asked)
     return chosen.run(asked)
 
 
-def _named(name: str, asked: Asked) -> BackEnd:
-    for each in BACK_ENDS:
-        if each.name == name and each.suits(asked):
+def _named(name: str, asked: AttentionInputs) -> AttentionBackend:
+    for each in BACKENDS:
+        if each.name == name and each.supports(asked):
             return each
-    able = [each.name for each in BACK_ENDS if each.suits(asked)]
+    able = [each.name for each in BACKENDS if each.supports(asked)]
     raise ValueError(f"back_end={name} cannot do this here; these can: {', '.join(able)}")
 
 
@@ -74,9 +74,9 @@ def merge_across_ranks(found: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor,
         lse [b] and out [b, D] of this rank's queries over all rows. All of it takes one exchange, in which a rank
         sends (W - 1) b (D + 1) numbers for each softmax.
     """
-    ranks = num_ranks()
+    ranks = get_world_size()
     if ranks == 1:
         return found
     packed = torch.stack([torch.cat([lse[:, None], out], dim=1) for lse, out in found], dim=1)
-    parts = exchange(packed).view(ranks, -1, *packed.shape[1:])
-    return [merge(parts[:, :, each, 0], parts[:, :, each, 1:]) for each in range(len(found))]
+    parts = all_to_all_rows(packed).view(ranks, -1, *packed.shape[1:])
+    return [merge_parts(parts[:, :, each, 0], parts[:, :, each, 1:]) for each in range(len(found))]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distav.memory.key_shard import GROUP, SMALLEST_GEMM, Shard, Workspace
+from distav.memory.key_shard import GROUP, SMALLEST_GEMM, KeyShard, Workspace
 from distav.memory.reservoir import (
     LOWEST,
     Candidates,
@@ -40,8 +40,8 @@ SLOTS = 1024
 """Fewest candidates of a query that kernels have room for; a row of which more pass is searched again without them."""
 
 
-def best_of(
-    queries: Tensor, shard: Shard, best: Tensor, barred: list[Tensor], space: Workspace, *, first: bool, guess: bool
+def exact_top_k(
+    queries: Tensor, shard: KeyShard, best: Tensor, excluded: list[Tensor], space: Workspace, *, first: bool, estimate_bound: bool
 ) -> tuple[Tensor, Tensor]:
     """Merge the best keys of a shard into the best found so far.
 
@@ -67,11 +67,11 @@ def best_of(
         [b, k] packed, in descending order, and [b] bool, which rows have to be searched again.
     """
     find = _best_exact if space.scores.dtype is torch.float32 else _best_coarse
-    return find(queries, shard, best, barred, space, first, guess)
+    return find(queries, shard, best, excluded, space, first, estimate_bound)
 
 
 def _best_exact(
-    queries: Tensor, shard: Shard, best: Tensor, barred: list[Tensor], space: Workspace, first: bool, guess: bool
+    queries: Tensor, shard: KeyShard, best: Tensor, excluded: list[Tensor], space: Workspace, first: bool, estimate_bound: bool
 ) -> tuple[Tensor, Tensor]:
     num, k, num_tiles, width = len(queries), best.shape[1], len(shard.tiles), len(shard.tiles[0])
     if num < SMALLEST_GEMM:
@@ -79,9 +79,9 @@ def _best_exact(
     bound = score_or_lowest(best[:, -1])[:, None]
     reservoir = Reservoir(best, slots=k + width)
     for tile in range(num_tiles):
-        scores = shard.scores(queries, tile, barred[tile], space)[:num]
+        scores = shard.scores(queries, tile, excluded[tile], space)[:num]
         if first and tile & (tile - 1) == 0:  # 0 and the powers of two
-            rank = _rank_of_bound(k, (tile or 1) / num_tiles, guess)
+            rank = _rank_of_bound(k, (tile or 1) / num_tiles, estimate_bound)
             if tile:
                 bound = torch.maximum(bound, reservoir.nth_largest(rank))
             elif rank <= width:
@@ -100,7 +100,7 @@ def _best_exact(
 
 
 def _best_coarse(
-    queries: Tensor, shard: Shard, best: Tensor, barred: list[Tensor], space: Workspace, first: bool, guess: bool
+    queries: Tensor, shard: KeyShard, best: Tensor, excluded: list[Tensor], space: Workspace, first: bool, estimate_bound: bool
 ) -> tuple[Tensor, Tensor]:
     num, k, num_tiles, dtype = len(queries), best.shape[1], len(shard.tiles), space.scores.dtype
     scaled = queries * shard.scale
@@ -109,7 +109,7 @@ def _best_coarse(
     # A key of this scaled score has passed: the bound is what its coarse score cannot fall below.
     reached = score_or_lowest(best[:, -1]) * shard.scale**2
     bound = torch.empty(num, dtype=dtype, device=queries.device)
-    kernels = kernels_for(queries.device, queries.shape[1]) if guess else None
+    kernels = kernels_for(queries.device, queries.shape[1]) if estimate_bound else None
     candidates = Candidates(num, dtype, queries.device, slots=max(SLOTS, 4 * k) if kernels else 0)
     fresh = first
 
@@ -130,9 +130,9 @@ def _best_coarse(
 
     raise_bound(torch.full_like(error, -torch.inf))
     for tile in range(num_tiles):
-        scores = shard.scores(rounded, tile, barred[tile], space)
+        scores = shard.scores(rounded, tile, excluded[tile], space)
         if first and tile != 1 and tile & (tile - 1) == 0:  # 0 and the powers of two from 2 on
-            rank = _rank_of_bound(k, (tile or 1) / num_tiles, guess)
+            rank = _rank_of_bound(k, (tile or 1) / num_tiles, estimate_bound)
             raise_bound(candidates.nth_largest(rank) if tile else _nth_largest_of_groups(scores, rank))
         if kernels:
             candidates.append_passing(kernels, scores, bound, tile, num_tiles)
@@ -147,7 +147,7 @@ def _best_coarse(
     return best, (score_or_lowest(best[:, -1]) * shard.scale**2 < reached) | candidates.overflowed
 
 
-def _rounding(scaled: Tensor, rounded: Tensor, shard: Shard) -> Tensor:
+def _rounding(scaled: Tensor, rounded: Tensor, shard: KeyShard) -> Tensor:
     """Bound how far a coarse score may be off before it is rounded itself: [b].
 
     |q.k - q'.k'| <= |q - q'| |k| + |q'| |k - k'| for the rounded q' and k', and a float32 sum of D terms. The lengths
@@ -159,12 +159,12 @@ def _rounding(scaled: Tensor, rounded: Tensor, shard: Shard) -> Tensor:
     return 1.01 * (lost * shard.largest + kept * shard.residual + summed) + limits.smallest_normal * limits.eps
 
 
-def _rank_of_bound(k: int, share: float, guess: bool) -> int:
+def _rank_of_bound(k: int, share: float, estimate_bound: bool) -> int:
     """Return the rank among the scores of a share of all tiles that gives the bound.
 
     A guessed one is too high for the whole in less than one of ten thousand rows.
     """
-    return min(k, math.ceil(((4 + math.sqrt(16 + 4 * k * share)) / 2) ** 2)) if guess else k
+    return min(k, math.ceil(((4 + math.sqrt(16 + 4 * k * share)) / 2) ** 2)) if estimate_bound else k
 
 
 def _nth_largest_of_groups(scores: Tensor, rank: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distav.config.schema import DataSettings, ModelSettings
 from distav.models.audio_encoders import build_audio
-from distav.models.event_parser import Stream, build_parser
+from distav.models.event_parser import TokenSpec, build_parser
 from distav.models.heads import CategoryHead, Classifiers, Projection
 from distav.models.visual_encoders import build_visual
 
@@ -46,9 +46,9 @@ class AVModel(nn.Module):
         self.classify = Classifiers(*widths, num_classes, settings.dropout)
         self.segments = segments
         if segments:
-            seen, heard = (Stream(name, width) for name, width in zip(("visual", "audio"), widths, strict=True))
+            seen, heard = (TokenSpec(name, width) for name, width in zip(("visual", "audio"), widths, strict=True))
             self.parse = build_parser(settings.parser, [heard], [seen], num_classes, segments)
-        if settings.learn_temperature:
+        if settings.learnable_temperature:
             self.log_temperature = nn.Parameter(torch.tensor([math.log(TEMPERATURE)]))
 
     def forward(self, frames: Tensor, sound: Tensor, seeds: Tensor, parse: bool = False) -> dict[str, Tensor]:

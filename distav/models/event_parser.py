@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distav.config.schema import ParserSettings
-from distav.data.modalities import SENSES
-from distav.data.modalities import Stream as Features
+from distav.data.modalities import MODALITIES
+from distav.data.modalities import FeatureStream as Features
 from distav.models.layers import SeededDropout
 
 _DROPOUT_STREAM = 100
 """First of the streams of a sample's random numbers that drop entries here."""
 
 
-class Stream(NamedTuple):
+class TokenSpec(NamedTuple):
     """Features that a frozen network gave of one modality.
 
     Attributes:
@@ -52,7 +52,7 @@ class SegmentEmbedding(nn.Module):
 
     _MAP_STEPS = 1024
 
-    def __init__(self, streams: Sequence[Stream], width: int, segments: int):
+    def __init__(self, streams: Sequence[TokenSpec], width: int, segments: int):
         super().__init__()
         self.streams, self.segments = tuple(streams), segments
         self.project = nn.ModuleList(nn.Linear(each.dim, width) for each in streams)
@@ -63,7 +63,7 @@ class SegmentEmbedding(nn.Module):
         parts = [self._embed(*each) for each in zip(self.streams, self.project, features, strict=True)]
         return self.join(torch.cat(parts, dim=2))
 
-    def _embed(self, stream: Stream, project: nn.Module, values: Tensor) -> Tensor:
+    def _embed(self, stream: TokenSpec, project: nn.Module, values: Tensor) -> Tensor:
         if stream.grid is None:
             steps = project(values)
         else:  # VALOR++: the map is stretched in time, projected, and averaged over its rows.
@@ -169,8 +169,8 @@ class EventParser(nn.Module):
 
     def __init__(
         self,
-        audio: Sequence[Stream],
-        visual: Sequence[Stream],
+        audio: Sequence[TokenSpec],
+        visual: Sequence[TokenSpec],
         num_classes: int,
         *,
         segments: int = 10,
@@ -179,7 +179,7 @@ class EventParser(nn.Module):
         heads: int = 8,
         feed_forward: int = 1024,
         dropout: float = 0.1,
-        in_turn: bool = False,
+        sequential_update: bool = False,
         joint_pooling: bool = False,
     ):
         super().__init__()
@@ -187,7 +187,7 @@ class EventParser(nn.Module):
         self.embed_visual = SegmentEmbedding(visual, width, segments)
         self.layers = nn.ModuleList(HybridLayer(width, heads, feed_forward, dropout, number) for number in range(depth))
         self.pool = AttentivePooling(width, num_classes, joint_pooling)
-        self.in_turn = in_turn
+        self.in_turn = sequential_update
 
     def forward(self, audio: Sequence[Tensor], visual: Sequence[Tensor], seeds: Tensor) -> Parsed:
         """Parse videos.
@@ -205,7 +205,7 @@ class EventParser(nn.Module):
 
 
 def build_parser(
-    settings: ParserSettings, audio: Sequence[Stream], visual: Sequence[Stream], num_classes: int, segments: int
+    settings: ParserSettings, audio: Sequence[TokenSpec], visual: Sequence[TokenSpec], num_classes: int, segments: int
 ) -> EventParser:
     """Return the parser that the settings name."""
     return EventParser(
@@ -216,9 +216,9 @@ def build_parser(
         width=settings.width,
         depth=settings.depth,
         heads=settings.heads,
-        feed_forward=settings.feed_forward,
+        feed_forward=settings.ffn_dim,
         dropout=settings.dropout,
-        in_turn=settings.in_turn,
+        sequential_update=settings.sequential_update,
         joint_pooling=settings.joint_pooling,
     )
 
@@ -229,9 +229,9 @@ class FeatureParser(nn.Module):
     def __init__(self, settings: ParserSettings, streams: Mapping[str, Features], segments: int, num_classes: int):
         super().__init__()
         self.segments = segments
-        self.senses = [[name for name, each in streams.items() if each.sense == sense] for sense in SENSES]
+        self.senses = [[name for name, each in streams.items() if each.modality == sense] for sense in MODALITIES]
         heard, seen = (
-            [Stream(name, streams[name].dim, _grid(settings, name)) for name in names] for names in self.senses
+            [TokenSpec(name, streams[name].dim, _grid(settings, name)) for name in names] for names in self.senses
         )
         self.parse = build_parser(settings, heard, seen, num_classes, segments)
 
@@ -243,5 +243,5 @@ class FeatureParser(nn.Module):
 
 
 def _grid(settings: ParserSettings, name: str) -> tuple[int, int] | None:
-    rows_and_columns = settings.maps.get(name)
+    rows_and_columns = settings.token_grids.get(name)
     return (rows_and_columns[0], rows_and_columns[1]) if rows_and_columns else None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distav.distributed.collectives import gather_rows, num_ranks, sum_
+from distav.distributed.collectives import all_gather_rows, get_world_size, all_reduce_sum_
 from distav.distributed.rng import uniform
 
 _recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
@@ -26,7 +26,7 @@ class _GlobalNormalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         mean, var = _moments(x.float())
-        stats = gather_rows(torch.stack([mean, var])[None])
+        stats = all_gather_rows(torch.stack([mean, var])[None])
         mean = stats[:, 0].mean(0)
         var = (stats[:, 1] + (stats[:, 0] - mean) ** 2).mean(0)
         ctx.save_for_backward(x, weight, mean, var)
@@ -42,8 +42,8 @@ class _GlobalNormalise(torch.autograd.Function):
         rstd = (var + ctx.eps).rsqrt()
         grad, centred = gradients[0].float(), x.float() - mean.view(shape)
         bias_grad, weight_grad = grad.sum(dims), (grad * centred).sum(dims) * rstd
-        count = x.numel() // x.shape[1] * num_ranks()
-        of_bias, of_weight = sum_(torch.stack([bias_grad, weight_grad])) / count
+        count = x.numel() // x.shape[1] * get_world_size()
+        of_bias, of_weight = all_reduce_sum_(torch.stack([bias_grad, weight_grad])) / count
         grad_x = (grad - of_bias.view(shape)).addcmul_(centred, (of_weight * rstd).view(shape), value=-1)
         grad_x = grad_x.mul_((weight.float() * rstd).view(shape)).to(x.dtype)
         return grad_x, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None
@@ -60,7 +60,7 @@ class _FusedGlobalNormalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         x = x.contiguous(memory_format=_memory_format(x))
-        means, invstds = gather_rows(torch.stack(torch.batch_norm_stats(x, eps))[None]).unbind(1)
+        means, invstds = all_gather_rows(torch.stack(torch.batch_norm_stats(x, eps))[None]).unbind(1)
         # All ranks have the same number of elements, so counts of one give the same result; the kernel sums counts in
         # 32 bits, which the true ones overflow at some hundred ranks. The first argument sets the type of the counts.
         counts = torch.ones(len(means), device=x.device)
@@ -79,8 +79,8 @@ class _FusedGlobalNormalise(torch.autograd.Function):
         of_bias, of_weight, weight_grad, bias_grad = torch.batch_norm_backward_reduce(
             grad, x, mean, invstd, scale, True, True, True
         )
-        of_bias, of_weight = sum_(torch.stack([of_bias, of_weight]))
-        counts = torch.full((num_ranks(),), x.numel() // x.shape[1], dtype=torch.int32, device=x.device)
+        of_bias, of_weight = all_reduce_sum_(torch.stack([of_bias, of_weight]))
+        counts = torch.full((get_world_size(),), x.numel() // x.shape[1], dtype=torch.int32, device=x.device)
         grad_x = torch.batch_norm_backward_elemt(grad, x, mean, invstd, scale, of_bias, of_weight, counts)
         return grad_x, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None
 
@@ -137,7 +137,7 @@ class GlobalBatchNorm(nn.Module):
         out, mean, var = normalize.apply(x, self.weight, self.bias, self.eps)  # pyright: ignore[reportGeneralTypeIssues]
         if _recomputing.get():
             return out
-        count = x.numel() // x.shape[1] * num_ranks()
+        count = x.numel() // x.shape[1] * get_world_size()
         with torch.no_grad():
             finite = torch.isfinite(mean) & torch.isfinite(var)  # One bad batch must not stay in them for ever.
             var = var * count / max(1, count - 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distav.config.errors import UserError
 from distav.config.schema import AudioSettings, DataSettings, ModelSettings, ParserSettings, VisualSettings
-from distav.data.modalities import Stream
+from distav.data.modalities import FeatureStream
 from distav.models.av_model import AVModel
 from distav.models.event_parser import FeatureParser
 
@@ -33,12 +33,12 @@ def load_encoders(folder: str | Path) -> tuple[AVModel, dict[str, Any]]:
     if "num_frames" not in inputs:
         raise UserError(f"{folder} holds an event parser over features, and no encoders; load it by load_parser.")
     num_classes, segments = len(description["classes"]), description.get("segments", 0)
-    model = AVModel(model_settings(description), fed(description), inputs["sample_rate_hz"], num_classes, segments)
-    model.load_state_dict(weights(folder))
+    model = AVModel(model_config(description), input_config(description), inputs["sample_rate_hz"], num_classes, segments)
+    model.load_state_dict(load_weights(folder))
     return model.eval(), description
 
 
-def weights(folder: str | Path) -> dict[str, Tensor]:
+def load_weights(folder: str | Path) -> dict[str, Tensor]:
     """Return the weights of an `export/` folder by name.
 
     Raises:
@@ -52,14 +52,14 @@ def weights(folder: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged ({error}); copy it again.") from None
 
 
-def model_settings(description: dict[str, Any]) -> ModelSettings:
+def model_config(description: dict[str, Any]) -> ModelSettings:
     """Return the settings of an exported network's towers and heads."""
     chosen, parts = description["model"], {"visual": VisualSettings, "audio": AudioSettings, "parser": ParserSettings}
     # Exports of distav before it parsed events have no parser.
     return ModelSettings(**{**chosen, **{name: kind(**chosen.get(name, {})) for name, kind in parts.items()}})
 
 
-def fed(description: dict[str, Any]) -> DataSettings:
+def input_config(description: dict[str, Any]) -> DataSettings:
     """Return the settings by which clips are brought to what an exported network is fed."""
     names = ("num_frames", "frame_stride", "frame_size", "squash", "audio_s")
     return DataSettings(**{name: description["input"][name] for name in names if name in description["input"]})
@@ -81,10 +81,10 @@ def load_parser(folder: str | Path) -> tuple[FeatureParser, dict[str, Any]]:
     description = _description(Path(folder))
     if "num_frames" in description["input"]:
         raise UserError(f"{folder} holds encoders of clips; load them by load_encoders.")
-    streams = {name: Stream(**each) for name, each in description["input"].items()}
+    streams = {name: FeatureStream(**each) for name, each in description["input"].items()}
     settings = ParserSettings(**description["model"]["parser"])
     model = FeatureParser(settings, streams, description["segments"], len(description["classes"]))
-    model.load_state_dict(weights(folder))
+    model.load_state_dict(load_weights(folder))
     return model.eval(), description
 
 

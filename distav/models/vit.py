@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
-from distav.config.errors import UserError, listed, nearest
+from distav.config.errors import UserError, format_list, did_you_mean
 from distav.models.layers import run
 
 SIZES = {
@@ -40,4 +40,4 @@ class TokenEncoder(nn.Module):
 def unknown_tower(key: str, name: str, others: tuple[str, ...]) -> UserError:
     """Return the error for a tower that does not exist."""
     allowed = [*others, *SIZES]
-    return UserError(f"{key}={name} is no tower; allowed: {listed(allowed)}.{nearest(name, allowed)}")
+    return UserError(f"{key}={name} is no tower; allowed: {format_list(allowed)}.{did_you_mean(name, allowed)}")

@@ -22,22 +22,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import broadcast, sum_
-from distav.noise.noise_rate import MATRIX_PRIOR, even_matrix, rates
+from distav.distributed.collectives import broadcast, all_reduce_sum_
+from distav.noise.noise_rate import MATRIX_PRIOR, uniform_transition_matrix, rates
 from distav.noise.tiling import in_tiles, normalized, tiles
 
-RAREST = 1e-12
+MIN_PROBABILITY = 1e-12
 """Least probability of a label; sixteen of these multiplied are still a number."""
-SHARPNESS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.5, 7.0)
-FLOOR = 20.0
+INVERSE_TEMPERATURES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.5, 7.0)
+PSEUDO_COUNT = 20.0
 """A vote counts as so many, with one more spread over all classes: a class without votes is not ruled out."""
 PARTS, STRENGTHS = 4, (0.5, 1.0, 1.5)
 """Weights of experts are tried in quarters of these sums; the sharpness of what they come to is calibrated anew."""
-LEAST_SHARE = 1e-4
+MIN_WEIGHT = 1e-4
 """An expert that gives a class less counts as if it gave so much."""
 NEGLIGIBLE = 1e-12
 """Sharpness values of less weight are left out of an average."""
-MOST_JUDGES = 20_000
+MAX_CALIBRATION_SAMPLES = 20_000
 """Samples on which votes are compared; more say no more."""
 
 
@@ -55,25 +55,25 @@ class Calibration:
     """
 
     likelihood: Tensor
-    confusion: Tensor
-    uneven: bool
+    error_distribution: Tensor
+    is_asymmetric: bool
     per_sample: float
     entropy: float
-    judges: int
+    num_samples: int
 
     @property
-    def evidence(self) -> Tensor:
+    def rate_log_likelihood(self) -> Tensor:
         """Log-likelihood of each rate, whatever the sharpness: [R], its largest value 0."""
         by_rate = self.likelihood.logsumexp(1)
         return by_rate - by_rate.max()
 
-    def sharpened(self, votes: Tensor) -> Tensor:
+    def inverse_temperature(self, votes: Tensor) -> Tensor:
         """Return calibrated class shares, averaged over what the sharpness may be: [n, C] -> [n, C]."""
-        weights = sharpness_weights(self.likelihood)
+        weights = temperature_weights(self.likelihood)
         return in_tiles(votes.shape[1], lambda some: blended(some, weights), votes)
 
 
-def sharpened(votes: Tensor, at: Iterable[int] = range(len(SHARPNESS))) -> Iterator[Tensor]:
+def temperature_scaled(votes: Tensor, at: Iterable[int] = range(len(INVERSE_TEMPERATURES))) -> Iterator[Tensor]:
     """Yield votes at each sharpness, softmax(b log v): [t, C] -> S times [t, C].
 
     One vote spread over all classes is added first.
@@ -82,20 +82,20 @@ def sharpened(votes: Tensor, at: Iterable[int] = range(len(SHARPNESS))) -> Itera
         votes: [t, C].
         at: places in `SHARPNESS`; all of them by default.
     """
-    logs = ((FLOOR * votes + 1 / votes.shape[1]) / (FLOOR + 1)).log_()
+    logs = ((PSEUDO_COUNT * votes + 1 / votes.shape[1]) / (PSEUDO_COUNT + 1)).log_()
     for place in at:
-        yield (SHARPNESS[place] * logs).softmax(1)
+        yield (INVERSE_TEMPERATURES[place] * logs).softmax(1)
 
 
 def blended(votes: Tensor, weights: Mapping[int, float]) -> Tensor:
     """Average votes over sharpness values, by their places in `SHARPNESS` with weights: [t, C] -> [t, C]."""
     return sum(
-        (weight * each for weight, each in zip(weights.values(), sharpened(votes, weights), strict=True)),
+        (weight * each for weight, each in zip(weights.values(), temperature_scaled(votes, weights), strict=True)),
         torch.zeros_like(votes),
     )
 
 
-def sharpness_weights(likelihood: Tensor) -> dict[int, float]:
+def temperature_weights(likelihood: Tensor) -> dict[int, float]:
     """Return how likely each sharpness is, whatever the rate, without those that have next to no weight.
 
     Args:
@@ -108,7 +108,7 @@ def sharpness_weights(likelihood: Tensor) -> dict[int, float]:
     return {place: weight for place, weight in enumerate((mass / mass.sum()).tolist()) if weight > NEGLIGIBLE}
 
 
-class Judges:
+class VoteCalibrator:
     """The samples whose given labels judge votes: all, or an even part of them where they are many.
 
     Each rank judges by its own samples, some of them at a time; what comes of it is added up over ranks.
@@ -123,12 +123,12 @@ class Judges:
             usable: [n] bool, samples that may judge.
         """
         self.num_classes = num_classes
-        stride = max(1, -(-int(sum_(usable.sum().double())) // MOST_JUDGES))
+        stride = max(1, -(-int(all_reduce_sum_(usable.sum().double())) // MAX_CALIBRATION_SAMPLES))
         self.chosen = usable.nonzero().squeeze(1)[::stride]
         self.labels = own[self.chosen]
-        self.counts = sum_(torch.bincount(self.labels, minlength=num_classes).double())
+        self.counts = all_reduce_sum_(torch.bincount(self.labels, minlength=num_classes).double())
         self.number = max(1, int(self.counts.sum()))
-        self.even, self.rates = even_matrix(1.0, num_classes).to(self.counts), rates(num_classes).to(own.device)
+        self.even, self.rates = uniform_transition_matrix(1.0, num_classes).to(self.counts), rates(num_classes).to(own.device)
 
     def _tiles(self, width: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield places [t] and given labels [t] of some of this rank's judges at a time."""
@@ -145,20 +145,20 @@ class Judges:
         at = self.rates
         confusions = [self.even, self._confusion(votes)]
         by_label = [each.T.contiguous() for each in confusions]
-        likelihoods = self.counts.new_zeros(len(confusions), len(at), len(SHARPNESS))
+        likelihoods = self.counts.new_zeros(len(confusions), len(at), len(INVERSE_TEMPERATURES))
         for rows, labels in self._tiles(max(self.num_classes, len(at))):
             mistaken = [each[labels] for each in by_label]
-            for column, shares in enumerate(sharpened(votes[rows].double())):
+            for column, shares in enumerate(temperature_scaled(votes[rows].double())):
                 for likelihood, wrong in zip(likelihoods, mistaken, strict=True):
                     likelihood[:, column] += _log_product(_mixed(shares, labels, wrong, at))
-        sum_(likelihoods)
+        all_reduce_sum_(likelihoods)
         if prior is not None:
             likelihoods += prior[:, None]
         even, seen = likelihoods.amax((1, 2)).tolist()
         # As many free numbers would gain half a nat each by chance.
         uneven = seen - even > self.num_classes * (self.num_classes - 1)
         likelihood = likelihoods[int(uneven)].clone()
-        entropy = self._entropy(votes, sharpness_weights(likelihood))
+        entropy = self._entropy(votes, temperature_weights(likelihood))
         per_sample = (seen if uneven else even) / self.number
         return Calibration(likelihood, confusions[int(uneven)], uneven, per_sample, entropy, self.number)
 
@@ -168,7 +168,7 @@ class Judges:
         for rows, labels in self._tiles(self.num_classes):
             elected = votes[rows].argmax(1)
             counts.index_put_((elected, labels), torch.ones_like(labels, dtype=counts.dtype), accumulate=True)
-        counts = (sum_(counts) + MATRIX_PRIOR * self.even).fill_diagonal_(0.0)
+        counts = (all_reduce_sum_(counts) + MATRIX_PRIOR * self.even).fill_diagonal_(0.0)
         return normalized(counts)
 
     def _entropy(self, votes: Tensor, weights: Mapping[int, float]) -> float:
@@ -176,14 +176,14 @@ class Judges:
         total = self.counts.new_zeros(())
         for rows, _ in self._tiles(self.num_classes):
             total += entropies(blended(votes[rows].double(), weights)).sum()
-        return float(sum_(total)) / self.number
+        return float(all_reduce_sum_(total)) / self.number
 
-    def chance(self) -> float:
+    def prior_log_likelihood(self) -> float:
         """Return the mean log-likelihood of the labels where nothing is known but how frequent each is."""
         shares = (self.counts + 1) / (self.counts.sum() + self.num_classes)
         return float(self.counts @ shares.log()) / self.number
 
-    def pool(
+    def fit_ensemble(
         self, experts: Sequence[Tensor], confusion: Tensor, rate: float | None = None
     ) -> tuple[Tensor, list[float]]:
         """Weigh calibrated shares by what they add: softmax(sum_m w_m log p_m), w averaged over what it may be.
@@ -202,15 +202,15 @@ class Judges:
         tried = self.counts.new_tensor(list(_weightings(len(experts))))
         likelihood, by_label = self.counts.new_zeros(len(tried), len(at)), confusion.T.contiguous()
         for rows, labels in self._tiles(len(experts) * self.num_classes):
-            logs = torch.stack([each[rows].double().clamp_min_(LEAST_SHARE).log_() for each in experts])
+            logs = torch.stack([each[rows].double().clamp_min_(MIN_WEIGHT).log_() for each in experts])
             mistaken = by_label[labels]
             for place, weights in enumerate(tried):
                 shares = torch.einsum("m,mtc->tc", weights, logs).softmax(1)
                 likelihood[place] += _log_product(_mixed(shares, labels, mistaken, at))
-        averaged: list[float] = broadcast((sum_(likelihood).logsumexp(1).softmax(0) @ tried).tolist())
+        averaged: list[float] = broadcast((all_reduce_sum_(likelihood).logsumexp(1).softmax(0) @ tried).tolist())
 
         def product(*some: Tensor) -> Tensor:
-            logs = (weight * each.clamp_min(LEAST_SHARE).log_() for weight, each in zip(averaged, some, strict=True))
+            logs = (weight * each.clamp_min(MIN_WEIGHT).log_() for weight, each in zip(averaged, some, strict=True))
             return sum(logs, torch.zeros_like(some[0])).softmax(1)
 
         return in_tiles(self.num_classes, product, *experts), averaged
@@ -241,7 +241,7 @@ def _mixed(shares: Tensor, labels: Tensor, mistaken: Tensor, at: Tensor) -> Tens
         [R, J], at least `RAREST`.
     """
     right, wrong = shares.gather(1, labels[:, None]).squeeze(1), (shares * mistaken).sum(1)
-    return torch.lerp(right, wrong, at[:, None]).clamp_min_(RAREST)
+    return torch.lerp(right, wrong, at[:, None]).clamp_min_(MIN_PROBABILITY)
 
 
 def _log_product(probabilities: Tensor) -> Tensor:

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import sum_
-from distav.noise.calibration import SHARPNESS, blended, entropies, sharpened, sharpness_weights
+from distav.distributed.collectives import all_reduce_sum_
+from distav.noise.calibration import INVERSE_TEMPERATURES, blended, entropies, temperature_scaled, temperature_weights
 from distav.noise.noise_rate import RateEstimate, estimate_rate, rates
 from distav.noise.tiling import normalized, tiles
 
 
 @dataclass(frozen=True)
-class Agreement:
+class ClassAgreement:
     """How far votes for the sounds agree with what the pictures show.
 
     Attributes:
@@ -37,13 +37,13 @@ class Agreement:
     entropy: float
 
     @property
-    def evidence(self) -> Tensor:
+    def rate_log_likelihood(self) -> Tensor:
         """Log-likelihood of each share of mismatched pairs, whatever the sharpness: [R]."""
         return self.likelihood.logsumexp(1)
 
 
 @dataclass(frozen=True)
-class Pairing:
+class PairPosterior:
     """What two modalities say of each other.
 
     Attributes:
@@ -57,7 +57,7 @@ class Pairing:
     rate: RateEstimate
 
 
-def agreement(picture: Tensor, votes: Tensor, usable: Tensor) -> Agreement:
+def class_agreement(picture: Tensor, votes: Tensor, usable: Tensor) -> ClassAgreement:
     """Compare votes for the sounds with the pictures at every sharpness and share of mismatched pairs.
 
     Args:
@@ -66,23 +66,23 @@ def agreement(picture: Tensor, votes: Tensor, usable: Tensor) -> Agreement:
         usable: [n] bool; the others do not judge.
     """
     at, num_classes = rates(picture.shape[1]).to(picture.device)[:, None], picture.shape[1]
-    likelihood = at.new_zeros(len(at), len(SHARPNESS))
+    likelihood = at.new_zeros(len(at), len(INVERSE_TEMPERATURES))
     for part in tiles(len(votes), max(num_classes, len(at)), votes.device):
-        for column, each in enumerate(sharpened(votes[part])):
+        for column, each in enumerate(temperature_scaled(votes[part])):
             ratio = _ratio(picture[part], each).double().where(usable[part], 1.0)
             likelihood[:, column] += ((1 - at) * ratio + at).log_().sum(1)
-    weights = sharpness_weights(sum_(likelihood))
+    weights = temperature_weights(all_reduce_sum_(likelihood))
     entropy = at.new_zeros(())
     for part in tiles(len(votes), num_classes, votes.device):
         entropy += entropies(blended(votes[part], weights)).double() @ usable[part].double()
     count, entropy, best = torch.stack(
-        [*sum_(torch.stack([usable.sum().double(), entropy])), likelihood.max()]
+        [*all_reduce_sum_(torch.stack([usable.sum().double(), entropy])), likelihood.max()]
     ).tolist()
     count = max(1.0, count)
-    return Agreement(votes, likelihood, best / count, entropy / count)
+    return ClassAgreement(votes, likelihood, best / count, entropy / count)
 
 
-def pair_evidence(picture: Tensor, agreed: Agreement, evidence: Tensor, usable: Tensor) -> Pairing:
+def pair_posterior(picture: Tensor, agreed: ClassAgreement, evidence: Tensor, usable: Tensor) -> PairPosterior:
     """Tell which pairs belong together, averaged over what the share of mismatched ones and the sharpness may be.
 
     Args:
@@ -92,14 +92,14 @@ def pair_evidence(picture: Tensor, agreed: Agreement, evidence: Tensor, usable: 
         usable: [n] bool; the others count as pairs.
     """
     at = rates(picture.shape[1]).to(picture.device)
-    likelihood = agreed.likelihood - agreed.evidence[:, None] + evidence[:, None]
+    likelihood = agreed.likelihood - agreed.rate_log_likelihood[:, None] + evidence[:, None]
     mass = _mass(likelihood).to(picture.dtype)
     weights = enumerate(torch.stack([each.sum() for each in mass.unbind(1)]).tolist())
     used = {column: weight for column, weight in weights if weight > 1e-4}
     averaged, ratios = torch.empty_like(picture), [torch.empty_like(picture[:, 0]) for _ in used]
     for part in tiles(len(picture), picture.shape[1], picture.device):
         shares = torch.zeros_like(picture[part])
-        for ratio, weight, each in zip(ratios, used.values(), sharpened(agreed.votes[part], used), strict=True):
+        for ratio, weight, each in zip(ratios, used.values(), temperature_scaled(agreed.votes[part], used), strict=True):
             shares += weight * each
             ratio[part] = _ratio(picture[part], each)
         averaged[part] = normalized(shares)
@@ -110,7 +110,7 @@ def pair_evidence(picture: Tensor, agreed: Agreement, evidence: Tensor, usable: 
                 together = (1 - mismatched) * ratio
                 correspondence += share * together / (together + mismatched).clamp_min(1e-12)
     correspondence = torch.where(usable, correspondence.clamp(0, 1), torch.ones_like(correspondence))
-    return Pairing(correspondence, averaged, estimate_rate(evidence, at))
+    return PairPosterior(correspondence, averaged, estimate_rate(evidence, at))
 
 
 def _ratio(picture: Tensor, sound: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def _mass(likelihood: Tensor) -> Tensor:
     return mass / mass.sum()
 
 
-def checked_rate(shaped: RateEstimate, seen: Tensor, heard: Tensor, num_classes: int) -> RateEstimate:
+def reconcile_pair_rate(shaped: RateEstimate, seen: Tensor, heard: Tensor, num_classes: int) -> RateEstimate:
     """Hold the rate of mismatched pairs against how much better pictures foretell labels than sounds do.
 
     Agreement tells the rate by how it grows with the sureness of votes, of which shape little is known. Labels tell it
@@ -146,7 +146,7 @@ def checked_rate(shaped: RateEstimate, seen: Tensor, heard: Tensor, num_classes:
     return RateEstimate(inside, shaped.low, shaped.high).spanning(told)
 
 
-def gated(shares: Tensor, correspondence: Tensor) -> Tensor:
+def gate_by_correspondence(shares: Tensor, correspondence: Tensor) -> Tensor:
     """Return evidence from the other modality, in doubt chance: c C p + (1 - c), [n, C]."""
     c = correspondence[:, None]
     return c * shares.shape[1] * shares + 1 - c

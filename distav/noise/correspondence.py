@@ -119,7 +119,7 @@ class SelfRefinement:
     threshold: float = 0.1
     store_thresholded: bool = False
 
-    def believed(self, stored: Tensor, full: float = 1.0) -> Tensor:
+    def trusted(self, stored: Tensor, full: float = 1.0) -> Tensor:
         """Return what the loss believes of stored correspondences, those from `full` up wholly."""
         share = (stored / full).clamp_max(1.0)
         return share.masked_fill(share < self.threshold, 0.0)
@@ -138,9 +138,9 @@ class SelfRefinement:
         """
         if epoch < self.warmup_epochs:
             estimated = first and epoch == self.warmup_epochs - 1
-            return self.believed(stored, full), matching if estimated else stored
+            return self.trusted(stored, full), matching if estimated else stored
         average = torch.lerp(matching, stored, self.momentum)
-        believed = self.believed(average, full)
+        believed = self.trusted(average, full)
         return believed, average.masked_fill(believed == 0, 0.0) if self.store_thresholded else average
 
 

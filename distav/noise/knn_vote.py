@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.distributed.collectives import broadcast, gather_ragged_rows, sum_
+from distav.distributed.collectives import broadcast, all_gather_variable_rows, all_reduce_sum_
 from distav.memory.knn import nearest_neighbors
 from distav.noise.tiling import in_tiles, tiles
 
 TIE = 1e-6
 
 
-def standardised(features: Tensor, present: Tensor, width: int, whitening: float) -> Tensor:
+def pca_whiten(features: Tensor, present: Tensor, width: int, whitening: float) -> Tensor:
     """Turn tower outputs into directions that neighbours can be looked for in.
 
     The mean over all samples is taken away, the `width` principal axes with most variance are kept, and each is
@@ -39,16 +39,16 @@ def standardised(features: Tensor, present: Tensor, width: int, whitening: float
         return (some.double() - mean) * counted[:, None]
 
     cut = [(features[part], present[part]) for part in tiles(len(features), num_axes, features.device)]
-    count = sum_(present.sum().double()).clamp_min(1)
+    count = all_reduce_sum_(present.sum().double()).clamp_min(1)
     total = torch.zeros(num_axes, dtype=torch.float64, device=features.device)
     for each in cut:
         total += centred(*each, 0.0).sum(0)
-    mean = sum_(total) / count
+    mean = all_reduce_sum_(total) / count
     covariance = total.new_zeros(num_axes, num_axes)
     for each in cut:
         some = centred(*each, mean)
         covariance.addmm_(some.T, some)
-    variance, axes = torch.linalg.eigh(sum_(covariance) / count)
+    variance, axes = torch.linalg.eigh(all_reduce_sum_(covariance) / count)
     kept = variance.argsort(descending=True)[:width]
     scale = variance[kept].clamp_min(variance.amax() * 1e-10 + 1e-30) ** (-whitening / 2)
     turn: Tensor = broadcast((axes[:, kept] * scale).cpu())  # Signs of axes are free, so all take those of one rank.
@@ -60,7 +60,7 @@ def standardised(features: Tensor, present: Tensor, width: int, whitening: float
     return in_tiles(num_axes, turned, features, present)
 
 
-class Neighborhood:
+class NeighborGraph:
     """The nearest neighbours of this rank's samples."""
 
     def __init__(self, features: Tensor, k: int, groups: Tensor, valid: Tensor):
@@ -68,7 +68,7 @@ class Neighborhood:
         ids, self.similarity = nearest_neighbors(features, k, groups, valid)
         self.ids = ids.int()  # Half the memory: with many neighbours and few classes they are the largest table.
 
-    def election(self, labels: Tensor, num_classes: int, k: int, temperature: float) -> "Election":
+    def vote(self, labels: Tensor, num_classes: int, k: int, temperature: float) -> "KnnVote":
         """Let the k nearest vote with their labels.
 
         Args:
@@ -77,7 +77,7 @@ class Neighborhood:
             k: voters, at most as many as were searched for.
             temperature: divides the similarity; votes are weighted by exp(similarity / temperature).
         """
-        return Election(self, labels, num_classes, k, temperature)
+        return KnnVote(self, labels, num_classes, k, temperature)
 
     def weights(self, part: slice, k: int, temperature: float) -> Tensor:
         """Return how much the k nearest of some rows weigh: [t, k], 0 where there is none."""
@@ -85,10 +85,10 @@ class Neighborhood:
         return weights.masked_fill_(self.ids[part, :k] < 0, 0.0)
 
 
-class Election:
+class KnnVote:
     """A vote among neighbours, and second votes over what it elected."""
 
-    def __init__(self, near: Neighborhood, labels: Tensor, num_classes: int, k: int, temperature: float):
+    def __init__(self, near: NeighborGraph, labels: Tensor, num_classes: int, k: int, temperature: float):
         """Count the votes; made by `Neighborhood.election`."""
         self.near, self.num_classes, self.k, self.temperature = near, num_classes, k, temperature
         self.shares = near.similarity.new_empty(len(near.ids), num_classes)
@@ -102,7 +102,7 @@ class Election:
     def _tiles(self) -> Iterator[slice]:
         return tiles(len(self.near.ids), max(self.num_classes, self.k), self.near.ids.device)
 
-    def second_vote(self, own: Tensor, voters: int) -> Tensor:
+    def second_round(self, own: Tensor, voters: int) -> Tensor:
         """Vote again, each neighbour with the class that its own neighbours elected.
 
         Where a sample took part in its neighbour's election, it is first taken out of it. Otherwise its label would
@@ -136,8 +136,8 @@ class Election:
         """
         top, order = self.shares.topk(2, dim=1)
         farthest = self.near.similarity[:, self.k - 1].masked_fill(self.near.ids[:, self.k - 1] < 0, -2.0)
-        classes = gather_ragged_rows(order)
-        numbers = gather_ragged_rows(torch.stack([top[:, 0] - top[:, 1], self._total, farthest], dim=1))
+        classes = all_gather_variable_rows(order)
+        numbers = all_gather_variable_rows(torch.stack([top[:, 0] - top[:, 1], self._total, farthest], dim=1))
         return *classes.unbind(1), *numbers.unbind(1)
 
 

@@ -12,16 +12,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import gather_ragged_rows, own_share
-from distav.noise.calibration import Judges
-from distav.noise.class_agreement import checked_rate, gated
-from distav.noise.noise_rate import RateEstimate, class_rates, estimate_rate, noise_matrix, rates
+from distav.distributed.collectives import all_gather_variable_rows, local_shard
+from distav.noise.calibration import VoteCalibrator
+from distav.noise.class_agreement import reconcile_pair_rate, gate_by_correspondence
+from distav.noise.noise_rate import RateEstimate, class_rates, estimate_rate, estimate_transition_matrix, rates
 from distav.noise.tiling import in_tiles, normalized
-from distav.noise.vote_search import Problem, Space, Voting, by_labels, by_sound, together
+from distav.noise.vote_search import VoteTask, FeatureSpace, VoteSearchSpace, select_label_vote, select_audio_vote, joint_features
 
 
 @dataclass(frozen=True)
-class Before:
+class CorrectionPrior:
     """What earlier corrections leave to a later one.
 
     Later features were trained on votes that every label had a small part in, so of the noise rate the first correction
@@ -33,8 +33,8 @@ class Before:
     """
 
     held_out: Tensor
-    evidence: Tensor
-    told: Tensor
+    rate_log_likelihood: Tensor
+    rate_log_likelihood_credible: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,29 +61,29 @@ class Correction:
     audio_held_out: Tensor
     audio_posterior: Tensor
     correspondence: Tensor
-    evidence: Tensor
-    told: Tensor
+    rate_log_likelihood: Tensor
+    rate_log_likelihood_credible: Tensor
     label_rate: RateEstimate
-    noise_matrix: Tensor
+    transition_matrix: Tensor
     pair_rate: RateEstimate
-    nats: float
+    log_likelihood_gain: float
     has_signal: bool
-    chosen: dict[str, str]
+    selected_votes: dict[str, str]
 
     @property
     def class_rates(self) -> list[RateEstimate]:
         """Share of wrong labels of each class."""
-        return class_rates(self.noise_matrix, self.label_rate)
+        return class_rates(self.transition_matrix, self.label_rate)
 
 
-def correct(
-    spaces: Sequence[Space],
+def correct_labels(
+    spaces: Sequence[FeatureSpace],
     given: Tensor,
     num_classes: int,
     groups: Tensor,
     valid: Tensor,
-    voting: Voting,
-    before: Before | None = None,
+    search_space: VoteSearchSpace,
+    prior: CorrectionPrior | None = None,
     teachers: tuple[Tensor, Tensor] | None = None,
 ) -> Correction:
     """Vote on the class of each sample among its neighbours in feature space.
@@ -106,57 +106,57 @@ def correct(
         teachers: what networks that were shown no label hold picture and sound for, [n, C] each: two more voices, and
             another way to tell what a sound is.
     """
-    own, present = own_share(given), own_share(valid)
-    fitting = fitting_neighbors(voting.neighbors, len(given), num_classes)
-    voting = replace(voting, neighbors=fitting, second=[each for each in voting.second if each <= max(fitting)] or [0])
-    judges = Judges(own, num_classes, present)
-    problem = Problem(given, own, num_classes, groups, valid, present, voting, judges)
-    prior = before.evidence if before else None
+    own, present = local_shard(given), local_shard(valid)
+    fitting = fitting_neighbors(search_space.num_neighbors, len(given), num_classes)
+    search_space = replace(search_space, neighbors=fitting, second=[each for each in search_space.second_round_neighbors if each <= max(fitting)] or [0])
+    judges = VoteCalibrator(own, num_classes, present)
+    problem = VoteTask(given, own, num_classes, groups, valid, present, search_space, judges)
+    prior = prior.rate_log_likelihood if prior else None
 
-    by_sight, pictures = by_labels(problem, spaces, lambda space: space.visual, prior)
+    by_sight, pictures = select_label_vote(problem, spaces, lambda space: space.visual, prior)
     seen = by_sight.calibration
-    rate = _rate(seen.evidence, num_classes)
-    shown, _ = noise_matrix(pictures, own, rate.rate, seen.confusion)
-    pairing, heard_name, heard = by_sound(problem, spaces, shown, teachers[1] if teachers else None)
+    rate = _rate(seen.rate_log_likelihood, num_classes)
+    shown, _ = estimate_transition_matrix(pictures, own, rate.rate, seen.error_distribution)
+    pairing, heard_name, heard = select_audio_vote(problem, spaces, shown, teachers[1] if teachers else None)
     del shown
     sounds, correspondence = pairing.shares, pairing.correspondence
     heard_as = sounds.argmax(1)
-    across = replace(problem, given=gather_ragged_rows(heard_as), own=heard_as)
+    across = replace(problem, given=all_gather_variable_rows(heard_as), own=heard_as)
     # Neighbours are searched anew: kept for every kind of features, they would take several times the memory.
-    by_hearing, hearing = by_labels(across, spaces, lambda space: space.visual, prior)
-    by_both, both = by_labels(problem, spaces, partial(together, problem, correspondence), prior)
+    by_hearing, hearing = select_label_vote(across, spaces, lambda space: space.visual, prior)
+    by_both, both = select_label_vote(problem, spaces, partial(joint_features, problem, correspondence), prior)
     joint = by_both.calibration
 
     fused = in_tiles(num_classes, _joined, pictures, sounds, correspondence)
     experts = {"fused": fused, "joint": both, "pictures": pictures, "across": hearing}
     del fused, both, pictures, hearing
-    if before:
-        experts["before"] = before.held_out
+    if prior:
+        experts["before"] = prior.held_out
     asked = [judges.calibrate(each, prior) for each in teachers or ()]
     if teachers:
-        picture, sound = (calibration.sharpened(each) for calibration, each in zip(asked, teachers, strict=True))
+        picture, sound = (calibration.inverse_temperature(each) for calibration, each in zip(asked, teachers, strict=True))
         experts["teacher of pictures"] = picture
         experts["teacher of sounds"] = in_tiles(num_classes, _alone, sound, correspondence)
         del picture, sound
-    pooled, weights = judges.pool(list(experts.values()), seen.confusion, rate.rate if before else None)
+    pooled, weights = judges.fit_ensemble(list(experts.values()), seen.error_distribution, rate.rate if prior else None)
     pooled_as = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(experts, weights, strict=True))
     experts.clear()
-    voices = [(seen, by_sight.told), (joint, by_both.told), *((each, each.evidence) for each in asked)]
-    soundest, told = min(voices, key=lambda voice: _width(_rate(voice[0].evidence, num_classes)))
-    told = before.told if before else told
-    outcome = judges.calibrate(pooled, soundest.evidence if prior is None else prior)
-    held_out = outcome.sharpened(pooled)
+    voices = [(seen, by_sight.rate_log_likelihood_credible), (joint, by_both.rate_log_likelihood_credible), *((each, each.rate_log_likelihood) for each in asked)]
+    soundest, told = min(voices, key=lambda voice: _width(_rate(voice[0].rate_log_likelihood, num_classes)))
+    told = prior.rate_log_likelihood_credible if prior else told
+    outcome = judges.calibrate(pooled, soundest.rate_log_likelihood if prior is None else prior)
+    held_out = outcome.inverse_temperature(pooled)
     del pooled
-    label_rate = _rate(outcome.evidence, num_classes).spanning(_rate(told, num_classes))
-    posterior, matrix = noise_matrix(held_out, own, label_rate.rate, outcome.confusion)
+    label_rate = _rate(outcome.rate_log_likelihood, num_classes).spanning(_rate(told, num_classes))
+    posterior, matrix = estimate_transition_matrix(held_out, own, label_rate.rate, outcome.error_distribution)
     # The class of the sound: its own votes, and the picture's as far as they belong together.
     by_ear = [in_tiles(num_classes, _joined, sounds, each, correspondence) for each in (held_out, posterior)]
-    nats = (max(each.per_sample for each in (seen, joint, *asked)) - judges.chance()) * outcome.judges
+    nats = (max(each.per_sample for each in (seen, joint, *asked)) - judges.prior_log_likelihood()) * outcome.num_samples
 
     pair_rate = pairing.rate
-    if not seen.uneven:
-        pair_rate = checked_rate(pair_rate, seen.evidence, heard, num_classes)
-    has_signal = nats > voting.signal_nats
+    if not seen.is_asymmetric:
+        pair_rate = reconcile_pair_rate(pair_rate, seen.rate_log_likelihood, heard, num_classes)
+    has_signal = nats > search_space.min_log_likelihood_gain
     if not has_signal:
         present = torch.zeros_like(present)
     shares = [held_out, posterior, *by_ear]
@@ -165,14 +165,14 @@ def correct(
     return Correction(
         *shares,
         correspondence=torch.where(present, correspondence, torch.ones_like(correspondence)),
-        evidence=outcome.evidence,
-        told=told,
+        rate_log_likelihood=outcome.rate_log_likelihood,
+        rate_log_likelihood_credible=told,
         label_rate=label_rate,
-        noise_matrix=matrix,
+        transition_matrix=matrix,
         pair_rate=pair_rate,
-        nats=nats,
+        log_likelihood_gain=nats,
         has_signal=has_signal,
-        chosen={
+        selected_votes={
             "pictures": by_sight.name,
             "sounds": heard_name,
             "joint": by_both.name,
@@ -193,14 +193,14 @@ def fitting_neighbors(neighbors: Sequence[int], num_samples: int, num_classes: i
     return fitting
 
 
-def nothing_known(given: Tensor, num_classes: int) -> Correction:
+def identity_correction(given: Tensor, num_classes: int) -> Correction:
     """Return the correction that leaves all labels and pairs as they are and tells nothing of the noise.
 
     Args:
         given: [N] int64 labels.
         num_classes: C.
     """
-    own = own_share(given)
+    own = local_shard(given)
     kept = torch.zeros(len(own), num_classes, device=given.device).scatter_(1, own[:, None], 1.0)
     evidence = torch.zeros_like(rates(num_classes), device=given.device)
     rate = _rate(evidence, num_classes)
@@ -210,14 +210,14 @@ def nothing_known(given: Tensor, num_classes: int) -> Correction:
         audio_held_out=kept.clone(),
         audio_posterior=kept.clone(),
         correspondence=torch.ones_like(kept[:, 0]),
-        evidence=evidence,
-        told=evidence,
+        rate_log_likelihood=evidence,
+        rate_log_likelihood_credible=evidence,
         label_rate=rate,
-        noise_matrix=kept.new_zeros(num_classes, num_classes + 1),
+        transition_matrix=kept.new_zeros(num_classes, num_classes + 1),
         pair_rate=rate,
-        nats=0.0,
+        log_likelihood_gain=0.0,
         has_signal=False,
-        chosen={},
+        selected_votes={},
     )
 
 
@@ -231,12 +231,12 @@ def _width(rate: RateEstimate) -> float:
 
 def _joined(shares: Tensor, other: Tensor, correspondence: Tensor) -> Tensor:
     """Return shares of one modality with those of the other as far as both belong together: [t, C]."""
-    return normalized((shares * gated(other, correspondence)).clamp_min_(1e-30))
+    return normalized((shares * gate_by_correspondence(other, correspondence)).clamp_min_(1e-30))
 
 
 def _alone(other: Tensor, correspondence: Tensor) -> Tensor:
     """Return what shares of the other modality say of one, in doubt nothing: [t, C]."""
-    return normalized(gated(other, correspondence))
+    return normalized(gate_by_correspondence(other, correspondence))
 
 
 def _keep_labels(shares: Tensor, own: Tensor, kept: Tensor) -> None:

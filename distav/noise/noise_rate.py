@@ -9,7 +9,7 @@ import torch
 from scipy.stats import beta
 from torch import Tensor
 
-from distav.distributed.collectives import sum_
+from distav.distributed.collectives import all_reduce_sum_
 from distav.noise.tiling import normalized, tiles
 
 NUM_RATES = 91
@@ -54,13 +54,13 @@ def estimate_rate(evidence: Tensor, at: Tensor) -> RateEstimate:
     return RateEstimate(float(mass @ at), low, high)
 
 
-def even_matrix(rate: float, num_classes: int) -> Tensor:
+def uniform_transition_matrix(rate: float, num_classes: int) -> Tensor:
     """Return T[c, y] where classes are mistaken at this rate, for any other alike: [C, C]."""
     matrix = torch.full((num_classes, num_classes), rate / (num_classes - 1))
     return matrix.fill_diagonal_(1 - rate)
 
 
-def noise_matrix(
+def estimate_transition_matrix(
     shares: Tensor, own: Tensor, rate: float, confusion: Tensor, iterations: int = 30
 ) -> tuple[Tensor, Tensor]:
     """Estimate how classes are mistaken, and each sample's true class given its label (Bayes' rule).
@@ -91,7 +91,7 @@ def noise_matrix(
             counts.index_add_(0, own[part], some)
             if iteration + 1 == iterations:
                 posterior[part] = some
-        counts = sum_(counts).T
+        counts = all_reduce_sum_(counts).T
         wrong = 1 - counts.diagonal().sum() / counts.sum().clamp_min(1e-9)
         matrix = normalized(counts + MATRIX_PRIOR * torch.lerp(itself, confusion, wrong))
     return posterior, torch.cat([matrix, counts.sum(1, keepdim=True)], dim=1)

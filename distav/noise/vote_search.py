@@ -10,22 +10,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import gather_ragged_rows
-from distav.noise.calibration import Calibration, Judges
-from distav.noise.class_agreement import Agreement, Pairing, agreement, pair_evidence
-from distav.noise.knn_vote import Neighborhood, standardised
+from distav.distributed.collectives import all_gather_variable_rows
+from distav.noise.calibration import Calibration, VoteCalibrator
+from distav.noise.class_agreement import ClassAgreement, PairPosterior, class_agreement, pair_posterior
+from distav.noise.knn_vote import NeighborGraph, pca_whiten
 from distav.noise.tiling import in_tiles, normalized
 
-ALIKE = 0.05
+GAIN_TOLERANCE = 0.05
 """Votes whose gain over chance differs by less than this share say as much."""
-TORN = 0.15
+ASYMMETRIC_GAIN_TOLERANCE = 0.15
 """The same where labels are found to be mistaken for particular others; see `by_labels`."""
-CREDIBLE = 2.0
+MAX_ENTROPY_RATIO = 2.0
 """Of votes that say as much, those with at most so many times the least entropy tell how sure the noise rate is."""
 
 
 @dataclass(frozen=True)
-class Voting:
+class VoteSearchSpace:
     """The votes to choose among.
 
     Attributes:
@@ -37,16 +37,16 @@ class Voting:
         signal_nats: votes that make the given labels likelier than their frequencies do by less are not believed.
     """
 
-    neighbors: Sequence[int] = (50, 200, 400)
-    second: Sequence[int] = (0, 20, 100)
-    temperatures: Sequence[float] = (0.07, 0.2, 0.4)
-    whitening: Sequence[float] = (0.0, 0.5)
-    width: int = 48
-    signal_nats: float = 10.0
+    num_neighbors: Sequence[int] = (50, 200, 400)
+    second_round_neighbors: Sequence[int] = (0, 20, 100)
+    vote_temperatures: Sequence[float] = (0.07, 0.2, 0.4)
+    whitening_powers: Sequence[float] = (0.0, 0.5)
+    num_components: int = 48
+    min_log_likelihood_gain: float = 10.0
 
 
 @dataclass(frozen=True)
-class Space:
+class FeatureSpace:
     """Features that neighbours can be looked for in, [n, E] of each modality."""
 
     name: str
@@ -55,7 +55,7 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Problem:
+class VoteTask:
     """What is voted on."""
 
     given: Tensor
@@ -64,16 +64,16 @@ class Problem:
     groups: Tensor
     valid: Tensor
     present: Tensor
-    voting: Voting
-    judges: Judges
+    search_space: VoteSearchSpace
+    calibrator: VoteCalibrator
 
 
-FeaturesOf = Callable[[Space], Tensor]
+FeaturesOf = Callable[[FeatureSpace], Tensor]
 """Returns the features [n, E] of a space that neighbours are searched by."""
 
 
 @dataclass(frozen=True, eq=False)
-class Way:
+class VoteConfig:
     """How neighbours vote: all that is needed to count the same votes again.
 
     Attributes:
@@ -84,7 +84,7 @@ class Way:
         second: voters of the second vote; 0 for one vote alone.
     """
 
-    space: Space
+    space: FeatureSpace
     whitening: float
     k: int
     temperature: float
@@ -99,31 +99,31 @@ class Way:
         return f"{self.features}, k {self.k}, temperature {self.temperature:g}, second vote of {self.second}"
 
 
-def _neighborhood(problem: Problem, features_of: FeaturesOf, space: Space, whitening: float) -> Neighborhood:
+def _neighborhood(problem: VoteTask, features_of: FeaturesOf, space: FeatureSpace, whitening: float) -> NeighborGraph:
     """Search for as many neighbours as any vote asks."""
-    voting = problem.voting
-    directions = standardised(features_of(space), problem.present, voting.width, whitening)
-    return Neighborhood(directions, max(voting.neighbors), problem.groups, problem.valid)
+    voting = problem.search_space
+    directions = pca_whiten(features_of(space), problem.present, voting.num_components, whitening)
+    return NeighborGraph(directions, max(voting.num_neighbors), problem.groups, problem.valid)
 
 
-def _count(problem: Problem, near: Neighborhood, way: Way) -> Tensor:
+def _count(problem: VoteTask, near: NeighborGraph, way: VoteConfig) -> Tensor:
     """Count the votes of one way: [n, C]."""
-    election = near.election(problem.given, problem.num_classes, way.k, way.temperature)
-    return election.second_vote(problem.own, way.second) if way.second else election.shares
+    election = near.vote(problem.given, problem.num_classes, way.k, way.temperature)
+    return election.second_round(problem.own, way.second) if way.second else election.shares
 
 
-def _votes(problem: Problem, near: Neighborhood, space: Space, whitening: float) -> Iterator[tuple[Way, Tensor]]:
+def _votes(problem: VoteTask, near: NeighborGraph, space: FeatureSpace, whitening: float) -> Iterator[tuple[VoteConfig, Tensor]]:
     """Yield every way to vote in a neighbourhood, with its votes."""
-    voting = problem.voting
-    for k, temperature in itertools.product(voting.neighbors, voting.temperatures):
-        election = near.election(problem.given, problem.num_classes, k, temperature)
-        for second in (each for each in voting.second if each <= k):
-            way = Way(space, whitening, k, temperature, second)
-            yield way, election.second_vote(problem.own, second) if second else election.shares
+    voting = problem.search_space
+    for k, temperature in itertools.product(voting.num_neighbors, voting.vote_temperatures):
+        election = near.vote(problem.given, problem.num_classes, k, temperature)
+        for second in (each for each in voting.second_round_neighbors if each <= k):
+            way = VoteConfig(space, whitening, k, temperature, second)
+            yield way, election.second_round(problem.own, second) if second else election.shares
 
 
 @dataclass(frozen=True)
-class Elected:
+class SelectedVote:
     """The way of voting that foretells labels best.
 
     Attributes:
@@ -135,12 +135,12 @@ class Elected:
 
     calibration: Calibration
     name: str
-    told: Tensor
+    rate_log_likelihood_credible: Tensor
 
 
-def by_labels(
-    problem: Problem, spaces: Sequence[Space], features_of: FeaturesOf, prior: Tensor | None
-) -> tuple[Elected, Tensor]:
+def select_label_vote(
+    problem: VoteTask, spaces: Sequence[FeatureSpace], features_of: FeaturesOf, prior: Tensor | None
+) -> tuple[SelectedVote, Tensor]:
     """Let neighbours vote with `problem.given`, in every way, and take the way that foretells the judges' labels best.
 
     Of ways that do so about as well the most decided is taken: a vote torn between two classes and a sure one whose
@@ -153,20 +153,20 @@ def by_labels(
     Returns:
         The way with its calibration, and its calibrated votes [n, C].
     """
-    chance = problem.judges.chance()
-    good: list[tuple[Calibration, Way]] = []
-    held: tuple[Way, Tensor] | None = None
+    chance = problem.calibrator.prior_log_likelihood()
+    good: list[tuple[Calibration, VoteConfig]] = []
+    held: tuple[VoteConfig, Tensor] | None = None
 
-    def leader() -> tuple[Calibration, Way]:
+    def leader() -> tuple[Calibration, VoteConfig]:
         return min(good, key=lambda each: each[0].entropy)
 
-    for space, whitening in itertools.product(spaces, problem.voting.whitening):
+    for space, whitening in itertools.product(spaces, problem.search_space.whitening_powers):
         near = _neighborhood(problem, features_of, space, whitening)
         for way, votes in _votes(problem, near, space, whitening):
-            good.append((problem.judges.calibrate(votes, prior), way))
+            good.append((problem.calibrator.calibrate(votes, prior), way))
             best = max(found.per_sample for found, _ in good)
             gain = max(best - chance, 0.0)
-            good = [each for each in good if each[0].per_sample >= best - (TORN if each[0].uneven else ALIKE) * gain]
+            good = [each for each in good if each[0].per_sample >= best - (ASYMMETRIC_GAIN_TOLERANCE if each[0].is_asymmetric else GAIN_TOLERANCE) * gain]
             if leader()[1] is way:
                 held = way, votes
             del votes
@@ -175,9 +175,9 @@ def by_labels(
     if held is None or held[0] is not way:
         held = None
         held = way, _count(problem, _neighborhood(problem, features_of, way.space, way.whitening), way)
-    credible = [found.evidence for found, _ in good if found.entropy <= CREDIBLE * calibration.entropy]
+    credible = [found.rate_log_likelihood for found, _ in good if found.entropy <= MAX_ENTROPY_RATIO * calibration.entropy]
     told = torch.stack(credible).log_softmax(1).logsumexp(0)
-    return Elected(calibration, str(way), told), calibration.sharpened(held[1])
+    return SelectedVote(calibration, str(way), told), calibration.inverse_temperature(held[1])
 
 
 @dataclass(frozen=True)
@@ -186,12 +186,12 @@ class _Sounds:
 
     kind: str
     name: str
-    agreed: Agreement
+    agreed: ClassAgreement
 
 
-def by_sound(
-    problem: Problem, spaces: Sequence[Space], shown: Tensor, teacher: Tensor | None
-) -> tuple[Pairing, str, Tensor]:
+def select_audio_vote(
+    problem: VoteTask, spaces: Sequence[FeatureSpace], shown: Tensor, teacher: Tensor | None
+) -> tuple[PairPosterior, str, Tensor]:
     """Let sounds vote with what their pictures show, and take the way in which both modalities agree best.
 
     A teacher of sounds is one more way, alone and, with half the say, beside each vote. The share of mismatched pairs
@@ -200,25 +200,25 @@ def by_sound(
 
     The neighbours taken also vote with the given labels, for what these say of the noise that is heard: [R].
     """
-    voting, judges = problem.voting, problem.judges
-    elected = replace(problem, given=gather_ragged_rows(shown.argmax(1)), voting=replace(voting, second=(0,)))
+    voting, judges = problem.search_space, problem.calibrator
+    elected = replace(problem, given=all_gather_variable_rows(shown.argmax(1)), voting=replace(voting, second=(0,)))
     told: list[tuple[str, float, float, Tensor]] = []
     best: _Sounds | None = None
 
     def leads(kind: str, name: str, votes: Tensor) -> bool:
         nonlocal best
-        agreed = agreement(shown, votes, problem.present)
-        told.append((kind, agreed.per_sample, agreed.entropy, agreed.evidence))
+        agreed = class_agreement(shown, votes, problem.present)
+        told.append((kind, agreed.per_sample, agreed.entropy, agreed.rate_log_likelihood))
         if best is not None and agreed.per_sample <= best.agreed.per_sample:
             return False
         best = _Sounds(kind, name, agreed)
         return True
 
     def heard_of(labelled: Iterable[Tensor]) -> Tensor:
-        return max((judges.calibrate(votes) for votes in labelled), key=lambda each: each.per_sample).evidence
+        return max((judges.calibrate(votes) for votes in labelled), key=lambda each: each.per_sample).rate_log_likelihood
 
     heard: Tensor | None = None
-    for space, whitening in itertools.product(spaces, voting.whitening):
+    for space, whitening in itertools.product(spaces, voting.whitening_powers):
         near, leading = _neighborhood(problem, lambda each: each.audio, space, whitening), None
         for way, votes in _votes(elected, near, space, whitening):
             kind = f"{way.features}, temperature {way.temperature:g}"
@@ -239,7 +239,7 @@ def by_sound(
     enough = best.agreed.per_sample - abs(best.agreed.per_sample) / 2
     kin = [(entropy, evidence) for kind, agree, entropy, evidence in told if kind == best.kind and agree >= enough]
     _, evidence = min(kin, key=lambda each: each[0])
-    return pair_evidence(shown, best.agreed, evidence, problem.present), best.name, heard
+    return pair_posterior(shown, best.agreed, evidence, problem.present), best.name, heard
 
 
 def _halfway(one: Tensor, other: Tensor) -> Tensor:
@@ -247,8 +247,8 @@ def _halfway(one: Tensor, other: Tensor) -> Tensor:
     return normalized((one.clamp_min(1e-6) * other.clamp_min(1e-6)).sqrt_())
 
 
-def together(problem: Problem, correspondence: Tensor, space: Space) -> Tensor:
+def joint_features(problem: VoteTask, correspondence: Tensor, space: FeatureSpace) -> Tensor:
     """Put picture and sound side by side; a doubtful pair's sound counts less: f_v.f_v' + c c' f_a.f_a'."""
-    width, power = problem.voting.width, problem.voting.whitening[-1]
-    seen, heard = (standardised(each, problem.present, width, power) for each in (space.visual, space.audio))
+    width, power = problem.search_space.num_components, problem.search_space.whitening_powers[-1]
+    seen, heard = (pca_whiten(each, problem.present, width, power) for each in (space.visual, space.audio))
     return torch.cat([seen, correspondence[:, None] * heard], dim=1)

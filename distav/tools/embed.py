@@ -25,17 +25,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from distav.config.cli import add_rank_options, ended_by
+from distav.config.cli import add_rank_options, exit_with_error
 from distav.config.errors import UserError
 from distav.data.annotations.teacher_scores import digest_of
-from distav.data.dataset import ShardSet, Split
+from distav.data.dataset import ShardedDataset, Split
 from distav.data.files import write_atomically, write_table
-from distav.data.preparation.builder import Plan, make_set
+from distav.data.preparation.builder import BuildConfig, build_dataset
 from distav.data.preparation.encoding import Encoding
 from distav.data.preparation.sources import MediaFiles
 from distav.data.storage.object_store import is_url
-from distav.distributed.collectives import broadcast, on_main, wait_for_all
-from distav.distributed.process_group import World, joined
+from distav.distributed.collectives import broadcast, run_on_main_rank, barrier
+from distav.distributed.process_group import World, process_group
 from distav.evaluation.embedding import Embeddings, Encoders, table
 
 CHUNK = 1024
@@ -51,29 +51,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        with joined(options.device, options.timeout_s, options.threads) as world:
+        with process_group(options.device, options.timeout_s, options.threads) as world:
             encoders = Encoders.open(options.export, world.device, options.batch)
             work = options.out / WORK
             path = Path(options.input).expanduser()
             if path.suffix == ".npz":
                 frames, sound = _arrays(path)
                 facts = {"input": hashlib.sha256(path.read_bytes()).hexdigest()}
-                on_main(lambda: _claim(options, facts))
+                run_on_main_rank(lambda: _claim(options, facts))
                 chunks = [("arrays", len(frames), lambda ids: _of_arrays(encoders, frames, sound, ids))]
             else:
                 is_set = is_url(options.input) or (path / "manifest.json").is_file()
                 if not is_set:
-                    on_main(lambda: _cut(path, work / "clips", encoders.description, options.workers))
-                shards = ShardSet.open(options.input if is_set else work / "clips")
+                    run_on_main_rank(lambda: _cut(path, work / "clips", encoders.description, options.workers))
+                shards = ShardedDataset.open(options.input if is_set else work / "clips")
                 splits = [shards.split(name, "--splits") for name in options.splits or shards.manifest["splits"]]
-                on_main(lambda: _claim(options, {"input": digest_of(shards)}))
+                run_on_main_rank(lambda: _claim(options, {"input": digest_of(shards)}))
                 chunks = [(each.name, len(each), _of_split(encoders, each)) for each in splits]
             _embed(options.out, chunks, world)
-            on_main(lambda: shutil.rmtree(work, ignore_errors=True))
+            run_on_main_rank(lambda: shutil.rmtree(work, ignore_errors=True))
             if world.is_main:
                 print(f"{options.out}: {sum(count for _, count, _ in chunks)} clips embedded")
     except UserError as error:
-        return ended_by(error, "embed")
+        return exit_with_error(error, "embed")
     return 0
 
 
@@ -111,7 +111,7 @@ def _cut(folder: Path, out: Path, description: dict[str, Any], workers: int) -> 
     if not stored:
         raise UserError("this network was exported without the form of its clips; make shards of the files first.")
     encoding = Encoding(stored["codec"], takes["fps"], stored["short_side"], stored["clip_s"], takes["sample_rate_hz"])
-    made = make_set(MediaFiles(folder), out, Plan(encoding), workers)
+    made = build_dataset(MediaFiles(folder), out, BuildConfig(encoding), workers)
     if made.rejected:
         told = out.parents[1] / "_rejected.csv"
         shutil.copy(out / "rejected.csv", told)
@@ -160,7 +160,7 @@ def _embed(out: Path, parts: list[tuple[str, int, Callable[[np.ndarray], Rows]]]
     )
     unread = 0
     for number, (path, ids, rows) in enumerate(todo):
-        if number % world.num_ranks == world.rank:
+        if number % world.world_size == world.rank:
             columns, found = rows(ids)
             unread += int((~found.valid).sum())
             write_table(path, table(found, columns), scratch=out / WORK)
@@ -168,4 +168,4 @@ def _embed(out: Path, parts: list[tuple[str, int, Callable[[np.ndarray], Rows]]]
     bar.close()
     if unread:
         print(f"{unread} clips could not be read; they have null in place of embeddings", file=sys.stderr)
-    wait_for_all()
+    barrier()

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from distav.config.errors import UserError
 from distav.data.preparation.annotated_videos import EventSource, parse_features
-from distav.data.preparation.builder import Plan, make_set
-from distav.data.preparation.cleaning import Cleaning, make_cleaned
+from distav.data.preparation.builder import BuildConfig, build_dataset
+from distav.data.preparation.cleaning import CleaningConfig, clean_dataset
 from distav.data.preparation.digits import Digits
 from distav.data.preparation.encode_workers import Part
 from distav.data.preparation.encoding import CODECS, Encoding
 from distav.data.preparation.noise_injection import LabelNoise
-from distav.data.preparation.output_dir import Outcome
+from distav.data.preparation.output_dir import BuildResult
 from distav.data.preparation.sources import ClipList, Source, VideoFolder
 from distav.data.preparation.synthetic import Scenes
 from distav.data.storage.object_store import is_url
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "cleaned":
             return _clean(options)
         part = Part.parse(options.part) if options.part else None
-        outcome = make_set(_source(options), options.out, _plan(options), options.workers, part)
+        outcome = build_dataset(_source(options), options.out, _plan(options), options.workers, part)
     except UserError as error:
         print(f"make_shards: {error}", file=sys.stderr)
         return 1
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _clean(options: argparse.Namespace) -> int:
     if is_url(options.shards):
         raise UserError(f"{options.shards}: `cleaned` copies files; take the folder home first.")
-    cleaning = Cleaning(
+    cleaning = CleaningConfig(
         Path(options.shards),
         options.decisions,
         options.labels,
@@ -75,18 +75,18 @@ def _clean(options: argparse.Namespace) -> int:
         options.min_correspondence,
         options.shard_samples,
     )
-    outcome = make_cleaned(cleaning, options.out, options.workers)
+    outcome = clean_dataset(cleaning, options.out, options.workers)
     clips = ", ".join(f"{count} {name}" for name, count in outcome.clips.items())
     tail = f"; reasons in {options.out / 'rejected.csv'}" if outcome.rejected else ""
-    changed = f"{outcome.relabelled} with another label"
+    changed = f"{outcome.num_relabeled} with another label"
     print(f"{options.out}: {clips} clips copied, {changed}; {outcome.rejected} left out{tail}")
     return 3 if outcome.rejected else 0
 
 
-def _plan(options: argparse.Namespace) -> Plan:
+def _plan(options: argparse.Namespace) -> BuildConfig:
     if options.seed < 0:
         raise UserError(f"--seed={options.seed}: allowed: from 0 up.")
-    return Plan(
+    return BuildConfig(
         Encoding(options.codec, options.fps, options.short_side, options.clip_s, options.sample_rate),
         options.seed,
         options.shard_samples,
@@ -96,7 +96,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     )
 
 
-def _tell(outcome: Outcome, out: Path, part: Part | None) -> None:
+def _tell(outcome: BuildResult, out: Path, part: Part | None) -> None:
     rate = f", {sum(outcome.clips.values()) / outcome.seconds:.1f} clips/s" if outcome.seconds else ""
     clips = ", ".join(f"{count} {name}" for name, count in outcome.clips.items())
     if part and outcome.chunks:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distav.config.errors import UserError, listed
+from distav.config.errors import UserError, format_list
 from distav.data.pipeline.loader import Batch
-from distav.distributed.collectives import gather_objects, num_ranks, sum_
+from distav.distributed.collectives import all_gather_objects, get_world_size, all_reduce_sum_
 from distav.training.run import Run
 
 Losses = dict[str, Tensor]
@@ -19,7 +19,7 @@ REMEMBERED, FEWEST = 50, 20
 """Losses that a spike is told by, and the fewest of them."""
 
 
-class Guard:
+class AnomalyGuard:
     """Looks at each step's loss; all ranks see the same."""
 
     def __init__(self, run: Run, name: str):
@@ -39,39 +39,39 @@ class Guard:
         """
         run = self.run
         wrong = [batch.ids[batch.valid].tolist() for batch, each in parts if not bool(torch.isfinite(each["loss"]))]
-        ids = sorted({sample for rank in gather_objects(wrong) for some in rank for sample in some})
+        ids = sorted({sample for rank in all_gather_objects(wrong) for some in rank for sample in some})
         self.in_a_row += 1
         run.notes["skipped_steps"] = run.notes.get("skipped_steps", 0) + 1
-        run.monitor.record(run.position.total_steps, {"train/skipped_steps": run.notes["skipped_steps"]})
+        run.logger.log_metrics(run.progress.total_steps, {"train/skipped_steps": run.notes["skipped_steps"]})
         what = "the gradient is not finite"
         if ids:
-            what = f"the loss is not finite on {len(ids)} clips, {listed(run.data.train.keys[ids])}"
+            what = f"the loss is not finite on {len(ids)} clips, {format_list(run.data.train.keys[ids])}"
         if run.world.is_main:
-            run.monitor.warn(f"phase={self.name} step {run.position.step} is skipped: {what}")
-        if self.in_a_row >= run.settings.run.max_skipped_steps:
+            run.logger.warn(f"phase={self.name} step {run.progress.step} is skipped: {what}")
+        if self.in_a_row >= run.settings.run.max_consecutive_skipped_steps:
             raise UserError(
                 f"{self.in_a_row} steps in a row of {self.name} were skipped, as many as run.max_skipped_steps: "
                 f"{what}. Weights and the last checkpoint are sound; lower optim.lr or optim.grad_clip, or mend clips."
             )
 
-    def spike(self, losses: Sequence[Tensor]) -> bool:
+    def is_loss_spike(self, losses: Sequence[Tensor]) -> bool:
         """Whether the loss of a step, over all ranks, stands out of the last ones as far as `optim.spike_factor`."""
-        factor = self.run.settings.optim.spike_factor
+        factor = self.run.settings.optim.loss_spike_factor
         if not factor or self.run.engine.skipped:
             return False
-        loss = float(sum_(torch.stack(list(losses)).mean()) / num_ranks())
+        loss = float(all_reduce_sum_(torch.stack(list(losses)).mean()) / get_world_size())
         usual = statistics.median(self.recent) if len(self.recent) >= FEWEST else float("inf")
         if loss > factor * usual:
             if self.run.world.is_main:
-                self.run.monitor.warn(
-                    f"phase={self.name} step {self.run.position.step}: the loss {loss:.3g} is over "
+                self.run.logger.warn(
+                    f"phase={self.name} step {self.run.progress.step}: the loss {loss:.3g} is over "
                     f"optim.spike_factor={factor:g} times the usual {usual:.3g}"
                 )
             return True
         self.recent.append(loss)
         return False
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Start anew after the run was rolled back."""
         self.recent.clear()
         self.in_a_row = 0
@@ -82,12 +82,12 @@ def roll_back(run: Run) -> None:
 
     Where there is none in this phase, the run goes on as it is.
     """
-    now = run.position
+    now = run.progress
     if not run.roll_back():
-        run.monitor.warn("there is no checkpoint of this phase to go back to; the run goes on")
+        run.logger.warn("there is no checkpoint of this phase to go back to; the run goes on")
         return
-    run.position.passed_over += now.step - run.position.step + run.settings.optim.spike_skip
-    run.monitor.say(
-        f"back at step {run.position.step}; {run.position.passed_over} batches of this phase are left out so far"
+    run.progress.skipped_batches += now.step - run.progress.step + run.settings.optim.loss_spike_skip_batches
+    run.logger.info(
+        f"back at step {run.progress.step}; {run.progress.skipped_batches} batches of this phase are left out so far"
     )
     run.save()

@@ -9,9 +9,9 @@ from torch import Tensor
 from distav.config.phases import SupervisedPhase
 from distav.data.dataset import Split
 from distav.data.pipeline.loader import Batch, Loader
-from distav.data.pipeline.sampler import owned_batches
-from distav.distributed.collectives import gather_ragged_rows, sum_
-from distav.evaluation.event_metrics import parsing_scores, segment_accuracy, told_events
+from distav.data.pipeline.sampler import local_batches
+from distav.distributed.collectives import all_gather_variable_rows, all_reduce_sum_
+from distav.evaluation.event_metrics import event_metrics, segment_accuracy, predicted_events
 from distav.evaluation.metrics import retrieval
 from distav.training.run import Run
 
@@ -39,7 +39,7 @@ def test(run: Run) -> dict[str, Any] | None:
             hits[number] += (right & valid).sum()
         hits[3] += valid.sum()
         parts.append((outputs["visual"][valid], outputs["audio"][valid], truth[batch.ids[valid]]))
-    both, visual, audio, count = sum_(hits).tolist()
+    both, visual, audio, count = all_reduce_sum_(hits).tolist()
     shares = {}
     if any(isinstance(phase, SupervisedPhase) for phase in settings.phases.values()):
         count = max(1.0, count)
@@ -62,13 +62,13 @@ def test_parsing(run: Run) -> dict[str, Any] | None:
     for batch, outputs in _outputs(run, split, parse=True):
         shares = outputs["segments"].float().sigmoid()
         parts.append((batch.ids[batch.valid], shares[batch.valid], outputs["video"].float()[batch.valid]))
-    ids, shares, video = (gather_ragged_rows(torch.cat(each)).cpu().numpy() for each in zip(*parts, strict=True))
+    ids, shares, video = (all_gather_variable_rows(torch.cat(each)).cpu().numpy() for each in zip(*parts, strict=True))
     true = known.events[ids]
     told = (shares >= _LIKELY) & (video >= _LIKELY)[:, None, None]
-    found: dict[str, Any] = {**parsing_scores(told, true)}
-    if not run.data.shards.several_labels:
-        happens = told_events(true[:, 0], true[:, 1])
-        found["segment_accuracy"] = segment_accuracy(told_events(shares[:, 0], shares[:, 1]), happens)
+    found: dict[str, Any] = {**event_metrics(told, true)}
+    if not run.data.shards.multi_label:
+        happens = predicted_events(true[:, 0], true[:, 1])
+        found["segment_accuracy"] = segment_accuracy(predicted_events(shares[:, 0], shares[:, 1]), happens)
     return found
 
 
@@ -76,7 +76,7 @@ def _outputs(run: Run, split: Split, **how: bool) -> Iterator[tuple[Batch, dict[
     """Yield this rank's batches of a split and what the network gives for them, in evaluation mode."""
     world, settings = run.world, run.settings
     loader = Loader(split, settings.data, None, settings.run.seed, run.micro_batch, world.device)
-    plan = owned_batches(len(split), run.micro_batch, world.rank, world.num_ranks)
+    plan = local_batches(len(split), run.micro_batch, world.rank, world.world_size)
     run.engine.train(False)
     try:
         with torch.no_grad():

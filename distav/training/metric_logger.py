@@ -22,7 +22,7 @@ from distav.distributed.process_group import World
 log = logging.getLogger("distav")
 
 
-class Monitor:
+class MetricLogger:
     """Writes scalars, pictures, sounds and lines of one run."""
 
     def __init__(self, folder: Path, world: World):
@@ -47,7 +47,7 @@ class Monitor:
             self._writer.close()
             self._metrics.close()
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Print a line."""
         log.info(text)
 
@@ -55,7 +55,7 @@ class Monitor:
         """Print a warning, on any rank."""
         log.warning(text)
 
-    def record(self, step: int, values: dict[str, Any]) -> None:
+    def log_metrics(self, step: int, values: dict[str, Any]) -> None:
         """Write a record to metrics.jsonl, and its numbers under keys of the form group/name to TensorBoard."""
         if not self._writer:
             return

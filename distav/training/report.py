@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from distav.config.phases import ParsingPhase
+from distav.config.phases import EventParsingPhase
 from distav.data.files import write_atomically
 from distav.training import final_evaluation
 from distav.training.export import export
@@ -13,13 +13,13 @@ _KNOWS_NOTHING = 0.5
 """Width of an interval for a rate that tells nothing of it."""
 
 
-def finish(run: Run) -> None:
+def write_report(run: Run) -> None:
     """Test, export, write report.json and print what it says."""
-    parses = [isinstance(phase, ParsingPhase) for phase in run.settings.phases.values()]
+    parses = [isinstance(phase, EventParsingPhase) for phase in run.settings.phases.values()]
     test = None if all(parses) else final_evaluation.test(run)
     events = final_evaluation.test_parsing(run) if any(parses) else None
-    state = run.engine.whole_state()
-    bad = run.bad_samples()
+    state = run.engine.full_state_dict()
+    bad = run.quarantined_samples()
     if not run.world.is_main:
         return
     keys = run.data.train.keys
@@ -32,20 +32,20 @@ def finish(run: Run) -> None:
             report[name] = run.notes[name]
     if test is not None:
         report["test"] = test
-        run.monitor.record(run.position.total_steps, {f"test/{key}": value for key, value in test.items()})
+        run.logger.log_metrics(run.progress.total_steps, {f"test/{key}": value for key, value in test.items()})
     if events is not None:
         report["events"] = events
         flat = {
             f"events/{level}_{key}": value for level in ("segment", "event") for key, value in events[level].items()
         }
-        run.monitor.record(run.position.total_steps, flat)
+        run.logger.log_metrics(run.progress.total_steps, flat)
     report["skipped_samples"] = [{"id": each, "key": str(keys[each]), "reason": why} for each, why in bad.items()]
     export(run, state, report)
     write_atomically(run.folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    run.monitor.say(in_words(run, report))
+    run.logger.info(format_summary(run, report))
 
 
-def in_words(run: Run, report: dict[str, Any]) -> str:
+def format_summary(run: Run, report: dict[str, Any]) -> str:
     """Return the report as a newcomer would want to be told it."""
     seconds = sum(each["seconds"] for each in report["phases"])
     lines = ["", f"Done: {report['samples']} training clips, {seconds:.0f} s of training."]

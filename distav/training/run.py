@@ -9,25 +9,25 @@ from typing import Any
 
 import torch
 
-from distav.config.errors import UserError, listed
-from distav.config.phases import ContrastivePhase, ParsingPhase
+from distav.config.errors import UserError, format_list
+from distav.config.phases import ContrastivePhase, EventParsingPhase
 from distav.config.schema import Settings
 from distav.data.annotations.events import segments_of
-from distav.data.data_module import Data
+from distav.data.data_module import DataModule
 from distav.data.pipeline.loader import Loader
-from distav.data.pipeline.sampler import TrainingOrder, check_batch
-from distav.distributed.collectives import any_rank, gather_objects
+from distav.data.pipeline.sampler import GlobalBatchSampler, micro_batch_size
+from distav.distributed.collectives import any_across_ranks, all_gather_objects
 from distav.distributed.process_group import World
 from distav.distributed.rendezvous import keep_records
-from distav.distributed.signals import Interrupted, Stop, listening
+from distav.distributed.signals import Interrupted, ShutdownRequest, handle_signals
 from distav.memory.bank import Bank
 from distav.models.av_model import AVModel
 from distav.models.event_parser import FeatureParser
-from distav.models.pretrained import weights
-from distav.training.checkpoint.manager import Checkpoints, Position
+from distav.models.pretrained import load_weights
+from distav.training.checkpoint.manager import CheckpointManager, Progress
 from distav.training.engine.deepspeed_engine import Engine, trains_in_bf16
-from distav.training.metric_logger import Monitor
-from distav.training.run_dir import claimed
+from distav.training.metric_logger import MetricLogger
+from distav.training.run_dir import lock_run_dir
 
 
 @dataclass
@@ -37,14 +37,14 @@ class Run:
     settings: Settings
     world: World
     folder: Path
-    data: Data
-    monitor: Monitor
+    data: DataModule
+    logger: MetricLogger
     engine: Engine
     bank: Bank
     loader: Loader
-    checkpoints: Checkpoints
-    stop: Stop
-    position: Position
+    checkpoints: CheckpointManager
+    shutdown: ShutdownRequest
+    progress: Progress
     notes: dict[str, Any] = field(default_factory=dict)
     """JSON values that are saved with the run, such as the figures for the report."""
     _phase_began: float = field(default_factory=time.monotonic)
@@ -53,17 +53,17 @@ class Run:
     def micro_batch(self) -> int:
         """Samples of this rank in a micro-batch."""
         optim = self.settings.optim
-        return check_batch(optim.global_batch, optim.accumulation, self.world.num_ranks)
+        return micro_batch_size(optim.global_batch, optim.gradient_accumulation_steps, self.world.world_size)
 
-    def order(self, phase: int) -> TrainingOrder:
+    def sampler(self, phase: int) -> GlobalBatchSampler:
         """Return the order of samples of a phase."""
         settings, sizes = self.settings, self.data.train.shard_sizes
         seed = settings.run.seed * 1000 + phase
-        return TrainingOrder(
-            sizes, seed, settings.data.shuffle_block, settings.optim.global_batch, settings.optim.accumulation
+        return GlobalBatchSampler(
+            sizes, seed, settings.data.shuffle_block_shards, settings.optim.global_batch, settings.optim.gradient_accumulation_steps
         )
 
-    def begin_phase(self, afresh: bool = False) -> None:
+    def start_phase_timer(self, afresh: bool = False) -> None:
         """Start the clock of a phase: where a killed run left it, or afresh after another phase."""
         before = self.notes.pop("seconds_in_phase", 0.0)
         self._phase_began = time.monotonic() - (0.0 if afresh else before)
@@ -76,16 +76,16 @@ class Run:
         """Take a checkpoint; it is written while the run goes on. One that could not be written is told and missed."""
         began = time.monotonic()
         self.notes["seconds_in_phase"] = self.seconds_in_phase()
-        self.notes["bad_samples"] = list(self.bad_samples().items())
-        faults = self.checkpoints.save(self.position, self.engine, self.bank, self.notes)
+        self.notes["bad_samples"] = list(self.quarantined_samples().items())
+        faults = self.checkpoints.save(self.progress, self.engine, self.bank, self.notes)
         if faults and self.world.is_main:
-            self.monitor.warn(f"a checkpoint could not be written, the run goes on without it: {'; '.join(faults)}")
+            self.logger.warn(f"a checkpoint could not be written, the run goes on without it: {'; '.join(faults)}")
         waited = time.monotonic() - began
         saving = self.notes.setdefault("saving", {"checkpoints": 0, "seconds": 0.0})
         saving["checkpoints"] += 1
         saving["seconds"] = round(saving["seconds"] + waited, 3)
         times = {"time/checkpoint_s": waited, "time/checkpoint_write_s": self.checkpoints.write_s}
-        self.monitor.record(self.position.total_steps, times)
+        self.logger.log_metrics(self.progress.total_steps, times)
 
     def finish_saving(self) -> None:
         """Wait until the last checkpoint is on disk.
@@ -102,44 +102,44 @@ class Run:
     def roll_back(self) -> bool:
         """Go back to the last checkpoint of this phase; returns False where there is none."""
         self.finish_saving()
-        found = self.checkpoints.restore(self.engine, self.bank, self.monitor.warn, self.position.phase)
+        found = self.checkpoints.restore(self.engine, self.bank, self.logger.warn, self.progress.phase)
         if found:
-            self.position, self.notes = found
-            self.begin_phase()
+            self.progress, self.notes = found
+            self.start_phase_timer()
         return found is not None
 
-    def restart(self) -> None:
+    def reinitialize(self) -> None:
         """Begin a phase with new weights and rows of the bank; of earlier phases the labels and pairs found stay."""
-        self.engine.restart(self.settings.run.seed * 1000 + self.position.phase)
-        self.bank.restart()
+        self.engine.reinitialize(self.settings.run.seed * 1000 + self.progress.phase)
+        self.bank.reinitialize()
         for name in ("nce_partition", "given_labels_learnt"):
             self.notes.pop(name, None)
 
-    def end_if_asked(self) -> None:
+    def stop_if_requested(self) -> None:
         """Save and end the run on all ranks where any was asked to.
 
         Raises:
             Interrupted: when the checkpoint is on disk.
         """
-        if any_rank(self.stop.asked):
+        if any_across_ranks(self.shutdown.requested):
             self.save()
             self.finish_saving()
-            raise Interrupted(f"asked to end; saved after step {self.position.total_steps}")
+            raise Interrupted(f"asked to end; saved after step {self.progress.total_steps}")
 
-    def bad_samples(self) -> dict[int, str]:
+    def quarantined_samples(self) -> dict[int, str]:
         """Return every training sample that any rank could not use, and why."""
         reasons: dict[int, str] = {}
-        for part in gather_objects(dict(self.loader.quarantine.reasons)):
+        for part in all_gather_objects(dict(self.loader.quarantine.reasons)):
             reasons |= part
         return dict(sorted(reasons.items()))
 
-    def check_budget(self) -> dict[int, str]:
+    def enforce_quarantine_limit(self) -> dict[int, str]:
         """Stop the run where too many samples are bad; returns them.
 
         Raises:
             UserError: naming the first of them and the reasons.
         """
-        bad, most = self.bad_samples(), self.settings.data.max_bad_fraction
+        bad, most = self.quarantined_samples(), self.settings.data.max_quarantined_fraction
         self.loader.quarantine.reasons.update(bad)
         if len(bad) > most * len(self.data.train):
             first = "; ".join(f"{self.data.train.keys[sample]}: {reason}" for sample, reason in list(bad.items())[:3])
@@ -151,85 +151,85 @@ class Run:
 
 
 @contextmanager
-def opened(settings: Settings, world: World) -> Iterator[Run]:
+def open_run(settings: Settings, world: World) -> Iterator[Run]:
     """Open a run, new or where it was left.
 
     Raises:
         UserError: for settings or data that do not go together, or a folder that holds another run.
     """
-    data = Data.open(settings)
+    data = DataModule.open(settings)
     folder = Path(settings.run.root) / settings.run.name
     with ExitStack() as stack:
-        stack.enter_context(claimed(folder, settings, world))
+        stack.enter_context(lock_run_dir(folder, settings, world))
         keep_records(folder / "logs" / "collectives")
-        monitor = Monitor(folder, world)
+        monitor = MetricLogger(folder, world)
         stack.callback(monitor.close)
         engine = Engine(lambda: _model(settings, data), settings, world)
         bank = _bank(settings, world, len(data.train), len(data.shards.classes))
-        checkpoints = Checkpoints(folder / "checkpoints", settings.run.keep_checkpoints)
+        checkpoints = CheckpointManager(folder / "checkpoints", settings.run.keep_checkpoints)
         position, notes = checkpoints.restore(engine, bank, monitor.warn) or _start(engine, settings, monitor)
-        micro = check_batch(settings.optim.global_batch, settings.optim.accumulation, world.num_ranks)
+        micro = micro_batch_size(settings.optim.global_batch, settings.optim.gradient_accumulation_steps, world.world_size)
         loader = Loader(data.train, settings.data, settings.augment, settings.run.seed, micro, world.device)
         stack.callback(loader.close)
         loader.quarantine.reasons |= {int(sample): reason for sample, reason in notes.get("bad_samples", [])}
-        stop = stack.enter_context(listening())
+        stop = stack.enter_context(handle_signals())
         run = Run(settings, world, folder, data, monitor, engine, bank, loader, checkpoints, stop, position, notes)
-        _greet(run)
+        _log_startup(run)
         yield run
         run.finish_saving()
 
 
-def _model(settings: Settings, data: Data) -> AVModel | FeatureParser:
+def _model(settings: Settings, data: DataModule) -> AVModel | FeatureParser:
     num_classes, segments = len(data.shards.classes), segments_of(data.train)
     if data.train.streams:
         return FeatureParser(settings.model.parser, data.train.streams, segments, num_classes)
-    parses = any(isinstance(phase, ParsingPhase) for phase in settings.phases.values())
+    parses = any(isinstance(phase, EventParsingPhase) for phase in settings.phases.values())
     rate = data.train.sample_rate_hz
     return AVModel(settings.model, settings.data, rate, num_classes, segments if parses else 0)
 
 
-def _start(engine: Engine, settings: Settings, monitor: Monitor) -> tuple[Position, dict[str, Any]]:
+def _start(engine: Engine, settings: Settings, monitor: MetricLogger) -> tuple[Progress, dict[str, Any]]:
     """Begin a run, with the weights of an earlier one where they are asked for."""
-    source = settings.model.start_from
+    source = settings.model.pretrained
     if source:
         try:
-            offered = weights(Path(source).expanduser())
+            offered = load_weights(Path(source).expanduser())
         except UserError as error:
             raise UserError(f"model.start_from={source}: {error}") from None
-        taken = engine.restart(settings.run.seed, offered)
+        taken = engine.reinitialize(settings.run.seed, offered)
         if not taken:
             raise UserError(
                 f"model.start_from={source}: none of its weights fits this network; take its `model` settings."
             )
         left = sorted({name.split(".")[0] for name in set(offered) - set(taken)})
-        monitor.say(f"starts from {source}" + (f", all but {listed(left)}" if left else ""))
-    return Position(), {}
+        monitor.info(f"starts from {source}" + (f", all but {format_list(left)}" if left else ""))
+    return Progress(), {}
 
 
 def _bank(settings: Settings, world: World, num_samples: int, num_classes: int) -> Bank:
     size = 2 * num_samples * settings.model.embed_dim * 4
     contrastive = [phase for phase in settings.phases.values() if isinstance(phase, ContrastivePhase)]
-    remembers = any(phase.category_memory for phase in contrastive)
+    remembers = any(phase.category_memory_weight for phase in contrastive)
     return Bank(
         num_samples,
         settings.model.embed_dim,
-        settings.bank.momentum,
+        settings.memory_bank.momentum,
         world.device,
         settings.run.seed,
         num_categories=(settings.model.num_categories or num_classes) if remembers else 0,
-        replicated=size <= settings.bank.replicate_below_mib * 2**20,
+        replicated=size <= settings.memory_bank.replicate_below_mib * 2**20,
         dtype=torch.bfloat16 if world.device.type == "cuda" and trains_in_bf16(settings, world) else torch.float32,
     )
 
 
-def _greet(run: Run) -> None:
+def _log_startup(run: Run) -> None:
     data, settings = run.data, run.settings
     parameters = sum(getattr(each, "ds_numel", each.numel()) for each in run.engine.model.parameters())
-    run.monitor.say(
+    run.logger.info(
         f"{run.folder}: {len(data.train)} training clips in {len(data.shards.classes)} classes, "
-        f"{parameters / 1e6:.1f}M parameters, {run.world.num_ranks} rank(s) on {run.world.device.type}, "
+        f"{parameters / 1e6:.1f}M parameters, {run.world.world_size} rank(s) on {run.world.device.type}, "
         f"ZeRO {run.engine.stage}, phases: {', '.join(settings.phases)}"
     )
-    if run.position.total_steps or run.position.phase:
+    if run.progress.total_steps or run.progress.phase:
         names = [*settings.phases, "the end"]
-        run.monitor.say(f"going on in {names[run.position.phase]} after step {run.position.step}")
+        run.logger.info(f"going on in {names[run.progress.phase]} after step {run.progress.step}")

@@ -21,12 +21,12 @@ from distav.config.errors import UserError
 from distav.config.phases import PHASE_KINDS
 from distav.config.schema import Settings
 from distav.data.files import write_atomically
-from distav.distributed.collectives import broadcast, rank, wait_for_all
+from distav.distributed.collectives import broadcast, get_rank, barrier
 from distav.distributed.process_group import World
 
-PATIENCE_S = 10.0
+LOCK_TIMEOUT_S = 10.0
 """How long a run that is there already may take to end."""
-FREE = (
+RESUMABLE_CHANGES = (
     "run.root",
     "run.device",
     "run.log_every",
@@ -50,7 +50,7 @@ FREE = (
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, settings: Settings, world: World) -> Iterator[None]:
+def lock_run_dir(folder: Path, settings: Settings, world: World) -> Iterator[None]:
     """Make the run's folder, or see that it holds this very run, and keep others out of it; all ranks agree.
 
     Raises:
@@ -63,7 +63,7 @@ def claimed(folder: Path, settings: Settings, world: World) -> Iterator[None]:
 
 def _claim(folder: Path, settings: Settings, world: World, held: contextlib.ExitStack) -> None:
     problem = None
-    if rank() == 0:
+    if get_rank() == 0:
         stored, text = folder / "config.yaml", loading.to_yaml(settings)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -84,12 +84,12 @@ def _claim(folder: Path, settings: Settings, world: World, held: contextlib.Exit
     problem = broadcast(problem)
     if problem:
         raise UserError(problem)
-    wait_for_all()
+    barrier()
 
 
 def _lock(file: TextIO, folder: Path) -> None:
     """Lock the folder as long as this process lives; a run that is about to end is waited for."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,7 +114,7 @@ def _difference(before: str, now: str) -> str:
     for key in dict.fromkeys([*here, *there]):
         # A setting that is newer than the run was what it is by default.
         old, new = (each.get(key, defaults.get(key, "not set")) for each in (there, here))
-        if key not in FREE and old != new:
+        if key not in RESUMABLE_CHANGES and old != new:
             return f"there: {key}={old}, here: {key}={new}"
     return "" if list(_phases(there)) == list(_phases(here)) else "the phases stand in another order"
 
@@ -152,6 +152,6 @@ def _environment(world: World) -> dict[str, Any]:
         "versions": versions,
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or None,
-        "num_ranks": world.num_ranks,
+        "num_ranks": world.world_size,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
     }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distav.data.pipeline.loader import Batch
-from distav.distributed.collectives import num_ranks, sum_
+from distav.distributed.collectives import get_world_size, all_reduce_sum_
 from distav.training.anomaly_guard import Losses
 from distav.training.metric_logger import clock, peak_memory_gib
 from distav.training.run import Run
@@ -20,16 +20,16 @@ def show_inputs(run: Run, batch: Batch) -> None:
         # Called past its hooks, which at ZeRO-3 expect every rank.
         spectrogram = run.engine.model.get_submodule("audio.front").forward(sound)
         rate = run.data.train.sample_rate_hz
-        run.monitor.media(frames, sound, spectrogram, rate, run.position.total_steps)
+        run.logger.media(frames, sound, spectrogram, rate, run.progress.total_steps)
 
 
-class _Meter:
+class StepLogger:
     """Gathers what is told about the steps since the last line."""
 
     def __init__(self, run: Run, name: str, total: int):
         self.run, self.name, self.total = run, name, total
         self.began = time.monotonic()
-        self.first = run.position.step
+        self.first = run.progress.step
         self._reset()
 
     def _reset(self) -> None:
@@ -49,18 +49,18 @@ class _Meter:
             return
         keys = list(self.parts[0])
         means = torch.stack([torch.stack([part[key].float() for part in self.parts]).mean() for key in keys])
-        means = sum_(means) / num_ranks()
+        means = all_reduce_sum_(means) / get_world_size()
         values = dict(zip(keys, means.tolist(), strict=True))
         elapsed = max(time.monotonic() - self.since, 1e-9)
-        steps = len(self.parts) / run.settings.optim.accumulation
+        steps = len(self.parts) / run.settings.optim.gradient_accumulation_steps
         rate = steps * run.settings.optim.global_batch / elapsed
         wait = 100 * self.waited / elapsed
-        bad = len(run.check_budget())
+        bad = len(run.enforce_quarantine_limit())
         memory = peak_memory_gib(run.world.device)
-        done = run.position.step
+        done = run.progress.step
         remaining = (time.monotonic() - self.began) / max(1, done - self.first) * (self.total - done)
         extra = " ".join(f"{key}={value:.3f}" for key, value in values.items() if key != "loss")
-        run.monitor.say(
+        run.logger.info(
             f"step {done}/{self.total} phase={self.name} loss={values['loss']:.3f} {extra} lr={lr:.1e} grad={norm:.2f} "
             f"data={wait:.0f}% {rate:.0f} clips/s {memory:.1f}GiB"
             + (f" bad={bad}" if bad else "")
@@ -75,5 +75,5 @@ class _Meter:
             "memory/peak_gib": memory,
             "data/skipped_total": bad,
         }
-        run.monitor.record(run.position.total_steps, {"phase": self.name, "phase_step": done, **scalars})
+        run.logger.log_metrics(run.progress.total_steps, {"phase": self.name, "phase_step": done, **scalars})
         self._reset()

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distav.distributed.collectives import own_rows
+from distav.distributed.collectives import local_batch
 from distav.losses.category_contrast import category_agreement, category_loss
 from distav.losses.instance_discrimination import SoftTargets, instance_losses
 from distav.losses.reduction import weighted_mean
 from distav.memory.bank import Bank
-from distav.memory.global_batch import Visitors
+from distav.memory.global_batch import GlobalBatch
 from tests.helpers.spawn import on_ranks
 from tests.helpers.synchronizations import Synchronizations
 
@@ -21,9 +21,9 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
 
 
 def step(bank: Bank, seed: int) -> None:
-    ids = own_rows(torch.randint(NUM, (12,), generator=torch.Generator().manual_seed(seed)))
-    pair = [own_rows(unit(12, DIM, seed=seed + each)).requires_grad_() for each in (1, 2)]
-    visitors, ones = Visitors.gather(ids, ids >= 0, *pair), torch.ones(len(ids))
+    ids = local_batch(torch.randint(NUM, (12,), generator=torch.Generator().manual_seed(seed)))
+    pair = [local_batch(unit(12, DIM, seed=seed + each)).requires_grad_() for each in (1, 2)]
+    visitors, ones = GlobalBatch.gather(ids, ids >= 0, *pair), torch.ones(len(ids))
     losses = instance_losses(bank, visitors, *pair, 0.07, ones, SoftTargets("neighbour", 0.1, 0.1)).losses
     category = category_loss(*torch.rand(2, len(ids), CATEGORIES), ones, 1.0, bank.assignments.columns())
     (weighted_mean(losses, ones) + category.contrast).backward()

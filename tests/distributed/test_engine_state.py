@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from distav.config.schema import Precision, Settings
 from distav.data.pipeline.loader import Batch
-from distav.distributed.collectives import gather_objects, num_ranks, own_rows, rank
+from distav.distributed.collectives import all_gather_objects, get_world_size, local_batch, get_rank
 from distav.distributed.process_group import World
 from distav.memory.bank import Bank
 from distav.models.layers import GlobalBatchNorm
-from distav.training.checkpoint.manager import Checkpoints, Position
+from distav.training.checkpoint.manager import CheckpointManager, Progress
 from distav.training.engine.deepspeed_engine import Engine
 from tests.helpers.spawn import on_ranks
 
@@ -38,14 +38,14 @@ def new_engine(stage: int, precision: Precision) -> Engine:
     settings = Settings()
     settings.deepspeed.zero_stage, settings.deepspeed.precision = stage, precision
     settings.optim.global_batch, settings.optim.lr = BATCH, 0.01
-    return Engine(Net, settings, World(rank(), num_ranks(), 0, torch.device("cpu")))
+    return Engine(Net, settings, World(get_rank(), get_world_size(), 0, torch.device("cpu")))
 
 
 def learn(engine: Engine, first: int, last: int) -> None:
     for number in range(first, last):
         x = torch.randn(BATCH, 5, generator=torch.Generator().manual_seed(number))
         none = torch.zeros(0, dtype=torch.int64)
-        out = engine(Batch(none, none.bool(), none, {"frames": own_rows(x), "sound": none.float()}))
+        out = engine(Batch(none, none.bool(), none, {"frames": local_batch(x), "sound": none.float()}))
         engine.backward((out["logits"].float() - 1).square().mean())
         engine.step()
 
@@ -54,7 +54,7 @@ def whole(engine: Engine) -> State:
     """Every master weight and every value of the optimiser's state, whatever rank holds it."""
     tensors, steps = engine.state()
     parts: dict[str, dict[int, Tensor]] = {}
-    for each in gather_objects(tensors):
+    for each in all_gather_objects(tensors):
         for name, values in each.items():
             key, _, start = name.rpartition("/")
             parts.setdefault(key, {})[int(start)] = values
@@ -62,8 +62,8 @@ def whole(engine: Engine) -> State:
     return joined | {"steps": torch.tensor(steps)}
 
 
-def place(folder: str, stage: int, precision: Precision) -> tuple[Checkpoints, Bank]:
-    return Checkpoints(Path(folder) / f"{stage}-{precision.name}", 2), Bank(10, 4, 0.5, torch.device("cpu"))
+def place(folder: str, stage: int, precision: Precision) -> tuple[CheckpointManager, Bank]:
+    return CheckpointManager(Path(folder) / f"{stage}-{precision.name}", 2), Bank(10, 4, 0.5, torch.device("cpu"))
 
 
 def save_at_half(folder: str) -> dict[tuple, tuple[State, State]]:
@@ -73,7 +73,7 @@ def save_at_half(folder: str) -> dict[tuple, tuple[State, State]]:
         engine = new_engine(stage, precision)
         learn(engine, 0, HALF)
         checkpoints, bank = place(folder, stage, precision)
-        assert not checkpoints.save(Position(total_steps=HALF), engine, bank, {})
+        assert not checkpoints.save(Progress(total_steps=HALF), engine, bank, {})
         assert not checkpoints.wait()
         half = whole(engine)
         learn(engine, HALF, 2 * HALF)
@@ -100,10 +100,10 @@ def learn_again() -> dict[tuple, tuple[State, State]]:
     for stage, precision in itertools.product(STAGES, PRECISIONS):
         engine = new_engine(stage, precision)
         learn(engine, 0, HALF)
-        engine.restart(0)
+        engine.reinitialize(0)
         restarted = whole(engine)
         untaught = new_engine(stage, precision)
-        untaught.restart(0)
+        untaught.reinitialize(0)
         for name, value in whole(untaught).items():
             assert torch.equal(restarted[name], value), name
         learn(engine, 0, HALF)

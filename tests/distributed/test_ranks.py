@@ -6,29 +6,29 @@ import torch.nn.functional as F
 
 from distav.config.schema import AudioSettings, DataSettings, ModelSettings, VisualSettings
 from distav.distributed.collectives import (
-    gather_ragged_rows,
-    gather_rows,
-    num_ranks,
-    own_rows,
-    rank,
-    row_range,
-    sum_,
-    sum_across,
+    all_gather_variable_rows,
+    all_gather_rows,
+    get_world_size,
+    local_batch,
+    get_rank,
+    shard_range,
+    all_reduce_sum_,
+    all_reduce_sum,
 )
 from distav.evaluation.metrics import retrieval
-from distav.losses.active_complementary import complementary
+from distav.losses.active_complementary import active_complementary_loss
 from distav.losses.category_contrast import category_agreement, category_loss
-from distav.losses.info_nce import BatchCandidates, DrawnCandidates, cross_entropy
+from distav.losses.info_nce import InBatchNegatives, SampledNegatives, cross_entropy
 from distav.losses.instance_discrimination import SoftTargets, instance_losses
 from distav.losses.reduction import weighted_mean
 from distav.memory.bank import Bank
-from distav.memory.global_batch import Visitors
+from distav.memory.global_batch import GlobalBatch
 from distav.memory.knn import nearest_neighbors
-from distav.memory.negative_sampling import Draw
+from distav.memory.negative_sampling import NegativeSampling
 from distav.memory.softmax import attend, merge_across_ranks
 from distav.models.av_model import AVModel
 from distav.models.layers import GlobalBatchNorm
-from distav.noise.label_correction import Space, Voting, correct
+from distav.noise.label_correction import FeatureSpace, VoteSearchSpace, correct_labels
 from tests.helpers.spawn import on_ranks
 
 NUM, DIM = 37, 8
@@ -53,13 +53,13 @@ def losses_and_gradients(replicated: bool = False) -> dict[str, torch.Tensor]:
     weights = torch.rand(12, generator=generator)
     weights[3] = 0
     softness = torch.rand(12, generator=generator)
-    frames, sound, ids, weights, softness = map(own_rows, (frames, sound, ids, weights, softness))
+    frames, sound, ids, weights, softness = map(local_batch, (frames, sound, ids, weights, softness))
     total = torch.zeros(())
     matching = torch.zeros_like(weights)
     for step in range(2):
         model.zero_grad()
         out = model(frames, sound, ids + 1000)
-        visitors = Visitors.gather(ids, weights > 0, out["visual"], out["audio"])
+        visitors = GlobalBatch.gather(ids, weights > 0, out["visual"], out["audio"])
         pair = out["visual"], out["audio"]
         logits = out["visual_categories"], out["audio_categories"]
         total = torch.zeros(())
@@ -68,11 +68,11 @@ def losses_and_gradients(replicated: bool = False) -> dict[str, torch.Tensor]:
             found = instance_losses(bank, visitors, *pair, 0.07, softness, soft)
             total = total + weighted_mean(found.losses, weights)
         masked = instance_losses(bank, visitors, *pair, 0.07, mask_unvisited=True).losses
-        drawn = DrawnCandidates(bank, visitors, *pair, 0.07, Draw(16, 0, step))
-        batch = BatchCandidates(visitors, *pair, 0.07)
-        loss_of = complementary(softness, 5.0)
+        drawn = SampledNegatives(bank, visitors, *pair, 0.07, NegativeSampling(16, 0, step))
+        batch = InBatchNegatives(visitors, *pair, 0.07)
+        loss_of = active_complementary_loss(softness, 5.0)
         apart = masked + drawn.losses(cross_entropy) + drawn.losses(loss_of) + batch.losses(loss_of)
-        matching = matching + drawn.matching() + batch.matching()
+        matching = matching + drawn.matching_probability() + batch.matching_probability()
         category = category_loss(*logits, weights, 1.0, bank.assignments.columns(), 1.0)
         supervised = F.cross_entropy(out["logits"], ids % 5, reduction="none")
         total = total + weighted_mean(apart, weights) + weighted_mean(supervised, weights)
@@ -80,15 +80,15 @@ def losses_and_gradients(replicated: bool = False) -> dict[str, torch.Tensor]:
         total.backward()
         bank.update(visitors, category_agreement(category.shares), category.shares)
     found = {
-        f"grad {name}": sum_(each.grad.clone()) / num_ranks()
+        f"grad {name}": all_reduce_sum_(each.grad.clone()) / get_world_size()
         for name, each in model.named_parameters()
         if each.grad is not None
     }
-    found |= {f"bank {name}": gather_ragged_rows(column) for name, column in bank.columns.items()}
+    found |= {f"bank {name}": all_gather_variable_rows(column) for name, column in bank.columns.items()}
     found |= {f"buffer {name}": each.clone() for name, each in model.named_buffers()}
-    found["matching"] = gather_ragged_rows(matching)
-    found["categories of all"] = sum_(bank.assignments.gram.clone())
-    return found | {"loss": sum_(total.detach().clone()) / num_ranks()}
+    found["matching"] = all_gather_variable_rows(matching)
+    found["categories of all"] = all_reduce_sum_(bank.assignments.gram.clone())
+    return found | {"loss": all_reduce_sum_(total.detach().clone()) / get_world_size()}
 
 
 @pytest.mark.parametrize(("ranks", "replicated"), [(2, False), (3, False), (4, False), (3, True)])
@@ -107,22 +107,22 @@ def neighbors_of_part() -> tuple[torch.Tensor, torch.Tensor]:
     groups = torch.arange(NUM) // 2
     valid = torch.ones(NUM, dtype=torch.bool)
     valid[13] = False
-    own = row_range(NUM)
+    own = shard_range(NUM)
     mine = features[own.start : own.stop]
     ways = [nearest_neighbors(mine, 6, groups, valid, gather_below_bytes=size) for size in (0, 10**9)]
     assert all(torch.equal(ring, gathered) for ring, gathered in zip(*ways, strict=True))
-    return gather_ragged_rows(ways[0][0]), gather_ragged_rows(ways[0][1])
+    return all_gather_variable_rows(ways[0][0]), all_gather_variable_rows(ways[0][1])
 
 
 def correction_of_part() -> torch.Tensor:
-    own = row_range(NUM)
+    own = shard_range(NUM)
     part = slice(own.start, own.stop)
     every = torch.ones(NUM, dtype=torch.bool)
-    voting = Voting((4, 8), (0, 4), (0.1, 0.4), (0.0, 0.5), 6)
+    voting = VoteSearchSpace((4, 8), (0, 4), (0.1, 0.4), (0.0, 0.5), 6)
     given = torch.arange(NUM) % 3
     visual, audio = unit(NUM, DIM, seed=1)[part], unit(NUM, DIM, seed=2)[part]
-    found = correct([Space("rows", visual, audio)], given, 3, torch.arange(NUM), every, voting)
-    return gather_ragged_rows(
+    found = correct_labels([FeatureSpace("rows", visual, audio)], given, 3, torch.arange(NUM), every, voting)
+    return all_gather_variable_rows(
         torch.cat([found.held_out, found.posterior, found.audio_posterior, found.correspondence[:, None]], dim=1)
     )
 
@@ -141,10 +141,10 @@ def test_neighbors_and_corrections_equal_those_of_one_rank():
 
 def attention_of_part(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     queries, keys = unit(12, DIM, seed=3), unit(rows, DIM, seed=4)
-    own = row_range(rows)
+    own = shard_range(rows)
     part = keys[own.start : own.stop]
     found = merge_across_ranks([attend(queries, part, part, 0.05), attend(queries, part, part, 0.5)])
-    return gather_rows(found[0][0]), gather_rows(found[1][1])
+    return all_gather_rows(found[0][0]), all_gather_rows(found[1][1])
 
 
 def attentions() -> list[torch.Tensor]:
@@ -161,12 +161,12 @@ def test_attention_over_ragged_and_empty_shards_equals_the_whole():
 def normalised_part() -> tuple[torch.Tensor, ...]:
     torch.manual_seed(0)
     layer = GlobalBatchNorm(3).train()
-    x = own_rows(torch.randn(12, 3, 5)).requires_grad_()
+    x = local_batch(torch.randn(12, 3, 5)).requires_grad_()
     out = layer(x)
-    (out * own_rows(torch.linspace(-1, 1, 180).view(12, 3, 5))).sum().backward()
+    (out * local_batch(torch.linspace(-1, 1, 180).view(12, 3, 5))).sum().backward()
     assert x.grad is not None and layer.weight.grad is not None
-    gathered = [gather_ragged_rows(each) for each in (out, x.grad)]
-    return *gathered, sum_(layer.weight.grad), layer.running_mean, layer.running_var
+    gathered = [all_gather_variable_rows(each) for each in (out, x.grad)]
+    return *gathered, all_reduce_sum_(layer.weight.grad), layer.running_mean, layer.running_var
 
 
 def test_global_batch_norm_equals_that_of_the_whole_batch():
@@ -180,17 +180,17 @@ def bank_of_part(num: int) -> list[torch.Tensor]:
     """More ranks than rows: fetch from, deliver to and write a bank in which some ranks own nothing."""
     bank = Bank(num, DIM, 0.5, torch.device("cpu"), seed=4)
     ids = torch.arange(12) % num
-    mine = own_rows(ids)
-    visual, audio = own_rows(unit(12, DIM, seed=5)), own_rows(unit(12, DIM, seed=6))
-    visitors = Visitors.gather(mine, torch.ones_like(mine, dtype=torch.bool), visual, audio)
+    mine = local_batch(ids)
+    visual, audio = local_batch(unit(12, DIM, seed=5)), local_batch(unit(12, DIM, seed=6))
+    visitors = GlobalBatch.gather(mine, torch.ones_like(mine, dtype=torch.bool), visual, audio)
     losses = instance_losses(bank, visitors, visual, audio, 0.1).losses
     bank.update(visitors, mine.float())
     bank.columns["wide"] = torch.arange(bank.rows.start, bank.rows.stop)[:, None].expand(-1, 3).float()
     fetched = bank.fetch(("category_agreement", "wide"), visitors.ids)
     assert torch.equal(fetched[1], mine[:, None].expand(-1, 3).float())
-    delivered = bank.deliver(mine, visitors.ids)
+    delivered = bank.scatter_to_owners(mine, visitors.ids)
     assert torch.equal(delivered, ids[(ids >= bank.rows.start) & (ids < bank.rows.stop)])
-    return [gather_rows(losses), gather_rows(fetched[0]), *map(bank.whole, ("visits", "pair_similarity"))]
+    return [all_gather_rows(losses), all_gather_rows(fetched[0]), *map(bank.gather_column, ("visits", "pair_similarity"))]
 
 
 @pytest.mark.parametrize("num", [1, 2, 3])
@@ -206,12 +206,12 @@ def saved_and_restored(parts: list[dict[str, torch.Tensor]] | None, replicated: 
     bank = Bank(NUM, DIM, 0.5, torch.device("cpu"), seed=9, num_categories=2, replicated=replicated)
     if parts:
         bank.restore(parts)
-        every = gather_ragged_rows(bank.columns["visual"])
-        held = every[bank.held.start : bank.held.stop]
+        every = all_gather_variable_rows(bank.columns["visual"])
+        held = every[bank.resident.start : bank.resident.stop]
         assert torch.equal(bank.keys("visual"), held)
     else:
         ids, ones = torch.arange(6), torch.ones(6)
-        visitors = Visitors.gather(ids, ones > 0, unit(6, DIM, seed=1), unit(6, DIM, seed=2))
+        visitors = GlobalBatch.gather(ids, ones > 0, unit(6, DIM, seed=1), unit(6, DIM, seed=2))
         bank.update(visitors, ones, torch.rand(6, 2, 2, generator=torch.Generator().manual_seed(0)))
         bank.columns["votes"] = torch.ones(len(bank.rows), 2)
     return bank.state()
@@ -228,8 +228,8 @@ def test_state_goes_from_any_number_of_ranks_to_any_other(replicated: bool):
 
 
 def sum_with_gradient() -> tuple[float, float]:
-    x = torch.tensor(float(rank() + 1), requires_grad=True)
-    total = sum_across(x)
+    x = torch.tensor(float(get_rank() + 1), requires_grad=True)
+    total = all_reduce_sum(x)
     (total**2).backward()
     assert x.grad is not None
     return total.item(), x.grad.item()
@@ -243,7 +243,7 @@ def test_sums_carry_the_gradient_of_all_ranks():
 def retrieval_of_part(rows: int) -> dict[str, float]:
     visual, audio = unit(rows, 4, seed=1), unit(rows, 4, seed=2)
     audio[3] = audio[5] = audio[6]
-    own = row_range(rows)
+    own = shard_range(rows)
     part = slice(own.start, own.stop)
     return retrieval(visual[part], audio[part], (torch.arange(rows) % 3)[part])
 

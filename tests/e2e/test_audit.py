@@ -13,10 +13,10 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from distav.data.annotations.labels import load_labels
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.data.files import write_table
 from distav.tools.audit.command import main
-from distav.tools.audit.issues import Problems
+from distav.tools.audit.issues import Issues
 from distav.tools.audit.page import Audit, write_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -38,7 +38,7 @@ def page_file(finished: tuple[Path, str], tiny_shards: Path, tmp_path_factory: p
     shutil.copytree(finished[0], run)
     report = json.loads((run / "report.json").read_text())
     path = run / "labels" / f"{report['corrections'][-1]['phase']}.parquet"
-    table, classes = pq.read_table(path), ShardSet.open(tiny_shards).classes
+    table, classes = pq.read_table(path), ShardedDataset.open(tiny_shards).classes
     given = table.column("given").to_pylist()
     agreement = np.linspace(0.001, 0.999, len(table)).astype(np.float32)
     correspondence = np.where(np.arange(len(table)) % 8 == 3, 0.1, 0.9).astype(np.float32)
@@ -78,7 +78,7 @@ def test_problems_are_judged_by_keys_and_go_back_into_a_training(
     page.keyboard.press("a")
     page.keyboard.press("r")
     named = page.locator(".verdict b").all_inner_texts()
-    other = next(name for name in ShardSet.open(tiny_shards).classes if name not in named)
+    other = next(name for name in ShardedDataset.open(tiny_shards).classes if name not in named)
     page.select_option("#pick", label=other)
     page.keyboard.press("a")
     page.keyboard.press("a")
@@ -105,7 +105,7 @@ def test_problems_are_judged_by_keys_and_go_back_into_a_training(
     ]
     accepted = next(each for each in rows if each["label_decision"] == "accepted")
     assert accepted["label"] == accepted["proposed"] != accepted["given"]
-    shards = ShardSet.open(tiny_shards)
+    shards = ShardedDataset.open(tiny_shards)
     split = shards.split("train")
     before, after = load_labels(shards, split), load_labels(shards, split, str(decisions))
     changed = {str(key) for key in split.keys[before.given != after.given]}
@@ -162,7 +162,7 @@ def test_filters_choose_by_class_and_probability(browser: Browser, page_file: Pa
 def test_ten_thousand_problems_stay_fluid_and_names_are_no_markup(
     browser: Browser, page_file: Path, tiny_shards: Path, tmp_path: Path
 ):
-    shards = ShardSet.open(tiny_shards)
+    shards = ShardedDataset.open(tiny_shards)
     split = shards.split("train")
     table = pq.read_table(next((page_file.parent / "labels").glob("*.parquet")))
     evil = "</script><img src=x onerror=alert(1)>"
@@ -171,7 +171,7 @@ def test_ten_thousand_problems_stay_fluid_and_names_are_no_markup(
         values = [evil if each == shards.classes[0] else each for each in table.column(name).to_pylist()]
         table = table.set_column(table.column_names.index(name), name, [values])
     ids = np.arange(10_000) % len(split)
-    problems = Problems("label", ids, np.linspace(1, 0.5, len(ids)), len(ids))
+    problems = Issues("label", ids, np.linspace(1, 0.5, len(ids)), len(ids))
     near = {sense: (np.stack([ids, ids], 1), np.ones((len(ids), 2))) for sense in ("visual", "audio")}
     found = json.loads((page_file.parent / "report.json").read_text())["corrections"][-1]
     audit = Audit(evil, replace(split), classes, table, found, [problems], [near], {})

@@ -13,13 +13,13 @@ import safetensors.torch
 import torch
 
 from distav.config.loading import load
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Batch
-from distav.distributed.process_group import joined
+from distav.distributed.process_group import process_group
 from distav.evaluate import main as evaluate
 from distav.evaluation.embedding import Embeddings, Encoders
 from distav.tools.embed import main as embed
-from distav.training.run import opened
+from distav.training.run import open_run
 from tests.helpers.launch import tiny_config, train
 from tests.helpers.team import context, run_whole
 
@@ -52,7 +52,7 @@ with torch.no_grad():
 def _in_the_training_graph(run: str, given: str, found: str) -> None:
     """Feed a batch to the engine of a run that has ended."""
     settings = load(Path(run) / "config.yaml", [f"run.root={Path(run).parent}"])
-    with joined("cpu", 60, 1) as world, opened(settings, world) as going:
+    with process_group("cpu", 60, 1) as world, open_run(settings, world) as going:
         media = safetensors.torch.load_file(given)
         ids = torch.arange(len(media["frames"]))
         going.engine.train(False)
@@ -101,7 +101,7 @@ def test_a_set_is_embedded_to_the_same_bytes_by_any_number_of_ranks(
 ):
     export, out = finished[0] / "export", tmp_path / "out"
     shutil.copytree(tiny_shards, tmp_path / "set")
-    shards = ShardSet.open(tmp_path / "set")
+    shards = ShardedDataset.open(tmp_path / "set")
     split = shards.split("train")
     with open(split.shards[0], "r+b") as shard:
         shard.seek(int(split.columns["video_offset"][7]) + 5)

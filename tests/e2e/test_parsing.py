@@ -14,10 +14,10 @@ from distav.config.errors import UserError
 from distav.config.loading import load
 from distav.config.schema import DataSettings
 from distav.data.annotations.events import events_table, load_events
-from distav.data.data_module import Data
-from distav.data.dataset import ShardSet
+from distav.data.data_module import DataModule
+from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Loader
-from distav.evaluation.event_metrics import parsing_scores
+from distav.evaluation.event_metrics import event_metrics
 from distav.models.pretrained import load_encoders, load_parser
 from tests.helpers.events import AVE_CLASSES, ave_shards, llp_shards, write_ave, write_llp
 from tests.helpers.launch import ROOT, losses, train
@@ -35,7 +35,7 @@ def llp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llp")
     truth = write_llp(folder / "raw")
     llp_shards(folder / "raw", folder / "shards")
-    shards = ShardSet.open(folder / "shards")
+    shards = ShardedDataset.open(folder / "shards")
     split = shards.split("train")
     events = np.stack([truth[source] for source in split.columns["source"]])
     pq.write_table(
@@ -72,7 +72,7 @@ def test_one_rank_and_two_learn_the_same_and_a_kill_leaves_no_trace(llp: Path, t
     assert fingerprint(tmp_path / "broken" / "valor") == fingerprint(tmp_path / "two" / "valor")
 
     model, description = load_parser(tmp_path / "one" / "valor" / "export")
-    shards = ShardSet.open(llp / "shards")
+    shards = ShardedDataset.open(llp / "shards")
     loader = Loader(shards.split("test"), DataSettings(), None, 0, 12, torch.device("cpu"))
     batch = loader.load(np.arange(12), 0)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_one_rank_and_two_learn_the_same_and_a_kill_leaves_no_trace(llp: Path, t
     known = load_events(shards, shards.split("test")).events
     assert known is not None and description["classes"] == shards.classes
     again = json.loads((tmp_path / "one" / "valor" / "report.json").read_text())["events"]
-    for level, scores in parsing_scores(told.numpy(), known).items():
+    for level, scores in event_metrics(told.numpy(), known).items():
         assert scores == pytest.approx(again[level])
     with pytest.raises(UserError, match="load it by load_parser"):
         load_encoders(tmp_path / "one" / "valor" / "export")
@@ -163,7 +163,7 @@ def test_towers_learn_from_clips_end_to_end(ave: Path, tmp_path: Path):
 )
 def test_clips_that_do_not_cover_their_seconds_are_told(changes: tuple[str, ...], told: str, ave: Path):
     with pytest.raises(UserError, match=re.escape(told)):
-        Data.open(load(ave / "clips.yaml", [f"data.root={ave}/shards", *changes]))
+        DataModule.open(load(ave / "clips.yaml", [f"data.root={ave}/shards", *changes]))
 
 
 @pytest.mark.parametrize(
@@ -178,4 +178,4 @@ def test_phases_that_features_have_no_use_for_are_told(phase: str, told: str, ll
     text = f"defaults: [schema, _self_]\nmodel: {{parser: {{maps: {{clap: [2, 5]}}}}}}\nphases: {{a: {{{phase}}}}}\n"
     (tmp_path / "any.yaml").write_text(text)
     with pytest.raises(UserError, match=told):
-        Data.open(load(tmp_path / "any.yaml", [f"data.root={llp}/shards", "optim.global_batch=16"]))
+        DataModule.open(load(tmp_path / "any.yaml", [f"data.root={llp}/shards", "optim.global_batch=16"]))

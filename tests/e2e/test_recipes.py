@@ -13,8 +13,8 @@ from distav.config.errors import UserError
 from distav.config.loading import load
 from distav.data.annotations.labels import load_labels
 from distav.data.annotations.teacher_scores import about_file, digest_of, score_file, write_scores
-from distav.data.data_module import Data
-from distav.data.dataset import ShardSet
+from distav.data.data_module import DataModule
+from distav.data.dataset import ShardedDataset
 from tests.helpers.launch import ROOT, TINY, records, tiny_config, train
 from tests.helpers.team import Team, fingerprint, run_whole
 
@@ -122,7 +122,7 @@ phases:
 
 
 def test_teachers_have_a_vote_in_the_correction(tiny_shards: Path, tmp_path: Path):
-    shards = ShardSet.open(tiny_shards)
+    shards = ShardedDataset.open(tiny_shards)
     split, classes = shards.split("train"), shards.classes
     true = load_labels(shards, split).true
     assert true is not None
@@ -146,12 +146,12 @@ def test_teachers_have_a_vote_in_the_correction(tiny_shards: Path, tmp_path: Pat
     (tmp_path / "other" / "manifest.json").unlink()
     (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest | {"rejected": 1}))
     with pytest.raises(UserError, match="phases.correction.harvested=.*holds scores of another set"):
-        Data.open(load(tiny_config(tmp_path), [f"data.root={tmp_path}/other",
+        DataModule.open(load(tiny_config(tmp_path), [f"data.root={tmp_path}/other",
                                                f"phases.correction.harvested={tmp_path}/said"]))  # fmt: skip
 
 
 def test_labels_that_votes_cannot_tell_stay_and_are_not_judged_by_what_learnt_them(tiny_shards: Path, tmp_path: Path):
-    shards = ShardSet.open(tiny_shards)
+    shards = ShardedDataset.open(tiny_shards)
     drawn = np.random.default_rng(3).choice(shards.classes, TRAIN_CLIPS)
     pq.write_table(pa.table({"id": np.arange(TRAIN_CLIPS), "label": drawn}), tmp_path / "random.parquet")
     config = tiny_config(tmp_path, TINY.split("phases:")[0] + WITHOUT_SIGNAL)

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distav.config.loading import load, to_yaml
 from distav.config.schema import DataSettings
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Loader
 from distav.models.pretrained import load_encoders
 from distav.training.run_dir import _difference
@@ -36,7 +36,7 @@ def test_the_report_has_what_was_promised(finished: tuple[Path, str], tiny_shard
                                                "calibration_error_held_out", "calibration_error_posterior"}  # fmt: skip
     found = report["corrections"][0]
     assert found["phase"] == "correction" and found["label_noise"].keys() == {"rate", "low", "high"}
-    assert found["label_noise_by_class"].keys() in (set(ShardSet.open(tiny_shards).classes), set())
+    assert found["label_noise_by_class"].keys() in (set(ShardedDataset.open(tiny_shards).classes), set())
     assert 0 <= found["pair_noise"]["low"] <= found["pair_noise"]["rate"] <= found["pair_noise"]["high"] <= 1
     assert report["label_accuracy"]["given"] == 0.75
     assert 0 <= report["correspondence_auroc"] <= 1
@@ -76,7 +76,7 @@ def test_exported_encoders_give_what_the_run_gave(finished: tuple[Path, str], ti
         frame_size=inputs["frame_size"],
         audio_s=inputs["audio_s"],
     )
-    shards = ShardSet.open(tiny_shards)
+    shards = ShardedDataset.open(tiny_shards)
     loader = Loader(shards.split("test"), data, None, 0, 24, torch.device("cpu"))
     batch = loader.load(np.arange(24), 0)
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_bad_clips_are_skipped_and_named_up_to_the_budget(tiny_shards: Path, tmp
     import shutil
 
     damaged = Path(shutil.copytree(tiny_shards, tmp_path / "set"))
-    split = ShardSet.open(damaged).split("train")
+    split = ShardedDataset.open(damaged).split("train")
     content = bytearray(split.shards[0].read_bytes())
     for sample in (3, 11):
         content[int(split.columns["video_offset"][sample]) + 300] ^= 1

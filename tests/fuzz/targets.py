@@ -15,8 +15,8 @@ from distav.config.errors import UserError
 from distav.data import integrity
 from distav.data.annotations.events import EVENTS_SCHEMA, load_events, read_events
 from distav.data.annotations.labels import load_labels
-from distav.data.dataset import ShardSet, index_schema
-from distav.data.modalities import Stream
+from distav.data.dataset import ShardedDataset, index_schema
+from distav.data.modalities import FeatureStream
 from distav.data.pipeline.avi import jpeg_frames
 from distav.data.pipeline.features import decode_features, encode_features
 from distav.data.pipeline.reader import DecodeError
@@ -24,7 +24,7 @@ from distav.data.preparation.encoding import Encoding, encode_video
 from distav.data.storage.tar import by_key
 from distav.tools.inspect_shards.verify import sample_json
 
-TYPED = (UserError, DecodeError, integrity.Damaged)
+TYPED = (UserError, DecodeError, integrity.CorruptFileError)
 CLASSES = ["cat", "dog"]
 
 
@@ -75,7 +75,7 @@ def _several_labels() -> bytes:
     return _parquet(pa.table({"split": ["train"] * 3, "id": [0, 1, 2], "label": [["cat"], ["dog", "cat"], []]}))
 
 
-STREAM = Stream("audio", 3, 2)
+STREAM = FeatureStream("audio", 3, 2)
 
 
 def _features() -> bytes:
@@ -106,23 +106,23 @@ def tar(content: bytes, folder: Path) -> None:
 
 
 def manifest(content: bytes, folder: Path) -> None:
-    shards = ShardSet.open(_set(folder, manifest_json=content))
+    shards = ShardedDataset.open(_set(folder, manifest_json=content))
     for name in shards.manifest["splits"]:
         shards.split(name)
 
 
 def index(content: bytes, folder: Path) -> None:
-    split = ShardSet.open(_set(folder, index_parquet=content)).split("train")
+    split = ShardedDataset.open(_set(folder, index_parquet=content)).split("train")
     assert len(split) == len(split.keys) and len(split.source_codes) == len(split)
 
 
 def labels(content: bytes, folder: Path) -> None:
-    shards = ShardSet.open(_set(folder, labels_parquet=content))
+    shards = ShardedDataset.open(_set(folder, labels_parquet=content))
     load_labels(shards, shards.split("train"))
 
 
 def _table(content: bytes, folder: Path, name: str) -> None:
-    shards = ShardSet.open(_set(folder))
+    shards = ShardedDataset.open(_set(folder))
     (folder / name).write_bytes(content)
     load_labels(shards, shards.split("train"), str(folder / name))
 
@@ -136,14 +136,14 @@ def label_parquet(content: bytes, folder: Path) -> None:
 
 
 def events(content: bytes, folder: Path) -> None:
-    shards = ShardSet.open(_set(folder))
+    shards = ShardedDataset.open(_set(folder))
     (folder / "events.parquet").write_bytes(content)
     read_events(folder / "events.parquet", "harvested", shards.split("train"), CLASSES, np.ones((3, 2), bool))
 
 
 def weak_labels(content: bytes, folder: Path) -> None:
     several = json.loads(_manifest()) | {"several_labels": True}
-    shards = ShardSet.open(_set(folder, labels_parquet=content, manifest_json=json.dumps(several).encode()))
+    shards = ShardedDataset.open(_set(folder, labels_parquet=content, manifest_json=json.dumps(several).encode()))
     load_events(shards, shards.split("train"))
 
 
@@ -165,13 +165,13 @@ def sample(content: bytes, folder: Path) -> None:
 
 
 def checkpoint_manifest(content: bytes, folder: Path) -> None:
-    integrity.opened(content)
+    integrity.parse_manifest(content)
 
 
 def _sealed() -> bytes:
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "state.json").write_bytes(b"{}")
-        integrity.seal(Path(name), {"state.json": integrity.described(Path(name) / "state.json")})
+        integrity.write_manifest(Path(name), {"state.json": integrity.file_entry(Path(name) / "state.json")})
         return (Path(name) / integrity.MANIFEST).read_bytes()
 
 

@@ -184,17 +184,17 @@ def multinode(file: Path, device: str) -> int:
 
 
 def _train(overrides: list[str], clips: int, steps: int, found: dict[str, Any]) -> None:
-    from distav.distributed.process_group import joined
+    from distav.distributed.process_group import process_group
     from distav.training.phases.contrastive import contrastive_losses
-    from distav.training.run import opened
+    from distav.training.run import open_run
     from tools.bench.timing import Setting
     from tools.bench.training_step import TOWERS, count_operations, matmul_rate
 
     settings = TOWERS["r2plus1d_18"].settings(*overrides)
     phase: Any = next(iter(settings.phases.values()))
-    with joined(settings.run.device.name, 600, settings.run.threads_per_rank) as world, opened(settings, world) as run:
+    with process_group(settings.run.device.name, 600, settings.run.threads_per_rank) as world, open_run(settings, world) as run:
         on_gpu = world.device.type == "cuda"
-        losses, order = contrastive_losses(run, phase), run.order(0)
+        losses, order = contrastive_losses(run, phase), run.sampler(0)
         batches = run.loader.batches((order.batch(0), epoch) for epoch in range(WARM_UP + steps))
         run.engine.train()
         run.engine.set_lr(1e-5, 1e-5)

@@ -10,7 +10,7 @@ import soundfile
 import torch
 
 from distav.config.schema import DataSettings
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.reader import ShardReader
 from tests.conftest import make_shards
@@ -25,12 +25,12 @@ ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 @pytest.mark.parametrize("codec", ["mjpeg", "vp9", "h264"])
 def test_the_graph_decodes_what_pyav_decodes(codec: str, device: str, tmp_path: Path):
     make_shards("synthetic", tmp_path, "--train-clips=4", "--test-clips=1", f"--codec={codec}", f"--short-side={SIDE}")
-    split = ShardSet.open(tmp_path).split("train")
+    split = ShardedDataset.open(tmp_path).split("train")
     loader, reader = Loader(split, DATA, None, 0, 4, torch.device(device)), ShardReader(split)
     batch = loader.load(np.arange(4), 0)
     assert batch.valid.all() and not loader.quarantine.reasons
     for sample in range(4):
-        member, view = reader.read(sample), loader.viewer.view(sample, 0)  # pyright: ignore[reportOptionalMemberAccess]
+        member, view = reader.read(sample), loader.viewer.sample(sample, 0)  # pyright: ignore[reportOptionalMemberAccess]
         with av.open(io.BytesIO(member["video"]), "r") as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         expected = np.stack(frames[view.start_frame :: DATA.frame_stride][: DATA.num_frames]).astype(int)

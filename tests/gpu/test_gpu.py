@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 
 from distav.config.schema import AugmentSettings, DataSettings
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Loader
 from distav.distributed.rng import sample_seeds, uniform
 from distav.evaluation.metrics import retrieval
-from distav.losses.active_complementary import complementary
-from distav.losses.info_nce import BatchCandidates, DrawnCandidates
-from distav.memory.attention import Asked, reference
-from distav.memory.attention_backends import BACK_ENDS, works
+from distav.losses.active_complementary import active_complementary_loss
+from distav.losses.info_nce import InBatchNegatives, SampledNegatives
+from distav.memory.attention import AttentionInputs, reference_attention
+from distav.memory.attention_backends import BACKENDS, passes_self_test
 from distav.memory.bank import Bank
-from distav.memory.global_batch import Visitors
+from distav.memory.global_batch import GlobalBatch
 from distav.memory.knn import nearest_neighbors
-from distav.memory.negative_sampling import Draw
+from distav.memory.negative_sampling import NegativeSampling
 from distav.memory.softmax import attend
 from tests.conftest import make_shards
 from tests.helpers.events import llp_shards, write_llp
@@ -33,7 +33,7 @@ DATA = DataSettings(num_frames=3, frame_stride=2, frame_size=24, audio_s=0.5)
 def test_the_graph_decodes_alike_on_gpu_and_cpu(codec: str, tmp_path: Path):
     # NVDEC takes no frames as small as the other tests use.
     make_shards("synthetic", tmp_path, "--train-clips=8", "--test-clips=1", f"--codec={codec}", "--short-side=160")
-    split = ShardSet.open(tmp_path).split("train")
+    split = ShardedDataset.open(tmp_path).split("train")
     ids = np.arange(8)
     here, there = (
         Loader(split, DATA, AugmentSettings(), 0, 8, device).load(ids, 0)
@@ -61,16 +61,16 @@ def test_back_ends_equal_the_reference(back_end: str, num_queries: int, num_rows
     queries, keys = rows[:num_queries], rows[num_queries:]
     bias = torch.linspace(-1, 1, num_rows).cuda() if back_end in ("flex", "tiles") else None
     exclude = torch.zeros(num_queries, 1, dtype=torch.long).cuda() if back_end in ("flex", "tiles") else None
-    asked = Asked(queries, keys, keys, 1 / temperature, bias, exclude)
+    asked = AttentionInputs(queries, keys, keys, 1 / temperature, bias, exclude)
     if num_rows == 1:
-        asked = Asked(queries, keys, keys, 1 / temperature)
-    chosen = next(each for each in BACK_ENDS if each.name == back_end)
+        asked = AttentionInputs(queries, keys, keys, 1 / temperature)
+    chosen = next(each for each in BACKENDS if each.name == back_end)
     if back_end == "cudnn" and num_rows == 1:
-        assert chosen.unsuited(asked) == "takes no fewer than 2 keys"
+        assert chosen.unsupported_reason(asked) == "takes no fewer than 2 keys"
         return
-    assert chosen.suits(asked)
-    assert not chosen.device or works(back_end, keys.device, asked.bias is not None, asked.exclude is not None)
-    for ours, expected in zip(chosen.run(asked), reference(asked), strict=True):
+    assert chosen.supports(asked)
+    assert not chosen.device or passes_self_test(back_end, keys.device, asked.bias is not None, asked.exclude is not None)
+    for ours, expected in zip(chosen.run(asked), reference_attention(asked), strict=True):
         torch.testing.assert_close(ours.double(), expected, atol=1e-2, rtol=1e-2)
 
 
@@ -100,15 +100,15 @@ def complementary_on(kind: str) -> tuple[torch.Tensor, ...]:
     device, generator = torch.device(kind), torch.Generator().manual_seed(0)
     bank, ids = Bank(500, 16, 0.5, device), torch.randperm(500, generator=generator)[:24].to(device)
     pair = [F.normalize(torch.randn(24, 16, generator=generator), dim=1).to(device).requires_grad_() for _ in range(2)]
-    visitors = Visitors.gather(ids, ids >= 0, *pair)
-    loss_of = complementary(torch.linspace(0, 1, 24, device=device), 5.0)
-    candidates = BatchCandidates(visitors, *pair, 0.07), DrawnCandidates(bank, visitors, *pair, 0.07, Draw(63, 0, 1))
+    visitors = GlobalBatch.gather(ids, ids >= 0, *pair)
+    loss_of = active_complementary_loss(torch.linspace(0, 1, 24, device=device), 5.0)
+    candidates = InBatchNegatives(visitors, *pair, 0.07), SampledNegatives(bank, visitors, *pair, 0.07, NegativeSampling(63, 0, 1))
     losses = torch.stack([each.losses(loss_of) for each in candidates])
     losses.sum().backward()
     scores = retrieval(pair[0].detach(), pair[1].detach(), ids % 3)
     return (
         losses,
-        *(each.matching() for each in candidates),
+        *(each.matching_probability() for each in candidates),
         *(each.grad for each in pair),
         torch.tensor(scores["rsum"]),
     )
@@ -123,7 +123,7 @@ def test_the_bank_keeps_a_rounded_copy_of_its_rows():
     bank = Bank(50, 16, 0.5, torch.device("cuda"), dtype=torch.bfloat16, num_categories=4)
     ids = torch.tensor([3, 3, 49]).cuda()
     rows = F.normalize(torch.randn(2, 3, 16), dim=2).cuda()
-    bank.update(Visitors.gather(ids, ids >= 0, rows[0], rows[1]), torch.ones(3).cuda(), torch.rand(3, 2, 4).cuda())
+    bank.update(GlobalBatch.gather(ids, ids >= 0, rows[0], rows[1]), torch.ones(3).cuda(), torch.rand(3, 2, 4).cuda())
     for name in ("visual", "audio"):
         assert torch.equal(bank.keys(name), bank.columns[name].bfloat16())
 
@@ -174,7 +174,7 @@ def test_parsing_in_bf16_follows_the_cpu_in_fp32(tmp_path: Path):
 def test_teachers_say_the_same_on_both(tmp_path: Path):
     pytest.importorskip("transformers", reason="teachers need transformers: pip install 'distav[teachers]'")
     from distav.tools.pseudo_label.prompts import read_prompts
-    from distav.tools.pseudo_label.teachers import ImageTeacher, SoundTeacher
+    from distav.tools.pseudo_label.teachers import ImageTeacher, AudioTeacher
     from tests.helpers.teachers import SIDE, write_prompts, write_teachers
 
     write_teachers(tmp_path, ["A photo of a cat.", "This is a sound of a dog"])
@@ -185,7 +185,7 @@ def test_teachers_say_the_same_on_both(tmp_path: Path):
     here, there = (torch.device(kind) for kind in ("cpu", "cuda"))
     seen = [ImageTeacher(prompts["visual"], device).scores(frames.to(device)).cpu() for device in (here, there)]
     heard = [
-        SoundTeacher(prompts["audio"], device, 16000, 3).scores(sound.to(device)).cpu() for device in (here, there)
+        AudioTeacher(prompts["audio"], device, 16000, 3).scores(sound.to(device)).cpu() for device in (here, there)
     ]
     torch.testing.assert_close(*seen, atol=0.02, rtol=1e-3)
     torch.testing.assert_close(*heard, atol=0.02, rtol=1e-3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distav.config.schema import AugmentSettings, DataSettings
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Loader
 from tests.conftest import make_shards
 
@@ -19,7 +19,7 @@ DATA = DataSettings(num_frames=3, frame_stride=2, frame_size=112, audio_s=0.5)
 def test_loading_does_not_wait_for_queued_training(codec: str, tmp_path: Path):
     make_shards("synthetic", tmp_path, "--train-clips=16", "--test-clips=1", f"--codec={codec}", "--short-side=160")
     device = torch.device("cuda", 0)
-    loader = Loader(ShardSet.open(tmp_path).split("train"), DATA, AugmentSettings(), 0, 16, device)
+    loader = Loader(ShardedDataset.open(tmp_path).split("train"), DATA, AugmentSettings(), 0, 16, device)
     expected = loader.load(np.arange(16), 0)
     factor = torch.randn(8192, 8192, device=device)
     product, end = torch.empty_like(factor), torch.cuda.Event()
@@ -35,7 +35,7 @@ def test_loading_does_not_wait_for_queued_training(codec: str, tmp_path: Path):
 
 def test_a_bad_clip_is_masked(tmp_path: Path):
     make_shards("synthetic", tmp_path, "--train-clips=8", "--test-clips=1", "--codec=mjpeg", "--short-side=160")
-    loader = Loader(ShardSet.open(tmp_path).split("train"), DATA, None, 0, 8, torch.device("cuda", 0))
+    loader = Loader(ShardedDataset.open(tmp_path).split("train"), DATA, None, 0, 8, torch.device("cuda", 0))
     read = loader._read
     loader._read = lambda sample: read(sample) | {"video": b"none" * 99} if sample == 5 else read(sample)  # type: ignore
     batch = loader.load(np.arange(8), 0)

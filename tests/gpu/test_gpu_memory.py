@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from distav.losses.active_complementary import complementary, matching_among
+from distav.losses.active_complementary import active_complementary_loss, rescale_matching_probability
 from distav.losses.category_contrast import category_agreement, category_loss
-from distav.losses.info_nce import WITHIN, BatchCandidates, DrawnCandidates, cross_entropy
+from distav.losses.info_nce import WITHIN, InBatchNegatives, SampledNegatives, cross_entropy
 from distav.losses.instance_discrimination import SoftTargets, instance_losses
 from distav.losses.reduction import weighted_mean
 from distav.memory import attention_backends
-from distav.memory.attention import Asked, reference
-from distav.memory.attention_backends import BACK_ENDS, best_back_end
+from distav.memory.attention import AttentionInputs, reference_attention
+from distav.memory.attention_backends import BACKENDS, select_backend
 from distav.memory.bank import Bank
-from distav.memory.global_batch import Visitors
-from distav.memory.negative_sampling import Draw
+from distav.memory.global_batch import GlobalBatch
+from distav.memory.negative_sampling import NegativeSampling
 from distav.memory.softmax import attend
 from tools.bench.command import main
 
@@ -46,11 +46,11 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
 
 def asked_of(
     num_queries: int, num_keys: int, scale: float | Tensor, biased: bool = False, excluded: bool = False
-) -> Asked:
+) -> AttentionInputs:
     queries, keys = unit(num_queries, DIM).to(GPU), unit(num_keys, DIM, seed=1).to(GPU, torch.bfloat16)
     bias = torch.linspace(-2, 2, num_keys, device=GPU) if biased else None
     exclude = torch.arange(num_queries, device=GPU)[:, None] % num_keys if excluded else None
-    return Asked(queries.bfloat16(), keys, keys, scale, bias, exclude)
+    return AttentionInputs(queries.bfloat16(), keys, keys, scale, bias, exclude)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -61,15 +61,15 @@ def test_flex_attention_is_compiled_once_for_all_temperatures(
 ):
     counter = CompileCounterWithBackend("inductor")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    flex = next(each for each in BACK_ENDS if each.name == "flex")
+    flex = next(each for each in BACKENDS if each.name == "flex")
     for number in range(14):
         scale = 1 / (0.02 + 0.01 * number)
         asked = asked_of(200 + number, 5000 + 1711 * number, scale, biased, excluded)
         if number > 11:
-            asked = Asked(
+            asked = AttentionInputs(
                 asked.queries, asked.keys, asked.values, torch.full((), scale, device=GPU), asked.bias, asked.exclude
             )
-        for ours, expected in zip(flex.run(asked), reference(asked), strict=True):
+        for ours, expected in zip(flex.run(asked), reference_attention(asked), strict=True):
             torch.testing.assert_close(ours.double(), expected, atol=1e-2, rtol=1e-2)
     assert counter.frame_count == 1
 
@@ -78,19 +78,19 @@ def test_flex_attention_is_compiled_once_for_all_temperatures(
 @pytest.mark.parametrize("back_end", ["cudnn", "flash", "flex", "tiles"])
 def test_few_keys_are_attended_to_by_what_can(back_end: str, num_keys: int):
     asked = asked_of(33, num_keys, 10.0)
-    chosen = next(each for each in BACK_ENDS if each.name == back_end)
-    assert chosen.suits(asked) == (back_end != "cudnn" or num_keys > 1)
-    if not chosen.suits(asked):
+    chosen = next(each for each in BACKENDS if each.name == back_end)
+    assert chosen.supports(asked) == (back_end != "cudnn" or num_keys > 1)
+    if not chosen.supports(asked):
         with pytest.raises(ValueError, match="back_end=cudnn cannot do this here; these can: flash, flex, tiles"):
-            attend(asked.queries, asked.keys, asked.values, 0.1, back_end=back_end)
+            attend(asked.queries, asked.keys, asked.values, 0.1, backend=back_end)
         return
-    for ours, expected in zip(chosen.run(asked), reference(asked), strict=True):
+    for ours, expected in zip(chosen.run(asked), reference_attention(asked), strict=True):
         torch.testing.assert_close(ours.double(), expected, atol=1e-2, rtol=1e-2)
 
 
 def test_attention_runs_fused():
     names = {
-        (biased, excluded): best_back_end(asked_of(256, 5000, 10.0, biased, excluded)).name
+        (biased, excluded): select_backend(asked_of(256, 5000, 10.0, biased, excluded)).name
         for biased in (False, True)
         for excluded in (False, True)
     }
@@ -101,8 +101,8 @@ def test_attention_runs_fused():
 @pytest.mark.parametrize("back_end", ["cudnn", "flash", "flex", "tiles"])
 def test_a_temperature_on_the_gpu_is_a_temperature(back_end: str):
     queries, keys = unit(300, DIM).to(GPU), unit(5000, DIM, seed=1).to(GPU, torch.bfloat16)
-    found = attend(queries, keys, keys, torch.full((), 0.07, device=GPU), back_end=back_end)
-    for ours, expected in zip(found, attend(queries, keys, keys, 0.07, back_end=back_end), strict=True):
+    found = attend(queries, keys, keys, torch.full((), 0.07, device=GPU), backend=back_end)
+    for ours, expected in zip(found, attend(queries, keys, keys, 0.07, backend=back_end), strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-2, rtol=1e-2)
 
 
@@ -110,7 +110,7 @@ def bank_on(device: torch.device, num: int = 5000, dtype: torch.dtype = torch.bf
     return Bank(num, DIM, 0.5, device, seed=3, num_categories=CATEGORIES, dtype=dtype)
 
 
-def visitors_on(device: torch.device, seed: int = 0) -> Visitors:
+def visitors_on(device: torch.device, seed: int = 0) -> GlobalBatch:
     """A batch with ids that are there twice, with rows that are not valid or not finite."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5000, (300,), generator=generator)
@@ -118,7 +118,7 @@ def visitors_on(device: torch.device, seed: int = 0) -> Visitors:
     visual, audio = unit(300, DIM, seed=seed + 1), unit(300, DIM, seed=seed + 2)
     visual[5, 0] = torch.nan
     valid = torch.rand(300, generator=generator) < 0.9
-    return Visitors.gather(*(each.to(device) for each in (ids, valid, visual, audio)))
+    return GlobalBatch.gather(*(each.to(device) for each in (ids, valid, visual, audio)))
 
 
 def test_a_step_does_not_wait_for_the_gpu():
@@ -137,12 +137,12 @@ def test_a_step_does_not_wait_for_the_gpu():
                 total = total + weighted_mean(losses, ones)
         total = total + weighted_mean(instance_losses(bank, visitors, *pair, 0.07, directions=WITHIN).losses, ones)
         batch, drawn = (
-            BatchCandidates(visitors, *pair, 0.07),
-            DrawnCandidates(bank, visitors, *pair, 0.07, Draw(64, 0, 1)),
+            InBatchNegatives(visitors, *pair, 0.07),
+            SampledNegatives(bank, visitors, *pair, 0.07, NegativeSampling(64, 0, 1)),
         )
         for each in (batch, drawn):
-            total = total + weighted_mean(each.losses(complementary(ones / 2, 5.0)) + each.losses(cross_entropy), ones)
-            matching_among(each.matching(), each.number(), 10)
+            total = total + weighted_mean(each.losses(active_complementary_loss(ones / 2, 5.0)) + each.losses(cross_entropy), ones)
+            rescale_matching_probability(each.matching_probability(), each.num_candidates(), 10)
         category = category_loss(*logits, ones, 1.0, bank.assignments.columns())
         total = total + category.contrast + category.imbalance + category.row_entropy
         believed = bank.fetch(("correspondence",), visitors.ids)[0]
@@ -189,7 +189,7 @@ def test_updates_are_the_same_on_both():
 
 def test_a_bank_takes_little_more_memory_than_its_rows():
     tile = 160 * 2**20
-    bank_on(GPU).restart()
+    bank_on(GPU).reinitialize()
 
     def begin() -> int:
         torch.cuda.reset_peak_memory_stats(GPU)
@@ -201,7 +201,7 @@ def test_a_bank_takes_little_more_memory_than_its_rows():
     assert size >= 1_000_000 * DIM * 2 * 6
     assert torch.cuda.max_memory_allocated(GPU) - before <= 1.3 * size + tile
     state = bank.state()
-    for work in (bank.restart, bank.refresh, lambda: bank.restore([state])):
+    for work in (bank.reinitialize, bank.refresh, lambda: bank.restore([state])):
         before = begin()
         work()
         assert torch.cuda.max_memory_allocated(GPU) - before <= tile

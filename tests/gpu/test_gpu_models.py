@@ -129,17 +129,17 @@ def waits(file: Path, *overrides: str) -> list[str]:
     Of the autograd engine's own thread the place told is that of the call of `backward`.
     """
     from distav.config import loading
-    from distav.distributed.process_group import joined
+    from distav.distributed.process_group import process_group
     from distav.training.phases.contrastive import run_contrastive
-    from distav.training.run import opened
+    from distav.training.run import open_run
 
     settings = loading.load(file, overrides)
-    with joined("gpu", 120, 4) as world, opened(settings, world) as run, warnings.catch_warnings():
+    with process_group("gpu", 120, 4) as world, open_run(settings, world) as run, warnings.catch_warnings():
         found: list[str] = []
 
         def note(message: object, category: object, filename: str, lineno: int, *more: object) -> None:
             here = threading.current_thread() is threading.main_thread()  # The loader's thread may wait.
-            if here and run.position.step in (2, 3) and "synchroniz" in str(message):
+            if here and run.progress.step in (2, 3) and "synchroniz" in str(message):
                 found.append(f"{filename}:{lineno}")
 
         warnings.simplefilter("always")

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distav.losses.event_parsing import modality_losses, segment_losses, video_losses
-from distav.noise.calibration import Judges
-from distav.noise.class_agreement import agreement, pair_evidence
+from distav.noise.calibration import VoteCalibrator
+from distav.noise.class_agreement import class_agreement, pair_posterior
 from distav.noise.correspondence import fit_mixture, gmm_correspondence
-from distav.noise.label_correction import Before, Correction, Space, Voting, correct
-from distav.noise.noise_rate import even_matrix, noise_matrix
+from distav.noise.label_correction import CorrectionPrior, Correction, FeatureSpace, VoteSearchSpace, correct_labels
+from distav.noise.noise_rate import uniform_transition_matrix, estimate_transition_matrix
 from distav.noise.tiling import TILE_NUMBERS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -31,17 +31,17 @@ def everything(device: torch.device, num: int = 9000, classes: int = 700) -> dic
         for seed in (0, 1)
     )
     usable = labels != 3
-    judges = Judges(labels, classes, usable)
+    judges = VoteCalibrator(labels, classes, usable)
     found = judges.calibrate(votes)
-    agreed = agreement(pictures, votes, usable)
-    pairing = pair_evidence(pictures, agreed, agreed.evidence, usable)
-    pooled, weights = judges.pool([votes, pictures], found.confusion)
-    posterior, matrix = noise_matrix(pictures, labels, 0.3, even_matrix(1.0, classes).to(device), 5)
+    agreed = class_agreement(pictures, votes, usable)
+    pairing = pair_posterior(pictures, agreed, agreed.rate_log_likelihood, usable)
+    pooled, weights = judges.fit_ensemble([votes, pictures], found.error_distribution)
+    posterior, matrix = estimate_transition_matrix(pictures, labels, 0.3, uniform_transition_matrix(1.0, classes).to(device), 5)
     return {
         "likelihood": found.likelihood - found.likelihood.max(),
-        "calibration": torch.tensor([found.per_sample, found.entropy, judges.chance()]),
-        "confusion": found.confusion,
-        "sharpened": found.sharpened(votes),
+        "calibration": torch.tensor([found.per_sample, found.entropy, judges.prior_log_likelihood()]),
+        "confusion": found.error_distribution,
+        "sharpened": found.inverse_temperature(votes),
         "agreement": agreed.likelihood,
         "agreed": torch.tensor([agreed.per_sample, agreed.entropy]),
         "correspondence": pairing.correspondence,
@@ -69,15 +69,15 @@ def correction(device: torch.device, before: Correction | None = None) -> Correc
         for side, which in enumerate((true, heard))
     )
     given = torch.where(torch.arange(3000) // 10 % 5 < 2, (true + 1 + torch.arange(3000) // 50 % 7) % 10, true)
-    spaces = [Space("rows", visual.to(device), audio.to(device))]
+    spaces = [FeatureSpace("rows", visual.to(device), audio.to(device))]
     valid = torch.arange(3000) != 7
-    voting = Voting((20, 60), (0, 20), (0.1, 0.3), (0.0, 0.5), 16)
+    voting = VoteSearchSpace((20, 60), (0, 20), (0.1, 0.3), (0.0, 0.5), 16)
     arguments = given.to(device), 10, torch.arange(3000, device=device), valid.to(device), voting
     if before is None:
-        return correct(spaces, *arguments)
+        return correct_labels(spaces, *arguments)
     teachers = [(3 * F.one_hot(each, 10) + random(3000, 10, seed=5)).softmax(1).to(device) for each in (true, heard)]
-    known = Before(*(each.to(device) for each in (before.held_out, before.evidence, before.told)))
-    return correct(spaces, *arguments, known, (teachers[0], teachers[1]))
+    known = CorrectionPrior(*(each.to(device) for each in (before.held_out, before.rate_log_likelihood, before.rate_log_likelihood_credible)))
+    return correct_labels(spaces, *arguments, known, (teachers[0], teachers[1]))
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -85,7 +85,7 @@ def test_corrections_are_the_same_on_both(again: bool):
     before = correction(torch.device("cpu")) if again else None
     here, there = correction(torch.device("cpu"), before), correction(DEVICE, before)
     assert there.has_signal and here.has_signal
-    ways = [{name: way for name, way in found.chosen.items() if name != "pooled"} for found in (here, there)]
+    ways = [{name: way for name, way in found.selected_votes.items() if name != "pooled"} for found in (here, there)]
     assert ways[0] == ways[1]
     for name in ("held_out", "posterior", "audio_held_out", "audio_posterior"):
         one, other = getattr(here, name), getattr(there, name).cpu()
@@ -95,7 +95,7 @@ def test_corrections_are_the_same_on_both(again: bool):
     for name in ("label_rate", "pair_rate"):
         one, other = getattr(here, name), getattr(there, name)
         assert [other.rate, other.low, other.high] == pytest.approx([one.rate, one.low, one.high], abs=1e-3)
-    torch.testing.assert_close(there.noise_matrix.cpu(), here.noise_matrix, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(there.transition_matrix.cpu(), here.transition_matrix, rtol=1e-3, atol=1e-3)
 
 
 def growth(work: Callable[[], object]) -> int:
@@ -115,16 +115,16 @@ def test_functions_take_little_more_than_the_table_that_they_return():
     votes, pictures = (torch.rand(num, classes, device=DEVICE).pow_(4) for _ in range(2))
     for each in (votes, pictures):
         each.div_(each.sum(1, keepdim=True))
-    even = even_matrix(1.0, classes).double().to(DEVICE)
-    judges, agreed = Judges(labels, classes, every), agreement(pictures, votes, every)
+    even = uniform_transition_matrix(1.0, classes).double().to(DEVICE)
+    judges, agreed = VoteCalibrator(labels, classes, every), class_agreement(pictures, votes, every)
     calibration = judges.calibrate(votes)
     works: dict[str, tuple[int, Callable[[], object]]] = {
-        "agreement": (0, lambda: agreement(pictures, votes, every)),
-        "pair_evidence": (1, lambda: pair_evidence(pictures, agreed, agreed.evidence, every)),
+        "agreement": (0, lambda: class_agreement(pictures, votes, every)),
+        "pair_evidence": (1, lambda: pair_posterior(pictures, agreed, agreed.rate_log_likelihood, every)),
         "calibrate": (0, lambda: judges.calibrate(votes)),
-        "sharpened": (1, lambda: calibration.sharpened(votes)),
-        "pool": (1, lambda: judges.pool([pictures, votes], even)),
-        "noise_matrix": (1, lambda: noise_matrix(votes, labels, 0.4, even)),
+        "sharpened": (1, lambda: calibration.inverse_temperature(votes)),
+        "pool": (1, lambda: judges.fit_ensemble([pictures, votes], even)),
+        "noise_matrix": (1, lambda: estimate_transition_matrix(votes, labels, 0.4, even)),
     }
     table, beside = num * classes * 4, 12 * TILE_NUMBERS["cuda"] * 8
     grown = {name: (returned, growth(work)) for name, (returned, work) in works.items()}

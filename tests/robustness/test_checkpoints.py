@@ -51,7 +51,7 @@ def test_a_checkpoint_has_a_seal_and_nothing_that_runs(halfway: Path):
 
 
 def test_a_flipped_byte_in_any_file_is_found_and_the_one_before_taken(halfway: Path, tiny_shards: Path, tmp_path: Path):
-    from distav.training.checkpoint.manager import Checkpoints
+    from distav.training.checkpoint.manager import CheckpointManager
 
     names = sorted(each.name for each in last_checkpoint(halfway / "tiny").iterdir())
     for name in names:
@@ -62,7 +62,7 @@ def test_a_flipped_byte_in_any_file_is_found_and_the_one_before_taken(halfway: P
             at = {"first": 0, "middle": len(content) // 2, "last": len(content) - 1}[place]
             content[at] ^= 0x10
             path.write_bytes(content)
-            fault = Checkpoints(checkpoints, 2)._fault(path.parent)
+            fault = CheckpointManager(checkpoints, 2)._fault(path.parent)
             assert fault and name in fault, (name, place, fault)
 
 

@@ -16,9 +16,9 @@ import pytest
 
 from distav.config.errors import UserError
 from distav.data import integrity
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.data.files import read_table, write_table
-from distav.data.pipeline.reader import BadSample, ShardReader
+from distav.data.pipeline.reader import CorruptSampleError, ShardReader
 from distav.data.storage.tar import by_key
 from distav.tools.inspect_shards.command import main
 from tests.conftest import ROOT, make_shards
@@ -76,7 +76,7 @@ def _rewrite(root: Path, name: str, change) -> None:
     """Change a table, and the manifest with it, as a program at fault would have."""
     write_table(root / name, change(read_table(root / name)))
     manifest = json.loads((root / "manifest.json").read_text())
-    manifest["tables"][name] = integrity.described(root / name)
+    manifest["tables"][name] = integrity.file_entry(root / name)
     (root / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -174,7 +174,7 @@ def test_a_shard_damaged_while_the_run_is_on_costs_its_samples_on_all_ranks_alik
     assert team.end() == [0, 0], team.said()[-6000:]
     report = json.loads((tmp_path / "tiny" / "report.json").read_text())
     skipped = {each["id"]: each["reason"] for each in report["skipped_samples"]}
-    sizes = ShardSet.open(shards).manifest["splits"]["train"]["shards"]
+    sizes = ShardedDataset.open(shards).manifest["splits"]["train"]["shards"]
     first = sizes[0]["clips"] + 10
     assert sorted(skipped) == list(range(first, first + lost))
     assert all("truncated in train-000001.tar" in reason for reason in skipped.values())
@@ -227,7 +227,7 @@ def mutants(content: bytes, chance: random.Random):
 def test_every_altered_member_is_found_and_no_sound_one_is_refused(tmp_path: Path, codec: str):
     root = tmp_path / codec
     make_shards("synthetic", root, "--train-clips=12", "--test-clips=0", f"--codec={codec}", "--short-side=48")
-    split = ShardSet.open(root).split("train")
+    split = ShardedDataset.open(root).split("train")
     chance, found, count = random.Random(codec), 0, 0
     whole = {path: path.read_bytes() for path in split.shards}
     for sample in (2, 7):
@@ -242,7 +242,7 @@ def test_every_altered_member_is_found_and_no_sound_one_is_refused(tmp_path: Pat
                 reader = ShardReader(split)
                 try:
                     reader.read(sample)
-                except BadSample:
+                except CorruptSampleError:
                     found += 1
                 others = [each for each in range(len(split)) if each != sample]
                 assert all(reader.read(each) for each in others)  # no false alarm

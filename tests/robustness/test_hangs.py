@@ -13,8 +13,8 @@ import psutil
 import pytest
 from torch.distributed.flight_recorder.components.loader import read_dump
 
-from distav.distributed.signals import STATUS as ASKED
-from distav.distributed.watchdog import STATUS as GAVE_UP
+from distav.distributed.signals import EXIT_INTERRUPTED as ASKED
+from distav.distributed.watchdog import EXIT_WATCHDOG as GAVE_UP
 from tests.helpers.launch import command, environment
 from tests.helpers.team import Team, run_whole
 from tests.robustness.test_kills import arguments

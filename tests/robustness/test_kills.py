@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distav.distributed.signals import STATUS as ASKED
+from distav.distributed.signals import EXIT_INTERRUPTED as ASKED
 from tests.helpers.launch import records, tiny_config
 from tests.helpers.team import Team, fingerprint, run_whole
 

@@ -116,11 +116,11 @@ def test_a_spike_rolls_the_run_back_and_leaves_batches_out(tiny_shards: Path, tm
 
 
 def test_any_number_of_ranks_cuts_the_same_global_batch(tiny_shards: Path):
-    from distav.data.dataset import ShardSet
-    from distav.data.pipeline.sampler import TrainingOrder
+    from distav.data.dataset import ShardedDataset
+    from distav.data.pipeline.sampler import GlobalBatchSampler
 
-    sizes = ShardSet.open(tiny_shards).split("train").shard_sizes
-    order = TrainingOrder(sizes, 0, 64, 24, 1)
+    sizes = ShardedDataset.open(tiny_shards).split("train").shard_sizes
+    order = GlobalBatchSampler(sizes, 0, 64, 24, 1)
     for ranks in (1, 2, 3, 4, 6):
         for step in (0, 5, 11):
             cut = [order.micro_batches(step, rank, ranks)[0] for rank in range(ranks)]

@@ -12,11 +12,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 from distav.memory import attention_backends
-from distav.memory.attention import Asked, reference, tiles
-from distav.memory.attention_backends import BACK_ENDS, BackEnd, best_back_end
+from distav.memory.attention import AttentionInputs, reference_attention, tiled_attention
+from distav.memory.attention_backends import BACKENDS, AttentionBackend, select_backend
 from distav.memory.softmax import attend
 
-FLEX = next(each for each in BACK_ENDS if each.name == "flex")
+FLEX = next(each for each in BACKENDS if each.name == "flex")
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -36,8 +36,8 @@ def said() -> Iterator[list[logging.LogRecord]]:
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    attention_backends.probe.cache_clear()
-    attention_backends._tell.cache_clear()
+    attention_backends.self_test.cache_clear()
+    attention_backends._log_selection.cache_clear()
     yield records
     logger.removeHandler(handler)
     logger.setLevel(level)
@@ -68,8 +68,8 @@ def test_flex_attention_is_compiled_once_for_all_temperatures(
         exclude = torch.randint(-1, num_keys, (num_queries, 1)) if excluded else None
         if exclude is not None:
             exclude[0] = num_keys - 1  # among those left over
-        asked = Asked(queries, keys, values, 1 / temperature, bias, exclude)
-        for ours, expected in zip(FLEX.run(asked), reference(asked), strict=True):
+        asked = AttentionInputs(queries, keys, values, 1 / temperature, bias, exclude)
+        for ours, expected in zip(FLEX.run(asked), reference_attention(asked), strict=True):
             torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
 
@@ -77,8 +77,8 @@ def test_flex_attention_is_compiled_once_for_all_temperatures(
 @pytest.mark.parametrize("back_end", ["flash-cpu", "tiles"])
 def test_a_temperature_on_the_device_is_a_temperature(back_end: str):
     queries, keys = unit(20, 16), unit(2500, 16, seed=1)
-    found = attend(queries, keys, keys, torch.tensor(0.07), back_end=back_end)
-    for ours, expected in zip(found, attend(queries, keys, keys, 0.07, back_end=back_end), strict=True):
+    found = attend(queries, keys, keys, torch.tensor(0.07), backend=back_end)
+    for ours, expected in zip(found, attend(queries, keys, keys, 0.07, backend=back_end), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -90,7 +90,7 @@ def on_gpu(
     *,
     biased: bool = False,
     excluded: bool = False,
-) -> Asked:
+) -> AttentionInputs:
     """What could be asked of a GPU, without one."""
     with FakeTensorMode():
         numbers = torch.empty(offset + num_keys * width, dtype=torch.bfloat16, device="cuda")
@@ -99,7 +99,7 @@ def on_gpu(
         bias = torch.empty(num_keys, device="cuda") if biased else None
         exclude = torch.empty(30, 1, dtype=torch.int64, device="cuda") if excluded else None
         values = torch.empty(num_keys, values_width, device="cuda") if values_width else keys
-        return Asked(queries, keys, values, 10.0, bias, exclude)
+        return AttentionInputs(queries, keys, values, 10.0, bias, exclude)
 
 
 GPU = ["cudnn", "flash", "flex"]
@@ -125,23 +125,23 @@ GPU = ["cudnn", "flash", "flex"]
 )
 def test_back_ends_of_a_gpu_are_asked_only_for_what_they_can_do(asked: dict, able: list[str], reason: str):
     problem = on_gpu(**asked)
-    assert [each.name for each in BACK_ENDS if each.suits(problem)] == [*able, "tiles"]
-    assert BACK_ENDS[0].unsuited(problem) == reason
+    assert [each.name for each in BACKENDS if each.supports(problem)] == [*able, "tiles"]
+    assert BACKENDS[0].unsupported_reason(problem) == reason
 
 
 @pytest.mark.parametrize(("num_keys", "able"), [(5, ["flash-cpu", "tiles"]), (0, ["tiles"])])
 def test_a_cpu_has_its_own(num_keys: int, able: list[str]):
-    problem = Asked(unit(3, 8), unit(num_keys, 8), unit(num_keys, 8), 1.0)
-    assert [each.name for each in BACK_ENDS if each.suits(problem)] == able
-    assert BACK_ENDS[0].unsuited(problem) == "needs cuda"
+    problem = AttentionInputs(unit(3, 8), unit(num_keys, 8), unit(num_keys, 8), 1.0)
+    assert [each.name for each in BACKENDS if each.supports(problem)] == able
+    assert BACKENDS[0].unsupported_reason(problem) == "needs cuda"
 
 
 def test_the_log_says_once_which_back_end_serves_and_why(said: list[logging.LogRecord]):
     rows, bias = unit(40, 16), torch.zeros(40)
     for _ in range(3):
-        best_back_end(Asked(rows, rows, rows, 1.0, bias))
-        best_back_end(Asked(rows[:7], rows[:30], rows[:30], 5.0, bias[:30]))
-    best_back_end(Asked(rows, rows, rows, 1.0, None, torch.zeros(40, 1, dtype=torch.int64)))
+        select_backend(AttentionInputs(rows, rows, rows, 1.0, bias))
+        select_backend(AttentionInputs(rows[:7], rows[:30], rows[:30], 5.0, bias[:30]))
+    select_backend(AttentionInputs(rows, rows, rows, 1.0, None, torch.zeros(40, 1, dtype=torch.int64)))
     assert [each.getMessage() for each in said] == [
         "attention (cpu, float32, width 16, bias): flash-cpu; cudnn needs cuda; flash needs cuda; flex needs cuda",
         "attention (cpu, float32, width 16, 1 excluded): tiles; cudnn needs cuda; flash needs cuda; flex needs cuda; "
@@ -153,20 +153,20 @@ def test_the_log_says_once_which_back_end_serves_and_why(said: list[logging.LogR
 def test_the_log_warns_of_a_back_end_that_fails_its_probe(
     said: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
 ):
-    def not_a_number(asked: Asked) -> tuple[Tensor, Tensor]:
-        lse, out = tiles(asked)
+    def not_a_number(asked: AttentionInputs) -> tuple[Tensor, Tensor]:
+        lse, out = tiled_attention(asked)
         return lse, out * torch.nan
 
-    wrong = BackEnd("wrong", lambda asked: tuple(2 * each for each in tiles(asked)), "cpu")  # type: ignore[arg-type]
-    broken = BackEnd("broken", lambda asked: asked.no_such_operator, "cpu")  # type: ignore[attr-defined]
+    wrong = AttentionBackend("wrong", lambda asked: tuple(2 * each for each in tiled_attention(asked)), "cpu")  # type: ignore[arg-type]
+    broken = AttentionBackend("broken", lambda asked: asked.no_such_operator, "cpu")  # type: ignore[attr-defined]
     monkeypatch.setattr(
         attention_backends,
         "BACK_ENDS",
-        (wrong, broken, BackEnd("undefined", not_a_number, "cpu"), *attention_backends.BACK_ENDS[-1:]),
+        (wrong, broken, AttentionBackend("undefined", not_a_number, "cpu"), *attention_backends.BACKENDS[-1:]),
     )
     rows = unit(40, 16)
     for _ in range(3):
-        assert best_back_end(Asked(rows, rows, rows, 1.0)).name == "tiles"
+        assert select_backend(AttentionInputs(rows, rows, rows, 1.0)).name == "tiles"
     warnings = [each.getMessage() for each in said if each.levelno == logging.WARNING]
     assert len(warnings) == 3 and len(said) == 4
     assert "back end wrong failed its probe on cpu, width 16: lse off by" in warnings[0]

@@ -5,7 +5,7 @@ import pytest
 
 from distav.config.errors import UserError
 from distav.data.annotations.ave import HEADER, read_ave
-from distav.evaluation.event_metrics import segment_accuracy, told_events
+from distav.evaluation.event_metrics import segment_accuracy, predicted_events
 
 
 def test_the_published_annotations_are_read_whole(real_data: Path):
@@ -30,6 +30,6 @@ def test_a_header_is_passed_over_and_other_lines_are_named(tmp_path: Path):
 def test_an_event_is_what_is_both_heard_and_seen():
     heard = np.array([[[0.9, 0.1], [0.9, 0.8], [0.6, 0.6]]])
     seen = np.array([[[0.8, 0.9], [0.1, 0.9], [0.6, 0.7]]])
-    told = told_events(heard, seen)
+    told = predicted_events(heard, seen)
     assert told.tolist() == [[0, 1, 2]]
     assert segment_accuracy(told, np.array([[0, 1, 1]])) == pytest.approx(200 / 3)

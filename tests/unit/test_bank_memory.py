@@ -12,16 +12,16 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from distav.distributed.rng import sample_seeds, uniform
-from distav.losses.active_complementary import complementary, matching_among
+from distav.losses.active_complementary import active_complementary_loss, rescale_matching_probability
 from distav.losses.category_contrast import category_agreement, category_loss
 from distav.losses.classification import hybrid_targets
-from distav.losses.info_nce import WITHIN, BatchCandidates, DrawnCandidates, cross_entropy
+from distav.losses.info_nce import WITHIN, InBatchNegatives, SampledNegatives, cross_entropy
 from distav.losses.instance_discrimination import SoftTargets, instance_losses
 from distav.losses.reduction import weighted_mean
 from distav.memory import attention_backends
 from distav.memory.bank import Bank
-from distav.memory.global_batch import Visitors
-from distav.memory.negative_sampling import Draw
+from distav.memory.global_batch import GlobalBatch
+from distav.memory.negative_sampling import NegativeSampling
 from tests.helpers.synchronizations import Synchronizations
 
 CPU = torch.device("cpu")
@@ -32,8 +32,8 @@ def unit(*shape: int, seed: int = 0) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def batch_of(ids: Tensor, dim: int = DIM, seed: int = 1) -> Visitors:
-    return Visitors.gather(ids, ids >= 0, unit(len(ids), dim, seed=seed), unit(len(ids), dim, seed=seed + 1))
+def batch_of(ids: Tensor, dim: int = DIM, seed: int = 1) -> GlobalBatch:
+    return GlobalBatch.gather(ids, ids >= 0, unit(len(ids), dim, seed=seed), unit(len(ids), dim, seed=seed + 1))
 
 
 def fresh_bank(num: int = 50, dim: int = DIM, **more: object) -> Bank:
@@ -80,18 +80,18 @@ def test_other_losses_do_not_wait():
     visitors, logits = batch_of(ids), torch.rand(2, 4, CATEGORIES).requires_grad_()
     with Synchronizations() as waits:
         candidates = (
-            BatchCandidates(visitors, *pair, 0.07),
-            DrawnCandidates(bank, visitors, *pair, 0.07, Draw(16, 0, 1)),
+            InBatchNegatives(visitors, *pair, 0.07),
+            SampledNegatives(bank, visitors, *pair, 0.07, NegativeSampling(16, 0, 1)),
         )
         for each in candidates:
-            loss = weighted_mean(each.losses(complementary(torch.rand(4), 5.0)), torch.ones(4))
+            loss = weighted_mean(each.losses(active_complementary_loss(torch.rand(4), 5.0)), torch.ones(4))
             loss = loss + weighted_mean(each.losses(cross_entropy), torch.ones(4))
             loss.backward()
-            matching_among(each.matching(), each.number(), 10)
+            rescale_matching_probability(each.matching_probability(), each.num_candidates(), 10)
         category = category_loss(*logits, torch.rand(4), 1.0, bank.assignments.columns())
         (category.contrast + category.imbalance + category.row_entropy).backward()
         bank.update(visitors, category_agreement(category.shares), category.shares)
-        matching_among(torch.rand(4), bank.num_samples, 10)
+        rescale_matching_probability(torch.rand(4), bank.num_samples, 10)
         hybrid_targets(ids % 3, torch.rand(4, 3), torch.rand(4))
     assert waits.found == []
 
@@ -118,25 +118,25 @@ def test_a_forward_pass_on_a_gpu_mixes_no_devices_and_does_not_wait(
         ids, ones = torch.zeros(300, dtype=torch.int64, device=gpu), torch.ones(300, device=gpu)
         pair, logits = torch.randn(2, 300, 128, device=gpu), torch.randn(2, 300, CATEGORIES, device=gpu)
         with Synchronizations() as waits:
-            visitors = Visitors.gather(ids, ids >= 0, *pair)
+            visitors = GlobalBatch.gather(ids, ids >= 0, *pair)
             for kind in ("none", "bootstrapping", "swapped", "neighbour", "cycle"):
                 for temperature in (0.07, torch.full((), 0.07, device=gpu)):
                     for also in (False, True):
                         soft = SoftTargets(kind, 0.1, 0.1, excludes_self=also)
                         arguments = bank, visitors, *pair, temperature, ones, soft
                         weighted_mean(instance_losses(*arguments, mask_unvisited=also).losses, ones)
-            BatchCandidates(visitors, *pair, 0.07).losses(complementary(ones, 5.0))
-            drawn = DrawnCandidates(bank, visitors, *pair, 0.07, Draw(64, 0, 1))
-            drawn.drawn.sums(matching_among(drawn.matching(), drawn.number(), 10)[:, None].expand(-1, 64), "audio")
+            InBatchNegatives(visitors, *pair, 0.07).losses(active_complementary_loss(ones, 5.0))
+            drawn = SampledNegatives(bank, visitors, *pair, 0.07, NegativeSampling(64, 0, 1))
+            drawn.drawn.sums(rescale_matching_probability(drawn.matching_probability(), drawn.num_candidates(), 10)[:, None].expand(-1, 64), "audio")
             category = category_loss(*logits, ones, 1.0, bank.assignments.columns())
             bank.write("correspondence", bank.fetch(("correspondence",), ids)[0], ids, visitors.valid)
             bank.update(visitors, category_agreement(category.shares), category.shares)
             bank.refresh()
-            bank.restart()
+            bank.reinitialize()
     assert waits.found == []
 
 
-def updated_row_by_row(bank: Bank, visitors: Visitors, agreement: Tensor, shares: Tensor) -> dict[str, Tensor]:
+def updated_row_by_row(bank: Bank, visitors: GlobalBatch, agreement: Tensor, shares: Tensor) -> dict[str, Tensor]:
     """What an update makes of the columns, one row after the other."""
     after = {name: column.clone() for name, column in bank.columns.items()}
     finite = torch.isfinite(visitors.visual.sum(1)) & torch.isfinite(visitors.audio.sum(1))
@@ -170,7 +170,7 @@ def test_an_update_writes_each_row_once_and_no_other(repeats: bool, usable: str)
         if usable != "all":
             valid = torch.rand(20, generator=generator) < (0.6 if usable == "some" else 0.0)
             pair[0][3, 0], pair[1][5, 0], agreement[7], shares[8, 1, 2] = math.nan, math.inf, math.nan, math.inf
-        visitors = Visitors.gather(ids, valid, *pair)
+        visitors = GlobalBatch.gather(ids, valid, *pair)
         expected = updated_row_by_row(bank, visitors, agreement, shares)
         bank.update(visitors, agreement, shares)
         others = ~torch.isin(torch.arange(40), ids[valid])
@@ -202,7 +202,7 @@ def test_rows_are_filled_as_if_all_at_once(num: int, dim: int):
     assert torch.equal(bank.columns["pair_similarity"], (bank.columns["visual"] * bank.columns["audio"]).sum(1))
     state = bank.state()
     bank.update(batch_of(torch.arange(1), dim), torch.ones(1))
-    bank.restart()
+    bank.reinitialize()
     assert all(torch.equal(column, state[name]) for name, column in bank.columns.items())
     assert all(torch.equal(bank.keys(name), bank.columns[name].bfloat16()) for name in ("visual", "audio"))
 
@@ -234,7 +234,7 @@ def bank_growths(num: int) -> tuple[int, dict[str, int]]:
     size = sum(each.nbytes for each in [*bank.columns.values(), bank.keys("visual"), bank.keys("audio")])
     state = bank.state()
     for name, work in (
-        ("restart", bank.restart),
+        ("restart", bank.reinitialize),
         ("refresh", bank.refresh),
         ("restore", lambda: bank.restore([state])),
     ):

@@ -12,7 +12,7 @@ from distav.data.pipeline.loader import Batch
 from distav.models.av_model import AVModel
 from tools.bench import markdown
 from tools.bench.command import main
-from tools.bench.memory_bank import Problem
+from tools.bench.memory_bank import MemoryBankBenchmark
 from tools.bench.timing import Results, Setting
 from tools.bench.training_step import TOWERS, count_operations
 
@@ -52,7 +52,7 @@ def test_every_benchmark_measures_and_says_whether_its_bars_are_met(
 
 
 def test_the_dense_peer_computes_the_same():
-    problem = Problem(16, 200, 24, torch.device("cpu"))
+    problem = MemoryBankBenchmark(16, 200, 24, torch.device("cpu"))
     for ours, theirs in zip(problem.loss(), problem.dense(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

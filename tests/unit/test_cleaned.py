@@ -15,13 +15,13 @@ import torch
 
 from distav.config.schema import DataSettings
 from distav.data.annotations.labels import _apply, load_labels
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.data.files import read_table
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.reader import ShardReader
 from distav.data.pipeline.sampler import padded_batches
 from distav.data.preparation.annotated_videos import EventSource
-from distav.data.preparation.builder import Plan, make_set
+from distav.data.preparation.builder import BuildConfig, build_dataset
 from distav.data.preparation.encoding import Encoding
 from distav.tools.inspect_shards.verify import verify
 from distav.tools.make_shards import main
@@ -40,12 +40,12 @@ def written(path: Path, **columns: list) -> Path:
     return path
 
 
-def clean(root: Path, out: Path, *more: object, status: int = 3) -> ShardSet:
+def clean(root: Path, out: Path, *more: object, status: int = 3) -> ShardedDataset:
     assert main(["cleaned", str(root), str(out), *map(str, more)]) == status
-    return ShardSet.open(out)
+    return ShardedDataset.open(out)
 
 
-def checksums(shards: ShardSet, split: str) -> dict[str, tuple[int, ...]]:
+def checksums(shards: ShardedDataset, split: str) -> dict[str, tuple[int, ...]]:
     """CRC-32 of the members as they are read, by key."""
     part = shards.split(split)
     reader = ShardReader(part)
@@ -55,7 +55,7 @@ def checksums(shards: ShardSet, split: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def labels_by_key(shards: ShardSet, split: str = "train") -> dict[str, str]:
+def labels_by_key(shards: ShardedDataset, split: str = "train") -> dict[str, str]:
     part = shards.split(split)
     labels = load_labels(shards, part)
     return {str(key): labels.classes[number] for key, number in zip(part.keys, labels.given, strict=True)}
@@ -63,7 +63,7 @@ def labels_by_key(shards: ShardSet, split: str = "train") -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_decisions_are_applied_and_nothing_else_changes(tiny_shards: Path, tmp_path: Path, kind: str):
-    old, out = ShardSet.open(tiny_shards), tmp_path / "out"
+    old, out = ShardedDataset.open(tiny_shards), tmp_path / "out"
     before = labels_by_key(old)
     changed = {KEYS[3]: "bars+tone", KEYS[40]: "disc+sweep"}
     columns = {
@@ -94,7 +94,7 @@ def test_decisions_are_applied_and_nothing_else_changes(tiny_shards: Path, tmp_p
 
 
 def test_truth_is_carried_along_and_pairs_while_ids_stay(tiny_shards: Path, tmp_path: Path):
-    old = ShardSet.open(tiny_shards)
+    old = ShardedDataset.open(tiny_shards)
     truth = load_labels(old, old.split("train"))
     pair = written(tmp_path / "pair.csv", key=[KEYS[0]], label=["disc+tone"], pair=["wrong"])
     fewer = clean(tiny_shards, tmp_path / "fewer", "--decisions", pair)
@@ -110,7 +110,7 @@ def test_truth_is_carried_along_and_pairs_while_ids_stay(tiny_shards: Path, tmp_
 
 
 def test_decisions_win_over_a_runs_table(tiny_shards: Path, tmp_path: Path):
-    before = labels_by_key(ShardSet.open(tiny_shards))
+    before = labels_by_key(ShardedDataset.open(tiny_shards))
     table = written(
         tmp_path / "labels.parquet",
         key=KEYS[:5],
@@ -166,8 +166,8 @@ def test_sets_of_features_with_events_are_cleaned(tmp_path: Path):
         for video in (tmp_path / "ave" / "videos").glob("*.mp4"):
             np.save(tmp_path / name / f"{video.stem}.npy", rng.standard_normal((10, dim)).astype(np.float32))
     streams = (("audio", "heard", tmp_path / "heard"), ("visual", "seen", tmp_path / "seen"))
-    make_set(EventSource("ave", tmp_path / "ave", None, streams), tmp_path / "set", Plan(Encoding(clip_s=10)), 1)
-    old = ShardSet.open(tmp_path / "set")
+    build_dataset(EventSource("ave", tmp_path / "ave", None, streams), tmp_path / "set", BuildConfig(Encoding(clip_s=10)), 1)
+    old = ShardedDataset.open(tmp_path / "set")
     keys = old.split("train").keys.tolist()
     mine = written(tmp_path / "m.csv", key=[keys[2], keys[0]], label=["", AVE_CLASSES[2]], pair=["wrong", ""])
     new = clean(tmp_path / "set", tmp_path / "out", "--decisions", mine)
@@ -231,7 +231,7 @@ def test_wrong_arguments_are_named(tiny_shards: Path, tmp_path: Path, capsys: py
 def test_damaged_members_are_not_copied(tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     root = Path(shutil.copytree(tiny_shards, tmp_path / "set"))
     with open(root / "test-000000.tar", "r+b") as file:
-        file.seek(int(ShardSet.open(root).split("test").columns["audio_offset"][4]) + 50)
+        file.seek(int(ShardedDataset.open(root).split("test").columns["audio_offset"][4]) + 50)
         file.write(b"\x00\xff\x5a")
     mine = written(tmp_path / "mine.csv", key=KEYS[:1], label=["disc+tone"])
     assert main(["cleaned", str(root), str(tmp_path / "out"), f"--decisions={mine}"]) == 1
@@ -240,7 +240,7 @@ def test_damaged_members_are_not_copied(tiny_shards: Path, tmp_path: Path, capsy
 
 
 def test_a_table_of_labels_names_classes_as_text_and_may_leave_some_out(tiny_shards: Path, tmp_path: Path):
-    split = ShardSet.open(tiny_shards).split("train")
+    split = ShardedDataset.open(tiny_shards).split("train")
     given = np.zeros(len(split), np.int64)
     table = tmp_path / "own.csv"
     table.write_text(f"key,label\n{KEYS[1]},2\n{KEYS[2]},\n{KEYS[3]},null\n")

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.losses.active_complementary import complementary, matching_among
-from distav.losses.info_nce import BatchCandidates, DrawnCandidates, cross_entropy
+from distav.losses.active_complementary import active_complementary_loss, rescale_matching_probability
+from distav.losses.info_nce import InBatchNegatives, SampledNegatives, cross_entropy
 from distav.memory.bank import Bank
-from distav.memory.global_batch import Visitors
-from distav.memory.negative_sampling import Draw, drawn_ids
+from distav.memory.global_batch import GlobalBatch
+from distav.memory.negative_sampling import NegativeSampling, drawn_ids
 from distav.noise.correspondence import SelfRefinement
 
 TAU, LAMBDA = 0.05, 5.0
@@ -34,22 +34,22 @@ def published(scores: np.ndarray, own: np.ndarray, believed: np.ndarray) -> np.n
     return losses
 
 
-def batch(rows: int = 16, dim: int = 8, valid: Tensor | None = None) -> tuple[BatchCandidates, Tensor, Tensor]:
+def batch(rows: int = 16, dim: int = 8, valid: Tensor | None = None) -> tuple[InBatchNegatives, Tensor, Tensor]:
     visual, audio = unit(rows, dim, 1).requires_grad_(), unit(rows, dim, 2).requires_grad_()
     valid = torch.ones(rows, dtype=torch.bool) if valid is None else valid
-    visitors = Visitors.gather(torch.arange(rows), valid, visual, audio)
-    return BatchCandidates(visitors, visual, audio, TAU), visual, audio
+    visitors = GlobalBatch.gather(torch.arange(rows), valid, visual, audio)
+    return InBatchNegatives(visitors, visual, audio, TAU), visual, audio
 
 
 def test_the_loss_over_the_batch_is_the_published_one():
     candidates, visual, audio = batch()
     believed = torch.linspace(0, 1, 16)
-    found = candidates.losses(complementary(believed, LAMBDA))
+    found = candidates.losses(active_complementary_loss(believed, LAMBDA))
     scores = (visual.detach() @ audio.detach().T / TAU).numpy()
     own = np.arange(16)
     expected = published(scores, own, believed.numpy()) + published(scores.T, own, believed.numpy())
     np.testing.assert_allclose(found.detach().numpy(), expected, rtol=2e-5)
-    assert candidates.number().tolist() == [16] * 16
+    assert candidates.num_candidates().tolist() == [16] * 16
 
 
 def test_the_gradient_over_the_batch_is_that_of_finite_differences():
@@ -57,7 +57,7 @@ def test_the_gradient_over_the_batch_is_that_of_finite_differences():
     believed = torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0], dtype=torch.float64)
 
     def loss(v: Tensor, a: Tensor) -> Tensor:
-        loss_of, own = complementary(believed, LAMBDA), torch.arange(5)
+        loss_of, own = active_complementary_loss(believed, LAMBDA), torch.arange(5)
         return loss_of(v @ a.T / 0.5, own) + loss_of(a @ v.T / 0.5, own)
 
     assert torch.autograd.gradcheck(loss, (visual, audio))
@@ -71,20 +71,20 @@ def test_the_loss_over_drawn_rows_is_the_published_one_with_its_gradient():
     for ours in (True, False):
         visual, audio = unit(3, 8, 5).requires_grad_(), unit(3, 8, 6).requires_grad_()
         if ours:
-            visitors = Visitors.gather(ids, torch.ones(3, dtype=torch.bool), visual, audio)
-            candidates = DrawnCandidates(bank, visitors, visual, audio, TAU, Draw(31, 1, 5))
-            found = candidates.losses(complementary(believed, LAMBDA))
+            visitors = GlobalBatch.gather(ids, torch.ones(3, dtype=torch.bool), visual, audio)
+            candidates = SampledNegatives(bank, visitors, visual, audio, TAU, NegativeSampling(31, 1, 5))
+            found = candidates.losses(active_complementary_loss(believed, LAMBDA))
             bank.update(visitors, torch.ones(3))  # The backward pass comes after the rows have moved on.
             found.sum().backward()
         else:
-            bank.restart()
+            bank.reinitialize()
             own = torch.zeros(3, dtype=torch.int64)
             for queries, name in ((visual, "audio"), (audio, "visual")):
                 rows = bank.columns[name][torch.cat([ids[:, None], drawn], dim=1)]
                 scores = torch.einsum("bd,bmd->bm", queries, rows) / TAU
-                expected = expected + complementary(believed, LAMBDA)(scores, own)
+                expected = expected + active_complementary_loss(believed, LAMBDA)(scores, own)
                 np.testing.assert_allclose(
-                    complementary(believed, LAMBDA)(scores, own).detach().numpy(),
+                    active_complementary_loss(believed, LAMBDA)(scores, own).detach().numpy(),
                     published(scores.detach().numpy(), own.numpy(), believed.numpy()),
                     rtol=2e-5,
                 )
@@ -97,16 +97,16 @@ def test_the_loss_over_drawn_rows_is_the_published_one_with_its_gradient():
 @pytest.mark.parametrize("believed", [0.0, 0.5, 1.0])
 def test_uniform_matching_costs_what_it_should(believed: float):
     scores, own, y = torch.zeros(1, 128), torch.zeros(1, dtype=torch.int64), torch.tensor([believed])
-    active = complementary(y, 0.0)(scores, own).item()
+    active = active_complementary_loss(y, 0.0)(scores, own).item()
     assert 2 * active == pytest.approx(believed * 9.704, abs=1e-3)
-    assert 2 * (complementary(y, 1.0)(scores, own).item() - active) == pytest.approx(2 * (1 - 1 / 128), rel=1e-3)
+    assert 2 * (active_complementary_loss(y, 1.0)(scores, own).item() - active) == pytest.approx(2 * (1 - 1 / 128), rel=1e-3)
 
 
 def test_a_pair_that_is_not_believed_costs_at_most_the_weight_and_pulls_nothing_that_others_do_not():
     scores = torch.tensor([[0.0, 40.0, 0.0], [40.0, 0.0, 0.0]])
-    found = complementary(torch.zeros(2), 1.0)(scores, torch.zeros(2, dtype=torch.int64))
+    found = active_complementary_loss(torch.zeros(2), 1.0)(scores, torch.zeros(2, dtype=torch.int64))
     torch.testing.assert_close(found, torch.tensor([1.0, 0.0]))
-    sure = complementary(torch.ones(2), 1.0)(scores, torch.zeros(2, dtype=torch.int64))
+    sure = active_complementary_loss(torch.ones(2), 1.0)(scores, torch.zeros(2, dtype=torch.int64))
     torch.testing.assert_close(sure, torch.tensor([40 + math.tan(1.0), 0.0]))
 
 
@@ -115,20 +115,20 @@ def test_rows_without_a_sample_and_the_same_sample_again_are_no_candidates():
     valid[4] = False
     visual, audio = unit(6, 8, 1), unit(6, 8, 2)
     ids = torch.tensor([0, 1, 2, 0, 9, 5])
-    candidates = BatchCandidates(Visitors.gather(ids, valid, visual, audio), visual, audio, TAU)
-    assert candidates.number().tolist() == [4, 5, 5, 4, 6, 5]
+    candidates = InBatchNegatives(GlobalBatch.gather(ids, valid, visual, audio), visual, audio, TAU)
+    assert candidates.num_candidates().tolist() == [4, 5, 5, 4, 6, 5]
     allowed = torch.tensor([0, 1, 2, 5])
     expected = (visual[0] @ audio[allowed].T / TAU).softmax(0)[0] + (audio[0] @ visual[allowed].T / TAU).softmax(0)[0]
-    assert candidates.matching()[0] == pytest.approx(expected.item() / 2, rel=1e-5)
+    assert candidates.matching_probability()[0] == pytest.approx(expected.item() / 2, rel=1e-5)
     assert torch.isfinite(candidates.losses(cross_entropy)).all()
 
 
 def test_a_matching_probability_means_the_same_among_any_number_of_candidates():
     share = torch.tensor([0.0, 0.2, 0.7, 1.0])
-    torch.testing.assert_close(matching_among(share, 128, 128), share)
-    there = matching_among(share, torch.full((4,), 1000), 10)
-    torch.testing.assert_close(matching_among(there, 10, 1000), share)
-    assert matching_among(torch.tensor([1 / 50_000]), 50_000, 128).item() == pytest.approx(1 / 128, rel=1e-4)
+    torch.testing.assert_close(rescale_matching_probability(share, 128, 128), share)
+    there = rescale_matching_probability(share, torch.full((4,), 1000), 10)
+    torch.testing.assert_close(rescale_matching_probability(there, 10, 1000), share)
+    assert rescale_matching_probability(torch.tensor([1 / 50_000]), 50_000, 128).item() == pytest.approx(1 / 128, rel=1e-4)
 
 
 def visits(rule: SelfRefinement, y: float, matching: float, times: int) -> list[float]:

@@ -31,7 +31,7 @@ def test_phases_keep_their_order_and_are_typed_by_kind(file: Path):
     settings = loading.load(file, ["phases.learn.estimator=cdf", "deepspeed.extra={a: {b: 1}}"])
     assert list(settings.phases) == ["learn", "fix", "use"]
     learn = settings.phases["learn"]
-    assert isinstance(learn, ContrastivePhase) and learn.estimator is Estimator.cdf and learn.epochs == 2
+    assert isinstance(learn, ContrastivePhase) and learn.correspondence_estimator is Estimator.cdf and learn.epochs == 2
     assert isinstance(settings.phases["use"], SupervisedPhase)
     assert settings.deepspeed.extra == {"a": {"b": 1}}
 

@@ -14,11 +14,11 @@ from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
 from distav.config.schema import AugmentSettings, DataSettings
-from distav.data.dataset import ShardSet, Split
-from distav.data.pipeline.augmentation import View, Viewer
+from distav.data.dataset import ShardedDataset, Split
+from distav.data.pipeline.augmentation import ClipTransform, ClipTransformSampler
 from distav.data.pipeline.avi import jpeg_frames
 from distav.data.pipeline.color import change_colors
-from distav.data.pipeline.dali import ClipGraph, DeviceError, dali_reason
+from distav.data.pipeline.dali import ClipPipeline, DeviceError, dali_reason
 from distav.data.pipeline.decoder_selection import Decoder, Route, decoder_for
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.reader import DecodeError, Members, ShardReader
@@ -128,10 +128,10 @@ def photo_like(tmp_path_factory: pytest.TempPathFactory) -> Split:
     """Rendered clips of 64 x 64 pixels."""
     out = tmp_path_factory.mktemp("shards") / "mjpeg"
     make_shards("synthetic", out, "--train-clips=12", "--test-clips=1", "--short-side=64")
-    return ShardSet.open(out).split("train")
+    return ShardedDataset.open(out).split("train")
 
 
-def _whole_frames(members: Members, view: View) -> np.ndarray:
+def _whole_frames(members: Members, view: ClipTransform) -> np.ndarray:
     """Decode whole frames, then crop, resize and flip them: [T, S, S, 3]."""
     wanted = [view.start_frame + 2 * number for number in range(3)]
     images = [np.asarray(Image.open(io.BytesIO(each.tobytes()))) for each in jpeg_frames(members["video"], wanted)]
@@ -149,22 +149,22 @@ def _whole_frames(members: Members, view: View) -> np.ndarray:
 
 def test_the_decoded_band_of_a_frame_gives_the_same_crop_as_the_whole_frame(photo_like: Split):
     augment = AugmentSettings(crop_area_min=0.08, brightness=0, contrast=0, saturation=0, hue=0)
-    viewer, reader = Viewer(photo_like, DATA, augment, 0), ShardReader(photo_like)
-    views = [viewer.view(sample, epoch) for sample in range(12) for epoch in range(4)]
+    viewer, reader = ClipTransformSampler(photo_like, DATA, augment, 0), ShardReader(photo_like)
+    views = [viewer.sample(sample, epoch) for sample in range(12) for epoch in range(4)]
     members = [reader.read(sample) for sample in range(12) for _ in range(4)]
     assert min(view.crop[2] - view.crop[0] for view in views) < 0.4
-    frames = ClipGraph(DATA, photo_like, 48, CPU).run(members, views)["frames"].numpy()
+    frames = ClipPipeline(DATA, photo_like, 48, CPU).run(members, views)["frames"].numpy()
     for ours, member, view in zip(frames, members, views, strict=True):
         assert np.abs(ours.astype(int) - _whole_frames(member, view)).max() <= 1
 
 
 def test_jpeg_frames_are_decoded_as_by_the_video_decoder(photo_like: Split):
     viewer, reader = (
-        Viewer(photo_like, DATA, AugmentSettings(brightness=0, contrast=0, saturation=0, hue=0), 0),
+        ClipTransformSampler(photo_like, DATA, AugmentSettings(brightness=0, contrast=0, saturation=0, hue=0), 0),
         (ShardReader(photo_like)),
     )
-    views, members = [viewer.view(sample, 0) for sample in range(12)], [reader.read(sample) for sample in range(12)]
-    by_image, by_video = (ClipGraph(DATA, photo_like, 12, CPU) for _ in range(2))
+    views, members = [viewer.sample(sample, 0) for sample in range(12)], [reader.read(sample) for sample in range(12)]
+    by_image, by_video = (ClipPipeline(DATA, photo_like, 12, CPU) for _ in range(2))
     by_video.route = Route(VIDEO, False)
     one, other = (graph.run(members, views)["frames"].int() for graph in (by_image, by_video))
     difference = (one - other).abs().float()
@@ -172,8 +172,8 @@ def test_jpeg_frames_are_decoded_as_by_the_video_decoder(photo_like: Split):
 
 
 def test_a_frame_that_is_no_jpeg_is_refused(photo_like: Split):
-    reader, graph = ShardReader(photo_like), ClipGraph(DATA, photo_like, 1, CPU)
-    members, view = reader.read(0), Viewer(photo_like, DATA, None, 0).view(0, 0)
+    reader, graph = ShardReader(photo_like), ClipPipeline(DATA, photo_like, 1, CPU)
+    members, view = reader.read(0), ClipTransformSampler(photo_like, DATA, None, 0).sample(0, 0)
     image = jpeg_frames(members["video"], [view.start_frame])[0].tobytes()
     gone = b"\0" * len(image)
     with pytest.raises(DecodeError, match="nvImageCodec"):
@@ -227,7 +227,7 @@ class _Failing:
 def test_a_failing_device_quarantines_no_clip(photo_like: Split, reason: str):
     loader = Loader(photo_like, DATA, None, 0, 4, CPU)
     loader.load(np.arange(4), 0)
-    loader.graph._pipelines["frames"] = _Failing(reason)  # pyright: ignore
+    loader.pipeline._pipelines["frames"] = _Failing(reason)  # pyright: ignore
     with pytest.raises(DeviceError, match=reason.splitlines()[0][:20]):
         loader.load(np.arange(4), 0)
     assert not loader.quarantine.reasons
@@ -236,17 +236,17 @@ def test_a_failing_device_quarantines_no_clip(photo_like: Split, reason: str):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which is used")
 def test_a_graph_for_a_missing_gpu_blames_the_device(photo_like: Split):
-    graph = ClipGraph(DATA, photo_like, 1, torch.device("cuda", 0))
+    graph = ClipPipeline(DATA, photo_like, 1, torch.device("cuda", 0))
     with pytest.raises(DeviceError, match="CUDA is not available"):
-        graph.run([ShardReader(photo_like).read(0)], [Viewer(photo_like, DATA, None, 0).view(0, 0)])
+        graph.run([ShardReader(photo_like).read(0)], [ClipTransformSampler(photo_like, DATA, None, 0).sample(0, 0)])
 
 
 @pytest.mark.parametrize("codec", ["vp9", "h264"])
 def test_without_nvdec_clips_are_decoded_on_the_cpu(codec: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     make_shards("synthetic", tmp_path, "--train-clips=4", "--test-clips=1", f"--codec={codec}", "--short-side=32")
-    split = ShardSet.open(tmp_path).split("train")
+    split = ShardedDataset.open(tmp_path).split("train")
     loaders = [Loader(split, DATA, None, 0, 4, CPU) for _ in range(2)]
-    graph = loaders[1].graph
+    graph = loaders[1].pipeline
     graph.route, graph._nvdec_tried = Route(VIDEO, True), False  # pyright: ignore
     with caplog.at_level(logging.WARNING, "distav"):
         logging.getLogger("distav").propagate = True
@@ -254,13 +254,13 @@ def test_without_nvdec_clips_are_decoded_on_the_cpu(codec: str, tmp_path: Path, 
     assert batches[1].valid.all() and not loaders[1].quarantine.reasons
     assert torch.equal(batches[0].media["frames"], batches[1].media["frames"])
     assert caplog.text.count("NVDEC does not decode") == 1
-    assert loaders[1].graph.route == decoder_for(codec, False, split.sides)  # pyright: ignore
+    assert loaders[1].pipeline.route == decoder_for(codec, False, split.sides)  # pyright: ignore
 
 
 class _Counted:
     """A graph that counts its runs."""
 
-    def __init__(self, graph: ClipGraph):
+    def __init__(self, graph: ClipPipeline):
         self.graph, self.shapes, self.runs = graph, graph.shapes, []
 
     def run(self, members: list, views: list) -> dict[str, torch.Tensor]:
@@ -271,7 +271,7 @@ class _Counted:
 def _counted_loader(split: Split, batch: int, bad: set[int]) -> tuple[Loader, _Counted]:
     data = DataSettings(num_frames=1, frame_size=8, audio_s=0.1)
     loader = Loader(split, data, None, 0, batch, CPU)
-    graph = loader.graph = _Counted(loader.graph)  # pyright: ignore
+    graph = loader.pipeline = _Counted(loader.pipeline)  # pyright: ignore
     plain, rows = loader._read, iter(range(10**6))
 
     def read(sample: int) -> Members | None:

@@ -13,8 +13,8 @@ from distav.config.schema import DataSettings
 from distav.data.annotations.events import EVENTS_SCHEMA, events_table, load_events, read_events
 from distav.data.annotations.labels import load_labels
 from distav.data.annotations.llp import CLASSES
-from distav.data.dataset import ShardSet
-from distav.data.modalities import Stream
+from distav.data.dataset import ShardedDataset
+from distav.data.modalities import FeatureStream
 from distav.data.pipeline.features import decode_features, encode_features
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.reader import DecodeError
@@ -33,9 +33,9 @@ def llp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str,
 
 def test_a_set_of_features_holds_what_was_told(llp: tuple[Path, Path, dict[str, np.ndarray]]):
     raw, root, truth = llp
-    shards = ShardSet.open(root)
-    assert shards.classes == list(CLASSES) and shards.several_labels
-    assert shards.streams == {name: Stream(*each) for name, each in STREAMS.items()}
+    shards = ShardedDataset.open(root)
+    assert shards.classes == list(CLASSES) and shards.multi_label
+    assert shards.streams == {name: FeatureStream(*each) for name, each in STREAMS.items()}
     for name, count in SIZES.items():
         split = shards.split(name)
         told = load_events(shards, split)
@@ -58,7 +58,7 @@ def test_a_set_of_features_holds_what_was_told(llp: tuple[Path, Path, dict[str, 
 
 
 def test_combinations_of_classes_are_classes_where_one_is_needed(llp: tuple[Path, Path, dict[str, np.ndarray]]):
-    shards = ShardSet.open(llp[1])
+    shards = ShardedDataset.open(llp[1])
     split = shards.split("train")
     labels, weak = load_labels(shards, split), load_events(shards, split).weak
     for one in range(len(split)):
@@ -69,7 +69,7 @@ def test_combinations_of_classes_are_classes_where_one_is_needed(llp: tuple[Path
 def test_altered_features_are_masked_and_named(llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path):
     for path in llp[1].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    split = ShardSet.open(tmp_path).split("train")
+    split = ShardedDataset.open(tmp_path).split("train")
     offset = int(split.columns["vggish_offset"][1])
     with open(split.shards[0], "r+b") as file:
         file.seek(offset + 200)
@@ -116,7 +116,7 @@ def test_wrong_arguments_are_named(arguments: tuple[str, ...], told: str, tmp_pa
 
 
 def test_events_come_back_from_their_table(llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path):
-    shards = ShardSet.open(llp[1])
+    shards = ShardedDataset.open(llp[1])
     split = shards.split("train")
     events = np.random.default_rng(1).uniform(size=(len(split), 2, 10, 25)) < 0.3
     pq.write_table(
@@ -140,7 +140,7 @@ def test_events_come_back_from_their_table(llp: tuple[Path, Path, dict[str, np.n
 
 
 def test_a_clip_without_a_row_was_not_looked_at(llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path):
-    shards = ShardSet.open(llp[1])
+    shards = ShardedDataset.open(llp[1])
     split = shards.split("train")
     events = np.random.default_rng(1).uniform(size=(len(split), 2, 10, 25)) < 0.01
     events[:4] = False
@@ -155,7 +155,7 @@ def test_a_clip_without_a_row_was_not_looked_at(llp: tuple[Path, Path, dict[str,
 def test_clips_of_one_video_are_told_apart_by_their_classes(
     llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path
 ):
-    shards = ShardSet.open(llp[1])
+    shards = ShardedDataset.open(llp[1])
     split = shards.split("train")
     sources = split.columns["source"].copy()
     sources[[3, 5]] = "twice"
@@ -189,7 +189,7 @@ def test_rows_that_do_not_fit_are_named(
 ):
     row = {"split": "train", "id": 3, "sense": "audio", "label": "Dog", "start_s": 2, "end_s": 5}
     pq.write_table(pa.Table.from_pylist([row | change], schema=KNOWN), tmp_path / "events.parquet")
-    shards = ShardSet.open(llp[1])
+    shards = ShardedDataset.open(llp[1])
     with pytest.raises(UserError, match=told):
         read_events(tmp_path / "events.parquet", "x", shards.split("train"), shards.classes, np.zeros((48, 25), bool))
 
@@ -203,11 +203,11 @@ def test_rows_that_do_not_fit_are_named(
     ],
 )
 def test_features_of_another_kind_are_refused(values: np.ndarray, told: str):
-    assert decode_features(encode_features(np.ones((3, 2), np.float16)), Stream("audio", 3, 2)).sum() == 6
+    assert decode_features(encode_features(np.ones((3, 2), np.float16)), FeatureStream("audio", 3, 2)).sum() == 6
     with pytest.raises(DecodeError, match=told):
-        decode_features(encode_features(values), Stream("audio", 3, 2))
+        decode_features(encode_features(values), FeatureStream("audio", 3, 2))
     with pytest.raises(DecodeError, match="bytes; expected"):
-        decode_features(encode_features(np.ones((3, 2), np.float32))[:-1], Stream("audio", 3, 2))
+        decode_features(encode_features(np.ones((3, 2), np.float32))[:-1], FeatureStream("audio", 3, 2))
 
 
 def test_a_manifest_with_strange_streams_is_refused(llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path):
@@ -215,4 +215,4 @@ def test_a_manifest_with_strange_streams_is_refused(llp: tuple[Path, Path, dict[
     manifest["streams"]["../x"] = manifest["streams"].pop("vggish")
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"stream '../x' has no plain name"):
-        ShardSet.open(tmp_path)
+        ShardedDataset.open(tmp_path)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.decoding import decode_audio, decode_clip, decode_video
 from distav.data.pipeline.reader import DecodeError, ShardReader
 from distav.data.preparation.annotated_videos import EventSource
-from distav.data.preparation.builder import Plan, make_set
-from distav.data.preparation.encoding import Candidate, Clip, Encoding, encode_audio, encode_video
+from distav.data.preparation.builder import BuildConfig, build_dataset
+from distav.data.preparation.encoding import ClipSource, Clip, Encoding, encode_audio, encode_video
 from distav.tools.inspect_shards.command import main
 from distav.tools.inspect_shards.drawing import FRAME, PAD, TEXT, WAVE, places
 from distav.tools.inspect_shards.measurements import loudness_lufs, measure_clip, peak_dbfs
@@ -47,26 +47,26 @@ def clip_of(kind: str, rng: np.random.Generator) -> Clip:
 class Kinds:
     """Clips of some kinds, whose sources tell which is which."""
 
-    def candidates(self) -> list[Candidate]:
+    def candidates(self) -> list[ClipSource]:
         return [
-            Candidate(f"{kind}-{place}", LONG if place else "dog", split)
+            ClipSource(f"{kind}-{place}", LONG if place else "dog", split)
             for split in ("train", "test")
             for place, kind in enumerate(KINDS)
         ]
 
-    def clips(self, candidate: Candidate, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
+    def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
         yield clip_of(candidate.source.split("-")[0], rng)
 
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("kinds") / "set"
-    make_set(Kinds(), out, Plan(ENCODING), 1)
+    build_dataset(Kinds(), out, BuildConfig(ENCODING), 1)
     return out
 
 
 def keys_of(root: Path, kind: str, split: str = "train") -> list[str]:
-    columns = ShardSet.open(root).split(split).columns
+    columns = ShardedDataset.open(root).split(split).columns
     return [str(key) for key, source in zip(columns["key"], columns["source"], strict=True) if source.startswith(kind)]
 
 
@@ -110,7 +110,7 @@ def test_stats_names_the_clips_that_lack_something(kinds: Path, capsys: pytest.C
 
 def test_stats_counts_what_is_there(kinds: Path):
     train = figures(kinds, "--clips=4")["splits"]["train"]
-    split = ShardSet.open(kinds).split("train")
+    split = ShardedDataset.open(kinds).split("train")
     assert train["clips"] == 6 and train["decoded"]["clips"] == 4
     assert train["classes"] == {LONG: {"clips": 5, "share": 5 / 6}, "dog": {"clips": 1, "share": 1 / 6}}
     assert train["sources"] == 6 and train["sources_by_clips"] == {"1": 6}
@@ -123,7 +123,7 @@ def test_stats_counts_what_is_there(kinds: Path):
 
 def test_stats_counts_damaged_members_and_ends_with_the_status_of_verify(kinds: Path, tmp_path: Path):
     root = Path(shutil.copytree(kinds, tmp_path / "set"))
-    columns = ShardSet.open(root).split("train").columns
+    columns = ShardedDataset.open(root).split("train").columns
     with open(root / "train-000000.tar", "r+b") as file:
         for sample, member in ((1, "video"), (2, "audio"), (4, "video")):
             file.seek(int(columns[f"{member}_offset"][sample]) + 40)
@@ -155,7 +155,7 @@ def test_a_sheet_shows_frames_sound_and_text_of_every_clip(kinds: Path, tmp_path
         sheet = np.asarray(picture)
     size, corners = places(4, 3)
     assert sheet.shape == (size[1], size[0], 3)
-    split, shown = ShardSet.open(kinds).split("train"), []
+    split, shown = ShardedDataset.open(kinds).split("train"), []
     reader = ShardReader(split)
     for key, (left, top) in zip(chosen, corners, strict=True):
         cell = sheet[top:, left : left + 3 * FRAME[0] + 2 * PAD]
@@ -203,7 +203,7 @@ def test_wrong_arguments_are_named(kinds: Path, given: list[str], expected: str,
 def test_features_are_counted_and_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_llp(tmp_path / "llp")
     streams = tuple((sense, name, tmp_path / "llp" / name) for name, (sense, _, _) in STREAMS.items())
-    make_set(EventSource("llp", tmp_path / "llp", None, streams), tmp_path / "set", Plan(Encoding(clip_s=10)), 1)
+    build_dataset(EventSource("llp", tmp_path / "llp", None, streams), tmp_path / "set", BuildConfig(Encoding(clip_s=10)), 1)
     train = figures(tmp_path / "set")["splits"]["train"]
     assert train["decoded"]["blank"] == [] and 0.1 < train["decoded"]["rms"]["res152"]["mean"] < 2
     assert sum(each["clips"] for each in train["classes"].values()) == 24 + 2 * 24

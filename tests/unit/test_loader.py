@@ -10,8 +10,8 @@ import torch
 from distav.config.errors import UserError
 from distav.config.schema import AugmentSettings, DataSettings
 from distav.data.annotations.labels import load_labels
-from distav.data.dataset import ShardSet
-from distav.data.pipeline.augmentation import Viewer
+from distav.data.dataset import ShardedDataset
+from distav.data.pipeline.augmentation import ClipTransformSampler
 from distav.data.pipeline.decoder_selection import Decoder
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.sampler import PADDING
@@ -22,7 +22,7 @@ DATA = DataSettings(num_frames=3, frame_stride=2, frame_size=24, audio_s=0.5)
 
 
 def loader(root: Path, batch: int, augment: AugmentSettings | None = None, split: str = "train") -> Loader:
-    return Loader(ShardSet.open(root).split(split), DATA, augment, 0, batch, CPU)
+    return Loader(ShardedDataset.open(root).split(split), DATA, augment, 0, batch, CPU)
 
 
 @pytest.fixture
@@ -44,10 +44,10 @@ def test_a_view_of_a_sample_is_the_same_in_any_batch(tiny_shards: Path):
 
 
 def test_views_stay_within_their_bounds(tiny_shards: Path):
-    split = ShardSet.open(tiny_shards).split("train")
-    viewer = Viewer(split, DATA, AugmentSettings(shift_s=0.3, crop_area_min=0.3), 0)
-    plain = Viewer(split, DATA, None, 0)
-    views = [viewer.view(sample, epoch) for sample in range(40) for epoch in range(5)]
+    split = ShardedDataset.open(tiny_shards).split("train")
+    viewer = ClipTransformSampler(split, DATA, AugmentSettings(audio_shift_s=0.3, crop_area_min=0.3), 0)
+    plain = ClipTransformSampler(split, DATA, None, 0)
+    views = [viewer.sample(sample, epoch) for sample in range(40) for epoch in range(5)]
     assert all(0 <= view.start_frame <= 3 for view in views)
     assert all((view.crop >= 0).all() and (view.crop <= 1).all() for view in views)
     areas = [(view.crop[2] - view.crop[0]) * (view.crop[3] - view.crop[1]) for view in views]
@@ -57,11 +57,11 @@ def test_views_stay_within_their_bounds(tiny_shards: Path):
         centred = (view.start_frame + 2.5) / 8 - 0.25
         kept_inside = min(max(centred, 0), 0.5)
         assert abs(view.audio_start / 8000 - kept_inside) <= 0.3 + 1e-3
-    wide = Viewer(replace(split, columns=split.columns | {"width": split.columns["width"] * 2}), DATA, None, 0)
-    assert wide.view(0, 0).crop.tolist() == [0, 0.25, 1, 0.75]
-    squashed = Viewer(wide.split, replace(DATA, squash=True), None, 0)
-    assert squashed.view(0, 0).crop.tolist() == [0, 0, 1, 1]
-    middle = plain.view(0, 9)
+    wide = ClipTransformSampler(replace(split, columns=split.columns | {"width": split.columns["width"] * 2}), DATA, None, 0)
+    assert wide.sample(0, 0).crop.tolist() == [0, 0.25, 1, 0.75]
+    squashed = ClipTransformSampler(wide.split, replace(DATA, squash=True), None, 0)
+    assert squashed.sample(0, 0).crop.tolist() == [0, 0, 1, 1]
+    middle = plain.sample(0, 9)
     assert (middle.start_frame, middle.flip, middle.gain) == (1, False, 1.0)
 
 
@@ -81,21 +81,21 @@ def test_the_graph_gives_what_pyav_and_soundfile_give(tiny_shards: Path):
     shown = batch.media["frames"][0].numpy().astype(int)
     assert np.abs(shown - expected).mean() < 4  # chroma is upsampled differently
     sound, _ = soundfile.read(io.BytesIO(member["audio"]), dtype="float32")
-    start = reader.viewer.view(5, 0).audio_start
+    start = reader.viewer.sample(5, 0).audio_start
     np.testing.assert_allclose(batch.media["sound"][0].numpy(), sound[start : start + 4000], atol=1e-4)
 
 
 def test_a_shift_past_the_end_is_silence(tiny_shards: Path):
     reader = loader(tiny_shards, 1)
-    member, view = reader._read(0), reader.viewer.view(0, 0)
+    member, view = reader._read(0), reader.viewer.sample(0, 0)
     assert member is not None
     object.__setattr__(view, "audio_start", -1000)
-    sound = reader.graph.run([member], [view])["sound"]
+    sound = reader.pipeline.run([member], [view])["sound"]
     assert (sound[0, :1000] == 0).all() and sound[0, 1000:].abs().max() > 0
 
 
 def damage(root: Path, sample: int, kind: str) -> None:
-    split = ShardSet.open(root).split("train")
+    split = ShardedDataset.open(root).split("train")
     shard = split.shards[int(split.columns["shard"][sample])]
     content = bytearray(shard.read_bytes())
     content[int(split.columns[f"{kind}_offset"][sample]) + 200] ^= 0x10
@@ -167,7 +167,7 @@ def test_other_codecs_go_through_the_same_graph(codec: str, tmp_path: Path):
             "synthetic", tmp_path / name, "--train-clips=6", "--test-clips=1", f"--codec={name}", "--short-side=32"
         )
     first, second = (loader(tmp_path / name, 6) for name in ("mjpeg", codec))
-    assert second.graph.route.decoder is (Decoder.pyav if codec == "h264" else Decoder.video)
+    assert second.pipeline.route.decoder is (Decoder.pyav if codec == "h264" else Decoder.video)
     ids = np.arange(6)
     one, other = (each.load(ids, 0).media["frames"].int() for each in (first, second))
     assert second.load(ids, 0).valid.all()
@@ -202,8 +202,8 @@ def test_dali_reads_the_shards_by_their_index(tiny_shards: Path):
 
 def test_broken_sets_are_named(copied: Path, tmp_path: Path):
     with pytest.raises(UserError, match="no manifest.json"):
-        ShardSet.open(tmp_path)
-    shards = ShardSet.open(copied)
+        ShardedDataset.open(tmp_path)
+    shards = ShardedDataset.open(copied)
     with pytest.raises(UserError, match="data.train_split=trian .* 'train'"):
         shards.split("trian")
     tar = copied / "train-000001.tar"
@@ -216,7 +216,7 @@ def test_broken_sets_are_named(copied: Path, tmp_path: Path):
 
 
 def test_a_users_labels_replace_the_given_ones(tiny_shards: Path, tmp_path: Path):
-    shards = ShardSet.open(tiny_shards)
+    shards = ShardedDataset.open(tiny_shards)
     split = shards.split("train")
     given = load_labels(shards, split).given
     table = tmp_path / "mine.csv"

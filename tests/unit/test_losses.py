@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from distav.losses.category_contrast import (
-    categories_used,
+    effective_num_categories,
     category_agreement,
-    category_fault,
+    detect_category_collapse,
     category_loss,
     weighted_shares,
 )
@@ -111,6 +111,6 @@ def test_collapsed_and_undecided_categories_are_named():
     for logits, said, used in cases:
         loss = category_loss(logits, logits, some, 1.0)
         contrast, imbalance = loss.contrast.item(), loss.imbalance.item()
-        fault = category_fault(contrast, imbalance, K)
+        fault = detect_category_collapse(contrast, imbalance, K)
         assert (said in fault) if said else fault is None
-        assert categories_used(imbalance, K) == pytest.approx(used, rel=0.05)
+        assert effective_num_categories(imbalance, K) == pytest.approx(used, rel=0.05)

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.data.preparation.encode_workers import encode_all
-from distav.data.preparation.encoding import Candidate, Clip, Encoding
+from distav.data.preparation.encoding import ClipSource, Clip, Encoding
 from tests.conftest import ROOT, make_shards
 
 
@@ -74,7 +74,7 @@ def test_a_folder_with_another_set_is_left_alone(scenes: Path):
 
 
 def test_tables_and_manifest_say_what_was_done(scenes: Path):
-    shards = ShardSet.open(scenes)
+    shards = ShardedDataset.open(scenes)
     table = pq.read_table(scenes / "labels.parquet")
     rows = [row for row in table.to_pylist() if row["split"] == "train"]
     assert [row["id"] for row in rows] == list(range(150))
@@ -96,7 +96,7 @@ def test_tables_and_manifest_say_what_was_done(scenes: Path):
 
 
 def test_members_are_what_the_index_and_the_json_say(scenes: Path):
-    split = ShardSet.open(scenes).split("train")
+    split = ShardedDataset.open(scenes).split("train")
     content = split.shards[1].read_bytes()
     row = 57
     assert split.columns["shard"][row] == 1
@@ -181,8 +181,8 @@ def test_csv_uses_what_it_can_and_names_the_rest(tmp_path: Path):
         "gone.mp4": "missing",
     }
     assert "9 candidates rejected" in said.splitlines()[-1]
-    split = ShardSet.open(out).split("train")
-    assert len(split) == 6 and len(ShardSet.open(out).split("test")) == 2
+    split = ShardedDataset.open(out).split("train")
+    assert len(split) == 6 and len(ShardedDataset.open(out).split("test")) == 2
     columns = split.columns
     assert sorted(columns["source"]) == ["film.webm"] * 2 + ["good0.mp4"] * 2 + ["good1.mp4"] * 2
     portrait = columns["source"] == "good0.mp4"
@@ -219,7 +219,7 @@ def test_videos_takes_one_folder_a_class_and_keeps_sources_apart(tmp_path: Path)
             write_video(tmp_path / "in" / label / f"{number}.webm", 2.1)
     out = tmp_path / "out"
     make_shards("videos", tmp_path / "in", out, "--test-share=0.25", "--clip-s=1", "--short-side=32")
-    shards = ShardSet.open(out)
+    shards = ShardedDataset.open(out)
     train, test = shards.split("train"), shards.split("test")
     assert shards.classes == ["cat", "dog"] and len(train) == 12 and len(test) == 4
     assert not set(train.columns["source"]) & set(test.columns["source"])
@@ -259,10 +259,10 @@ def test_wrong_lists_are_named(text: str, told: str, tmp_path: Path):
 class DeadlySource:
     """Kills its process on one candidate, as broken media do to decoders."""
 
-    def candidates(self) -> list[Candidate]:
-        return [Candidate(f"clip{number}", "a", "train") for number in range(4)]
+    def candidates(self) -> list[ClipSource]:
+        return [ClipSource(f"clip{number}", "a", "train") for number in range(4)]
 
-    def clips(self, candidate: Candidate, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
+    def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
         if candidate.source == "clip2":
             os.kill(os.getpid(), signal.SIGSEGV)
         yield Clip(rng.integers(0, 255, (8, 16, 16, 3), dtype=np.uint8), np.zeros(8000, np.float32))

@@ -6,17 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.losses.info_nce import DrawnCandidates, ScoreLoss, cross_entropy, noise_contrastive
+from distav.losses.info_nce import SampledNegatives, ScoreLoss, cross_entropy, noise_contrastive
 from distav.losses.instance_discrimination import SoftTargets, instance_losses
 from distav.losses.reduction import weighted_mean
 from distav.memory import attention_backends
-from distav.memory.attention import Asked, reference, tiles
-from distav.memory.attention_backends import BackEnd, best_back_end
+from distav.memory.attention import AttentionInputs, reference_attention, tiled_attention
+from distav.memory.attention_backends import AttentionBackend, select_backend
 from distav.memory.bank import Bank
-from distav.memory.global_batch import Visitors
+from distav.memory.global_batch import GlobalBatch
 from distav.memory.key_shard import Tiling
 from distav.memory.knn import nearest_neighbors
-from distav.memory.negative_sampling import Draw, Partition, drawn_ids
+from distav.memory.negative_sampling import NegativeSampling, Partition, drawn_ids
 from distav.memory.softmax import attend
 
 CPU = torch.device("cpu")
@@ -35,16 +35,16 @@ def filled_bank(num: int, dim: int) -> Bank:
     return bank
 
 
-def visitors(ids: Tensor, visual: Tensor, audio: Tensor, valid: Tensor | None = None) -> Visitors:
-    return Visitors.gather(ids, torch.ones_like(ids, dtype=torch.bool) if valid is None else valid, visual, audio)
+def visitors(ids: Tensor, visual: Tensor, audio: Tensor, valid: Tensor | None = None) -> GlobalBatch:
+    return GlobalBatch.gather(ids, torch.ones_like(ids, dtype=torch.bool) if valid is None else valid, visual, audio)
 
 
 def losses_of(bank: Bank, ids: Tensor, visual: Tensor, audio: Tensor, *settings: Any, **more: Any) -> Tensor:
     return instance_losses(bank, visitors(ids, visual, audio), visual, audio, *settings, **more).losses
 
 
-def drawn_losses(bank: Bank, ids: Tensor, visual: Tensor, audio: Tensor, draw: Draw, loss_of: ScoreLoss) -> Tensor:
-    return DrawnCandidates(bank, visitors(ids, visual, audio), visual, audio, 0.07, draw).losses(loss_of)
+def drawn_losses(bank: Bank, ids: Tensor, visual: Tensor, audio: Tensor, draw: NegativeSampling, loss_of: ScoreLoss) -> Tensor:
+    return SampledNegatives(bank, visitors(ids, visual, audio), visual, audio, 0.07, draw).losses(loss_of)
 
 
 SHAPES = [(3, 50, 16), (8, 64, 64), (5, 1, 8), (2, 130, 128), (300, 2051, 24), (17, 1023, 20), (1, 4097, 8)]
@@ -66,18 +66,18 @@ def test_attend_equals_the_reference(
         bias[::3] = -math.inf if num_rows > 1 else 0.0
     if back_end == "flash-cpu" and dim % 8:
         with pytest.raises(ValueError, match="flash-cpu cannot do this here; these can: tiles"):
-            attend(queries, keys, values, temperature, bias=bias, back_end=back_end)
+            attend(queries, keys, values, temperature, bias=bias, backend=back_end)
         return
-    lse, out = attend(queries, keys, values, temperature, bias=bias, back_end=back_end)
-    expected_lse, expected_out = reference(Asked(queries, keys, values, 1 / temperature, bias))
+    lse, out = attend(queries, keys, values, temperature, bias=bias, backend=back_end)
+    expected_lse, expected_out = reference_attention(AttentionInputs(queries, keys, values, 1 / temperature, bias))
     torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=2e-5)
     torch.testing.assert_close(out.double(), expected_out, rtol=1e-4, atol=2e-5)
 
 
 def test_the_fused_operator_serves_here_and_excluded_keys_go_to_the_tiles():
     rows = unit(40, 16)
-    assert best_back_end(Asked(rows, rows, rows, 1.0, torch.zeros(40))).name == "flash-cpu"
-    assert best_back_end(Asked(rows, rows, rows, 1.0, None, torch.zeros(40, 1, dtype=torch.long))).name == "tiles"
+    assert select_backend(AttentionInputs(rows, rows, rows, 1.0, torch.zeros(40))).name == "flash-cpu"
+    assert select_backend(AttentionInputs(rows, rows, rows, 1.0, None, torch.zeros(40, 1, dtype=torch.long))).name == "tiles"
 
 
 @pytest.mark.parametrize("num_rows", [1, 1000, 2600])
@@ -88,30 +88,30 @@ def test_flex_attention_takes_bias_and_excluded_keys(num_rows: int, with_more: b
     queries, keys, values = unit(20, 16), unit(num_rows, 16, seed=1), unit(num_rows, 16, seed=2)
     bias = torch.linspace(-2, 2, num_rows) if with_more else None
     exclude = torch.randint(-1, num_rows, (20, 2)) if with_more and num_rows > 1 else None
-    asked = Asked(queries, keys, values, 8.0, bias, exclude)
-    flex = next(each for each in attention_backends.BACK_ENDS if each.name == "flex")
-    for ours, expected in zip(flex.run(asked), reference(asked), strict=True):
+    asked = AttentionInputs(queries, keys, values, 8.0, bias, exclude)
+    flex = next(each for each in attention_backends.BACKENDS if each.name == "flex")
+    for ours, expected in zip(flex.run(asked), reference_attention(asked), strict=True):
         torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_back_end_that_answers_wrongly_is_passed_over(monkeypatch: pytest.MonkeyPatch):
-    wrong = BackEnd("wrong", lambda asked: tuple(2 * each for each in tiles(asked)), "cpu")  # type: ignore[arg-type]
-    broken = BackEnd("broken", lambda asked: asked.no_such_operator, "cpu")  # type: ignore[attr-defined]
-    monkeypatch.setattr(attention_backends, "BACK_ENDS", (wrong, broken, *attention_backends.BACK_ENDS))
+    wrong = AttentionBackend("wrong", lambda asked: tuple(2 * each for each in tiled_attention(asked)), "cpu")  # type: ignore[arg-type]
+    broken = AttentionBackend("broken", lambda asked: asked.no_such_operator, "cpu")  # type: ignore[attr-defined]
+    monkeypatch.setattr(attention_backends, "BACK_ENDS", (wrong, broken, *attention_backends.BACKENDS))
     rows = unit(40, 16)
-    assert best_back_end(Asked(rows, rows, rows, 1.0)).name == "flash-cpu"
+    assert select_backend(AttentionInputs(rows, rows, rows, 1.0)).name == "flash-cpu"
 
 
 def test_attend_leaves_rows_out():
     queries, keys = unit(4, 8), unit(20, 8, seed=1)
     exclude = torch.tensor([[3, 4], [-1, -1], [19, -1], [0, 0]])
-    asked = Asked(queries, keys, keys, 10.0, None, exclude)
-    found = tiles(asked, tile=6)
-    for ours, expected in zip(found, reference(asked), strict=True):
+    asked = AttentionInputs(queries, keys, keys, 10.0, None, exclude)
+    found = tiled_attention(asked, tile=6)
+    for ours, expected in zip(found, reference_attention(asked), strict=True):
         torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(attend(queries, keys, keys, 0.1, exclude=exclude), found)
     for back_end in ("flash-cpu", "tiles"):
-        lse, out = attend(queries, keys, keys, 0.1, bias=torch.full((20,), -math.inf), back_end=back_end)
+        lse, out = attend(queries, keys, keys, 0.1, bias=torch.full((20,), -math.inf), backend=back_end)
         assert (lse == -math.inf).all() and (out == 0).all()
 
 
@@ -220,7 +220,7 @@ def test_drawn_rows_give_the_softmax_over_themselves():
                 every = rows[torch.cat([ids[:, None], drawn], dim=1)]
                 losses = losses - (torch.einsum("bd,bmd->bm", query, every) / 0.07).log_softmax(1)[:, 0]
         else:
-            losses = drawn_losses(bank, ids, visual, audio, Draw(64, 1, 5), cross_entropy)
+            losses = drawn_losses(bank, ids, visual, audio, NegativeSampling(64, 1, 5), cross_entropy)
         losses.sum().backward()
         gradients.append((losses, visual.grad, audio.grad))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
@@ -231,7 +231,7 @@ def test_noise_contrastive_estimation_starts_where_avid_does_and_has_its_gradien
     bank, ids = Bank(20_000, 128, 0.5, torch.device("cpu"), seed=2), torch.arange(64)
     visual, audio = (unit(64, 128, seed=seed).double().float().requires_grad_() for seed in (8, 9))
     partition = Partition()
-    draw, loss_of = Draw(1024, 1, 5), noise_contrastive(partition)
+    draw, loss_of = NegativeSampling(1024, 1, 5), noise_contrastive(partition)
     losses = drawn_losses(bank, ids, visual, audio, draw, loss_of)
     assert partition.value == pytest.approx(2.215, abs=0.02)
     assert losses.mean().item() / 2 == pytest.approx(8.71, abs=0.2)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distav.memory import top_k
-from distav.memory.key_shard import Shard, Tiling
+from distav.memory.key_shard import KeyShard, Tiling
 from distav.memory.knn import nearest_neighbors
 from distav.memory.reservoir import Candidates, largest_of_rows, packed
 from distav.memory.top_k import dot_products
@@ -92,7 +92,7 @@ def test_the_bound_holds_for_every_coarse_score(coarse: torch.dtype):
     generator = torch.Generator().manual_seed(3)
     for scale in (1e-3, 1.0, 300.0):
         keys = torch.randn(500, 40, generator=generator) * 10 ** torch.rand(500, 1, generator=generator) * scale
-        shard = Shard.of(keys, 0, torch.arange(500), float(keys.norm(dim=1).max()), Tiling(500, 500, coarse))
+        shard = KeyShard.of(keys, 0, torch.arange(500), float(keys.norm(dim=1).max()), Tiling(500, 500, coarse))
         scaled = keys * shard.scale
         rounded = scaled.to(coarse)
         error = top_k._rounding(scaled, rounded, shard)
@@ -194,7 +194,7 @@ def test_sums_of_16_bits_are_left_to_others():
     matmul = torch.backends.cuda.matmul
     seen = []
     first, second = (Tiling(4, 40, torch.bfloat16), unit(50, 8))
-    keep: Callable[..., Any] = Shard.barred
+    keep: Callable[..., Any] = KeyShard.excluded
 
     def barred(*arguments: Any) -> Any:
         seen.append((matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction))
@@ -202,7 +202,7 @@ def test_sums_of_16_bits_are_left_to_others():
 
     before = matmul.allow_bf16_reduced_precision_reduction
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Shard, "barred", barred)
+        patch.setattr(KeyShard, "barred", barred)
         nearest_neighbors(second, 3, torch.arange(50), torch.ones(50, dtype=torch.bool), tiling=first)
     assert seen and set(seen) == {(False, False)}
     assert matmul.allow_bf16_reduced_precision_reduction is before

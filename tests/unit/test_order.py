@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from distav.config.errors import UserError
-from distav.data.pipeline.sampler import PADDING, TrainingOrder, check_batch, owned_batches, permutation
+from distav.data.pipeline.sampler import PADDING, GlobalBatchSampler, micro_batch_size, local_batches, permutation
 
 SIZES = [7, 30, 1, 12, 22]
 
@@ -24,7 +24,7 @@ def test_samples_are_shuffled_inside_blocks_of_shards():
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6])
 def test_the_global_batch_is_the_same_for_any_number_of_ranks(num_ranks: int):
-    order = TrainingOrder(SIZES, 1, 2, global_batch=24, accumulation=2)
+    order = GlobalBatchSampler(SIZES, 1, 2, global_batch=24, accumulation=2)
     for step in (0, 2, 3, 7):
         parts = [order.micro_batches(step, rank, num_ranks) for rank in range(num_ranks)]
         joined = np.concatenate([parts[rank][micro] for micro in range(2) for rank in range(num_ranks)])
@@ -34,7 +34,7 @@ def test_the_global_batch_is_the_same_for_any_number_of_ranks(num_ranks: int):
 @pytest.mark.parametrize("num_ranks", range(1, 10))
 @pytest.mark.parametrize("num_samples", [1, 8, 50])
 def test_a_single_pass_covers_all_ids_in_equal_steps(num_ranks: int, num_samples: int):
-    passes = [owned_batches(num_samples, 4, rank, num_ranks) for rank in range(num_ranks)]
+    passes = [local_batches(num_samples, 4, rank, num_ranks) for rank in range(num_ranks)]
     assert len({len(batches) for batches in passes}) == 1
     ids = np.concatenate([np.concatenate(batches) for batches in passes])
     assert np.array_equal(ids[ids != PADDING], np.arange(num_samples))
@@ -42,6 +42,6 @@ def test_a_single_pass_covers_all_ids_in_equal_steps(num_ranks: int, num_samples
 
 
 def test_impossible_batches_are_named():
-    assert check_batch(24, 2, 3) == 4
+    assert micro_batch_size(24, 2, 3) == 4
     with pytest.raises(UserError, match=r"optim.global_batch=25 .* multiples of 6, e.g. 24 or 30"):
-        check_batch(25, 2, 3)
+        micro_batch_size(25, 2, 3)

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distav.losses.event_parsing import binary_cross_entropy, modality_losses, segment_losses, video_losses
-from distav.models.event_parser import Attention, AttentivePooling, EventParser, HybridLayer, SegmentEmbedding, Stream
+from distav.models.event_parser import Attention, AttentivePooling, EventParser, HybridLayer, SegmentEmbedding, TokenSpec
 
 SEEDS = torch.arange(3)
-VALOR = [Stream("vggish", 128)], [Stream("resnet152", 64), Stream("r2plus1d", 32)]
+VALOR = [TokenSpec("vggish", 128)], [TokenSpec("resnet152", 64), TokenSpec("r2plus1d", 32)]
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -47,7 +47,7 @@ def test_a_layer_is_the_published_one():
 
 @pytest.mark.parametrize("in_turn", [False, True])
 def test_pictures_attend_to_sounds_as_they_came_or_as_they_became(in_turn: bool):
-    net = EventParser(*VALOR, 25, width=32, depth=2, heads=4, feed_forward=64, in_turn=in_turn).eval()
+    net = EventParser(*VALOR, 25, width=32, depth=2, heads=4, feed_forward=64, sequential_update=in_turn).eval()
     audio, visual = features()
     heard, seen = net.embed_audio(audio), net.embed_visual(visual)
     for layer in net.layers:
@@ -76,14 +76,14 @@ def test_published_pooling_weights_add_up_to_anything_and_joint_ones_to_one():
 
 
 def test_streams_come_to_segments_by_their_means():
-    embedding = SegmentEmbedding([Stream("a", 6)], 4, 10)
+    embedding = SegmentEmbedding([TokenSpec("a", 6)], 4, 10)
     steps = rand(2, 80, 6)
     expected = embedding.project[0](steps).unflatten(1, (10, 8)).mean(2)
     torch.testing.assert_close(embedding([steps]), expected)
 
 
 def test_a_token_map_is_stretched_in_time_and_averaged_over_its_rows():
-    embedding = SegmentEmbedding([Stream("clap", 6, (2, 32))], 4, 10)
+    embedding = SegmentEmbedding([TokenSpec("clap", 6, (2, 32))], 4, 10)
     tokens = rand(2, 64, 6)
     grid = tokens.view(2, 2, 32, 6).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, (2, 1024), mode="bicubic").permute(0, 2, 3, 1)

@@ -8,7 +8,7 @@ import pytest
 
 from distav.config.errors import UserError
 from distav.data.annotations.llp import CLASSES, read_llp
-from distav.evaluation.event_metrics import parsing_scores
+from distav.evaluation.event_metrics import event_metrics
 
 NAMES = ("audio", "visual", "audio_visual", "type", "event")
 ANCHORS = {
@@ -45,7 +45,7 @@ def told(name: str, weak: np.ndarray, true: np.ndarray) -> np.ndarray:
 def test_annotations_score_what_they_are_known_to(real_data: Path, split: str, name: str):
     read = read_llp(real_data / "llp", split)
     assert read.events is not None
-    found = parsing_scores(told(name, read.weak, read.events), read.events)
+    found = event_metrics(told(name, read.weak, read.events), read.events)
     expected = (ANCHORS if split == "test" else ANCHORS_VAL)[name]
     for level, values in zip(("segment", "event"), expected, strict=True):
         assert [found[level][each] for each in NAMES] == pytest.approx(values, abs=0.0051), level
@@ -69,7 +69,7 @@ def test_1200_videos_are_scored_in_less_than_a_second():
     rng = np.random.default_rng(0)
     told_, true = (rng.random((1200, 2, 10, 25)) < 0.2 for _ in range(2))
     began = time.process_time()
-    parsing_scores(told_, true)
+    event_metrics(told_, true)
     assert time.process_time() - began < 1
 
 
@@ -111,14 +111,14 @@ def by_loops(told_: np.ndarray, true: np.ndarray, events: bool) -> list[float]:
 def test_scores_are_those_of_loops(share: float):
     rng = np.random.default_rng(3)
     told_, true = (rng.random((40, 2, 10, 6)) < share for _ in range(2))
-    found = parsing_scores(told_, true)
+    found = event_metrics(told_, true)
     for level in ("segment", "event"):
         assert [found[level][name] for name in NAMES] == pytest.approx(by_loops(told_, true, level == "event"))
 
 
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"\(3, 2, 10, 4\) and true \(3, 2, 9, 4\)"):
-        parsing_scores(np.zeros((3, 2, 10, 4), bool), np.zeros((3, 2, 9, 4), bool))
+        event_metrics(np.zeros((3, 2, 10, 4), bool), np.zeros((3, 2, 9, 4), bool))
 
 
 def test_faults_of_the_files_are_named(tmp_path: Path):

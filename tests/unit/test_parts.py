@@ -16,9 +16,9 @@ import pytest
 
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
-from distav.data.preparation.builder import Plan, make_set
+from distav.data.preparation.builder import BuildConfig, build_dataset
 from distav.data.preparation.encode_workers import Part
-from distav.data.preparation.encoding import Candidate, Clip, Encoding, Unusable
+from distav.data.preparation.encoding import ClipSource, Clip, Encoding, RejectedClip
 from distav.data.preparation.output_dir import claim
 from distav.tools.make_shards import main
 from tests.conftest import ROOT, make_shards
@@ -74,43 +74,43 @@ class Plain:
 
     count: int = 200
 
-    def candidates(self) -> list[Candidate]:
-        return [Candidate(f"clip{number}", "a", "train") for number in range(self.count)]
+    def candidates(self) -> list[ClipSource]:
+        return [ClipSource(f"clip{number}", "a", "train") for number in range(self.count)]
 
-    def clips(self, candidate: Candidate, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
+    def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
         if candidate.source.endswith("9"):
-            raise Unusable("of no use")
+            raise RejectedClip("of no use")
         yield Clip(rng.integers(0, 255, (8, 16, 16, 3), dtype=np.uint8), np.zeros(8000, np.float32))
 
 
 @pytest.mark.long
 def test_parts_hold_every_chunk_once_and_tell_what_they_did(tmp_path: Path):
-    plan, out = Plan(Encoding(clip_s=1, sample_rate_hz=8000)), tmp_path / "set"
-    first = make_set(Plain(), out, plan, 1, Part(1, 2))
+    plan, out = BuildConfig(Encoding(clip_s=1, sample_rate_hz=8000)), tmp_path / "set"
+    first = build_dataset(Plain(), out, plan, 1, Part(1, 2))
     assert first.chunks == (2, 4) and first.clips == {"train": 65} and first.rejected == 7
     assert sorted(each.name for each in out.glob(".work/*.json")) == [
         "chunk-000001.json", "chunk-000003.json", "recipe.json"
     ]  # fmt: skip
-    again = make_set(Plain(), out, plan, 1, Part(1, 2))
+    again = build_dataset(Plain(), out, plan, 1, Part(1, 2))
     assert (again.chunks, again.clips, again.seconds) == (first.chunks, first.clips, 0.0)
-    done = make_set(Plain(), out, plan, 1)
+    done = build_dataset(Plain(), out, plan, 1)
     assert done.clips == {"train": 180} and done.rejected == 20
-    make_set(Plain(), tmp_path / "one", plan, 1)
+    build_dataset(Plain(), tmp_path / "one", plan, 1)
     assert digests(out) == digests(tmp_path / "one")
 
 
 def test_a_part_ends_well_if_the_set_is_finished_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from distav.data.preparation import builder
 
-    plan, out = Plan(Encoding(clip_s=1, sample_rate_hz=8000)), tmp_path / "set"
+    plan, out = BuildConfig(Encoding(clip_s=1, sample_rate_hz=8000)), tmp_path / "set"
 
     def overtaken(*arguments):
         monkeypatch.undo()
-        make_set(Plain(5), out, plan, 1)
+        build_dataset(Plain(5), out, plan, 1)
         return builder.encode_all(*arguments)
 
     monkeypatch.setattr(builder, "encode_all", overtaken)
-    late = make_set(Plain(5), out, plan, 1, Part(0, 2))
+    late = build_dataset(Plain(5), out, plan, 1, Part(0, 2))
     assert late.clips == {"train": 5} and late.chunks is None
     assert not (out / ".work").exists()
 

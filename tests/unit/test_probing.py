@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from distav.evaluation.probing import LinearProbe, neighbor_votes
+from distav.evaluation.probing import LinearProbe, knn_class_probs
 
 
 def blobs(seed: int, count: int, num_classes: int = 3, width: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,7 +16,7 @@ def test_votes_are_those_of_brute_force():
     keys, classes = blobs(0, 40)
     keys[5] = 0
     queries, _ = blobs(1, 7)
-    votes = neighbor_votes(keys, classes, queries, 3, k=4, temperature=0.1)
+    votes = knn_class_probs(keys, classes, queries, 3, k=4, temperature=0.1)
     cosines = torch.nn.functional.cosine_similarity(queries[:, None], keys[None], dim=2)
     cosines[:, 5] = -2
     for row in range(7):
@@ -24,7 +24,7 @@ def test_votes_are_those_of_brute_force():
         for place in cosines[row].argsort(descending=True)[:4]:
             expected[classes[place]] += ((cosines[row, place] - cosines[row].max()) / 0.1).exp()
         torch.testing.assert_close(votes[row], expected)
-    assert neighbor_votes(keys, classes, queries, 3, k=1000).sum() > 0
+    assert knn_class_probs(keys, classes, queries, 3, k=1000).sum() > 0
 
 
 def test_the_probe_finds_the_minimum_that_another_solver_finds():

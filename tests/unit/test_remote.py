@@ -18,12 +18,12 @@ import torch
 
 from distav.config import loading
 from distav.config.errors import UserError
-from distav.config.schema import AugmentSettings, DataSettings, MakeSettings
+from distav.config.schema import AugmentSettings, DataSettings, SyntheticSettings
 from distav.data.annotations.labels import load_labels
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Loader
-from distav.data.pipeline.reader import BadSample, ShardReader
-from distav.data.preparation.quickstart import make_missing
+from distav.data.pipeline.reader import CorruptSampleError, ShardReader
+from distav.data.preparation.quickstart import render_missing_dataset
 from distav.data.storage import object_store
 from distav.data.storage.cache import Cache
 from tests.helpers.launch import tiny_config
@@ -60,11 +60,11 @@ def site(tiny_shards: Path, tmp_path: Path) -> Iterator[Web]:
         yield found
 
 
-def opened(url: str, tmp_path: Path, cache_mib: int = MIB) -> ShardSet:
-    return ShardSet.open(url, str(tmp_path / "cache"), cache_mib)
+def opened(url: str, tmp_path: Path, cache_mib: int = MIB) -> ShardedDataset:
+    return ShardedDataset.open(url, str(tmp_path / "cache"), cache_mib)
 
 
-def batches(shards: ShardSet, epoch: int) -> list:
+def batches(shards: ShardedDataset, epoch: int) -> list:
     loader = Loader(shards.split("train"), DATA, AugmentSettings(), 0, 16, torch.device("cpu"))
     order = np.random.default_rng(epoch).permutation(len(loader.split)).reshape(-1, 16)
     try:
@@ -77,9 +77,9 @@ def batches(shards: ShardSet, epoch: int) -> list:
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the objects that are asked for."""
     asked: list[str] = []
-    whole = object_store.Remote._range
+    whole = object_store.ObjectStore._range
     monkeypatch.setattr(
-        object_store.Remote, "_range", lambda self, name, *place: (asked.append(name), whole(self, name, *place))[1]
+        object_store.ObjectStore, "_range", lambda self, name, *place: (asked.append(name), whole(self, name, *place))[1]
     )
     return asked
 
@@ -87,7 +87,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_batches_from_s3_are_those_of_the_folder_and_come_once(
     s3: str, tiny_shards: Path, tmp_path: Path, requests: list[str]
 ):
-    local = ShardSet.open(tiny_shards)
+    local = ShardedDataset.open(tiny_shards)
     for epoch, asked in ((0, 96), (1, 0)):
         shards = opened(s3, tmp_path)
         requests.clear()
@@ -175,7 +175,7 @@ def address(site: Web, request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("failure", FAILURES)
 def test_failures_that_pass_leave_no_trace(site: Web, address: str, tiny_shards: Path, tmp_path: Path, failure: str):
     site.fails = FAILURES[failure]
-    shards, local = opened(address, tmp_path), ShardSet.open(tiny_shards)
+    shards, local = opened(address, tmp_path), ShardedDataset.open(tiny_shards)
     reader, here = (ShardReader(each.split("train")) for each in (shards, local))
     assert [reader.read(sample) for sample in (0, 41, 95)] == [here.read(sample) for sample in (0, 41, 95)]
     assert len(set(site.asked)) < len(site.asked)
@@ -224,7 +224,7 @@ def test_an_object_that_may_not_be_read_any_more_is_a_bad_sample_at_once(site: W
     reader = ShardReader(opened(address, tmp_path).split("train"))
     site.fails = lambda path, before: 403
     site.asked.clear()
-    with pytest.raises(BadSample, match=r"train-000000.tar may not be read \("):
+    with pytest.raises(CorruptSampleError, match=r"train-000000.tar may not be read \("):
         reader.read(0)
     assert len(site.asked) == 1
 
@@ -249,14 +249,14 @@ def test_a_store_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pyte
 )  # fmt: skip
 def test_other_urls_are_refused(url: str):
     with pytest.raises(UserError, match="data.root=.*allowed:") as told:
-        ShardSet.open(url)
+        ShardedDataset.open(url)
     assert "secret" not in str(told.value)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"the package gcsfs is missing; pip install 'distav\[remote\]'"):
-        ShardSet.open("gs://clips/set")
+        ShardedDataset.open("gs://clips/set")
 
 
 def test_what_is_kept_and_damaged_is_fetched_again(site: Web, tmp_path: Path):
@@ -274,7 +274,7 @@ def test_what_is_kept_and_damaged_is_fetched_again(site: Web, tmp_path: Path):
     overwrite(site.folder / "train-000000.tar", offset + size // 2, b"\x00\xff")
     kept.unlink()
     site.asked.clear()
-    with pytest.raises(BadSample, match="video altered in train-000000.tar: CRC-32 differs"):
+    with pytest.raises(CorruptSampleError, match="video altered in train-000000.tar: CRC-32 differs"):
         reader.read(3)
     assert len(site.asked) == 2
 
@@ -283,7 +283,7 @@ def test_members_that_do_not_lie_together_are_not_fetched(site: Web, tmp_path: P
     split = opened(site.url, tmp_path).split("train")
     split.columns["audio_offset"] = split.columns["audio_offset"] + (1 << 30)
     site.asked.clear()
-    with pytest.raises(BadSample, match="do not lie together"):
+    with pytest.raises(CorruptSampleError, match="do not lie together"):
         ShardReader(split).read(0)
     assert not site.asked
 
@@ -301,7 +301,7 @@ def test_reading_goes_on_where_nothing_can_be_kept(
     assert len([each for each in caplog.messages if "nothing is kept there" in each]) == 1
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="data.cache=.*name a folder"):
-        ShardSet.open(site.url, str(tmp_path / "file")).split("train")
+        ShardedDataset.open(site.url, str(tmp_path / "file")).split("train")
 
 
 def test_a_set_larger_than_the_bound_is_kept_in_part(tmp_path: Path):
@@ -389,5 +389,5 @@ def test_settings_take_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert loading.load(tiny_config(tmp_path), [f"data.root={url}"]).data.root == url
     with pytest.raises(UserError, match="data.cache_mib=-1 is not possible; allowed: 0 or more"):
         loading.load(tiny_config(tmp_path), ["data.cache_mib=-1"])
-    make_missing(DataSettings(root="s3://clips/set", make=MakeSettings(enabled=True)), None)  # type: ignore[arg-type]
+    render_missing_dataset(DataSettings(root="s3://clips/set", synthetic=SyntheticSettings(enabled=True)), None)  # type: ignore[arg-type]
     assert not (tmp_path / "s3:").exists()

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 
 from distav.evaluation.metrics import auroc, expected_calibration_error, label_accuracy
 from distav.noise import tiling
-from distav.noise.calibration import Calibration, Judges
-from distav.noise.class_agreement import agreement, pair_evidence
-from distav.noise.knn_vote import Neighborhood, standardised
-from distav.noise.label_correction import Before, Space, Voting, correct, fitting_neighbors
-from distav.noise.noise_rate import even_matrix
-from distav.noise.vote_search import Problem, by_labels
+from distav.noise.calibration import Calibration, VoteCalibrator
+from distav.noise.class_agreement import class_agreement, pair_posterior
+from distav.noise.knn_vote import NeighborGraph, pca_whiten
+from distav.noise.label_correction import CorrectionPrior, FeatureSpace, VoteSearchSpace, correct_labels, fitting_neighbors
+from distav.noise.noise_rate import uniform_transition_matrix
+from distav.noise.vote_search import VoteTask, select_label_vote
 from distav.training.phases.correction_summary import calibration_error
 
 
@@ -37,8 +37,8 @@ def scene(noise: float, swapped: float, num: int = 1000, classes: int = 10, spre
 def corrected(noise: float, swapped: float, **changes: float):
     visual, audio, given, true, heard = scene(noise, swapped, **changes)
     every = torch.ones(len(given), dtype=torch.bool)
-    voting = Voting(neighbors=(20, 60), second=(0, 20), temperatures=(0.1, 0.3))
-    found = correct([Space("rows", visual, audio)], given, 10, torch.arange(len(given)), every, voting)
+    voting = VoteSearchSpace(num_neighbors=(20, 60), second_round_neighbors=(0, 20), vote_temperatures=(0.1, 0.3))
+    found = correct_labels([FeatureSpace("rows", visual, audio)], given, 10, torch.arange(len(given)), every, voting)
     return found, given, true, heard
 
 
@@ -78,9 +78,9 @@ def test_the_share_of_mismatches_is_told_by_sure_votes_where_the_best_are_blunt(
     heard[300:] += torch.randint(1, 10, (100,), generator=torch.Generator().manual_seed(1))
     picture, sure = (torch.lerp(torch.tensor(0.1), F.one_hot(each % 10, 10).float(), 0.98) for each in (seen, heard))
     every = torch.ones(400, dtype=torch.bool)
-    one, other = (agreement(picture, torch.lerp(torch.tensor(0.1), sure, by), every) for by in (0.05, 1.0))
+    one, other = (class_agreement(picture, torch.lerp(torch.tensor(0.1), sure, by), every) for by in (0.05, 1.0))
     assert other.entropy < one.entropy and other.per_sample > one.per_sample > 0
-    told, alone = (pair_evidence(picture, one, each.evidence, every) for each in (other, one))
+    told, alone = (pair_posterior(picture, one, each.rate_log_likelihood, every) for each in (other, one))
     assert told.rate.rate == pytest.approx(100 / 360, abs=0.08) and alone.rate.rate < 0.1
     assert told.correspondence[300:].max() < 0.7 < 0.9 < told.correspondence[:300].min()
     assert alone.correspondence[300:].min() > 0.9
@@ -107,19 +107,19 @@ def test_groups_of_pictures_that_wrong_labels_outvote_are_put_right_by_their_sou
     group = torch.randint(0, 8, (2000,), generator=generator)
     visual = torch.randn(10, 8, 32, generator=generator)[true, group] + torch.randn(2000, 32, generator=generator)
     every = torch.ones(2000, dtype=torch.bool)
-    voting = Voting(neighbors=(20, 60), second=(0, 20), temperatures=(0.1, 0.3))
-    found = correct([Space("rows", visual, audio)], given, 10, torch.arange(2000), every, voting)
+    voting = VoteSearchSpace(num_neighbors=(20, 60), second_round_neighbors=(0, 20), vote_temperatures=(0.1, 0.3))
+    found = correct_labels([FeatureSpace("rows", visual, audio)], given, 10, torch.arange(2000), every, voting)
     assert (found.posterior.argmax(1) == true).float().mean() > 0.95
-    assert "across" in found.chosen["pooled"] and "across 0.0" not in found.chosen["pooled"]
+    assert "across" in found.selected_votes["pooled"] and "across 0.0" not in found.selected_votes["pooled"]
 
 
 def test_experts_are_weighed_as_far_as_labels_tell_them_apart():
     shares = []
     for noise in (0.2, 0.87):
         _, _, given, true, _ = scene(noise, 0.0)
-        judges = Judges(given, 10, torch.ones(len(given), dtype=torch.bool))
+        judges = VoteCalibrator(given, 10, torch.ones(len(given), dtype=torch.bool))
         better, worse, guessing = (opinion(true, right, seed) for right, seed in ((0.7, 5), (0.5, 6), (0.0, 7)))
-        _, weights = judges.pool([better, worse, guessing], even_matrix(1.0, 10))
+        _, weights = judges.fit_ensemble([better, worse, guessing], uniform_transition_matrix(1.0, 10))
         shares.append([weight / sum(weights) for weight in weights])
     assert all(one > two > three for one, two, three in shares)
     assert shares[0][0] > shares[1][0] and shares[0][2] < shares[1][2]
@@ -137,12 +137,12 @@ def test_teachers_have_a_vote_each_and_none_that_know_nothing():
     # Blunt features, half of the labels wrong, a third of the sounds foreign.
     visual, audio, given, true, heard = scene(0.5, 0.3, spread=2.5)
     every, groups = torch.ones(len(given), dtype=torch.bool), torch.arange(len(given))
-    voting = Voting(neighbors=(20, 60), second=(0, 20), temperatures=(0.1, 0.3))
-    spaces = [Space("rows", visual, audio)]
+    voting = VoteSearchSpace(num_neighbors=(20, 60), second_round_neighbors=(0, 20), vote_temperatures=(0.1, 0.3))
+    spaces = [FeatureSpace("rows", visual, audio)]
     knowing = opinion(true, 0.7, 5), opinion(heard, 0.7, 6)
     guessing = opinion(true, 0.0, 7), opinion(heard, 0.0, 8)
     alone, told, guessed = (
-        correct(spaces, given, 10, groups, every, voting, None, teachers) for teachers in (None, knowing, guessing)
+        correct_labels(spaces, given, 10, groups, every, voting, None, teachers) for teachers in (None, knowing, guessing)
     )
 
     def right(found, which: str, of: torch.Tensor) -> float:
@@ -154,7 +154,7 @@ def test_teachers_have_a_vote_each_and_none_that_know_nothing():
     pairs = [auroc(each.correspondence.numpy(), matched) for each in (alone, told, guessed)]
     assert pairs[1] > pairs[0] + 0.05 and pairs[2] > pairs[0] - 0.03
     assert right(guessed, "posterior", true) > right(alone, "posterior", true) - 0.02
-    assert "teacher of sounds" in told.chosen["pooled"] and "teacher" in told.chosen["sounds"]
+    assert "teacher of sounds" in told.selected_votes["pooled"] and "teacher" in told.selected_votes["sounds"]
 
 
 def test_teachers_are_heard_where_neighbours_know_nothing():
@@ -162,8 +162,8 @@ def test_teachers_are_heard_where_neighbours_know_nothing():
     nothing = torch.randn(2, len(given), 32, generator=torch.Generator().manual_seed(3))
     every, groups = torch.ones(len(given), dtype=torch.bool), torch.arange(len(given))
     teachers = opinion(true, 0.8, 5), opinion(heard, 0.8, 6)
-    voting = Voting(neighbors=(20, 60), second=(0,), temperatures=(0.1, 0.3))
-    found = correct([Space("rows", *nothing)], given, 10, groups, every, voting, None, teachers)
+    voting = VoteSearchSpace(num_neighbors=(20, 60), second_round_neighbors=(0,), vote_temperatures=(0.1, 0.3))
+    found = correct_labels([FeatureSpace("rows", *nothing)], given, 10, groups, every, voting, None, teachers)
     assert found.has_signal and (found.posterior.argmax(1) == true).float().mean() > 0.85
     assert found.label_rate.low - 0.02 <= 0.5 <= found.label_rate.high
 
@@ -172,8 +172,8 @@ def test_teachers_are_heard_where_neighbours_know_nothing():
 def test_few_samples_whose_votes_are_worse_than_chance_keep_their_labels(seed: int):
     torch.manual_seed(seed)
     given, everyone = torch.randint(0, 4, (60,)), torch.ones(60, dtype=torch.bool)
-    space = Space("noise", torch.randn(60, 8), torch.randn(60, 8))
-    found = correct([space], given, 4, torch.arange(60), everyone, Voting(neighbors=(6, 12), second=(0, 6)))
+    space = FeatureSpace("noise", torch.randn(60, 8), torch.randn(60, 8))
+    found = correct_labels([space], given, 4, torch.arange(60), everyone, VoteSearchSpace(num_neighbors=(6, 12), second_round_neighbors=(0, 6)))
     assert not found.has_signal and torch.equal(found.posterior.argmax(1), given)
 
 
@@ -181,15 +181,15 @@ def test_a_label_never_reaches_its_own_vote():
     """Changing the label of one sample leaves its own held-out votes as they were, and moves others."""
     visual, _, given, _, _ = scene(0.6, 0.0, num=300, spread=2.0)
     every = torch.ones(300, dtype=torch.bool)
-    near = Neighborhood(standardised(visual, every, 16, 0.5), 30, torch.arange(300), every)
+    near = NeighborGraph(pca_whiten(visual, every, 16, 0.5), 30, torch.arange(300), every)
     moved = {0: 0, 10: 0}
     for sample in range(0, 300, 3):
         other = given.clone()
         other[sample] = (given[sample] + 3) % 10
-        elections = [near.election(each, 10, 30, 0.2) for each in (given, other)]
+        elections = [near.vote(each, 10, 30, 0.2) for each in (given, other)]
         for voters in (0, 10):
             votes = [
-                election.second_vote(each, voters) if voters else election.shares
+                election.second_round(each, voters) if voters else election.shares
                 for election, each in zip(elections, (given, other), strict=True)
             ]
             torch.testing.assert_close(votes[0][sample], votes[1][sample], rtol=1e-5, atol=1e-6)
@@ -204,9 +204,9 @@ def test_a_correction_does_not_hang_on_the_size_of_tiles(monkeypatch: pytest.Mon
     found = []
     for numbers in (2**17, 1000):
         monkeypatch.setitem(tiling.TILE_NUMBERS, "cpu", numbers)
-        voting = Voting((20,), (0, 20), (0.1, 0.3))
+        voting = VoteSearchSpace((20,), (0, 20), (0.1, 0.3))
         found.append(
-            correct([Space("rows", visual, audio)], given, 10, torch.arange(300), valid, voting, None, teachers)
+            correct_labels([FeatureSpace("rows", visual, audio)], given, 10, torch.arange(300), valid, voting, None, teachers)
         )
     assert found[0].chosen == found[1].chosen
     for name in (
@@ -221,7 +221,7 @@ def test_a_correction_does_not_hang_on_the_size_of_tiles(monkeypatch: pytest.Mon
         torch.testing.assert_close(getattr(found[1], name), getattr(found[0], name), rtol=1e-4, atol=1e-5, msg=name)
 
 
-class _Scripted(Judges):
+class _Scripted(VoteCalibrator):
     """Judges whose findings on one way after the other are known."""
 
     def calibrate(self, votes: torch.Tensor, prior: torch.Tensor | None = None) -> Calibration:
@@ -247,24 +247,24 @@ def test_votes_that_were_given_up_are_counted_again_where_they_win(found: list[t
     every, groups = torch.ones(300, dtype=torch.bool), torch.arange(300)
     judges = _Scripted(given, 10, every)
     judges.found = found
-    voting = Voting((20,), (0, 20), (0.1,), (0.0, 0.5))
-    problem = Problem(given, given, 10, groups, every, every, voting, judges)
-    elected, votes = by_labels(problem, [Space("rows", visual, audio)], lambda space: space.visual, None)
+    voting = VoteSearchSpace((20,), (0, 20), (0.1,), (0.0, 0.5))
+    problem = VoteTask(given, given, 10, groups, every, every, voting, judges)
+    elected, votes = select_label_vote(problem, [FeatureSpace("rows", visual, audio)], lambda space: space.visual, None)
     whitening, second = ((0.0, 0), (0.0, 20), (0.5, 0), (0.5, 20))[wins]
     assert elected.name == f"rows, whitening {whitening:g}, k 20, temperature 0.1, second vote of {second}"
-    election = Neighborhood(standardised(visual, every, voting.width, whitening), 20, groups, every).election(
+    election = NeighborGraph(pca_whiten(visual, every, voting.num_components, whitening), 20, groups, every).vote(
         given, 10, 20, 0.1
     )
-    expected = election.second_vote(given, 20) if second else election.shares
-    torch.testing.assert_close(votes, Judges(given, 10, every).calibrate(expected).sharpened(expected))
+    expected = election.second_round(given, 20) if second else election.shares
+    torch.testing.assert_close(votes, VoteCalibrator(given, 10, every).calibrate(expected).inverse_temperature(expected))
 
 
 def test_whitening_evens_out_the_axes():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(4000, 6, generator=generator) * torch.tensor([100.0, 10.0, 1.0, 1.0, 1.0, 1.0]) + 5
     every = torch.ones(4000, dtype=torch.bool)
-    assert standardised(rows, every, 6, 0.0)[:, 0].square().mean() > 0.9
-    even = standardised(rows, every, 6, 1.0)
+    assert pca_whiten(rows, every, 6, 0.0)[:, 0].square().mean() > 0.9
+    even = pca_whiten(rows, every, 6, 1.0)
     torch.testing.assert_close(even.square().mean(0), torch.full((6,), 1 / 6), rtol=0.1, atol=0)
     torch.testing.assert_close(even.norm(dim=1), torch.ones(4000))
 
@@ -274,7 +274,7 @@ def test_samples_without_features_keep_their_label():
     valid = torch.ones(1000, dtype=torch.bool)
     valid[5] = False
     visual[5] = audio[5] = 0
-    found = correct([Space("rows", visual, audio)], given, 10, torch.arange(1000), valid, Voting((50,), (0, 20)))
+    found = correct_labels([FeatureSpace("rows", visual, audio)], given, 10, torch.arange(1000), valid, VoteSearchSpace((50,), (0, 20)))
     assert found.posterior[5].tolist() == F.one_hot(given[5], 10).tolist()
     torch.testing.assert_close(found.posterior.sum(1), torch.ones(1000))
 
@@ -290,12 +290,12 @@ def test_asymmetric_noise_is_seen_as_such_and_not_as_samples_of_two_classes(
     flipped = torch.rand(2000, generator=torch.Generator().manual_seed(3)) < 0.4
     given = torch.where(flipped, (true + 1) % 10, true)
     every = torch.ones(2000, dtype=torch.bool)
-    voting = Voting(neighbors=(20, 60), second=(0, 20), temperatures=(0.1, 0.3))
-    found = correct([Space("rows", visual, audio)], given, 10, torch.arange(2000), every, voting)
+    voting = VoteSearchSpace(num_neighbors=(20, 60), second_round_neighbors=(0, 20), vote_temperatures=(0.1, 0.3))
+    found = correct_labels([FeatureSpace("rows", visual, audio)], given, 10, torch.arange(2000), every, voting)
     assert (found.posterior.argmax(1) == true).float().mean() > least
     assert found.label_rate.rate == pytest.approx(0.4, abs=0.03)
     assert found.pair_rate.rate == pytest.approx(10 / 9 * float((true != heard).float().mean()), abs=0.05)
-    following = found.noise_matrix[torch.arange(10), (torch.arange(10) + 1) % 10]
+    following = found.transition_matrix[torch.arange(10), (torch.arange(10) + 1) % 10]
     assert (following > 0.4 - off).all() and (following < 0.4 + off).all()
 
 
@@ -305,11 +305,11 @@ def test_the_interval_of_the_label_noise_is_as_wide_as_ways_to_vote_differ(sprea
     visual, audio, _, true, _ = scene(0.0, 0.4, num=2000, spread=spread)
     given = torch.where(torch.rand(2000, generator=torch.Generator().manual_seed(3)) < rate, (true + 1) % 10, true)
     every = torch.ones(2000, dtype=torch.bool)
-    voting = Voting(neighbors=(20, 60), second=(0, 20), temperatures=(0.1, 0.3))
-    spaces = [Space("rows", visual, audio)]
-    first = correct(spaces, given, 10, torch.arange(2000), every, voting)
-    before = Before(first.held_out, first.evidence, first.told)
-    later = correct(spaces, given, 10, torch.arange(2000), every, voting, before)
+    voting = VoteSearchSpace(num_neighbors=(20, 60), second_round_neighbors=(0, 20), vote_temperatures=(0.1, 0.3))
+    spaces = [FeatureSpace("rows", visual, audio)]
+    first = correct_labels(spaces, given, 10, torch.arange(2000), every, voting)
+    before = CorrectionPrior(first.held_out, first.rate_log_likelihood, first.rate_log_likelihood_credible)
+    later = correct_labels(spaces, given, 10, torch.arange(2000), every, voting, before)
     wrong = given != true
     for found in (first, later):
         assert found.label_rate.low <= wrong.double().mean() <= found.label_rate.high

@@ -9,7 +9,7 @@ from distav.config.errors import UserError
 from distav.config.schema import Settings
 from distav.distributed.process_group import World
 from distav.training.engine.deepspeed_engine import deepspeed_config
-from distav.training.run import Data, Run
+from distav.training.run import DataModule, Run
 from tests.helpers.launch import tiny_config
 
 TWO_RANKS = World(0, 2, 0, torch.device("cpu"))
@@ -36,7 +36,7 @@ def settings(tiny_shards: Path, tmp_path: Path):
 )
 def test_settings_that_the_data_make_impossible_are_named(settings, override: str, told: str):
     with pytest.raises(UserError, match=told):
-        Data.open(settings(override))
+        DataModule.open(settings(override))
 
 
 def test_deepspeeds_dictionary_follows_from_the_settings(settings):
@@ -66,10 +66,10 @@ def test_the_clock_of_a_phase_goes_on_after_a_kill_but_not_into_the_next(monkeyp
     monkeypatch.setattr(time, "monotonic", lambda: now)
     run = Run.__new__(Run)
     run.notes = {"seconds_in_phase": 30.0}  # as a checkpoint inside the phase left it
-    run.begin_phase()
+    run.start_phase_timer()
     now = 105.0
     assert run.seconds_in_phase() == 35.0
     run.notes["seconds_in_phase"] = run.seconds_in_phase()  # the last checkpoint before the phase ended
-    run.begin_phase(afresh=True)
+    run.start_phase_timer(afresh=True)
     now = 107.0
     assert run.seconds_in_phase() == 2.0 and "seconds_in_phase" not in run.notes

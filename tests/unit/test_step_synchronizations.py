@@ -10,10 +10,10 @@ import torch
 import distav
 from distav.config import loading
 from distav.data.annotations.events import events_table
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.distributed.process_group import World
 from distav.training.phases.registry import PHASES
-from distav.training.run import Run, opened
+from distav.training.run import Run, open_run
 from tests.helpers.events import llp_shards, write_llp
 from tests.helpers.launch import ROOT, TINY, tiny_config
 from tests.helpers.spawn import on_ranks
@@ -28,10 +28,10 @@ def synchronizations(file: Path, *overrides: str) -> list[str]:
     """Train the last phase of a configuration; returns what waits in its third and fourth step, which log nothing."""
     quiet = ["run.log_every=1000", "monitor.media_every=1000", "run.checkpoint_every=1000"]
     settings = loading.load(file, [*overrides, *quiet])
-    with opened(settings, World(0, 1, 0, torch.device("cpu"))) as run:
+    with open_run(settings, World(0, 1, 0, torch.device("cpu"))) as run:
         _correct(run)
         name, phase = list(settings.phases.items())[-1]
-        with Synchronizations(lambda: run.position.step in (2, 3)) as waits:
+        with Synchronizations(lambda: run.progress.step in (2, 3)) as waits:
             PHASES[phase.kind](run, name, phase)
     return waits.found
 
@@ -75,7 +75,7 @@ def test_no_step_of_contrastive_or_supervised_training_waits(
 def test_no_step_of_event_parsing_waits(tmp_path: Path):
     truth = write_llp(tmp_path / "raw")
     llp_shards(tmp_path / "raw", tmp_path / "shards")
-    shards = ShardSet.open(tmp_path / "shards")
+    shards = ShardedDataset.open(tmp_path / "shards")
     split = shards.split("train")
     events = np.stack([truth[source] for source in split.columns["source"]])
     table = events_table("train", split.keys, split.columns["source"], shards.classes, events)

@@ -20,11 +20,11 @@ from distav.config.errors import UserError
 from distav.config.schema import DataSettings
 from distav.data.annotations.events import load_events, read_events
 from distav.data.annotations.teacher_scores import read_scores
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Batch, Loader
 from distav.tools.pseudo_label.command import main
 from distav.tools.pseudo_label.prompts import read_prompts
-from distav.tools.pseudo_label.teachers import ImageTeacher, SoundTeacher
+from distav.tools.pseudo_label.teachers import ImageTeacher, AudioTeacher
 from tests.conftest import ROOT
 from tests.helpers.events import AVE_CLASSES, ave_shards, write_ave
 
@@ -49,7 +49,7 @@ def ave(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def batch_of(folder: Path, split: str, count: int) -> Batch:
     data = DataSettings(num_frames=10, frame_stride=8, frame_size=SIDE, squash=True, audio_s=10.0)
-    loader = Loader(ShardSet.open(folder / "shards").split(split), data, None, 0, count, CPU)
+    loader = Loader(ShardedDataset.open(folder / "shards").split(split), data, None, 0, count, CPU)
     batch = loader.load(np.arange(count), 0)
     loader.close()
     return batch
@@ -68,7 +68,7 @@ def test_scores_are_those_of_transformers_called_by_hand(ave: Path):
         words.pop("token_type_ids", None)
         torch.testing.assert_close(found[clip], model(**images, **words).logits_per_image, atol=1e-4, rtol=1e-4)
 
-    heard = SoundTeacher(prompts["audio"], CPU, 16000, 10).scores(batch.media["sound"])
+    heard = AudioTeacher(prompts["audio"], CPU, 16000, 10).scores(batch.media["sound"])
     model = transformers.ClapModel.from_pretrained(ave / "clap")
     tokens = transformers.AutoTokenizer.from_pretrained(ave / "clap")
     hears = transformers.AutoFeatureExtractor.from_pretrained(ave / "clap")
@@ -86,15 +86,15 @@ def test_scores_are_those_of_transformers_called_by_hand(ave: Path):
 @pytest.mark.parametrize("truncation", ["fusion", "rand_trunc"])
 @pytest.mark.parametrize("seconds", [0.3, 1, 2, 2.5])
 def test_spectrograms_are_those_of_the_extractor(ave: Path, truncation: str, seconds: float):
-    teacher = SoundTeacher(read_prompts(ave / "prompts.yaml")["audio"], CPU, 16000, 10)
-    teacher.hears = transformers.ClapFeatureExtractor(sampling_rate=16000, max_length_s=2, truncation=truncation)
+    teacher = AudioTeacher(read_prompts(ave / "prompts.yaml")["audio"], CPU, 16000, 10)
+    teacher.feature_extractor = transformers.ClapFeatureExtractor(sampling_rate=16000, max_length_s=2, truncation=truncation)
     pieces = 0.1 * torch.randn(3, int(16000 * seconds), generator=torch.Generator().manual_seed(0))
     pieces[1] = 0
     pieces[2, 2000:] = 0
     np.random.seed(0)  # What is longer than the input is cut at random.
     ours = teacher._spectrograms(pieces)
     np.random.seed(0)
-    theirs = teacher.hears(list(pieces.numpy()), sampling_rate=16000, return_tensors="pt")["input_features"]
+    theirs = teacher.feature_extractor(list(pieces.numpy()), sampling_rate=16000, return_tensors="pt")["input_features"]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
@@ -102,8 +102,8 @@ def test_sound_of_another_rate_is_resampled(ave: Path):
     batch, prompts = batch_of(ave, "test", 1), read_prompts(ave / "prompts.yaml")
     sound = batch.media["sound"]
     fast = torch.nn.functional.interpolate(sound[:, None], scale_factor=2, mode="linear")[:, 0]
-    slow = SoundTeacher(prompts["audio"], CPU, 16000, 10).scores(sound)
-    assert (SoundTeacher(prompts["audio"], CPU, 32000, 10).scores(fast) - slow).abs().max() < 0.3 * slow.std()
+    slow = AudioTeacher(prompts["audio"], CPU, 16000, 10).scores(sound)
+    assert (AudioTeacher(prompts["audio"], CPU, 32000, 10).scores(fast) - slow).abs().max() < 0.3 * slow.std()
 
 
 def arguments(folder: Path, out: Path) -> list[str]:
@@ -120,7 +120,7 @@ def test_harvested_events_are_scores_above_thresholds_of_classes_that_the_label_
 ):
     assert harvest(ave, tmp_path) == 0
     assert "beside what people say" in capsys.readouterr().out
-    shards, prompts = ShardSet.open(ave / "shards"), read_prompts(ave / "prompts.yaml")
+    shards, prompts = ShardedDataset.open(ave / "shards"), read_prompts(ave / "prompts.yaml")
     middle = np.median(read_scores(tmp_path, "x", shards, shards.split("train")), axis=(0, 2, 3))
     (tmp_path / "shards").symlink_to(ave / "shards")
     write_prompts(tmp_path / "prompts.yaml", ave, [*AVE_CLASSES][::-1], float(middle[1]), float(middle[0]))

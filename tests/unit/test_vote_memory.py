@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from distav.noise import calibration
-from distav.noise.calibration import Judges
-from distav.noise.class_agreement import agreement, pair_evidence
-from distav.noise.knn_vote import Neighborhood, standardised
-from distav.noise.label_correction import Before, Space, Voting, correct
-from distav.noise.noise_rate import even_matrix, noise_matrix
+from distav.noise.calibration import VoteCalibrator
+from distav.noise.class_agreement import class_agreement, pair_posterior
+from distav.noise.knn_vote import NeighborGraph, pca_whiten
+from distav.noise.label_correction import CorrectionPrior, FeatureSpace, VoteSearchSpace, correct_labels
+from distav.noise.noise_rate import uniform_transition_matrix, estimate_transition_matrix
 
 CLASSES = 700
 BESIDE = 16 * 2**20 + 8 * CLASSES**2 * 8
@@ -51,21 +51,21 @@ def shares(num: int, seed: int) -> Tensor:
 def functions(num: int) -> dict[str, tuple[int, Callable[[], object]]]:
     """The functions that take whole tables, by name, with the number of tables that each returns."""
     labels, every = torch.arange(num) % CLASSES, torch.ones(num, dtype=torch.bool)
-    pictures, votes, even = shares(num, 0), shares(num, 1), even_matrix(1.0, CLASSES).double()
-    judges = Judges(labels, CLASSES, every)
-    calibration, agreed = judges.calibrate(votes), agreement(pictures, votes, every)
+    pictures, votes, even = shares(num, 0), shares(num, 1), uniform_transition_matrix(1.0, CLASSES).double()
+    judges = VoteCalibrator(labels, CLASSES, every)
+    calibration, agreed = judges.calibrate(votes), class_agreement(pictures, votes, every)
     features = torch.randn(num, 4, generator=torch.Generator().manual_seed(2))
-    near = Neighborhood(features, 10, torch.arange(num), every)
-    election = near.election(labels, CLASSES, 10, 0.2)
+    near = NeighborGraph(features, 10, torch.arange(num), every)
+    election = near.vote(labels, CLASSES, 10, 0.2)
     return {
-        "agreement": (0, lambda: agreement(pictures, votes, every)),
-        "pair_evidence": (1, lambda: pair_evidence(pictures, agreed, agreed.evidence, every)),
+        "agreement": (0, lambda: class_agreement(pictures, votes, every)),
+        "pair_evidence": (1, lambda: pair_posterior(pictures, agreed, agreed.rate_log_likelihood, every)),
         "calibrate": (0, lambda: judges.calibrate(votes)),
-        "sharpened": (1, lambda: calibration.sharpened(votes)),
-        "pool": (1, lambda: judges.pool([pictures, votes], even)),
-        "noise_matrix": (1, lambda: noise_matrix(votes, labels, 0.4, even, 2)),
-        "election": (1, lambda: near.election(labels, CLASSES, 10, 0.2)),
-        "second_vote": (1, lambda: election.second_vote(labels, 10)),
+        "sharpened": (1, lambda: calibration.inverse_temperature(votes)),
+        "pool": (1, lambda: judges.fit_ensemble([pictures, votes], even)),
+        "noise_matrix": (1, lambda: estimate_transition_matrix(votes, labels, 0.4, even, 2)),
+        "election": (1, lambda: near.vote(labels, CLASSES, 10, 0.2)),
+        "second_vote": (1, lambda: election.second_round(labels, 10)),
     }
 
 
@@ -92,8 +92,8 @@ def test_functions_take_little_more_than_the_table_that_they_return(num: int):
 
 def of_features(num: int) -> int:
     every, features = torch.ones(num, dtype=torch.bool), torch.randn(num, 512)
-    standardised(features[:1000], every[:1000], 48, 0.5)
-    return growth(lambda: standardised(features, every, 48, 0.5))
+    pca_whiten(features[:1000], every[:1000], 48, 0.5)
+    return growth(lambda: pca_whiten(features, every, 48, 0.5))
 
 
 def test_features_are_standardised_without_copies_of_them():
@@ -103,8 +103,8 @@ def test_features_are_standardised_without_copies_of_them():
 
 def of_correction(num: int, again: bool) -> int:
     torch.set_num_threads(1)
-    voting, grown = Voting((8,), (0, 8), (0.2,), (0.0,), 16), 0
-    calibration.MOST_JUDGES = 1000  # Time goes with the judges; memory hardly does.
+    voting, grown = VoteSearchSpace((8,), (0, 8), (0.2,), (0.0,), 16), 0
+    calibration.MAX_CALIBRATION_SAMPLES = 1000  # Time goes with the judges; memory hardly does.
     for size in (1000, num):
         generator = torch.Generator().manual_seed(1)
         true = torch.arange(size) % CLASSES
@@ -117,8 +117,8 @@ def of_correction(num: int, again: bool) -> int:
         more = ()
         if again:
             uneven = torch.zeros(91, dtype=torch.float64)
-            more = Before(shares(size, 1), uneven, uneven), (shares(size, 2), shares(size, 3))
-        grown = growth(partial(correct, [Space("rows", visual, audio)], *problem, voting, *more))
+            more = CorrectionPrior(shares(size, 1), uneven, uneven), (shares(size, 2), shares(size, 3))
+        grown = growth(partial(correct_labels, [FeatureSpace("rows", visual, audio)], *problem, voting, *more))
     return grown
 
 

@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from distav.distributed.collectives import rank
-from distav.distributed.watchdog import STATUS, Watch
+from distav.distributed.collectives import get_rank
+from distav.distributed.watchdog import EXIT_WATCHDOG, Watchdog
 from tests.helpers.spawn import on_ranks
 from tests.helpers.team import new_process
 
 TIMEOUT_S = 2.0
 
 
-class Told(Watch):
+class Told(Watchdog):
     """A watch that keeps its verdict in place of ending the process."""
 
     verdict = ""
@@ -40,10 +40,10 @@ class Told(Watch):
 
 @contextlib.contextmanager
 def watching() -> Iterator[Told]:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank() == 0 else None
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if get_rank() == 0 else None
     port = [store.port if store else 0]
     dist.broadcast_object_list(port)
-    watch = Told("127.0.0.1", port[0], rank(), 2, TIMEOUT_S)
+    watch = Told("127.0.0.1", port[0], get_rank(), 2, TIMEOUT_S)
     watch.start()
     try:
         yield watch
@@ -55,7 +55,7 @@ def watching() -> Iterator[Told]:
 def behind() -> str:
     with watching() as watch:
         work: Any = None
-        if rank() == 0:
+        if get_rank() == 0:
             watch.mark("adding up")
             work = dist.all_reduce(torch.ones(1), async_op=True)
         told = watch.wait()
@@ -69,7 +69,7 @@ def behind_in_another_group() -> str:
     with watching() as watch:
         group: Any = dist.new_group([0, 1])
         dist.all_reduce(torch.ones(1), group=group)
-        work: Any = dist.all_reduce(torch.ones(1), group=group, async_op=True) if rank() == 0 else None
+        work: Any = dist.all_reduce(torch.ones(1), group=group, async_op=True) if get_rank() == 0 else None
         told = watch.wait()
         work = work or dist.all_reduce(torch.ones(1), group=group, async_op=True)
         work.wait()
@@ -87,7 +87,7 @@ def nobody_behind() -> str:
     with watching() as watch:
         group: Any = dist.new_group([0, 1], timeout=timedelta(seconds=4 * TIMEOUT_S))
         work: Any = dist.broadcast(
-            torch.ones(1), src=1 - rank(), group=group, async_op=True
+            torch.ones(1), src=1 - get_rank(), group=group, async_op=True
         )  # Each waits for the other.
         told = watch.wait()
         with pytest.raises(RuntimeError):
@@ -109,7 +109,7 @@ def alone() -> str:
 def ahead_but_not_waiting() -> str:
     """As a rank that had nothing to wait for in its last collective."""
     with watching() as watch:
-        if rank() == 0:
+        if get_rank() == 0:
             watch.mark("telling all ranks")
         return watch.wait()
 
@@ -122,7 +122,7 @@ def test_ranks_that_do_not_wait_may_work_for_as_long_as_they_like(scenario: Call
 def fail_while_giving_up() -> None:
     """As a rank whose collective breaks off when another one has ended."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    watch = Watch("127.0.0.1", store.port, 0, 2, 0.5)
+    watch = Watchdog("127.0.0.1", store.port, 0, 2, 0.5)
     began = threading.Event()
     watch._write_records = lambda: began.set() or time.sleep(2)
     watch.start()
@@ -135,4 +135,4 @@ def test_a_rank_that_gives_up_ends_with_that_status():
     process = new_process(fail_while_giving_up)
     process.start()
     process.join(60)
-    assert process.exitcode == STATUS
+    assert process.exitcode == EXIT_WATCHDOG

@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 
 from distav.config.errors import UserError
 from distav.data.annotations.labels import load_labels
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.evaluation.embedding import Encoders
-from distav.tools.audit.issues import corrections_of, label_problems, pair_problems
-from tools.bench.noise.detection import foretold
+from distav.tools.audit.issues import corrections_of, label_issues, pair_issues
+from tools.bench.noise.detection import out_of_sample_pred_probs
 from tools.bench.timing import machine
 
 FIRST = (100, 500, 1000)
@@ -38,7 +38,7 @@ def _measured(run: Path) -> dict[str, Any]:
     if not (run / "report.json").is_file():
         raise UserError(f"{run}: no report.json there; give the folder of a finished run.")
     data = OmegaConf.load(run / "config.yaml").data
-    shards = ShardSet.open(data.root)
+    shards = ShardedDataset.open(data.root)
     split = shards.split(data.train_split)
     own, given = load_labels(shards, split), load_labels(shards, split, data.labels).given
     truth = own.given if own.true is None and data.labels else own.true
@@ -48,14 +48,14 @@ def _measured(run: Path) -> dict[str, Any]:
     wrong = given != truth
     table = corrections_of(run, json.loads((run / "report.json").read_text()), split)
     embeddings = Encoders.open(run / "export", torch.device("cpu"), batch=128).of_clips(split)
-    chances = foretold(embeddings, given)
+    chances = out_of_sample_pred_probs(embeddings, given)
     ranked = {f"cleanlab, {name}": _order(given, chances, name) for name in _METHODS}
     found: dict[str, Any] = {"run": run.name, "wrong_labels": int(wrong.sum()), "wrong_pairs": int(wrong_pair.sum())}
     found["labels"] = {
         name: {str(first): float(wrong[order[:first]].mean()) for first in FIRST}
-        for name, order in {"distav": label_problems(table).ids, **ranked}.items()
+        for name, order in {"distav": label_issues(table).ids, **ranked}.items()
     }
-    found["pairs"] = {str(first): float(wrong_pair[pair_problems(table).ids[:first]].mean()) for first in FIRST}
+    found["pairs"] = {str(first): float(wrong_pair[pair_issues(table).ids[:first]].mean()) for first in FIRST}
     return found
 
 

@@ -20,13 +20,13 @@ import numpy as np
 from distav.config.errors import UserError
 from distav.data.annotations.events import events_table, load_events
 from distav.data.annotations.llp import CLASSES, SECONDS, VIDEOS, read_llp
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.data.files import write_atomically, write_table
-from distav.data.modalities import SENSES
+from distav.data.modalities import MODALITIES
 from distav.data.preparation.annotated_videos import EventSource
-from distav.data.preparation.builder import Plan, make_set
+from distav.data.preparation.builder import BuildConfig, build_dataset
 from distav.data.preparation.encoding import Encoding
-from distav.evaluation.event_metrics import parsing_scores
+from distav.evaluation.event_metrics import event_metrics
 from tools.bench.timing import machine
 
 ROOT = Path(__file__).parents[2]
@@ -108,34 +108,34 @@ def prepare(annotations: Path, work: Path, seed: int) -> Path:
     rng = np.random.default_rng([seed, 11])
     told = {split: read_llp(annotations, split) for split in VIDEOS}
     world, events = World.drawn(rng), {}
-    for sense in SENSES:
+    for sense in MODALITIES:
         (folder / sense).mkdir(parents=True, exist_ok=True)
     for split in ("val", "test", "train"):
         known = told[split].events
         events[split] = training_events(told[split].weak, events["val"], rng) if known is None else known
         values = world.features(events[split], rng)
         for name, video in zip(told[split].names, values, strict=True):
-            for sense, each in zip(SENSES, video, strict=True):
+            for sense, each in zip(MODALITIES, video, strict=True):
                 np.save(folder / sense / f"{name}.npy", each)
-    streams = tuple((sense, f"{sense}_features", folder / sense) for sense in SENSES)
-    make_set(EventSource("llp", annotations, features=streams), folder / "shards", Plan(Encoding(clip_s=SECONDS)), 2)
+    streams = tuple((sense, f"{sense}_features", folder / sense) for sense in MODALITIES)
+    build_dataset(EventSource("llp", annotations, features=streams), folder / "shards", BuildConfig(Encoding(clip_s=SECONDS)), 2)
     _harvest(folder, world, dict(zip(told["train"].names, events["train"], strict=True)), rng)
     return folder
 
 
 def _harvest(folder: Path, world: World, events: dict[str, np.ndarray], rng: np.random.Generator) -> None:
     """Let teachers label the training videos, and note how right they are."""
-    shards = ShardSet.open(folder / "shards")
+    shards = ShardedDataset.open(folder / "shards")
     split = shards.split("train")
     sources = split.columns["source"].tolist()
-    values = np.stack([[np.load(folder / sense / f"{name}.npy") for sense in SENSES] for name in sources])
+    values = np.stack([[np.load(folder / sense / f"{name}.npy") for sense in MODALITIES] for name in sources])
     weak, true = load_events(shards, split).weak, np.stack([events[name] for name in sources])
     quality = {}
     for name, each in harvested(values, world, weak, rng).items():
         looked_at = np.ones(len(split), dtype=bool)
         found = events_table("train", split.keys, split.columns["source"], shards.classes, each, looked_at)
         write_table(folder / f"{name}.parquet", found)
-        quality[name] = parsing_scores(each, true)["segment"]
+        quality[name] = event_metrics(each, true)["segment"]
     write_atomically(folder / "harvest.json", (json.dumps(quality, indent=1) + "\n").encode())
 
 

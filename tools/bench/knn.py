@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.distributed.collectives import gather_ragged_rows, row_range
+from distav.distributed.collectives import all_gather_variable_rows, shard_range
 from distav.memory.knn import GATHER_BELOW_BYTES, nearest_neighbors
 from distav.memory.top_k import dot_products
 from tools.bench.multiprocess import cpu_seconds, on_ranks
@@ -183,7 +183,7 @@ def _spread(results: Results, rows: int, dim: int, k: int, rounds: int) -> None:
 
 
 def _part(rows: int, dim: int, k: int, rounds: int, gather_below: int = GATHER_BELOW_BYTES) -> dict:
-    own = row_range(rows)
+    own = shard_range(rows)
     features = features_of(rows, dim, torch.device("cpu"))[own.start : own.stop].clone()
     groups = torch.arange(rows)
     valid = torch.ones(rows, dtype=torch.bool)
@@ -191,4 +191,4 @@ def _part(rows: int, dim: int, k: int, rounds: int, gather_below: int = GATHER_B
     def find() -> tuple[Tensor, Tensor]:
         return nearest_neighbors(features, k, groups, valid, gather_below_bytes=gather_below)
 
-    return {"seconds": cpu_seconds(find, rounds), "ids": gather_ragged_rows(find()[0])}
+    return {"seconds": cpu_seconds(find, rounds), "ids": all_gather_variable_rows(find()[0])}

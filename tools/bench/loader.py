@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from distav.config.schema import AugmentSettings, DataSettings
-from distav.data.dataset import VIDEO_EXTENSIONS, ShardSet, Split
-from distav.data.pipeline.augmentation import Viewer
-from distav.data.pipeline.dali import ClipGraph
+from distav.data.dataset import VIDEO_EXTENSIONS, ShardedDataset, Split
+from distav.data.pipeline.augmentation import ClipTransformSampler
+from distav.data.pipeline.dali import ClipPipeline
 from distav.data.pipeline.loader import Batch, Loader
 from distav.data.pipeline.reader import ShardReader
-from distav.data.preparation.builder import Plan, make_set
+from distav.data.preparation.builder import BuildConfig, build_dataset
 from distav.data.preparation.encoding import Encoding
 from distav.data.preparation.synthetic import Scenes
 from tools.bench.timing import Results, Setting
@@ -31,13 +31,13 @@ STEP_OVER_LOADER = 1.25
 
 def make_clips(folder: Path, clips: int, codec: str = "mjpeg", short_side: int = 128) -> Split:
     """Render a dataset of two-second clips of 16 frames."""
-    make_set(
+    build_dataset(
         Scenes(train_clips=clips, test_clips=1),
         folder,
-        Plan(Encoding(codec, fps=8, short_side=short_side, clip_s=2.0)),
+        BuildConfig(Encoding(codec, fps=8, short_side=short_side, clip_s=2.0)),
         workers=torch.get_num_threads(),
     )
-    return ShardSet.open(folder).split("train")
+    return ShardedDataset.open(folder).split("train")
 
 
 def run(setting: Setting, clips: int, batch: int, codec: str = "mjpeg") -> Results:
@@ -94,9 +94,9 @@ class _Stages:
     def __init__(self, split: Split, data: DataSettings, plan: list, device: torch.device):
         self.plan = plan
         self.reader = ShardReader(split)
-        self.graph = ClipGraph(data, split, len(plan[0][0]), device)
-        viewer = Viewer(split, data, AugmentSettings(), 0)
-        self.views = [[viewer.view(int(sample), epoch) for sample in ids] for ids, epoch in plan]
+        self.graph = ClipPipeline(data, split, len(plan[0][0]), device)
+        viewer = ClipTransformSampler(split, data, AugmentSettings(), 0)
+        self.views = [[viewer.sample(int(sample), epoch) for sample in ids] for ids, epoch in plan]
         self.members = [[self.reader.read(int(sample)) for sample in ids] for ids, _ in plan]
 
     def read(self) -> None:

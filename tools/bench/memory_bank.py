@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distav.config.errors import UserError
-from distav.distributed.collectives import gather_rows, num_ranks, own_rows
+from distav.distributed.collectives import all_gather_rows, get_world_size, local_batch
 from distav.losses.category_contrast import category_agreement, category_loss
 from distav.losses.instance_discrimination import SoftTargets, instance_losses
-from distav.memory.attention import Asked
-from distav.memory.attention_backends import best_back_end
+from distav.memory.attention import AttentionInputs
+from distav.memory.attention_backends import select_backend
 from distav.memory.bank import Bank
-from distav.memory.global_batch import Visitors
+from distav.memory.global_batch import GlobalBatch
 from tools.bench.multiprocess import cpu_seconds, loopback_bytes, on_ranks
 from tools.bench.timing import Results, Setting
 
@@ -31,7 +31,7 @@ CATEGORIES = 300
 MEASURED_GLOO_STEPS = 3
 
 
-class Problem:
+class MemoryBankBenchmark:
     """A bank of random rows and a batch, the same on any number of ranks; each rank holds its part of the batch."""
 
     def __init__(self, batch: int, rows: int, dim: int, device: torch.device, num_categories: int = 0):
@@ -41,28 +41,28 @@ class Problem:
         ids = torch.randperm(rows, generator=generator)[:batch]
         visual, audio = (F.normalize(torch.randn(batch, dim, generator=generator), dim=1) for _ in range(2))
         logits = torch.randn(2, batch, max(1, num_categories), generator=generator)
-        self.ids, self.visual, self.audio = (own_rows(each).to(device) for each in (ids, visual, audio))
-        self.logits = own_rows(logits.transpose(0, 1)).transpose(0, 1).contiguous().to(device)
+        self.ids, self.visual, self.audio = (local_batch(each).to(device) for each in (ids, visual, audio))
+        self.logits = local_batch(logits.transpose(0, 1)).transpose(0, 1).contiguous().to(device)
         self.ones = torch.ones(len(self.ids), device=device)
         self.tau = TEMPERATURE
 
-    def back_ends(self) -> list[str]:
+    def backends(self) -> list[str]:
         """Return the names of the attention back ends that serve the loss, without a bias and with one."""
         keys = self.bank.keys("visual")
-        plain = Asked(self.visual, keys, keys, 1.0)
-        biased = dataclasses.replace(plain, bias=self.bank.held_column("pair_similarity"))
-        return [best_back_end(each).name for each in (plain, biased)]
+        plain = AttentionInputs(self.visual, keys, keys, 1.0)
+        biased = dataclasses.replace(plain, bias=self.bank.resident_column("pair_similarity"))
+        return [select_backend(each).name for each in (plain, biased)]
 
-    def visitors(self) -> Visitors:
+    def global_batch(self) -> GlobalBatch:
         """Gather the batch."""
-        return Visitors.gather(self.ids, self.ones > 0, self.visual, self.audio)
+        return GlobalBatch.gather(self.ids, self.ones > 0, self.visual, self.audio)
 
     def loss(self, soft: str = "") -> tuple[Tensor, Tensor, Tensor]:
         """Return the summed loss of both directions and the gradients of both modalities."""
         visual, audio = self.visual.clone().requires_grad_(), self.audio.clone().requires_grad_()
         softness = 0.5 * self.ones if soft else None
         losses = instance_losses(
-            self.bank, self.visitors(), visual, audio, self.tau, softness, SoftTargets(soft)
+            self.bank, self.global_batch(), visual, audio, self.tau, softness, SoftTargets(soft)
         ).losses
         losses.sum().backward()
         assert visual.grad is not None and audio.grad is not None
@@ -82,7 +82,7 @@ class Problem:
     def step(self, with_categories: bool) -> None:
         """Loss, gradient and bank update, with or without the category-level loss."""
         visual, audio = self.visual.clone().requires_grad_(), self.audio.clone().requires_grad_()
-        visitors = self.visitors()
+        visitors = self.global_batch()
         loss = instance_losses(self.bank, visitors, visual, audio, self.tau).losses.sum()
         shares = None
         if with_categories:
@@ -121,8 +121,8 @@ def run(setting: Setting, batch: int, rows: int, dim: int, memory_rows: int, sha
     Raises:
         UserError: where attention does not run fused.
     """
-    problem = Problem(batch, rows, dim, setting.device)
-    back_ends = problem.back_ends()
+    problem = MemoryBankBenchmark(batch, rows, dim, setting.device)
+    back_ends = problem.backends()
     if "tiles" in back_ends:
         raise UserError(f"attention of width {dim} does not run fused on {setting.device.type}; the log says why.")
     sizes = {"batch": batch, "rows": rows, "dim": dim, "threads": setting.threads, "device": setting.device.type}
@@ -146,12 +146,12 @@ def run(setting: Setting, batch: int, rows: int, dim: int, memory_rows: int, sha
     if on_cpu:
         results.ratio("dense cross-entropy / loss + gradient, time", (seconds["dense cross-entropy"], plain), ">= 3")
     results.ratio("cycle-consistent / plain loss", (seconds["loss + gradient, cycle"], plain), "<= 2.2")
-    exact, dense = Problem(64, 4096, dim, setting.device), Problem(64, 4096, dim, setting.device)
+    exact, dense = MemoryBankBenchmark(64, 4096, dim, setting.device), MemoryBankBenchmark(64, 4096, dim, setting.device)
     worst = max(_difference(a, b) for a, b in zip(exact.loss(), dense.dense(), strict=True))
     # A GPU rounds rows and queries to bfloat16, 2^-9 of each number at most.
     results.ratio("largest relative difference to dense", worst, "<= 1e-5" if on_cpu else "<= 1e-2")
 
-    categories = Problem(batch, rows, dim, setting.device, CATEGORIES)
+    categories = MemoryBankBenchmark(batch, rows, dim, setting.device, CATEGORIES)
     seconds = setting.interleaved(
         {
             "loss + gradient + update": lambda: categories.step(False),
@@ -185,8 +185,8 @@ def _memory(results: Results, batch: int, rows: int, dim: int, device: torch.dev
 
 def _peak_growth(way: str, batch: int, rows: int, dim: int, device: torch.device) -> int:
     torch.set_num_threads(1)
-    Problem(8, 64, dim, device).loss()  # what the libraries allocate once
-    problem = Problem(batch, rows, dim, device)
+    MemoryBankBenchmark(8, 64, dim, device).loss()  # what the libraries allocate once
+    problem = MemoryBankBenchmark(batch, rows, dim, device)
     work: Callable[[], object] = getattr(problem, way)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -227,15 +227,15 @@ def _sharded(results: Results, batch: int, rows: int, dim: int, rounds: int) -> 
 
 def sharded_part(batch: int, rows: int, dim: int, rounds: int) -> dict:
     """Run the loss on this rank's part of the problem; returns times, numbers and traffic."""
-    problem = Problem(batch, rows, dim, torch.device("cpu"))
-    found = [gather_rows(each) for each in problem.loss()]
+    problem = MemoryBankBenchmark(batch, rows, dim, torch.device("cpu"))
+    found = [all_gather_rows(each) for each in problem.loss()]
     seconds = cpu_seconds(problem.loss, rounds)
     return {"seconds": seconds, "found": found, "bytes": _traffic(problem), "formula": wire_bytes(problem)}
 
 
-def _traffic(problem: Problem) -> float:
+def _traffic(problem: MemoryBankBenchmark) -> float:
     """Return the bytes that a step puts on the loopback interface, all ranks together."""
-    if num_ranks() == 1:
+    if get_world_size() == 1:
         return 0.0
     dist.barrier()
     time.sleep(0.2)
@@ -249,17 +249,17 @@ def _traffic(problem: Problem) -> float:
     return (loopback_bytes() - before) / MEASURED_GLOO_STEPS
 
 
-def wire_bytes(problem: Problem) -> int:
+def wire_bytes(problem: MemoryBankBenchmark) -> int:
     """Return the bytes that the loss of one step has to move, all ranks together.
 
     Each rank receives the (2 D + 1) floats and the id of the (W - 1) b samples of others, sends them their parts of
     two softmaxes, (D + 1) floats each, and gets the bank's rows of both modalities for those of its b samples that
     another rank owns.
     """
-    world, dim = num_ranks(), problem.visual.shape[1]
+    world, dim = get_world_size(), problem.visual.shape[1]
     batch = len(problem.ids) * world
     gathered = (world - 1) * batch * (4 * (2 * dim + 1) + 8)
     parts = (world - 1) * batch * 2 * (dim + 1) * 4
-    owners = problem.bank.owner(gather_rows(problem.ids)).view(world, -1)
+    owners = problem.bank.owner(all_gather_rows(problem.ids)).view(world, -1)
     away = int((owners != torch.arange(world)[:, None]).sum())
     return gathered + parts + away * 2 * dim * 4

@@ -6,7 +6,7 @@ Legend: N bank rows, B global batch, W ranks, D width, k neighbours.
 from statistics import median
 
 from tools.bench.knn import features_of, search
-from tools.bench.memory_bank import Problem, sharded_part
+from tools.bench.memory_bank import MemoryBankBenchmark, sharded_part
 from tools.bench.multiprocess import on_ranks
 from tools.bench.timing import Results, Setting
 
@@ -71,7 +71,7 @@ def run(setting: Setting, batch: int, dim: int) -> Results:
 
 
 def _seconds(setting: Setting, batch: int, rows: int, dim: int) -> float:
-    problem = Problem(batch, rows, dim, setting.device)
+    problem = MemoryBankBenchmark(batch, rows, dim, setting.device)
     return median(setting.interleaved({"": problem.loss})[""])
 
 

@@ -16,12 +16,12 @@ from distav.config import loading
 from distav.config.phases import ContrastivePhase
 from distav.config.schema import Settings
 from distav.data.pipeline.loader import Batch
-from distav.distributed.process_group import joined
+from distav.distributed.process_group import process_group
 from distav.memory.bank import Bank
 from distav.models.av_model import AVModel, parameter_groups
 from distav.training.lr_schedule import learning_rate
 from distav.training.phases.contrastive import contrastive_losses
-from distav.training.run import Run, opened
+from distav.training.run import Run, open_run
 from tools.bench.loader import make_clips
 from tools.bench.timing import Results, Setting
 
@@ -108,14 +108,14 @@ def run(setting: Setting, towers: str, batch: int | None, clips: int, overrides:
             f"run.threads_per_rank={setting.threads}", "data.make.enabled=false",
             f"run.device={'gpu' if setting.device.type == 'cuda' else 'cpu'}", *overrides,
         )  # fmt: skip
-        with joined(settings.run.device.name, 600, setting.threads) as world, opened(settings, world) as whole:
+        with process_group(settings.run.device.name, 600, setting.threads) as world, open_run(settings, world) as whole:
             _measure(results, setting, settings, whole, world.device)
     return results
 
 
 def _measure(results: Results, setting: Setting, settings: Settings, whole: Run, device: torch.device) -> None:
     phase: Any = next(iter(settings.phases.values()))
-    order = whole.order(0)
+    order = whole.sampler(0)
     loaded = [whole.loader.load(order.batch(step), 0) for step in range(min(STEPS, order.steps_per_epoch))]
     batches = [loaded[step % len(loaded)] for step in range(STEPS)]
     classes, rate = len(whole.data.shards.classes), whole.data.train.sample_rate_hz
@@ -141,7 +141,7 @@ def _measure(results: Results, setting: Setting, settings: Settings, whole: Run,
     bank = Bank(
         len(whole.data.train),
         settings.model.embed_dim,
-        settings.bank.momentum,
+        settings.memory_bank.momentum,
         device,
         num_categories=classes,
         dtype=whole.bank.dtype,

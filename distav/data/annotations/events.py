@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from distav.config.errors import UserError, listed, nearest
-from distav.data.annotations.labels import class_numbers, load_labels, several_labels
-from distav.data.dataset import EVENTS, ShardSet, Split
+from distav.config.errors import UserError, format_list, did_you_mean
+from distav.data.annotations.labels import class_numbers, load_labels, multi_labels
+from distav.data.dataset import EVENTS, ShardedDataset, Split
 from distav.data.files import read_table
-from distav.data.modalities import SENSES
+from distav.data.modalities import MODALITIES
 
 EVENTS_SCHEMA = pa.schema(
     [
@@ -46,7 +46,7 @@ class EventLabels:
     segments: int
 
 
-def load_events(shards: ShardSet, split: Split, override: str = "") -> EventLabels:
+def load_events(shards: ShardedDataset, split: Split, override: str = "") -> EventLabels:
     """Read the classes of every clip of a split, one or several each, and its events where they are known.
 
     Args:
@@ -58,8 +58,8 @@ def load_events(shards: ShardSet, split: Split, override: str = "") -> EventLabe
         UserError: for labels outside the classes of the set, or a table that is broken.
     """
     weak = np.zeros((len(split), len(shards.classes)), dtype=bool)
-    if shards.several_labels:
-        for row, names in enumerate(several_labels(shards, split)):
+    if shards.multi_label:
+        for row, names in enumerate(multi_labels(shards, split)):
             weak[row, class_numbers(names, shards.classes, shards.root / "labels.parquet")] = True
     else:
         weak[np.arange(len(split)), load_labels(shards, split, override).given] = True
@@ -96,7 +96,7 @@ def events_table(
     edges = np.diff(np.pad(rows.astype(np.int8), ((0, 0), (0, 0), (0, 0), (1, 1))), axis=3)
     sample, sense, kind, start = (edges == 1).nonzero()
     end = (edges == -1).nonzero()[3]
-    names, labels = np.array(SENSES, dtype=object)[sense], np.array(classes, dtype=object)[kind]
+    names, labels = np.array(MODALITIES, dtype=object)[sense], np.array(classes, dtype=object)[kind]
     if looked_at is not None:
         empty = np.flatnonzero(looked_at & ~events.any(axis=(1, 2, 3)))
         nothing = np.full(len(empty), None)
@@ -141,13 +141,13 @@ def read_events(path: Path, key: str, split: Split, classes: list[str], weak: np
     missing = [name for name in EVENTS_SCHEMA.names if name not in (*table.column_names, "key", "source")]
     if missing:
         raise UserError(
-            f"{what}: column '{missing[0]}' is missing; a table of events has {listed(EVENTS_SCHEMA.names)}."
+            f"{what}: column '{missing[0]}' is missing; a table of events has {format_list(EVENTS_SCHEMA.names)}."
         )
     splits = table.column("split").to_numpy(zero_copy_only=False)
     rows = np.flatnonzero(splits == split.name)
     if not len(rows):
         raise UserError(
-            f"{what}: has no row of the split {split.name}, but of {listed(sorted(set(map(str, splits))))}."
+            f"{what}: has no row of the split {split.name}, but of {format_list(sorted(set(map(str, splits))))}."
         )
     table = table.take(rows)
     if "source" in table.column_names:
@@ -192,7 +192,7 @@ def _events_of(
     Raises:
         UserError: for a row of no sample, sense, class or second of the set.
     """
-    events = np.zeros((num_samples, len(SENSES), segments, len(classes)), dtype=bool)
+    events = np.zeros((num_samples, len(MODALITIES), segments, len(classes)), dtype=bool)
     looked_at = np.zeros(num_samples, dtype=bool)
     columns = (table.column(name).to_pylist() for name in ("id", "sense", "label", "start_s", "end_s"))
     for row, sample, sense, label, start, end in zip(rows.tolist(), *columns, strict=True):
@@ -202,11 +202,11 @@ def _events_of(
         looked_at[sample] = True
         if label is None and sense is None:
             continue
-        if sense not in SENSES:
-            raise UserError(f"{where}: sense '{sense}'; allowed: {listed(SENSES)}.")
+        if sense not in MODALITIES:
+            raise UserError(f"{where}: sense '{sense}'; allowed: {format_list(MODALITIES)}.")
         if label not in classes:
-            raise UserError(f"{where}: unknown class '{label}'; allowed: {listed(classes)}.{nearest(label, classes)}")
+            raise UserError(f"{where}: unknown class '{label}'; allowed: {format_list(classes)}.{did_you_mean(label, classes)}")
         if not (isinstance(start, int) and isinstance(end, int) and 0 <= start <= end <= segments):
             raise UserError(f"{where}: from {start} to {end} s; allowed: whole seconds from 0 to {segments}.")
-        events[sample, SENSES.index(sense), start:end, classes.index(label)] = True
+        events[sample, MODALITIES.index(sense), start:end, classes.index(label)] = True
     return events, looked_at

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from distav.config.errors import UserError, listed, nearest
-from distav.data.dataset import ShardSet, Split
+from distav.config.errors import UserError, format_list, did_you_mean
+from distav.data.dataset import ShardedDataset, Split
 from distav.data.files import columns_once, read_table
 
 
@@ -36,7 +36,7 @@ class Labels:
         return truth[self.pair_id] != truth
 
 
-def load_labels(shards: ShardSet, split: Split, override: str = "") -> Labels:
+def load_labels(shards: ShardedDataset, split: Split, override: str = "") -> Labels:
     """Read the labels of a split, and replace the given ones by a user's table where one is named.
 
     Args:
@@ -48,7 +48,7 @@ def load_labels(shards: ShardSet, split: Split, override: str = "") -> Labels:
     Raises:
         UserError: for labels outside the classes of the set, ids or keys it does not have, or a broken table.
     """
-    if shards.several_labels:
+    if shards.multi_label:
         if override:
             raise UserError(
                 f"data.labels={override}: clips of {shards.root} have several classes each; leave it empty."
@@ -71,7 +71,7 @@ def load_labels(shards: ShardSet, split: Split, override: str = "") -> Labels:
     return Labels(shards.classes, given, numbers("true_label"), pair)
 
 
-def _own_table(shards: ShardSet, split: Split) -> pa.Table:
+def _own_table(shards: ShardedDataset, split: Split) -> pa.Table:
     """Return the set's table of labels for a split, with a row for each of its ids, in order."""
     path = shards.root / "labels.parquet"
     table = shards.table("labels.parquet", split.name)
@@ -85,7 +85,7 @@ def _own_table(shards: ShardSet, split: Split) -> pa.Table:
     return table
 
 
-def several_labels(shards: ShardSet, split: Split) -> list[list[str]]:
+def multi_labels(shards: ShardedDataset, split: Split) -> list[list[str]]:
     """Return the classes of every clip of a set whose clips may have several.
 
     Raises:
@@ -99,9 +99,9 @@ def several_labels(shards: ShardSet, split: Split) -> list[list[str]]:
     return [each or [] for each in table.column("label").to_pylist()]
 
 
-def _combinations(shards: ShardSet, split: Split) -> Labels:
+def _combinations(shards: ShardedDataset, split: Split) -> Labels:
     """Take every combination of classes that occurs for a class of its own."""
-    names = [", ".join(sorted(map(str, each))) for each in several_labels(shards, split)]
+    names = [", ".join(sorted(map(str, each))) for each in multi_labels(shards, split)]
     classes, given = np.unique(np.array(names, dtype=object), return_inverse=True)
     table = _own_table(shards, split)
     pair = table.column("pair_id").to_numpy() if "pair_id" in table.column_names else None
@@ -118,7 +118,7 @@ def _apply(path: Path, split: Split, classes: list[str], given: np.ndarray) -> n
         raise UserError(f"data.labels={path} cannot be read as csv: {str(error).splitlines()[0]}") from None
     name = next((each for each in ("corrected", "label") if each in names), None)
     if name is None or not {"id", "key"} & set(names):
-        raise UserError(f"data.labels={path}: needs `id` or `key`, and `label`; found: {listed(names)}.")
+        raise UserError(f"data.labels={path}: needs `id` or `key`, and `label`; found: {format_list(names)}.")
     if "key" in names:
         row_of = {key: row for row, key in enumerate(split.keys.tolist())}
         wanted = table.column("key").to_pylist()
@@ -130,7 +130,7 @@ def _apply(path: Path, split: Split, classes: list[str], given: np.ndarray) -> n
     if unknown:
         raise UserError(
             f"data.labels={path}: {len(unknown)} rows name samples that split {split.name} does not have: "
-            f"{listed(unknown, 3)}. Take a table made for this set."
+            f"{format_list(unknown, 3)}. Take a table made for this set."
         )
     replaced, names = given.copy(), table.column(name).to_pylist()
     told = [row for row, label in enumerate(names) if label not in (None, "")]  # Without a label, the given one stays.
@@ -156,7 +156,7 @@ def class_numbers(names: list[str], classes: list[str], path: Path) -> np.ndarra
     unknown = sorted({str(name) for name in names if name not in number})
     if unknown:
         raise UserError(
-            f"{path}: unknown class '{unknown[0]}'; allowed: {listed(classes)}.{nearest(unknown[0], classes)}"
+            f"{path}: unknown class '{unknown[0]}'; allowed: {format_list(classes)}.{did_you_mean(unknown[0], classes)}"
         )
     return np.array([number[name] for name in names], dtype=np.int64)
 

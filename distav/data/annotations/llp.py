@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distav.config.errors import UserError, listed, nearest
+from distav.config.errors import UserError, format_list, did_you_mean
 
 SECONDS = 10
 CLASSES = (
@@ -45,7 +45,7 @@ def read_llp(folder: Path, split: str) -> Annotations:
         UserError: for an unknown split, a missing file or column, or a class or time that LLP does not have.
     """
     if split not in VIDEOS:
-        raise UserError(f"split {split}: LLP has {listed(VIDEOS)}.{nearest(split, VIDEOS)}")
+        raise UserError(f"split {split}: LLP has {format_list(VIDEOS)}.{did_you_mean(split, VIDEOS)}")
     rows = _read(folder / VIDEOS[split], ("filename", "event_labels"))
     places = {row["filename"]: number for number, row in enumerate(rows)}
     weak = np.zeros((len(rows), len(CLASSES)), dtype=bool)
@@ -72,13 +72,13 @@ def _read(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         reader = csv.DictReader(file, delimiter="\t")
         missing = set(columns) - set(reader.fieldnames or ())
         if missing:
-            raise UserError(f"{path}: has no column '{min(missing)}'; LLP's files have {listed(columns)}, with tabs.")
+            raise UserError(f"{path}: has no column '{min(missing)}'; LLP's files have {format_list(columns)}, with tabs.")
         return list(reader)
 
 
 def _class(label: str, path: Path) -> int:
     if label not in CLASSES:
-        raise UserError(f"{path}: '{label}' is no class of LLP.{nearest(label, CLASSES)}")
+        raise UserError(f"{path}: '{label}' is no class of LLP.{did_you_mean(label, CLASSES)}")
     return CLASSES.index(label)
 
 

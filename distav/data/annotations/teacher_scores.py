@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from distav.config.errors import UserError, listed
+from distav.config.errors import UserError, format_list
 from distav.data.annotations.events import segments_of
-from distav.data.dataset import ShardSet, Split
-from distav.data.modalities import SENSES
+from distav.data.dataset import ShardedDataset, Split
+from distav.data.modalities import MODALITIES
 
 CHUNK = 256
 """Samples whose scores are one file."""
@@ -44,12 +44,12 @@ def write_scores(path: Path, audio: np.ndarray, visual: np.ndarray) -> None:
     os.replace(part, path)
 
 
-def digest_of(shards: ShardSet) -> str:
+def digest_of(shards: ShardedDataset) -> str:
     """Return a digest of the manifest, by which scores know their set."""
     return hashlib.sha256(json.dumps(shards.manifest, sort_keys=True).encode()).hexdigest()
 
 
-def check_scores(folder: Path, key: str, shards: ShardSet, split: Split) -> list[int]:
+def check_scores(folder: Path, key: str, shards: ShardedDataset, split: Split) -> list[int]:
     """Make sure that a folder holds all scores of a split; returns the place of each of the set's classes in them.
 
     Args:
@@ -70,7 +70,7 @@ def check_scores(folder: Path, key: str, shards: ShardSet, split: Split) -> list
         raise UserError(f"{key}={folder}: holds scores of another set than {shards.where}; harvest this one.")
     missing = [name for name in shards.classes if name not in asked]
     if missing:
-        raise UserError(f"{key}={folder}: its teachers were not asked for {listed(missing)}.")
+        raise UserError(f"{key}={folder}: its teachers were not asked for {format_list(missing)}.")
     gone = [path for path in score_files(folder, split) if not path.exists()]
     if gone:
         raise UserError(
@@ -79,7 +79,7 @@ def check_scores(folder: Path, key: str, shards: ShardSet, split: Split) -> list
     return [asked.index(name) for name in shards.classes]
 
 
-def read_scores(folder: Path, key: str, shards: ShardSet, split: Split) -> np.ndarray:
+def read_scores(folder: Path, key: str, shards: ShardedDataset, split: Split) -> np.ndarray:
     """Return the scores of a split, [N, 2, T, C] float32, by the classes of the set; NaN where a clip was unreadable.
 
     See `check_scores` for the arguments.
@@ -90,23 +90,23 @@ def read_scores(folder: Path, key: str, shards: ShardSet, split: Split) -> np.nd
     return np.concatenate(list(_chunks(folder, key, shards, split)))
 
 
-def read_shares(folder: Path, key: str, shards: ShardSet, split: Split) -> np.ndarray:
+def read_shares(folder: Path, key: str, shards: ShardedDataset, split: Split) -> np.ndarray:
     """Return what teachers hold every clip for, [N, 2, C] float32: `clip_shares` of what `read_scores` reads."""
     return np.concatenate([clip_shares(scores) for scores in _chunks(folder, key, shards, split)])
 
 
-def _chunks(folder: Path, key: str, shards: ShardSet, split: Split) -> Iterator[np.ndarray]:
+def _chunks(folder: Path, key: str, shards: ShardedDataset, split: Split) -> Iterator[np.ndarray]:
     places = check_scores(folder, key, shards, split)
     for chunk, path in enumerate(score_files(folder, split)):
         rows = min(CHUNK, len(split) - chunk * CHUNK)
         try:
             with np.load(path, allow_pickle=False) as file:
-                both = np.stack([file[sense] for sense in SENSES], axis=1)
+                both = np.stack([file[sense] for sense in MODALITIES], axis=1)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"{path} cannot be read ({error}); delete it and run tools/harvest_labels.py again."
             ) from None
-        expected = (rows, len(SENSES), segments_of(split))
+        expected = (rows, len(MODALITIES), segments_of(split))
         if both.shape[:3] != expected or both.ndim != 4 or both.shape[3] <= max(places) or both.dtype != np.float32:
             raise UserError(
                 f"{path} holds {both.dtype} of shape {both.shape}, expected float32 of {expected} and classes."

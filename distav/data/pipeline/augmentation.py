@@ -9,7 +9,7 @@ from distav.data.dataset import Split
 
 
 @dataclass(frozen=True)
-class View:
+class ClipTransform:
     """How one clip is looked at.
 
     Attributes:
@@ -25,7 +25,7 @@ class View:
     start_frame: int
     crop: np.ndarray
     flip: bool
-    colour: np.ndarray
+    color: np.ndarray
     audio_start: int
     gain: float
     size: tuple[int, int]
@@ -34,14 +34,14 @@ class View:
 _WHOLE = np.array([0, 0, 1, 1], np.float32)
 
 
-class Viewer:
+class ClipTransformSampler:
     """Draws a view for each sample."""
 
     def __init__(self, split: Split, data: DataSettings, augment: AugmentSettings | None, seed: int):
         self.split, self.data, self.augment, self.seed = split, data, augment, seed
         self.span = (data.num_frames - 1) * data.frame_stride + 1
 
-    def view(self, sample: int, epoch: int) -> View:
+    def sample(self, sample: int, epoch: int) -> ClipTransform:
         """Return the view of a sample in an epoch; without augmentation, the middle of the clip."""
         columns = self.split.columns
         slack = max(0, int(columns["frames"][sample]) - self.span)
@@ -50,16 +50,16 @@ class Viewer:
             start = slack // 2
             colour = np.array([1, 1, 1, 0], np.float32)
             crop = _WHOLE if self.data.squash else _centre(height, width)
-            return View(start, crop, False, colour, self._audio_start(sample, start, 0.0), 1.0, (height, width))
+            return ClipTransform(start, crop, False, colour, self._audio_start(sample, start, 0.0), 1.0, (height, width))
         rng, change = np.random.default_rng([self.seed, 5, epoch, sample]), self.augment
         start = int(rng.integers(0, slack + 1))
         crop = _random_crop(height, width, change, rng)
         strengths = np.array([change.brightness, change.contrast, change.saturation, 180 * change.hue])
         colour = (np.array([1, 1, 1, 0]) + strengths * rng.uniform(-1, 1, 4)).astype(np.float32)
-        shift = change.shift_s * rng.uniform(-1, 1)
+        shift = change.audio_shift_s * rng.uniform(-1, 1)
         gain = 1 + change.gain * rng.uniform(-1, 1)
-        flip = bool(rng.uniform() < change.flip)
-        return View(start, crop, flip, colour, self._audio_start(sample, start, shift), gain, (height, width))
+        flip = bool(rng.uniform() < change.flip_prob)
+        return ClipTransform(start, crop, flip, colour, self._audio_start(sample, start, shift), gain, (height, width))
 
     def _audio_start(self, sample: int, start_frame: int, shift_s: float) -> int:
         """Centre the sound on the frames, kept inside the clip where it can be, then shift it."""

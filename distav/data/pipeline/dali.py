@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distav.config.schema import DataSettings
 from distav.data.dataset import Split
-from distav.data.pipeline.augmentation import View
+from distav.data.pipeline.augmentation import ClipTransform
 from distav.data.pipeline.avi import jpeg_frames
 from distav.data.pipeline.color import change_colors
 from distav.data.pipeline.decoder_selection import Decoder, decoder_for
@@ -38,7 +38,7 @@ class DeviceError(RuntimeError):
     """The device failed while it decoded a batch; no clip is to blame."""
 
 
-class ClipGraph:
+class ClipPipeline:
     """Decodes batches of clips and applies their views."""
 
     def __init__(self, data: DataSettings, split: Split, batch: int, device: torch.device):
@@ -58,7 +58,7 @@ class ClipGraph:
         self._threads = data.decode_threads or (torch.get_num_threads() if self.on_gpu else 1)
         self._pool = ThreadPoolExecutor(self._threads, "decoder")
 
-    def run(self, members: Sequence[Members], views: Sequence[View]) -> dict[str, Tensor]:
+    def run(self, members: Sequence[Members], views: Sequence[ClipTransform]) -> dict[str, Tensor]:
         """Decode a batch.
 
         Args:
@@ -81,7 +81,7 @@ class ClipGraph:
         except (ValueError, IndexError, av.error.FFmpegError) as error:
             raise DecodeError(dali_reason(str(error))) from None
 
-    def _try_nvdec(self, members: Sequence[Members], views: Sequence[View]) -> None:
+    def _try_nvdec(self, members: Sequence[Members], views: Sequence[ClipTransform]) -> None:
         """Decode a few clips; where NVDEC decodes none that FFmpeg decodes, FFmpeg decodes all from now on."""
         reason = ""
         for member, view in zip(members, views, strict=True):
@@ -101,11 +101,11 @@ class ClipGraph:
             )
         self._nvdec_tried = True
 
-    def _frames(self, videos: Sequence[bytes], views: Sequence[View]) -> Tensor:
+    def _frames(self, videos: Sequence[bytes], views: Sequence[ClipTransform]) -> Tensor:
         """Return augmented frames: [B, T, S, S, 3] uint8."""
         decoder, num_frames = self.route.decoder, self.data.num_frames
         crops = np.stack([view.crop for view in views])
-        colors = np.stack([view.colour for view in views])
+        colors = np.stack([view.color for view in views])
         flips = np.array([view.flip for view in views], np.int32)
         if decoder is Decoder.jpeg:
             bands, crops = _bands(views, crops, self.data.frame_size)
@@ -130,7 +130,7 @@ class ClipGraph:
             list(self._pool.map(lambda part: change_colors(*part), parts))
         return frames
 
-    def _sound(self, contents: Sequence[bytes], views: Sequence[View]) -> Tensor:
+    def _sound(self, contents: Sequence[bytes], views: Sequence[ClipTransform]) -> Tensor:
         """Return the audio of each view: [B, N] float32, silence past either end of a clip."""
         fed = {
             "audio": [np.frombuffer(each, np.uint8) for each in contents],
@@ -252,11 +252,11 @@ class ClipGraph:
             return True
         return False
 
-    def _wanted(self, view: View) -> list[int]:
+    def _wanted(self, view: ClipTransform) -> list[int]:
         return [view.start_frame + number * self.data.frame_stride for number in range(self.data.num_frames)]
 
 
-def _bands(views: Sequence[View], crops: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _bands(views: Sequence[ClipTransform], crops: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of pixels that the crops need, and the crops in pixels of the decoded bands.
 
     A JPEG image is coded row by row: decoding fewer columns saves nothing. The margin is what the antialiasing filter

@@ -5,7 +5,7 @@ from tokenize import TokenError
 
 import numpy as np
 
-from distav.data.modalities import Stream
+from distav.data.modalities import FeatureStream
 from distav.data.pipeline.reader import DecodeError
 
 KINDS = ("<f2", "<f4")
@@ -40,7 +40,7 @@ def header(content: bytes) -> tuple[tuple[int, ...], str, int]:
     return shape, kind.str, file.tell()
 
 
-def decode_features(content: bytes, stream: Stream) -> np.ndarray:
+def decode_features(content: bytes, stream: FeatureStream) -> np.ndarray:
     """Return the features of a member: [steps, dim] float32.
 
     Raises:

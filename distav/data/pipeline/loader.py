@@ -17,11 +17,11 @@ from torch import Tensor
 
 from distav.config.schema import AugmentSettings, DataSettings
 from distav.data.dataset import Split
-from distav.data.modalities import Stream
-from distav.data.pipeline.augmentation import Viewer
-from distav.data.pipeline.dali import ClipGraph
+from distav.data.modalities import FeatureStream
+from distav.data.pipeline.augmentation import ClipTransformSampler
+from distav.data.pipeline.dali import ClipPipeline
 from distav.data.pipeline.features import decode_features
-from distav.data.pipeline.reader import BadSample, DecodeError, Members, ShardReader
+from distav.data.pipeline.reader import CorruptSampleError, DecodeError, Members, ShardReader
 from distav.data.pipeline.sampler import PADDING, Ids
 from distav.data.storage.object_store import CONNECTIONS
 from distav.distributed.rng import sample_seeds
@@ -60,10 +60,10 @@ class Quarantine:
     reasons: dict[int, str] = field(default_factory=dict)
 
 
-class FeatureGraph:
+class FeatureCollator:
     """Puts batches of features together."""
 
-    def __init__(self, streams: dict[str, Stream], batch: int, device: torch.device):
+    def __init__(self, streams: dict[str, FeatureStream], batch: int, device: torch.device):
         self.streams, self.batch, self.device = streams, batch, device
         self.shapes = {name: ((stream.steps, stream.dim), torch.float32) for name, stream in streams.items()}
         """Shape and dtype of a sample of each output."""
@@ -96,9 +96,9 @@ class Loader:
         device: torch.device,
     ):
         self.split, self.data, self.seed, self.device = split, data, seed, device
-        self.viewer = None if split.streams else Viewer(split, data, augment, seed)
-        self.graph = (
-            FeatureGraph(split.streams, batch, device) if split.streams else ClipGraph(data, split, batch, device)
+        self.viewer = None if split.streams else ClipTransformSampler(split, data, augment, seed)
+        self.pipeline = (
+            FeatureCollator(split.streams, batch, device) if split.streams else ClipPipeline(data, split, batch, device)
         )
         self.reader = ShardReader(split)
         self.quarantine = Quarantine()
@@ -169,7 +169,7 @@ class Loader:
 
     def _batch(self, ids: Ids, epoch: int, members: list[Members | None]) -> Batch:
         """Decode one batch; on a GPU in a stream of its own, so that it does not wait for queued training."""
-        views = [self.viewer.view(max(0, int(sample)), epoch) for sample in ids] if self.viewer else [None] * len(ids)
+        views = [self.viewer.sample(max(0, int(sample)), epoch) for sample in ids] if self.viewer else [None] * len(ids)
         with torch.cuda.stream(self._stream):
             media = self._decode(ids, members, views)
             valid = torch.tensor([each is not None for each in members])
@@ -203,7 +203,7 @@ class Loader:
         for row in set(range(len(members))) - set(places):
             members[row] = None
         media = {}
-        for name, (shape, dtype) in self.graph.shapes.items():
+        for name, (shape, dtype) in self.pipeline.shapes.items():
             media[name] = torch.zeros(len(members), *shape, dtype=dtype, device=self.device)
             if decoded:
                 media[name][:] = decoded[0][1][name][0]
@@ -224,7 +224,7 @@ class Loader:
             part = waiting.pop()
             places = [row for row, _ in part]
             try:
-                done.append((places, self.graph.run([each for _, each in part], [views[row] for row in places])))
+                done.append((places, self.pipeline.run([each for _, each in part], [views[row] for row in places])))
             except DecodeError as error:
                 if len(part) > 1:
                     middle = len(part) // 2
@@ -245,6 +245,6 @@ class Loader:
             return None
         try:
             return self.reader.read(sample)
-        except BadSample as reason:
+        except CorruptSampleError as reason:
             self.quarantine.reasons[sample] = str(reason)
             return None

@@ -51,7 +51,7 @@ def _permutation(shard_sizes: tuple[int, ...], seed: int, epoch: int, block: int
 
 
 @dataclass(frozen=True)
-class TrainingOrder:
+class GlobalBatchSampler:
     """Endless training batches: epochs of whole global batches, a remainder is left for other epochs."""
 
     shard_sizes: Sequence[int]
@@ -77,7 +77,7 @@ class TrainingOrder:
         return [micro[number, rank] for number in range(self.accumulation)]
 
 
-def check_batch(global_batch: int, accumulation: int, num_ranks: int) -> int:
+def micro_batch_size(global_batch: int, accumulation: int, num_ranks: int) -> int:
     """Return the micro-batch of one rank.
 
     Raises:
@@ -93,7 +93,7 @@ def check_batch(global_batch: int, accumulation: int, num_ranks: int) -> int:
     return global_batch // parts
 
 
-def owned_batches(num_samples: int, batch: int, rank: int, num_ranks: int) -> list[Ids]:
+def local_batches(num_samples: int, batch: int, rank: int, num_ranks: int) -> list[Ids]:
     """Return one rank's batches of a single pass over the ids that it owns, all of one length, filled with PADDING.
 
     Every rank gets the same number of batches, so that collectives inside the pass cannot wait for ever.

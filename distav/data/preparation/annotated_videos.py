@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from distav.config.errors import UserError, listed
+from distav.config.errors import UserError, format_list
 from distav.data.annotations.ave import read_ave
 from distav.data.annotations.llp import CLASSES, VIDEOS, read_llp
-from distav.data.modalities import SENSES, STREAM_NAME, Stream
+from distav.data.modalities import MODALITIES, STREAM_NAME, FeatureStream
 from distav.data.pipeline.features import decode_features, header
 from distav.data.pipeline.reader import DecodeError
-from distav.data.preparation.encoding import Candidate, Clip, Encoding, Features, Unusable
+from distav.data.preparation.encoding import ClipSource, Clip, Encoding, Features, RejectedClip
 from distav.data.preparation.media_decoding import decode_clips
 
 ID_LENGTH = 11
@@ -43,7 +43,7 @@ class Annotation:
 
 
 @dataclass(frozen=True)
-class About:
+class SourceInfo:
     """What a source tells of its samples besides one class each; by default nothing.
 
     Attributes:
@@ -54,9 +54,9 @@ class About:
     """
 
     classes: list[str] | None = None
-    several: bool = False
+    multi_label: bool = False
     events: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict[tuple[str, str, str], np.ndarray])
-    streams: dict[str, Stream] = field(default_factory=dict[str, Stream])
+    streams: dict[str, FeatureStream] = field(default_factory=dict[str, FeatureStream])
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class EventSource:
             raise UserError(
                 f"{self.benchmark}: --features names '{twice[0]}' twice; give each stream a name of its own."
             )
-        missing = set(SENSES) - {sense for sense, _, _ in self.features}
+        missing = set(MODALITIES) - {sense for sense, _, _ in self.features}
         if self.features and missing:
             raise UserError(f"{self.benchmark}: --features has none of the sense '{min(missing)}'.")
         for folder in [self.videos] if self.videos else [folder for _, _, folder in self.features]:
@@ -91,15 +91,15 @@ class EventSource:
         # What was read of the annotations does not travel to the workers.
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
-    def candidates(self) -> list[Candidate]:
+    def candidates(self) -> list[ClipSource]:
         """Return every annotated video.
 
         Raises:
             UserError: for annotations that are missing or broken, or features of which no file can be read.
         """
-        return [Candidate(each.name, self._label(each), each.split) for each in self._annotated]
+        return [ClipSource(each.name, self._label(each), each.split) for each in self._annotated]
 
-    def clips(self, candidate: Candidate, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip | Features]:
+    def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip | Features]:
         """Decode the first clip of the video, or read its features."""
         if not self.videos:
             values = {}
@@ -109,16 +109,16 @@ class EventSource:
                         _found(self._folder(name), candidate, (".npy",)).read_bytes(), stream
                     )
                 except (DecodeError, OSError) as error:
-                    raise Unusable(f"{name}: {error}") from None
+                    raise RejectedClip(f"{name}: {error}") from None
             yield Features(values)
         else:
             yield next(decode_clips(_found(self.videos, candidate, VIDEOS_OF), candidate, encoding))
 
-    def about(self) -> About:
+    def info(self) -> SourceInfo:
         """Return classes, events and streams."""
         events = {(each.split, each.name, self._label(each)): each.events for each in self._annotated}
         known = {key: value for key, value in events.items() if value is not None}
-        return About(self.classes, self.benchmark == "llp", known, self.streams)
+        return SourceInfo(self.classes, self.benchmark == "llp", known, self.streams)
 
     @cached_property
     def classes(self) -> list[str]:
@@ -126,7 +126,7 @@ class EventSource:
         return list(CLASSES) if self.benchmark == "llp" else read_ave(self.annotations / "Annotations.txt").classes
 
     @cached_property
-    def streams(self) -> dict[str, Stream]:
+    def streams(self) -> dict[str, FeatureStream]:
         """The shape of each stream, by the first of its files."""
         found = {}
         for sense, name, folder in self.features:
@@ -139,7 +139,7 @@ class EventSource:
                 steps, dim = shape
             except (DecodeError, ValueError) as error:
                 raise UserError(f"--features {sense}:{name}: {file} does not hold [steps, dim] ({error}).") from None
-            found[name] = Stream(sense, steps, dim)
+            found[name] = FeatureStream(sense, steps, dim)
         return found
 
     def _folder(self, stream: str) -> Path:
@@ -161,20 +161,20 @@ def parse_features(text: str) -> tuple[str, str, Path]:
     """
     stream, _, folder = text.partition("=")
     sense, _, name = stream.partition(":")
-    if sense not in SENSES or not STREAM_NAME.fullmatch(name) or not folder:
+    if sense not in MODALITIES or not STREAM_NAME.fullmatch(name) or not folder:
         raise UserError(
-            f"--features {text}: write SENSE:NAME=DIR, with a sense of {listed(SENSES)} and a name of small letters, "
+            f"--features {text}: write SENSE:NAME=DIR, with a sense of {format_list(MODALITIES)} and a name of small letters, "
             "digits and _."
         )
     return sense, name, Path(folder)
 
 
-def _found(folder: Path, candidate: Candidate, suffixes: tuple[str, ...]) -> Path:
+def _found(folder: Path, candidate: ClipSource, suffixes: tuple[str, ...]) -> Path:
     """Return the file of a video, named in full or by its YouTube id."""
     files = _files(folder, suffixes)
     name = files.get(candidate.source) or files.get(candidate.source[:ID_LENGTH])
     if name is None:
-        raise Unusable(f"missing: no file {candidate.source[:ID_LENGTH]}.* in {folder}")
+        raise RejectedClip(f"missing: no file {candidate.source[:ID_LENGTH]}.* in {folder}")
     return folder / name
 
 
@@ -205,7 +205,7 @@ def _ave(folder: Path) -> list[Annotation]:
             if number is None:
                 raise UserError(f"{folder / file}: {kind} in {name} is not in Annotations.txt.")
             seconds = told.segments[number] < len(told.classes)
-            events = np.zeros((len(SENSES), len(seconds), len(told.classes)), dtype=bool)
+            events = np.zeros((len(MODALITIES), len(seconds), len(told.classes)), dtype=bool)
             events[:, seconds, told.weak[number]] = True
             found.append(Annotation(name, split, (int(told.weak[number]),), events))
     return found
@@ -214,7 +214,7 @@ def _ave(folder: Path) -> list[Annotation]:
 def _ave_rows(path: Path) -> Iterator[tuple[str, str]]:
     """Yield class and video of each line of a list, in the form of Annotations.txt."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; AVE comes with {listed(AVE_SPLITS.values())}.")
+        raise UserError(f"{path}: no such file; AVE comes with {format_list(AVE_SPLITS.values())}.")
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         parts = line.split("&")
         if len(parts) != 5:

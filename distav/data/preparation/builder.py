@@ -20,13 +20,13 @@ from distav.data.annotations.events import events_table
 from distav.data.annotations.llp import SECONDS
 from distav.data.dataset import EVENTS, members_of
 from distav.data.files import write_table
-from distav.data.preparation.annotated_videos import About, EventSource
+from distav.data.preparation.annotated_videos import SourceInfo, EventSource
 from distav.data.preparation.encode_workers import Encoded, Part, encode_all, finished
 from distav.data.preparation.encoding import Encoding
 from distav.data.preparation.noise_injection import LabelNoise, flip_labels, mismatch_pairs
 from distav.data.preparation.output_dir import (
     WORK,
-    Outcome,
+    BuildResult,
     claim,
     finish,
     ready,
@@ -42,7 +42,7 @@ CHUNK = 64
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildConfig:
     """Everything besides the source that decides the bytes of a set."""
 
     encoding: Encoding
@@ -59,7 +59,7 @@ class Plan:
             raise UserError(f"--correspondence-noise={self.correspondence_noise}: has to be a rate from 0 to 1.")
 
 
-def make_set(source: Source, out: Path, plan: Plan, workers: int, part: Part | None = None) -> Outcome:
+def build_dataset(source: Source, out: Path, plan: BuildConfig, workers: int, part: Part | None = None) -> BuildResult:
     """Write a whole set into a folder; called again after a kill, it goes on where it was.
 
     Args:
@@ -74,19 +74,19 @@ def make_set(source: Source, out: Path, plan: Plan, workers: int, part: Part | N
     """
     recipe = recipe_of(source, plan)
     try:
-        return ready(out, recipe) or _make(source, out, plan, workers, part, recipe)
+        return ready(out, recipe) or _build(source, out, plan, workers, part, recipe)
     except (OSError, UserError):
         if done := ready(out, recipe):  # Another command has finished it meanwhile.
             return done
         raise
 
 
-def _make(source: Source, out: Path, plan: Plan, workers: int, part: Part | None, recipe: dict[str, Any]) -> Outcome:
+def _build(source: Source, out: Path, plan: BuildConfig, workers: int, part: Part | None, recipe: dict[str, Any]) -> BuildResult:
     work = out / WORK
-    about = source.about() if isinstance(source, EventSource) else About()
+    about = source.info() if isinstance(source, EventSource) else SourceInfo()
     if isinstance(source, EventSource) and plan.encoding.clip_s != SECONDS:
         raise UserError(f"--clip-s={plan.encoding.clip_s:g}: the annotations are of {SECONDS} s; leave it out.")
-    if about.several and (plan.label_noise or plan.cross_class):
+    if about.multi_label and (plan.label_noise or plan.cross_class):
         raise UserError("--label-noise and --cross-class are for one class a sample; these have several.")
     claim(work, recipe)
     candidates = source.candidates()
@@ -94,7 +94,7 @@ def _make(source: Source, out: Path, plan: Plan, workers: int, part: Part | None
     encoded, rejected, seconds = encode_all(source, plan.encoding, plan.seed, chunks, work, workers, part)
     if part:
         clips = dict(Counter(each.split for each in encoded))
-        return ready(out, recipe) or Outcome(clips, len(rejected), seconds, (finished(work), len(chunks)))
+        return ready(out, recipe) or BuildResult(clips, len(rejected), seconds, (finished(work), len(chunks)))
     write_rejected(out, rejected)
     if not encoded:
         raise UserError(
@@ -102,14 +102,14 @@ def _make(source: Source, out: Path, plan: Plan, workers: int, part: Part | None
         )
     manifest = _assemble(encoded, out, work, plan, about, workers)
     finish(out, manifest | {"recipe": recipe, "rejected": len(rejected)})
-    return Outcome({name: split["clips"] for name, split in manifest["splits"].items()}, len(rejected), seconds)
+    return BuildResult({name: split["clips"] for name, split in manifest["splits"].items()}, len(rejected), seconds)
 
 
-def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: Plan, about: About, workers: int) -> dict[str, Any]:
+def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: BuildConfig, about: SourceInfo, workers: int) -> dict[str, Any]:
     """Shuffle, number and copy the encoded clips into tars; write the tables; return the manifest."""
     classes = about.classes or sorted({each.label for each in encoded})
     members = members_of(plan.encoding.codec, about.streams)
-    sounds = frozenset({name for name, each in about.streams.items() if each.sense == "audio"} or {"audio"})
+    sounds = frozenset({name for name, each in about.streams.items() if each.modality == "audio"} or {"audio"})
     splits: dict[str, Any] = {}
     index: list[dict[str, Any]] = []
     labels: list[pa.Table] = []
@@ -120,7 +120,7 @@ def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: Plan, about: 
         clips = [each for each in encoded if each.split == name]
         clips = [clips[number] for number in rng.permutation(len(clips))]
         noisy = name == "train"
-        true = np.array([0 if about.several else classes.index(each.label) for each in clips], dtype=np.int64)
+        true = np.array([0 if about.multi_label else classes.index(each.label) for each in clips], dtype=np.int64)
         swapped = plan.correspondence_noise if noisy else 0.0
         pair = mismatch_pairs(len(clips), swapped, rng, true if plan.cross_class else None)
         keys = keys_of(name, len(clips))
@@ -131,7 +131,7 @@ def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: Plan, about: 
         flips = plan.label_noise if noisy else None
         given = flip_labels(true, len(classes), flips, rng) if flips else true
         names = np.array(classes, dtype=object)
-        labels.append(_label_table(name, clips, names, given, true, pair, about.several))
+        labels.append(_label_table(name, clips, names, given, true, pair, about.multi_label))
         known = [about.events.get((name, each.source, each.label)) for each in clips]
         if clips and all(each is not None for each in known):
             annotated.append(name)
@@ -144,7 +144,7 @@ def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: Plan, about: 
                 "label_rate": float((given != true).mean()),
                 "correspondence_rate_nominal": float((pair != np.arange(len(pair))).mean()),
             }
-            if not about.several:
+            if not about.multi_label:
                 splits[name]["noise"]["correspondence_rate_semantic"] = float((true[pair] != true).mean())
     write_index(out, index, members)
     write_table(out / "labels.parquet", _with_truth(pa.concat_tables(labels), plan), work)
@@ -154,7 +154,7 @@ def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: Plan, about: 
     else:
         rates = {"fps": plan.encoding.fps, "sample_rate_hz": plan.encoding.sample_rate_hz}
         manifest |= {"codec": plan.encoding.codec, **rates}
-    if about.several:
+    if about.multi_label:
         manifest["several_labels"] = True
     if events:
         write_table(out / EVENTS, pa.concat_tables(events), work)
@@ -162,7 +162,7 @@ def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: Plan, about: 
     return manifest
 
 
-def _with_truth(table: pa.Table, plan: Plan) -> pa.Table:
+def _with_truth(table: pa.Table, plan: BuildConfig) -> pa.Table:
     """Leave out the columns of truth where no noise was injected."""
     table = table if plan.label_noise else table.drop_columns(["true_label"])
     return table if plan.correspondence_noise else table.drop_columns(["pair_id"])

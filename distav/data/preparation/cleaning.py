@@ -13,13 +13,13 @@ import pyarrow as pa
 
 from distav.config.errors import UserError
 from distav.data.annotations.labels import load_labels
-from distav.data.dataset import EVENTS, ShardSet, Split
+from distav.data.dataset import EVENTS, ShardedDataset, Split
 from distav.data.files import write_table
 from distav.data.preparation.encode_workers import Encoded
 from distav.data.preparation.encoding import Encoding
 from distav.data.preparation.output_dir import (
     WORK,
-    Outcome,
+    BuildResult,
     claim,
     finish,
     ready,
@@ -27,14 +27,14 @@ from distav.data.preparation.output_dir import (
     write_index,
     write_rejected,
 )
-from distav.data.preparation.review_decisions import Verdict, judge
+from distav.data.preparation.review_decisions import ReviewResult, apply_decisions
 from distav.data.preparation.shard_writer import Samples
 
 CHANGED = "train"
 
 
 @dataclass(frozen=True)
-class Cleaning:
+class CleaningConfig:
     """`cleaned SHARDS`: a set, and what is known of its training clips; `decisions` win over `labels`."""
 
     root: Path
@@ -70,7 +70,7 @@ class Cleaning:
         return found
 
 
-def make_cleaned(cleaning: Cleaning, out: Path, workers: int) -> Outcome:
+def clean_dataset(cleaning: CleaningConfig, out: Path, workers: int) -> BuildResult:
     """Write the cleaned set; called again after a kill, it goes on where it was.
 
     Args:
@@ -81,15 +81,15 @@ def make_cleaned(cleaning: Cleaning, out: Path, workers: int) -> Outcome:
     Raises:
         UserError: for a set of several labels, tables that do not fit it, damaged members, or if no clip is left.
     """
-    shards = ShardSet.open(cleaning.root)
-    if shards.several_labels:
+    shards = ShardedDataset.open(cleaning.root)
+    if shards.multi_label:
         raise UserError(f"{cleaning.root}: its clips have several classes each; `cleaned` takes sets of one a clip.")
     recipe = recipe_of(cleaning, cleaning.digests())
     if done := ready(out, recipe):
         return done
     train = shards.split(CHANGED, "cleaned: split")
     options = cleaning.decisions, cleaning.labels, cleaning.min_confidence, cleaning.min_correspondence
-    verdict = judge(shards, train, *options)
+    verdict = apply_decisions(shards, train, *options)
     if not len(verdict.kept):
         raise UserError(f"{cleaning.root}: every clip of {CHANGED} would be left out; lower --min-correspondence.")
     claim(out / WORK, recipe)
@@ -102,7 +102,7 @@ def make_cleaned(cleaning: Cleaning, out: Path, workers: int) -> Outcome:
     return done
 
 
-def _rejected(shards: ShardSet, split: Split, verdict: Verdict, sample: int) -> dict[str, Any]:
+def _rejected(shards: ShardedDataset, split: Split, verdict: ReviewResult, sample: int) -> dict[str, Any]:
     start = float(split.columns["start_s"][sample])
     return {
         "path": split.columns["source"][sample],
@@ -113,7 +113,7 @@ def _rejected(shards: ShardSet, split: Split, verdict: Verdict, sample: int) -> 
     }
 
 
-def _copy(shards: ShardSet, verdict: Verdict, out: Path, shard_samples: int, workers: int) -> dict[str, Any]:
+def _copy(shards: ShardedDataset, verdict: ReviewResult, out: Path, shard_samples: int, workers: int) -> dict[str, Any]:
     """Write tars and tables of every split; returns the manifest."""
     splits: dict[str, Any] = {}
     index: list[dict[str, Any]] = []
@@ -140,7 +140,7 @@ def _copy(shards: ShardSet, verdict: Verdict, out: Path, shard_samples: int, wor
     return shards.manifest | {"splits": splits}
 
 
-def _samples(shards: ShardSet, split: Split, kept: np.ndarray, out: Path) -> Samples:
+def _samples(shards: ShardedDataset, split: Split, kept: np.ndarray, out: Path) -> Samples:
     columns, manifest = split.columns, shards.manifest
     rates = {name: manifest[name] for name in ("codec", "fps", "sample_rate_hz") if name in manifest}
     encoding = Encoding(**rates, clip_s=float(columns["duration_s"][0]))
@@ -185,7 +185,7 @@ def _stored(split: Split, sample: int) -> Encoded:
     )
 
 
-def _labels(shards: ShardSet, split: Split, kept: np.ndarray, given: np.ndarray, fewer: bool) -> pa.Table:
+def _labels(shards: ShardedDataset, split: Split, kept: np.ndarray, given: np.ndarray, fewer: bool) -> pa.Table:
     """Return the rows of labels.parquet; `pair_id` names ids of before, and goes where they have changed."""
     table = shards.table("labels.parquet", split.name).take(kept)
     names = np.array(shards.classes, dtype=object)[given[kept]]
@@ -194,7 +194,7 @@ def _labels(shards: ShardSet, split: Split, kept: np.ndarray, given: np.ndarray,
     return table.drop_columns(["pair_id"]) if fewer and "pair_id" in table.column_names else table
 
 
-def _events(shards: ShardSet, split: Split, kept: np.ndarray) -> pa.Table:
+def _events(shards: ShardedDataset, split: Split, kept: np.ndarray) -> pa.Table:
     table = shards.table(EVENTS, split.name)
     new = np.full(len(split), -1)
     new[kept] = np.arange(len(kept))

@@ -14,8 +14,8 @@ import soundfile
 from scipy.ndimage import shift
 from scipy.signal import resample_poly
 
-from distav.config.errors import UserError, listed
-from distav.data.preparation.encoding import Candidate, Clip, Encoding
+from distav.config.errors import UserError, format_list
+from distav.data.preparation.encoding import ClipSource, Clip, Encoding
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEST_INDEX_BELOW = 5
@@ -38,7 +38,7 @@ class Digits:
     hold_out_speaker: str = ""
     seed: int = 0
 
-    def candidates(self) -> list[Candidate]:
+    def candidates(self) -> list[ClipSource]:
         """Pair every recording with images of its digit.
 
         Raises:
@@ -52,7 +52,7 @@ class Digits:
         matches = [match for name in sorted(_read_recordings(self.recordings)) if (match := _RECORDING.search(name))]
         speakers = sorted({match[2] for match in matches})
         if self.hold_out_speaker and self.hold_out_speaker not in speakers:
-            raise UserError(f"--hold-out-speaker={self.hold_out_speaker}: allowed: {listed(speakers)}.")
+            raise UserError(f"--hold-out-speaker={self.hold_out_speaker}: allowed: {format_list(speakers)}.")
         found = []
         for match in matches:
             digit, held_out = int(match[1]), match[2] == self.hold_out_speaker
@@ -64,12 +64,12 @@ class Digits:
                     raise UserError(f"--images {self.images}: too few images of digit {digit} for the recordings.")
                 image = unused[digit].pop()
                 split = "test" if test else "train"
-                found.append(Candidate(match[0], NAMES[digit], split, detail=(match[0], image)))
+                found.append(ClipSource(match[0], NAMES[digit], split, detail=(match[0], image)))
         if not found:
             raise UserError(f"--recordings {self.recordings}: no files named DIGIT_SPEAKER_INDEX.wav.")
         return found
 
-    def clips(self, candidate: Candidate, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
+    def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
         """Render one clip: the digit drifts over a dark ground while it is spoken."""
         name, image = candidate.detail
         digit = _read_idx(self.images, 3)[int(image)].astype(np.float32) / 255

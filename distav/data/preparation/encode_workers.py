@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
-from distav.data.preparation.encoding import Candidate, Encoding, Unusable
+from distav.data.preparation.encoding import ClipSource, Encoding, RejectedClip
 from distav.data.preparation.sources import Source
 
 
@@ -87,7 +87,7 @@ def encode_all(
     source: Source,
     encoding: Encoding,
     seed: int,
-    chunks: list[list[Candidate]],
+    chunks: list[list[ClipSource]],
     work: Path,
     workers: int,
     part: Part | None = None,
@@ -144,7 +144,7 @@ def _encode_chunk(
     encoding: Encoding,
     seed: int,
     number: int,
-    candidates: list[Candidate],
+    candidates: list[ClipSource],
     work: Path,
     deadly: frozenset[int] = frozenset(),
 ) -> None:
@@ -156,7 +156,7 @@ def _encode_chunk(
         for place, candidate in enumerate(candidates):
             try:
                 if place in deadly:
-                    raise Unusable("not decodable: the decoder crashed on it")
+                    raise RejectedClip("not decodable: the decoder crashed on it")
                 for clip in source.clips(candidate, encoding, _rng(seed, number, place)):
                     members = {}
                     for name, content in clip.members(encoding).items():
@@ -175,7 +175,7 @@ def _encode_chunk(
                             members=members,
                         )
                     )
-            except Unusable as reason:
+            except RejectedClip as reason:
                 facts = asdict(candidate)
                 row = {name: facts[name] for name in ("start_s", "end_s", "label")}
                 rejected.append({"path": candidate.source, **row, "reason": str(reason)})
@@ -190,7 +190,7 @@ def _rng(seed: int, number: int, place: int) -> np.random.Generator:
 
 
 def _encode_carefully(
-    source: Source, encoding: Encoding, seed: int, number: int, candidates: list[Candidate], work: Path
+    source: Source, encoding: Encoding, seed: int, number: int, candidates: list[ClipSource], work: Path
 ) -> None:
     """Find the candidates that kill their process, and encode the chunk without them.
 
@@ -215,8 +215,8 @@ def _encode_carefully(
     _encode_chunk(source, encoding, seed, number, candidates, work, frozenset(deadly))
 
 
-def _try(source: Source, encoding: Encoding, candidate: Candidate, rng: np.random.Generator) -> None:
+def _try(source: Source, encoding: Encoding, candidate: ClipSource, rng: np.random.Generator) -> None:
     """Decode one candidate to see whether the process lives through it."""
-    with contextlib.suppress(Unusable):
+    with contextlib.suppress(RejectedClip):
         for _ in source.clips(candidate, encoding, rng):
             pass

@@ -9,7 +9,7 @@ import numpy as np
 import soundfile
 from av.video.stream import VideoStream
 
-from distav.config.errors import UserError, listed, nearest
+from distav.config.errors import UserError, format_list, did_you_mean
 from distav.data.dataset import VIDEO_EXTENSIONS
 from distav.data.pipeline.features import encode_features
 
@@ -18,12 +18,12 @@ KEYFRAME_INTERVAL = 12
 """Frames between key frames: short, so that a few frames can be had without decoding the whole clip."""
 
 
-class Unusable(Exception):
+class RejectedClip(Exception):
     """A clip that cannot be used; the message is the reason that rejected.csv gives."""
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ClipSource:
     """What a clip is to be made from: a file, a stretch of it, or something to render."""
 
     source: str
@@ -83,7 +83,7 @@ class Encoding:
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise UserError(
-                f"--codec={self.codec}: allowed: {listed(CODECS)}.{nearest(self.codec, CODECS)} MJPEG decodes fastest "
+                f"--codec={self.codec}: allowed: {format_list(CODECS)}.{did_you_mean(self.codec, CODECS)} MJPEG decodes fastest "
                 "on a CPU and anywhere, VP9 is smaller and decodes anywhere, H.264 is smallest to make and wants a GPU."
             )
         for name, value in (("fps", self.fps), ("clip-s", self.clip_s), ("sample-rate", self.sample_rate_hz)):

@@ -11,26 +11,26 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 
-from distav.data.preparation.encoding import Candidate, Clip, Encoding, Unusable
+from distav.data.preparation.encoding import ClipSource, Clip, Encoding, RejectedClip
 
 _MEDIA_MARKS = (b"ftyp", b"RIFF", b"\x1aE\xdf\xa3", b"OggS", b"FLV", b"\x00\x00\x01\xba", b"moov", b"mdat")
 
 
-def decode_clips(path: Path, candidate: Candidate, encoding: Encoding) -> Iterator[Clip]:
+def decode_clips(path: Path, candidate: ClipSource, encoding: Encoding) -> Iterator[Clip]:
     """Cut a file, or a stretch of it, into consecutive clips of the wanted length.
 
     Raises:
         Unusable: missing, truncated, not a video, without picture, without sound, or too short.
     """
     if not path.is_file():
-        raise Unusable("missing: no such file")
+        raise RejectedClip("missing: no such file")
     try:
         with av.open(str(path)) as container:
             frames = _frames(container, candidate, encoding)
         with av.open(str(path)) as container:
             sound = _sound(container, candidate, encoding)
     except (av.error.FFmpegError, ValueError, OSError) as error:
-        raise Unusable(f"{_damage(path)}: {getattr(error, 'strerror', None) or error}") from None
+        raise RejectedClip(f"{_damage(path)}: {getattr(error, 'strerror', None) or error}") from None
     length = min(len(frames) / encoding.fps, len(sound) / encoding.sample_rate_hz)
     count = int(length / encoding.clip_s + 1e-6)
     if (
@@ -40,7 +40,7 @@ def decode_clips(path: Path, candidate: Candidate, encoding: Encoding) -> Iterat
     ):
         count = 1  # Audio coders drop or delay some milliseconds; the rest is padded.
     if not count:
-        raise Unusable(f"too short: {length:.2f} s of picture and sound, a clip takes {encoding.clip_s:g} s")
+        raise RejectedClip(f"too short: {length:.2f} s of picture and sound, a clip takes {encoding.clip_s:g} s")
     for number in range(count):
         first, start = number * encoding.num_frames, number * encoding.num_audio_samples
         piece = sound[start : start + encoding.num_audio_samples]
@@ -51,11 +51,11 @@ def decode_clips(path: Path, candidate: Candidate, encoding: Encoding) -> Iterat
         )
 
 
-def _frames(container: InputContainer, candidate: Candidate, encoding: Encoding) -> np.ndarray:
+def _frames(container: InputContainer, candidate: ClipSource, encoding: Encoding) -> np.ndarray:
     """Return the frames of the stretch at the wanted rate and size, [T, H, W, 3] uint8."""
     streams = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
     if not streams:
-        raise Unusable("no picture: the file has no video stream")
+        raise RejectedClip("no picture: the file has no video stream")
     stream = streams[0]
     stream.thread_type = "AUTO"
     stream.codec_context.thread_count = 1
@@ -78,7 +78,7 @@ def _frames(container: InputContainer, candidate: Candidate, encoding: Encoding)
         if candidate.end_s is not None and now >= candidate.end_s:
             break
     if shown is None:
-        raise Unusable("truncated: no frame could be decoded")
+        raise RejectedClip("truncated: no frame could be decoded")
     end_s = last_s + step
     stop = min(end_s, candidate.end_s) if candidate.end_s is not None else end_s
     while candidate.start_s + len(kept) / encoding.fps < stop - 1e-6:
@@ -89,9 +89,9 @@ def _frames(container: InputContainer, candidate: Candidate, encoding: Encoding)
         declared = max(0.0, min(declared, stream.frames / float(stream.average_rate)))
         needed = min(needed, declared)
     if end_s < needed - max(0.5, 2 * step):
-        raise Unusable(f"truncated: {needed:.2f} s declared, {end_s:.2f} s decoded")
+        raise RejectedClip(f"truncated: {needed:.2f} s declared, {end_s:.2f} s decoded")
     if not kept:
-        raise Unusable(f"too short: the stretch begins at {candidate.start_s:g} s, the picture ends at {end_s:.2f} s")
+        raise RejectedClip(f"too short: the stretch begins at {candidate.start_s:g} s, the picture ends at {end_s:.2f} s")
     return np.stack(kept)
 
 
@@ -102,10 +102,10 @@ def _picture(frame: VideoFrame, encoding: Encoding) -> np.ndarray:
     return np.rot90(image, turns) if turns else image
 
 
-def _sound(container: InputContainer, candidate: Candidate, encoding: Encoding) -> np.ndarray:
+def _sound(container: InputContainer, candidate: ClipSource, encoding: Encoding) -> np.ndarray:
     """Return the mono sound of the stretch, [N] float32."""
     if not container.streams.audio:
-        raise Unusable("no sound: the file has no audio stream")
+        raise RejectedClip("no sound: the file has no audio stream")
     stream = container.streams.audio[0]
     if candidate.start_s > 1:
         container.seek(int((candidate.start_s - 1) * av.time_base))
@@ -121,7 +121,7 @@ def _sound(container: InputContainer, candidate: Candidate, encoding: Encoding) 
     pieces += [each.to_ndarray().reshape(-1) for each in resampler.resample(None)]
     sound = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
     if not len(sound):
-        raise Unusable("no sound: no audio could be decoded")
+        raise RejectedClip("no sound: no audio could be decoded")
     rate = encoding.sample_rate_hz
     origin = (container.start_time or 0) / av.time_base
     lead = round(((begins or 0.0) - origin - candidate.start_s) * rate)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distav.config.errors import UserError, nearest
+from distav.config.errors import UserError, did_you_mean
 
 _KINDS = ("symmetric", "asymmetric")
 
@@ -31,7 +31,7 @@ class LabelNoise:
             return None
         kind, _, rate = text.partition(":")
         if kind not in _KINDS:
-            raise UserError(f"{option}={text}: write symmetric:RATE or asymmetric:RATE.{nearest(kind, _KINDS)}")
+            raise UserError(f"{option}={text}: write symmetric:RATE or asymmetric:RATE.{did_you_mean(kind, _KINDS)}")
         try:
             value = float(rate)
         except ValueError:

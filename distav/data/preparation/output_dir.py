@@ -21,20 +21,20 @@ from distav.config.errors import UserError
 from distav.config.version import __version__
 from distav.data.dataset import TABLES, index_schema
 from distav.data.files import unfinished, write_atomically, write_table
-from distav.data.integrity import described
+from distav.data.integrity import file_entry
 
 WORK = ".work"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BuildResult:
     """What came of it: clips by split, of a whole set; chunks that are encoded and those of all, of a part."""
 
     clips: dict[str, int]
     rejected: int
     seconds: float
     chunks: tuple[int, int] | None = None
-    relabelled: int | None = None
+    num_relabeled: int | None = None
     """Clips of a cleaned set with another label than before."""
 
 
@@ -43,7 +43,7 @@ def recipe_of(source: Any, plan: Any) -> dict[str, Any]:
     return {"distav": __version__, "source": _described(source), "plan": _described(plan)}
 
 
-def ready(out: Path, recipe: dict[str, Any]) -> Outcome | None:
+def ready(out: Path, recipe: dict[str, Any]) -> BuildResult | None:
     """Return what came of a set that is finished, None where it is not.
 
     Raises:
@@ -56,7 +56,7 @@ def ready(out: Path, recipe: dict[str, Any]) -> Outcome | None:
         raise UserError(f"{out} holds a set made with other arguments; choose another folder or delete it.")
     shutil.rmtree(out / WORK, ignore_errors=True)
     clips = {name: split["clips"] for name, split in made["splits"].items()}
-    return Outcome(clips, made["rejected"], 0.0, relabelled=made.get("relabelled"))
+    return BuildResult(clips, made["rejected"], 0.0, num_relabeled=made.get("relabelled"))
 
 
 def _described(thing: Any) -> Any:
@@ -121,7 +121,7 @@ def write_index(out: Path, rows: list[dict[str, Any]], members: Iterable[str]) -
 
 def finish(out: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest, the last of a set's files, with what its tables are."""
-    manifest |= {"tables": {name: described(out / name) for name in TABLES if (out / name).exists()}}
+    manifest |= {"tables": {name: file_entry(out / name) for name in TABLES if (out / name).exists()}}
     text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
     write_atomically(out / "manifest.json", text.encode(), out / WORK)
     shutil.rmtree(out / WORK, ignore_errors=True)

@@ -11,17 +11,17 @@ from distav.distributed.collectives import broadcast
 from distav.distributed.process_group import World
 
 
-def make_missing(data: DataSettings, world: World) -> None:
+def render_missing_dataset(data: DataSettings, world: World) -> None:
     """Render the synthetic set where `data.make.enabled` and the folder, no URL, holds none; all ranks wait for it.
 
     Raises:
         UserError: where it could not be made.
     """
-    if not data.make.enabled or is_url(data.root):
+    if not data.synthetic.enabled or is_url(data.root):
         return
     status = 0
     if world.is_main and not (Path(data.root) / "manifest.json").is_file():
-        make = data.make
+        make = data.synthetic
         options = [
             f"--train-clips={make.train_clips}",
             f"--test-clips={make.test_clips}",

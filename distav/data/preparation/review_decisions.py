@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from distav.config.errors import UserError, listed, nearest
+from distav.config.errors import UserError, format_list, did_you_mean
 from distav.data.annotations.labels import load_labels
-from distav.data.dataset import ShardSet, Split
+from distav.data.dataset import ShardedDataset, Split
 from distav.data.files import read_table
 
 PAIRS = ("wrong", "right", "")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ReviewResult:
     """What becomes of the clips of a split.
 
     Attributes:
@@ -38,14 +38,14 @@ class Verdict:
         return np.setdiff1d(np.arange(len(self.after)), list(self.left_out))
 
 
-def judge(
-    shards: ShardSet,
+def apply_decisions(
+    shards: ShardedDataset,
     split: Split,
     decisions: Path | None,
     labels: Path | None,
     min_confidence: float,
     min_correspondence: float,
-) -> Verdict:
+) -> ReviewResult:
     """Apply a run's table, then a person's, which is the last word on every clip it names.
 
     Args:
@@ -86,7 +86,7 @@ def judge(
             left_out.pop(sample, None)
             if pair == "wrong":
                 left_out[sample] = "pair found wrong"
-    return Verdict(given, after, left_out)
+    return ReviewResult(given, after, left_out)
 
 
 def _columns(path: Path, option: str, needed: list[str]) -> dict[str, list[str]]:
@@ -104,7 +104,7 @@ def _columns(path: Path, option: str, needed: list[str]) -> dict[str, list[str]]
     missing = [name for name in needed if name not in columns]
     if missing:
         raise UserError(
-            f"{what}: column '{missing[0]}' is missing; needed: {listed(needed)}; found: {listed(columns)}."
+            f"{what}: column '{missing[0]}' is missing; needed: {format_list(needed)}; found: {format_list(columns)}."
         )
     return {name: ["" if each is None else str(each) for each in values] for name, values in columns.items()}
 
@@ -120,7 +120,7 @@ def _csv_columns(path: Path, what: str) -> dict[str, list[Any]]:
         if len(row) != len(head):
             raise UserError(f"{what}, row {number + 1}: {len(row)} cells, the header has {len(head)}.")
     if len(set(head)) < len(head):
-        raise UserError(f"{what}: two columns have one name: {listed(head)}.")
+        raise UserError(f"{what}: two columns have one name: {format_list(head)}.")
     return {name: [row[place] for row in rows] for place, name in enumerate(head)}
 
 
@@ -129,8 +129,8 @@ def _samples(keys: list[str], place: dict[str, int], what: str, split: Split) ->
     unknown = [key for key in keys if key not in place]
     if unknown:
         raise UserError(
-            f"{what}: {len(unknown)} keys are not in split {split.name} of {split.root}: {listed(unknown, 3)}; "
-            f"allowed: {listed(split.keys, 2)}. Take a table made for this set."
+            f"{what}: {len(unknown)} keys are not in split {split.name} of {split.root}: {format_list(unknown, 3)}; "
+            f"allowed: {format_list(split.keys, 2)}. Take a table made for this set."
         )
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
@@ -140,7 +140,7 @@ def _samples(keys: list[str], place: dict[str, int], what: str, split: Split) ->
 
 def _class(name: str, classes: list[str], where: str) -> int:
     if name not in classes:
-        raise UserError(f"{where}: unknown class '{name}'; allowed: {listed(classes)}.{nearest(name, classes)}")
+        raise UserError(f"{where}: unknown class '{name}'; allowed: {format_list(classes)}.{did_you_mean(name, classes)}")
     return classes.index(name)
 
 

@@ -42,7 +42,7 @@ class Samples:
     split: str
     keys: Sequence[str]
     clips: Sequence[Encoded]
-    donors: np.ndarray
+    audio_source: np.ndarray
     members: dict[str, str]
     sounds: frozenset[str]
     encoding: Encoding
@@ -70,7 +70,7 @@ class Samples:
         return described, [self._row(shard, number, members[self.keys[number]]) for number in ids]
 
     def _holder(self, number: int, member: str) -> Encoded:
-        return self.clips[self.donors[number] if member in self.sounds else number]
+        return self.clips[self.audio_source[number] if member in self.sounds else number]
 
     def _write_tar(self, path: Path, ids: range) -> None:
         """Write a tar beside its place and rename it."""

@@ -11,8 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from distav.config.errors import UserError, listed
-from distav.data.preparation.encoding import Candidate, Clip, Encoding, Features
+from distav.config.errors import UserError, format_list
+from distav.data.preparation.encoding import ClipSource, Clip, Encoding, Features
 from distav.data.preparation.media_decoding import decode_clips
 
 
@@ -22,11 +22,11 @@ class Source(Protocol):
     Only the builder uses what annotated sources (`distav.data.preparation.annotated_videos`) provide in addition.
     """
 
-    def candidates(self) -> list[Candidate]:
+    def candidates(self) -> list[ClipSource]:
         """Return everything that clips may be made from, always in the same order."""
         ...
 
-    def clips(self, candidate: Candidate, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip | Features]:
+    def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip | Features]:
         """Make the clips of one candidate, or raise Unusable."""
         ...
 
@@ -39,7 +39,7 @@ class VideoFolder:
     test_share: float = 0.1
     seed: int = 0
 
-    def candidates(self) -> list[Candidate]:
+    def candidates(self) -> list[ClipSource]:
         """Return every file in every class folder.
 
         Raises:
@@ -57,7 +57,7 @@ class VideoFolder:
             )
             num_test = round(self.test_share * len(files))
             found += [
-                Candidate(str(file.relative_to(self.folder)), folder.name, "test" if place < num_test else "train")
+                ClipSource(str(file.relative_to(self.folder)), folder.name, "test" if place < num_test else "train")
                 for place, file in enumerate(files)
             ]
         if not found:
@@ -66,7 +66,7 @@ class VideoFolder:
             )
         return found
 
-    def clips(self, candidate: Candidate, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
+    def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
         """Decode the file and cut it."""
         return decode_clips(self.folder / candidate.source, candidate, encoding)
 
@@ -77,7 +77,7 @@ class MediaFiles:
 
     folder: Path
 
-    def candidates(self) -> list[Candidate]:
+    def candidates(self) -> list[ClipSource]:
         """Return every file.
 
         Raises:
@@ -86,9 +86,9 @@ class MediaFiles:
         files = sorted(each for each in self.folder.rglob("*") if each.is_file() and not each.name.startswith("."))
         if not files:
             raise UserError(f"{self.folder}: holds no manifest.json of a set of shards, and no media files.")
-        return [Candidate(str(file.relative_to(self.folder)), "clip", "files") for file in files]
+        return [ClipSource(str(file.relative_to(self.folder)), "clip", "files") for file in files]
 
-    def clips(self, candidate: Candidate, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
+    def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
         """Decode the file and cut it."""
         return decode_clips(self.folder / candidate.source, candidate, encoding)
 
@@ -99,7 +99,7 @@ class ClipList:
 
     file: Path
 
-    def candidates(self) -> list[Candidate]:
+    def candidates(self) -> list[ClipSource]:
         """Return every row.
 
         Raises:
@@ -118,7 +118,7 @@ class ClipList:
             names = reader.fieldnames or []
             if not {"path", "label"} <= set(names) or set(names) - set(allowed):
                 raise UserError(
-                    f"csv {self.file}: header {listed(names)}; needed: path, label; allowed: {listed(allowed)}."
+                    f"csv {self.file}: header {format_list(names)}; needed: path, label; allowed: {format_list(allowed)}."
                 )
             for row in reader:
                 where = f"csv {self.file}, line {reader.line_num}"
@@ -131,11 +131,11 @@ class ClipList:
                 times = (start or 0.0, math.inf if end is None else end)
                 if not 0 <= times[0] < times[1] or (end is not None and not math.isfinite(end)):
                     raise UserError(f"{where}: start_s={start} and end_s={end}; end_s has to come after start_s >= 0.")
-                found.append(Candidate(row["path"], row["label"], row.get("split") or "train", start or 0.0, end))
+                found.append(ClipSource(row["path"], row["label"], row.get("split") or "train", start or 0.0, end))
         if not found:
             raise UserError(f"csv {self.file}: no rows.")
         return found
 
-    def clips(self, candidate: Candidate, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
+    def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
         """Decode the stretch and cut it."""
         return decode_clips(self.file.parent / candidate.source, candidate, encoding)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distav.data.preparation.encoding import Candidate, Clip, Encoding
+from distav.data.preparation.encoding import ClipSource, Clip, Encoding
 
 CLASSES = (
     ("disc", "tone"),
@@ -28,22 +28,22 @@ class Scenes:
     train_clips: int = 1200
     test_clips: int = 300
 
-    def candidates(self) -> list[Candidate]:
+    def candidates(self) -> list[ClipSource]:
         """Return the scenes to render, classes in turn."""
         return [
-            Candidate(f"{split}-scene-{number}", "+".join(CLASSES[number % len(CLASSES)]), split)
+            ClipSource(f"{split}-scene-{number}", "+".join(CLASSES[number % len(CLASSES)]), split)
             for split, count in (("train", self.train_clips), ("test", self.test_clips))
             for number in range(count)
         ]
 
-    def clips(self, candidate: Candidate, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
+    def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
         """Render one scene."""
         shape, voice = candidate.label.split("+")
         size = rng.uniform(0.5, 1.0)
-        yield Clip(_paint(shape, size, encoding, rng), _sing(voice, size, encoding, rng))
+        yield Clip(_render_frames(shape, size, encoding, rng), _render_audio(voice, size, encoding, rng))
 
 
-def _paint(shape: str, size: float, encoding: Encoding, rng: np.random.Generator) -> np.ndarray:
+def _render_frames(shape: str, size: float, encoding: Encoding, rng: np.random.Generator) -> np.ndarray:
     side = encoding.side
     axis = np.linspace(-1, 1, side, dtype=np.float32)
     y, x = np.meshgrid(axis, axis, indexing="ij")
@@ -70,7 +70,7 @@ def _paint(shape: str, size: float, encoding: Encoding, rng: np.random.Generator
     return (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
 
 
-def _sing(voice: str, size: float, encoding: Encoding, rng: np.random.Generator) -> np.ndarray:
+def _render_audio(voice: str, size: float, encoding: Encoding, rng: np.random.Generator) -> np.ndarray:
     rate = encoding.sample_rate_hz
     time = np.arange(encoding.num_audio_samples) / rate
     pitch = min(rate / 10, 1200.0) * (1.3 - size) * rng.uniform(0.9, 1.1)

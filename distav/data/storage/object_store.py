@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from distav.config.errors import UserError, listed
-from distav.data.integrity import MANIFEST, Damaged, check
+from distav.config.errors import UserError, format_list
+from distav.data.integrity import MANIFEST, CorruptFileError, verify_file
 from distav.data.storage.cache import Cache, default_folder
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "https": "aiohttp", "http": "aiohttp"}
@@ -45,7 +45,7 @@ _NETWORK = "Mend the network, or name the store by AWS_ENDPOINT_URL where it is 
 T = TypeVar("T")
 
 
-class Unreadable(UserError):
+class StorageError(UserError):
     """Something could not be read from a store.
 
     Attributes:
@@ -62,7 +62,7 @@ def is_url(root: str | Path) -> bool:
     return "://" in str(root)
 
 
-class Remote:
+class ObjectStore:
     """A set in a store.
 
     Attributes:
@@ -130,9 +130,9 @@ class Remote:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / "lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                with contextlib.suppress(Damaged):
+                with contextlib.suppress(CorruptFileError):
                     if expected:
-                        return check(self.folder, name, expected)
+                        return verify_file(self.folder, name, expected)
                 with self.cache.written(name) as part:
                     self.download(name, part)
         except OSError as error:
@@ -141,7 +141,7 @@ class Remote:
                 "that can be written."
             ) from None
         if expected:
-            check(self.folder, name, expected)
+            verify_file(self.folder, name, expected)
 
     def download(self, name: str, path: Path) -> None:
         """Copy a whole object into a file.
@@ -149,7 +149,7 @@ class Remote:
         Raises:
             Unreadable: where it cannot be read.
         """
-        self._patiently(name, lambda system: system.get_file(self._address(name), str(path)))
+        self._with_retries(name, lambda system: system.get_file(self._address(name), str(path)))
 
     def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
         """Return the bytes of objects by name, None for those that are not there: of all by one listing if possible.
@@ -169,15 +169,15 @@ class Remote:
         if self.url.startswith("http"):
             return None
         try:
-            found = self._patiently("", lambda system: system.ls(self.url, detail=True))
-        except Unreadable:
+            found = self._with_retries("", lambda system: system.ls(self.url, detail=True))
+        except StorageError:
             return None
         return {each["name"].rpartition("/")[2]: each["size"] for each in found if each["type"] == "file"}
 
     def _size(self, name: str) -> int | None:
         try:
-            return self._patiently(name, lambda system: system.info(self._address(name)))["size"]
-        except Missing:
+            return self._with_retries(name, lambda system: system.info(self._address(name)))["size"]
+        except ObjectNotFoundError:
             return None
 
     def _range(self, name: str, offset: int, size: int) -> bytes:
@@ -190,19 +190,19 @@ class Remote:
                 raise OSError(f"{len(content)} of {size} bytes came")
             return content
 
-        content = self._patiently(name, ask)
+        content = self._with_retries(name, ask)
         if len(content) > size:
-            raise Unreadable(self.url, "the server sends whole files, and no byte ranges", "Take a server that does.")
+            raise StorageError(self.url, "the server sends whole files, and no byte ranges", "Take a server that does.")
         return content
 
-    def _patiently(self, name: str, ask: Callable[[Any], T]) -> T:
+    def _with_retries(self, name: str, ask: Callable[[Any], T]) -> T:
         """Ask the store, and again after a while where it failed for a reason that may pass."""
         waits = [WAIT_S * 2**number for number in range(TRIES - 1)]
         while True:
             try:
                 return ask(self._system)
             except Exception as error:  # noqa: BLE001  # every store has errors of its own
-                status, said = _understood(error)
+                status, said = _classify_error(error)
                 if 400 <= status < 500 and status not in _LATER or not waits:
                     raise _fault(self.url, name, status, said) from None
                 # Not from a generator that anything learnt depends on.
@@ -220,7 +220,7 @@ class Remote:
         return self._systems[process]
 
 
-class Missing(Unreadable):
+class ObjectNotFoundError(StorageError):
     """An object is not there."""
 
 
@@ -228,7 +228,7 @@ def _checked(url: str) -> str:
     """Return a URL without a slash at its end, or refuse it."""
     protocol, parts = url.partition("://")[0], urlsplit(url)
     if protocol not in PACKAGES:
-        raise UserError(f"data.root={url}: is not read here; allowed: a folder, or a URL of {listed(PACKAGES)}.")
+        raise UserError(f"data.root={url}: is not read here; allowed: a folder, or a URL of {format_list(PACKAGES)}.")
     if not parts.netloc or set("?#@") & set(url) or "::" in url:
         raise UserError(
             f"data.root={protocol}://...: allowed: {protocol}://place/folder, without a query, chains (::) or "
@@ -267,7 +267,7 @@ def _file_system(url: str) -> Any:
     return system
 
 
-def _understood(error: Exception) -> tuple[int, str]:
+def _classify_error(error: Exception) -> tuple[int, str]:
     """Return an HTTP status, 0 for none, and what a store's error says; raises any other error again."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and not _from(cause, "botocore"):
@@ -292,9 +292,9 @@ def _from(error: Exception, *libraries: str) -> bool:
     return type(error).__module__.partition(".")[0] in libraries
 
 
-def _fault(url: str, name: str, status: int, said: str) -> Unreadable:
+def _fault(url: str, name: str, status: int, said: str) -> StorageError:
     if status == 404:
-        return Missing(url, f"no {name or 'such folder'} there ({said})", _PLACE)
+        return ObjectNotFoundError(url, f"no {name or 'such folder'} there ({said})", _PLACE)
     if status in (401, 403):
-        return Unreadable(url, f"{name} may not be read ({said})", _CREDENTIALS)
-    return Unreadable(url, f"{name} cannot be read ({said})", _NETWORK)
+        return StorageError(url, f"{name} may not be read ({said})", _CREDENTIALS)
+    return StorageError(url, f"{name} cannot be read ({said})", _NETWORK)

@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import torch
 from omegaconf import OmegaConf
 
-from distav.config.cli import ended_by
+from distav.config.cli import exit_with_error
 from distav.config.errors import UserError
-from distav.data.dataset import ShardSet, Split
+from distav.data.dataset import ShardedDataset, Split
 from distav.evaluation.embedding import Embeddings, Encoders
-from distav.tools.audit.issues import corrections_of, label_problems, neighbors_of, pair_problems
+from distav.tools.audit.issues import corrections_of, label_issues, neighbors_of, pair_issues
 from distav.tools.audit.page import Audit, write_page
 
 
@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError as error:
             raise UserError(f"--out={out}: {error.strerror}; choose another file.") from None
     except UserError as error:
-        return ended_by(error, "audit")
-    counts = ", ".join(f"{len(each.ids)} {each.kind} problems" for each in audit.problems)
+        return exit_with_error(error, "audit")
+    counts = ", ".join(f"{len(each.ids)} {each.kind} problems" for each in audit.issues)
     print(f"{out}: {counts}, {len(audit.shown())} clips, {out.stat().st_size / 2**20:.1f} MiB; open it in a browser")
     return 0
 
@@ -69,10 +69,10 @@ def _audit(options: argparse.Namespace) -> Audit:
         raise UserError(f"{run}: no report.json there; give the folder of a finished run, runs/NAME.")
     settings = OmegaConf.load(run / "config.yaml")  # As it was: what distav allows may have changed since.
     report: dict[str, Any] = json.loads((run / "report.json").read_text())
-    shards = ShardSet.open(options.shards or settings.data.root)
+    shards = ShardedDataset.open(options.shards or settings.data.root)
     split = shards.split(settings.data.train_split)
     table = corrections_of(run, report, split)
-    problems = [label_problems(table), pair_problems(table)]
+    problems = [label_issues(table), pair_issues(table)]
     facts = {
         "run": f"{settings.run.name} ({', '.join(settings.phases)})",
         "set": f"{shards.where}, split {split.name}",

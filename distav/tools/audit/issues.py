@@ -11,19 +11,19 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from distav.config.errors import UserError, listed
+from distav.config.errors import UserError, format_list
 from distav.data.dataset import Split
 from distav.data.files import read_table
 from distav.evaluation.embedding import Embeddings, unit
 from distav.memory.knn import LARGEST_K, nearest_neighbors
 
 COLUMNS = ("id", "key", "given", "corrected", "voted", "confidence", "agreement", "correspondence")
-DOUBTED = 0.5
+MISMATCH_THRESHOLD = 0.5
 """Pairs that are less probable than this look wrong."""
 
 
 @dataclass(frozen=True)
-class Problems:
+class Issues:
     """Clips that look wrong in one way, the surest first.
 
     Attributes:
@@ -38,19 +38,19 @@ class Problems:
     scores: np.ndarray
     total: int
 
-    def first(self, most: int) -> "Problems":
+    def first(self, most: int) -> "Issues":
         """Return the surest ones; all of them where `most` is 0."""
-        return Problems(self.kind, self.ids[: most or None], self.scores[: most or None], self.total)
+        return Issues(self.kind, self.ids[: most or None], self.scores[: most or None], self.total)
 
 
-def ranked(kind: str, scores: np.ndarray, wrong: np.ndarray) -> Problems:
+def ranked(kind: str, scores: np.ndarray, wrong: np.ndarray) -> Issues:
     """Rank what is said to be wrong by its scores, equal ones by id: [N] each."""
     order = np.argsort(-scores, kind="stable")
     order = order[wrong[order]]
-    return Problems(kind, order, scores[order], len(order))
+    return Issues(kind, order, scores[order], len(order))
 
 
-def label_problems(table: pa.Table) -> Problems:
+def label_issues(table: pa.Table) -> Issues:
     """Rank the clips whose neighbours voted for another label by how little of their votes went to the given one.
 
     Some of these the correction leaves as they are, since most given labels are right; a person can tell.
@@ -60,10 +60,10 @@ def label_problems(table: pa.Table) -> Problems:
     return ranked("label", 1 - agreement, given != voted)
 
 
-def pair_problems(table: pa.Table) -> Problems:
+def pair_issues(table: pa.Table) -> Issues:
     """Rank the clips whose sound and picture probably do not belong together."""
     correspondence = table.column("correspondence").to_numpy().astype(np.float64)
-    return ranked("pair", 1 - correspondence, correspondence < DOUBTED)
+    return ranked("pair", 1 - correspondence, correspondence < MISMATCH_THRESHOLD)
 
 
 def corrections_of(run: Path, report: dict[str, Any], split: Split) -> pa.Table:
@@ -80,7 +80,7 @@ def corrections_of(run: Path, report: dict[str, Any], split: Split) -> pa.Table:
         table = table.append_column("voted", table.column("corrected"))
     missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
-        raise UserError(f"{path}: lacks {listed(missing)}; it is no table of a correction.")
+        raise UserError(f"{path}: lacks {format_list(missing)}; it is no table of a correction.")
     if table.column("key").to_pylist() != split.keys.tolist():
         raise UserError(f"{path}: its keys are not those of split {split.name} of {split.root}; give its own --shards.")
     return table

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from distav.data.dataset import Split
 from distav.data.files import unfinished
 from distav.data.pipeline.decoding import decode_clip
-from distav.data.pipeline.reader import BadSample, DecodeError, ShardReader
-from distav.tools.audit.issues import Problems
+from distav.data.pipeline.reader import CorruptSampleError, DecodeError, ShardReader
+from distav.tools.audit.issues import Issues
 from distav.tools.audit.thumbnails import small_sound, strip
 
 Neighbors = dict[str, tuple[np.ndarray, ...]]
@@ -45,14 +45,14 @@ class Audit:
     classes: list[str]
     table: pa.Table
     found: dict[str, Any]
-    problems: list[Problems]
+    issues: list[Issues]
     neighbors: list[Neighbors]
     facts: dict[str, str]
 
     def shown(self) -> np.ndarray:
         """Return the ids of all clips on the page, problems and neighbours, in order."""
         near = [ids.ravel() for each in self.neighbors for ids, _ in each.values()]
-        every = np.unique(np.concatenate([np.zeros(0, np.int64), *(each.ids for each in self.problems), *near]))
+        every = np.unique(np.concatenate([np.zeros(0, np.int64), *(each.ids for each in self.issues), *near]))
         return every[every >= 0]
 
 
@@ -86,7 +86,7 @@ def _media(audit: Audit, height: int) -> Iterator[str]:
         for place, clip in enumerate(tqdm(audit.shown(), unit="clip", desc="pictures and sounds", mininterval=1)):
             try:
                 frames, sound = decode_clip(reader.read(int(clip)))
-            except (BadSample, DecodeError):
+            except (CorruptSampleError, DecodeError):
                 continue
             contents = {"f": strip(frames, height), "a": small_sound(sound, audit.split.sample_rate_hz)}
             for kind, content in contents.items():
@@ -107,7 +107,7 @@ def _data(audit: Audit) -> dict[str, Any]:
     np.add.at(counts, (given, corrected), 1)
     columns = audit.split.columns
     items: dict[str, list[Any]] = {name: [] for name in ("kind", "clip", "score", "visual", "audio")}
-    for problems, near in zip(audit.problems, audit.neighbors, strict=True):
+    for problems, near in zip(audit.issues, audit.neighbors, strict=True):
         items["kind"] += [problems.kind] * len(problems.ids)
         items["clip"] += np.searchsorted(clips, problems.ids).tolist()
         items["score"] += problems.scores.tolist()
@@ -121,7 +121,7 @@ def _data(audit: Audit) -> dict[str, Any]:
         "title": audit.title,
         "digest": _digest(audit.table),
         "classes": audit.classes,
-        "found": {problems.kind: problems.total for problems in audit.problems},
+        "found": {problems.kind: problems.total for problems in audit.issues},
         "facts": list(audit.facts.items()),
         # Rates are known where votes said anything of the labels.
         "noise": {

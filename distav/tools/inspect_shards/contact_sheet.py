@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from distav.config.errors import UserError, listed, nearest
-from distav.data.annotations.labels import load_labels, several_labels
-from distav.data.dataset import ShardSet, Split
+from distav.config.errors import UserError, format_list, did_you_mean
+from distav.data.annotations.labels import load_labels, multi_labels
+from distav.data.dataset import ShardedDataset, Split
 from distav.data.pipeline.decoding import decode_clip
-from distav.data.pipeline.reader import BadSample, DecodeError, ShardReader
+from distav.data.pipeline.reader import CorruptSampleError, DecodeError, ShardReader
 from distav.tools.inspect_shards.drawing import Cell, draw
 from distav.tools.inspect_shards.measurements import measure_clip
 from distav.tools.inspect_shards.text_table import WIDTH, cut, table
@@ -41,10 +41,10 @@ def show(
     Raises:
         UserError: for a set of features, or a split, class or key that it does not have.
     """
-    shards = ShardSet.open(root)
+    shards = ShardedDataset.open(root)
     if shards.streams:
         raise UserError(
-            f"{root} holds features, {listed(shards.streams)}: nothing to see or hear; `stats` counts them."
+            f"{root} holds features, {format_list(shards.streams)}: nothing to see or hear; `stats` counts them."
         )
     if out.suffix.lower() != ".png":
         raise UserError(f"--out={out}: has to end in .png.")
@@ -66,9 +66,9 @@ def show(
     return not faults
 
 
-def _labels(shards: ShardSet, split: Split) -> list[list[str]]:
-    if shards.several_labels:
-        return several_labels(shards, split)
+def _labels(shards: ShardedDataset, split: Split) -> list[list[str]]:
+    if shards.multi_label:
+        return multi_labels(shards, split)
     labels = load_labels(shards, split)
     return [[labels.classes[number]] for number in labels.given]
 
@@ -78,15 +78,15 @@ def _by_keys(split: Split, keys: list[str]) -> list[int]:
     unknown = [key for key in keys if key not in place]
     if unknown:
         raise UserError(
-            f"--keys {unknown[0]}: not in split {split.name} of {split.root}, which has {listed(split.keys, 3)}; "
+            f"--keys {unknown[0]}: not in split {split.name} of {split.root}, which has {format_list(split.keys, 3)}; "
             "give another --split or key."
         )
     return [place[key] for key in keys]
 
 
-def _by_chance(shards: ShardSet, split: Split, labels: list[list[str]], kind: str, clips: int, seed: int) -> list[int]:
+def _by_chance(shards: ShardedDataset, split: Split, labels: list[list[str]], kind: str, clips: int, seed: int) -> list[int]:
     if kind and kind not in shards.classes:
-        raise UserError(f"--class={kind}: allowed: {listed(shards.classes)}.{nearest(kind, shards.classes)}")
+        raise UserError(f"--class={kind}: allowed: {format_list(shards.classes)}.{did_you_mean(kind, shards.classes)}")
     among = [number for number, names in enumerate(labels) if not kind or kind in names]
     if not among:
         raise UserError(f"--class={kind}: no clip of {split.name} has this label; give another --class or --split.")
@@ -99,7 +99,7 @@ def _cell(reader: ShardReader, sample: int, names: list[str]) -> Cell:
     key, label = str(split.keys[sample]), ", ".join(names)
     try:
         frames, sound = decode_clip(reader.read(sample))
-    except (BadSample, DecodeError) as reason:
+    except (CorruptSampleError, DecodeError) as reason:
         return Cell(key, label, str(reason))
     seen = measure_clip(frames, sound, split.sample_rate_hz)
     traits = [trait for trait in ("silent", "black", "still") if seen[trait]]

@@ -15,10 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from distav.config.errors import UserError
-from distav.data.dataset import ShardSet, Split
+from distav.data.dataset import ShardedDataset, Split
 from distav.data.pipeline.decoding import decode_clip
 from distav.data.pipeline.features import decode_features
-from distav.data.pipeline.reader import BadSample, DecodeError, ShardReader
+from distav.data.pipeline.reader import CorruptSampleError, DecodeError, ShardReader
 
 SILENT_DBFS = -60.0
 """A clip is silent whose peak is below."""
@@ -90,7 +90,7 @@ def _open(root: str | Path, split: str) -> None:
 
     global _reader
     torch.set_num_threads(1)
-    _reader = ShardReader(ShardSet.open(root).split(split))
+    _reader = ShardReader(ShardedDataset.open(root).split(split))
 
 
 def _measure_opened(ids: list[int]) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ def _measure(reader: ShardReader, sample: int) -> dict[str, Any]:
     for name in split.members:
         try:
             members[name] = reader.member(sample, name)
-        except BadSample as reason:
+        except CorruptSampleError as reason:
             damaged[name] = str(reason)
     if damaged:
         return {"damaged": damaged}

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from distav.config.errors import listed
-from distav.data.annotations.labels import load_labels, several_labels
-from distav.data.dataset import ShardSet, Split
+from distav.config.errors import format_list
+from distav.data.annotations.labels import load_labels, multi_labels
+from distav.data.dataset import ShardedDataset, Split
 from distav.tools.inspect_shards.measurements import BLACK_PIXEL, BLACK_SHARE, SILENT_DBFS, measure
 from distav.tools.inspect_shards.text_table import WIDTH, cut, printable, table
 
@@ -31,10 +31,10 @@ def stats(root: str | Path, clips: int, seed: int, workers: int) -> dict[str, An
     Raises:
         UserError: where the set cannot be opened.
     """
-    shards = ShardSet.open(root)
+    shards = ShardedDataset.open(root)
     manifest = shards.manifest
     found = {name: manifest[name] for name in ("codec", "fps", "sample_rate_hz", "streams") if name in manifest}
-    found |= {"root": str(root), "classes": len(shards.classes), "several_labels": shards.several_labels, "splits": {}}
+    found |= {"root": str(root), "classes": len(shards.classes), "several_labels": shards.multi_label, "splits": {}}
     for name in manifest["splits"]:
         split = shards.split(name)
         chosen = np.arange(len(split))
@@ -46,7 +46,7 @@ def stats(root: str | Path, clips: int, seed: int, workers: int) -> dict[str, An
     return found
 
 
-def _contents(shards: ShardSet, split: Split) -> dict[str, Any]:
+def _contents(shards: ShardedDataset, split: Split) -> dict[str, Any]:
     """Count what the tables say of a split."""
     columns = split.columns
     of_sources = np.bincount(split.source_codes)
@@ -76,10 +76,10 @@ def _counted(values: list[Any]) -> dict[str, int]:
     return {str(names[place]): int(counts[place]) for place in order}
 
 
-def _classes(shards: ShardSet, split: Split) -> dict[str, dict[str, float]]:
+def _classes(shards: ShardedDataset, split: Split) -> dict[str, dict[str, float]]:
     """Return clips of each class and their share, the most frequent first; a clip counts in each of its own."""
-    if shards.several_labels:
-        given = [name for names in several_labels(shards, split) for name in names]
+    if shards.multi_label:
+        given = [name for names in multi_labels(shards, split) for name in names]
     else:
         labels = load_labels(shards, split)
         given = [labels.classes[number] for number in labels.given]
@@ -132,7 +132,7 @@ def stats_json(found: dict[str, Any]) -> bytes:
 def told(found: dict[str, Any], most: int) -> str:
     """Return the figures as text, with so many rows of a table and keys of a list."""
     kind = (
-        f"features {listed(found['streams'])}"
+        f"features {format_list(found['streams'])}"
         if "streams" in found
         else (f"{found['codec']} at {found['fps']:g} frames/s, sound at {found['sample_rate_hz']} Hz")
     )
@@ -145,7 +145,7 @@ def told(found: dict[str, Any], most: int) -> str:
 
 def _told_split(name: str, split: dict[str, Any], most: int) -> list[str]:
     size = f"{split['tar_bytes'] / 1e6:.1f} MB in {split['tars']} tars"
-    lengths = listed((f"{float(each):g} s" for each in split["clip_s"]), 4)
+    lengths = format_list((f"{float(each):g} s" for each in split["clip_s"]), 4)
     lines = [
         f"{name}: {split['clips']} clips of {lengths} from {split['sources']} sources, {split['hours']:.2f} h, {size}"
     ]
@@ -188,7 +188,7 @@ def _told_looks(decoded: dict[str, Any], most: int) -> list[str]:
         lines.append(f"  {decoded['without_loudness']} too short or too quiet for a loudness")
     for name, what in about.items():
         if name in decoded:
-            keys = f": {listed(decoded[name], most)}" if decoded[name] else ""
+            keys = f": {format_list(decoded[name], most)}" if decoded[name] else ""
             line = printable(f"{len(decoded[name])} {what}{keys}")
             lines += textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ")
     for key, reasons in [*decoded["damaged"].items(), *decoded["undecodable"].items()][:most]:

@@ -12,9 +12,9 @@ from typing import Any
 from distav.config.errors import UserError
 from distav.data.annotations.events import load_events
 from distav.data.annotations.labels import load_labels
-from distav.data.dataset import ShardSet, Split
-from distav.data.pipeline.reader import BadSample, ShardReader
-from distav.data.storage.object_store import Missing, Remote, Unreadable
+from distav.data.dataset import ShardedDataset, Split
+from distav.data.pipeline.reader import CorruptSampleError, ShardReader
+from distav.data.storage.object_store import ObjectNotFoundError, ObjectStore, StorageError
 from distav.data.storage.tar import by_key, dali_index
 
 _MOST_JSON = 1 << 20
@@ -30,7 +30,7 @@ def verify(root: str | Path, labels: str = "") -> Iterator[str]:
     Raises:
         UserError: where nothing can be checked, as the manifest is missing or damaged.
     """
-    shards = ShardSet.open(root)
+    shards = ShardedDataset.open(root)
     named: set[str] = set()
     for name, content in shards.manifest["splits"].items():
         named |= {each["name"] for each in content["shards"]}
@@ -47,17 +47,17 @@ def verify(root: str | Path, labels: str = "") -> Iterator[str]:
             yield f"{shards.where}/{name}: manifest.json does not name this shard"
 
 
-def _labels(shards: ShardSet, split: Split, table: str) -> Iterator[str]:
+def _labels(shards: ShardedDataset, split: Split, table: str) -> Iterator[str]:
     try:
-        if shards.several_labels or split.name in shards.manifest.get("annotated", ()):
+        if shards.multi_label or split.name in shards.manifest.get("annotated", ()):
             load_events(shards, split)
-        if not shards.several_labels:
+        if not shards.multi_label:
             load_labels(shards, split, table)
     except UserError as error:
         yield str(error)
 
 
-def _copied(shards: ShardSet, split: Split) -> Iterator[str]:
+def _copied(shards: ShardedDataset, split: Split) -> Iterator[str]:
     """Check a remote split as a local one, of which one shard is here at a time."""
     with tempfile.TemporaryDirectory(prefix="distav-verify-") as folder:
         here = replace(split, remote=None, shards=[Path(folder, path.name) for path in split.shards])
@@ -65,7 +65,7 @@ def _copied(shards: ShardSet, split: Split) -> Iterator[str]:
             yield fault.replace(folder, shards.where)
 
 
-def _content(shards: ShardSet, split: Split, remote: Remote | None = None) -> Iterator[str]:
+def _content(shards: ShardedDataset, split: Split, remote: ObjectStore | None = None) -> Iterator[str]:
     digests = [each.get("sha256") for each in shards.manifest["splits"][split.name]["shards"]]
     first = 0
     for number, path in enumerate(split.shards):
@@ -74,18 +74,18 @@ def _content(shards: ShardSet, split: Split, remote: Remote | None = None) -> It
         try:
             with _fetched(remote, path), contextlib.closing(ShardReader(split)) as reader:
                 yield from _whole(split, reader, number, path, ids, digests[number])
-        except Unreadable as fault:
+        except StorageError as fault:
             yield f"{path}: {fault.reason}"
 
 
 @contextlib.contextmanager
-def _fetched(remote: Remote | None, shard: Path) -> Iterator[None]:
+def _fetched(remote: ObjectStore | None, shard: Path) -> Iterator[None]:
     """Have a remote shard and its index here for a while."""
     index = shard.with_suffix(".idx")
     try:
         if remote:
             remote.download(shard.name, shard)
-            with contextlib.suppress(Missing):
+            with contextlib.suppress(ObjectNotFoundError):
                 remote.download(index.name, index)
         yield
     finally:
@@ -122,7 +122,7 @@ def _shard(split: Split, reader: ShardReader, number: int, path: Path, ids: rang
             yield from _members(split, path, sample, key, _by_extension(there.get(key, [])))
         try:
             reader.read(sample)
-        except BadSample as reason:
+        except CorruptSampleError as reason:
             yield f"{path}: '{key}': {reason}"
 
 

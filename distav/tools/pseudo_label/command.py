@@ -21,8 +21,8 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from distav.config.cli import add_rank_options, ended_by
-from distav.config.errors import UserError, listed
+from distav.config.cli import add_rank_options, exit_with_error
+from distav.config.errors import UserError, format_list
 from distav.config.schema import DataSettings
 from distav.data.annotations.events import events_table, load_events, segments_of
 from distav.data.annotations.teacher_scores import (
@@ -34,16 +34,16 @@ from distav.data.annotations.teacher_scores import (
     score_files,
     write_scores,
 )
-from distav.data.dataset import ShardSet, Split
+from distav.data.dataset import ShardedDataset, Split
 from distav.data.files import write_atomically, write_table
-from distav.data.modalities import SENSES
+from distav.data.modalities import MODALITIES
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.sampler import padded_batches
-from distav.distributed.collectives import broadcast, on_main, wait_for_all
-from distav.distributed.process_group import World, joined
-from distav.evaluation.event_metrics import parsing_scores
+from distav.distributed.collectives import broadcast, run_on_main_rank, barrier
+from distav.distributed.process_group import World, process_group
+from distav.evaluation.event_metrics import event_metrics
 from distav.tools.pseudo_label.prompts import Prompts, read_prompts
-from distav.tools.pseudo_label.teachers import ImageTeacher, SoundTeacher, Teacher
+from distav.tools.pseudo_label.teachers import ImageTeacher, AudioTeacher, Teacher
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,19 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.batch < 1:
             raise UserError(f"--batch={options.batch}: allowed: from 1 up.")
-        shards = ShardSet.open(options.shards, cache_mib=DataSettings().cache_mib)
+        shards = ShardedDataset.open(options.shards, cache_mib=DataSettings().cache_mib)
         prompts = read_prompts(options.prompts)
         order = _check(shards, prompts, options.prompts)
         splits = [shards.split(name, "--splits") for name in options.splits or shards.manifest["splits"]]
-        with joined(options.device, options.timeout_s, options.threads) as world:
+        with process_group(options.device, options.timeout_s, options.threads) as world:
             out = options.out
-            on_main(lambda: _claim(out, shards, prompts))
+            run_on_main_rank(lambda: _claim(out, shards, prompts))
             for split in splits:
                 _score(split, prompts, out, options.batch, world)
-            wait_for_all()
-            on_main(lambda: _tell(shards, prompts, order, out))
+            barrier()
+            run_on_main_rank(lambda: _tell(shards, prompts, order, out))
     except UserError as error:
-        return ended_by(error, "harvest_labels")
+        return exit_with_error(error, "harvest_labels")
     return 0
 
 
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(shards: ShardSet, prompts: dict[str, Prompts], path: Path) -> list[int]:
+def _check(shards: ShardedDataset, prompts: dict[str, Prompts], path: Path) -> list[int]:
     """Return the place of each of the set's classes among the prompts."""
     if shards.streams:
         raise UserError(f"{shards.where} holds features; teachers look at clips and listen to them.")
@@ -91,17 +91,17 @@ def _check(shards: ShardSet, prompts: dict[str, Prompts], path: Path) -> list[in
             f"{shards.where} stores {fps:g} frames a second, so that seconds have no frame of their own; make it with "
             "a whole number of --fps."
         )
-    asked = prompts[SENSES[0]].classes
+    asked = prompts[MODALITIES[0]].classes
     missing = [name for name in shards.classes if name not in asked]
     if missing:
         raise UserError(
-            f"{path}: has no prompts for {listed(missing)} of {shards.where}; add them under classes, with a caption "
+            f"{path}: has no prompts for {format_list(missing)} of {shards.where}; add them under classes, with a caption "
             "and a threshold for each sense."
         )
     return [asked.index(name) for name in shards.classes]
 
 
-def _claim(out: Path, shards: ShardSet, prompts: dict[str, Prompts]) -> None:
+def _claim(out: Path, shards: ShardedDataset, prompts: dict[str, Prompts]) -> None:
     """Make sure that the scores in a folder, if any, are of this set and these captions."""
     asked = {sense: [each.checkpoint, each.classes, each.captions] for sense, each in prompts.items()}
     text = json.dumps({"set": digest_of(shards), "asked": asked}, indent=1, sort_keys=True)
@@ -117,7 +117,7 @@ def _score(split: Split, prompts: dict[str, Prompts], out: Path, batch: int, wor
     todo = broadcast([chunk for chunk, path in enumerate(score_files(out, split)) if not path.exists()])
     if todo:
         segments = segments_of(split)
-        audio = SoundTeacher(prompts["audio"], world.device, split.sample_rate_hz, segments)
+        audio = AudioTeacher(prompts["audio"], world.device, split.sample_rate_hz, segments)
         visual = ImageTeacher(prompts["visual"], world.device)
         data = DataSettings(
             num_frames=segments, frame_stride=round(split.fps), frame_size=visual.frame_size, squash=True,
@@ -126,7 +126,7 @@ def _score(split: Split, prompts: dict[str, Prompts], out: Path, batch: int, wor
         loader = Loader(split, data, None, 0, batch, world.device)
         bar = tqdm(total=len(todo), unit="chunk", desc=f"{split.name}, {CHUNK} clips each", disable=not world.is_main)
         for number, chunk in enumerate(todo):
-            if number % world.num_ranks == world.rank:
+            if number % world.world_size == world.rank:
                 ids = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, len(split)))
                 _score_chunk(loader, ids, {"audio": audio, "visual": visual}, out, chunk)
             bar.update()
@@ -136,8 +136,8 @@ def _score(split: Split, prompts: dict[str, Prompts], out: Path, batch: int, wor
 
 def _score_chunk(loader: Loader, ids: np.ndarray, teachers: dict[str, Teacher], out: Path, chunk: int) -> None:
     """Score some samples and write their file; NaN where one could not be read."""
-    found: dict[str, list[np.ndarray]] = {sense: [] for sense in SENSES}
-    size = loader.graph.batch
+    found: dict[str, list[np.ndarray]] = {sense: [] for sense in MODALITIES}
+    size = loader.pipeline.batch
     plan = padded_batches(ids, size, -(-len(ids) // size))
     for batch in loader.batches((some, 0) for some in plan):
         media = {"audio": batch.media["sound"], "visual": batch.media["frames"]}
@@ -148,12 +148,12 @@ def _score_chunk(loader: Loader, ids: np.ndarray, teachers: dict[str, Teacher], 
     write_scores(score_file(out, loader.split.name, chunk), whole["audio"], whole["visual"])
 
 
-def _tell(shards: ShardSet, prompts: dict[str, Prompts], order: list[int], out: Path) -> None:
+def _tell(shards: ShardedDataset, prompts: dict[str, Prompts], order: list[int], out: Path) -> None:
     """Write the events that pass their thresholds and the clips' own labels, and how right they are.
 
     Splits are told of that were scored in this call or in an earlier one.
     """
-    thresholds = np.stack([prompts[sense].thresholds[order] for sense in SENSES])[None, :, None, :]
+    thresholds = np.stack([prompts[sense].thresholds[order] for sense in MODALITIES])[None, :, None, :]
     tables, quality = [], dict[str, Any]()
     for name in shards.manifest["splits"]:
         split = shards.split(name, "--splits")
@@ -170,7 +170,7 @@ def _tell(shards: ShardSet, prompts: dict[str, Prompts], order: list[int], out: 
         share = 100 * told.any(axis=2).mean(axis=(0, 2)) / max(1e-9, known.weak.mean())
         line = f"{split.name}: of the classes of {len(split)} clips {share[0]:.1f} % are heard, {share[1]:.1f} % seen"
         if known.events is not None:
-            quality[split.name] = parsing_scores(told, known.events)
+            quality[split.name] = event_metrics(told, known.events)
             seconds = quality[split.name]["segment"]
             line += f"; beside what people say: A {seconds['audio']:.1f}, V {seconds['visual']:.1f}, "
             line += f"Type@AV {seconds['type']:.1f}, Event@AV {seconds['event']:.1f}"

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from distav.config.errors import UserError, listed
-from distav.data.modalities import SENSES
+from distav.config.errors import UserError, format_list
+from distav.data.modalities import MODALITIES
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def read_prompts(path: Path) -> dict[str, Prompts]:
     if not classes:
         raise UserError(f"{path}: classes is empty; give at least one.")
     found = {}
-    for sense in SENSES:
+    for sense in MODALITIES:
         teacher = _part(content, sense, dict, path)
         template = _part(teacher, "template", str, path, f"{sense}.")
         if template.count("{}") != 1:
@@ -63,5 +63,5 @@ def _part(content: Any, key: str, kind: type | tuple[type, ...], path: Path, whe
     value = content.get(key) if isinstance(content, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool):
         kinds = [each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,))]
-        raise UserError(f"{path}: {where}{key} is missing or not of the kind {listed(kinds)}.")
+        raise UserError(f"{path}: {where}{key} is missing or not of the kind {format_list(kinds)}.")
     return value

@@ -42,7 +42,7 @@ class ImageTeacher:
         self.frame_size = int(self.model.config.vision_config.image_size)
         looks = _read(transformers.AutoImageProcessor, prompts.checkpoint)
         self.mean, self.std = (torch.tensor(each, device=device) for each in (looks.image_mean, looks.image_std))
-        words = _words(transformers, prompts, device)
+        words = _tokenize(transformers, prompts, device)
         with torch.inference_mode():
             self.captions = _unit(self.model.get_text_features(**words).pooler_output)
 
@@ -55,7 +55,7 @@ class ImageTeacher:
         return (self.model.logit_scale.exp() * seen @ self.captions.T).float().unflatten(0, media.shape[:2])
 
 
-class SoundTeacher:
+class AudioTeacher:
     """CLAP (Wu et al. 2023): the sound of each segment against a caption of each class, as scaled cosines."""
 
     def __init__(self, prompts: Prompts, device: torch.device, sample_rate_hz: int, segments: int):
@@ -73,15 +73,15 @@ class SoundTeacher:
         transformers = _transformers()
         self.device, self.rate, self.segments = device, sample_rate_hz, segments
         self.model = _read(transformers.ClapModel, prompts.checkpoint).eval().to(device)
-        self.hears = _read(transformers.AutoFeatureExtractor, prompts.checkpoint)
-        words = _words(transformers, prompts, device)
+        self.feature_extractor = _read(transformers.AutoFeatureExtractor, prompts.checkpoint)
+        words = _tokenize(transformers, prompts, device)
         with torch.inference_mode():
             self.captions = _unit(self.model.get_text_features(**words).pooler_output)
 
     @torch.inference_mode()
     def scores(self, media: Tensor) -> Tensor:
         """Score sound [B, N] float32 in [-1, 1]; a segment is repeated until it is as long as CLAP's input."""
-        rate = int(self.hears.sampling_rate)
+        rate = int(self.feature_extractor.sampling_rate)
         sound = AF.resample(media.to(self.device).float(), self.rate, rate)
         length = sound.shape[1] // self.segments
         starts = np.linspace(0, sound.shape[1], self.segments + 1).round().astype(int)[:-1]
@@ -98,7 +98,7 @@ class SoundTeacher:
 
         The extractor itself takes one piece after the other on the CPU, and serves for those that it would cut.
         """
-        hears, size = self.hears, int(self.hears.nb_max_samples)
+        hears, size = self.feature_extractor, int(self.feature_extractor.nb_max_samples)
         if pieces.shape[1] > size or hears.padding != "repeatpad":
             fed = hears(list(pieces.cpu().numpy()), sampling_rate=hears.sampling_rate, return_tensors="pt")
             return fed["input_features"].to(self.device)
@@ -117,7 +117,7 @@ def _unit(embedded: Tensor) -> Tensor:
     return F.normalize(embedded.float(), dim=1)
 
 
-def _words(transformers: Any, prompts: Prompts, device: torch.device) -> dict[str, Tensor]:
+def _tokenize(transformers: Any, prompts: Prompts, device: torch.device) -> dict[str, Tensor]:
     tokens = _read(transformers.AutoTokenizer, prompts.checkpoint)(prompts.captions, padding=True, return_tensors="pt")
     return {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
 

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from distav.data.files import write_atomically
-from distav.data.integrity import described, seal, sync
-from distav.distributed.collectives import num_ranks, rank
+from distav.data.integrity import file_entry, write_manifest, sync
+from distav.distributed.collectives import get_world_size, get_rank
 
 _NAME = re.compile(r"step-\d{9}-\d{3}-\d{6}")
 
 
-def published(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder that were given their names, the oldest first."""
     return sorted(each for each in folder.glob("step-*") if _NAME.fullmatch(each.name))
 
 
-class Writer(threading.Thread):
+class CheckpointWriter(threading.Thread):
     """Writes one rank's files; on the main rank also waits for those of the others, and gives the whole its name."""
 
     def __init__(
@@ -35,7 +35,7 @@ class Writer(threading.Thread):
         super().__init__(name="checkpoint", daemon=True)
         self.part, self.whole, self.files, self.state, self.keep = part, whole, files, state, keep
         self.written, self.given_up = threading.Event(), threading.Event()
-        self.fault: str | None = None
+        self.error: str | None = None
         self.seconds = 0.0
 
     def run(self) -> None:
@@ -44,11 +44,11 @@ class Writer(threading.Thread):
         try:
             self._write()
             self.written.set()
-            if rank() == 0:
+            if get_rank() == 0:
                 self._publish()
         except Exception as error:  # noqa: BLE001  # told at the next checkpoint, by whoever waits
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            self.fault = f"rank {rank()}, {self.part}: {reason}"
+            self.error = f"rank {get_rank()}, {self.part}: {reason}"
         finally:
             self.seconds = time.monotonic() - began
             self.files.clear()
@@ -60,25 +60,25 @@ class Writer(threading.Thread):
         if self.state is not None:
             (self.part / "state.json").write_bytes(self.state)
         names = [*self.files, *(["state.json"] if self.state is not None else [])]
-        found = {name: described(self.part / name) for name in names}
-        write_atomically(self.part / _done(rank()), json.dumps(found).encode())
+        found = {name: file_entry(self.part / name) for name in names}
+        write_atomically(self.part / _done(get_rank()), json.dumps(found).encode())
 
     def _publish(self) -> None:
         files: dict[str, Any] = {}
-        for each in range(num_ranks()):
+        for each in range(get_world_size()):
             path = self.part / _done(each)
             while not path.exists():
                 if self.given_up.wait(0.02):
                     return
             files |= json.loads(path.read_text())
             path.unlink()
-        seal(self.part, files)
+        write_manifest(self.part, files)
         if self.whole.exists():  # A run that was rolled back comes by here again.
             os.replace(self.whole, self.part / ".before")
         os.replace(self.part, self.whole)
         shutil.rmtree(self.whole / ".before", ignore_errors=True)
         sync(self.whole.parent)
-        for each in published(self.whole.parent)[: -self.keep]:
+        for each in list_checkpoints(self.whole.parent)[: -self.keep]:
             shutil.rmtree(each, ignore_errors=True)
 
 
@@ -86,11 +86,11 @@ def _done(of: int) -> str:
     return f"rank-{of:05d}.json"
 
 
-class Ranges:
+class RangeReader:
     """Reads ranges of flattened parameters out of the files of all ranks, a rank's own first."""
 
     def __init__(self, folder: Path):
-        own = folder / f"engine-{rank():05d}.safetensors"
+        own = folder / f"engine-{get_rank():05d}.safetensors"
         files = sorted(folder.glob("engine-*.safetensors"))
         self._files: Iterator[Path] = iter(sorted(files, key=lambda each: each != own))
         self._places: dict[str, list[tuple[int, int, Any, str]]] = {}
@@ -132,6 +132,6 @@ class Ranges:
 
 def bank_parts(folder: Path) -> Iterator[dict[str, Tensor]]:
     """Yield the saved bank rows of each rank, a rank's own first."""
-    own = folder / f"bank-{rank():05d}.safetensors"
+    own = folder / f"bank-{get_rank():05d}.safetensors"
     for path in sorted(folder.glob("bank-*.safetensors"), key=lambda each: each != own):
         yield safetensors.torch.load_file(path)

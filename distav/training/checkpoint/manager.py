@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from distav.config.errors import UserError
-from distav.data.integrity import Damaged, check, files_of
-from distav.distributed.collectives import broadcast, gather_objects, num_ranks, rank, wait_for_all
+from distav.data.integrity import CorruptFileError, verify_file, read_manifest
+from distav.distributed.collectives import broadcast, all_gather_objects, get_world_size, get_rank, barrier
 from distav.memory.bank import Bank
-from distav.training.checkpoint.files import Ranges, Writer, bank_parts, published
+from distav.training.checkpoint.files import RangeReader, CheckpointWriter, bank_parts, list_checkpoints
 from distav.training.engine.deepspeed_engine import Engine
 
 _WRITING, _BROKEN = ".writing-", ".broken-"
 
 
 @dataclass
-class Position:
+class Progress:
     """Where a run stands.
 
     Attributes:
@@ -40,16 +40,16 @@ class Position:
     step: int = 0
     total_steps: int = 0
     samples: int = 0
-    passed_over: int = 0
-    extracted: int = 0
+    skipped_batches: int = 0
+    extracted_batches: int = 0
 
     @property
     def name(self) -> str:
         """Name of the checkpoint at this place; names sort like places."""
-        return f"step-{self.total_steps:09d}-{self.phase:03d}-{self.extracted:06d}"
+        return f"step-{self.total_steps:09d}-{self.phase:03d}-{self.extracted_batches:06d}"
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one run.
 
     Attributes:
@@ -60,10 +60,10 @@ class Checkpoints:
         """Take the folder that they lie in, and how many of them are kept."""
         self.folder, self.keep = folder, keep
         self.write_s = 0.0
-        self._writer: Writer | None = None
+        self._writer: CheckpointWriter | None = None
         self._not_begun: list[str] = []
 
-    def save(self, position: Position, engine: Engine, bank: Bank, notes: dict[str, Any]) -> list[str]:
+    def save(self, position: Progress, engine: Engine, bank: Bank, notes: dict[str, Any]) -> list[str]:
         """Copy the state and have it written while the training goes on; every rank calls this at the same step.
 
         Args:
@@ -77,7 +77,7 @@ class Checkpoints:
         """
         faults = self.wait()
         part = self.folder / f"{_WRITING}{position.name}"
-        fault = broadcast(self._make(part) if rank() == 0 else None)
+        fault = broadcast(self._make(part) if get_rank() == 0 else None)
         if fault:
             self._not_begun = [fault]
             return faults
@@ -85,9 +85,9 @@ class Checkpoints:
         kinds = sorted({name.partition("/")[0] for name in tensors} - {"weight", "buffer"})
         optimizer = {"steps": steps, "kinds": kinds}
         state = {"format": 1, "position": asdict(position), "optimizer": optimizer, "notes": notes}
-        content = json.dumps(state).encode() if rank() == 0 else None
-        files = {f"engine-{rank():05d}.safetensors": tensors, f"bank-{rank():05d}.safetensors": bank.state()}
-        self._writer = Writer(part, self.folder / position.name, files, content, self.keep)
+        content = json.dumps(state).encode() if get_rank() == 0 else None
+        files = {f"engine-{get_rank():05d}.safetensors": tensors, f"bank-{get_rank():05d}.safetensors": bank.state()}
+        self._writer = CheckpointWriter(part, self.folder / position.name, files, content, self.keep)
         self._writer.start()
         return faults
 
@@ -98,15 +98,15 @@ class Checkpoints:
             return faults
         writer, self._writer = self._writer, None
         writer.written.wait()
-        faults = [each for each in gather_objects(writer.fault) if each]
+        faults = [each for each in all_gather_objects(writer.error) if each]
         if faults:
             writer.given_up.set()
         writer.join()
         if not faults:
-            faults = [each for each in gather_objects(writer.fault) if each]
-        if faults and rank() == 0:
+            faults = [each for each in all_gather_objects(writer.error) if each]
+        if faults and get_rank() == 0:
             shutil.rmtree(writer.part, ignore_errors=True)
-        wait_for_all()
+        barrier()
         self.write_s = writer.seconds
         return faults
 
@@ -123,7 +123,7 @@ class Checkpoints:
 
     def restore(
         self, engine: Engine, bank: Bank, warn: Callable[[str], None], phase: int | None = None
-    ) -> tuple[Position, dict[str, Any]] | None:
+    ) -> tuple[Progress, dict[str, Any]] | None:
         """Take up the newest whole checkpoint.
 
         Args:
@@ -138,11 +138,11 @@ class Checkpoints:
             UserError: where there are checkpoints and none is whole, or it is of another set or network.
         """
         faults: list[str] = []
-        names: list[str] = broadcast([each.name for each in published(self.folder)] if rank() == 0 else None)
+        names: list[str] = broadcast([each.name for each in list_checkpoints(self.folder)] if get_rank() == 0 else None)
         for name in reversed(names):
             fault = self._fault(self.folder / name)
             if fault is None:
-                self._pass_over(faults, warn)
+                self._set_aside_corrupt(faults, warn)
                 return self._read(self.folder / name, engine, bank, phase)
             faults.append(f"{name}: {fault}")
         if faults:
@@ -156,32 +156,32 @@ class Checkpoints:
         """Return what is wrong with a checkpoint; ranks share the files, all get the same answer."""
         fault = None
         try:
-            for number, (name, expected) in enumerate(sorted(files_of(folder).items())):
-                if number % num_ranks() == rank():
-                    check(folder, name, expected)
-        except Damaged as error:
+            for number, (name, expected) in enumerate(sorted(read_manifest(folder).items())):
+                if number % get_world_size() == get_rank():
+                    verify_file(folder, name, expected)
+        except CorruptFileError as error:
             fault = str(error)
-        return next((each for each in gather_objects(fault) if each), None)
+        return next((each for each in all_gather_objects(fault) if each), None)
 
-    def _pass_over(self, faults: Sequence[str], warn: Callable[[str], None]) -> None:
+    def _set_aside_corrupt(self, faults: Sequence[str], warn: Callable[[str], None]) -> None:
         """Put damaged checkpoints aside, so that they neither count as kept ones nor are in the way."""
-        for fault in faults if rank() == 0 else ():
+        for fault in faults if get_rank() == 0 else ():
             name = fault.partition(":")[0]
             aside = self.folder / f"{_BROKEN}{name}"
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(self.folder / name, aside)
             warn(f"checkpoint {fault}; it is put aside as {aside.name}, and the one before is taken")
-        wait_for_all()
+        barrier()
 
     def _read(
         self, folder: Path, engine: Engine, bank: Bank, phase: int | None
-    ) -> tuple[Position, dict[str, Any]] | None:
+    ) -> tuple[Progress, dict[str, Any]] | None:
         state = json.loads((folder / "state.json").read_text())
-        position = Position(**state["position"])
+        position = Progress(**state["position"])
         if phase not in (None, position.phase):
             return None
         try:
-            engine.restore(Ranges(folder).read, **state["optimizer"])
+            engine.restore(RangeReader(folder).read, **state["optimizer"])
             bank.restore(bank_parts(folder))
         except ValueError as error:
             raise UserError(

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from distav.config.errors import UserError
 from distav.config.schema import Device, Precision, Settings
 from distav.data.pipeline.loader import Batch
-from distav.data.pipeline.sampler import check_batch
+from distav.data.pipeline.sampler import micro_batch_size
 from distav.distributed.process_group import World, collective_timeout
 from distav.models.av_model import parameter_groups
-from distav.training.engine.sharded_state import collect, put_back
+from distav.training.engine.sharded_state import export_sharded_state, load_sharded_state
 
 DERIVED_KEYS = (
     "train_batch_size",
@@ -43,8 +43,8 @@ def deepspeed_config(settings: Settings, world: World) -> dict[str, Any]:
             raise UserError(f"deepspeed.extra.{key} follows from `optim`; set optim.* instead.")
     config: dict[str, Any] = {
         "train_batch_size": optim.global_batch,
-        "train_micro_batch_size_per_gpu": check_batch(optim.global_batch, optim.accumulation, world.num_ranks),
-        "gradient_accumulation_steps": optim.accumulation,
+        "train_micro_batch_size_per_gpu": micro_batch_size(optim.global_batch, optim.gradient_accumulation_steps, world.world_size),
+        "gradient_accumulation_steps": optim.gradient_accumulation_steps,
         "gradient_clipping": optim.grad_clip,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
@@ -184,13 +184,13 @@ class Engine:
 
     def state(self) -> tuple[dict[str, Tensor], int]:
         """Return this rank's part of weights, buffers and optimiser state, and the optimiser's steps."""
-        return collect(self._engine)
+        return export_sharded_state(self._engine)
 
     def restore(self, read: Callable[[str, int, int], Tensor], steps: int, kinds: list[str]) -> None:
         """Take up a saved state; every rank calls this. See `distav.training.engine.sharded_state.put_back`."""
-        put_back(self._engine, read, steps, kinds)
+        load_sharded_state(self._engine, read, steps, kinds)
 
-    def restart(self, seed: int, weights: Mapping[str, Tensor] = MappingProxyType({})) -> list[str]:
+    def reinitialize(self, seed: int, weights: Mapping[str, Tensor] = MappingProxyType({})) -> list[str]:
         """Begin again with new initial weights and no optimiser state; every rank calls this.
 
         Args:
@@ -208,10 +208,10 @@ class Engine:
         model.load_state_dict(taken, strict=False)
         fresh = {f"weight/{name}": value.detach().flatten() for name, value in model.named_parameters()}
         fresh |= {f"buffer/{name}": value.flatten() for name, value in model.named_buffers()}
-        put_back(self._engine, lambda name, start, size: fresh[name][start : start + size], 0, [])
+        load_sharded_state(self._engine, lambda name, start, size: fresh[name][start : start + size], 0, [])
         return list(taken)
 
-    def whole_state(self) -> dict[str, Tensor]:
+    def full_state_dict(self) -> dict[str, Tensor]:
         """Return all parameters and buffers in float32 on the CPU, gathered where they are sharded."""
         parameters = list(self.model.parameters())
         context = self._gathered(parameters) if self.stage == 3 else contextlib.nullcontext()

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import num_ranks, rank
+from distav.distributed.collectives import get_world_size, get_rank
 
 WEIGHT = "weight"
 
 
 @dataclass(frozen=True)
-class Piece:
+class ParameterShard:
     """Elements of one parameter whose float32 values this rank holds.
 
     Attributes:
@@ -29,7 +29,7 @@ class Piece:
 
     name: str
     start: int
-    stepped: Tensor
+    master: Tensor
     offset: int
     size: int
 
@@ -38,7 +38,7 @@ class Piece:
         return whole.detach().view(-1)[self.offset : self.offset + self.size]
 
 
-def pieces(engine: Any) -> Iterator[Piece]:
+def parameter_shards(engine: Any) -> Iterator[ParameterShard]:
     """Yield what this rank holds of every trained parameter of a DeepSpeed engine."""
     optimizer = engine.optimizer
     stepped: dict[int, Any] = {id(low): high for low, high in _masters(optimizer)}
@@ -48,16 +48,16 @@ def pieces(engine: Any) -> Iterator[Piece]:
             group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = size * optimizer._get_param_partition_rank(parameter)
             size = max(0, min(size, parameter.ds_numel - start))
-            yield Piece(name, start, optimizer.fp32_partitioned_groups_flat[group], offset, size)
+            yield ParameterShard(name, start, optimizer.fp32_partitioned_groups_flat[group], offset, size)
         elif hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2: a range of all parameters in a row.
             if parameter._hp_mapping is not None:
                 part, address = parameter._hp_mapping.hp_fragment, parameter._hp_mapping.lp_fragment_address
                 storage = part.untyped_storage().data_ptr()
                 flat = next(each for each in flats if each.untyped_storage().data_ptr() == storage)
-                yield Piece(name, address.start, flat, part.storage_offset() - flat.storage_offset(), address.numel)
+                yield ParameterShard(name, address.start, flat, part.storage_offset() - flat.storage_offset(), address.numel)
         else:
             master: Tensor = stepped.get(id(parameter), parameter)
-            yield Piece(name, 0, master, 0, parameter.numel())
+            yield ParameterShard(name, 0, master, 0, parameter.numel())
 
 
 def _masters(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -66,7 +66,7 @@ def _masters(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
         yield from zip(low, high, strict=True)
 
 
-def collect(engine: Any) -> tuple[dict[str, Tensor], int]:
+def export_sharded_state(engine: Any) -> tuple[dict[str, Tensor], int]:
     """Copy this rank's part of the state to the CPU.
 
     Returns:
@@ -76,14 +76,14 @@ def collect(engine: Any) -> tuple[dict[str, Tensor], int]:
     found: dict[str, Tensor] = {}
     steps, states = 0, engine.basic_optimizer.state
     whole = engine.zero_optimization_stage() == 0
-    for number, piece in enumerate(pieces(engine)):
-        state = states.get(piece.stepped, {})
+    for number, piece in enumerate(parameter_shards(engine)):
+        state = states.get(piece.master, {})
         steps = int(state.get("step", steps))
-        if piece.size and (not whole or number % num_ranks() == rank()):
-            for kind, values in ((WEIGHT, piece.stepped), *_like(state, piece.stepped)):
+        if piece.size and (not whole or number % get_world_size() == get_rank()):
+            for kind, values in ((WEIGHT, piece.master), *_like(state, piece.master)):
                 found[f"{kind}/{piece.name}/{piece.start}"] = piece.of(values).to("cpu", copy=True)
     for number, (name, buffer) in enumerate(engine.module.named_buffers()):
-        if number % num_ranks() == rank():
+        if number % get_world_size() == get_rank():
             found[f"buffer/{name}/0"] = buffer.detach().reshape(-1).to("cpu", copy=True)
     return found, steps
 
@@ -96,7 +96,7 @@ def _like(state: dict[str, Any], stepped: Tensor) -> list[tuple[str, Tensor]]:
     ]
 
 
-def put_back(engine: Any, read: Callable[[str, int, int], Tensor], steps: int, kinds: list[str]) -> None:
+def load_sharded_state(engine: Any, read: Callable[[str, int, int], Tensor], steps: int, kinds: list[str]) -> None:
     """Fill a new engine with saved state; every rank calls this.
 
     Args:
@@ -112,22 +112,22 @@ def put_back(engine: Any, read: Callable[[str, int, int], Tensor], steps: int, k
         for state in states.values():
             for value in state.values():
                 value.zero_()
-    for piece in pieces(engine):
+    for piece in parameter_shards(engine):
         if not piece.size:
             continue
-        piece.of(piece.stepped).copy_(read(f"{WEIGHT}/{piece.name}", piece.start, piece.size))
+        piece.of(piece.master).copy_(read(f"{WEIGHT}/{piece.name}", piece.start, piece.size))
         if steps:
-            state = states[piece.stepped]
+            state = states[piece.master]
             state["step"] = torch.tensor(float(steps))
             for kind in kinds:
-                values = state.setdefault(kind, torch.zeros_like(piece.stepped))
+                values = state.setdefault(kind, torch.zeros_like(piece.master))
                 piece.of(values).copy_(read(f"{kind}/{piece.name}", piece.start, piece.size))
     for name, buffer in engine.module.named_buffers():
         buffer.copy_(read(f"buffer/{name}", 0, buffer.numel()).view_as(buffer))
-    _spread(engine.optimizer)
+    _sync_model_weights(engine.optimizer)
 
 
-def _spread(optimizer: Any) -> None:
+def _sync_model_weights(optimizer: Any) -> None:
     """Bring the parameters that the model computes with in line with their float32 masters."""
     if hasattr(optimizer, "update_lp_params"):  # ZeRO-1 and 2
         optimizer.update_lp_params()

@@ -9,15 +9,15 @@ from distav.config.phases import ContrastivePhase
 from distav.data.pipeline.loader import Batch
 from distav.losses.category_contrast import (
     CategoryLoss,
-    categories_used,
+    effective_num_categories,
     category_agreement,
-    category_fault,
+    detect_category_collapse,
     category_loss,
 )
 from distav.losses.reduction import weighted_mean
-from distav.memory.global_batch import Visitors
+from distav.memory.global_batch import GlobalBatch
 from distav.training.loop import Losses, train
-from distav.training.phases.correspondence import estimate_correspondence, tell_pairs
+from distav.training.phases.correspondence import estimate_correspondence, summarize_correspondence
 from distav.training.phases.instance_loss import InstanceTerm, ramp
 from distav.training.run import Run
 
@@ -35,12 +35,12 @@ def run_contrastive(run: Run, name: str, settings: ContrastivePhase) -> None:
     def begin_epoch(epoch: int, progress: float) -> None:
         del epoch
         watch.judge(progress)
-        estimate_correspondence(run, settings, trusted=progress >= settings.trust_after)
+        estimate_correspondence(run, settings, trusted=progress >= settings.pair_weighting_start)
 
     rate = run.settings.optim.lr * settings.lr_scale
-    train(run, name, settings.epochs, (rate, rate), watched, begin_epoch, restart=settings.restart)
+    train(run, name, settings.epochs, (rate, rate), watched, begin_epoch, restart=settings.reinitialize)
     watch.judge(1.0)
-    tell_pairs(run, name, settings)
+    summarize_correspondence(run, name, settings)
 
 
 class _CategoryWatch:
@@ -60,12 +60,12 @@ class _CategoryWatch:
         if self.seen and self.settings.category_weight:
             contrast, imbalance = torch.stack(self.seen).mean(0).tolist()
             num_categories = self.run.settings.model.num_categories or len(self.run.data.shards.classes)
-            used = categories_used(imbalance, num_categories)
-            self.run.monitor.record(self.run.position.total_steps, {"categories/used": used})
-            fault = category_fault(contrast, imbalance, num_categories)
-            if fault and not self.warned and self.run.world.is_main and progress > 2 * self.settings.category_ramp:
+            used = effective_num_categories(imbalance, num_categories)
+            self.run.logger.log_metrics(self.run.progress.total_steps, {"categories/used": used})
+            fault = detect_category_collapse(contrast, imbalance, num_categories)
+            if fault and not self.warned and self.run.world.is_main and progress > 2 * self.settings.category_warmup_fraction:
                 self.warned = True
-                self.run.monitor.warn(
+                self.run.logger.warn(
                     f"phase={self.name} {fault}, so the category-level loss teaches little; raise "
                     f"phases.{self.name}.balance_weight or sharpen_weight, or set category_weight=0"
                 )
@@ -79,14 +79,14 @@ def contrastive_losses(run: Run, settings: ContrastivePhase) -> Callable[[Batch,
     def losses_of(batch: Batch, progress: float) -> Losses:
         outputs = run.engine(batch)
         bank = run.bank
-        visitors = Visitors.gather(batch.ids, batch.valid, outputs["visual"], outputs["audio"])
+        visitors = GlobalBatch.gather(batch.ids, batch.valid, outputs["visual"], outputs["audio"])
         each, weights, pair_weights = instance_term(outputs, batch, visitors, progress)
         instance = weighted_mean(each, weights)
         logits = outputs["visual_categories"], outputs["audio_categories"]
-        memory = bank.assignments.columns() if settings.category_memory else None
-        category = category_loss(*logits, pair_weights, settings.category_temperature, memory, settings.category_memory)
+        memory = bank.assignments.columns() if settings.category_memory_weight else None
+        category = category_loss(*logits, pair_weights, settings.category_temperature, memory, settings.category_memory_weight)
         bank.update(visitors, category_agreement(category.shares), category.shares if memory else None)
-        fade = ramp(progress, 0.0, settings.category_ramp)
+        fade = ramp(progress, 0.0, settings.category_warmup_fraction)
         loss = instance + fade * _weighed(category, settings)
         return {
             "loss": loss,
@@ -102,6 +102,6 @@ def contrastive_losses(run: Run, settings: ContrastivePhase) -> Callable[[Batch,
 def _weighed(category: CategoryLoss, settings: ContrastivePhase) -> Tensor:
     return (
         settings.category_weight * category.contrast
-        + settings.balance_weight * category.imbalance
-        + settings.sharpen_weight * category.row_entropy
+        + settings.category_balance_weight * category.imbalance
+        + settings.category_entropy_weight * category.row_entropy
     )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from distav.data.annotations.labels import correction_table
 from distav.data.files import write_table
-from distav.distributed.collectives import gather_ragged_rows, row_range
+from distav.distributed.collectives import all_gather_variable_rows, shard_range
 from distav.evaluation.metrics import (
     NOISE_KINDS,
     auroc,
@@ -19,22 +19,22 @@ from distav.noise.label_correction import Correction
 from distav.training.run import Run
 
 
-def _report(run: Run, name: str, found: Correction) -> None:
+def summarize_correction(run: Run, name: str, found: Correction) -> None:
     """Write the table and tell what was found, beside the truth where the set knows it."""
     labels, split = run.data.labels, run.data.train
-    own = row_range(len(split))
+    own = shard_range(len(split))
     given = torch.from_numpy(labels.given).to(run.world.device)[own.start : own.stop, None]
-    corrected = gather_ragged_rows(found.posterior.argmax(1)).cpu().numpy()
-    voted = gather_ragged_rows(found.held_out.argmax(1)).cpu().numpy()
-    confidence = gather_ragged_rows(found.posterior.amax(1)).cpu().numpy()
-    agreement = gather_ragged_rows(found.held_out.gather(1, given).squeeze(1)).cpu().numpy()
-    correspondence = run.bank.whole("correspondence").cpu().numpy()
-    step, changed = run.position.total_steps, float((corrected != labels.given).mean())
+    corrected = all_gather_variable_rows(found.posterior.argmax(1)).cpu().numpy()
+    voted = all_gather_variable_rows(found.held_out.argmax(1)).cpu().numpy()
+    confidence = all_gather_variable_rows(found.posterior.amax(1)).cpu().numpy()
+    agreement = all_gather_variable_rows(found.held_out.gather(1, given).squeeze(1)).cpu().numpy()
+    correspondence = run.bank.gather_column("correspondence").cpu().numpy()
+    step, changed = run.progress.total_steps, float((corrected != labels.given).mean())
     by_class = zip(labels.classes, found.class_rates, strict=True) if found.has_signal else ()
     summary = {
         "phase": name,
-        "signal_nats": round(found.nats, 1),
-        "chosen": found.chosen,
+        "signal_nats": round(found.log_likelihood_gain, 1),
+        "chosen": found.selected_votes,
         "changed": changed,
         "label_noise": found.label_rate.as_dict(),
         "label_noise_by_class": {each: rate.as_dict() for each, rate in by_class},
@@ -69,23 +69,23 @@ def _report(run: Run, name: str, found: Correction) -> None:
             kinds = noise_kinds(labels.given != labels.true, wrong)
             told_kinds = noise_kinds(corrected != labels.given, correspondence < 0.5)
             summary["noise_confusion"] = confusion(kinds, told_kinds, NOISE_KINDS)
-            run.monitor.confusion("noise/true_to_told", kinds, told_kinds, NOISE_KINDS, step)
+            run.logger.confusion("noise/true_to_told", kinds, told_kinds, NOISE_KINDS, step)
     run.notes["labels_changed"] = changed
     run.notes.setdefault("corrections", []).append(summary)
     if run.world.is_main:
         table = correction_table(split, labels, corrected, voted, confidence, agreement, correspondence)
         (run.folder / "labels").mkdir(exist_ok=True)
         write_table(run.folder / "labels" / f"{name}.parquet", table)
-    run.monitor.record(step, record)
-    run.monitor.confusion("labels/given_to_corrected", labels.given, corrected, labels.classes, step)
-    run.monitor.histogram("labels/confidence", torch.from_numpy(np.ascontiguousarray(confidence)), step)
+    run.logger.log_metrics(step, record)
+    run.logger.confusion("labels/given_to_corrected", labels.given, corrected, labels.classes, step)
+    run.logger.histogram("labels/confidence", torch.from_numpy(np.ascontiguousarray(confidence)), step)
     noise = "label noise {rate:.0%} ({low:.0%} to {high:.0%})".format(**found.label_rate.as_dict())
     if found.has_signal:
         share = f"{100 * changed:.1f} % of clips"
-        run.monitor.say(f"phase={name} corrected labels differ from the given ones for {share}{told}; {noise}")
+        run.logger.info(f"phase={name} corrected labels differ from the given ones for {share}{told}; {noise}")
     else:
-        run.monitor.say(
-            f"phase={name} neighbours say nothing of the labels ({found.nats:.1f} nats over all clips), so the given "
+        run.logger.info(
+            f"phase={name} neighbours say nothing of the labels ({found.log_likelihood_gain:.1f} nats over all clips), so the given "
             "ones stay, and the next training takes them with a loss that bears wrong ones"
         )
 
@@ -97,6 +97,6 @@ def calibration_error(shares: Tensor, true: np.ndarray) -> float:
         shares: [n, C] of this rank.
         true: [N] class numbers of all.
     """
-    confidence, told = (gather_ragged_rows(each).cpu().numpy() for each in shares.max(1))
+    confidence, told = (all_gather_variable_rows(each).cpu().numpy() for each in shares.max(1))
     largest_first = np.stack([confidence, np.zeros_like(confidence)], axis=1)
     return expected_calibration_error(largest_first, np.where(told == true, 0, 1))

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from distav.config.phases import ContrastivePhase, Estimator
 from distav.evaluation.metrics import auroc, confusion
-from distav.losses.active_complementary import matching_among
-from distav.memory.global_batch import Visitors
+from distav.losses.active_complementary import rescale_matching_probability
+from distav.memory.global_batch import GlobalBatch
 from distav.noise.correspondence import SelfRefinement, cdf_correspondence, gmm_correspondence, sample_weights
 from distav.training.run import Run
 
-FULLY_BELIEVED = "fully_believed_from"
+FULL_TRUST_THRESHOLD = "fully_believed_from"
 """The run's note of the matching probability from which a pair is believed wholly."""
 REFINED = "refined_correspondence"
 """The bank's column of averages that self-refinement keeps; `correspondence` has what is believed of them."""
@@ -32,7 +32,7 @@ class Refinement:
         if REFINED not in run.bank.columns:
             run.bank.columns[REFINED] = torch.ones_like(run.bank.columns["correspondence"])
 
-    def __call__(self, visitors: Visitors, matching: Tensor, candidates: Tensor | int) -> Tensor:
+    def __call__(self, visitors: GlobalBatch, matching: Tensor, candidates: Tensor | int) -> Tensor:
         """Take a batch's matching probabilities in; returns what is believed of its pairs: [b].
 
         Args:
@@ -42,33 +42,33 @@ class Refinement:
         """
         run = self.run
         # Looked up here and not before, since a phase that is rolled back brings its notes back too.
-        first = run.notes.setdefault("first_refined_in_phase", run.position.phase) == run.position.phase
-        epoch = run.position.step // run.order(run.position.phase).steps_per_epoch
+        first = run.notes.setdefault("first_refined_in_phase", run.progress.phase) == run.progress.phase
+        epoch = run.progress.step // run.sampler(run.progress.phase).steps_per_epoch
         stored = run.bank.fetch((REFINED,), visitors.ids)[0]
-        matching = matching_among(matching, candidates, self.settings.matching_candidates)
-        full = run.notes.get(FULLY_BELIEVED, 1.0)
+        matching = rescale_matching_probability(matching, candidates, self.settings.matching_reference_size)
+        full = run.notes.get(FULL_TRUST_THRESHOLD, 1.0)
         believed, stored = self.rule.visit(stored, matching, epoch, first, full)
         run.bank.write(REFINED, stored, visitors.ids, visitors.valid)
-        run.bank.write("correspondence", self.rule.believed(stored, full), visitors.ids, visitors.valid)
+        run.bank.write("correspondence", self.rule.trusted(stored, full), visitors.ids, visitors.valid)
         return believed
 
 
 def _rule(settings: ContrastivePhase) -> SelfRefinement:
     return SelfRefinement(
         settings.correspondence_momentum,
-        settings.refine_after_epochs,
-        settings.refine_threshold,
+        settings.refinement_warmup_epochs,
+        settings.correspondence_threshold,
         settings.store_thresholded,
     )
 
 
-def _measure_belief(run: Run, settings: ContrastivePhase) -> None:
+def _measure_trust(run: Run, settings: ContrastivePhase) -> None:
     """Find from which matching probability on a pair is believed wholly, and believe all by it."""
-    if settings.matching_quantile:
-        refined = run.bank.whole(REFINED)
-        full = max(float(np.quantile(refined.cpu().numpy(), settings.matching_quantile)), 1e-6)
-        run.notes[FULLY_BELIEVED] = full
-        run.bank.believe(_rule(settings).believed(refined, full))
+    if settings.full_trust_quantile:
+        refined = run.bank.gather_column(REFINED)
+        full = max(float(np.quantile(refined.cpu().numpy(), settings.full_trust_quantile)), 1e-6)
+        run.notes[FULL_TRUST_THRESHOLD] = full
+        run.bank.set_correspondence(_rule(settings).trusted(refined, full))
 
 
 def estimate_correspondence(run: Run, settings: ContrastivePhase, trusted: bool) -> dict[str, Any]:
@@ -79,36 +79,36 @@ def estimate_correspondence(run: Run, settings: ContrastivePhase, trusted: bool)
     Returns:
         What was told, by its name on TensorBoard.
     """
-    similarity, step = run.bank.pair_similarity(), run.position.total_steps
+    similarity, step = run.bank.pair_similarity(), run.progress.total_steps
     seen = torch.isfinite(similarity)
-    run.monitor.histogram("pairs/similarity", similarity, step)
+    run.logger.histogram("pairs/similarity", similarity, step)
     if int(seen.sum()) < _FEWEST_SEEN:
         return {}
     record: dict[str, Any] = {"pairs/similarity_mean": float(similarity[seen].mean())}
-    refined = settings.estimator is Estimator.scc
+    refined = settings.correspondence_estimator is Estimator.scc
     if refined:
-        _measure_belief(run, settings)
-    estimate, told = _from_bank(run, settings.estimator, similarity, seen)
+        _measure_trust(run, settings)
+    estimate, told = _from_bank(run, settings.correspondence_estimator, similarity, seen)
     record |= told
     if trusted and not refined:
         if run.notes.get("correspondence_estimated"):
-            estimate = torch.lerp(estimate, run.bank.whole("correspondence"), settings.correspondence_momentum)
+            estimate = torch.lerp(estimate, run.bank.gather_column("correspondence"), settings.correspondence_momentum)
         run.notes["correspondence_estimated"] = True
-        run.bank.believe(estimate)
+        run.bank.set_correspondence(estimate)
     if trusted or refined:
-        run.monitor.histogram("pairs/correspondence", estimate, step)
-        weights = sample_weights(estimate, settings.weight_min)
-        run.monitor.histogram("pairs/weight", weights, step)
+        run.logger.histogram("pairs/correspondence", estimate, step)
+        weights = sample_weights(estimate, settings.min_pair_weight)
+        run.logger.histogram("pairs/weight", weights, step)
         record |= {"pairs/weight_mean": float(weights.mean()), "pairs/correspondence_mean": float(estimate.mean())}
-    record |= _beside_the_truth(run, settings.estimator, similarity, estimate)
-    run.monitor.record(step, record)
+    record |= _ground_truth_metrics(run, settings.correspondence_estimator, similarity, estimate)
+    run.logger.log_metrics(step, record)
     return record
 
 
 def _from_bank(run: Run, estimator: Estimator, similarity: Tensor, seen: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Return the correspondence of all pairs [N], 1 where never seen, and what else there is to tell."""
     if estimator is Estimator.scc:
-        return run.bank.whole("correspondence"), {}
+        return run.bank.gather_column("correspondence"), {}
     estimate, told = torch.ones_like(similarity), {}
     wrong = run.data.labels.mismatched()
     if estimator is Estimator.gmm:
@@ -118,20 +118,20 @@ def _from_bank(run: Run, estimator: Estimator, similarity: Tensor, seen: Tensor)
     elif estimator is Estimator.cdf:
         estimate[seen] = cdf_correspondence(similarity[seen])
     elif estimator is Estimator.category:
-        estimate[seen] = run.bank.whole("category_agreement")[seen]
+        estimate[seen] = run.bank.gather_column("category_agreement")[seen]
     elif estimator is Estimator.oracle and wrong is not None:
         estimate = torch.from_numpy(~wrong).float().to(estimate.device)
     return estimate, told
 
 
-def _beside_the_truth(run: Run, estimator: Estimator, similarity: Tensor, estimate: Tensor) -> dict[str, Any]:
+def _ground_truth_metrics(run: Run, estimator: Estimator, similarity: Tensor, estimate: Tensor) -> dict[str, Any]:
     """Return how well scores tell pairs of other classes, and all swapped ones, where the set knows them."""
     labels, wrong = run.data.labels, run.data.labels.mismatched()
     if wrong is None or labels.pair_id is None or not wrong.any():
         return {}
-    scores = {"similarity": similarity.nan_to_num(), "category_agreement": run.bank.whole("category_agreement")}
+    scores = {"similarity": similarity.nan_to_num(), "category_agreement": run.bank.gather_column("category_agreement")}
     if estimator is not Estimator.none:
-        scores["correspondence"] = run.bank.whole(REFINED) if estimator is Estimator.scc else estimate
+        scores["correspondence"] = run.bank.gather_column(REFINED) if estimator is Estimator.scc else estimate
     swapped, found = labels.pair_id != np.arange(len(wrong)), {}
     for name, each in scores.items():
         values = each.cpu().numpy()
@@ -140,15 +140,15 @@ def _beside_the_truth(run: Run, estimator: Estimator, similarity: Tensor, estima
     return found
 
 
-def tell_pairs(run: Run, name: str, settings: ContrastivePhase) -> None:
+def summarize_correspondence(run: Run, name: str, settings: ContrastivePhase) -> None:
     """At the end of a phase, estimate once more and note for the report what came of it."""
     told = estimate_correspondence(run, settings, trusted=True)
-    summary: dict[str, Any] = {"phase": name, "estimator": settings.estimator.name}
+    summary: dict[str, Any] = {"phase": name, "estimator": settings.correspondence_estimator.name}
     summary |= {key.removeprefix("pairs/"): value for key, value in told.items()}
     wrong = run.data.labels.mismatched()
-    if wrong is not None and settings.estimator is not Estimator.none:
+    if wrong is not None and settings.correspondence_estimator is not Estimator.none:
         kinds = wrong.astype(np.int64)
-        told_kinds = (run.bank.whole("correspondence") < _HALF).cpu().numpy().astype(np.int64)
+        told_kinds = (run.bank.gather_column("correspondence") < _HALF).cpu().numpy().astype(np.int64)
         summary["confusion"] = confusion(kinds, told_kinds, PAIR_KINDS)
-        run.monitor.confusion("pairs/true_to_told", kinds, told_kinds, PAIR_KINDS, run.position.total_steps)
+        run.logger.confusion("pairs/true_to_told", kinds, told_kinds, PAIR_KINDS, run.progress.total_steps)
     run.notes.setdefault("correspondence", []).append(summary)

@@ -2,7 +2,7 @@
 
 import torch
 
-from distav.config.phases import ParsingPhase
+from distav.config.phases import EventParsingPhase
 from distav.data.pipeline.loader import Batch
 from distav.losses.event_parsing import modality_losses, segment_losses, video_losses
 from distav.losses.reduction import weighted_mean
@@ -10,21 +10,21 @@ from distav.training.loop import Losses, train
 from distav.training.run import Run
 
 
-def run_parsing(run: Run, name: str, settings: ParsingPhase) -> None:
+def run_parsing(run: Run, name: str, settings: EventParsingPhase) -> None:
     """Train the event parser, and the towers where clips are stored."""
     data, device = run.data, run.world.device
     weak = torch.from_numpy(data.events.weak).to(device)
-    harvested = data.harvested_events(name, settings)
+    harvested = data.pseudo_label_events(name, settings)
     if harvested is not None and not harvested[1].all() and run.world.is_main:
         left = int((~harvested[1]).sum())
-        run.monitor.say(f"phase={name} {left} clips were not looked at, and learn from their weak labels alone")
+        run.logger.info(f"phase={name} {left} clips were not looked at, and learn from their weak labels alone")
     stored = None if harvested is None else [torch.from_numpy(part).to(device) for part in harvested]
 
     def losses_of(batch: Batch, progress: float) -> Losses:
         del progress
         parsed = run.engine(batch, parse=True)
         present, given = batch.valid.float(), weak[batch.ids].float()
-        each = {"weak": settings.weak_weight * video_losses(parsed["video"], given)}
+        each = {"weak": settings.weak_label_weight * video_losses(parsed["video"], given)}
         if settings.modality_weight:
             smoothing = settings.audio_smoothing, settings.visual_smoothing
             each["modality"] = settings.modality_weight * modality_losses(parsed["modality"], given, smoothing)

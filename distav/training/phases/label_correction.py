@@ -4,62 +4,62 @@ from dataclasses import fields
 
 import torch
 
-from distav.config.phases import CorrectionPhase
-from distav.data.modalities import SENSES
-from distav.distributed.collectives import gather_ragged_rows, row_range
-from distav.noise.label_correction import Before, Correction, Voting, correct, nothing_known
+from distav.config.phases import LabelCorrectionPhase
+from distav.data.modalities import MODALITIES
+from distav.distributed.collectives import all_gather_variable_rows, shard_range
+from distav.noise.label_correction import CorrectionPrior, Correction, VoteSearchSpace, correct_labels, identity_correction
 from distav.training.feature_extraction import extract_features
-from distav.training.phases.correction_summary import _report
+from distav.training.phases.correction_summary import summarize_correction
 from distav.training.run import Run
 
 _OF_RATES = ("evidence", "told")
 """What the first correction knows of the noise rate, kept for all later ones."""
 
 
-def run_correction(run: Run, name: str, settings: CorrectionPhase) -> None:
+def run_correction(run: Run, name: str, settings: LabelCorrectionPhase) -> None:
     """Vote on every label, keep the votes beside the bank, and write the table `labels/<phase>.parquet`."""
     if run.notes.get("given_labels_learnt") and not run.notes.get("neighbors_have_signal", True):
         # Such features hold the given labels, right and wrong; votes among them would only repeat these.
-        if settings.harvested and run.world.is_main:
-            run.monitor.warn(
+        if settings.pseudo_labels and run.world.is_main:
+            run.logger.warn(
                 f"phase={name} its teachers are not heard, since given labels were learnt after a correction that knew "
                 "nothing; let them vote in that one"
             )
         given = torch.from_numpy(run.data.labels.given).to(run.world.device)
-        found = nothing_known(given, len(run.data.labels.classes))
+        found = identity_correction(given, len(run.data.labels.classes))
     else:
         if run.notes.get("given_labels_learnt") and "rate_evidence" not in run.notes and run.world.is_main:
-            run.monitor.warn(
+            run.logger.warn(
                 f"phase={name} votes among features that have learnt the given labels agree with them more than they "
                 "should, and tell too little noise; put a correction before the first training on labels"
             )
         found = vote(run, name, settings)
-    keep(run, found)
-    _report(run, name, found)
+    store_correction(run, found)
+    summarize_correction(run, name, found)
 
 
-def vote(run: Run, name: str, settings: CorrectionPhase) -> Correction:
+def vote(run: Run, name: str, settings: LabelCorrectionPhase) -> Correction:
     """Extract features and let neighbours vote, and teachers where they were asked."""
     spaces, present = extract_features(run)
-    run.check_budget()
+    run.enforce_quarantine_limit()
     labels, split, device = run.data.labels, run.data.train, run.world.device
-    valid = gather_ragged_rows(present.float()) > 0
-    voting = Voting(**{each.name: getattr(settings, each.name) for each in fields(Voting)})
+    valid = all_gather_variable_rows(present.float()) > 0
+    voting = VoteSearchSpace(**{each.name: getattr(settings, each.name) for each in fields(VoteSearchSpace)})
     given = torch.from_numpy(labels.given).to(device)
     groups = torch.from_numpy(split.source_codes).to(device)
     columns, before = run.bank.columns, None
     if "held_out" in columns and run.notes["neighbors_have_signal"]:
         rates = (torch.tensor(run.notes[f"rate_{each}"], dtype=torch.float64, device=device) for each in _OF_RATES)
-        before = Before(columns["held_out"], *rates)
-    teachers, held = None, run.data.teachers_shares(name, settings)
+        before = CorrectionPrior(columns["held_out"], *rates)
+    teachers, held = None, run.data.teacher_probs(name, settings)
     if held is not None:
-        own = row_range(len(split))
+        own = shard_range(len(split))
         shares = torch.from_numpy(held[own.start : own.stop]).to(device)
-        teachers = shares[:, SENSES.index("visual")], shares[:, SENSES.index("audio")]
-    return correct(spaces, given, len(labels.classes), groups, valid, voting, before, teachers)
+        teachers = shares[:, MODALITIES.index("visual")], shares[:, MODALITIES.index("audio")]
+    return correct_labels(spaces, given, len(labels.classes), groups, valid, voting, before, teachers)
 
 
-def keep(run: Run, found: Correction) -> None:
+def store_correction(run: Run, found: Correction) -> None:
     """Store the votes beside the bank's rows, where checkpoints and the next phases find them."""
     first = "rate_evidence" not in run.notes
     for name in ("held_out", "posterior", "audio_held_out", "audio_posterior", "correspondence"):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from distav.distributed.rendezvous import enter
+from distav.distributed.rendezvous import set_stage
 from distav.training.phases.contrastive import run_contrastive
 from distav.training.phases.event_parsing import run_parsing
 from distav.training.phases.label_correction import run_correction
@@ -21,12 +21,12 @@ PHASES: dict[str, Callable[[Run, str, Any], None]] = {
 def run_remaining(run: Run) -> None:
     """Run the phases from where the run stands, with a checkpoint after each."""
     for number, (name, settings) in enumerate(run.settings.phases.items()):
-        if number < run.position.phase:
+        if number < run.progress.phase:
             continue
-        run.begin_phase()
-        enter(name)
+        run.start_phase_timer()
+        set_stage(name)
         PHASES[settings.kind](run, name, settings)
-        seconds, steps = run.seconds_in_phase(), run.position.step
+        seconds, steps = run.seconds_in_phase(), run.progress.step
         clips = steps * run.settings.optim.global_batch or len(run.data.train)
         entry = {
             "name": name,
@@ -36,7 +36,7 @@ def run_remaining(run: Run) -> None:
             "clips_per_s": round(clips / max(seconds, 1e-9), 1),
         }
         run.notes.setdefault("phases", []).append(entry)
-        run.position.phase, run.position.step = number + 1, 0
-        run.position.passed_over = run.position.extracted = 0
-        run.begin_phase(afresh=True)
+        run.progress.phase, run.progress.step = number + 1, 0
+        run.progress.skipped_batches = run.progress.extracted_batches = 0
+        run.start_phase_timer(afresh=True)
         run.save()

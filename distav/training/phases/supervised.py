@@ -8,14 +8,14 @@ from distav.config.phases import NEED_CORRECTION, ClassLoss, SupervisedPhase, Ta
 from distav.data.pipeline.loader import Batch
 from distav.losses.category_contrast import category_agreement, weighted_shares
 from distav.losses.classification import (
-    early_learning_regularisation,
-    generalised_cross_entropy,
+    early_learning_regularization,
+    generalized_cross_entropy,
     hybrid_targets,
     soft_cross_entropy,
 )
 from distav.losses.instance_discrimination import instance_losses
 from distav.losses.reduction import weighted_mean
-from distav.memory.global_batch import Visitors
+from distav.memory.global_batch import GlobalBatch
 from distav.noise.correspondence import sample_weights
 from distav.training.loop import Losses, train
 from distav.training.run import Run
@@ -34,7 +34,7 @@ def run_supervised(run: Run, name: str, settings: SupervisedPhase) -> None:
     Raises:
         UserError: where true labels are asked for and there are none.
     """
-    if settings.targets is Targets.truth and run.data.labels.true is None:
+    if settings.targets is Targets.oracle and run.data.labels.true is None:
         raise UserError(f"phases.{name}.targets=truth: this set has no true labels; choose given or posterior.")
     lost = settings.targets in NEED_CORRECTION and not run.notes["neighbors_have_signal"]
     loss = ClassLoss.gce if lost else settings.loss
@@ -49,7 +49,7 @@ def run_supervised(run: Run, name: str, settings: SupervisedPhase) -> None:
         del progress
         outputs = run.engine(batch)
         bank, pair = run.bank, (outputs["visual"], outputs["audio"])
-        visitors = Visitors.gather(batch.ids, batch.valid, *pair)
+        visitors = GlobalBatch.gather(batch.ids, batch.valid, *pair)
         targets, paired = targets_of(batch, visitors.ids)
         present = batch.valid.float()
         weights = (present * paired, present, present)
@@ -58,7 +58,7 @@ def run_supervised(run: Run, name: str, settings: SupervisedPhase) -> None:
         if loss is ClassLoss.elr:
             held = _remember(run, settings, visitors, logits)
             each = [
-                one + settings.elr_weight * early_learning_regularisation(head, held[:, number])
+                one + settings.elr_weight * early_learning_regularization(head, held[:, number])
                 for number, (one, head) in enumerate(zip(each, logits, strict=True))
             ]
         both, visual, audio = (weighted_mean(one, weight) for one, weight in zip(each, weights, strict=True))
@@ -81,10 +81,10 @@ class _Targets:
     def __init__(self, run: Run, kind: Targets):
         self.bank, self.kind = run.bank, kind
         labels = run.data.labels
-        known = labels.true if kind is Targets.truth and labels.true is not None else labels.given
+        known = labels.true if kind is Targets.oracle and labels.true is not None else labels.given
         self.known = torch.from_numpy(known).to(run.world.device)
         self.classes = torch.arange(len(run.data.shards.classes), device=run.world.device)
-        wrong = labels.mismatched() if kind is Targets.truth else None
+        wrong = labels.mismatched() if kind is Targets.oracle else None
         self.pairs = None if wrong is None else torch.from_numpy(~wrong).float().to(run.world.device)
         self.heard = self.known
         if wrong is not None and labels.pair_id is not None:
@@ -97,13 +97,13 @@ class _Targets:
             batch: this rank's.
             ids: [B] of all ranks.
         """
-        if self.kind in (Targets.given, Targets.truth):
+        if self.kind in (Targets.given, Targets.oracle):
             seen, heard = ((each[batch.ids, None] == self.classes).float() for each in (self.known, self.heard))
             paired = torch.ones_like(seen[:, 0]) if self.pairs is None else self.pairs[batch.ids]
             return (seen, seen, heard), paired
         name = "held_out" if self.kind is Targets.held_out else "posterior"
         seen, heard, paired = self.bank.fetch((name, f"audio_{name}", "correspondence"), ids)
-        if self.kind is Targets.mixed:
+        if self.kind is Targets.hybrid:
             votes = self.bank.fetch(("held_out",), ids)[0]
             seen = hybrid_targets(self.known[batch.ids], votes, votes.amax(1))
         return (seen, seen, heard), paired
@@ -111,11 +111,11 @@ class _Targets:
 
 def _class_loss(loss: ClassLoss, settings: SupervisedPhase, logits: Tensor, targets: Tensor) -> Tensor:
     if loss is ClassLoss.gce:
-        return generalised_cross_entropy(logits, targets, settings.gce_q)
+        return generalized_cross_entropy(logits, targets, settings.gce_q)
     return soft_cross_entropy(logits, targets)
 
 
-def _remember(run: Run, settings: SupervisedPhase, visitors: Visitors, logits: list[Tensor]) -> Tensor:
+def _remember(run: Run, settings: SupervisedPhase, visitors: GlobalBatch, logits: list[Tensor]) -> Tensor:
     """Mix this step's predictions into those remembered, and return them: [b, heads, C]."""
     now = torch.stack([head.detach().softmax(1).clamp(1e-4, 1 - 1e-4) for head in logits], dim=1)
     now = now / now.sum(2, keepdim=True)

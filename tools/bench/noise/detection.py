@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from distav.data.annotations.labels import load_labels
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.data.files import read_table, write_atomically
 from distav.evaluation.embedding import Embeddings, Encoders
 
@@ -25,7 +25,7 @@ def f1(found: np.ndarray, wrong: np.ndarray) -> float:
     return 2 * float((found & wrong).sum()) / float(found.sum() + wrong.sum())
 
 
-def foretold(embeddings: Embeddings, given: np.ndarray) -> np.ndarray:
+def out_of_sample_pred_probs(embeddings: Embeddings, given: np.ndarray) -> np.ndarray:
     """Return what cleanlab asks for, class probabilities of each sample's label by the others: [N, C].
 
     Args:
@@ -49,7 +49,7 @@ def compare(run: Path, shards: Path, given: Path, table: str) -> dict[str, float
     Returns:
         F1 scores; nothing, and nothing is written, where no label is wrong.
     """
-    opened = ShardSet.open(shards)
+    opened = ShardedDataset.open(shards)
     split = opened.split("train")
     labels = load_labels(opened, split, str(given))
     truth = labels.given if labels.true is None else labels.true
@@ -59,7 +59,7 @@ def compare(run: Path, shards: Path, given: Path, table: str) -> dict[str, float
     corrected = read_table(run / "labels" / f"{table}.parquet")
     ours = np.array(corrected.column("given").to_pylist()) != np.array(corrected.column("corrected").to_pylist())
     embeddings = Encoders.open(run / "export", torch.device("cpu"), batch=128).of_clips(split)
-    chances = foretold(embeddings, labels.given)
+    chances = out_of_sample_pred_probs(embeddings, labels.given)
     theirs = np.asarray(find_label_issues(labels.given, chances, n_jobs=1), dtype=bool)
     found = {"f1": f1(ours, wrong), "f1_cleanlab": f1(theirs, wrong)}
     write_atomically(run / "detection.json", (json.dumps(found) + "\n").encode())

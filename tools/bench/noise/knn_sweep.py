@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from distav.data.annotations.labels import load_labels
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.data.preparation.noise_injection import LabelNoise, flip_labels
 from distav.evaluation.embedding import Encoders
-from distav.noise.calibration import Judges
-from distav.noise.knn_vote import Neighborhood, standardised
-from distav.noise.label_correction import Voting
+from distav.noise.calibration import VoteCalibrator
+from distav.noise.knn_vote import NeighborGraph, pca_whiten
+from distav.noise.label_correction import VoteSearchSpace
 
 NEIGHBORS = (5, 10, 20, 50, 100, 200, 400, 800)
 SECOND = 20
@@ -36,27 +36,27 @@ def sweep(run: Path, shards: Path, noises: Sequence[str], seed: int) -> list[dic
         For each noise, k, and one vote or two: share of labels right, and log-likelihood of the given labels over
         that of their frequencies, in nats a clip.
     """
-    opened = ShardSet.open(shards)
+    opened = ShardedDataset.open(shards)
     split = opened.split("train")
     labels, num_classes = load_labels(opened, split), len(opened.classes)
     pictures = Encoders.open(run / "export", torch.device("cpu"), batch=128).of_clips(split).visual
     everyone = torch.ones(len(split), dtype=torch.bool)
-    directions = standardised(torch.from_numpy(pictures), everyone, Voting().width, WHITENING)
+    directions = pca_whiten(torch.from_numpy(pictures), everyone, VoteSearchSpace().num_components, WHITENING)
     groups = torch.from_numpy(split.source_codes)
-    near = Neighborhood(directions, min(max(NEIGHBORS), len(split) - 1), groups, everyone)
+    near = NeighborGraph(directions, min(max(NEIGHBORS), len(split) - 1), groups, everyone)
     found = []
     for noise in noises:
         flips = LabelNoise.parse(noise)
         assert flips is not None
         drawn = np.random.default_rng([seed, 7])
         given = torch.from_numpy(flip_labels(labels.given, num_classes, flips, drawn))
-        judges = Judges(given, num_classes, everyone)
+        judges = VoteCalibrator(given, num_classes, everyone)
         for k in (each for each in NEIGHBORS if each < len(split)):
-            election = near.election(given, num_classes, k, TEMPERATURE)
+            election = near.vote(given, num_classes, k, TEMPERATURE)
             for voters in (each for each in (0, SECOND) if each <= k):
-                votes = election.second_vote(given, voters) if voters else election.shares
+                votes = election.second_round(given, voters) if voters else election.shares
                 right = (votes.argmax(1).numpy() == labels.given).mean()
-                gain = judges.calibrate(votes, None).per_sample - judges.chance()
+                gain = judges.calibrate(votes, None).per_sample - judges.prior_log_likelihood()
                 found.append(
                     {"labels": noise, "k": k, "second": voters, "right": 100 * float(right), "nats": float(gain)}
                 )

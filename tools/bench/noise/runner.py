@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from distav.config.errors import UserError, listed
+from distav.config.errors import UserError, format_list
 from distav.data.annotations.labels import load_labels
-from distav.data.dataset import ShardSet
+from distav.data.dataset import ShardedDataset
 from distav.data.files import write_atomically, write_table
 from distav.data.preparation.noise_injection import LabelNoise, flip_labels
 from tools.bench.noise.experiments import ABLATIONS, PHASE_1, SETS, Cell, Job, ablations, file_name, grid, pairs
@@ -134,7 +134,7 @@ class Bench:
         """Return the table of a cell's given labels."""
         path = self.work / "labels" / file_name(f"{cell.name}, seed {seed}.parquet")
         if not path.exists():
-            shards = ShardSet.open(self.shards(cell, seed))
+            shards = ShardedDataset.open(self.shards(cell, seed))
             right = load_labels(shards, shards.split("train"))
             noise = LabelNoise.parse(cell.labels)
             given = right.given
@@ -211,7 +211,7 @@ def run(
     for option, asked, known in (("--sets", sets, SETS), ("--parts", parts, PARTS)):
         unknown = set(asked) - set(known)
         if unknown:
-            raise UserError(f"{option}: there is no '{min(unknown)}'; allowed: {listed(known)}.")
+            raise UserError(f"{option}: there is no '{min(unknown)}'; allowed: {format_list(known)}.")
     cells = [cell for part in parts or PARTS for cell in PARTS[part]() if cell[0].set in (sets or SETS)]
     jobs = [Job(cell, method, seed) for seed in seeds for cell, methods in cells for method in methods]
     jobs = list(dict.fromkeys(jobs))
