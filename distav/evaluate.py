@@ -5,7 +5,7 @@ python distav/evaluate.py runs/mine/export shards/other --what knn probe --label
 deepspeed --num_gpus 8 distav/evaluate.py runs/mine/export shards/other --what fine_tune --out runs/fine_tuned
 
 knn and probe learn from the training split, with the towers as they are, by picture, by sound and by both; fine_tune
-trains towers and classifiers on (as `train.py` does with model.start_from). All are scored on the test split.
+trains towers and classifiers on (as `train.py` does with model.pretrained). All are scored on the test split.
 """
 
 import argparse
@@ -19,22 +19,29 @@ from typing import Any
 # Started as a file, Python puts this folder first, where `data` or `models` would hide other packages.
 sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(__file__).resolve().parent]
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from torch import Tensor
 
-from distav.config.cli import add_rank_options, exit_with_error  # noqa: E402
-from distav.config.errors import UserError  # noqa: E402
-from distav.config.phases import SupervisedPhase, Targets  # noqa: E402
-from distav.config.schema import Device, OptimSettings, RunSettings, Settings  # noqa: E402
-from distav.data.annotations.labels import load_labels  # noqa: E402
-from distav.data.dataset import ShardedDataset, Split  # noqa: E402
-from distav.data.files import write_atomically  # noqa: E402
-from distav.distributed.collectives import broadcast, all_gather_variable_rows, local_shard, get_rank, shard_range, all_reduce_sum_  # noqa: E402
-from distav.distributed.process_group import World, process_group  # noqa: E402
-from distav.evaluation.embedding import Encoders  # noqa: E402
-from distav.evaluation.metrics import retrieval  # noqa: E402
-from distav.evaluation.probing import LinearProbe, knn_class_probs  # noqa: E402
-from distav.models.pretrained import input_config, model_config  # noqa: E402
+from distav.config.cli import add_rank_options, exit_with_error
+from distav.config.errors import UserError
+from distav.config.phases import SupervisedPhase, Targets
+from distav.config.schema import Device, OptimSettings, RunSettings, Settings
+from distav.data.annotations.labels import load_labels
+from distav.data.dataset import ShardedDataset, Split
+from distav.data.files import write_atomically
+from distav.distributed.collectives import (
+    all_gather_variable_rows,
+    all_reduce_sum_,
+    broadcast,
+    get_rank,
+    local_shard,
+    shard_range,
+)
+from distav.distributed.process_group import World, process_group
+from distav.evaluation.embedding import Encoders
+from distav.evaluation.metrics import retrieval
+from distav.evaluation.probing import LinearProbe, knn_class_probs
+from distav.models.pretrained import input_config, model_config
 
 KINDS = ("knn", "probe", "retrieval", "fine_tune")
 SENSES = ("visual", "audio", "both")
@@ -169,7 +176,7 @@ def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: 
         root=options.shards,
         train_split=options.train_split,
         test_split=options.test_split,
-        labels=options.labels,
+        label_overrides=options.labels,
     )
     settings = Settings(
         run=RunSettings(
@@ -180,7 +187,7 @@ def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: 
             threads_per_rank=options.threads,
         ),
         data=data,
-        model=replace(model_config(description), start_from=str(options.export)),
+        model=replace(model_config(description), pretrained=str(options.export)),
         optim=OptimSettings(global_batch=options.global_batch, lr=options.lr),
         phases={"fine_tune": SupervisedPhase(epochs=options.epochs, targets=Targets.given, tower_lr_scale=0.3)},
     )

@@ -14,11 +14,11 @@ from pathlib import Path
 # Started as a file, Python puts this folder first, where `config`, `data` or `models` would hide other packages.
 sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(__file__).resolve().parent]
 
-from distav.config import loading  # noqa: E402
-from distav.config.cli import exit_with_error  # noqa: E402
-from distav.config.errors import UserError  # noqa: E402
-from distav.config.schema import Settings  # noqa: E402
-from distav.distributed.signals import EXIT_INTERRUPTED, Interrupted  # noqa: E402
+from distav.config import loading
+from distav.config.cli import exit_with_error
+from distav.config.errors import UserError
+from distav.config.schema import Settings
+from distav.distributed.signals import EXIT_INTERRUPTED, Interrupted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

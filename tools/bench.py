@@ -7,7 +7,7 @@ from pathlib import Path
 # Started as a file, Python puts this folder first, where `bench` is this file's package under a second name.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tools.bench.command import main  # noqa: E402
+from tools.bench.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distav.config.errors import UserError, format_list, did_you_mean
+from distav.config.errors import UserError, did_you_mean, format_list
 from distav.config.phases import PHASE_KINDS, PhaseSettings
 from distav.config.schema import Settings
 from distav.config.validation import check
@@ -35,7 +35,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """
     file = Path(path).expanduser().resolve()
     if not file.is_file():
-        near = did_you_mean(file.name, [each.name for each in file.parent.glob("*.yaml")] if file.parent.is_dir() else [])
+        near = did_you_mean(
+            file.name, [each.name for each in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
+        )
         raise UserError(f"--config {path}: no such file.{near}")
     kinds: dict[str, str] = {}
     try:

@@ -90,7 +90,7 @@ class ContrastivePhase:
     negatives_source: NegativesSource = NegativesSource.memory_bank
     """bank or batch (CRCL: batch); with accumulation, a micro-batch."""
     temperature: float = 0.07
-    """Divides the similarities of the instance loss (AVID: 0.07, CRCL: 0.05); where `model.learn_temperature`, the
+    """Divides the similarities of the instance loss (AVID: 0.07, CRCL: 0.05); where `model.learnable_temperature`, the
     model's does."""
     complementary_weight: float = 5.0
     """Weight lambda of the complementary part of acl (CRCL: 5)."""
@@ -218,7 +218,7 @@ class EventParsingPhase:
     tower_lr_scale: float = 1.0
     """Further factor for the towers, where clips and not features are stored."""
     pseudo_labels: str = ""
-    """What teachers harvested: the folder that tools/harvest_labels.py wrote, or a table of events; empty for weak
+    """What teachers pseudo_labels: the folder that tools/harvest_labels.py wrote, or a table of events; empty for weak
     labels alone."""
     weak_label_weight: float = 1.0
     """Weight of the classes of a whole clip, told by both senses together."""
@@ -233,7 +233,9 @@ class EventParsingPhase:
 
 
 PhaseSettings = ContrastivePhase | LabelCorrectionPhase | SupervisedPhase | EventParsingPhase
-PHASE_KINDS: dict[str, type[ContrastivePhase] | type[LabelCorrectionPhase] | type[SupervisedPhase] | type[EventParsingPhase]] = {
+PHASE_KINDS: dict[
+    str, type[ContrastivePhase] | type[LabelCorrectionPhase] | type[SupervisedPhase] | type[EventParsingPhase]
+] = {
     "contrastive": ContrastivePhase,
     "correction": LabelCorrectionPhase,
     "supervised": SupervisedPhase,

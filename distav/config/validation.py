@@ -7,10 +7,10 @@ from typing import Any, cast
 from distav.config.errors import UserError
 from distav.config.phases import (
     NEED_CORRECTION,
-    NegativesSource,
     ContrastivePhase,
-    InstanceLoss,
     EventParsingPhase,
+    InstanceLoss,
+    NegativesSource,
     PhaseSettings,
     SoftTargetKind,
     SupervisedPhase,
@@ -26,14 +26,14 @@ def check(settings: Settings) -> None:
     """
     _require(settings.optim.global_batch > 1, "optim.global_batch", settings.optim.global_batch, "2 or more")
     at_least_one = {
-        "optim.accumulation": settings.optim.gradient_accumulation_steps,
+        "optim.gradient_accumulation_steps": settings.optim.gradient_accumulation_steps,
         "data.num_frames": settings.data.num_frames,
         "data.frame_stride": settings.data.frame_stride,
         "data.frame_size": settings.data.frame_size,
-        "data.shuffle_block": settings.data.shuffle_block_shards,
+        "data.shuffle_block_shards": settings.data.shuffle_block_shards,
         "data.prefetch": settings.data.prefetch,
         "run.log_every": settings.run.log_every,
-        "run.max_skipped_steps": settings.run.max_consecutive_skipped_steps,
+        "run.max_consecutive_skipped_steps": settings.run.max_consecutive_skipped_steps,
         "run.checkpoint_every": settings.run.checkpoint_every,
         "monitor.media_every": settings.monitor.media_every,
         "model.visual.patch": settings.model.visual.patch,
@@ -47,7 +47,7 @@ def check(settings: Settings) -> None:
         "model.parser.width": settings.model.parser.width,
         "model.parser.depth": settings.model.parser.depth,
         "model.parser.heads": settings.model.parser.heads,
-        "model.parser.feed_forward": settings.model.parser.ffn_dim,
+        "model.parser.ffn_dim": settings.model.parser.ffn_dim,
     }
     for key, value in at_least_one.items():
         _require(value >= 1, key, value, "a whole number from 1 up")
@@ -55,9 +55,9 @@ def check(settings: Settings) -> None:
     _require(threads >= 0, "data.decode_threads", threads, "a whole number from 1 up, or 0 to choose by the device")
     _require(settings.run.keep_checkpoints >= 2, "run.keep_checkpoints", settings.run.keep_checkpoints, "2 or more")
     shares = {
-        "data.max_bad_fraction": settings.data.max_quarantined_fraction,
-        "augment.flip": settings.augment.flip_prob,
-        "bank.momentum": settings.memory_bank.momentum,
+        "data.max_quarantined_fraction": settings.data.max_quarantined_fraction,
+        "augment.flip_prob": settings.augment.flip_prob,
+        "memory_bank.momentum": settings.memory_bank.momentum,
         "model.dropout": settings.model.dropout,
         "model.parser.dropout": settings.model.parser.dropout,
         "optim.warmup_fraction": settings.optim.warmup_fraction,
@@ -72,31 +72,33 @@ def check(settings: Settings) -> None:
         "run.seed": settings.run.seed,
         "run.threads_per_rank": settings.run.threads_per_rank,
         "data.cache_mib": settings.data.cache_mib,
-        "optim.spike_skip": settings.optim.loss_spike_skip_batches,
+        "optim.loss_spike_skip_batches": settings.optim.loss_spike_skip_batches,
         "optim.weight_decay": settings.optim.weight_decay,
         "optim.grad_clip": settings.optim.grad_clip,
         "model.num_categories": settings.model.num_categories,
         "monitor.media_clips": settings.monitor.media_clips,
-        "bank.replicate_below_mib": settings.memory_bank.replicate_below_mib,
+        "memory_bank.replicate_below_mib": settings.memory_bank.replicate_below_mib,
     }
     for key, value in none_below_zero.items():
         _require(value >= 0, key, value, "0 or more")
     for key, value in {"optim.beta1": settings.optim.beta1, "optim.beta2": settings.optim.beta2}.items():
         _require(0 <= value < 1, key, value, "0 up to, not including, 1")
     spike = settings.optim.loss_spike_factor
-    _require(spike == 0 or spike > 1, "optim.spike_factor", spike, "0 for never, or a factor above 1")
+    _require(spike == 0 or spike > 1, "optim.loss_spike_factor", spike, "0 for never, or a factor above 1")
     parser = settings.model.parser
     heads = f"a divisor of model.parser.width={parser.width}"
     _require(parser.width % parser.heads == 0, "model.parser.heads", parser.heads, heads)
     for name, grid in parser.token_grids.items():
-        _require(len(grid) == 2 and min(grid) > 0, f"model.parser.maps.{name}", grid, "rows and columns, e.g. [2, 32]")
+        _require(
+            len(grid) == 2 and min(grid) > 0, f"model.parser.token_grids.{name}", grid, "rows and columns, e.g. [2, 32]"
+        )
     _require(settings.run.timeout_s > 0, "run.timeout_s", settings.run.timeout_s, "seconds above 0")
     _require(settings.optim.lr > 0, "optim.lr", settings.optim.lr, "a number above 0")
     _require(settings.data.audio_s > 0, "data.audio_s", settings.data.audio_s, "seconds above 0")
     _require(0 < settings.augment.crop_area_min <= 1, "augment.crop_area_min", settings.augment.crop_area_min, "0 to 1")
     _require(
         0 <= settings.augment.audio_shift_s <= 0.5,
-        "augment.shift_s",
+        "augment.audio_shift_s",
         settings.augment.audio_shift_s,
         "0 to 0.5 seconds, since a larger shift makes mismatched pairs",
     )
@@ -117,22 +119,22 @@ def check(settings: Settings) -> None:
         corrected = corrected or phase.kind == "correction"
         if isinstance(phase, SupervisedPhase) and phase.targets in NEED_CORRECTION and not corrected:
             raise UserError(
-                f"phases.{name}.targets={phase.targets.name}: needs a phase with kind: correction before it; add one, "
+                f"phases.{name}.targets={phase.targets.name}: needs a phase with kind: label_correction before it; add one, "
                 "or learn from targets: given."
             )
 
 
 _SHARES = (
-    "soft_weight",
-    "weight_min",
-    "trust_after",
+    "soft_target_weight",
+    "min_pair_weight",
+    "pair_weighting_start",
     "whitening",
-    "refine_threshold",
-    "matching_quantile",
+    "correspondence_threshold",
+    "full_trust_quantile",
     "audio_smoothing",
     "visual_smoothing",
 )
-_FROM_ZERO = ("second", "negatives", "signal_nats", "refine_after_epochs")
+_FROM_ZERO = ("second", "negatives", "signal_nats", "refinement_warmup_epochs")
 
 
 def _check_phase(name: str, phase: PhaseSettings) -> None:
@@ -145,7 +147,7 @@ def _check_phase(name: str, phase: PhaseSettings) -> None:
                 _require(each > 0, where, each, "a number above 0")
             elif key in _SHARES or key.endswith("momentum"):
                 _require(0 <= each <= 1, where, each, "0 to 1")
-            elif key == "matching_candidates":
+            elif key == "matching_reference_size":
                 _require(each >= 2, where, each, "2 or more")
             elif key in ("epochs", "neighbors", "width"):
                 _require(each >= 1, where, each, "a whole number from 1 up")
@@ -160,12 +162,12 @@ def _check_instance_loss(where: str, phase: ContrastivePhase) -> None:
     in_batch, acl = phase.negatives_source is NegativesSource.batch, phase.loss is InstanceLoss.acl
     if in_batch and phase.num_negatives:
         raise UserError(
-            f"{where}.negatives={phase.num_negatives}: rows are drawn from the bank; set {where}.candidates=bank, or "
-            "negatives=0 for the batch."
+            f"{where}.num_negatives={phase.num_negatives}: rows are drawn from the bank; set {where}.negatives_source=memory_bank, or "
+            "num_negatives=0 for the batch."
         )
     if acl and not in_batch and not phase.num_negatives:
         raise UserError(
-            f"{where}.loss=acl: is taken over some candidates, not the whole bank; set {where}.candidates=batch, or "
+            f"{where}.loss=acl: is taken over some candidates, not the whole bank; set {where}.negatives_source=batch, or "
             f"{where}.negatives to the rows to draw, e.g. 127."
         )
     if acl and phase.nce:
@@ -176,14 +178,14 @@ def _check_instance_loss(where: str, phase: ContrastivePhase) -> None:
             "softmax over the whole bank."
         )
     if in_batch or phase.num_negatives:
-        what = f"{where}.candidates=batch" if in_batch else f"{where}.negatives={phase.num_negatives}"
+        what = f"{where}.negatives_source=batch" if in_batch else f"{where}.num_negatives={phase.num_negatives}"
         if not acl and phase.soft_targets is not SoftTargetKind.none:
             raise UserError(
                 f"{where}.soft_targets={phase.soft_targets.name}: {what} goes with hard targets alone; set "
-                f"{where}.soft_targets=none, or candidates=bank and negatives=0 for the whole bank."
+                f"{where}.soft_targets=none, or negatives_source=memory_bank and num_negatives=0 for the whole bank."
             )
         if phase.mask_uninitialized:
-            raise UserError(f"{where}.mask_unvisited=true: is for the whole bank, and not for {what}.")
+            raise UserError(f"{where}.mask_uninitialized=true: is for the whole bank, and not for {what}.")
 
 
 def _require(right: bool, key: str, value: object, allowed: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from distav.config.errors import UserError, format_list
-from distav.config.phases import ContrastivePhase, LabelCorrectionPhase, EventParsingPhase
+from distav.config.phases import ContrastivePhase, EventParsingPhase, LabelCorrectionPhase
 from distav.config.schema import Settings
 from distav.data.annotations.events import EventLabels, load_events, read_events, segments_of
 from distav.data.annotations.labels import Labels, load_labels
@@ -121,13 +121,13 @@ def _check_segments(settings: Settings, train: Split) -> None:
         unknown = set(settings.model.parser.token_grids) - set(train.streams)
         if unknown:
             raise UserError(
-                f"model.parser.maps.{min(unknown)}: the set has no such stream; allowed: {format_list(train.streams)}. "
-                f"Leave it out by ~model.parser.maps.{min(unknown)}."
+                f"model.parser.token_grids.{min(unknown)}: the set has no such stream; allowed: {format_list(train.streams)}. "
+                f"Leave it out by ~model.parser.token_grids.{min(unknown)}."
             )
         for name, (rows, columns) in settings.model.parser.token_grids.items():
             if rows * columns != train.streams[name].steps:
                 raise UserError(
-                    f"model.parser.maps.{name}=[{rows}, {columns}]: the stream has {train.streams[name].steps} steps."
+                    f"model.parser.token_grids.{name}=[{rows}, {columns}]: the stream has {train.streams[name].steps} steps."
                 )
         return
     if data.audio_s != segments:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from distav.config.errors import UserError, format_list, did_you_mean
+from distav.config.errors import UserError, did_you_mean, format_list
 from distav.data.files import read_table
 from distav.data.integrity import CorruptFileError, verify_file
 from distav.data.manifest import VIDEO_EXTENSIONS, read_manifest
@@ -128,7 +128,7 @@ class ShardedDataset:
     @property
     def multi_label(self) -> bool:
         """Whether a sample may have any number of classes, and not just one."""
-        return self.manifest.get("several_labels", False)
+        return self.manifest.get("multi_label", False)
 
     @classmethod
     def open(cls, root: str | Path, cache: str = "", cache_mib: int = 0) -> "ShardedDataset":
@@ -167,7 +167,7 @@ class ShardedDataset:
                 verify_file(self.root, name, expected)
         except CorruptFileError as fault:
             raise UserError(
-                f"{self.where}: {fault}; copy it again. Labels of your own go into a table named by data.labels."
+                f"{self.where}: {fault}; copy it again. Labels of your own go into a table named by data.label_overrides."
             ) from None
         return read_table(self.root / name, filters=[("split", "=", split)])
 

@@ -42,8 +42,8 @@ def _fault(manifest: Any) -> str:
     classes = manifest["classes"]
     if not classes or not all(isinstance(each, str) for each in classes) or len(set(classes)) < len(classes):
         return "'classes' is no list of different names"
-    if not isinstance(manifest.get("several_labels", False), bool):
-        return "'several_labels' is neither true nor false"
+    if not isinstance(manifest.get("multi_label", False), bool):
+        return "'multi_label' is neither true nor false"
     if fault := _streams_fault(manifest["streams"]) if "streams" in manifest else _clips_fault(manifest):
         return fault
     tables = manifest.get("tables", {})

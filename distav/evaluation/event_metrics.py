@@ -30,8 +30,14 @@ def event_metrics(predicted: np.ndarray, target: np.ndarray) -> dict[str, dict[s
         ValueError: where the shapes differ.
     """
     if predicted.shape != target.shape or predicted.ndim != 4 or predicted.shape[1] != 2:
-        raise ValueError(f"told {predicted.shape} and true {target.shape} have to be [videos, 2, segments, classes] alike")
-    kinds = [(predicted[:, 0], target[:, 0]), (predicted[:, 1], target[:, 1]), (predicted.all(axis=1), target.all(axis=1))]
+        raise ValueError(
+            f"told {predicted.shape} and true {target.shape} have to be [videos, 2, segments, classes] alike"
+        )
+    kinds = [
+        (predicted[:, 0], target[:, 0]),
+        (predicted[:, 1], target[:, 1]),
+        (predicted.all(axis=1), target.all(axis=1)),
+    ]
     found = {}
     for level, count in (("segment", _count_segments), ("event", _count_events)):
         audio, visual, both = (count(*kind) for kind in kinds)

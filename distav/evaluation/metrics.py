@@ -7,7 +7,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from distav.distributed.collectives import all_gather_variable_rows, all_gather_rows, get_rank, all_reduce_sum_
+from distav.distributed.collectives import all_gather_rows, all_gather_variable_rows, all_reduce_sum_, get_rank
 
 RECALLED = (1, 5, 10)
 _SCORES = 2**24
@@ -30,7 +30,7 @@ def label_accuracy(given: np.ndarray, corrected: np.ndarray, true: np.ndarray) -
         given, corrected, true: [N] class numbers.
 
     Returns:
-        Shares: `given` and `corrected` right of all; `flipped_recovered` of the wrong given ones; `clean_damaged` of
+        Shares: `given` and `corrected` right of all; `wrong_labels_fixed` of the wrong given ones; `right_labels_broken` of
         the right given ones. None where there are no such labels.
     """
     wrong = given != true
@@ -38,8 +38,8 @@ def label_accuracy(given: np.ndarray, corrected: np.ndarray, true: np.ndarray) -
     return {
         "given": float((~wrong).mean()),
         "corrected": float(right_now.mean()),
-        "flipped_recovered": float(right_now[wrong].mean()) if wrong.any() else None,
-        "clean_damaged": float((~right_now[~wrong]).mean()) if (~wrong).any() else None,
+        "wrong_labels_fixed": float(right_now[wrong].mean()) if wrong.any() else None,
+        "right_labels_broken": float((~right_now[~wrong]).mean()) if (~wrong).any() else None,
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import all_reduce_sum_, all_reduce_sum
+from distav.distributed.collectives import all_reduce_sum, all_reduce_sum_
 
 PLATEAU_MARGIN = 0.01
 """Nats below log(2K - 1) that a contrast has to fall to have left the plateau."""

@@ -66,7 +66,7 @@ def segment_losses(logits: Tensor, pseudo_labels: Tensor) -> Tensor:
 
     Args:
         logits: [B, 2, T, C].
-        harvested: [B, 2, T, C] bool or shares.
+        pseudo_labels: [B, 2, T, C] bool or shares.
 
     Returns:
         [B].

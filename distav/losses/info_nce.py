@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.distributed.collectives import all_gather_rows_with_grad, local_batch, get_rank
+from distav.distributed.collectives import all_gather_rows_with_grad, get_rank, local_batch
 from distav.losses.known_gradient import attach_gradient
 from distav.memory.bank import Bank
 from distav.memory.global_batch import GlobalBatch
-from distav.memory.negative_sampling import NegativeSampling, SampledRows, Partition
+from distav.memory.negative_sampling import NegativeSampling, Partition, SampledRows
 
 MODALITIES = ("visual", "audio")
 Directions = tuple[tuple[str, str], ...]

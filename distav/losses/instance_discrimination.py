@@ -57,7 +57,7 @@ def instance_losses(
     softness: Tensor | None = None,
     soft: SoftTargets | None = None,
     *,
-    mask_unvisited: bool = False,
+    mask_uninitialized: bool = False,
     directions: Directions = DIRECTIONS,
 ) -> InstanceLosses:
     """Return each sample's loss in both directions, exact over all rows.
@@ -72,7 +72,7 @@ def instance_losses(
         temperature: tau; a tensor of no dimensions gets a gradient.
         softness: [b] share s of the soft target, 0..1; None for hard targets, on all ranks alike.
         soft: how S is made.
-        mask_unvisited: leave rows that were never written out of the softmax; samples that were never seen before
+        mask_uninitialized: leave rows that were never written out of the softmax; samples that were never seen before
             then have no loss.
         directions: across or within; soft targets are for those across.
     """
@@ -80,7 +80,7 @@ def instance_losses(
     queries = {"visual": visual, "audio": audio}
     rows: dict[str, Tensor] = dict(zip(MODALITIES, bank.fetch(MODALITIES, visitors.ids), strict=True))
     seen = None
-    if mask_unvisited:
+    if mask_uninitialized:
         seen = bank.resident_column("visits") > 0
     bias = None if seen is None else _closed(seen)
     every = queries if bank.replicated else {"visual": visitors.visual, "audio": visitors.audio}

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from distav.distributed.collectives import get_world_size, all_reduce_sum_
+from distav.distributed.collectives import all_reduce_sum_, get_world_size
 
 
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from distav.memory.attention import TILE, AttentionInputs, AttentionOutput, merge_parts, reference_attention, tiled_attention
+from distav.memory.attention import (
+    TILE,
+    AttentionInputs,
+    AttentionOutput,
+    merge_parts,
+    reference_attention,
+    tiled_attention,
+)
 
 log = logging.getLogger("distav")
 
@@ -51,7 +58,9 @@ def _fused(run: Callable[[AttentionInputs], AttentionOutput]) -> Callable[[Atten
         if cut < num_keys:
             tail = None if asked.bias is None else asked.bias[cut:]
             hidden = None if asked.exclude is None else asked.exclude - cut
-            last = tiled_attention(AttentionInputs(asked.queries, asked.keys[cut:], asked.values[cut:], asked.scale, tail, hidden))
+            last = tiled_attention(
+                AttentionInputs(asked.queries, asked.keys[cut:], asked.values[cut:], asked.scale, tail, hidden)
+            )
             lse, out = torch.cat([lse, last[0][None]]), torch.cat([out, last[1][None]])
         return merge_parts(lse, out)
 
@@ -213,7 +222,9 @@ BACKENDS = (
     AttentionBackend("cudnn", _fused(_cudnn), "cuda", _HALF, False, False, range(8, 129, 8), min_keys=2),
     AttentionBackend("flash", _fused(_flash_gpu), "cuda", _HALF, False, False, range(8, 257, 8), min_keys=1),
     AttentionBackend("flex", _fused(_flex), "cuda", _HALF, widths=range(16, 257, 8), min_keys=1),
-    AttentionBackend("flash-cpu", _fused(_flash_cpu), "cpu", (torch.float32,), True, False, range(8, 2**20, 8), min_keys=1),
+    AttentionBackend(
+        "flash-cpu", _fused(_flash_cpu), "cpu", (torch.float32,), True, False, range(8, 2**20, 8), min_keys=1
+    ),
     AttentionBackend("tiles", tiled_attention),
 )
 """In order of preference."""
@@ -240,7 +251,9 @@ def self_test(back_end: AttentionBackend, device: torch.device, width: int, with
     close, fault = 1e-4 if dtype is torch.float32 else 2e-2, ""
     try:
         found = back_end.run(asked)
-        errors = [float((ours - true).abs().max()) for ours, true in zip(found, reference_attention(asked), strict=True)]
+        errors = [
+            float((ours - true).abs().max()) for ours, true in zip(found, reference_attention(asked), strict=True)
+        ]
         if not all(each < close for each in errors):
             fault = f"lse off by {errors[0]:.2g}, average by {errors[1]:.2g}; allowed: {close:g}"
     except Exception as error:  # noqa: BLE001  # whatever a private operator raises, it cannot be used

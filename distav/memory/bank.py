@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.distributed.collectives import all_to_all_rows, all_gather_variable_rows, get_world_size, local_batch, get_rank, shard_range
+from distav.distributed.collectives import (
+    all_gather_variable_rows,
+    all_to_all_rows,
+    get_rank,
+    get_world_size,
+    local_batch,
+    shard_range,
+)
 from distav.distributed.rng import sample_seeds, uniform
 from distav.memory.category_gram import CategoryAssignments
 from distav.memory.global_batch import GlobalBatch
@@ -182,7 +189,10 @@ class Bank:
         """Return where the rows of a batch have to go; found once for each batch, since the host waits for it."""
         if self._routed is None or self._routed.ids is not ids:
             me, owner = get_rank(), self.owner(ids).view(get_world_size(), -1)
-            counts = [(owner == me).sum(1), (owner[me][:, None] == torch.arange(get_world_size(), device=ids.device)).sum(0)]
+            counts = [
+                (owner == me).sum(1),
+                (owner[me][:, None] == torch.arange(get_world_size(), device=ids.device)).sum(0),
+            ]
             of_rank, by_owner = torch.stack(counts).tolist()
             owned = (owner.flatten() != me).byte().argsort(stable=True)[: sum(of_rank)]
             self._routed = _Route(ids, owned, of_rank, owner[me].argsort(stable=True), by_owner)

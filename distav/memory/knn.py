@@ -14,7 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import all_gather_objects, all_gather_variable_rows, get_world_size, ring_shards, shard_range
+from distav.distributed.collectives import (
+    all_gather_objects,
+    all_gather_variable_rows,
+    get_world_size,
+    ring_shards,
+    shard_range,
+)
 from distav.memory.key_shard import KeyShard, Tiling, Workspace
 from distav.memory.reservoir import EMPTY, unpacked_ids, unpacked_scores
 from distav.memory.top_k import exact_top_k

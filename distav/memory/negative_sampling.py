@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import all_to_all_rows, all_gather_rows, get_world_size, all_reduce_sum_
+from distav.distributed.collectives import all_gather_rows, all_reduce_sum_, all_to_all_rows, get_world_size
 from distav.distributed.rng import sample_seeds, uniform
 from distav.memory.bank import Bank
 

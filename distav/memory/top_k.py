@@ -41,7 +41,14 @@ SLOTS = 1024
 
 
 def exact_top_k(
-    queries: Tensor, shard: KeyShard, best: Tensor, excluded: list[Tensor], space: Workspace, *, first: bool, estimate_bound: bool
+    queries: Tensor,
+    shard: KeyShard,
+    best: Tensor,
+    excluded: list[Tensor],
+    space: Workspace,
+    *,
+    first: bool,
+    estimate_bound: bool,
 ) -> tuple[Tensor, Tensor]:
     """Merge the best keys of a shard into the best found so far.
 
@@ -71,7 +78,13 @@ def exact_top_k(
 
 
 def _best_exact(
-    queries: Tensor, shard: KeyShard, best: Tensor, excluded: list[Tensor], space: Workspace, first: bool, estimate_bound: bool
+    queries: Tensor,
+    shard: KeyShard,
+    best: Tensor,
+    excluded: list[Tensor],
+    space: Workspace,
+    first: bool,
+    estimate_bound: bool,
 ) -> tuple[Tensor, Tensor]:
     num, k, num_tiles, width = len(queries), best.shape[1], len(shard.tiles), len(shard.tiles[0])
     if num < SMALLEST_GEMM:
@@ -100,7 +113,13 @@ def _best_exact(
 
 
 def _best_coarse(
-    queries: Tensor, shard: KeyShard, best: Tensor, excluded: list[Tensor], space: Workspace, first: bool, estimate_bound: bool
+    queries: Tensor,
+    shard: KeyShard,
+    best: Tensor,
+    excluded: list[Tensor],
+    space: Workspace,
+    first: bool,
+    estimate_bound: bool,
 ) -> tuple[Tensor, Tensor]:
     num, k, num_tiles, dtype = len(queries), best.shape[1], len(shard.tiles), space.scores.dtype
     scaled = queries * shard.scale

@@ -111,13 +111,13 @@ class Attention(nn.Module):
 class HybridLayer(nn.Module):
     """Every segment attends to its own modality and to the other; both modalities share the weights."""
 
-    def __init__(self, width: int, heads: int, feed_forward: int, dropout: float, number: int):
+    def __init__(self, width: int, heads: int, ffn_dim: int, dropout: float, number: int):
         super().__init__()
         first = _DROPOUT_STREAM + 10 * number
         self.own = Attention(width, heads, dropout, first)
         self.other = Attention(width, heads, dropout, first + 1)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.inside, self.outside = nn.Linear(width, feed_forward), nn.Linear(feed_forward, width)
+        self.inside, self.outside = nn.Linear(width, ffn_dim), nn.Linear(ffn_dim, width)
         self.drops = nn.ModuleList(SeededDropout(dropout, first + 2 + place) for place in range(4))
 
     def forward(self, x: Tensor, other: Tensor, seeds: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class EventParser(nn.Module):
         width: int = 512,
         depth: int = 1,
         heads: int = 8,
-        feed_forward: int = 1024,
+        ffn_dim: int = 1024,
         dropout: float = 0.1,
         sequential_update: bool = False,
         joint_pooling: bool = False,
@@ -185,9 +185,9 @@ class EventParser(nn.Module):
         super().__init__()
         self.embed_audio = SegmentEmbedding(audio, width, segments)
         self.embed_visual = SegmentEmbedding(visual, width, segments)
-        self.layers = nn.ModuleList(HybridLayer(width, heads, feed_forward, dropout, number) for number in range(depth))
+        self.layers = nn.ModuleList(HybridLayer(width, heads, ffn_dim, dropout, number) for number in range(depth))
         self.pool = AttentivePooling(width, num_classes, joint_pooling)
-        self.in_turn = sequential_update
+        self.sequential_update = sequential_update
 
     def forward(self, audio: Sequence[Tensor], visual: Sequence[Tensor], seeds: Tensor) -> Parsed:
         """Parse videos.
@@ -200,7 +200,7 @@ class EventParser(nn.Module):
         for layer in self.layers:
             before = heard
             heard = layer(heard, seen, seeds)
-            seen = layer(seen, heard if self.in_turn else before, seeds)
+            seen = layer(seen, heard if self.sequential_update else before, seeds)
         return self.pool(torch.stack([heard, seen], dim=1))
 
 
@@ -216,7 +216,7 @@ def build_parser(
         width=settings.width,
         depth=settings.depth,
         heads=settings.heads,
-        feed_forward=settings.ffn_dim,
+        ffn_dim=settings.ffn_dim,
         dropout=settings.dropout,
         sequential_update=settings.sequential_update,
         joint_pooling=settings.joint_pooling,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distav.distributed.collectives import all_gather_rows, get_world_size, all_reduce_sum_
+from distav.distributed.collectives import all_gather_rows, all_reduce_sum_, get_world_size
 from distav.distributed.rng import uniform
 
 _recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)

@@ -33,7 +33,9 @@ def load_encoders(folder: str | Path) -> tuple[AVModel, dict[str, Any]]:
     if "num_frames" not in inputs:
         raise UserError(f"{folder} holds an event parser over features, and no encoders; load it by load_parser.")
     num_classes, segments = len(description["classes"]), description.get("segments", 0)
-    model = AVModel(model_config(description), input_config(description), inputs["sample_rate_hz"], num_classes, segments)
+    model = AVModel(
+        model_config(description), input_config(description), inputs["sample_rate_hz"], num_classes, segments
+    )
     model.load_state_dict(load_weights(folder))
     return model.eval(), description
 

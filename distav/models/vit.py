@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
-from distav.config.errors import UserError, format_list, did_you_mean
+from distav.config.errors import UserError, did_you_mean, format_list
 from distav.models.layers import run
 
 SIZES = {

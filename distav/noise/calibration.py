@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import broadcast, all_reduce_sum_
-from distav.noise.noise_rate import MATRIX_PRIOR, uniform_transition_matrix, rates
+from distav.distributed.collectives import all_reduce_sum_, broadcast
+from distav.noise.noise_rate import MATRIX_PRIOR, rates, uniform_transition_matrix
 from distav.noise.tiling import in_tiles, normalized, tiles
 
 MIN_PROBABILITY = 1e-12
@@ -128,7 +128,10 @@ class VoteCalibrator:
         self.labels = own[self.chosen]
         self.counts = all_reduce_sum_(torch.bincount(self.labels, minlength=num_classes).double())
         self.number = max(1, int(self.counts.sum()))
-        self.even, self.rates = uniform_transition_matrix(1.0, num_classes).to(self.counts), rates(num_classes).to(own.device)
+        self.even, self.rates = (
+            uniform_transition_matrix(1.0, num_classes).to(self.counts),
+            rates(num_classes).to(own.device),
+        )
 
     def _tiles(self, width: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield places [t] and given labels [t] of some of this rank's judges at a time."""

@@ -99,7 +99,9 @@ def pair_posterior(picture: Tensor, agreed: ClassAgreement, evidence: Tensor, us
     averaged, ratios = torch.empty_like(picture), [torch.empty_like(picture[:, 0]) for _ in used]
     for part in tiles(len(picture), picture.shape[1], picture.device):
         shares = torch.zeros_like(picture[part])
-        for ratio, weight, each in zip(ratios, used.values(), temperature_scaled(agreed.votes[part], used), strict=True):
+        for ratio, weight, each in zip(
+            ratios, used.values(), temperature_scaled(agreed.votes[part], used), strict=True
+        ):
             shares += weight * each
             ratio[part] = _ratio(picture[part], each)
         averaged[part] = normalized(shares)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.distributed.collectives import broadcast, all_gather_variable_rows, all_reduce_sum_
+from distav.distributed.collectives import all_gather_variable_rows, all_reduce_sum_, broadcast
 from distav.memory.knn import nearest_neighbors
 from distav.noise.tiling import in_tiles, tiles
 

@@ -14,10 +14,17 @@ from torch import Tensor
 
 from distav.distributed.collectives import all_gather_variable_rows, local_shard
 from distav.noise.calibration import VoteCalibrator
-from distav.noise.class_agreement import reconcile_pair_rate, gate_by_correspondence
+from distav.noise.class_agreement import gate_by_correspondence, reconcile_pair_rate
 from distav.noise.noise_rate import RateEstimate, class_rates, estimate_rate, estimate_transition_matrix, rates
 from distav.noise.tiling import in_tiles, normalized
-from distav.noise.vote_search import VoteTask, FeatureSpace, VoteSearchSpace, select_label_vote, select_audio_vote, joint_features
+from distav.noise.vote_search import (
+    FeatureSpace,
+    VoteSearchSpace,
+    VoteTask,
+    joint_features,
+    select_audio_vote,
+    select_label_vote,
+)
 
 
 @dataclass(frozen=True)
@@ -108,12 +115,16 @@ def correct_labels(
     """
     own, present = local_shard(given), local_shard(valid)
     fitting = fitting_neighbors(search_space.num_neighbors, len(given), num_classes)
-    search_space = replace(search_space, neighbors=fitting, second=[each for each in search_space.second_round_neighbors if each <= max(fitting)] or [0])
+    search_space = replace(
+        search_space,
+        num_neighbors=fitting,
+        second_round_neighbors=[each for each in search_space.second_round_neighbors if each <= max(fitting)] or [0],
+    )
     judges = VoteCalibrator(own, num_classes, present)
     problem = VoteTask(given, own, num_classes, groups, valid, present, search_space, judges)
-    prior = prior.rate_log_likelihood if prior else None
+    likelihood_before = prior.rate_log_likelihood if prior else None
 
-    by_sight, pictures = select_label_vote(problem, spaces, lambda space: space.visual, prior)
+    by_sight, pictures = select_label_vote(problem, spaces, lambda space: space.visual, likelihood_before)
     seen = by_sight.calibration
     rate = _rate(seen.rate_log_likelihood, num_classes)
     shown, _ = estimate_transition_matrix(pictures, own, rate.rate, seen.error_distribution)
@@ -123,8 +134,8 @@ def correct_labels(
     heard_as = sounds.argmax(1)
     across = replace(problem, given=all_gather_variable_rows(heard_as), own=heard_as)
     # Neighbours are searched anew: kept for every kind of features, they would take several times the memory.
-    by_hearing, hearing = select_label_vote(across, spaces, lambda space: space.visual, prior)
-    by_both, both = select_label_vote(problem, spaces, partial(joint_features, problem, correspondence), prior)
+    by_hearing, hearing = select_label_vote(across, spaces, lambda space: space.visual, likelihood_before)
+    by_both, both = select_label_vote(problem, spaces, partial(joint_features, problem, correspondence), likelihood_before)
     joint = by_both.calibration
 
     fused = in_tiles(num_classes, _joined, pictures, sounds, correspondence)
@@ -132,26 +143,34 @@ def correct_labels(
     del fused, both, pictures, hearing
     if prior:
         experts["before"] = prior.held_out
-    asked = [judges.calibrate(each, prior) for each in teachers or ()]
+    asked = [judges.calibrate(each, likelihood_before) for each in teachers or ()]
     if teachers:
-        picture, sound = (calibration.inverse_temperature(each) for calibration, each in zip(asked, teachers, strict=True))
+        picture, sound = (
+            calibration.inverse_temperature(each) for calibration, each in zip(asked, teachers, strict=True)
+        )
         experts["teacher of pictures"] = picture
         experts["teacher of sounds"] = in_tiles(num_classes, _alone, sound, correspondence)
         del picture, sound
     pooled, weights = judges.fit_ensemble(list(experts.values()), seen.error_distribution, rate.rate if prior else None)
     pooled_as = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(experts, weights, strict=True))
     experts.clear()
-    voices = [(seen, by_sight.rate_log_likelihood_credible), (joint, by_both.rate_log_likelihood_credible), *((each, each.rate_log_likelihood) for each in asked)]
+    voices = [
+        (seen, by_sight.rate_log_likelihood_credible),
+        (joint, by_both.rate_log_likelihood_credible),
+        *((each, each.rate_log_likelihood) for each in asked),
+    ]
     soundest, told = min(voices, key=lambda voice: _width(_rate(voice[0].rate_log_likelihood, num_classes)))
     told = prior.rate_log_likelihood_credible if prior else told
-    outcome = judges.calibrate(pooled, soundest.rate_log_likelihood if prior is None else prior)
+    outcome = judges.calibrate(pooled, soundest.rate_log_likelihood if likelihood_before is None else likelihood_before)
     held_out = outcome.inverse_temperature(pooled)
     del pooled
     label_rate = _rate(outcome.rate_log_likelihood, num_classes).spanning(_rate(told, num_classes))
     posterior, matrix = estimate_transition_matrix(held_out, own, label_rate.rate, outcome.error_distribution)
     # The class of the sound: its own votes, and the picture's as far as they belong together.
     by_ear = [in_tiles(num_classes, _joined, sounds, each, correspondence) for each in (held_out, posterior)]
-    nats = (max(each.per_sample for each in (seen, joint, *asked)) - judges.prior_log_likelihood()) * outcome.num_samples
+    nats = (
+        max(each.per_sample for each in (seen, joint, *asked)) - judges.prior_log_likelihood()
+    ) * outcome.num_samples
 
     pair_rate = pairing.rate
     if not seen.is_asymmetric:

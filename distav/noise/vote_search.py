@@ -112,7 +112,9 @@ def _count(problem: VoteTask, near: NeighborGraph, way: VoteConfig) -> Tensor:
     return election.second_round(problem.own, way.second) if way.second else election.shares
 
 
-def _votes(problem: VoteTask, near: NeighborGraph, space: FeatureSpace, whitening: float) -> Iterator[tuple[VoteConfig, Tensor]]:
+def _votes(
+    problem: VoteTask, near: NeighborGraph, space: FeatureSpace, whitening: float
+) -> Iterator[tuple[VoteConfig, Tensor]]:
     """Yield every way to vote in a neighbourhood, with its votes."""
     voting = problem.search_space
     for k, temperature in itertools.product(voting.num_neighbors, voting.vote_temperatures):
@@ -166,7 +168,12 @@ def select_label_vote(
             good.append((problem.calibrator.calibrate(votes, prior), way))
             best = max(found.per_sample for found, _ in good)
             gain = max(best - chance, 0.0)
-            good = [each for each in good if each[0].per_sample >= best - (ASYMMETRIC_GAIN_TOLERANCE if each[0].is_asymmetric else GAIN_TOLERANCE) * gain]
+            good = [
+                each
+                for each in good
+                if each[0].per_sample
+                >= best - (ASYMMETRIC_GAIN_TOLERANCE if each[0].is_asymmetric else GAIN_TOLERANCE) * gain
+            ]
             if leader()[1] is way:
                 held = way, votes
             del votes
@@ -175,7 +182,9 @@ def select_label_vote(
     if held is None or held[0] is not way:
         held = None
         held = way, _count(problem, _neighborhood(problem, features_of, way.space, way.whitening), way)
-    credible = [found.rate_log_likelihood for found, _ in good if found.entropy <= MAX_ENTROPY_RATIO * calibration.entropy]
+    credible = [
+        found.rate_log_likelihood for found, _ in good if found.entropy <= MAX_ENTROPY_RATIO * calibration.entropy
+    ]
     told = torch.stack(credible).log_softmax(1).logsumexp(0)
     return SelectedVote(calibration, str(way), told), calibration.inverse_temperature(held[1])
 
@@ -201,7 +210,7 @@ def select_audio_vote(
     The neighbours taken also vote with the given labels, for what these say of the noise that is heard: [R].
     """
     voting, judges = problem.search_space, problem.calibrator
-    elected = replace(problem, given=all_gather_variable_rows(shown.argmax(1)), voting=replace(voting, second=(0,)))
+    elected = replace(problem, given=all_gather_variable_rows(shown.argmax(1)), search_space=replace(voting, second_round_neighbors=(0,)))
     told: list[tuple[str, float, float, Tensor]] = []
     best: _Sounds | None = None
 
@@ -215,7 +224,9 @@ def select_audio_vote(
         return True
 
     def heard_of(labelled: Iterable[Tensor]) -> Tensor:
-        return max((judges.calibrate(votes) for votes in labelled), key=lambda each: each.per_sample).rate_log_likelihood
+        return max(
+            (judges.calibrate(votes) for votes in labelled), key=lambda each: each.per_sample
+        ).rate_log_likelihood
 
     heard: Tensor | None = None
     for space, whitening in itertools.product(spaces, voting.whitening_powers):
@@ -230,8 +241,8 @@ def select_audio_vote(
                     leading = way
             del votes
         if leading is not None:
-            alone = replace(voting, neighbors=(leading.k,), temperatures=(leading.temperature,))
-            heard = heard_of(votes for _, votes in _votes(replace(problem, voting=alone), near, space, whitening))
+            alone = replace(voting, num_neighbors=(leading.k,), vote_temperatures=(leading.temperature,))
+            heard = heard_of(votes for _, votes in _votes(replace(problem, search_space=alone), near, space, whitening))
         del near
     if teacher is not None and leads("the teacher", "the teacher", teacher):
         heard = heard_of([teacher])

@@ -34,7 +34,7 @@ from distav.data.preparation.builder import BuildConfig, build_dataset
 from distav.data.preparation.encoding import Encoding
 from distav.data.preparation.sources import MediaFiles
 from distav.data.storage.object_store import is_url
-from distav.distributed.collectives import broadcast, run_on_main_rank, barrier
+from distav.distributed.collectives import barrier, broadcast, run_on_main_rank
 from distav.distributed.process_group import World, process_group
 from distav.evaluation.embedding import Embeddings, Encoders, table
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distav.config.errors import UserError, format_list
 from distav.data.pipeline.loader import Batch
-from distav.distributed.collectives import all_gather_objects, get_world_size, all_reduce_sum_
+from distav.distributed.collectives import all_gather_objects, all_reduce_sum_, get_world_size
 from distav.training.run import Run
 
 Losses = dict[str, Tensor]
@@ -35,7 +35,7 @@ class AnomalyGuard:
         """Tell of a step that left the weights as they were, since its loss or gradient was not finite.
 
         Raises:
-            UserError: on every rank, after `run.max_skipped_steps` in a row.
+            UserError: on every rank, after `run.max_consecutive_skipped_steps` in a row.
         """
         run = self.run
         wrong = [batch.ids[batch.valid].tolist() for batch, each in parts if not bool(torch.isfinite(each["loss"]))]
@@ -50,12 +50,12 @@ class AnomalyGuard:
             run.logger.warn(f"phase={self.name} step {run.progress.step} is skipped: {what}")
         if self.in_a_row >= run.settings.run.max_consecutive_skipped_steps:
             raise UserError(
-                f"{self.in_a_row} steps in a row of {self.name} were skipped, as many as run.max_skipped_steps: "
+                f"{self.in_a_row} steps in a row of {self.name} were skipped, as many as run.max_consecutive_skipped_steps: "
                 f"{what}. Weights and the last checkpoint are sound; lower optim.lr or optim.grad_clip, or mend clips."
             )
 
     def is_loss_spike(self, losses: Sequence[Tensor]) -> bool:
-        """Whether the loss of a step, over all ranks, stands out of the last ones as far as `optim.spike_factor`."""
+        """Whether the loss of a step, over all ranks, stands out of the last ones as far as `optim.loss_spike_factor`."""
         factor = self.run.settings.optim.loss_spike_factor
         if not factor or self.run.engine.skipped:
             return False
@@ -65,7 +65,7 @@ class AnomalyGuard:
             if self.run.world.is_main:
                 self.run.logger.warn(
                     f"phase={self.name} step {self.run.progress.step}: the loss {loss:.3g} is over "
-                    f"optim.spike_factor={factor:g} times the usual {usual:.3g}"
+                    f"optim.loss_spike_factor={factor:g} times the usual {usual:.3g}"
                 )
             return True
         self.recent.append(loss)

@@ -58,7 +58,7 @@ def _noise(report: dict[str, Any]) -> str:
         return "not estimated"
     found = report["corrections"][-1]
     shares = ("{rate:.1%} of the {what} ({low:.1%} to {high:.1%})".format(what=what, **found[key])
-              for what, key in (("labels", "label_noise"), ("pairs", "pair_noise")))  # fmt: skip
+              for what, key in (("labels", "label_noise"), ("pairs", "pair_mismatch_rate")))  # fmt: skip
     return f"estimated as {' and '.join(shares)} being wrong"
 
 

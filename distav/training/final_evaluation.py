@@ -11,7 +11,7 @@ from distav.data.dataset import Split
 from distav.data.pipeline.loader import Batch, Loader
 from distav.data.pipeline.sampler import local_batches
 from distav.distributed.collectives import all_gather_variable_rows, all_reduce_sum_
-from distav.evaluation.event_metrics import event_metrics, segment_accuracy, predicted_events
+from distav.evaluation.event_metrics import event_metrics, predicted_events, segment_accuracy
 from distav.evaluation.metrics import retrieval
 from distav.training.run import Run
 

@@ -56,8 +56,8 @@ def format_summary(run: Run, report: dict[str, Any]) -> str:
             f"{_percent(accuracy['corrected'])} are."
         )
         lines.append(
-            f"           Of the wrong ones {_percent(accuracy['flipped_recovered'])} were set right; of the right ones "
-            f"{_percent(accuracy['clean_damaged'])} were spoilt."
+            f"           Of the wrong ones {_percent(accuracy['wrong_labels_fixed'])} were set right; of the right ones "
+            f"{_percent(accuracy['right_labels_broken'])} were spoilt."
         )
     elif "labels_changed" in run.notes:
         lines.append(
@@ -91,7 +91,9 @@ def format_summary(run: Run, report: dict[str, Any]) -> str:
         )
     if run.notes.get("corrections"):
         last = run.notes["corrections"][-1]
-        known = (("labels", "label_noise"), ("pairs", "pair_noise")) if run.notes["neighbors_have_signal"] else ()
+        known = (
+            (("labels", "label_noise"), ("pairs", "pair_mismatch_rate")) if run.notes["neighbors_have_signal"] else ()
+        )
         if not known:
             lines.append("  Noise:   not known; neighbours say nothing of the labels, so these stay as given.")
         for what, key in known:

@@ -16,7 +16,7 @@ from distav.data.annotations.events import segments_of
 from distav.data.data_module import DataModule
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.sampler import GlobalBatchSampler, micro_batch_size
-from distav.distributed.collectives import any_across_ranks, all_gather_objects
+from distav.distributed.collectives import all_gather_objects, any_across_ranks
 from distav.distributed.process_group import World
 from distav.distributed.rendezvous import keep_records
 from distav.distributed.signals import Interrupted, ShutdownRequest, handle_signals
@@ -60,7 +60,11 @@ class Run:
         settings, sizes = self.settings, self.data.train.shard_sizes
         seed = settings.run.seed * 1000 + phase
         return GlobalBatchSampler(
-            sizes, seed, settings.data.shuffle_block_shards, settings.optim.global_batch, settings.optim.gradient_accumulation_steps
+            sizes,
+            seed,
+            settings.data.shuffle_block_shards,
+            settings.optim.global_batch,
+            settings.optim.gradient_accumulation_steps,
         )
 
     def start_phase_timer(self, afresh: bool = False) -> None:
@@ -145,7 +149,7 @@ class Run:
             first = "; ".join(f"{self.data.train.keys[sample]}: {reason}" for sample, reason in list(bad.items())[:3])
             raise UserError(
                 f"{len(bad)} of {len(self.data.train)} training samples cannot be used, more than "
-                f"data.max_bad_fraction={most:g}: {first}. Mend the shards or allow a larger share."
+                f"data.max_quarantined_fraction={most:g}: {first}. Mend the shards or allow a larger share."
             )
         return bad
 
@@ -168,7 +172,9 @@ def open_run(settings: Settings, world: World) -> Iterator[Run]:
         bank = _bank(settings, world, len(data.train), len(data.shards.classes))
         checkpoints = CheckpointManager(folder / "checkpoints", settings.run.keep_checkpoints)
         position, notes = checkpoints.restore(engine, bank, monitor.warn) or _start(engine, settings, monitor)
-        micro = micro_batch_size(settings.optim.global_batch, settings.optim.gradient_accumulation_steps, world.world_size)
+        micro = micro_batch_size(
+            settings.optim.global_batch, settings.optim.gradient_accumulation_steps, world.world_size
+        )
         loader = Loader(data.train, settings.data, settings.augment, settings.run.seed, micro, world.device)
         stack.callback(loader.close)
         loader.quarantine.reasons |= {int(sample): reason for sample, reason in notes.get("bad_samples", [])}
@@ -195,11 +201,11 @@ def _start(engine: Engine, settings: Settings, monitor: MetricLogger) -> tuple[P
         try:
             offered = load_weights(Path(source).expanduser())
         except UserError as error:
-            raise UserError(f"model.start_from={source}: {error}") from None
+            raise UserError(f"model.pretrained={source}: {error}") from None
         taken = engine.reinitialize(settings.run.seed, offered)
         if not taken:
             raise UserError(
-                f"model.start_from={source}: none of its weights fits this network; take its `model` settings."
+                f"model.pretrained={source}: none of its weights fits this network; take its `model` settings."
             )
         left = sorted({name.split(".")[0] for name in set(offered) - set(taken)})
         monitor.info(f"starts from {source}" + (f", all but {format_list(left)}" if left else ""))

@@ -21,7 +21,7 @@ from distav.config.errors import UserError
 from distav.config.phases import PHASE_KINDS
 from distav.config.schema import Settings
 from distav.data.files import write_atomically
-from distav.distributed.collectives import broadcast, get_rank, barrier
+from distav.distributed.collectives import barrier, broadcast, get_rank
 from distav.distributed.process_group import World
 
 LOCK_TIMEOUT_S = 10.0
@@ -32,7 +32,7 @@ RESUMABLE_CHANGES = (
     "run.log_every",
     "run.checkpoint_every",
     "run.keep_checkpoints",
-    "run.max_skipped_steps",
+    "run.max_consecutive_skipped_steps",
     "run.timeout_s",
     "run.threads_per_rank",
     "data.root",
@@ -40,9 +40,9 @@ RESUMABLE_CHANGES = (
     "data.cache_mib",
     "data.decode_threads",
     "data.prefetch",
-    "data.max_bad_fraction",
-    "optim.spike_factor",
-    "optim.spike_skip",
+    "data.max_quarantined_fraction",
+    "optim.loss_spike_factor",
+    "optim.loss_spike_skip_batches",
     "monitor.media_every",
     "monitor.media_clips",
 )

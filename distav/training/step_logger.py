@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distav.data.pipeline.loader import Batch
-from distav.distributed.collectives import get_world_size, all_reduce_sum_
+from distav.distributed.collectives import all_reduce_sum_, get_world_size
 from distav.training.anomaly_guard import Losses
 from distav.training.metric_logger import clock, peak_memory_gib
 from distav.training.run import Run

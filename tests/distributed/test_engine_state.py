@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distav.config.schema import Precision, Settings
 from distav.data.pipeline.loader import Batch
-from distav.distributed.collectives import all_gather_objects, get_world_size, local_batch, get_rank
+from distav.distributed.collectives import all_gather_objects, get_rank, get_world_size, local_batch
 from distav.distributed.process_group import World
 from distav.memory.bank import Bank
 from distav.models.layers import GlobalBatchNorm

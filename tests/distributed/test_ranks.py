@@ -6,14 +6,14 @@ import torch.nn.functional as F
 
 from distav.config.schema import AudioSettings, DataSettings, ModelSettings, VisualSettings
 from distav.distributed.collectives import (
-    all_gather_variable_rows,
     all_gather_rows,
+    all_gather_variable_rows,
+    all_reduce_sum,
+    all_reduce_sum_,
+    get_rank,
     get_world_size,
     local_batch,
-    get_rank,
     shard_range,
-    all_reduce_sum_,
-    all_reduce_sum,
 )
 from distav.evaluation.metrics import retrieval
 from distav.losses.active_complementary import active_complementary_loss
@@ -67,7 +67,7 @@ def losses_and_gradients(replicated: bool = False) -> dict[str, torch.Tensor]:
             soft = SoftTargets(kind, 0.1, 0.1, excludes_self=kind == "neighbour")
             found = instance_losses(bank, visitors, *pair, 0.07, softness, soft)
             total = total + weighted_mean(found.losses, weights)
-        masked = instance_losses(bank, visitors, *pair, 0.07, mask_unvisited=True).losses
+        masked = instance_losses(bank, visitors, *pair, 0.07, mask_uninitialized=True).losses
         drawn = SampledNegatives(bank, visitors, *pair, 0.07, NegativeSampling(16, 0, step))
         batch = InBatchNegatives(visitors, *pair, 0.07)
         loss_of = active_complementary_loss(softness, 5.0)
@@ -190,7 +190,11 @@ def bank_of_part(num: int) -> list[torch.Tensor]:
     assert torch.equal(fetched[1], mine[:, None].expand(-1, 3).float())
     delivered = bank.scatter_to_owners(mine, visitors.ids)
     assert torch.equal(delivered, ids[(ids >= bank.rows.start) & (ids < bank.rows.stop)])
-    return [all_gather_rows(losses), all_gather_rows(fetched[0]), *map(bank.gather_column, ("visits", "pair_similarity"))]
+    return [
+        all_gather_rows(losses),
+        all_gather_rows(fetched[0]),
+        *map(bank.gather_column, ("visits", "pair_similarity")),
+    ]
 
 
 @pytest.mark.parametrize("num", [1, 2, 3])

@@ -17,10 +17,10 @@ SMALL = [
     "run.log_every=1", "run.device=cpu",
     "data.num_frames=2", "data.frame_stride=2", "data.frame_size=16", "data.audio_s=0.5",
     "model.visual.name=small_conv", "model.audio.name=small_conv", "model.visual.width=8", "model.audio.width=8",
-    "optim.global_batch=24", "phases.contrastive.epochs=2", "data.max_bad_fraction=0", "data.decode_threads=1",
+    "optim.global_batch=24", "phases.contrastive.epochs=2", "data.max_quarantined_fraction=0", "data.decode_threads=1",
     *(f"phases.learn_{turn}.epochs=1" for turn in (1, 2, 3)),
     *(f"phases.{name}.{each}" for name in ("correct_1", "correct_2", "correct_3", "labels")
-      for each in ("neighbors=[12]", "second=[0,6]")),
+      for each in ("num_neighbors=[12]", "second_round_neighbors=[0,6]")),
 ]  # fmt: skip
 
 

@@ -210,7 +210,7 @@ model: {embed_dim: 16, hidden_dim: 32, visual: {width: 8}, audio: {width: 8, num
 optim: {global_batch: 24, lr: 1e-9}
 phases: {learn: {kind: supervised, epochs: 1, targets: given}}
 """
-    where = (f"data.root={tiny_shards}", f"run.root={tmp_path}", f"model.start_from={export}")
+    where = (f"data.root={tiny_shards}", f"run.root={tmp_path}", f"model.pretrained={export}")
     for stage in (0, 3):
         said = train(
             tiny_config(tmp_path, text), *where, f"deepspeed.zero_stage={stage}", f"run.name=at_{stage}", ranks=2
@@ -223,7 +223,7 @@ phases: {learn: {kind: supervised, epochs: 1, targets: given}}
             torch.testing.assert_close(weights[name], before[name], atol=1e-5, rtol=1e-4)
     said = train(tiny_config(tmp_path, text), *where, "model.embed_dim=8", "run.name=other")
     assert "all but project_audio, project_visual" in said
-    said = train(tiny_config(tmp_path, text), *where[:2], "model.start_from=nowhere", "run.name=third", status=1)
+    said = train(tiny_config(tmp_path, text), *where[:2], "model.pretrained=nowhere", "run.name=third", status=1)
     assert "nowhere holds no export" in said
 
 

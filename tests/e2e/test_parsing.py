@@ -25,7 +25,7 @@ from tests.helpers.team import Team, fingerprint, run_whole
 
 SMALL = (
     "run.device=cpu", "run.log_every=1", "optim.global_batch=16", "optim.lr=5e-3", "model.parser.width=32",
-    "model.parser.heads=2", "model.parser.feed_forward=32",
+    "model.parser.heads=2", "model.parser.ffn_dim=32",
 )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def arguments(recipe: str, shards: Path, out: Path, *more: str) -> list[str]:
 
 
 def valor(llp: Path, out: Path, *more: str) -> list[str]:
-    table = f"phases.parse.harvested={llp}/events.parquet"
+    table = f"phases.parse.pseudo_labels={llp}/events.parquet"
     return arguments("valor", llp / "shards", out, table, "phases.parse.epochs=30", *more)
 
 
@@ -93,11 +93,15 @@ def test_one_rank_and_two_learn_the_same_and_a_kill_leaves_no_trace(llp: Path, t
         ("han", ()),
         (
             "valor_plus",
-            ("phases.parse.harvested={}/events.parquet", "deepspeed.zero_stage=3", "deepspeed.precision=bf16"),
+            ("phases.parse.pseudo_labels={}/events.parquet", "deepspeed.zero_stage=3", "deepspeed.precision=bf16"),
         ),
         (
             "valor_plus_plus",
-            ("phases.parse.harvested={}/events.parquet", "~model.parser.maps.clap", "+model.parser.maps.vggish=[2,5]"),
+            (
+                "phases.parse.pseudo_labels={}/events.parquet",
+                "~model.parser.token_grids.clap",
+                "+model.parser.token_grids.vggish=[2,5]",
+            ),
         ),
     ],
 )
@@ -113,13 +117,13 @@ def test_the_other_recipes_learn(recipe: str, changes: tuple[str, ...], llp: Pat
 CLIPS = """defaults: [schema, _self_]
 run: {name: clips, device: cpu, log_every: 1}
 data: {num_frames: 20, frame_stride: 4, frame_size: 16, audio_s: 10.0}
-augment: {flip: 0.0}
+augment: {flip_prob: 0.0}
 model:
   embed_dim: 16
   hidden_dim: 32
   visual: {width: 8}
   audio: {width: 8, num_mels: 32}
-  parser: {width: 32, heads: 2, feed_forward: 32}
+  parser: {width: 32, heads: 2, ffn_dim: 32}
 optim: {global_batch: 8, lr: 3e-3}
 monitor: {media_clips: 1}
 phases:
@@ -156,7 +160,7 @@ def test_towers_learn_from_clips_end_to_end(ave: Path, tmp_path: Path):
     [
         (("data.audio_s=1.0",), "data.audio_s=1: parsing hears all of a clip; set it to 10"),
         (("data.num_frames=8",), "data.num_frames=8 and data.frame_stride=4"),
-        (("phases.parse.harvested=gone.parquet",), "phases.parse.harvested=gone.parquet: no such file"),
+        (("phases.parse.pseudo_labels=gone.parquet",), "phases.parse.pseudo_labels=gone.parquet: no such file"),
         (("model.audio.name=vit_tiny",), "model.audio.name=vit_tiny is not possible; allowed: a convolutional tower"),
         (("model.parser.heads=3",), "model.parser.heads=3 is not possible; allowed: a divisor of"),
     ],
@@ -171,11 +175,11 @@ def test_clips_that_do_not_cover_their_seconds_are_told(changes: tuple[str, ...]
     [
         ("kind: contrastive", "phases.a.kind=contrastive: .* holds features; allowed: parsing"),
         ("kind: supervised, targets: given", "phases.a.kind=supervised: .* holds features; allowed: parsing"),
-        ("kind: parsing", "model.parser.maps.clap: the set has no such stream"),
+        ("kind: parsing", "model.parser.token_grids.clap: the set has no such stream"),
     ],
 )
 def test_phases_that_features_have_no_use_for_are_told(phase: str, told: str, llp: Path, tmp_path: Path):
-    text = f"defaults: [schema, _self_]\nmodel: {{parser: {{maps: {{clap: [2, 5]}}}}}}\nphases: {{a: {{{phase}}}}}\n"
+    text = f"defaults: [schema, _self_]\nmodel: {{parser: {{token_grids: {{clap: [2, 5]}}}}}}\nphases: {{a: {{{phase}}}}}\n"
     (tmp_path / "any.yaml").write_text(text)
     with pytest.raises(UserError, match=told):
         DataModule.open(load(tmp_path / "any.yaml", [f"data.root={llp}/shards", "optim.global_batch=16"]))

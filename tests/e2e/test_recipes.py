@@ -23,7 +23,7 @@ SMALL = (
     "data.audio_s=0.5", "model.embed_dim=16", "model.hidden_dim=32", "model.visual.width=8", "model.audio.width=8",
     "optim.global_batch=24", "phases.contrastive.epochs=3", "phases.probe.epochs=1",
 )  # fmt: skip
-AVID = ("estimator=none", "soft_targets=none", "negatives=32", "nce=true")
+AVID = ("correspondence_estimator=none", "soft_targets=none", "num_negatives=32", "nce=true")
 TRAIN_CLIPS = 96
 
 
@@ -61,7 +61,7 @@ def steps_saved(run: Path) -> int:
     return max((int(each.name.split("-")[1]) for each in (run / "checkpoints").glob("step-*")), default=0)
 
 
-BANK = ("candidates=bank", "negatives=15")
+BANK = ("negatives_source=memory_bank", "num_negatives=15")
 
 
 LONG = pytest.mark.long
@@ -100,8 +100,8 @@ def test_crcl_yaml_goes_on_in_the_middle_of_a_piece(
 
 
 def test_labels_and_pairs_are_corrected_in_one_run(tiny_shards: Path, tmp_path: Path):
-    acl = "loss: acl, candidates: batch, soft_targets: none"
-    scc = "estimator: scc, refine_after_epochs: 1, matching_candidates: 4"
+    acl = "loss: acl, negatives_source: batch, soft_targets: none"
+    scc = "correspondence_estimator: scc, refinement_warmup_epochs: 1, matching_reference_size: 4"
     text = TINY.replace("contrastive, epochs: 3", f"contrastive, epochs: 3, {acl}, {scc}")
     train(tiny_config(tmp_path, text), f"data.root={tiny_shards}", f"run.root={tmp_path}")
     report = json.loads((tmp_path / "tiny" / "report.json").read_text())
@@ -114,9 +114,9 @@ def test_labels_and_pairs_are_corrected_in_one_run(tiny_shards: Path, tmp_path: 
 
 WITHOUT_SIGNAL = """
 phases:
-  correct_1: {kind: correction, neighbors: [6, 12], second: [0, 6]}
+  correct_1: {kind: label_correction, num_neighbors: [6, 12], second_round_neighbors: [0, 6]}
   learn_1: {kind: supervised, epochs: 2, targets: held_out}
-  correct_2: {kind: correction, neighbors: [6, 12], second: [0, 6]}
+  correct_2: {kind: label_correction, num_neighbors: [6, 12], second_round_neighbors: [0, 6]}
   learn_2: {kind: supervised, epochs: 1, targets: posterior}
 """
 
@@ -135,7 +135,7 @@ def test_teachers_have_a_vote_in_the_correction(tiny_shards: Path, tmp_path: Pat
     about_file(tmp_path / "said").write_text(json.dumps({"set": digest_of(shards), "asked": asked}))
     write_scores(score_file(tmp_path / "said", "train", 0), heard, seen)
     train(tiny_config(tmp_path), f"data.root={tiny_shards}", f"run.root={tmp_path}", "phases.hybrid.epochs=1",
-          f"phases.correction.harvested={tmp_path}/said")  # fmt: skip
+          f"phases.correction.pseudo_labels={tmp_path}/said")  # fmt: skip
     told = json.loads((tmp_path / "tiny" / "report.json").read_text())["corrections"][0]
     # Neighbours alone know nothing here, and the labels would stay right for three of four.
     assert told["label_accuracy"]["corrected"] > 0.85 and "teacher of pictures" in told["chosen"]["pooled"]
@@ -145,9 +145,9 @@ def test_teachers_have_a_vote_in_the_correction(tiny_shards: Path, tmp_path: Pat
         (tmp_path / "other" / path.name).symlink_to(path)
     (tmp_path / "other" / "manifest.json").unlink()
     (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest | {"rejected": 1}))
-    with pytest.raises(UserError, match="phases.correction.harvested=.*holds scores of another set"):
+    with pytest.raises(UserError, match="phases.correction.pseudo_labels=.*holds scores of another set"):
         DataModule.open(load(tiny_config(tmp_path), [f"data.root={tmp_path}/other",
-                                               f"phases.correction.harvested={tmp_path}/said"]))  # fmt: skip
+                                               f"phases.correction.pseudo_labels={tmp_path}/said"]))  # fmt: skip
 
 
 def test_labels_that_votes_cannot_tell_stay_and_are_not_judged_by_what_learnt_them(tiny_shards: Path, tmp_path: Path):
@@ -155,10 +155,12 @@ def test_labels_that_votes_cannot_tell_stay_and_are_not_judged_by_what_learnt_th
     drawn = np.random.default_rng(3).choice(shards.classes, TRAIN_CLIPS)
     pq.write_table(pa.table({"id": np.arange(TRAIN_CLIPS), "label": drawn}), tmp_path / "random.parquet")
     config = tiny_config(tmp_path, TINY.split("phases:")[0] + WITHOUT_SIGNAL)
-    said = train(config, f"data.root={tiny_shards}", f"run.root={tmp_path}", f"data.labels={tmp_path}/random.parquet")
+    said = train(
+        config, f"data.root={tiny_shards}", f"run.root={tmp_path}", f"data.label_overrides={tmp_path}/random.parquet"
+    )
     report = json.loads((tmp_path / "tiny" / "report.json").read_text())
     for found in report["corrections"]:
-        assert found["changed"] == 0 and not found["label_noise_by_class"]
+        assert found["changed"] == 0 and not found["label_noise_rate_by_class"]
         assert found["label_noise"]["high"] - found["label_noise"]["low"] > 0.3
     assert report["corrections"][1]["signal_nats"] == 0
     assert said.count("neighbours say nothing of the labels (") == 2 and "Noise:   not known" in said

@@ -31,7 +31,7 @@ def test_two_ranks_train_from_s3_and_share_a_cache(tiny_shards: Path, tmp_path: 
     with bucket() as store:
         root = f"data.root={store.put(tiny_shards, 'tiny')}"
         cache = f"data.cache={tmp_path / 'cache'}"
-        afar, said = train("afar", root, cache, "data.make.enabled=true", ranks=2, environment=store.environment)
+        afar, said = train("afar", root, cache, "data.synthetic.enabled=true", ranks=2, environment=store.environment)
     assert len(afar) == 8 and all(map(math.isfinite, afar))
     if compared:
         here, _ = train("here", f"data.root={tiny_shards}", ranks=2, environment={})

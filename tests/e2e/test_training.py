@@ -32,12 +32,18 @@ def test_the_report_has_what_was_promised(finished: tuple[Path, str], tiny_shard
         ("hybrid", "supervised", 8),
     ]
     assert all(each["seconds"] > 0 and each["clips_per_s"] > 0 for each in report["phases"])
-    assert report["label_accuracy"].keys() == {"given", "corrected", "flipped_recovered", "clean_damaged",
-                                               "calibration_error_held_out", "calibration_error_posterior"}  # fmt: skip
+    assert report["label_accuracy"].keys() == {"given", "corrected", "wrong_labels_fixed", "right_labels_broken",
+                                               "ece_held_out", "ece_posterior"}  # fmt: skip
     found = report["corrections"][0]
     assert found["phase"] == "correction" and found["label_noise"].keys() == {"rate", "low", "high"}
-    assert found["label_noise_by_class"].keys() in (set(ShardedDataset.open(tiny_shards).classes), set())
-    assert 0 <= found["pair_noise"]["low"] <= found["pair_noise"]["rate"] <= found["pair_noise"]["high"] <= 1
+    assert found["label_noise_rate_by_class"].keys() in (set(ShardedDataset.open(tiny_shards).classes), set())
+    assert (
+        0
+        <= found["pair_mismatch_rate"]["low"]
+        <= found["pair_mismatch_rate"]["rate"]
+        <= found["pair_mismatch_rate"]["high"]
+        <= 1
+    )
     assert report["label_accuracy"]["given"] == 0.75
     assert 0 <= report["correspondence_auroc"] <= 1
     recalls = {f"{asking}_recall_at_{k}" for asking in ("visual", "audio") for k in (1, 5, 10)}
@@ -179,17 +185,17 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
 
 @pytest.mark.long
 def test_other_ways_to_use_the_bank_train(tiny_shards: Path, tmp_path: Path):
-    phases = """  drawn: {kind: contrastive, epochs: 2, negatives: 16, soft_targets: none}
-  masked: {kind: contrastive, epochs: 1, mask_unvisited: true, category_memory: 1, estimator: scc,
-           refine_after_epochs: 0, matching_candidates: 4}
+    phases = """  drawn: {kind: contrastive, epochs: 2, num_negatives: 16, soft_targets: none}
+  masked: {kind: contrastive, epochs: 1, mask_uninitialized: true, category_memory_weight: 1, correspondence_estimator: scc,
+           refinement_warmup_epochs: 0, matching_reference_size: 4}
 """
     text = TINY.replace("  contrastive: {kind: contrastive, epochs: 3}\n", phases)
     said = train(
         tiny_config(tmp_path, text),
         f"data.root={tiny_shards}",
         f"run.root={tmp_path}",
-        "bank.replicate_below_mib=0",
-        "model.learn_temperature=true",
+        "memory_bank.replicate_below_mib=0",
+        "model.learnable_temperature=true",
         "deepspeed.zero_stage=3",
         ranks=2,
     )
@@ -199,7 +205,13 @@ def test_other_ways_to_use_the_bank_train(tiny_shards: Path, tmp_path: Path):
 
 @pytest.mark.long
 def test_accumulated_micro_batches_train(tiny_shards: Path, tmp_path: Path):
-    train(tiny_config(tmp_path), f"data.root={tiny_shards}", f"run.root={tmp_path}", "optim.accumulation=2", ranks=2)
+    train(
+        tiny_config(tmp_path),
+        f"data.root={tiny_shards}",
+        f"run.root={tmp_path}",
+        "optim.gradient_accumulation_steps=2",
+        ranks=2,
+    )
     found = losses(tmp_path / "tiny")
     assert len(found) == 20 and np.isfinite(found).all()
 
@@ -214,12 +226,12 @@ def test_bad_clips_are_skipped_and_named_up_to_the_budget(tiny_shards: Path, tmp
         content[int(split.columns["video_offset"][sample]) + 300] ^= 1
     split.shards[0].write_bytes(content)
     arguments = (tiny_config(tmp_path), f"data.root={damaged}")
-    train(*arguments, f"run.root={tmp_path}", "data.max_bad_fraction=0.05", ranks=2)
+    train(*arguments, f"run.root={tmp_path}", "data.max_quarantined_fraction=0.05", ranks=2)
     report = json.loads((tmp_path / "tiny" / "report.json").read_text())
     assert [each["id"] for each in report["skipped_samples"]] == [3, 11]
     assert all("CRC-32" in each["reason"] for each in report["skipped_samples"])
     said = train(*arguments, f"run.root={tmp_path}", "run.name=strict", status=1)
-    assert "data.max_bad_fraction=0.01" in said and "train-0000000" in said
+    assert "data.max_quarantined_fraction=0.01" in said and "train-0000000" in said
 
 
 def test_impossible_settings_stop_the_launch_with_one_line(tiny_shards: Path, tmp_path: Path):

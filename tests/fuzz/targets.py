@@ -142,7 +142,7 @@ def events(content: bytes, folder: Path) -> None:
 
 
 def weak_labels(content: bytes, folder: Path) -> None:
-    several = json.loads(_manifest()) | {"several_labels": True}
+    several = json.loads(_manifest()) | {"multi_label": True}
     shards = ShardedDataset.open(_set(folder, labels_parquet=content, manifest_json=json.dumps(several).encode()))
     load_events(shards, shards.split("train"))
 

@@ -110,7 +110,7 @@ def quickstart(file: Path, device: str) -> int:
         started = {}
         for place, stage in (("run", 1), ("reference", 0)):
             words = command(
-                ROOT / "configs" / "quickstart.yaml", f"data.root={folder / 'set'}", "data.make.enabled=false",
+                ROOT / "configs" / "quickstart.yaml", f"data.root={folder / 'set'}", "data.synthetic.enabled=false",
                 f"run.root={folder / place}", f"deepspeed.zero_stage={stage}", *runs[place], *threads,
                 *(short if small else ()),
             )  # fmt: skip
@@ -192,7 +192,10 @@ def _train(overrides: list[str], clips: int, steps: int, found: dict[str, Any]) 
 
     settings = TOWERS["r2plus1d_18"].settings(*overrides)
     phase: Any = next(iter(settings.phases.values()))
-    with process_group(settings.run.device.name, 600, settings.run.threads_per_rank) as world, open_run(settings, world) as run:
+    with (
+        process_group(settings.run.device.name, 600, settings.run.threads_per_rank) as world,
+        open_run(settings, world) as run,
+    ):
         on_gpu = world.device.type == "cuda"
         losses, order = contrastive_losses(run, phase), run.sampler(0)
         batches = run.loader.batches((order.batch(0), epoch) for epoch in range(WARM_UP + steps))

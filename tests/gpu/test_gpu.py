@@ -69,7 +69,9 @@ def test_back_ends_equal_the_reference(back_end: str, num_queries: int, num_rows
         assert chosen.unsupported_reason(asked) == "takes no fewer than 2 keys"
         return
     assert chosen.supports(asked)
-    assert not chosen.device or passes_self_test(back_end, keys.device, asked.bias is not None, asked.exclude is not None)
+    assert not chosen.device or passes_self_test(
+        back_end, keys.device, asked.bias is not None, asked.exclude is not None
+    )
     for ours, expected in zip(chosen.run(asked), reference_attention(asked), strict=True):
         torch.testing.assert_close(ours.double(), expected, atol=1e-2, rtol=1e-2)
 
@@ -102,7 +104,10 @@ def complementary_on(kind: str) -> tuple[torch.Tensor, ...]:
     pair = [F.normalize(torch.randn(24, 16, generator=generator), dim=1).to(device).requires_grad_() for _ in range(2)]
     visitors = GlobalBatch.gather(ids, ids >= 0, *pair)
     loss_of = active_complementary_loss(torch.linspace(0, 1, 24, device=device), 5.0)
-    candidates = InBatchNegatives(visitors, *pair, 0.07), SampledNegatives(bank, visitors, *pair, 0.07, NegativeSampling(63, 0, 1))
+    candidates = (
+        InBatchNegatives(visitors, *pair, 0.07),
+        SampledNegatives(bank, visitors, *pair, 0.07, NegativeSampling(63, 0, 1)),
+    )
     losses = torch.stack([each.losses(loss_of) for each in candidates])
     losses.sum().backward()
     scores = retrieval(pair[0].detach(), pair[1].detach(), ids % 3)
@@ -174,7 +179,7 @@ def test_parsing_in_bf16_follows_the_cpu_in_fp32(tmp_path: Path):
 def test_teachers_say_the_same_on_both(tmp_path: Path):
     pytest.importorskip("transformers", reason="teachers need transformers: pip install 'distav[teachers]'")
     from distav.tools.pseudo_label.prompts import read_prompts
-    from distav.tools.pseudo_label.teachers import ImageTeacher, AudioTeacher
+    from distav.tools.pseudo_label.teachers import AudioTeacher, ImageTeacher
     from tests.helpers.teachers import SIDE, write_prompts, write_teachers
 
     write_teachers(tmp_path, ["A photo of a cat.", "This is a sound of a dog"])

@@ -133,7 +133,9 @@ def test_a_step_does_not_wait_for_the_gpu():
         for kind in ("none", "bootstrapping", "swapped", "neighbour", "cycle"):
             for temperature in (0.07, learnt):
                 soft = SoftTargets(kind, 0.1, 0.1, excludes_self=kind in ("neighbour", "cycle"))
-                losses = instance_losses(bank, visitors, *pair, temperature, ones / 2, soft, mask_unvisited=True).losses
+                losses = instance_losses(
+                    bank, visitors, *pair, temperature, ones / 2, soft, mask_uninitialized=True
+                ).losses
                 total = total + weighted_mean(losses, ones)
         total = total + weighted_mean(instance_losses(bank, visitors, *pair, 0.07, directions=WITHIN).losses, ones)
         batch, drawn = (
@@ -141,7 +143,9 @@ def test_a_step_does_not_wait_for_the_gpu():
             SampledNegatives(bank, visitors, *pair, 0.07, NegativeSampling(64, 0, 1)),
         )
         for each in (batch, drawn):
-            total = total + weighted_mean(each.losses(active_complementary_loss(ones / 2, 5.0)) + each.losses(cross_entropy), ones)
+            total = total + weighted_mean(
+                each.losses(active_complementary_loss(ones / 2, 5.0)) + each.losses(cross_entropy), ones
+            )
             rescale_matching_probability(each.matching_probability(), each.num_candidates(), 10)
         category = category_loss(*logits, ones, 1.0, bank.assignments.columns())
         total = total + category.contrast + category.imbalance + category.row_entropy

@@ -159,7 +159,7 @@ def test_a_step_waits_for_the_gpu_in_deepspeeds_overflow_check_alone(tmp_path: P
     pytest.importorskip("deepspeed")
     make_shards("synthetic", tmp_path / "set", "--train-clips=96", "--test-clips=24", "--codec=h264",
                 "--short-side=160")  # fmt: skip
-    phase = "phases:\n  last: {kind: contrastive, epochs: 2, trust_after: 0, within_weight: 1.0}\n"
+    phase = "phases:\n  last: {kind: contrastive, epochs: 2, pair_weighting_start: 0, within_modal_weight: 1.0}\n"
     file = tiny_config(tmp_path, TINY[: TINY.index("phases:")] + phase)
     given = [f"data.root={tmp_path / 'set'}", f"run.root={tmp_path}", "run.device=gpu", "run.log_every=1000",
              "run.checkpoint_every=1000", "monitor.media_every=1000", "deepspeed.zero_stage=1"]  # fmt: skip

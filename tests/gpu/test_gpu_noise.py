@@ -11,8 +11,8 @@ from distav.losses.event_parsing import modality_losses, segment_losses, video_l
 from distav.noise.calibration import VoteCalibrator
 from distav.noise.class_agreement import class_agreement, pair_posterior
 from distav.noise.correspondence import fit_mixture, gmm_correspondence
-from distav.noise.label_correction import CorrectionPrior, Correction, FeatureSpace, VoteSearchSpace, correct_labels
-from distav.noise.noise_rate import uniform_transition_matrix, estimate_transition_matrix
+from distav.noise.label_correction import Correction, CorrectionPrior, FeatureSpace, VoteSearchSpace, correct_labels
+from distav.noise.noise_rate import estimate_transition_matrix, uniform_transition_matrix
 from distav.noise.tiling import TILE_NUMBERS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -36,7 +36,9 @@ def everything(device: torch.device, num: int = 9000, classes: int = 700) -> dic
     agreed = class_agreement(pictures, votes, usable)
     pairing = pair_posterior(pictures, agreed, agreed.rate_log_likelihood, usable)
     pooled, weights = judges.fit_ensemble([votes, pictures], found.error_distribution)
-    posterior, matrix = estimate_transition_matrix(pictures, labels, 0.3, uniform_transition_matrix(1.0, classes).to(device), 5)
+    posterior, matrix = estimate_transition_matrix(
+        pictures, labels, 0.3, uniform_transition_matrix(1.0, classes).to(device), 5
+    )
     return {
         "likelihood": found.likelihood - found.likelihood.max(),
         "calibration": torch.tensor([found.per_sample, found.entropy, judges.prior_log_likelihood()]),
@@ -76,7 +78,12 @@ def correction(device: torch.device, before: Correction | None = None) -> Correc
     if before is None:
         return correct_labels(spaces, *arguments)
     teachers = [(3 * F.one_hot(each, 10) + random(3000, 10, seed=5)).softmax(1).to(device) for each in (true, heard)]
-    known = CorrectionPrior(*(each.to(device) for each in (before.held_out, before.rate_log_likelihood, before.rate_log_likelihood_credible)))
+    known = CorrectionPrior(
+        *(
+            each.to(device)
+            for each in (before.held_out, before.rate_log_likelihood, before.rate_log_likelihood_credible)
+        )
+    )
     return correct_labels(spaces, *arguments, known, (teachers[0], teachers[1]))
 
 

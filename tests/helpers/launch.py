@@ -20,7 +20,7 @@ optim: {global_batch: 24}
 monitor: {media_every: 10, media_clips: 2}
 phases:
   contrastive: {kind: contrastive, epochs: 3}
-  correction: {kind: correction, neighbors: [6, 12], second: [0, 6]}
+  correction: {kind: label_correction, num_neighbors: [6, 12], second_round_neighbors: [0, 6]}
   hybrid: {kind: supervised, epochs: 2, instance_weight: 0.1}
 """
 

@@ -167,7 +167,7 @@ def test_verify_takes_a_table_of_labels_along(shards: Path, tmp_path: Path):
 
 
 def test_a_shard_damaged_while_the_run_is_on_costs_its_samples_on_all_ranks_alike(shards: Path, tmp_path: Path):
-    given = arguments(tmp_path, shards, "data.max_bad_fraction=0.5")
+    given = arguments(tmp_path, shards, "data.max_quarantined_fraction=0.5")
     team = Team(2, given, tmp_path / "logs")
     team.wait_for(lambda: "step 3/12 phase=contrastive" in team.said())
     lost = second_shard_cut_after(shards, 10)
@@ -187,7 +187,7 @@ def test_a_run_over_its_budget_of_bad_samples_stops_and_names_them(shards: Path,
     team.wait_for(lambda: "step 3/12 phase=contrastive" in team.said())
     second_shard_cut_after(shards, 10)
     assert team.end() == [1, 1]
-    assert "training samples cannot be used, more than data.max_bad_fraction=0.01" in team.said()
+    assert "training samples cannot be used, more than data.max_quarantined_fraction=0.01" in team.said()
     # Mended, or with a larger budget, it goes on from its checkpoint; with the set as it is it does not start.
     again = Team(2, given, tmp_path / "again")
     assert again.end() == [1, 1] and "copy the shard again" in again.said()
@@ -198,7 +198,7 @@ def test_damage_goes_on_to_be_known_after_a_resume(shards: Path, tmp_path: Path)
     content = (shards / "train-000000.tar").read_bytes()
     _flip(shards, 0)
     for folder, ranks in (("one", 2), ("two", 1)):
-        given = arguments(tmp_path / folder, shards, "data.max_bad_fraction=0.5")
+        given = arguments(tmp_path / folder, shards, "data.max_quarantined_fraction=0.5")
         run_whole(ranks, given, tmp_path / folder / "logs")
         report = json.loads((tmp_path / folder / "tiny" / "report.json").read_text())
         assert [each["id"] for each in report["skipped_samples"]] == [3]

@@ -64,10 +64,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_leaves_nothing(tiny_shards: Pa
 
 @pytest.mark.long
 def test_too_many_steps_in_a_row_stop_the_run_with_the_reason(tiny_shards: Path, tmp_path: Path):
-    given = arguments(tmp_path, tiny_shards, "run.max_skipped_steps=3")
+    given = arguments(tmp_path, tiny_shards, "run.max_consecutive_skipped_steps=3")
     team = Team(2, given, tmp_path / "logs", nan_from_3_on)
     assert team.end() == [1, 1]
-    assert "3 steps in a row of contrastive were skipped, as many as run.max_skipped_steps" in team.said()
+    assert "3 steps in a row of contrastive were skipped, as many as run.max_consecutive_skipped_steps" in team.said()
     run_whole(2, given, tmp_path / "again")  # The last checkpoint is sound.
 
 
@@ -99,13 +99,13 @@ def test_a_spike_rolls_the_run_back_and_leaves_batches_out(tiny_shards: Path, tm
         tiny_shards,
         "run.checkpoint_every=8",
         "phases.contrastive.epochs=10",
-        "optim.spike_factor=5",
-        "optim.spike_skip=4",
+        "optim.loss_spike_factor=5",
+        "optim.loss_spike_skip_batches=4",
     )
     team = Team(2, given, tmp_path / "logs", jump_after_30)
     assert team.end() == [0, 0], team.said()[-6000:]
     said = team.logs[0].read_text()
-    assert "step 30: the loss" in said and "over optim.spike_factor=5 times the usual" in said
+    assert "step 30: the loss" in said and "over optim.loss_spike_factor=5 times the usual" in said
     assert "back at step 24; 10 batches of this phase are left out so far" in said
     steps = [each["phase_step"] for each in records(tmp_path / "tiny") if each.get("phase") == "contrastive"
              and "phase_step" in each]  # fmt: skip

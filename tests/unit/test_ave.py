@@ -5,7 +5,7 @@ import pytest
 
 from distav.config.errors import UserError
 from distav.data.annotations.ave import HEADER, read_ave
-from distav.evaluation.event_metrics import segment_accuracy, predicted_events
+from distav.evaluation.event_metrics import predicted_events, segment_accuracy
 
 
 def test_the_published_annotations_are_read_whole(real_data: Path):

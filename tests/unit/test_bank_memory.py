@@ -64,7 +64,7 @@ def test_an_instance_loss_does_not_wait(kind: str, excludes_self: bool, learns_t
     arguments = bank, batch_of(ids), *pair, temperature
 
     def step() -> None:
-        losses = instance_losses(*arguments, torch.ones(4), soft, mask_unvisited=True).losses
+        losses = instance_losses(*arguments, torch.ones(4), soft, mask_uninitialized=True).losses
         losses = losses + instance_losses(*arguments, directions=WITHIN).losses
         weighted_mean(losses, torch.ones(4)).backward()
 
@@ -124,10 +124,15 @@ def test_a_forward_pass_on_a_gpu_mixes_no_devices_and_does_not_wait(
                     for also in (False, True):
                         soft = SoftTargets(kind, 0.1, 0.1, excludes_self=also)
                         arguments = bank, visitors, *pair, temperature, ones, soft
-                        weighted_mean(instance_losses(*arguments, mask_unvisited=also).losses, ones)
+                        weighted_mean(instance_losses(*arguments, mask_uninitialized=also).losses, ones)
             InBatchNegatives(visitors, *pair, 0.07).losses(active_complementary_loss(ones, 5.0))
             drawn = SampledNegatives(bank, visitors, *pair, 0.07, NegativeSampling(64, 0, 1))
-            drawn.drawn.sums(rescale_matching_probability(drawn.matching_probability(), drawn.num_candidates(), 10)[:, None].expand(-1, 64), "audio")
+            drawn.drawn.sums(
+                rescale_matching_probability(drawn.matching_probability(), drawn.num_candidates(), 10)[:, None].expand(
+                    -1, 64
+                ),
+                "audio",
+            )
             category = category_loss(*logits, ones, 1.0, bank.assignments.columns())
             bank.write("correspondence", bank.fetch(("correspondence",), ids)[0], ids, visitors.valid)
             bank.update(visitors, category_agreement(category.shares), category.shares)

@@ -166,7 +166,9 @@ def test_sets_of_features_with_events_are_cleaned(tmp_path: Path):
         for video in (tmp_path / "ave" / "videos").glob("*.mp4"):
             np.save(tmp_path / name / f"{video.stem}.npy", rng.standard_normal((10, dim)).astype(np.float32))
     streams = (("audio", "heard", tmp_path / "heard"), ("visual", "seen", tmp_path / "seen"))
-    build_dataset(EventSource("ave", tmp_path / "ave", None, streams), tmp_path / "set", BuildConfig(Encoding(clip_s=10)), 1)
+    build_dataset(
+        EventSource("ave", tmp_path / "ave", None, streams), tmp_path / "set", BuildConfig(Encoding(clip_s=10)), 1
+    )
     old = ShardedDataset.open(tmp_path / "set")
     keys = old.split("train").keys.tolist()
     mine = written(tmp_path / "m.csv", key=[keys[2], keys[0]], label=["", AVE_CLASSES[2]], pair=["wrong", ""])

@@ -99,7 +99,9 @@ def test_uniform_matching_costs_what_it_should(believed: float):
     scores, own, y = torch.zeros(1, 128), torch.zeros(1, dtype=torch.int64), torch.tensor([believed])
     active = active_complementary_loss(y, 0.0)(scores, own).item()
     assert 2 * active == pytest.approx(believed * 9.704, abs=1e-3)
-    assert 2 * (active_complementary_loss(y, 1.0)(scores, own).item() - active) == pytest.approx(2 * (1 - 1 / 128), rel=1e-3)
+    assert 2 * (active_complementary_loss(y, 1.0)(scores, own).item() - active) == pytest.approx(
+        2 * (1 - 1 / 128), rel=1e-3
+    )
 
 
 def test_a_pair_that_is_not_believed_costs_at_most_the_weight_and_pulls_nothing_that_others_do_not():
@@ -128,7 +130,9 @@ def test_a_matching_probability_means_the_same_among_any_number_of_candidates():
     torch.testing.assert_close(rescale_matching_probability(share, 128, 128), share)
     there = rescale_matching_probability(share, torch.full((4,), 1000), 10)
     torch.testing.assert_close(rescale_matching_probability(there, 10, 1000), share)
-    assert rescale_matching_probability(torch.tensor([1 / 50_000]), 50_000, 128).item() == pytest.approx(1 / 128, rel=1e-4)
+    assert rescale_matching_probability(torch.tensor([1 / 50_000]), 50_000, 128).item() == pytest.approx(
+        1 / 128, rel=1e-4
+    )
 
 
 def visits(rule: SelfRefinement, y: float, matching: float, times: int) -> list[float]:

@@ -14,7 +14,7 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "some.yaml"
     path.write_text(
         "defaults: [schema, _self_]\nphases:\n  learn: {kind: contrastive, epochs: 2}\n"
-        "  fix: {kind: correction}\n  use: {kind: supervised}\n"
+        "  fix: {kind: label_correction}\n  use: {kind: supervised}\n"
     )
     return path
 
@@ -28,7 +28,7 @@ def test_every_config_loads_and_survives_a_round_trip(path: Path, tmp_path: Path
 
 
 def test_phases_keep_their_order_and_are_typed_by_kind(file: Path):
-    settings = loading.load(file, ["phases.learn.estimator=cdf", "deepspeed.extra={a: {b: 1}}"])
+    settings = loading.load(file, ["phases.learn.correspondence_estimator=cdf", "deepspeed.extra={a: {b: 1}}"])
     assert list(settings.phases) == ["learn", "fix", "use"]
     learn = settings.phases["learn"]
     assert isinstance(learn, ContrastivePhase) and learn.correspondence_estimator is Estimator.cdf and learn.epochs == 2
@@ -49,21 +49,21 @@ def test_the_zero_stage_is_the_devices_unless_a_number_is_given(file: Path):
         ("optim.lrr=1", ["optim.lrr", "Did you mean 'lr'"]),
         ("phases.learn.epoch=1", ["phases.learn.epoch", "Did you mean 'epochs'"]),
         ("phases.lern.epochs=1", ["phases.lern", "Did you mean 'learn'"]),
-        ("phases.learn.estimator=gm", ["phases.learn.estimator", "'gm'", "oracle"]),
+        ("phases.learn.correspondence_estimator=gm", ["phases.learn.correspondence_estimator", "'gm'", "oracle"]),
         ("optim.lr=fast", ["optim.lr", "'fast'", "Float"]),
         ("optim.global_batch=0", ["optim.global_batch=0", "2 or more"]),
         ("run.seed=-1", ["run.seed=-1", "0 or more"]),
         ("data.decode_threads=-1", ["data.decode_threads=-1", "0 to choose"]),
-        ("phases.learn.negatives=8", ["phases.learn.negatives=8", "soft_targets=none"]),
-        ("phases.learn.nce=true", ["phases.learn.nce=true", "phases.learn.negatives"]),
-        ("phases.learn.loss=acl", ["phases.learn.loss=acl", "candidates=batch", "127"]),
-        ("phases.learn.candidates=batch", ["phases.learn.soft_targets=cycle", "candidates=batch", "=none"]),
-        ("phases.learn.matching_candidates=1", ["phases.learn.matching_candidates=1", "2 or more"]),
-        ("phases.learn.refine_threshold=2", ["phases.learn.refine_threshold=2", "0 to 1"]),
-        ("phases.learn.category_memory=-1", ["phases.learn.category_memory=-1", "0 or more"]),
-        ("bank.replicate_below_mib=-1", ["bank.replicate_below_mib=-1", "0 or more"]),
+        ("phases.learn.num_negatives=8", ["phases.learn.num_negatives=8", "soft_targets=none"]),
+        ("phases.learn.nce=true", ["phases.learn.nce=true", "phases.learn.num_negatives"]),
+        ("phases.learn.loss=acl", ["phases.learn.loss=acl", "negatives_source=batch", "127"]),
+        ("phases.learn.negatives_source=batch", ["phases.learn.soft_targets=cycle", "negatives_source=batch", "=none"]),
+        ("phases.learn.matching_reference_size=1", ["phases.learn.matching_reference_size=1", "2 or more"]),
+        ("phases.learn.correspondence_threshold=2", ["phases.learn.correspondence_threshold=2", "0 to 1"]),
+        ("phases.learn.category_memory_weight=-1", ["phases.learn.category_memory_weight=-1", "0 or more"]),
+        ("memory_bank.replicate_below_mib=-1", ["memory_bank.replicate_below_mib=-1", "0 or more"]),
         ("optim.beta1=1", ["optim.beta1=1"]),
-        ("augment.shift_s=1", ["augment.shift_s=1", "0 to 0.5"]),
+        ("augment.audio_shift_s=1", ["augment.audio_shift_s=1", "0 to 0.5"]),
         ("deepspeed.zero_stage=4", ["deepspeed.zero_stage=4", "0, 1, 2 or 3, or null"]),
         ("deepspeed.zero_stage=auto", ["deepspeed.zero_stage", "'auto'", "Integer"]),
         ("phases.learn.temperature=0", ["phases.learn.temperature=0", "above 0"]),
@@ -86,7 +86,7 @@ def test_a_wrong_override_is_named_with_what_is_right(file: Path, override: str,
         ("phases: {}", "at least one phase"),
         (
             "phases: {a: {kind: contrastive}, b: {kind: supervised}}",
-            "phases.b.targets=posterior: needs a phase with kind: correction",
+            "phases.b.targets=posterior: needs a phase with kind: label_correction",
         ),
         ("phases: [", "not valid YAML"),
     ],

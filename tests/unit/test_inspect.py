@@ -17,7 +17,7 @@ from distav.data.pipeline.decoding import decode_audio, decode_clip, decode_vide
 from distav.data.pipeline.reader import DecodeError, ShardReader
 from distav.data.preparation.annotated_videos import EventSource
 from distav.data.preparation.builder import BuildConfig, build_dataset
-from distav.data.preparation.encoding import ClipSource, Clip, Encoding, encode_audio, encode_video
+from distav.data.preparation.encoding import Clip, ClipSource, Encoding, encode_audio, encode_video
 from distav.tools.inspect_shards.command import main
 from distav.tools.inspect_shards.drawing import FRAME, PAD, TEXT, WAVE, places
 from distav.tools.inspect_shards.measurements import loudness_lufs, measure_clip, peak_dbfs
@@ -203,7 +203,9 @@ def test_wrong_arguments_are_named(kinds: Path, given: list[str], expected: str,
 def test_features_are_counted_and_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_llp(tmp_path / "llp")
     streams = tuple((sense, name, tmp_path / "llp" / name) for name, (sense, _, _) in STREAMS.items())
-    build_dataset(EventSource("llp", tmp_path / "llp", None, streams), tmp_path / "set", BuildConfig(Encoding(clip_s=10)), 1)
+    build_dataset(
+        EventSource("llp", tmp_path / "llp", None, streams), tmp_path / "set", BuildConfig(Encoding(clip_s=10)), 1
+    )
     train = figures(tmp_path / "set")["splits"]["train"]
     assert train["decoded"]["blank"] == [] and 0.1 < train["decoded"]["rms"]["res152"]["mean"] < 2
     assert sum(each["clips"] for each in train["classes"].values()) == 24 + 2 * 24

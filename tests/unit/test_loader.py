@@ -57,7 +57,9 @@ def test_views_stay_within_their_bounds(tiny_shards: Path):
         centred = (view.start_frame + 2.5) / 8 - 0.25
         kept_inside = min(max(centred, 0), 0.5)
         assert abs(view.audio_start / 8000 - kept_inside) <= 0.3 + 1e-3
-    wide = ClipTransformSampler(replace(split, columns=split.columns | {"width": split.columns["width"] * 2}), DATA, None, 0)
+    wide = ClipTransformSampler(
+        replace(split, columns=split.columns | {"width": split.columns["width"] * 2}), DATA, None, 0
+    )
     assert wide.sample(0, 0).crop.tolist() == [0, 0.25, 1, 0.75]
     squashed = ClipTransformSampler(wide.split, replace(DATA, squash=True), None, 0)
     assert squashed.sample(0, 0).crop.tolist() == [0, 0, 1, 1]

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from distav.losses.category_contrast import (
-    effective_num_categories,
     category_agreement,
-    detect_category_collapse,
     category_loss,
+    detect_category_collapse,
+    effective_num_categories,
     weighted_shares,
 )
 from distav.losses.classification import hybrid_targets, soft_cross_entropy

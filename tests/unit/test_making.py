@@ -18,7 +18,7 @@ import soundfile
 
 from distav.data.dataset import ShardedDataset
 from distav.data.preparation.encode_workers import encode_all
-from distav.data.preparation.encoding import ClipSource, Clip, Encoding
+from distav.data.preparation.encoding import Clip, ClipSource, Encoding
 from tests.conftest import ROOT, make_shards
 
 

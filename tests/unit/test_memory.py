@@ -43,7 +43,9 @@ def losses_of(bank: Bank, ids: Tensor, visual: Tensor, audio: Tensor, *settings:
     return instance_losses(bank, visitors(ids, visual, audio), visual, audio, *settings, **more).losses
 
 
-def drawn_losses(bank: Bank, ids: Tensor, visual: Tensor, audio: Tensor, draw: NegativeSampling, loss_of: ScoreLoss) -> Tensor:
+def drawn_losses(
+    bank: Bank, ids: Tensor, visual: Tensor, audio: Tensor, draw: NegativeSampling, loss_of: ScoreLoss
+) -> Tensor:
     return SampledNegatives(bank, visitors(ids, visual, audio), visual, audio, 0.07, draw).losses(loss_of)
 
 
@@ -77,7 +79,10 @@ def test_attend_equals_the_reference(
 def test_the_fused_operator_serves_here_and_excluded_keys_go_to_the_tiles():
     rows = unit(40, 16)
     assert select_backend(AttentionInputs(rows, rows, rows, 1.0, torch.zeros(40))).name == "flash-cpu"
-    assert select_backend(AttentionInputs(rows, rows, rows, 1.0, None, torch.zeros(40, 1, dtype=torch.long))).name == "tiles"
+    assert (
+        select_backend(AttentionInputs(rows, rows, rows, 1.0, None, torch.zeros(40, 1, dtype=torch.long))).name
+        == "tiles"
+    )
 
 
 @pytest.mark.parametrize("num_rows", [1, 1000, 2600])
@@ -196,7 +201,7 @@ def test_rows_never_written_can_be_left_out():
     bank, ids = filled_bank(30, 8), torch.tensor([3, 25])
     bank.columns["visits"][20:] = 0
     visual, audio = (unit(2, 8, seed=seed).requires_grad_() for seed in (5, 6))
-    losses = losses_of(bank, ids, visual, audio, 0.1, mask_unvisited=True)
+    losses = losses_of(bank, ids, visual, audio, 0.1, mask_uninitialized=True)
     expected = sum(
         (query[0] @ rows[:20].T / 0.1).logsumexp(0) - query[0] @ rows[3] / 0.1
         for query, rows in ((visual, bank.columns["audio"]), (audio, bank.columns["visual"]))

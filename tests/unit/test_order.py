@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from distav.config.errors import UserError
-from distav.data.pipeline.sampler import PADDING, GlobalBatchSampler, micro_batch_size, local_batches, permutation
+from distav.data.pipeline.sampler import PADDING, GlobalBatchSampler, local_batches, micro_batch_size, permutation
 
 SIZES = [7, 30, 1, 12, 22]
 

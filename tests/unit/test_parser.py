@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distav.losses.event_parsing import binary_cross_entropy, modality_losses, segment_losses, video_losses
-from distav.models.event_parser import Attention, AttentivePooling, EventParser, HybridLayer, SegmentEmbedding, TokenSpec
+from distav.models.event_parser import (
+    Attention,
+    AttentivePooling,
+    EventParser,
+    HybridLayer,
+    SegmentEmbedding,
+    TokenSpec,
+)
 
 SEEDS = torch.arange(3)
 VALOR = [TokenSpec("vggish", 128)], [TokenSpec("resnet152", 64), TokenSpec("r2plus1d", 32)]
@@ -45,14 +52,14 @@ def test_a_layer_is_the_published_one():
     torch.testing.assert_close(layer(x, y, SEEDS), expected)
 
 
-@pytest.mark.parametrize("in_turn", [False, True])
-def test_pictures_attend_to_sounds_as_they_came_or_as_they_became(in_turn: bool):
-    net = EventParser(*VALOR, 25, width=32, depth=2, heads=4, feed_forward=64, sequential_update=in_turn).eval()
+@pytest.mark.parametrize("sequential_update", [False, True])
+def test_pictures_attend_to_sounds_as_they_came_or_as_they_became(sequential_update: bool):
+    net = EventParser(*VALOR, 25, width=32, depth=2, heads=4, ffn_dim=64, sequential_update=sequential_update).eval()
     audio, visual = features()
     heard, seen = net.embed_audio(audio), net.embed_visual(visual)
     for layer in net.layers:
         updated = layer(heard, seen, SEEDS)
-        seen = layer(seen, updated if in_turn else heard, SEEDS)
+        seen = layer(seen, updated if sequential_update else heard, SEEDS)
         heard = updated
     expected = net.pool(torch.stack([heard, seen], 1))
     for ours, theirs in zip(net(audio, visual, SEEDS), expected, strict=True):
@@ -92,7 +99,7 @@ def test_a_token_map_is_stretched_in_time_and_averaged_over_its_rows():
 
 
 def test_dropout_hangs_on_the_sample_alone():
-    net = EventParser(*VALOR, 25, width=32, heads=4, feed_forward=64, dropout=0.5).train()
+    net = EventParser(*VALOR, 25, width=32, heads=4, ffn_dim=64, dropout=0.5).train()
     audio, visual = features()
     whole = net(audio, visual, SEEDS).segments
     part = net([each[1:] for each in audio], [each[1:] for each in visual], SEEDS[1:]).segments
@@ -101,7 +108,7 @@ def test_dropout_hangs_on_the_sample_alone():
 
 
 def test_every_parameter_learns():
-    net = EventParser(*VALOR, 25, width=32, depth=2, heads=4, feed_forward=64)
+    net = EventParser(*VALOR, 25, width=32, depth=2, heads=4, ffn_dim=64)
     parsed = net(*features(), SEEDS)
     weak = torch.rand(3, 25) > 0.5
     loss = video_losses(parsed.video, weak) + modality_losses(parsed.modality, weak)

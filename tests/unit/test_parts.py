@@ -18,7 +18,7 @@ from distav.config.errors import UserError
 from distav.data.files import write_atomically
 from distav.data.preparation.builder import BuildConfig, build_dataset
 from distav.data.preparation.encode_workers import Part
-from distav.data.preparation.encoding import ClipSource, Clip, Encoding, RejectedClip
+from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
 from distav.data.preparation.output_dir import claim
 from distav.tools.make_shards import main
 from tests.conftest import ROOT, make_shards

@@ -79,7 +79,9 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
     whole = object_store.ObjectStore._range
     monkeypatch.setattr(
-        object_store.ObjectStore, "_range", lambda self, name, *place: (asked.append(name), whole(self, name, *place))[1]
+        object_store.ObjectStore,
+        "_range",
+        lambda self, name, *place: (asked.append(name), whole(self, name, *place))[1],
     )
     return asked
 

@@ -10,7 +10,13 @@ from distav.noise import tiling
 from distav.noise.calibration import Calibration, VoteCalibrator
 from distav.noise.class_agreement import class_agreement, pair_posterior
 from distav.noise.knn_vote import NeighborGraph, pca_whiten
-from distav.noise.label_correction import CorrectionPrior, FeatureSpace, VoteSearchSpace, correct_labels, fitting_neighbors
+from distav.noise.label_correction import (
+    CorrectionPrior,
+    FeatureSpace,
+    VoteSearchSpace,
+    correct_labels,
+    fitting_neighbors,
+)
 from distav.noise.noise_rate import uniform_transition_matrix
 from distav.noise.vote_search import VoteTask, select_label_vote
 from distav.training.phases.correction_summary import calibration_error
@@ -142,7 +148,8 @@ def test_teachers_have_a_vote_each_and_none_that_know_nothing():
     knowing = opinion(true, 0.7, 5), opinion(heard, 0.7, 6)
     guessing = opinion(true, 0.0, 7), opinion(heard, 0.0, 8)
     alone, told, guessed = (
-        correct_labels(spaces, given, 10, groups, every, voting, None, teachers) for teachers in (None, knowing, guessing)
+        correct_labels(spaces, given, 10, groups, every, voting, None, teachers)
+        for teachers in (None, knowing, guessing)
     )
 
     def right(found, which: str, of: torch.Tensor) -> float:
@@ -173,7 +180,14 @@ def test_few_samples_whose_votes_are_worse_than_chance_keep_their_labels(seed: i
     torch.manual_seed(seed)
     given, everyone = torch.randint(0, 4, (60,)), torch.ones(60, dtype=torch.bool)
     space = FeatureSpace("noise", torch.randn(60, 8), torch.randn(60, 8))
-    found = correct_labels([space], given, 4, torch.arange(60), everyone, VoteSearchSpace(num_neighbors=(6, 12), second_round_neighbors=(0, 6)))
+    found = correct_labels(
+        [space],
+        given,
+        4,
+        torch.arange(60),
+        everyone,
+        VoteSearchSpace(num_neighbors=(6, 12), second_round_neighbors=(0, 6)),
+    )
     assert not found.has_signal and torch.equal(found.posterior.argmax(1), given)
 
 
@@ -206,7 +220,9 @@ def test_a_correction_does_not_hang_on_the_size_of_tiles(monkeypatch: pytest.Mon
         monkeypatch.setitem(tiling.TILE_NUMBERS, "cpu", numbers)
         voting = VoteSearchSpace((20,), (0, 20), (0.1, 0.3))
         found.append(
-            correct_labels([FeatureSpace("rows", visual, audio)], given, 10, torch.arange(300), valid, voting, None, teachers)
+            correct_labels(
+                [FeatureSpace("rows", visual, audio)], given, 10, torch.arange(300), valid, voting, None, teachers
+            )
         )
     assert found[0].chosen == found[1].chosen
     for name in (
@@ -256,7 +272,9 @@ def test_votes_that_were_given_up_are_counted_again_where_they_win(found: list[t
         given, 10, 20, 0.1
     )
     expected = election.second_round(given, 20) if second else election.shares
-    torch.testing.assert_close(votes, VoteCalibrator(given, 10, every).calibrate(expected).inverse_temperature(expected))
+    torch.testing.assert_close(
+        votes, VoteCalibrator(given, 10, every).calibrate(expected).inverse_temperature(expected)
+    )
 
 
 def test_whitening_evens_out_the_axes():
@@ -274,7 +292,9 @@ def test_samples_without_features_keep_their_label():
     valid = torch.ones(1000, dtype=torch.bool)
     valid[5] = False
     visual[5] = audio[5] = 0
-    found = correct_labels([FeatureSpace("rows", visual, audio)], given, 10, torch.arange(1000), valid, VoteSearchSpace((50,), (0, 20)))
+    found = correct_labels(
+        [FeatureSpace("rows", visual, audio)], given, 10, torch.arange(1000), valid, VoteSearchSpace((50,), (0, 20))
+    )
     assert found.posterior[5].tolist() == F.one_hot(given[5], 10).tolist()
     torch.testing.assert_close(found.posterior.sum(1), torch.ones(1000))
 
@@ -332,7 +352,7 @@ def test_auroc_and_label_accuracy():
     assert auroc(scores, positive) == pytest.approx(3.5 / 4)
     assert np.isnan(auroc(scores, np.ones(4, bool)))
     given, corrected, true = np.array([0, 1, 1, 2]), np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2])
-    expected = {"given": 0.75, "corrected": 0.75, "flipped_recovered": 1.0, "clean_damaged": 1 / 3}
+    expected = {"given": 0.75, "corrected": 0.75, "wrong_labels_fixed": 1.0, "right_labels_broken": 1 / 3}
     assert label_accuracy(given, corrected, true) == pytest.approx(expected)
 
 

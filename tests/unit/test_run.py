@@ -27,11 +27,11 @@ def settings(tiny_shards: Path, tmp_path: Path):
     ("override", "told"),
     [
         ("optim.global_batch=200", "optim.global_batch=200: the training split has 96 samples"),
-        ("phases.correction.neighbors=[96]", r"phases.correction.neighbors=\[96\]: all are too many .* up to 95"),
+        ("phases.correction.num_neighbors=[96]", r"phases.correction.num_neighbors=\[96\]: all are too many .* up to 95"),
         ("data.train_split=tran", "Did you mean 'train'"),
         ("data.test_split=tset", "data.test_split=tset .* Did you mean 'test'"),
         ("data.root=nowhere", "no manifest.json"),
-        ("data.labels=gone.csv", "data.labels=gone.csv: no such file"),
+        ("data.label_overrides=gone.csv", "data.label_overrides=gone.csv: no such file"),
     ],
 )
 def test_settings_that_the_data_make_impossible_are_named(settings, override: str, told: str):
@@ -41,7 +41,7 @@ def test_settings_that_the_data_make_impossible_are_named(settings, override: st
 
 def test_deepspeeds_dictionary_follows_from_the_settings(settings):
     extra = "deepspeed.extra={zero_optimization: {overlap_comm: true}, wall_clock_breakdown: true}"
-    chosen = settings("optim.accumulation=3", "deepspeed.zero_stage=2", extra)
+    chosen = settings("optim.gradient_accumulation_steps=3", "deepspeed.zero_stage=2", extra)
     found = deepspeed_config(chosen, TWO_RANKS)
     assert found["train_micro_batch_size_per_gpu"] == 4 and found["gradient_accumulation_steps"] == 3
     assert found["zero_optimization"] == {"stage": 2, "overlap_comm": True} and found["wall_clock_breakdown"]

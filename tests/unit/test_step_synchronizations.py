@@ -51,21 +51,21 @@ def waiting_lines(file: Path, *overrides: str) -> list[str]:
     return sorted(each for each in own if not each.partition(f" at {PACKAGE}/")[2].startswith(ALLOWED))
 
 
-CONTRASTIVE = ["loss: xid", "within_weight: 1.0", "loss: acl, candidates: batch, estimator: scc, soft_targets: none",
-               "negatives: 8, soft_targets: none"]  # fmt: skip
-SUPERVISED = ["targets: given", "targets: posterior, instance_weight: 0.1", "targets: mixed, loss: gce", "loss: elr"]
+CONTRASTIVE = ["loss: xid", "within_modal_weight: 1.0", "loss: acl, negatives_source: batch, correspondence_estimator: scc, soft_targets: none",
+               "num_negatives: 8, soft_targets: none"]  # fmt: skip
+SUPERVISED = ["targets: given", "targets: posterior, instance_weight: 0.1", "targets: hybrid, loss: gce", "loss: elr"]
 
 
 @pytest.mark.parametrize(
     ("phase", "towers"),
-    [*((f"kind: contrastive, epochs: 2, trust_after: 0, {each}", "small_conv") for each in CONTRASTIVE),
+    [*((f"kind: contrastive, epochs: 2, pair_weighting_start: 0, {each}", "small_conv") for each in CONTRASTIVE),
      *((f"kind: supervised, epochs: 2, {each}", "small_conv") for each in SUPERVISED),
-     ("kind: contrastive, epochs: 1, trust_after: 0", "vit_tiny")],
+     ("kind: contrastive, epochs: 1, pair_weighting_start: 0", "vit_tiny")],
 )  # fmt: skip
 def test_no_step_of_contrastive_or_supervised_training_waits(
     phase: str, towers: str, tiny_shards: Path, tmp_path: Path
 ):
-    first = TINY[: TINY.index("phases:")] + "phases:\n  correction: {kind: correction, neighbors: [6]}\n"
+    first = TINY[: TINY.index("phases:")] + "phases:\n  correction: {kind: label_correction, num_neighbors: [6]}\n"
     file = tiny_config(tmp_path, first + f"  last: {{{phase}}}\n")
     given = [f"data.root={tiny_shards}", f"run.root={tmp_path}", f"model.visual.name={towers}",
              f"model.audio.name={towers}", "model.activation_checkpointing=true"]  # fmt: skip
@@ -81,6 +81,6 @@ def test_no_step_of_event_parsing_waits(tmp_path: Path):
     table = events_table("train", split.keys, split.columns["source"], shards.classes, events)
     pq.write_table(table, tmp_path / "events.parquet")
     given = [f"data.root={tmp_path}/shards", f"run.root={tmp_path}", "run.device=cpu", "optim.global_batch=8",
-             f"phases.parse.harvested={tmp_path}/events.parquet", "phases.parse.epochs=1",
+             f"phases.parse.pseudo_labels={tmp_path}/events.parquet", "phases.parse.epochs=1",
              "phases.parse.modality_weight=1.0", "model.parser.width=32", "model.parser.heads=2"]  # fmt: skip
     assert not waiting_lines(ROOT / "configs" / "valor.yaml", *given)

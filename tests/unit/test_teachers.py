@@ -24,7 +24,7 @@ from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Batch, Loader
 from distav.tools.pseudo_label.command import main
 from distav.tools.pseudo_label.prompts import read_prompts
-from distav.tools.pseudo_label.teachers import ImageTeacher, AudioTeacher
+from distav.tools.pseudo_label.teachers import AudioTeacher, ImageTeacher
 from tests.conftest import ROOT
 from tests.helpers.events import AVE_CLASSES, ave_shards, write_ave
 
@@ -87,7 +87,9 @@ def test_scores_are_those_of_transformers_called_by_hand(ave: Path):
 @pytest.mark.parametrize("seconds", [0.3, 1, 2, 2.5])
 def test_spectrograms_are_those_of_the_extractor(ave: Path, truncation: str, seconds: float):
     teacher = AudioTeacher(read_prompts(ave / "prompts.yaml")["audio"], CPU, 16000, 10)
-    teacher.feature_extractor = transformers.ClapFeatureExtractor(sampling_rate=16000, max_length_s=2, truncation=truncation)
+    teacher.feature_extractor = transformers.ClapFeatureExtractor(
+        sampling_rate=16000, max_length_s=2, truncation=truncation
+    )
     pieces = 0.1 * torch.randn(3, int(16000 * seconds), generator=torch.Generator().manual_seed(0))
     pieces[1] = 0
     pieces[2, 2000:] = 0

@@ -15,7 +15,7 @@ from distav.noise.calibration import VoteCalibrator
 from distav.noise.class_agreement import class_agreement, pair_posterior
 from distav.noise.knn_vote import NeighborGraph, pca_whiten
 from distav.noise.label_correction import CorrectionPrior, FeatureSpace, VoteSearchSpace, correct_labels
-from distav.noise.noise_rate import uniform_transition_matrix, estimate_transition_matrix
+from distav.noise.noise_rate import estimate_transition_matrix, uniform_transition_matrix
 
 CLASSES = 700
 BESIDE = 16 * 2**20 + 8 * CLASSES**2 * 8

@@ -35,7 +35,7 @@ NOISE, TEACHER_NOISE = 0.3, 0.12
 """Standard deviation of each number of a feature, and of a teacher's idea of a class; prototypes have length 1."""
 METHODS = {"HAN, weak labels": "", "VALOR, fused teachers": "fused", "VALOR, a teacher a sense": "each"}
 SETTINGS = (
-    "model.parser.width=128", "model.parser.heads=4", "model.parser.feed_forward=256", "optim.lr=1e-3",
+    "model.parser.width=128", "model.parser.heads=4", "model.parser.ffn_dim=256", "optim.lr=1e-3",
     "phases.parse.epochs=12", "run.device=cpu", "run.threads_per_rank=1", "run.log_every=156",
 )  # fmt: skip
 """The network is small, since the features are."""
@@ -118,7 +118,9 @@ def prepare(annotations: Path, work: Path, seed: int) -> Path:
             for sense, each in zip(MODALITIES, video, strict=True):
                 np.save(folder / sense / f"{name}.npy", each)
     streams = tuple((sense, f"{sense}_features", folder / sense) for sense in MODALITIES)
-    build_dataset(EventSource("llp", annotations, features=streams), folder / "shards", BuildConfig(Encoding(clip_s=SECONDS)), 2)
+    build_dataset(
+        EventSource("llp", annotations, features=streams), folder / "shards", BuildConfig(Encoding(clip_s=SECONDS)), 2
+    )
     _harvest(folder, world, dict(zip(told["train"].names, events["train"], strict=True)), rng)
     return folder
 
@@ -157,7 +159,7 @@ def _train(method: str, seed: int, folder: Path) -> dict[str, Any]:
     report = folder / "runs" / name / "report.json"
     if not report.exists():
         config = ROOT / "configs" / ("valor.yaml" if teachers else "han.yaml")
-        chosen = [f"phases.parse.harvested={folder / teachers}.parquet"] if teachers else []
+        chosen = [f"phases.parse.pseudo_labels={folder / teachers}.parquet"] if teachers else []
         command = [
             sys.executable, str(ROOT / "distav" / "train.py"), "--config", str(config), f"data.root={folder}/shards",
             f"run.root={folder}/runs", f"run.name={name}", f"run.seed={seed}", *SETTINGS, *chosen,

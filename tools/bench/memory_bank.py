@@ -146,7 +146,10 @@ def run(setting: Setting, batch: int, rows: int, dim: int, memory_rows: int, sha
     if on_cpu:
         results.ratio("dense cross-entropy / loss + gradient, time", (seconds["dense cross-entropy"], plain), ">= 3")
     results.ratio("cycle-consistent / plain loss", (seconds["loss + gradient, cycle"], plain), "<= 2.2")
-    exact, dense = MemoryBankBenchmark(64, 4096, dim, setting.device), MemoryBankBenchmark(64, 4096, dim, setting.device)
+    exact, dense = (
+        MemoryBankBenchmark(64, 4096, dim, setting.device),
+        MemoryBankBenchmark(64, 4096, dim, setting.device),
+    )
     worst = max(_difference(a, b) for a, b in zip(exact.loss(), dense.dense(), strict=True))
     # A GPU rounds rows and queries to bfloat16, 2^-9 of each number at most.
     results.ratio("largest relative difference to dense", worst, "<= 1e-5" if on_cpu else "<= 1e-2")

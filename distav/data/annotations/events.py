@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from distav.config.errors import UserError, format_list, did_you_mean
+from distav.config.errors import UserError, did_you_mean, format_list
 from distav.data.annotations.labels import class_numbers, load_labels, multi_labels
 from distav.data.dataset import EVENTS, ShardedDataset, Split
 from distav.data.files import read_table
@@ -205,7 +205,9 @@ def _events_of(
         if sense not in MODALITIES:
             raise UserError(f"{where}: sense '{sense}'; allowed: {format_list(MODALITIES)}.")
         if label not in classes:
-            raise UserError(f"{where}: unknown class '{label}'; allowed: {format_list(classes)}.{did_you_mean(label, classes)}")
+            raise UserError(
+                f"{where}: unknown class '{label}'; allowed: {format_list(classes)}.{did_you_mean(label, classes)}"
+            )
         if not (isinstance(start, int) and isinstance(end, int) and 0 <= start <= end <= segments):
             raise UserError(f"{where}: from {start} to {end} s; allowed: whole seconds from 0 to {segments}.")
         events[sample, MODALITIES.index(sense), start:end, classes.index(label)] = True

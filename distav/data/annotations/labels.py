@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from distav.config.errors import UserError, format_list, did_you_mean
+from distav.config.errors import UserError, did_you_mean, format_list
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.files import columns_once, read_table
 
@@ -51,7 +51,7 @@ def load_labels(shards: ShardedDataset, split: Split, override: str = "") -> Lab
     if shards.multi_label:
         if override:
             raise UserError(
-                f"data.labels={override}: clips of {shards.root} have several classes each; leave it empty."
+                f"data.label_overrides={override}: clips of {shards.root} have several classes each; leave it empty."
             )
         return _combinations(shards, split)
     path = shards.root / "labels.parquet"
@@ -110,15 +110,15 @@ def _combinations(shards: ShardedDataset, split: Split) -> Labels:
 
 def _apply(path: Path, split: Split, classes: list[str], given: np.ndarray) -> np.ndarray:
     if not path.is_file():
-        raise UserError(f"data.labels={path}: no such file.")
+        raise UserError(f"data.label_overrides={path}: no such file.")
     try:
         table = read_csv(path) if path.suffix == ".csv" else read_table(path)
         names = table.column_names
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"data.labels={path} cannot be read as csv: {str(error).splitlines()[0]}") from None
+        raise UserError(f"data.label_overrides={path} cannot be read as csv: {str(error).splitlines()[0]}") from None
     name = next((each for each in ("corrected", "label") if each in names), None)
     if name is None or not {"id", "key"} & set(names):
-        raise UserError(f"data.labels={path}: needs `id` or `key`, and `label`; found: {format_list(names)}.")
+        raise UserError(f"data.label_overrides={path}: needs `id` or `key`, and `label`; found: {format_list(names)}.")
     if "key" in names:
         row_of = {key: row for row, key in enumerate(split.keys.tolist())}
         wanted = table.column("key").to_pylist()
@@ -129,7 +129,7 @@ def _apply(path: Path, split: Split, classes: list[str], given: np.ndarray) -> n
         unknown = [row for row in rows if not isinstance(row, int) or not 0 <= row < len(split)]
     if unknown:
         raise UserError(
-            f"data.labels={path}: {len(unknown)} rows name samples that split {split.name} does not have: "
+            f"data.label_overrides={path}: {len(unknown)} rows name samples that split {split.name} does not have: "
             f"{format_list(unknown, 3)}. Take a table made for this set."
         )
     replaced, names = given.copy(), table.column(name).to_pylist()

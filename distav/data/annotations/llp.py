@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distav.config.errors import UserError, format_list, did_you_mean
+from distav.config.errors import UserError, did_you_mean, format_list
 
 SECONDS = 10
 CLASSES = (
@@ -72,7 +72,9 @@ def _read(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         reader = csv.DictReader(file, delimiter="\t")
         missing = set(columns) - set(reader.fieldnames or ())
         if missing:
-            raise UserError(f"{path}: has no column '{min(missing)}'; LLP's files have {format_list(columns)}, with tabs.")
+            raise UserError(
+                f"{path}: has no column '{min(missing)}'; LLP's files have {format_list(columns)}, with tabs."
+            )
         return list(reader)
 
 

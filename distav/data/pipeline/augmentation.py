@@ -50,7 +50,9 @@ class ClipTransformSampler:
             start = slack // 2
             colour = np.array([1, 1, 1, 0], np.float32)
             crop = _WHOLE if self.data.squash else _centre(height, width)
-            return ClipTransform(start, crop, False, colour, self._audio_start(sample, start, 0.0), 1.0, (height, width))
+            return ClipTransform(
+                start, crop, False, colour, self._audio_start(sample, start, 0.0), 1.0, (height, width)
+            )
         rng, change = np.random.default_rng([self.seed, 5, epoch, sample]), self.augment
         start = int(rng.integers(0, slack + 1))
         crop = _random_crop(height, width, change, rng)
@@ -61,13 +63,13 @@ class ClipTransformSampler:
         flip = bool(rng.uniform() < change.flip_prob)
         return ClipTransform(start, crop, flip, colour, self._audio_start(sample, start, shift), gain, (height, width))
 
-    def _audio_start(self, sample: int, start_frame: int, shift_s: float) -> int:
+    def _audio_start(self, sample: int, start_frame: int, audio_shift_s: float) -> int:
         """Centre the sound on the frames, kept inside the clip where it can be, then shift it."""
         duration = float(self.split.columns["duration_s"][sample])
         middle = (start_frame + self.span / 2) / self.split.fps
         room = max(0.0, duration - self.data.audio_s)
         begin = min(max(0.0, middle - self.data.audio_s / 2), room)
-        return round((begin + shift_s) * self.split.sample_rate_hz)
+        return round((begin + audio_shift_s) * self.split.sample_rate_hz)
 
 
 def _centre(height: int, width: int) -> np.ndarray:

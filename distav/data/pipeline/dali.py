@@ -212,7 +212,7 @@ class ClipPipeline:
             if self._is_device_fault(reason):
                 advice = "look at nvidia-smi and give the same command again"
                 if _out_of_memory(reason):
-                    advice = "lower optim.global_batch or raise optim.accumulation"
+                    advice = "lower optim.global_batch or raise optim.gradient_accumulation_steps"
                 raise DeviceError(f"decoding on {self.device} failed: {reason}; {advice}.") from None
             if isinstance(error, RuntimeError | ValueError | IndexError):
                 raise DecodeError(reason) from None

@@ -88,7 +88,7 @@ def micro_batch_size(global_batch: int, accumulation: int, num_ranks: int) -> in
         below = max(parts, global_batch // parts * parts)
         raise UserError(
             f"optim.global_batch={global_batch} cannot be divided among {num_ranks} ranks with "
-            f"optim.accumulation={accumulation}; allowed: multiples of {parts}, e.g. {below} or {below + parts}."
+            f"optim.gradient_accumulation_steps={accumulation}; allowed: multiples of {parts}, e.g. {below} or {below + parts}."
         )
     return global_batch // parts
 

@@ -15,7 +15,7 @@ from distav.data.annotations.llp import CLASSES, VIDEOS, read_llp
 from distav.data.modalities import MODALITIES, STREAM_NAME, FeatureStream
 from distav.data.pipeline.features import decode_features, header
 from distav.data.pipeline.reader import DecodeError
-from distav.data.preparation.encoding import ClipSource, Clip, Encoding, Features, RejectedClip
+from distav.data.preparation.encoding import Clip, ClipSource, Encoding, Features, RejectedClip
 from distav.data.preparation.media_decoding import decode_clips
 
 ID_LENGTH = 11

@@ -20,7 +20,7 @@ from distav.data.annotations.events import events_table
 from distav.data.annotations.llp import SECONDS
 from distav.data.dataset import EVENTS, members_of
 from distav.data.files import write_table
-from distav.data.preparation.annotated_videos import SourceInfo, EventSource
+from distav.data.preparation.annotated_videos import EventSource, SourceInfo
 from distav.data.preparation.encode_workers import Encoded, Part, encode_all, finished
 from distav.data.preparation.encoding import Encoding
 from distav.data.preparation.noise_injection import LabelNoise, flip_labels, mismatch_pairs
@@ -81,7 +81,9 @@ def build_dataset(source: Source, out: Path, plan: BuildConfig, workers: int, pa
         raise
 
 
-def _build(source: Source, out: Path, plan: BuildConfig, workers: int, part: Part | None, recipe: dict[str, Any]) -> BuildResult:
+def _build(
+    source: Source, out: Path, plan: BuildConfig, workers: int, part: Part | None, recipe: dict[str, Any]
+) -> BuildResult:
     work = out / WORK
     about = source.info() if isinstance(source, EventSource) else SourceInfo()
     if isinstance(source, EventSource) and plan.encoding.clip_s != SECONDS:
@@ -105,7 +107,9 @@ def _build(source: Source, out: Path, plan: BuildConfig, workers: int, part: Par
     return BuildResult({name: split["clips"] for name, split in manifest["splits"].items()}, len(rejected), seconds)
 
 
-def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: BuildConfig, about: SourceInfo, workers: int) -> dict[str, Any]:
+def _assemble(
+    encoded: list[Encoded], out: Path, work: Path, plan: BuildConfig, about: SourceInfo, workers: int
+) -> dict[str, Any]:
     """Shuffle, number and copy the encoded clips into tars; write the tables; return the manifest."""
     classes = about.classes or sorted({each.label for each in encoded})
     members = members_of(plan.encoding.codec, about.streams)
@@ -155,7 +159,7 @@ def _assemble(encoded: list[Encoded], out: Path, work: Path, plan: BuildConfig, 
         rates = {"fps": plan.encoding.fps, "sample_rate_hz": plan.encoding.sample_rate_hz}
         manifest |= {"codec": plan.encoding.codec, **rates}
     if about.multi_label:
-        manifest["several_labels"] = True
+        manifest["multi_label"] = True
     if events:
         write_table(out / EVENTS, pa.concat_tables(events), work)
         manifest["annotated"] = annotated

@@ -15,7 +15,7 @@ from scipy.ndimage import shift
 from scipy.signal import resample_poly
 
 from distav.config.errors import UserError, format_list
-from distav.data.preparation.encoding import ClipSource, Clip, Encoding
+from distav.data.preparation.encoding import Clip, ClipSource, Encoding
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEST_INDEX_BELOW = 5

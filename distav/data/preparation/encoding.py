@@ -9,7 +9,7 @@ import numpy as np
 import soundfile
 from av.video.stream import VideoStream
 
-from distav.config.errors import UserError, format_list, did_you_mean
+from distav.config.errors import UserError, did_you_mean, format_list
 from distav.data.dataset import VIDEO_EXTENSIONS
 from distav.data.pipeline.features import encode_features
 

@@ -11,7 +11,7 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 
-from distav.data.preparation.encoding import ClipSource, Clip, Encoding, RejectedClip
+from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
 
 _MEDIA_MARKS = (b"ftyp", b"RIFF", b"\x1aE\xdf\xa3", b"OggS", b"FLV", b"\x00\x00\x01\xba", b"moov", b"mdat")
 
@@ -91,7 +91,9 @@ def _frames(container: InputContainer, candidate: ClipSource, encoding: Encoding
     if end_s < needed - max(0.5, 2 * step):
         raise RejectedClip(f"truncated: {needed:.2f} s declared, {end_s:.2f} s decoded")
     if not kept:
-        raise RejectedClip(f"too short: the stretch begins at {candidate.start_s:g} s, the picture ends at {end_s:.2f} s")
+        raise RejectedClip(
+            f"too short: the stretch begins at {candidate.start_s:g} s, the picture ends at {end_s:.2f} s"
+        )
     return np.stack(kept)
 
 

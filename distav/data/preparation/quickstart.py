@@ -12,7 +12,7 @@ from distav.distributed.process_group import World
 
 
 def render_missing_dataset(data: DataSettings, world: World) -> None:
-    """Render the synthetic set where `data.make.enabled` and the folder, no URL, holds none; all ranks wait for it.
+    """Render the synthetic set where `data.synthetic.enabled` and the folder, no URL, holds none; all ranks wait for it.
 
     Raises:
         UserError: where it could not be made.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from distav.config.errors import UserError, format_list, did_you_mean
+from distav.config.errors import UserError, did_you_mean, format_list
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.files import read_table
@@ -140,7 +140,9 @@ def _samples(keys: list[str], place: dict[str, int], what: str, split: Split) ->
 
 def _class(name: str, classes: list[str], where: str) -> int:
     if name not in classes:
-        raise UserError(f"{where}: unknown class '{name}'; allowed: {format_list(classes)}.{did_you_mean(name, classes)}")
+        raise UserError(
+            f"{where}: unknown class '{name}'; allowed: {format_list(classes)}.{did_you_mean(name, classes)}"
+        )
     return classes.index(name)
 
 

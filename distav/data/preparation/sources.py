@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from distav.config.errors import UserError, format_list
-from distav.data.preparation.encoding import ClipSource, Clip, Encoding, Features
+from distav.data.preparation.encoding import Clip, ClipSource, Encoding, Features
 from distav.data.preparation.media_decoding import decode_clips
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distav.data.preparation.encoding import ClipSource, Clip, Encoding
+from distav.data.preparation.encoding import Clip, ClipSource, Encoding
 
 CLASSES = (
     ("disc", "tone"),

@@ -64,7 +64,9 @@ def _members(file: BinaryIO, length: int, path: Path) -> Iterator[Member]:
             raise UserError(f"{where}: '{shown}' is no plain name of the form key.extension, or key.stream.npy.")
         key, _, extension = raw.decode().partition(".")
         if extension.rpartition(".")[2] not in EXTENSIONS:
-            raise UserError(f"{where}: '{shown}': members of this kind are not read; allowed: {format_list(EXTENSIONS)}.")
+            raise UserError(
+                f"{where}: '{shown}': members of this kind are not read; allowed: {format_list(EXTENSIONS)}."
+            )
         size = _number(header[124:136], f"{where}: size of '{shown}'")
         place += BLOCK
         if size > MOST_BYTES or place + size > length:

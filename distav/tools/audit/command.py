@@ -5,7 +5,7 @@ tools/audit.py runs/mine --most 5000 --out mine.html --embeddings embeddings/min
 
 The page needs no server: open it in a browser. It ranks what the run's last correction found wrong, each with frames,
 sound, and the clips that it looks and sounds like; keys accept or reject, `Save decisions` writes a CSV file, which
-tools/make_shards.py cleaned SHARDS OUT --decisions FILE makes a clean set of, and data.labels=FILE trains on.
+tools/make_shards.py cleaned SHARDS OUT --decisions FILE makes a clean set of, and data.label_overrides=FILE trains on.
 """
 
 import argparse

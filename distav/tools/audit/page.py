@@ -116,7 +116,7 @@ def _data(audit: Audit) -> dict[str, Any]:
                 [[int(np.searchsorted(clips, one)), round(float(cosine), 4)] for one, cosine in row if one >= 0]
                 for row in (zip(*each, strict=True) for each in zip(ids, cosines, strict=True))
             ]
-    by_class = audit.found["label_noise_by_class"]
+    by_class = audit.found["label_noise_rate_by_class"]
     return {
         "title": audit.title,
         "digest": _digest(audit.table),
@@ -126,7 +126,7 @@ def _data(audit: Audit) -> dict[str, Any]:
         # Rates are known where votes said anything of the labels.
         "noise": {
             "labels": audit.found["label_noise"] if by_class else None,
-            "pairs": audit.found["pair_noise"] if by_class else None,
+            "pairs": audit.found["pair_mismatch_rate"] if by_class else None,
             "classes": by_class,
         },
         "counts": {"given": counts.sum(1).tolist(), "corrected": counts.sum(0).tolist()},

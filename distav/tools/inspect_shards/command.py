@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     checks = command("verify", "Compare every file, member, index entry and label with what was written.")
-    checks.add_argument("--labels", default="", metavar="TABLE", help="a table that is to be used as data.labels")
+    checks.add_argument(
+        "--labels", default="", metavar="TABLE", help="a table that is to be used as data.label_overrides"
+    )
     checks.add_argument("--most", type=int, default=100, metavar="N", help="faults that are printed (%(default)s)")
 
     figures = command("stats", "Tell what each split holds, and how some of its clips look and sound.")

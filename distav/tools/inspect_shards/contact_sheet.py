@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from distav.config.errors import UserError, format_list, did_you_mean
+from distav.config.errors import UserError, did_you_mean, format_list
 from distav.data.annotations.labels import load_labels, multi_labels
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.pipeline.decoding import decode_clip
@@ -84,7 +84,9 @@ def _by_keys(split: Split, keys: list[str]) -> list[int]:
     return [place[key] for key in keys]
 
 
-def _by_chance(shards: ShardedDataset, split: Split, labels: list[list[str]], kind: str, clips: int, seed: int) -> list[int]:
+def _by_chance(
+    shards: ShardedDataset, split: Split, labels: list[list[str]], kind: str, clips: int, seed: int
+) -> list[int]:
     if kind and kind not in shards.classes:
         raise UserError(f"--class={kind}: allowed: {format_list(shards.classes)}.{did_you_mean(kind, shards.classes)}")
     among = [number for number, names in enumerate(labels) if not kind or kind in names]

@@ -34,7 +34,7 @@ def stats(root: str | Path, clips: int, seed: int, workers: int) -> dict[str, An
     shards = ShardedDataset.open(root)
     manifest = shards.manifest
     found = {name: manifest[name] for name in ("codec", "fps", "sample_rate_hz", "streams") if name in manifest}
-    found |= {"root": str(root), "classes": len(shards.classes), "several_labels": shards.multi_label, "splits": {}}
+    found |= {"root": str(root), "classes": len(shards.classes), "multi_label": shards.multi_label, "splits": {}}
     for name in manifest["splits"]:
         split = shards.split(name)
         chosen = np.arange(len(split))
@@ -136,7 +136,7 @@ def told(found: dict[str, Any], most: int) -> str:
         if "streams" in found
         else (f"{found['codec']} at {found['fps']:g} frames/s, sound at {found['sample_rate_hz']} Hz")
     )
-    several = ", several a clip" if found["several_labels"] else ""
+    several = ", several a clip" if found["multi_label"] else ""
     parts = [printable(f"{found['root']}: {kind}; {found['classes']} classes{several}")]
     for name, split in found["splits"].items():
         parts += ["", *_told_split(name, split, most)]

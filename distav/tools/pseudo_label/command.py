@@ -39,11 +39,11 @@ from distav.data.files import write_atomically, write_table
 from distav.data.modalities import MODALITIES
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.sampler import padded_batches
-from distav.distributed.collectives import broadcast, run_on_main_rank, barrier
+from distav.distributed.collectives import barrier, broadcast, run_on_main_rank
 from distav.distributed.process_group import World, process_group
 from distav.evaluation.event_metrics import event_metrics
 from distav.tools.pseudo_label.prompts import Prompts, read_prompts
-from distav.tools.pseudo_label.teachers import ImageTeacher, AudioTeacher, Teacher
+from distav.tools.pseudo_label.teachers import AudioTeacher, ImageTeacher, Teacher
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

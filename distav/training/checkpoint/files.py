@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from distav.data.files import write_atomically
-from distav.data.integrity import file_entry, write_manifest, sync
-from distav.distributed.collectives import get_world_size, get_rank
+from distav.data.integrity import file_entry, sync, write_manifest
+from distav.distributed.collectives import get_rank, get_world_size
 
 _NAME = re.compile(r"step-\d{9}-\d{3}-\d{6}")
 

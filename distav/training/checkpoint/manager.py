@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from distav.config.errors import UserError
-from distav.data.integrity import CorruptFileError, verify_file, read_manifest
-from distav.distributed.collectives import broadcast, all_gather_objects, get_world_size, get_rank, barrier
+from distav.data.integrity import CorruptFileError, read_manifest, verify_file
+from distav.distributed.collectives import all_gather_objects, barrier, broadcast, get_rank, get_world_size
 from distav.memory.bank import Bank
-from distav.training.checkpoint.files import RangeReader, CheckpointWriter, bank_parts, list_checkpoints
+from distav.training.checkpoint.files import CheckpointWriter, RangeReader, bank_parts, list_checkpoints
 from distav.training.engine.deepspeed_engine import Engine
 
 _WRITING, _BROKEN = ".writing-", ".broken-"

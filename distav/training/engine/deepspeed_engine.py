@@ -43,7 +43,9 @@ def deepspeed_config(settings: Settings, world: World) -> dict[str, Any]:
             raise UserError(f"deepspeed.extra.{key} follows from `optim`; set optim.* instead.")
     config: dict[str, Any] = {
         "train_batch_size": optim.global_batch,
-        "train_micro_batch_size_per_gpu": micro_batch_size(optim.global_batch, optim.gradient_accumulation_steps, world.world_size),
+        "train_micro_batch_size_per_gpu": micro_batch_size(
+            optim.global_batch, optim.gradient_accumulation_steps, world.world_size
+        ),
         "gradient_accumulation_steps": optim.gradient_accumulation_steps,
         "gradient_clipping": optim.grad_clip,
         "steps_per_print": 10**9,

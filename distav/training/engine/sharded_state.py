@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import get_world_size, get_rank
+from distav.distributed.collectives import get_rank, get_world_size
 
 WEIGHT = "weight"
 
@@ -54,7 +54,9 @@ def parameter_shards(engine: Any) -> Iterator[ParameterShard]:
                 part, address = parameter._hp_mapping.hp_fragment, parameter._hp_mapping.lp_fragment_address
                 storage = part.untyped_storage().data_ptr()
                 flat = next(each for each in flats if each.untyped_storage().data_ptr() == storage)
-                yield ParameterShard(name, address.start, flat, part.storage_offset() - flat.storage_offset(), address.numel)
+                yield ParameterShard(
+                    name, address.start, flat, part.storage_offset() - flat.storage_offset(), address.numel
+                )
         else:
             master: Tensor = stepped.get(id(parameter), parameter)
             yield ParameterShard(name, 0, master, 0, parameter.numel())

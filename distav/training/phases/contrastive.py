@@ -9,10 +9,10 @@ from distav.config.phases import ContrastivePhase
 from distav.data.pipeline.loader import Batch
 from distav.losses.category_contrast import (
     CategoryLoss,
-    effective_num_categories,
     category_agreement,
-    detect_category_collapse,
     category_loss,
+    detect_category_collapse,
+    effective_num_categories,
 )
 from distav.losses.reduction import weighted_mean
 from distav.memory.global_batch import GlobalBatch
@@ -63,11 +63,16 @@ class _CategoryWatch:
             used = effective_num_categories(imbalance, num_categories)
             self.run.logger.log_metrics(self.run.progress.total_steps, {"categories/used": used})
             fault = detect_category_collapse(contrast, imbalance, num_categories)
-            if fault and not self.warned and self.run.world.is_main and progress > 2 * self.settings.category_warmup_fraction:
+            if (
+                fault
+                and not self.warned
+                and self.run.world.is_main
+                and progress > 2 * self.settings.category_warmup_fraction
+            ):
                 self.warned = True
                 self.run.logger.warn(
                     f"phase={self.name} {fault}, so the category-level loss teaches little; raise "
-                    f"phases.{self.name}.balance_weight or sharpen_weight, or set category_weight=0"
+                    f"phases.{self.name}.category_balance_weight or category_entropy_weight, or set category_weight=0"
                 )
         self.seen.clear()
 
@@ -84,7 +89,9 @@ def contrastive_losses(run: Run, settings: ContrastivePhase) -> Callable[[Batch,
         instance = weighted_mean(each, weights)
         logits = outputs["visual_categories"], outputs["audio_categories"]
         memory = bank.assignments.columns() if settings.category_memory_weight else None
-        category = category_loss(*logits, pair_weights, settings.category_temperature, memory, settings.category_memory_weight)
+        category = category_loss(
+            *logits, pair_weights, settings.category_temperature, memory, settings.category_memory_weight
+        )
         bank.update(visitors, category_agreement(category.shares), category.shares if memory else None)
         fade = ramp(progress, 0.0, settings.category_warmup_fraction)
         loss = instance + fade * _weighed(category, settings)

@@ -37,8 +37,8 @@ def summarize_correction(run: Run, name: str, found: Correction) -> None:
         "chosen": found.selected_votes,
         "changed": changed,
         "label_noise": found.label_rate.as_dict(),
-        "label_noise_by_class": {each: rate.as_dict() for each, rate in by_class},
-        "pair_noise": found.pair_rate.as_dict(),
+        "label_noise_rate_by_class": {each: rate.as_dict() for each, rate in by_class},
+        "pair_mismatch_rate": found.pair_rate.as_dict(),
     }
     record: dict[str, float | str] = {
         "phase": name,

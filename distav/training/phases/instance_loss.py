@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from distav.config.phases import NegativesSource, ContrastivePhase, Estimator, InstanceLoss
+from distav.config.phases import ContrastivePhase, Estimator, InstanceLoss, NegativesSource
 from distav.data.pipeline.loader import Batch
 from distav.losses.active_complementary import active_complementary_loss
 from distav.losses.info_nce import WITHIN, InBatchNegatives, SampledNegatives, cross_entropy, noise_contrastive
@@ -55,17 +55,21 @@ class InstanceTerm:
         weights = pair_weights
         if candidates and settings.loss is InstanceLoss.acl:
             weights = present
-            each = candidates.losses(active_complementary_loss(1 + trust * (believed - 1), settings.complementary_weight))
+            each = candidates.losses(
+                active_complementary_loss(1 + trust * (believed - 1), settings.complementary_weight)
+            )
         elif candidates:
             each = candidates.losses(noise_contrastive(self.partition) if self.partition else cross_entropy)
             if self.partition:
                 self.run.notes["nce_partition"] = self.partition.value
         else:
-            softens = trust > 0 and (settings.soft_targets_for_all or settings.correspondence_estimator is not Estimator.none)
+            softens = trust > 0 and (
+                settings.soft_targets_for_all or settings.correspondence_estimator is not Estimator.none
+            )
             doubt = torch.ones_like(believed) if settings.soft_targets_for_all else 1 - believed
             share = trust * settings.soft_target_weight * doubt if softens else None
             each, matching, number = instance_losses(
-                bank, visitors, *pair, temperature, share, self.soft, mask_unvisited=settings.mask_uninitialized
+                bank, visitors, *pair, temperature, share, self.soft, mask_uninitialized=settings.mask_uninitialized
             )
             if self.refinement:
                 self.refinement(visitors, matching, number)

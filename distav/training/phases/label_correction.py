@@ -7,7 +7,13 @@ import torch
 from distav.config.phases import LabelCorrectionPhase
 from distav.data.modalities import MODALITIES
 from distav.distributed.collectives import all_gather_variable_rows, shard_range
-from distav.noise.label_correction import CorrectionPrior, Correction, VoteSearchSpace, correct_labels, identity_correction
+from distav.noise.label_correction import (
+    Correction,
+    CorrectionPrior,
+    VoteSearchSpace,
+    correct_labels,
+    identity_correction,
+)
 from distav.training.feature_extraction import extract_features
 from distav.training.phases.correction_summary import summarize_correction
 from distav.training.run import Run

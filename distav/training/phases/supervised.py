@@ -35,7 +35,7 @@ def run_supervised(run: Run, name: str, settings: SupervisedPhase) -> None:
         UserError: where true labels are asked for and there are none.
     """
     if settings.targets is Targets.oracle and run.data.labels.true is None:
-        raise UserError(f"phases.{name}.targets=truth: this set has no true labels; choose given or posterior.")
+        raise UserError(f"phases.{name}.targets=oracle: this set has no true labels; choose given or posterior.")
     lost = settings.targets in NEED_CORRECTION and not run.notes["neighbors_have_signal"]
     loss = ClassLoss.gce if lost else settings.loss
     targets_of = _Targets(run, settings.targets if not lost else Targets.given)

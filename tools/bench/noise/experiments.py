@@ -32,24 +32,26 @@ SIMPLE = ("ce", "gce", "elr")
 
 
 def _contrast_alone(*changes: str) -> Method:
-    changes = ("temperature=0.3", "within_weight=1", *changes)
+    changes = ("temperature=0.3", "within_modal_weight=1", *changes)
     return Method("baselines/infonce_probe", ("~phases.probe", *(f"phases.contrastive.{each}" for each in changes)))
 
 
 PAIR_METHODS = {
-    "infonce, across alone": _contrast_alone("candidates=batch", "within_weight=0"),
-    "infonce": _contrast_alone("candidates=batch"),
-    "weighted xid, cdf": _contrast_alone("estimator=cdf"),
-    "weighted xid, gmm": _contrast_alone("estimator=gmm"),
+    "infonce, across alone": _contrast_alone("negatives_source=batch", "within_modal_weight=0"),
+    "infonce": _contrast_alone("negatives_source=batch"),
+    "weighted xid, cdf": _contrast_alone("correspondence_estimator=cdf"),
+    "weighted xid, gmm": _contrast_alone("correspondence_estimator=gmm"),
     "crcl": Method("crcl", ("~phases.probe",)),
-    "true pairs": _contrast_alone("candidates=batch", "estimator=oracle", "weight_min=0", "trust_after=0"),
+    "true pairs": _contrast_alone(
+        "negatives_source=batch", "correspondence_estimator=oracle", "min_pair_weight=0", "pair_weighting_start=0"
+    ),
 }
 """Ways to learn from mismatched pairs without labels; the last one knows which they are.
 
 All but the first have terms within each modality, too."""
 
 CORRECTIONS = ("correct_1", "correct_2", "correct_3", "labels")
-NO_CATEGORIES = ("category_weight=0", "balance_weight=0", "sharpen_weight=0")
+NO_CATEGORIES = ("category_weight=0", "category_balance_weight=0", "category_entropy_weight=0")
 
 
 def _contrast(*changes: str) -> Method:
@@ -66,25 +68,25 @@ def _turns(*changes: str) -> Method:
 
 ABLATIONS = {
     "no phase 1": Method("avdigits", ("~phases.contrastive",)),
-    "no terms within a modality": _contrast("within_weight=0"),
+    "no terms within a modality": _contrast("within_modal_weight=0"),
     "no category loss": _contrast(*NO_CATEGORIES),
     "no soft targets": _contrast("soft_targets=none"),
-    "pairs all believed": _contrast("estimator=none"),
-    "pairs by cdf": _contrast("estimator=cdf"),
-    "pairs by categories": _contrast("estimator=category"),
-    "pairs by the truth": _contrast("estimator=oracle"),
+    "pairs all believed": _contrast("correspondence_estimator=none"),
+    "pairs by cdf": _contrast("correspondence_estimator=cdf"),
+    "pairs by categories": _contrast("correspondence_estimator=category"),
+    "pairs by the truth": _contrast("correspondence_estimator=oracle"),
     "complementary loss": _contrast(
         "loss=acl",
-        "candidates=batch",
+        "negatives_source=batch",
         "temperature=0.3",
         "soft_targets=none",
-        "estimator=scc",
-        "matching_candidates=4",
-        "matching_quantile=0.9",
+        "correspondence_estimator=scc",
+        "matching_reference_size=4",
+        "full_trust_quantile=0.9",
     ),
-    "no whitening": _votes("whitening=[0.0]"),
-    "no second vote": _votes("second=[0]"),
-    "k 20": _votes("neighbors=[20]"),
+    "no whitening": _votes("whitening_powers=[0.0]"),
+    "no second vote": _votes("second_round_neighbors=[0]"),
+    "k 20": _votes("num_neighbors=[20]"),
     "no turns": _turns(
         *(f"~phases.{phase}" for phase in ("learn_1", "correct_2", "learn_2", "correct_3")), "phases.learn_3.epochs=36"
     ),

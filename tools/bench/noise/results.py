@@ -116,7 +116,7 @@ def _figures(report: dict[str, Any]) -> dict[str, float]:
         last = number + 1 == len(report["corrections"])
         name = "last" if last else str(number + 1)
         found[f"label_rate_{name}"] = 100 * each["label_noise"]["rate"]
-        found[f"pair_rate_{name}"] = 100 * each["pair_noise"]["rate"]
+        found[f"pair_rate_{name}"] = 100 * each["pair_mismatch_rate"]["rate"]
         found[f"changed_{name}"] = 100 * each["changed"]
         for key, value in each.get("label_accuracy", {}).items():
             if value is not None:

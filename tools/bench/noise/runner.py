@@ -109,7 +109,7 @@ class Bench:
             # Its checkpoint is one of this very run after the first phase: the label has had no part in it so far.
             shutil.copytree(self.work / "runs" / job.phase_1.name / "checkpoints", folder / "checkpoints")
         return [
-            "--config", str(config), f"data.root={shards}", f"data.labels={labels}", f"run.root={self.work / 'runs'}",
+            "--config", str(config), f"data.root={shards}", f"data.label_overrides={labels}", f"run.root={self.work / 'runs'}",
             f"run.name={job.name}", f"run.seed={job.seed}", "run.device=cpu", "run.threads_per_rank=1",
             "monitor.media_clips=0", *changes, *self.overrides,
         ]  # fmt: skip
