@@ -1,8 +1,8 @@
 """Score an exported network on any set of shards: nearest neighbours, linear probe, retrieval, fine-tuning.
 
 python distav/evaluate.py runs/mine/export shards/mine
-python distav/evaluate.py runs/mine/export shards/other --what knn probe --labels runs/other/labels/correct_2.parquet
-deepspeed --num_gpus 8 distav/evaluate.py runs/mine/export shards/other --what fine_tune --out runs/fine_tuned
+python distav/evaluate.py runs/mine/export shards/other --tasks knn probe --labels runs/other/labels/correct_2.parquet
+deepspeed --num_gpus 8 distav/evaluate.py runs/mine/export shards/other --tasks fine_tune --out runs/fine_tuned
 
 knn and probe learn from the training split, with the towers as they are, by picture, by sound and by both; fine_tune
 trains towers and classifiers on (as `train.py` does with model.pretrained). All are scored on the test split.
@@ -44,7 +44,7 @@ from distav.evaluation.probing import LinearProbe, knn_class_probs
 from distav.models.pretrained import input_config, model_config
 
 KINDS = ("knn", "probe", "retrieval", "fine_tune")
-SENSES = ("visual", "audio", "both")
+INPUTS = ("visual", "audio", "both")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("export", type=Path, metavar="EXPORT", help="the export/ folder of a run")
     add("shards", metavar="SHARDS", help="a set of shards, or its URL")
-    add("--what", nargs="+", choices=KINDS, default=list(KINDS[:3]), help="scores wanted (all but fine_tune)")
+    add("--tasks", nargs="+", choices=KINDS, default=list(KINDS[:3]), help="scores wanted (all but fine_tune)")
     add("--train-split", default="train", metavar="NAME", help="split that is learnt from (%(default)s)")
     add("--test-split", default="test", metavar="NAME", help="split that is scored (%(default)s)")
     add("--labels", default="", metavar="TABLE", help="labels to learn from in place of the set's")
@@ -85,10 +85,10 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Embedded:
-    """A split as the network sees it: features by sense and unit vectors of all its readable clips, on every rank.
+    """A split as the network sees it: features by modality and unit vectors of all its readable clips, on every rank.
 
     Attributes:
-        features: [n, E] by sense.
+        features: [n, E] by modality.
         pairs: [n, D] unit vectors by picture and by sound.
         classes: [n] what they show.
         groups: [n] the videos they come from.
@@ -108,12 +108,12 @@ def _scores(options: argparse.Namespace, world: World) -> dict[str, Any]:
     shards = ShardedDataset.open(options.shards)
     if shards.multi_label:
         raise UserError(f"{shards.where}: its clips have several classes each; these scores are for one class a clip.")
-    encoders = Encoders.open(options.export, world.device, options.batch)
+    encoders = Encoders.open(options.export, world.device, options.batch_size)
     splits = shards.split(options.train_split, "--train-split"), shards.split(options.test_split, "--test-split")
     learnt, asked = load_labels(shards, splits[0], options.labels), load_labels(shards, splits[1])
     truth = asked.given if asked.true is None else asked.true
     found: dict[str, Any] = {}
-    if frozen := [each for each in options.what if each != "fine_tune"]:
+    if frozen := [each for each in options.tasks if each != "fine_tune"]:
         test = _embedded(encoders, splits[1], torch.from_numpy(truth))
         train = _embedded(encoders, splits[0], torch.from_numpy(learnt.given)) if set(frozen) != {"retrieval"} else test
         ways = {
@@ -122,7 +122,7 @@ def _scores(options: argparse.Namespace, world: World) -> dict[str, Any]:
             "retrieval": lambda: retrieval(*map(local_shard, (*test.pairs, test.classes))),
         }
         found |= {name: ways[name]() for name in frozen}
-    if "fine_tune" in options.what:
+    if "fine_tune" in options.tasks:
         found["fine_tune"] = _fine_tune(options, encoders.description, world)
     return found
 
@@ -147,10 +147,12 @@ def _embedded(encoders: Encoders, split: Split, classes: Tensor) -> Embedded:
 
 def _knn(train: Embedded, test: Embedded, num_classes: int, k: int) -> dict[str, float]:
     found = {}
-    for sense in SENSES:
-        votes = knn_class_probs(train.features[sense], train.classes, local_shard(test.features[sense]), num_classes, k)
+    for modality in INPUTS:
+        votes = knn_class_probs(
+            train.features[modality], train.classes, local_shard(test.features[modality]), num_classes, k
+        )
         right = (votes.argmax(1) == local_shard(test.classes)).sum().double()
-        found[sense] = float(all_reduce_sum_(right)) / max(1, len(test.classes))
+        found[modality] = float(all_reduce_sum_(right)) / max(1, len(test.classes))
     return found
 
 
@@ -158,9 +160,9 @@ def _probe(train: Embedded, test: Embedded, num_classes: int) -> dict[str, float
     """Fit on the main rank alone; the others wait."""
     found: dict[str, float] = {}
     if get_rank() == 0:
-        for sense in SENSES:
-            probe = LinearProbe(train.features[sense], train.classes, num_classes, train.groups)
-            found[sense] = float((probe(test.features[sense]).argmax(1) == test.classes).float().mean())
+        for modality in INPUTS:
+            probe = LinearProbe(train.features[modality], train.classes, num_classes, train.groups)
+            found[modality] = float((probe(test.features[modality]).argmax(1) == test.classes).float().mean())
     return broadcast(found)
 
 

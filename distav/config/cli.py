@@ -22,11 +22,11 @@ def add_rank_options(parser: argparse.ArgumentParser, batch: int, batched: str) 
 
     Args:
         parser: of the command.
-        batch: what `--batch` is without being told.
+        batch: what `--batch-size` is without being told.
         batched: what is done with a batch, for the help.
     """
     add = parser.add_argument
-    add("--batch", type=int, default=batch, help=f"clips {batched} at a time by each rank (%(default)s)")
+    add("--batch-size", type=int, default=batch, help=f"clips {batched} at a time by each rank (%(default)s)")
     add("--device", choices=("auto", "gpu", "cpu"), default="auto", help="where to compute (%(default)s)")
     add("--threads", type=int, default=0, help="CPU threads of each rank; 0: the cores shared among them")
     add("--timeout-s", type=float, default=3600.0, help="seconds a rank may keep the others waiting (%(default)g)")

@@ -101,7 +101,7 @@ class ContrastivePhase:
     mask_uninitialized: bool = False
     """Leave rows that were never written out of the softmax; they start as random directions."""
     within_modal_weight: float = 0.0
-    """Weight of telling instances apart within each modality too (Joint-AVID); it learns what the other sense cannot
+    """Weight of telling instances apart within each modality too (Joint-AVID); it learns what the other modality cannot
     teach, which is much where clips are few or hard, and costs two more passes over the bank."""
     soft_targets: SoftTargetKind = SoftTargetKind.cycle
     """Soft targets over the bank (RAVID keeps cycle)."""
@@ -156,7 +156,7 @@ class ContrastivePhase:
 class LabelCorrectionPhase:
     """Every sample's label, voted for by its neighbours; the way of voting is the one that foretells labels best."""
 
-    kind: str = "correction"
+    kind: str = "label_correction"
     """The kind of phase."""
     num_neighbors: list[int] = field(default_factory=lambda: [50, 200, 400])
     """Neighbours of the first vote, to choose among; more for noisier labels. Those that the set is too small
@@ -166,12 +166,12 @@ class LabelCorrectionPhase:
     vote_temperatures: list[float] = field(default_factory=lambda: [0.07, 0.2, 0.4])
     """Divide the similarity in a neighbour's weight, to choose among."""
     whitening_powers: list[float] = field(default_factory=lambda: [0.0, 0.5])
-    """Powers by which the principal axes of features are evened out, to choose among; both senses together are voted
+    """Powers by which the principal axes of features are evened out, to choose among; both modalities together are voted
     in with the last."""
     num_components: int = 48
     """Principal axes of the features that are kept."""
     pseudo_labels: str = ""
-    """Folder that tools/harvest_labels.py wrote, whose teachers then have a vote too; empty for none."""
+    """Folder that tools/pseudo_label.py wrote, whose teachers then have a vote too; empty for none."""
     min_log_likelihood_gain: float = 10.0
     """Votes that do not make the given labels likelier than their frequencies do by this much are not believed; random
     features come to 1."""
@@ -218,10 +218,10 @@ class EventParsingPhase:
     tower_lr_scale: float = 1.0
     """Further factor for the towers, where clips and not features are stored."""
     pseudo_labels: str = ""
-    """What teachers pseudo_labels: the folder that tools/harvest_labels.py wrote, or a table of events; empty for weak
+    """What teachers pseudo_labels: the folder that tools/pseudo_label.py wrote, or a table of events; empty for weak
     labels alone."""
     weak_label_weight: float = 1.0
-    """Weight of the classes of a whole clip, told by both senses together."""
+    """Weight of the classes of a whole clip, told by both modalities together."""
     modality_weight: float = 0.0
     """Weight of the same classes asked of sound and of picture alike (HAN: 1, VALOR: 0)."""
     segment_weight: float = 1.0
@@ -237,7 +237,7 @@ PHASE_KINDS: dict[
     str, type[ContrastivePhase] | type[LabelCorrectionPhase] | type[SupervisedPhase] | type[EventParsingPhase]
 ] = {
     "contrastive": ContrastivePhase,
-    "correction": LabelCorrectionPhase,
+    "label_correction": LabelCorrectionPhase,
     "supervised": SupervisedPhase,
     "parsing": EventParsingPhase,
 }

@@ -185,7 +185,7 @@ class ParserSettings:
     sequential_update: bool = False
     """Whether pictures attend to sounds that the same layer has updated (VALOR's code), or to what came in (HAN)."""
     joint_pooling: bool = True
-    """One softmax over time and senses; or, as published, one over each, whose products add up to between 0 and 2."""
+    """One softmax over time and modalities; or, as published, one over each, whose products add up to between 0 and 2."""
     token_grids: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
     """Streams of features that are token maps, with their rows and columns, such as {clap: [2, 32]} of VALOR++."""
 

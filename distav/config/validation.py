@@ -112,11 +112,11 @@ def check(settings: Settings) -> None:
     corrected = False
     for name, phase in settings.phases.items():
         if isinstance(phase, EventParsingPhase):
-            for sense, tower in (("visual", settings.model.visual.name), ("audio", settings.model.audio.name)):
+            for modality, tower in (("visual", settings.model.visual.name), ("audio", settings.model.audio.name)):
                 what = f"a convolutional tower, since phases.{name} gives it single seconds of a clip"
-                _require(not tower.startswith("vit_"), f"model.{sense}.name", tower, what)
+                _require(not tower.startswith("vit_"), f"model.{modality}.name", tower, what)
         _check_phase(name, phase)
-        corrected = corrected or phase.kind == "correction"
+        corrected = corrected or phase.kind == "label_correction"
         if isinstance(phase, SupervisedPhase) and phase.targets in NEED_CORRECTION and not corrected:
             raise UserError(
                 f"phases.{name}.targets={phase.targets.name}: needs a phase with kind: label_correction before it; add one, "
@@ -128,13 +128,19 @@ _SHARES = (
     "soft_target_weight",
     "min_pair_weight",
     "pair_weighting_start",
-    "whitening",
+    "whitening_powers",
     "correspondence_threshold",
     "full_trust_quantile",
     "audio_smoothing",
     "visual_smoothing",
 )
-_FROM_ZERO = ("second", "negatives", "signal_nats", "refinement_warmup_epochs")
+_FROM_ZERO = (
+    "second_round_neighbors",
+    "num_negatives",
+    "min_log_likelihood_gain",
+    "refinement_warmup_epochs",
+    "category_warmup_fraction",
+)
 
 
 def _check_phase(name: str, phase: PhaseSettings) -> None:
@@ -149,7 +155,7 @@ def _check_phase(name: str, phase: PhaseSettings) -> None:
                 _require(0 <= each <= 1, where, each, "0 to 1")
             elif key == "matching_reference_size":
                 _require(each >= 2, where, each, "2 or more")
-            elif key in ("epochs", "neighbors", "width"):
+            elif key in ("epochs", "num_neighbors", "num_components"):
                 _require(each >= 1, where, each, "a whole number from 1 up")
             elif key.endswith(("weight", "scale", "ramp", "memory")) or key in _FROM_ZERO:
                 _require(each >= 0, where, each, "0 or more")

@@ -69,9 +69,9 @@ def _streams_fault(streams: dict[str, Any]) -> str:
         sizes = [each.get("steps"), each.get("dim")] if isinstance(each, dict) else []
         if not STREAM_NAME.fullmatch(name) or not all(isinstance(size, int) and size > 0 for size in sizes):
             return f"stream '{name}' has no plain name, or no steps and dim"
-        if set(each) != {"sense", "steps", "dim"} or each["sense"] not in MODALITIES:
-            return f"stream '{name}' is of no sense; allowed: {format_list(MODALITIES)}"
-    return "" if {each["sense"] for each in streams.values()} == set(MODALITIES) else "no streams of both senses"
+        if set(each) != {"modality", "steps", "dim"} or each["modality"] not in MODALITIES:
+            return f"stream '{name}' is of no modality; allowed: {format_list(MODALITIES)}"
+    return "" if {each["modality"] for each in streams.values()} == set(MODALITIES) else "no streams of both modalities"
 
 
 def _is_shard(each: Any) -> bool:

@@ -10,7 +10,7 @@ MODALITIES = ("audio", "visual")
 
 @dataclass(frozen=True)
 class FeatureStream:
-    """Features that a frozen network gave of one sense of a sample: [steps, dim] float16 or float32."""
+    """Features that a frozen network gave of one modality of a sample: [steps, dim] float16 or float32."""
 
     modality: str
     steps: int

@@ -57,7 +57,7 @@ class Embeddings:
         return cls(*rows, logits=np.zeros((len(table), 0), np.float32), valid=valid)
 
     def both(self) -> np.ndarray:
-        """Return features of both senses side by side, each of length 1 where it is not all zero: [n, 2 E]."""
+        """Return features of both modalities side by side, each of length 1 where it is not all zero: [n, 2 E]."""
         return np.concatenate([unit(self.visual), unit(self.audio)], axis=1)
 
 
@@ -83,7 +83,7 @@ class Encoders:
             UserError: where the folder holds none, or one that takes no clips.
         """
         if batch < 1:
-            raise UserError(f"--batch={batch}: allowed: from 1 up.")
+            raise UserError(f"--batch-size={batch}: allowed: from 1 up.")
         model, description = load_encoders(export)
         return cls(model.to(device), description, device, batch)
 

@@ -89,7 +89,7 @@ def retrieval(visual: Tensor, audio: Tensor, classes: Tensor) -> dict[str, float
         classes: [n] their classes.
 
     Returns:
-        For both directions, named by what asks: `recall_at_1`, `_5`, `_10` and `map` (mean average precision); and
+        For both directions, video to audio (`v2a_`) and audio to video (`a2v_`): `recall@1`, `@5`, `@10` and `map` (mean average precision); and
         `rsum`, the sum of all recalls in percent, as the literature gives it. Empty without clips.
     """
     first = all_gather_rows(torch.tensor([len(visual)], device=visual.device))[: get_rank()].sum()
@@ -99,7 +99,7 @@ def retrieval(visual: Tensor, audio: Tensor, classes: Tensor) -> dict[str, float
         return {}
     found: dict[str, float] = {}
     block = max(1, _SCORES // len(kinds))
-    for asking, queries, answering in (("visual", visual, "audio"), ("audio", audio, "visual")):
+    for direction, queries, answering in (("v2a", visual, "audio"), ("a2v", audio, "visual")):
         totals = torch.zeros(len(RECALLED) + 1, dtype=torch.float64, device=visual.device)
         for start in range(0, len(queries), block):
             some = queries[start : start + block].float()
@@ -111,7 +111,7 @@ def retrieval(visual: Tensor, audio: Tensor, classes: Tensor) -> dict[str, float
             totals[:-1] += torch.stack([(place < k).sum() for k in RECALLED])
             totals[-1] += ((precision * relevant).sum(1) / relevant.sum(1)).sum()
         shares = (all_reduce_sum_(totals) / len(kinds)).tolist()
-        found |= {f"{asking}_recall_at_{k}": share for k, share in zip(RECALLED, shares, strict=False)}
-        found[f"{asking}_map"] = shares[-1]
+        found |= {f"{direction}_recall@{k}": share for k, share in zip(RECALLED, shares, strict=False)}
+        found[f"{direction}_map"] = shares[-1]
     found["rsum"] = 100 * sum(value for key, value in found.items() if "recall" in key)
     return found

@@ -229,16 +229,18 @@ class FeatureParser(nn.Module):
     def __init__(self, settings: ParserSettings, streams: Mapping[str, Features], segments: int, num_classes: int):
         super().__init__()
         self.segments = segments
-        self.senses = [[name for name, each in streams.items() if each.modality == sense] for sense in MODALITIES]
+        self.modalities = [
+            [name for name, each in streams.items() if each.modality == modality] for modality in MODALITIES
+        ]
         heard, seen = (
-            [TokenSpec(name, streams[name].dim, _grid(settings, name)) for name in names] for names in self.senses
+            [TokenSpec(name, streams[name].dim, _grid(settings, name)) for name in names] for names in self.modalities
         )
         self.parse = build_parser(settings, heard, seen, num_classes, segments)
 
     def forward(self, seeds: Tensor, parse: bool = True, **features: Tensor) -> dict[str, Tensor]:
         """Parse streams [B, steps, dim] by name; returns what `Parsed` holds."""
         dtype = next(self.parameters()).dtype
-        audio, visual = ([features[name].to(dtype) for name in names] for names in self.senses)
+        audio, visual = ([features[name].to(dtype) for name in names] for names in self.modalities)
         return self.parse(audio, visual, seeds)._asdict()
 
 

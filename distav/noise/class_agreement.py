@@ -54,7 +54,7 @@ class PairPosterior:
 
     correspondence: Tensor
     shares: Tensor
-    rate: RateEstimate
+    mismatch_rate: RateEstimate
 
 
 def class_agreement(picture: Tensor, votes: Tensor, usable: Tensor) -> ClassAgreement:
@@ -144,8 +144,8 @@ def reconcile_pair_rate(shaped: RateEstimate, seen: Tensor, heard: Tensor, num_c
     below = place.floor().long().clamp(0, len(at) - 2)
     expected = torch.lerp(heard[below], heard[below + 1], (place - below).clamp(0, 1))
     told = estimate_rate((expected + seen[None, :]).logsumexp(1), at)
-    inside = min(max(shaped.rate, told.low), told.high)
-    return RateEstimate(inside, shaped.low, shaped.high).spanning(told)
+    inside = min(max(shaped.estimate, told.ci95_low), told.ci95_high)
+    return RateEstimate(inside, shaped.ci95_low, shaped.ci95_high).spanning(told)
 
 
 def gate_by_correspondence(shares: Tensor, correspondence: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Label correction: what a sample's neighbours say that it shows, and how far to believe them.
 
-Every choice (features, whitening, neighbours, temperature, one vote or two, one sense or both) is made by how well
+Every choice (features, whitening, neighbours, temperature, one vote or two, one modality or both) is made by how well
 held-out votes foretell the given labels (`distav.noise.calibration`); true labels are never asked.
 Legend: N samples, n samples of this rank, C classes, E feature width.
 """
@@ -98,7 +98,7 @@ def correct_labels(
     Pictures vote among pictures on the given labels. Sounds vote among sounds on what their pictures were found to
     show, so that each sound gets a class of its own; how far both agree tells mismatched pairs. Pictures vote again, on
     what the sounds of their neighbours were found to be: a group of pictures that wrong labels have outvoted is put
-    right by its sounds. Clips vote in both senses together. All are pooled by what each adds.
+    right by its sounds. Clips vote in both modalities together. All are pooled by what each adds.
 
     At most M + 2 tables [n, C] float32 are held at a time, where M votes are pooled that are no arguments.
 
@@ -127,7 +127,7 @@ def correct_labels(
     by_sight, pictures = select_label_vote(problem, spaces, lambda space: space.visual, likelihood_before)
     seen = by_sight.calibration
     rate = _rate(seen.rate_log_likelihood, num_classes)
-    shown, _ = estimate_transition_matrix(pictures, own, rate.rate, seen.error_distribution)
+    shown, _ = estimate_transition_matrix(pictures, own, rate.estimate, seen.error_distribution)
     pairing, heard_name, heard = select_audio_vote(problem, spaces, shown, teachers[1] if teachers else None)
     del shown
     sounds, correspondence = pairing.shares, pairing.correspondence
@@ -135,7 +135,9 @@ def correct_labels(
     across = replace(problem, given=all_gather_variable_rows(heard_as), own=heard_as)
     # Neighbours are searched anew: kept for every kind of features, they would take several times the memory.
     by_hearing, hearing = select_label_vote(across, spaces, lambda space: space.visual, likelihood_before)
-    by_both, both = select_label_vote(problem, spaces, partial(joint_features, problem, correspondence), likelihood_before)
+    by_both, both = select_label_vote(
+        problem, spaces, partial(joint_features, problem, correspondence), likelihood_before
+    )
     joint = by_both.calibration
 
     fused = in_tiles(num_classes, _joined, pictures, sounds, correspondence)
@@ -151,7 +153,9 @@ def correct_labels(
         experts["teacher of pictures"] = picture
         experts["teacher of sounds"] = in_tiles(num_classes, _alone, sound, correspondence)
         del picture, sound
-    pooled, weights = judges.fit_ensemble(list(experts.values()), seen.error_distribution, rate.rate if prior else None)
+    pooled, weights = judges.fit_ensemble(
+        list(experts.values()), seen.error_distribution, rate.estimate if prior else None
+    )
     pooled_as = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(experts, weights, strict=True))
     experts.clear()
     voices = [
@@ -165,14 +169,14 @@ def correct_labels(
     held_out = outcome.inverse_temperature(pooled)
     del pooled
     label_rate = _rate(outcome.rate_log_likelihood, num_classes).spanning(_rate(told, num_classes))
-    posterior, matrix = estimate_transition_matrix(held_out, own, label_rate.rate, outcome.error_distribution)
+    posterior, matrix = estimate_transition_matrix(held_out, own, label_rate.estimate, outcome.error_distribution)
     # The class of the sound: its own votes, and the picture's as far as they belong together.
     by_ear = [in_tiles(num_classes, _joined, sounds, each, correspondence) for each in (held_out, posterior)]
     nats = (
         max(each.per_sample for each in (seen, joint, *asked)) - judges.prior_log_likelihood()
     ) * outcome.num_samples
 
-    pair_rate = pairing.rate
+    pair_rate = pairing.mismatch_rate
     if not seen.is_asymmetric:
         pair_rate = reconcile_pair_rate(pair_rate, seen.rate_log_likelihood, heard, num_classes)
     has_signal = nats > search_space.min_log_likelihood_gain
@@ -245,7 +249,7 @@ def _rate(evidence: Tensor, num_classes: int) -> RateEstimate:
 
 
 def _width(rate: RateEstimate) -> float:
-    return rate.high - rate.low
+    return rate.ci95_high - rate.ci95_low
 
 
 def _joined(shares: Tensor, other: Tensor, correspondence: Tensor) -> Tensor:

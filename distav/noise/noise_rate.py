@@ -32,17 +32,17 @@ class RateEstimate:
         low, high: ends of the 95 % interval.
     """
 
-    rate: float
-    low: float
-    high: float
+    estimate: float
+    ci95_low: float
+    ci95_high: float
 
     def spanning(self, other: "RateEstimate") -> "RateEstimate":
         """Return the same rate with an interval that spans the other's too."""
-        return RateEstimate(self.rate, min(self.low, other.low), max(self.high, other.high))
+        return RateEstimate(self.estimate, min(self.ci95_low, other.ci95_low), max(self.ci95_high, other.ci95_high))
 
     def as_dict(self) -> dict[str, float]:
         """Return it rounded for a report."""
-        return {name: round(getattr(self, name), 4) for name in ("rate", "low", "high")}
+        return {name: round(getattr(self, name), 4) for name in ("estimate", "ci95_low", "ci95_high")}
 
 
 def estimate_rate(evidence: Tensor, at: Tensor) -> RateEstimate:
@@ -103,8 +103,8 @@ def class_rates(matrix: Tensor, overall: RateEstimate) -> list[RateEstimate]:
     Intervals are 95 % Beta ones, widened as far as the rate of all classes may be lower or higher than told.
     """
     found = []
-    lower = overall.low / max(overall.rate, 1e-9)
-    higher = (1 - overall.high) / max(1 - overall.rate, 1e-9)
+    lower = overall.ci95_low / max(overall.estimate, 1e-9)
+    higher = (1 - overall.ci95_high) / max(1 - overall.estimate, 1e-9)
     for right, count in zip(matrix.diagonal().tolist(), matrix[:, -1].tolist(), strict=True):
         wrong = 1 - right
         low, high = beta.ppf([0.025, 0.975], 0.5 + wrong * count, 0.5 + right * count).tolist()

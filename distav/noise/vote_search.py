@@ -1,4 +1,4 @@
-"""Ways of voting, of which the one that foretells labels best, or in which both senses agree best, is taken.
+"""Ways of voting, of which the one that foretells labels best, or in which both modalities agree best, is taken.
 
 Legend: N samples, n samples of this rank, C classes, E feature width, R noise rates.
 """
@@ -210,7 +210,11 @@ def select_audio_vote(
     The neighbours taken also vote with the given labels, for what these say of the noise that is heard: [R].
     """
     voting, judges = problem.search_space, problem.calibrator
-    elected = replace(problem, given=all_gather_variable_rows(shown.argmax(1)), search_space=replace(voting, second_round_neighbors=(0,)))
+    elected = replace(
+        problem,
+        given=all_gather_variable_rows(shown.argmax(1)),
+        search_space=replace(voting, second_round_neighbors=(0,)),
+    )
     told: list[tuple[str, float, float, Tensor]] = []
     best: _Sounds | None = None
 

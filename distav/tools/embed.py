@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with process_group(options.device, options.timeout_s, options.threads) as world:
-            encoders = Encoders.open(options.export, world.device, options.batch)
+            encoders = Encoders.open(options.export, world.device, options.batch_size)
             work = options.out / WORK
             path = Path(options.input).expanduser()
             if path.suffix == ".npz":
@@ -121,7 +121,7 @@ def _cut(folder: Path, out: Path, description: dict[str, Any], workers: int) -> 
 def _claim(options: argparse.Namespace, facts: dict[str, Any]) -> None:
     """Make sure that the tables in a folder, if any, are of this network and these clips."""
     weights = hashlib.sha256((options.export / "model.safetensors").read_bytes()).hexdigest()
-    text = json.dumps({"weights": weights, "batch": options.batch, **facts}, indent=1, sort_keys=True)
+    text = json.dumps({"weights": weights, "batch": options.batch_size, **facts}, indent=1, sort_keys=True)
     path = options.out / "_embed.json"
     if path.exists() and path.read_text() != text:
         raise UserError(

@@ -38,7 +38,7 @@ _EXAMPLES = {
     "llp": "example: make_shards.py llp AVVP/data shards/llp --features audio:vggish=feats/vggish "
     "--features visual:res152=feats/res152 --features visual:r2plus1d_18=feats/r2plus1d_18",
     "ave": "example: make_shards.py ave AVE_Dataset shards/ave --videos AVE_Dataset/AVE --codec h264",
-    "cleaned": "example: make_shards.py cleaned shards/mine shards/mine-cleaned --decisions decisions.csv "
+    "clean": "example: make_shards.py clean shards/mine shards/mine-cleaned --decisions decisions.csv "
     "--labels runs/first/labels/labels.parquet --min-confidence 0.95",
     "synthetic": "example: make_shards.py synthetic shards/quickstart --train-clips 1200 --label-noise symmetric:0.4",
 }
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.workers < 1:
             raise UserError(f"--workers={options.workers}: allowed: from 1 up.")
-        if options.command == "cleaned":
+        if options.command == "clean":
             return _clean(options)
         part = Part.parse(options.part) if options.part else None
         outcome = build_dataset(_source(options), options.out, _plan(options), options.workers, part)
@@ -92,7 +92,7 @@ def _plan(options: argparse.Namespace) -> BuildConfig:
         options.shard_samples,
         LabelNoise.parse(options.label_noise),
         options.correspondence_noise,
-        options.cross_class,
+        options.cross_class_only,
     )
 
 
@@ -114,7 +114,7 @@ def _tell(outcome: BuildResult, out: Path, part: Part | None) -> None:
 
 def _source(options: argparse.Namespace) -> Source:
     if options.command == "videos":
-        return VideoFolder(options.folder, options.test_share, options.seed)
+        return VideoFolder(options.folder, options.test_fraction, options.seed)
     if options.command == "csv":
         return ClipList(options.file)
     if options.command == "digits":
@@ -149,14 +149,14 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"{_EXAMPLES[name]}\n\n{_CLEANED_EPILOG if name == 'cleaned' else _EPILOG}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        if name != "cleaned":
+        if name != "clean":
             _add_common(made, defaults)
         return made
 
     videos = command("videos", "Cut the videos of a folder into clips; one sub-folder a class.")
     videos.add_argument("folder", type=Path, metavar="DIR", help="folder with one sub-folder of videos a class")
     videos.add_argument("out", type=Path, metavar="OUT", help="folder to write the set to")
-    videos.add_argument("--test-share", type=float, default=0.1, help="share of each class's files kept for testing")
+    videos.add_argument("--test-fraction", type=float, default=0.1, help="share of each class's files kept for testing")
     clips = command("csv", "Cut the videos of a list into clips.")
     clips.add_argument("file", type=Path, metavar="FILE", help="csv: path,label[,start_s,end_s][,split]")
     clips.add_argument("out", type=Path, metavar="OUT", help="folder to write the set to")
@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     digits.add_argument("--degrade", action="store_true", help="occlude, fade and add noise to picture and sound")
     digits.add_argument("--hold-out-speaker", default="", metavar="NAME", help="test on this speaker alone")
     scenes = command(
-        "synthetic", "Rendered scenes whose class needs both senses.", short_side=40, clip_s=1.0, sample_rate=8000
+        "synthetic", "Rendered scenes whose class needs both modalities.", short_side=40, clip_s=1.0, sample_rate=8000
     )
     scenes.add_argument("out", type=Path, metavar="OUT", help="folder to write the set to")
     scenes.add_argument("--train-clips", type=int, default=1200, help="clips to train on")
@@ -187,10 +187,10 @@ def _parser() -> argparse.ArgumentParser:
             "--features",
             action="append",
             default=[],
-            metavar="SENSE:NAME=DIR",
+            metavar="MODALITY:NAME=DIR",
             help="features in place of videos, a folder of .npy files [steps, dim] for each stream; repeat it",
         )
-    _add_cleaned(command("cleaned", "Copy a set with labels decided anew, and without clips whose pair is wrong."))
+    _add_cleaned(command("clean", "Copy a set with labels decided anew, and without clips whose pair is wrong."))
     return parser
 
 
@@ -221,7 +221,7 @@ def _add_common(parser: argparse.ArgumentParser, defaults: dict[str, object]) ->
     add("--sample-rate", type=int, default=default.sample_rate_hz, help="of the sound, in Hz (default: %(default)s)")
     add("--label-noise", default="", metavar="KIND:RATE", help="symmetric:0.4 or asymmetric:0.4, training split only")
     add("--correspondence-noise", type=float, default=0.0, metavar="RATE", help="share of training sounds swapped")
-    add("--cross-class", action="store_true", help="swap sounds between clips of different classes alone")
+    add("--cross-class-only", action="store_true", help="swap sounds between clips of different classes alone")
     add("--shard-samples", type=int, default=1000, help="clips of one tar (default: %(default)s)")
     add("--seed", type=int, default=0, help="of order, noise and rendering (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="encoding processes (default: %(default)s)")

@@ -57,8 +57,8 @@ def _noise(report: dict[str, Any]) -> str:
     if not report.get("corrections"):
         return "not estimated"
     found = report["corrections"][-1]
-    shares = ("{rate:.1%} of the {what} ({low:.1%} to {high:.1%})".format(what=what, **found[key])
-              for what, key in (("labels", "label_noise"), ("pairs", "pair_mismatch_rate")))  # fmt: skip
+    shares = ("{estimate:.1%} of the {what} ({ci95_low:.1%} to {ci95_high:.1%})".format(what=what, **found[key])
+              for what, key in (("labels", "label_noise_rate"), ("pairs", "pair_mismatch_rate")))  # fmt: skip
     return f"estimated as {' and '.join(shares)} being wrong"
 
 

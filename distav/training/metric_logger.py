@@ -73,7 +73,7 @@ class MetricLogger:
     def confusion(self, tag: str, rows: np.ndarray, columns: np.ndarray, classes: list[str], step: int) -> None:
         """Draw how often a row class goes with a column class, each row as shares, and write the counts as text.
 
-        A tag such as `labels/given_to_corrected` says what rows and columns are.
+        A tag such as `labels/given_vs_corrected` says what rows and columns are.
         """
         if not self._writer:
             return

@@ -27,7 +27,14 @@ def write_report(run: Run) -> None:
         "samples": len(run.data.train),
         "phases": run.notes.get("phases", []),
     }
-    for name in ("saving", "skipped_steps", "correspondence", "label_accuracy", "correspondence_auroc", "corrections"):
+    for name in (
+        "checkpointing",
+        "skipped_steps",
+        "correspondence",
+        "label_accuracy",
+        "correspondence_auroc",
+        "corrections",
+    ):
         if name in run.notes:
             report[name] = run.notes[name]
     if test is not None:
@@ -79,7 +86,7 @@ def format_summary(run: Run, report: dict[str, Any]) -> str:
     if test and "rsum" in test:
         lines.append(
             f"  Search:  pictures find sounds of their class with a mean average precision of "
-            f"{_percent(test['visual_map'])}, sounds pictures with {_percent(test['audio_map'])}; rSum "
+            f"{_percent(test['v2a_map'])}, sounds pictures with {_percent(test['a2v_map'])}; rSum "
             f"{test['rsum']:.1f} of 600."
         )
     if "events" in report:
@@ -92,7 +99,9 @@ def format_summary(run: Run, report: dict[str, Any]) -> str:
     if run.notes.get("corrections"):
         last = run.notes["corrections"][-1]
         known = (
-            (("labels", "label_noise"), ("pairs", "pair_mismatch_rate")) if run.notes["neighbors_have_signal"] else ()
+            (("labels", "label_noise_rate"), ("pairs", "pair_mismatch_rate"))
+            if run.notes["neighbors_have_signal"]
+            else ()
         )
         if not known:
             lines.append("  Noise:   not known; neighbours say nothing of the labels, so these stay as given.")

@@ -85,7 +85,7 @@ class Run:
         if faults and self.world.is_main:
             self.logger.warn(f"a checkpoint could not be written, the run goes on without it: {'; '.join(faults)}")
         waited = time.monotonic() - began
-        saving = self.notes.setdefault("saving", {"checkpoints": 0, "seconds": 0.0})
+        saving = self.notes.setdefault("checkpointing", {"checkpoints": 0, "seconds": 0.0})
         saving["checkpoints"] += 1
         saving["seconds"] = round(saving["seconds"] + waited, 3)
         times = {"time/checkpoint_s": waited, "time/checkpoint_write_s": self.checkpoints.write_s}

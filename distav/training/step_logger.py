@@ -61,9 +61,9 @@ class StepLogger:
         remaining = (time.monotonic() - self.began) / max(1, done - self.first) * (self.total - done)
         extra = " ".join(f"{key}={value:.3f}" for key, value in values.items() if key != "loss")
         run.logger.info(
-            f"step {done}/{self.total} phase={self.name} loss={values['loss']:.3f} {extra} lr={lr:.1e} grad={norm:.2f} "
-            f"data={wait:.0f}% {rate:.0f} clips/s {memory:.1f}GiB"
-            + (f" bad={bad}" if bad else "")
+            f"step {done}/{self.total} phase={self.name} loss={values['loss']:.3f} {extra} lr={lr:.1e} grad_norm={norm:.2f} "
+            f"data_wait={wait:.0f}% {rate:.0f} clips/s {memory:.1f}GiB"
+            + (f" quarantined={bad}" if bad else "")
             + f" eta {clock(remaining)}"
         )
         scalars = {f"train/{key}": value for key, value in values.items()}
@@ -73,7 +73,7 @@ class StepLogger:
             "time/clips_per_s": rate,
             "time/data_wait_pct": wait,
             "memory/peak_gib": memory,
-            "data/skipped_total": bad,
+            "data/quarantined_samples": bad,
         }
         run.logger.log_metrics(run.progress.total_steps, {"phase": self.name, "phase_step": done, **scalars})
         self._reset()

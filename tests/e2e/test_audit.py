@@ -39,14 +39,14 @@ def page_file(finished: tuple[Path, str], tiny_shards: Path, tmp_path_factory: p
     report = json.loads((run / "report.json").read_text())
     path = run / "labels" / f"{report['corrections'][-1]['phase']}.parquet"
     table, classes = pq.read_table(path), ShardedDataset.open(tiny_shards).classes
-    given = table.column("given").to_pylist()
+    given = table.column("given_label").to_pylist()
     agreement = np.linspace(0.001, 0.999, len(table)).astype(np.float32)
     correspondence = np.where(np.arange(len(table)) % 8 == 3, 0.1, 0.9).astype(np.float32)
     corrected = [
         classes[(classes.index(name) + 1) % len(classes)] if share < 0.4 else name
         for name, share in zip(given, agreement, strict=True)
     ]
-    for name, values in (("agreement", agreement), ("correspondence", correspondence), ("voted", corrected)):
+    for name, values in (("self_confidence", agreement), ("correspondence", correspondence), ("knn_label", corrected)):
         table = table.set_column(table.column_names.index(name), name, [values])
     write_table(path, table)
     assert main([str(run), "--neighbors", "3", "--shards", str(tiny_shards)]) == 0
@@ -97,9 +97,9 @@ def test_problems_are_judged_by_keys_and_go_back_into_a_training(
     by_kind = [(each["label_decision"], each["pair_decision"], each["pair"]) for each in rows]
     # Clip 3 has a problem of both kinds, and one row.
     assert sorted(by_kind) == [
-        ("", "rejected", "right"),
+        ("", "rejected", "matched"),
         ("accepted", "", ""),
-        ("accepted", "accepted", "wrong"),
+        ("accepted", "accepted", "mismatched"),
         ("other", "", ""),
         ("rejected", "", ""),
     ]
@@ -126,7 +126,7 @@ def test_problems_are_judged_by_keys_and_go_back_into_a_training(
     lines = decisions.read_text().splitlines()
     foreign = next(line for line in lines if ",accepted,," in line).replace(",accepted,", ",rejected,", 1)
     (tmp_path / "foreign.csv").write_text(
-        "\n".join([lines[0], foreign, "elsewhere,,wrong,a,b,,accepted,file,0"]) + "\n"
+        "\n".join([lines[0], foreign, "elsewhere,,mismatched,a,b,,accepted,file,0"]) + "\n"
     )
     page.evaluate("localStorage.clear()")
     page.reload()
@@ -136,7 +136,7 @@ def test_problems_are_judged_by_keys_and_go_back_into_a_training(
         page.click("#save")
     third.value.save_as(tmp_path / "third.csv")
     kept = {each["key"]: each for each in csv.DictReader((tmp_path / "third.csv").open())}
-    assert kept["elsewhere"]["pair"] == "wrong" and len(kept) == 2
+    assert kept["elsewhere"]["pair"] == "mismatched" and len(kept) == 2
     assert kept[foreign.split(",")[0]]["label"] == foreign.split(",")[1]
     assert kept[foreign.split(",")[0]]["label_decision"] == "accepted"
     page.keyboard.press("3")
@@ -167,12 +167,12 @@ def test_ten_thousand_problems_stay_fluid_and_names_are_no_markup(
     table = pq.read_table(next((page_file.parent / "labels").glob("*.parquet")))
     evil = "</script><img src=x onerror=alert(1)>"
     classes = [evil if name == shards.classes[0] else name for name in shards.classes]
-    for name in ("given", "corrected", "voted"):
+    for name in ("given_label", "corrected_label", "knn_label"):
         values = [evil if each == shards.classes[0] else each for each in table.column(name).to_pylist()]
         table = table.set_column(table.column_names.index(name), name, [values])
     ids = np.arange(10_000) % len(split)
     problems = Issues("label", ids, np.linspace(1, 0.5, len(ids)), len(ids))
-    near = {sense: (np.stack([ids, ids], 1), np.ones((len(ids), 2))) for sense in ("visual", "audio")}
+    near = {modality: (np.stack([ids, ids], 1), np.ones((len(ids), 2))) for modality in ("visual", "audio")}
     found = json.loads((page_file.parent / "report.json").read_text())["corrections"][-1]
     audit = Audit(evil, replace(split), classes, table, found, [problems], [near], {})
     write_page(audit, tmp_path / "many.html", 48)

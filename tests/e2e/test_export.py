@@ -92,7 +92,7 @@ def test_the_card_tells_data_noise_and_scores(finished: tuple[Path, str], tiny_s
     card = (finished[0] / "export" / "README.md").read_text()
     report = json.loads((finished[0] / "report.json").read_text())
     assert f"`{tiny_shards.name}`, 96 training clips" in card and "distav.load_encoders" in card
-    assert f"{report['corrections'][-1]['label_noise']['rate']:.1%} of the labels" in card
+    assert f"{report['corrections'][-1]['label_noise_rate']['estimate']:.1%} of the labels" in card
     assert str(report["test"]["top1"]) in card
 
 
@@ -106,7 +106,7 @@ def test_a_set_is_embedded_to_the_same_bytes_by_any_number_of_ranks(
     with open(split.shards[0], "r+b") as shard:
         shard.seek(int(split.columns["video_offset"][7]) + 5)
         shard.write(b"\xff\x00\xff")
-    arguments = [str(export), str(tmp_path / "set"), "--device", "cpu", "--batch", "8"]
+    arguments = [str(export), str(tmp_path / "set"), "--device", "cpu", "--batch-size", "8"]
     run_whole(2, [*arguments, "--out", str(out)], tmp_path / "log", module="distav.tools.embed")
     assert embed([*arguments, "--out", str(tmp_path / "alone"), "--threads", "1"]) == 0
     for path in sorted(out.iterdir()):
@@ -229,7 +229,7 @@ phases: {learn: {kind: supervised, epochs: 1, targets: given}}
 
 def test_fine_tuning_is_a_run_of_its_own(finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path):
     out = tmp_path / "runs" / "tuned"
-    arguments = [str(finished[0] / "export"), str(tiny_shards), "--what", "fine_tune", "--out", str(out)]
+    arguments = [str(finished[0] / "export"), str(tiny_shards), "--tasks", "fine_tune", "--out", str(out)]
     options = ["--epochs", "2", "--global-batch", "24", "--device", "cpu", "--json", str(tmp_path / "tuned.json")]
     run_whole(1, [*arguments, *options], tmp_path / "log", module="distav.evaluate")
     scores = json.loads((tmp_path / "tuned.json").read_text())["fine_tune"]

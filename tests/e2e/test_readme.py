@@ -34,12 +34,12 @@ COMMANDS = [
 PARSERS = {
     "tools/make_shards.py": make_shards._parser,
     "tools/inspect_shards.py": inspecting._parser,
-    "tools/harvest_labels.py": harvest._parser,
+    "tools/pseudo_label.py": harvest._parser,
     "tools/audit.py": audit._parser,
     "tools/bench.py": bench._parser,
 }
 RUN_SMALL = ("tools/make_shards.py videos", "tools/make_shards.py csv", "tools/inspect_shards.py", "tools/audit.py",
-             "tools/make_shards.py cleaned", "tools/embed.py", "python distav/evaluate.py")  # fmt: skip
+             "tools/make_shards.py clean", "tools/embed.py", "python distav/evaluate.py")  # fmt: skip
 """What `test_tools_do_what_the_readme_says` runs."""
 
 
@@ -128,7 +128,7 @@ def test_tools_do_what_the_readme_says(
     # The run has a correction phase of this name in the README, and its own name here.
     table = next((tmp_path / "runs" / "mine" / "labels").glob("*.parquet"))
     (table.parent / "labels.parquet").symlink_to(table)
-    (tmp_path / "decisions.csv").write_text("key,label,pair\ntrain-000000000,,wrong\n")
+    (tmp_path / "decisions.csv").write_text("key,label,pair\ntrain-000000000,,mismatched\n")
     mains: dict[str, Callable[[list[str]], int]] = {
         "tools/make_shards.py": make_shards.main,
         "tools/inspect_shards.py": inspecting.main,
@@ -144,7 +144,7 @@ def test_tools_do_what_the_readme_says(
         places = [str(tmp_path / each[2:]) if each.startswith("~/") else each for each in arguments]
         if program == "tools/make_shards.py":
             # The program itself, since its worker processes start from a main module.
-            small = ["--workers", "1"] if places[0] == "cleaned" else ["--workers", "1", "--short-side", "32"]
+            small = ["--workers", "1"] if places[0] == "clean" else ["--workers", "1", "--short-side", "32"]
             ended = subprocess.run([sys.executable, str(ROOT / program), *places, *small], check=False)
             assert ended.returncode in (0, 3), command
             if places[0] == "videos":  # What follows is about the set that the run learnt from.

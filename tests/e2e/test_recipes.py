@@ -42,7 +42,7 @@ def test_ravid_yaml(changes: tuple[str, ...], ranks: int, tiny_shards: Path, tmp
     report = json.loads((run / "report.json").read_text())
     assert [each["name"] for each in report["phases"]] == ["contrastive", "probe"]
     assert report["phases"][1]["steps"] == TRAIN_CLIPS // 24 and 0 <= report["test"]["top1"] <= 1
-    weight = [each["pairs/weight_mean"] for each in records(run) if "pairs/weight_mean" in each][-1]
+    weight = [each["correspondence/weight_mean"] for each in records(run) if "correspondence/weight_mean" in each][-1]
     # RAVID's weights by the cdf: 0.25 + 0.75 / 2 on average, whatever the noise.
     assert weight == (pytest.approx(1) if changes else pytest.approx(0.625, abs=0.08))
 
@@ -91,8 +91,8 @@ def test_crcl_yaml_goes_on_in_the_middle_of_a_piece(
     assert [each["phase"] for each in told] == list(PIECES)
     assert sum(sum(row) for row in told[-1]["confusion"]["counts"]) == TRAIN_CLIPS
     assert 0 <= told[-1]["auroc_correspondence"] <= 1 and report["test"]["rsum"] > 0
-    believed = {each["step"]: each["pairs/correspondence_mean"] for each in records(whole / "crcl")
-                if "pairs/correspondence_mean" in each}  # fmt: skip
+    believed = {each["step"]: each["correspondence/correspondence_mean"] for each in records(whole / "crcl")
+                if "correspondence/correspondence_mean" in each}  # fmt: skip
     per_epoch = TRAIN_CLIPS // 24
     # All pairs are believed up to the end of the first warm-up, and a restart changes nothing about them.
     assert believed[per_epoch] == 1 > believed[2 * per_epoch] > 0
@@ -130,7 +130,7 @@ def test_teachers_have_a_vote_in_the_correction(tiny_shards: Path, tmp_path: Pat
     # Teachers that are right for most clips, know how sure they are, and were never shown a label.
     shown = 4.0 * np.eye(len(classes))[true][:, None]
     seen, heard = ((shown + 1.5 * rng.normal(size=shown.shape)).astype(np.float32) for _ in range(2))
-    asked = {sense: ["none", classes, classes] for sense in ("audio", "visual")}
+    asked = {modality: ["none", classes, classes] for modality in ("audio", "visual")}
     about_file(tmp_path / "said").parent.mkdir(parents=True)
     about_file(tmp_path / "said").write_text(json.dumps({"set": digest_of(shards), "asked": asked}))
     write_scores(score_file(tmp_path / "said", "train", 0), heard, seen)
@@ -138,7 +138,7 @@ def test_teachers_have_a_vote_in_the_correction(tiny_shards: Path, tmp_path: Pat
           f"phases.correction.pseudo_labels={tmp_path}/said")  # fmt: skip
     told = json.loads((tmp_path / "tiny" / "report.json").read_text())["corrections"][0]
     # Neighbours alone know nothing here, and the labels would stay right for three of four.
-    assert told["label_accuracy"]["corrected"] > 0.85 and "teacher of pictures" in told["chosen"]["pooled"]
+    assert told["label_accuracy"]["corrected"] > 0.85 and "teacher of pictures" in told["selected_votes"]["pooled"]
     manifest = json.loads((tiny_shards / "manifest.json").read_text())
     (tmp_path / "other").mkdir()
     for path in tiny_shards.iterdir():
@@ -160,8 +160,8 @@ def test_labels_that_votes_cannot_tell_stay_and_are_not_judged_by_what_learnt_th
     )
     report = json.loads((tmp_path / "tiny" / "report.json").read_text())
     for found in report["corrections"]:
-        assert found["changed"] == 0 and not found["label_noise_rate_by_class"]
-        assert found["label_noise"]["high"] - found["label_noise"]["low"] > 0.3
-    assert report["corrections"][1]["signal_nats"] == 0
+        assert found["changed_fraction"] == 0 and not found["label_noise_rate_by_class"]
+        assert found["label_noise_rate"]["ci95_high"] - found["label_noise_rate"]["ci95_low"] > 0.3
+    assert report["corrections"][1]["log_likelihood_gain"] == 0
     assert said.count("neighbours say nothing of the labels (") == 2 and "Noise:   not known" in said
     assert [each["steps"] for each in report["phases"]] == [0, 8, 0, 4]

@@ -28,44 +28,55 @@ def test_the_report_has_what_was_promised(finished: tuple[Path, str], tiny_shard
     assert report["samples"] == 96 and report["skipped_samples"] == []
     assert [(each["name"], each["kind"], each["steps"]) for each in report["phases"]] == [
         ("contrastive", "contrastive", 12),
-        ("correction", "correction", 0),
+        ("correction", "label_correction", 0),
         ("hybrid", "supervised", 8),
     ]
     assert all(each["seconds"] > 0 and each["clips_per_s"] > 0 for each in report["phases"])
     assert report["label_accuracy"].keys() == {"given", "corrected", "wrong_labels_fixed", "right_labels_broken",
                                                "ece_held_out", "ece_posterior"}  # fmt: skip
     found = report["corrections"][0]
-    assert found["phase"] == "correction" and found["label_noise"].keys() == {"rate", "low", "high"}
+    assert found["phase"] == "correction" and found["label_noise_rate"].keys() == {"estimate", "ci95_low", "ci95_high"}
     assert found["label_noise_rate_by_class"].keys() in (set(ShardedDataset.open(tiny_shards).classes), set())
     assert (
         0
-        <= found["pair_mismatch_rate"]["low"]
-        <= found["pair_mismatch_rate"]["rate"]
-        <= found["pair_mismatch_rate"]["high"]
+        <= found["pair_mismatch_rate"]["ci95_low"]
+        <= found["pair_mismatch_rate"]["estimate"]
+        <= found["pair_mismatch_rate"]["ci95_high"]
         <= 1
     )
     assert report["label_accuracy"]["given"] == 0.75
     assert 0 <= report["correspondence_auroc"] <= 1
-    recalls = {f"{asking}_recall_at_{k}" for asking in ("visual", "audio") for k in (1, 5, 10)}
-    assert report["test"].keys() == {"top1", "top1_visual", "top1_audio", "visual_map", "audio_map", "rsum"} | recalls
+    recalls = {f"{direction}_recall@{k}" for direction in ("v2a", "a2v") for k in (1, 5, 10)}
+    assert report["test"].keys() == {"top1", "top1_visual", "top1_audio", "v2a_map", "a2v_map", "rsum"} | recalls
     assert "given training labels were right" in said and "Test:" in said
 
 
 def test_the_run_folder_has_what_was_promised(finished: tuple[Path, str], tiny_shards: Path):
     run, _ = finished
     table = pq.read_table(run / "labels" / "correction.parquet")
-    expected = ["id", "key", "given", "corrected", "voted", "confidence", "agreement", "correspondence"]
+    expected = [
+        "id",
+        "key",
+        "given_label",
+        "corrected_label",
+        "knn_label",
+        "confidence",
+        "self_confidence",
+        "correspondence",
+    ]
     assert table.column_names == expected and len(table) == 96
     accuracy = json.loads((run / "report.json").read_text())["label_accuracy"]["corrected"]
     truth = pq.read_table(tiny_shards / "labels.parquet", filters=[("split", "=", "train")]).column("true_label")
-    right = np.mean([a == b for a, b in zip(table.column("corrected").to_pylist(), truth.to_pylist(), strict=True)])
+    right = np.mean(
+        [a == b for a, b in zip(table.column("corrected_label").to_pylist(), truth.to_pylist(), strict=True)]
+    )
     assert right == pytest.approx(accuracy)
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "audio": 0}).Reload()
     tags = events.Tags()
     assert {"train/loss", "train/lr", "train/grad_norm", "time/clips_per_s", "time/data_wait_pct", "memory/peak_gib",
             "test/top1"} <= set(tags["scalars"])  # fmt: skip
-    assert {"pairs/similarity", "pairs/weight", "labels/confidence"} <= set(tags["histograms"])
-    assert {"input/frames", "input/spectrogram", "labels/given_to_corrected"} <= set(tags["images"])
+    assert {"correspondence/similarity", "correspondence/weight", "labels/confidence"} <= set(tags["histograms"])
+    assert {"input/frames", "input/spectrogram", "labels/given_vs_corrected"} <= set(tags["images"])
     assert "input/sound_0" in tags["audio"]
     assert len(list((run / "checkpoints").glob("step-*"))) == 2
     environment_facts = json.loads((run / "environment.json").read_text())
@@ -137,7 +148,9 @@ def test_two_ranks_at_any_zero_stage_learn_as_one(
     np.testing.assert_allclose(together[:12], alone[:12], rtol=1e-4 if stage == 0 else 1e-3)
     np.testing.assert_allclose(together[12:], alone[12:], rtol=1e-3)
     tables = [pq.read_table(each / "labels" / "correction.parquet") for each in (run, tmp_path / "tiny")]
-    same = np.mean([a == b for a, b in zip(*(each.column("corrected").to_pylist() for each in tables), strict=True)])
+    same = np.mean(
+        [a == b for a, b in zip(*(each.column("corrected_label").to_pylist() for each in tables), strict=True)]
+    )
     assert same > 0.95
 
 

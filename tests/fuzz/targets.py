@@ -63,7 +63,7 @@ def _events() -> bytes:
         "id": 1,
         "key": "b",
         "source": "x",
-        "sense": "visual",
+        "modality": "visual",
         "label": "dog",
         "start_s": 0,
         "end_s": 1,

@@ -142,7 +142,7 @@ def _learned(report: Mapping[str, Any]) -> dict[str, float]:
     seconds = {f"seconds of {phase['name']}": phase["seconds"] for phase in report["phases"]}
     return {
         "labels right": report["label_accuracy"]["corrected"],
-        "noise rate": report["corrections"][-1]["label_noise"]["rate"],
+        "noise rate": report["corrections"][-1]["label_noise_rate"]["estimate"],
         "top-1": report["test"]["top1"],
         "clips skipped": len(report["skipped_samples"]),
         **seconds,

@@ -31,15 +31,15 @@ def write_llp(folder: Path) -> dict[str, np.ndarray]:
             kinds = rng.choice(USED, size=1 + number % 2, replace=False)
             for kind in kinds:
                 first = int(rng.integers(0, 6))
-                senses = [[0, 1], [0], [1]][int(rng.integers(3))]
-                for sense in senses:
-                    events[sense, first : first + 4, kind] = True
+                modalities = [[0, 1], [0], [1]][int(rng.integers(3))]
+                for modality in modalities:
+                    events[modality, first : first + 4, kind] = True
                     if split != "train":
-                        (heard, seen)[sense].append(f"{video}\t{first}\t{first + 4}\t{CLASSES[kind]}")
+                        (heard, seen)[modality].append(f"{video}\t{first}\t{first + 4}\t{CLASSES[kind]}")
             lines.append(f"{video}\t{','.join(CLASSES[kind] for kind in kinds)}")
             truth[video] = events
-            for name, (sense, steps, dim) in STREAMS.items():
-                shown = events[("audio", "visual").index(sense)].astype(float) @ ideas[name]
+            for name, (modality, steps, dim) in STREAMS.items():
+                shown = events[("audio", "visual").index(modality)].astype(float) @ ideas[name]
                 values = np.repeat(shown, steps // SECONDS, axis=0) + 0.1 * rng.standard_normal((steps, dim))
                 np.save(folder / name / f"{video[:11]}.npy", values.astype(np.float32))
         (folder / FILES[split]).write_text("\n".join(lines) + "\n")
@@ -50,7 +50,7 @@ def write_llp(folder: Path) -> dict[str, np.ndarray]:
 
 def llp_shards(folder: Path, out: Path, status: int = 0) -> None:
     """Make the set of what `write_llp` wrote."""
-    features = [f"--features={sense}:{name}={folder / name}" for name, (sense, _, _) in STREAMS.items()]
+    features = [f"--features={modality}:{name}={folder / name}" for name, (modality, _, _) in STREAMS.items()]
     make_shards("llp", folder, out, *features, "--shard-samples=20", "--workers=1", status=status)
 
 

@@ -43,7 +43,7 @@ def write_teachers(folder: Path, captions: list[str]) -> None:
 
 
 def write_prompts(path: Path, folder: Path, classes: list[str], visual: float = -1e9, audio: float = -1e9) -> None:
-    """Write prompts for these classes and the teachers of a folder, with the thresholds of both senses."""
+    """Write prompts for these classes and the teachers of a folder, with the thresholds of both modalities."""
     words = {
         name: {"visual": f"a {name}", "visual_threshold": visual, "audio": name, "audio_threshold": audio}
         for name in classes

@@ -197,7 +197,7 @@ def test_a_batch_may_have_one_sample():
 
 
 @pytest.mark.parametrize(("num", "dim"), [(1, 8), (5000, 128), (20_000, 33)])
-def test_rows_are_filled_as_if_all_at_once(num: int, dim: int):
+def test_rows_are_filled_as_if_all_max_parallel(num: int, dim: int):
     bank = Bank(num, dim, 0.5, CPU, seed=3, dtype=torch.bfloat16)
     for stream, name in enumerate(("visual", "audio"), start=1):
         draws = uniform(sample_seeds(3, 0, torch.arange(num)), stream, 2 * dim).clamp_min(1e-7)

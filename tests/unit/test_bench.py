@@ -75,7 +75,7 @@ def test_candidates_take_turns_and_the_first_round_does_not_count():
 def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     assert main(["shards", "--samples=0"]) == 1
     assert main(["neighbors", "--k=90", "--rows=80"]) == 1
-    assert main(["readme", f"--readme={tmp_path / 'none.md'}"]) == 1
+    assert main(["tables", f"--readme={tmp_path / 'none.md'}"]) == 1
     told = capsys.readouterr().err
     assert "--samples=0: allowed: from 1 up" in told and "--k=90" in told and "none.md" in told
     if not torch.cuda.is_available():

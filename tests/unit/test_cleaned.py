@@ -41,7 +41,7 @@ def written(path: Path, **columns: list) -> Path:
 
 
 def clean(root: Path, out: Path, *more: object, status: int = 3) -> ShardedDataset:
-    assert main(["cleaned", str(root), str(out), *map(str, more)]) == status
+    assert main(["clean", str(root), str(out), *map(str, more)]) == status
     return ShardedDataset.open(out)
 
 
@@ -68,7 +68,7 @@ def test_decisions_are_applied_and_nothing_else_changes(tiny_shards: Path, tmp_p
     changed = {KEYS[3]: "bars+tone", KEYS[40]: "disc+sweep"}
     columns = {
         "note": ["a", "b", "c", "d"],
-        "pair": ["", "wrong", "right", "wrong"],
+        "pair": ["", "mismatched", "matched", "mismatched"],
         "label": ["bars+tone", "disc+tone", "disc+sweep", ""],
         "key": [KEYS[3], KEYS[7], KEYS[40], KEYS[95]],
     }
@@ -84,19 +84,19 @@ def test_decisions_are_applied_and_nothing_else_changes(tiny_shards: Path, tmp_p
     rows = list(csv.DictReader((out / "rejected.csv").open()))
     sources = old.split("train").columns["source"]
     assert [row["path"] for row in rows] == [sources[7], sources[95]]
-    assert {row["reason"] for row in rows} == {"pair found wrong"}
+    assert {row["reason"] for row in rows} == {"mismatched pair"}
     assert [row["label"] for row in rows] == [before[KEYS[7]], before[KEYS[95]]]
     places = [KEYS.index(key) for key in kept]
     for column in ("source", "start_s", "frames", "width", "height", "video_crc32", "audio_bytes"):
         assert np.array_equal(train.columns[column], old.split("train").columns[column][places])
     assert list(verify(out)) == []
-    assert new.manifest["relabelled"] == sum(before[key] != label for key, label in changed.items())
+    assert new.manifest["num_relabeled"] == sum(before[key] != label for key, label in changed.items())
 
 
 def test_truth_is_carried_along_and_pairs_while_ids_stay(tiny_shards: Path, tmp_path: Path):
     old = ShardedDataset.open(tiny_shards)
     truth = load_labels(old, old.split("train"))
-    pair = written(tmp_path / "pair.csv", key=[KEYS[0]], label=["disc+tone"], pair=["wrong"])
+    pair = written(tmp_path / "pair.csv", key=[KEYS[0]], label=["disc+tone"], pair=["mismatched"])
     fewer = clean(tiny_shards, tmp_path / "fewer", "--decisions", pair)
     found = load_labels(fewer, fewer.split("train"))
     assert np.array_equal(found.true, truth.true[1:]) and found.pair_id is None
@@ -122,7 +122,7 @@ def test_decisions_win_over_a_runs_table(tiny_shards: Path, tmp_path: Path):
     new = labels_by_key(clean(tiny_shards, tmp_path / "run", *options))
     assert sorted(set(KEYS) - set(new)) == [KEYS[2], KEYS[3]]
     assert [new[KEYS[row]] for row in (0, 1, 4)] == ["disc+tone", before[KEYS[1]], before[KEYS[4]]]
-    mine = written(tmp_path / "m.csv", key=[KEYS[0], KEYS[2]], label=["cross+pulse", ""], pair=["", "right"])
+    mine = written(tmp_path / "m.csv", key=[KEYS[0], KEYS[2]], label=["cross+pulse", ""], pair=["", "matched"])
     new = labels_by_key(clean(tiny_shards, tmp_path / "both", *options, "--decisions", mine))
     assert sorted(set(KEYS) - set(new)) == [KEYS[3]]
     assert (new[KEYS[0]], new[KEYS[2]]) == ("cross+pulse", "disc+tone")
@@ -149,7 +149,7 @@ def test_the_same_command_goes_on_and_other_decisions_are_refused(
 
 
 def test_training_reads_a_cleaned_set(tiny_shards: Path, tmp_path: Path):
-    mine = written(tmp_path / "mine.csv", key=KEYS[:2], label=["", ""], pair=["wrong", "wrong"])
+    mine = written(tmp_path / "mine.csv", key=KEYS[:2], label=["", ""], pair=["mismatched", "mismatched"])
     split = clean(tiny_shards, tmp_path / "out", "--decisions", mine).split("train")
     data = DataSettings(num_frames=4, frame_stride=1, frame_size=24, audio_s=0.5)
     loader = Loader(split, data, None, 0, 8, torch.device("cpu"))
@@ -171,7 +171,7 @@ def test_sets_of_features_with_events_are_cleaned(tmp_path: Path):
     )
     old = ShardedDataset.open(tmp_path / "set")
     keys = old.split("train").keys.tolist()
-    mine = written(tmp_path / "m.csv", key=[keys[2], keys[0]], label=["", AVE_CLASSES[2]], pair=["wrong", ""])
+    mine = written(tmp_path / "m.csv", key=[keys[2], keys[0]], label=["", AVE_CLASSES[2]], pair=["mismatched", ""])
     new = clean(tmp_path / "set", tmp_path / "out", "--decisions", mine)
     assert list(verify(tmp_path / "out")) == []
     were = checksums(old, "train")
@@ -185,7 +185,7 @@ def test_sets_of_features_with_events_are_cleaned(tmp_path: Path):
 
 
 COLUMNS = {"key": [KEYS[0]], "label": ["disc+tone"], "pair": [""]}
-RUN = {"key": [KEYS[0]], "corrected": ["disc+tone"], "confidence": [0.95], "correspondence": [0.1]}
+RUN = {"key": [KEYS[0]], "corrected_label": ["disc+tone"], "confidence": [0.95], "correspondence": [0.1]}
 
 
 @pytest.mark.parametrize(
@@ -198,12 +198,12 @@ RUN = {"key": [KEYS[0]], "corrected": ["disc+tone"], "confidence": [0.95], "corr
             f"key '{KEYS[0]}': unknown class 'disc+tune'; allowed: bars",
         ),
         ("--decisions", COLUMNS | {"label": ["disc+tune"]}, "Did you mean 'disc+tone'"),
-        ("--decisions", COLUMNS | {"pair": ["wong"]}, "pair 'wong'; allowed: wrong, right, or nothing"),
+        ("--decisions", COLUMNS | {"pair": ["wong"]}, "pair 'wong'; allowed: mismatched, matched, or nothing"),
         ("--decisions", {"key": [KEYS[0]]}, "column 'label' is missing; needed: key, label; found: key"),
         ("--decisions", {name: each * 2 for name, each in COLUMNS.items()}, f"key '{KEYS[0]}' is there more than once"),
-        ("--labels", COLUMNS, "column 'corrected' is missing"),
+        ("--labels", COLUMNS, "column 'corrected_label' is missing"),
         ("--labels", RUN | {"confidence": ["high"]}, "confidence 'high'; allowed: numbers"),
-        ("--labels", RUN | {"corrected": ["dog"]}, "unknown class 'dog'"),
+        ("--labels", RUN | {"corrected_label": ["dog"]}, "unknown class 'dog'"),
         ("--labels", {**RUN, "key": ["test-000000000"]}, "1 keys are not in split train"),
     ],
 )
@@ -211,7 +211,7 @@ def test_wrong_tables_are_named(
     option: str, columns: dict, expected: str, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     table = written(tmp_path / "table.csv", **columns)
-    assert main(["cleaned", str(tiny_shards), str(tmp_path / "out"), option, str(table)]) == 1
+    assert main(["clean", str(tiny_shards), str(tmp_path / "out"), option, str(table)]) == 1
     said = capsys.readouterr().err
     assert expected in said and f"{option}={table}" in said
     assert not (tmp_path / "out").exists()
@@ -219,10 +219,10 @@ def test_wrong_tables_are_named(
 
 def test_wrong_arguments_are_named(tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def told(*arguments: object) -> str:
-        assert main(["cleaned", *map(str, arguments)]) == 1
+        assert main(["clean", *map(str, arguments)]) == 1
         return capsys.readouterr().err
 
-    mine = written(tmp_path / "mine.csv", key=KEYS, label=[""] * 96, pair=["wrong"] * 96)
+    mine = written(tmp_path / "mine.csv", key=KEYS, label=[""] * 96, pair=["mismatched"] * 96)
     assert "give --decisions FILE, --labels TABLE" in told(tiny_shards, tmp_path / "out")
     assert "gone.csv: No such file" in told(tiny_shards, tmp_path / "out", f"--decisions={tmp_path / 'gone.csv'}")
     assert "every clip of train would be left out" in told(tiny_shards, tmp_path / "out", f"--decisions={mine}")
@@ -236,7 +236,7 @@ def test_damaged_members_are_not_copied(tiny_shards: Path, tmp_path: Path, capsy
         file.seek(int(ShardedDataset.open(root).split("test").columns["audio_offset"][4]) + 50)
         file.write(b"\x00\xff\x5a")
     mine = written(tmp_path / "mine.csv", key=KEYS[:1], label=["disc+tone"])
-    assert main(["cleaned", str(root), str(tmp_path / "out"), f"--decisions={mine}"]) == 1
+    assert main(["clean", str(root), str(tmp_path / "out"), f"--decisions={mine}"]) == 1
     assert "test-000000.tar: audio of 'test-scene-" in capsys.readouterr().err
     assert not (tmp_path / "out" / "manifest.json").exists()
 

@@ -99,9 +99,9 @@ def test_missing_and_broken_features_are_rejected_by_name(tmp_path: Path):
     ("arguments", "told"),
     [
         ((), "give either --videos DIR, or --features"),
-        (("--features=audio:vggish={}/vggish",), "none of the sense 'visual'"),
-        (("--features=smell:vggish={}/vggish",), "SENSE:NAME=DIR"),
-        (("--features=audio:VGG={}/vggish",), "SENSE:NAME=DIR"),
+        (("--features=audio:vggish={}/vggish",), "none of the modality 'visual'"),
+        (("--features=smell:vggish={}/vggish",), "MODALITY:NAME=DIR"),
+        (("--features=audio:VGG={}/vggish",), "MODALITY:NAME=DIR"),
         (("--features=audio:a={}/vggish", "--features=visual:v={}/gone"), "gone: no such folder"),
         (("--features=audio:a={}/vggish", "--features=visual:v={}"), "holds no .npy files"),
         (("--videos={}", "--label-noise=symmetric:0.5"), "for one class a sample"),
@@ -162,7 +162,7 @@ def test_clips_of_one_video_are_told_apart_by_their_classes(
     weak = np.zeros((len(split), 25), dtype=bool)
     weak[3, 1] = weak[5, 2] = True
     other = replace(split, columns=split.columns | {"source": sources})
-    rows = [{"split": "train", "id": 0, "source": "twice", "sense": "audio", "label": CLASSES[kind], "start_s": kind,
+    rows = [{"split": "train", "id": 0, "source": "twice", "modality": "audio", "label": CLASSES[kind], "start_s": kind,
              "end_s": 9} for kind in (1, 2)]  # fmt: skip
     schema = pa.schema([field for field in EVENTS_SCHEMA if field.name != "key"])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "events.parquet")
@@ -178,7 +178,7 @@ KNOWN = pa.schema([field for field in EVENTS_SCHEMA if field.name not in ("key",
     ("change", "told"),
     [
         ({"id": 48}, "row 0: id 48; allowed: whole numbers from 0 to 47"),
-        ({"sense": "smell"}, "sense 'smell'; allowed: audio, visual"),
+        ({"modality": "smell"}, "modality 'smell'; allowed: audio, visual"),
         ({"end_s": 11}, "from 2 to 11 s; allowed: whole seconds from 0 to 10"),
         ({"start_s": None}, "from None to 5 s"),
         ({"label": "Dig"}, "unknown class 'Dig'.*Did you mean 'Dog'"),
@@ -187,7 +187,7 @@ KNOWN = pa.schema([field for field in EVENTS_SCHEMA if field.name not in ("key",
 def test_rows_that_do_not_fit_are_named(
     change: dict[str, object], told: str, llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path
 ):
-    row = {"split": "train", "id": 3, "sense": "audio", "label": "Dog", "start_s": 2, "end_s": 5}
+    row = {"split": "train", "id": 3, "modality": "audio", "label": "Dog", "start_s": 2, "end_s": 5}
     pq.write_table(pa.Table.from_pylist([row | change], schema=KNOWN), tmp_path / "events.parquet")
     shards = ShardedDataset.open(llp[1])
     with pytest.raises(UserError, match=told):

@@ -132,7 +132,7 @@ def test_stats_counts_damaged_members_and_ends_with_the_status_of_verify(kinds: 
     assert decoded["damaged_members"] == {"video": 2, "audio": 1}
     assert list(decoded["damaged"]) == [f"train-00000000{sample}" for sample in (1, 2, 4)]
     assert "CRC-32 differs" in decoded["damaged"]["train-000000001"]["video"]
-    assert main(["show", str(root), f"--out={tmp_path / 'a.png'}"]) == 2
+    assert main(["preview", str(root), f"--out={tmp_path / 'a.png'}"]) == 2
 
 
 @pytest.mark.long
@@ -149,7 +149,7 @@ def test_the_tool_decodes_in_processes_to_the_same_figures(tiny_shards: Path, tm
 def test_a_sheet_shows_frames_sound_and_text_of_every_clip(kinds: Path, tmp_path: Path):
     out = tmp_path / "sheet.png"
     chosen = [*keys_of(kinds, "plain"), *keys_of(kinds, "still")]
-    assert main(["show", str(kinds), "--keys", *chosen, "--frames=3", f"--out={out}"]) == 0
+    assert main(["preview", str(kinds), "--keys", *chosen, "--frames=3", f"--out={out}"]) == 0
     with Image.open(out) as picture:
         assert picture.format == "PNG"
         sheet = np.asarray(picture)
@@ -175,7 +175,7 @@ def test_a_sheet_shows_frames_sound_and_text_of_every_clip(kinds: Path, tmp_path
 
 def test_show_draws_by_class_and_seed(kinds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def told(*more: str) -> str:
-        assert main(["show", str(kinds), f"--out={tmp_path / 'a.png'}", *more]) == 0
+        assert main(["preview", str(kinds), f"--out={tmp_path / 'a.png'}", *more]) == 0
         return capsys.readouterr().out
 
     assert told("--class=dog").count("train-0000000") == 1
@@ -186,11 +186,11 @@ def test_show_draws_by_class_and_seed(kinds: Path, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (["show", "--class=dig"], "--class=dig: allowed"),
-        (["show", "--keys", "train-9"], "--keys train-9: not in split train"),
-        (["show", "--split=tset"], "Did you mean 'test'"),
-        (["show", "--clips=0"], "--clips=0: allowed: from 1 up"),
-        (["show", "--out=a.jpg"], "has to end in .png"),
+        (["preview", "--class=dig"], "--class=dig: allowed"),
+        (["preview", "--keys", "train-9"], "--keys train-9: not in split train"),
+        (["preview", "--split=tset"], "Did you mean 'test'"),
+        (["preview", "--clips=0"], "--clips=0: allowed: from 1 up"),
+        (["preview", "--out=a.jpg"], "has to end in .png"),
         (["stats", "--workers=0"], "--workers=0: allowed: from 1 up"),
         (["stats", "--json=none/a.json"], "none/"),
     ],
@@ -202,14 +202,14 @@ def test_wrong_arguments_are_named(kinds: Path, given: list[str], expected: str,
 
 def test_features_are_counted_and_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_llp(tmp_path / "llp")
-    streams = tuple((sense, name, tmp_path / "llp" / name) for name, (sense, _, _) in STREAMS.items())
+    streams = tuple((modality, name, tmp_path / "llp" / name) for name, (modality, _, _) in STREAMS.items())
     build_dataset(
         EventSource("llp", tmp_path / "llp", None, streams), tmp_path / "set", BuildConfig(Encoding(clip_s=10)), 1
     )
     train = figures(tmp_path / "set")["splits"]["train"]
     assert train["decoded"]["blank"] == [] and 0.1 < train["decoded"]["rms"]["res152"]["mean"] < 2
     assert sum(each["clips"] for each in train["classes"].values()) == 24 + 2 * 24
-    assert main(["show", str(tmp_path / "set")]) == 2
+    assert main(["preview", str(tmp_path / "set")]) == 2
     assert "holds features, res152, vggish" in capsys.readouterr().err
 
 

@@ -86,7 +86,7 @@ def test_tables_and_manifest_say_what_was_done(scenes: Path):
     assert len(swapped) == 60 and len({row["pair_id"] for row in rows}) == 150
     noise = shards.manifest["splits"]["train"]["noise"]
     semantic = sum(rows[row["pair_id"]]["true_label"] != row["true_label"] for row in rows) / 150
-    assert noise == {"label_rate": 0.4, "correspondence_rate_nominal": 0.4, "correspondence_rate_semantic": semantic}
+    assert noise == {"label_rate": 0.4, "swapped_audio_rate": 0.4, "cross_class_audio_rate": semantic}
     clean = [row for row in table.to_pylist() if row["split"] == "test"]
     assert all(row["label"] == row["true_label"] and row["pair_id"] == row["id"] for row in clean)
     for shard in shards.manifest["splits"]["train"]["shards"]:
@@ -218,7 +218,7 @@ def test_videos_takes_one_folder_a_class_and_keeps_sources_apart(tmp_path: Path)
         for number in range(4):
             write_video(tmp_path / "in" / label / f"{number}.webm", 2.1)
     out = tmp_path / "out"
-    make_shards("videos", tmp_path / "in", out, "--test-share=0.25", "--clip-s=1", "--short-side=32")
+    make_shards("videos", tmp_path / "in", out, "--test-fraction=0.25", "--clip-s=1", "--short-side=32")
     shards = ShardedDataset.open(out)
     train, test = shards.split("train"), shards.split("test")
     assert shards.classes == ["cat", "dog"] and len(train) == 12 and len(test) == 4

@@ -14,15 +14,15 @@ def test_retrieval_is_what_loops_find():
     visual, audio = (F.normalize(torch.randn(60, 5, generator=generator), dim=1) for _ in range(2))
     classes = torch.randint(0, 4, (60,), generator=generator)
     found = retrieval(visual, audio, classes)
-    for asking, scores in (("visual", visual @ audio.T), ("audio", audio @ visual.T)):
+    for direction, scores in (("v2a", visual @ audio.T), ("a2v", audio @ visual.T)):
         places = [int((row > row[number]).sum()) for number, row in enumerate(scores)]
         for k in (1, 5, 10):
-            assert found[f"{asking}_recall_at_{k}"] == pytest.approx(np.mean([place < k for place in places]))
+            assert found[f"{direction}_recall@{k}"] == pytest.approx(np.mean([place < k for place in places]))
         precisions = [
             average_precision_score((classes == classes[number]).numpy(), row.numpy())
             for number, row in enumerate(scores)
         ]
-        assert found[f"{asking}_map"] == pytest.approx(np.mean(precisions))
+        assert found[f"{direction}_map"] == pytest.approx(np.mean(precisions))
     recalls = [value for key, value in found.items() if "recall" in key]
     assert len(recalls) == 6 and found["rsum"] == pytest.approx(100 * sum(recalls))
 
@@ -32,7 +32,7 @@ def test_retrieval_of_the_same_and_of_nothing():
     found = retrieval(rows, rows, torch.arange(12))
     assert found.pop("rsum") == 600 and set(found.values()) == {1.0}
     alike = retrieval(torch.ones(20, 1), torch.ones(20, 1), torch.zeros(20, dtype=torch.int64))
-    assert alike["visual_recall_at_1"] == 0.05 and alike["audio_recall_at_10"] == 0.5 and alike["visual_map"] == 1
+    assert alike["v2a_recall@1"] == 0.05 and alike["a2v_recall@10"] == 0.5 and alike["v2a_map"] == 1
     assert retrieval(rows[:0], rows[:0], torch.arange(0)) == {}
 
 

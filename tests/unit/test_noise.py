@@ -37,7 +37,7 @@ def test_mismatched_pairs_of_other_classes_are_spread_over_all_of_them(rate: flo
 
 
 def test_one_class_cannot_be_mismatched_with_others():
-    with pytest.raises(UserError, match="--cross-class: one class has more than half"):
+    with pytest.raises(UserError, match="--cross-class-only: one class has more than half"):
         mismatch_pairs(10, 1.0, np.random.default_rng(0), np.array([0] * 6 + [1] * 4))
     pair = mismatch_pairs(10, 1.0, np.random.default_rng(0), np.array([0] * 5 + [1] * 5))
     assert sorted(pair[:5]) == [5, 6, 7, 8, 9]

@@ -80,7 +80,7 @@ def bench(real_data: Path, tmp_path: Path, monkeypatch) -> Bench:
 def test_trainings_share_phase_1_are_kept_and_not_repeated(bench: Bench, capsys):
     cell = Cell("easy", "symmetric:0.4", 0.4)
     jobs = [Job(cell, "contrast + probe", 0), Job(cell, "ce", 0)]
-    bench.run(jobs, at_once=2)
+    bench.run(jobs, max_parallel=2)
     said = capsys.readouterr().out
     assert "phase-1" in said and said.count(" s, ") == 3
     report = json.loads(bench.result_path(jobs[0]).read_text())
@@ -88,7 +88,7 @@ def test_trainings_share_phase_1_are_kept_and_not_repeated(bench: Bench, capsys)
     rows = trainings(bench, jobs)
     assert [row["method"] for row in rows] == ["contrast + probe", "ce"]
     assert all(0 <= row["test_top1"] <= 100 and row["seed"] == 0 for row in rows)
-    bench.run(jobs, at_once=2)
+    bench.run(jobs, max_parallel=2)
     assert not capsys.readouterr().out
     swept = votes(bench, jobs)
     assert {(row["set"], row["labels"], row["seed"]) for row in swept} == {("easy", "symmetric:0.4", 0)}
@@ -101,7 +101,7 @@ def test_trainings_that_fail_are_named_with_their_logs_after_the_others(bench: B
     monkeypatch.setattr("tools.bench.noise.runner._only_phase_1", lambda: "phases: {contrastive: {epochs: -1}}\n")
     needing, other = (Job(Cell("easy", "", 0.0), method, 0) for method in ("distav", "ce"))
     with pytest.raises(UserError, match=r"but:\n.*phase-1_seed-0 ended with status 1; see .*\.log\.$"):
-        bench.run([needing, other], at_once=1)
+        bench.run([needing, other], max_parallel=1)
     assert bench.result_path(other).exists() and not bench.result_path(needing).exists()
     assert "ce_seed-0: " in capsys.readouterr().out
 
@@ -158,10 +158,18 @@ def test_times_are_told_of_trainings_with_the_same_seed():
 
 def test_ways_to_learn_from_mismatched_pairs_have_a_table_of_their_own():
     found = [
-        _row("other classes", "", method, 50.0, test_visual_map=seen, test_audio_map=90.0, pairs_auroc_similarity=80.0)
+        _row(
+            "other classes",
+            "",
+            method,
+            50.0,
+            test_v2a_map=seen,
+            test_a2v_map=90.0,
+            correspondence_auroc_similarity=80.0,
+        )
         for method, seen in (("infonce", 70.0), ("crcl", 95.0))
     ]
-    found[1]["pairs_auroc_correspondence"] = {"mean": 99.5, "sd": 0.2}
+    found[1]["correspondence_auroc_correspondence"] = {"mean": 99.5, "sd": 0.2}
     told = pairs(found)
     assert "| infonce | 70.0 ± 1.0 / 90.0 ± 1.0 |" in told and "| crcl | 95.0 ± 1.0 / 90.0 ± 1.0 |" in told
     assert "| infonce | 80.0 ± 1.0 |" in told and "| crcl | 99.5 ± 0.2 |" in told

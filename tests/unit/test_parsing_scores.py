@@ -17,7 +17,7 @@ ANCHORS = {
     "weak": ([76.12, 60.35, 52.61, 63.03, 71.73], [63.03, 55.75, 44.69, 54.49, 61.60]),
     "weak, heard": ([76.12, 10.08, 14.50, 33.57, 58.59], [63.03, 10.08, 14.50, 29.20, 46.45]),
     "weak, seen": ([0.50, 60.35, 14.50, 25.12, 43.15], [0.50, 55.75, 14.50, 23.58, 36.92]),
-    "by sense": ([80.14, 89.80, 82.78, 84.24, 81.96], [66.11, 83.69, 71.41, 73.74, 68.27]),
+    "by modality": ([80.14, 89.80, 82.78, 84.24, 81.96], [66.11, 83.69, 71.41, 73.74, 68.27]),
     "everything": ([5.38, 4.16, 3.52, 4.35, 5.07], [4.31, 3.79, 2.93, 3.68, 4.25]),
 }
 ANCHORS_VAL = {
@@ -34,7 +34,7 @@ def told(name: str, weak: np.ndarray, true: np.ndarray) -> np.ndarray:
         "weak": everywhere,
         "weak, heard": everywhere & np.array([True, False])[None, :, None, None],
         "weak, seen": everywhere & np.array([False, True])[None, :, None, None],
-        "by sense": np.broadcast_to(true.any(axis=2, keepdims=True), true.shape),
+        "by modality": np.broadcast_to(true.any(axis=2, keepdims=True), true.shape),
         "everything": np.ones_like(true),
     }[name]
 

@@ -44,7 +44,7 @@ def start(out: Path, part: str) -> subprocess.Popen:
 
 
 @pytest.mark.long
-def test_parts_at_once_one_of_them_twice_and_one_killed(
+def test_parts_max_parallel_one_of_them_twice_and_one_killed(
     whole: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     out = tmp_path / "set"
@@ -118,10 +118,12 @@ def test_a_part_ends_well_if_the_set_is_finished_under_it(tmp_path: Path, monkey
 def test_of_two_recipes_at_the_same_instant_one_is_refused(tmp_path: Path):
     for number in range(20):
         work, refused = tmp_path / str(number) / ".work", list[int]()
-        at_once = threading.Barrier(4)
+        max_parallel = threading.Barrier(4)
 
-        def take(seed: int, work: Path = work, refused: list[int] = refused, at_once: threading.Barrier = at_once):
-            at_once.wait()
+        def take(
+            seed: int, work: Path = work, refused: list[int] = refused, max_parallel: threading.Barrier = max_parallel
+        ):
+            max_parallel.wait()
             try:
                 claim(work, {"seed": seed})
             except UserError:
@@ -137,7 +139,7 @@ def test_of_two_recipes_at_the_same_instant_one_is_refused(tmp_path: Path):
         assert [each.name for each in work.iterdir()] == ["recipe.json"]
 
 
-def test_files_written_at_once_are_whole(tmp_path: Path):
+def test_files_written_max_parallel_are_whole(tmp_path: Path):
     path, contents = tmp_path / "file", [bytes([number]) * 200_000 for number in range(8)]
 
     def write(content: bytes) -> None:

@@ -222,7 +222,7 @@ def test_what_will_not_pass_is_asked_for_once(site: Web, tmp_path: Path, fault: 
     assert len(set(site.asked)) == len(site.asked)
 
 
-def test_an_object_that_may_not_be_read_any_more_is_a_bad_sample_at_once(site: Web, address: str, tmp_path: Path):
+def test_an_object_that_may_not_be_read_any_more_is_a_bad_sample_max_parallel(site: Web, address: str, tmp_path: Path):
     reader = ShardReader(opened(address, tmp_path).split("train"))
     site.fails = lambda path, before: 403
     site.asked.clear()

@@ -53,10 +53,10 @@ def test_neighbors_set_most_labels_right_and_tell_how_many_were_wrong(noise: flo
     found, given, true, _ = corrected(noise, swapped=0.0)
     assert (given == true).float().mean() == pytest.approx(1 - noise)
     assert (found.posterior.argmax(1) == true).float().mean() > 0.97
-    assert found.label_rate.low <= noise <= found.label_rate.high
-    assert found.label_rate.rate == pytest.approx(noise, abs=0.03)
-    assert len(found.class_rates) == 10 and all(each.low < noise < each.high for each in found.class_rates)
-    assert found.pair_rate.rate < 0.03 and found.pair_rate.high < 0.2
+    assert found.label_rate.ci95_low <= noise <= found.label_rate.ci95_high
+    assert found.label_rate.estimate == pytest.approx(noise, abs=0.03)
+    assert len(found.class_rates) == 10 and all(each.ci95_low < noise < each.ci95_high for each in found.class_rates)
+    assert found.pair_rate.estimate < 0.03 and found.pair_rate.ci95_high < 0.2
 
 
 def test_each_sound_gets_its_own_label_and_swaps_are_found():
@@ -65,7 +65,7 @@ def test_each_sound_gets_its_own_label_and_swaps_are_found():
     assert (found.audio_posterior.argmax(1) == heard).float().mean() > 0.95
     wrong = (true != heard).numpy()
     assert auroc(found.correspondence.numpy(), ~wrong) > 0.97
-    assert found.pair_rate.rate == pytest.approx(wrong.mean(), abs=0.04)
+    assert found.pair_rate.estimate == pytest.approx(wrong.mean(), abs=0.04)
 
 
 @pytest.mark.parametrize("spread", [0.7, 2.0, 2.8])
@@ -73,13 +73,13 @@ def test_each_sound_gets_its_own_label_and_swaps_are_found():
 def test_the_interval_of_the_pair_noise_holds_it_however_blunt_the_votes(noise: float, spread: float):
     found, _, true, heard = corrected(noise=noise, swapped=0.4, spread=spread)
     wrong = float((true != heard).float().mean())
-    assert found.pair_rate.low - 0.03 <= wrong <= found.pair_rate.high + 0.03, found.pair_rate
-    assert found.pair_rate.low <= found.pair_rate.rate <= found.pair_rate.high
+    assert found.pair_rate.ci95_low - 0.03 <= wrong <= found.pair_rate.ci95_high + 0.03, found.pair_rate
+    assert found.pair_rate.ci95_low <= found.pair_rate.estimate <= found.pair_rate.ci95_high
 
 
 def test_the_share_of_mismatches_is_told_by_sure_votes_where_the_best_are_blunt():
     found, _, true, heard = corrected(noise=0.6, swapped=0.4, spread=2.8)
-    assert found.pair_rate.rate == pytest.approx(float((true != heard).float().mean()), abs=0.15)
+    assert found.pair_rate.estimate == pytest.approx(float((true != heard).float().mean()), abs=0.15)
     seen, heard = torch.arange(400) % 10, torch.arange(400) % 10
     heard[300:] += torch.randint(1, 10, (100,), generator=torch.Generator().manual_seed(1))
     picture, sure = (torch.lerp(torch.tensor(0.1), F.one_hot(each % 10, 10).float(), 0.98) for each in (seen, heard))
@@ -87,12 +87,12 @@ def test_the_share_of_mismatches_is_told_by_sure_votes_where_the_best_are_blunt(
     one, other = (class_agreement(picture, torch.lerp(torch.tensor(0.1), sure, by), every) for by in (0.05, 1.0))
     assert other.entropy < one.entropy and other.per_sample > one.per_sample > 0
     told, alone = (pair_posterior(picture, one, each.rate_log_likelihood, every) for each in (other, one))
-    assert told.rate.rate == pytest.approx(100 / 360, abs=0.08) and alone.rate.rate < 0.1
+    assert told.mismatch_rate.estimate == pytest.approx(100 / 360, abs=0.08) and alone.mismatch_rate.estimate < 0.1
     assert told.correspondence[300:].max() < 0.7 < 0.9 < told.correspondence[:300].min()
     assert alone.correspondence[300:].min() > 0.9
 
 
-def test_shares_are_calibrated():
+def test_fractions_are_calibrated():
     found, _, true, _ = corrected(noise=0.6, swapped=0.2, spread=2.0)
     for shares in (found.held_out, found.posterior):
         accuracy = float((shares.argmax(1) == true).float().mean())
@@ -172,7 +172,7 @@ def test_teachers_are_heard_where_neighbours_know_nothing():
     voting = VoteSearchSpace(num_neighbors=(20, 60), second_round_neighbors=(0,), vote_temperatures=(0.1, 0.3))
     found = correct_labels([FeatureSpace("rows", *nothing)], given, 10, groups, every, voting, None, teachers)
     assert found.has_signal and (found.posterior.argmax(1) == true).float().mean() > 0.85
-    assert found.label_rate.low - 0.02 <= 0.5 <= found.label_rate.high
+    assert found.label_rate.ci95_low - 0.02 <= 0.5 <= found.label_rate.ci95_high
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -313,8 +313,8 @@ def test_asymmetric_noise_is_seen_as_such_and_not_as_samples_of_two_classes(
     voting = VoteSearchSpace(num_neighbors=(20, 60), second_round_neighbors=(0, 20), vote_temperatures=(0.1, 0.3))
     found = correct_labels([FeatureSpace("rows", visual, audio)], given, 10, torch.arange(2000), every, voting)
     assert (found.posterior.argmax(1) == true).float().mean() > least
-    assert found.label_rate.rate == pytest.approx(0.4, abs=0.03)
-    assert found.pair_rate.rate == pytest.approx(10 / 9 * float((true != heard).float().mean()), abs=0.05)
+    assert found.label_rate.estimate == pytest.approx(0.4, abs=0.03)
+    assert found.pair_rate.estimate == pytest.approx(10 / 9 * float((true != heard).float().mean()), abs=0.05)
     following = found.transition_matrix[torch.arange(10), (torch.arange(10) + 1) % 10]
     assert (following > 0.4 - off).all() and (following < 0.4 + off).all()
 
@@ -332,11 +332,11 @@ def test_the_interval_of_the_label_noise_is_as_wide_as_ways_to_vote_differ(sprea
     later = correct_labels(spaces, given, 10, torch.arange(2000), every, voting, before)
     wrong = given != true
     for found in (first, later):
-        assert found.label_rate.low <= wrong.double().mean() <= found.label_rate.high
-        assert (found.label_rate.high - found.label_rate.low < 0.08) == (spread == 1.2)
-        assert found.label_rate.low <= found.label_rate.rate <= found.label_rate.high
+        assert found.label_rate.ci95_low <= wrong.double().mean() <= found.label_rate.ci95_high
+        assert (found.label_rate.ci95_high - found.label_rate.ci95_low < 0.08) == (spread == 1.2)
+        assert found.label_rate.ci95_low <= found.label_rate.estimate <= found.label_rate.ci95_high
         each = [float(wrong[true == c].double().mean()) for c in range(10)]
-        held = [told.low <= one <= told.high for told, one in zip(found.class_rates, each, strict=True)]
+        held = [told.ci95_low <= one <= told.ci95_high for told, one in zip(found.class_rates, each, strict=True)]
         assert sum(held) >= 9, (found.class_rates, each)
 
 

@@ -27,7 +27,10 @@ def settings(tiny_shards: Path, tmp_path: Path):
     ("override", "told"),
     [
         ("optim.global_batch=200", "optim.global_batch=200: the training split has 96 samples"),
-        ("phases.correction.num_neighbors=[96]", r"phases.correction.num_neighbors=\[96\]: all are too many .* up to 95"),
+        (
+            "phases.correction.num_neighbors=[96]",
+            r"phases.correction.num_neighbors=\[96\]: all are too many .* up to 95",
+        ),
         ("data.train_split=tran", "Did you mean 'train'"),
         ("data.test_split=tset", "data.test_split=tset .* Did you mean 'test'"),
         ("data.root=nowhere", "no manifest.json"),

@@ -110,7 +110,7 @@ def test_sound_of_another_rate_is_resampled(ave: Path):
 
 def arguments(folder: Path, out: Path) -> list[str]:
     where = [str(folder / "shards"), "--prompts", str(folder / "prompts.yaml"), "--out", str(out)]
-    return [*where, "--device", "cpu", "--batch", "4", "--threads", "1"]
+    return [*where, "--device", "cpu", "--batch-size", "4", "--threads", "1"]
 
 
 def harvest(folder: Path, out: Path, *more: str) -> int:
@@ -160,7 +160,7 @@ def test_other_thresholds_need_no_teachers_and_other_captions_another_folder(
     (mine / "clip").unlink()  # Nobody asks it again.
     assert harvest(mine, out) == 0
     after = pq.read_table(out / "events.parquet")
-    assert set(after.column("sense").to_pylist()) - {None} == {"audio"} < set(before.column("sense").to_pylist())
+    assert set(after.column("modality").to_pylist()) - {None} == {"audio"} < set(before.column("modality").to_pylist())
     assert scores == {
         path.name: path.stat().st_mtime_ns for path in (out / "scores").iterdir() if path.suffix == ".npz"
     }
@@ -200,8 +200,8 @@ def test_scores_that_are_left_are_made_by_any_number_of_ranks(
     assert [each.wait(240) for each in ranks] == [0, 0]
     for path, content in before.items():
         with np.load(path) as made, np.load(io.BytesIO(content)) as first:
-            for sense in ("audio", "visual"):
-                np.testing.assert_allclose(made[sense], first[sense], atol=1e-4)
+            for modality in ("audio", "visual"):
+                np.testing.assert_allclose(made[modality], first[modality], atol=1e-4)
     assert pq.read_table(tmp_path / "events.parquet").equals(whole)
 
 

@@ -45,7 +45,9 @@ def _noise(options: argparse.Namespace) -> None:
 
     if options.json:
         results.stored(options.json)  # A file that cannot take the figures is told before they are made.
-    made = runner.run(options.digits, options.work, options.seeds, options.sets, options.parts, options.at_once)
+    made = runner.run(
+        options.digits, options.work, options.seeds, options.sets, options.experiments, options.max_parallel
+    )
     found = {"rows": results.trainings(*made), "votes": results.votes(*made)}
     if options.json:
         found = results.save(found, options.json)
@@ -58,7 +60,7 @@ def _noise(options: argparse.Namespace) -> None:
 def _parsing(options: argparse.Namespace) -> None:
     from tools.bench import event_parsing
 
-    found = event_parsing.run(options.annotations, options.work, options.seeds, options.at_once)
+    found = event_parsing.run(options.annotations, options.work, options.seeds, options.max_parallel)
     print(event_parsing.table(found))
     if options.json:
         write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
@@ -73,13 +75,13 @@ def _audit(options: argparse.Namespace) -> None:
         write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
 
 
-def _readme(options: argparse.Namespace) -> None:
+def _tables(options: argparse.Namespace) -> None:
     from tools.bench.markdown import write_section
 
     write_section(options.readme, options.results)
 
 
-_OTHERS = {"noise": _noise, "parsing": _parsing, "audit": _audit, "readme": _readme}
+_OTHERS = {"noise": _noise, "parsing": _parsing, "audit": _audit, "tables": _tables}
 """Commands that do not time candidates and have no bars."""
 
 
@@ -193,8 +195,10 @@ def _parser() -> argparse.ArgumentParser:
     noise.add_argument("--work", type=Path, default=Path("runs/noise"), help="folder for shards, runs and results")
     noise.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of data, noise and training")
     noise.add_argument("--sets", nargs="+", default=[], help="sets of the grid; all of them")
-    noise.add_argument("--parts", nargs="+", default=[], help="which trainings: grid, ablations, pairs; all")
-    noise.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="trainings at a time, of one core each")
+    noise.add_argument("--experiments", nargs="+", default=[], help="which trainings: grid, ablations, pairs; all")
+    noise.add_argument(
+        "--max-parallel", type=int, default=os.cpu_count() or 1, help="trainings at a time, of one core each"
+    )
     noise.add_argument(
         "--json",
         type=Path,
@@ -208,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parsing.add_argument("--annotations", type=Path, required=True, help="folder with LLP's published CSV files")
     parsing.add_argument("--work", type=Path, default=Path("runs/parsing"), help="folder for shards, runs and results")
     parsing.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of features and training")
-    parsing.add_argument("--at-once", type=int, default=1, help="trainings at a time, of one core each")
+    parsing.add_argument("--max-parallel", type=int, default=1, help="trainings at a time, of one core each")
     parsing.add_argument("--json", type=Path, help="file for the figures as JSON")
     audit = commands.add_parser(
         "audit",
@@ -217,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     audit.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
     audit.add_argument("--json", type=Path, help="file for the figures as JSON")
-    readme = commands.add_parser("readme", help="write the section of the README from the JSON files")
+    readme = commands.add_parser("tables", help="write the section of the README from the JSON files")
     readme.add_argument("--results", type=Path, default=Path("tools/results"), help="folder of the JSON files")
     readme.add_argument("--readme", type=Path, default=Path("README.md"), help="the file to change")
     return parser

@@ -1,4 +1,4 @@
-"""What harvested labels are worth: events parsed from weak labels, from one teacher a sense, and from fused teachers.
+"""What harvested labels are worth: events parsed from weak labels, from one teacher a modality, and from fused teachers.
 
 LLP's labels are real; its features here are not: each second is the sum of a prototype of every event that is heard,
 or seen, in it, of a background that has no name, and of noise. Test and validation videos follow their annotations;
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 WIDTH, BACKGROUNDS = 64, 15
 NOISE, TEACHER_NOISE = 0.3, 0.12
 """Standard deviation of each number of a feature, and of a teacher's idea of a class; prototypes have length 1."""
-METHODS = {"HAN, weak labels": "", "VALOR, fused teachers": "fused", "VALOR, a teacher a sense": "each"}
+METHODS = {"HAN, weak labels": "", "VALOR, fused teachers": "fused", "VALOR, a teacher a modality": "each"}
 SETTINGS = (
     "model.parser.width=128", "model.parser.heads=4", "model.parser.ffn_dim=256", "optim.lr=1e-3",
     "phases.parse.epochs=12", "run.device=cpu", "run.threads_per_rank=1", "run.log_every=156",
@@ -57,10 +57,10 @@ class World:
         """Return [N, 2, T, D] for events [N, 2, T, C]; half of the videos have a background for some seconds."""
         values = np.einsum("nstc,scd->nstd", events.astype(np.float32), self.prototypes)
         for video in range(len(events)):
-            for sense in range(2):
+            for modality in range(2):
                 first, end = np.sort(rng.integers(0, SECONDS + 1, 2))
                 if rng.uniform() < 0.5:
-                    values[video, sense, first:end] += self.backgrounds[sense, rng.integers(BACKGROUNDS)]
+                    values[video, modality, first:end] += self.backgrounds[modality, rng.integers(BACKGROUNDS)]
         return (values + NOISE * rng.standard_normal(values.shape)).astype(np.float32)
 
 
@@ -87,8 +87,8 @@ def training_events(weak: np.ndarray, annotated: np.ndarray, rng: np.random.Gene
 def harvested(values: np.ndarray, world: World, weak: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Return what teachers say, filtered by the classes of the video: [N, 2, T, C] bool for `each` and `fused`.
 
-    A teacher compares features with its own idea of each class, which is off by some noise. One of each sense knows
-    that sense alone; the fused one adds both, and says the same of both.
+    A teacher compares features with its own idea of each class, which is off by some noise. One of each modality knows
+    that modality alone; the fused one adds both, and says the same of both.
     """
     ideas = world.prototypes + TEACHER_NOISE * rng.standard_normal(world.prototypes.shape).astype(np.float32)
     scores = np.einsum("nstd,scd->nstc", values, ideas)
@@ -108,16 +108,16 @@ def prepare(annotations: Path, work: Path, seed: int) -> Path:
     rng = np.random.default_rng([seed, 11])
     told = {split: read_llp(annotations, split) for split in VIDEOS}
     world, events = World.drawn(rng), {}
-    for sense in MODALITIES:
-        (folder / sense).mkdir(parents=True, exist_ok=True)
+    for modality in MODALITIES:
+        (folder / modality).mkdir(parents=True, exist_ok=True)
     for split in ("val", "test", "train"):
         known = told[split].events
         events[split] = training_events(told[split].weak, events["val"], rng) if known is None else known
         values = world.features(events[split], rng)
         for name, video in zip(told[split].names, values, strict=True):
-            for sense, each in zip(MODALITIES, video, strict=True):
-                np.save(folder / sense / f"{name}.npy", each)
-    streams = tuple((sense, f"{sense}_features", folder / sense) for sense in MODALITIES)
+            for modality, each in zip(MODALITIES, video, strict=True):
+                np.save(folder / modality / f"{name}.npy", each)
+    streams = tuple((modality, f"{modality}_features", folder / modality) for modality in MODALITIES)
     build_dataset(
         EventSource("llp", annotations, features=streams), folder / "shards", BuildConfig(Encoding(clip_s=SECONDS)), 2
     )
@@ -130,7 +130,7 @@ def _harvest(folder: Path, world: World, events: dict[str, np.ndarray], rng: np.
     shards = ShardedDataset.open(folder / "shards")
     split = shards.split("train")
     sources = split.columns["source"].tolist()
-    values = np.stack([[np.load(folder / sense / f"{name}.npy") for sense in MODALITIES] for name in sources])
+    values = np.stack([[np.load(folder / modality / f"{name}.npy") for modality in MODALITIES] for name in sources])
     weak, true = load_events(shards, split).weak, np.stack([events[name] for name in sources])
     quality = {}
     for name, each in harvested(values, world, weak, rng).items():
@@ -141,14 +141,14 @@ def _harvest(folder: Path, world: World, events: dict[str, np.ndarray], rng: np.
     write_atomically(folder / "harvest.json", (json.dumps(quality, indent=1) + "\n").encode())
 
 
-def run(annotations: Path, work: Path, seeds: Sequence[int], at_once: int) -> dict[str, Any]:
+def run(annotations: Path, work: Path, seeds: Sequence[int], max_parallel: int) -> dict[str, Any]:
     """Train every method on every seed, those left of an earlier call, and return the figures.
 
     Raises:
         UserError: for missing annotations, or a training that fails.
     """
     jobs = [(method, seed, prepare(annotations, work, seed)) for seed in seeds for method in METHODS]
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(max_parallel) as pool:
         rows = list(pool.map(lambda job: _train(*job), jobs))
     quality = {seed: json.loads((work / f"seed_{seed}" / "harvest.json").read_text()) for seed in seeds}
     return {"machine": machine(), "rows": rows, "harvested": quality}
@@ -185,7 +185,7 @@ def table(found: dict[str, Any]) -> str:
             if (values := [row[level][name] for row in rows])
         ]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    for kind, said in (("fused", "the fused teacher's labels"), ("each", "the labels of a teacher a sense")):
+    for kind, said in (("fused", "the fused teacher's labels"), ("each", "the labels of a teacher a modality")):
         means = [np.mean([seed[kind][name] for seed in found["harvested"].values()]) for name in names]
         lines.append(f"| *{said}, training videos* | " + " | ".join(f"{mean:.1f}" for mean in means) + " | " * 5 + " |")
     return "\n".join(lines)

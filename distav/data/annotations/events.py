@@ -21,7 +21,7 @@ EVENTS_SCHEMA = pa.schema(
         ("id", pa.int64()),
         ("key", pa.string()),
         ("source", pa.string()),
-        ("sense", pa.string()),
+        ("modality", pa.string()),
         ("label", pa.string()),
         ("start_s", pa.int32()),
         ("end_s", pa.int32()),
@@ -64,7 +64,7 @@ def load_events(shards: ShardedDataset, split: Split, override: str = "") -> Eve
     else:
         weak[np.arange(len(split)), load_labels(shards, split, override).given] = True
     segments, events = segments_of(split), None
-    if split.name in shards.manifest.get("annotated", ()):
+    if split.name in shards.manifest.get("annotated_splits", ()):
         table = shards.table(EVENTS, split.name)
         events, _ = _events_of(table, np.arange(len(table)), shards.classes, len(split), segments, shards.root / EVENTS)
     return EventLabels(shards.classes, weak, events, segments)
@@ -90,13 +90,13 @@ def events_table(
         keys, sources: [N] of the samples.
         classes: C names.
         events: [N, 2, T, C] bool.
-        looked_at: [N] bool; those without any event get a row that says so, without sense and label.
+        looked_at: [N] bool; those without any event get a row that says so, without modality and label.
     """
     rows = events.transpose(0, 1, 3, 2)
     edges = np.diff(np.pad(rows.astype(np.int8), ((0, 0), (0, 0), (0, 0), (1, 1))), axis=3)
-    sample, sense, kind, start = (edges == 1).nonzero()
+    sample, modality, kind, start = (edges == 1).nonzero()
     end = (edges == -1).nonzero()[3]
-    names, labels = np.array(MODALITIES, dtype=object)[sense], np.array(classes, dtype=object)[kind]
+    names, labels = np.array(MODALITIES, dtype=object)[modality], np.array(classes, dtype=object)[kind]
     if looked_at is not None:
         empty = np.flatnonzero(looked_at & ~events.any(axis=(1, 2, 3)))
         nothing = np.full(len(empty), None)
@@ -107,7 +107,7 @@ def events_table(
         "id": sample,
         "key": keys[sample],
         "source": sources[sample],
-        "sense": pa.array(names.tolist(), pa.string()),
+        "modality": pa.array(names.tolist(), pa.string()),
         "label": pa.array(labels.tolist(), pa.string()),
         "start_s": start,
         "end_s": end,
@@ -136,7 +136,7 @@ def read_events(path: Path, key: str, split: Split, classes: list[str], weak: np
     """
     what = f"{key}={path}"
     if not path.is_file():
-        raise UserError(f"{what}: no such file; tools/harvest_labels.py writes such tables.")
+        raise UserError(f"{what}: no such file; tools/pseudo_label.py writes such tables.")
     table = read_table(path)
     missing = [name for name in EVENTS_SCHEMA.names if name not in (*table.column_names, "key", "source")]
     if missing:
@@ -190,25 +190,25 @@ def _events_of(
     """Return the events of a table, [N, 2, T, C] bool, and which clips it has rows of, [N] bool.
 
     Raises:
-        UserError: for a row of no sample, sense, class or second of the set.
+        UserError: for a row of no sample, modality, class or second of the set.
     """
     events = np.zeros((num_samples, len(MODALITIES), segments, len(classes)), dtype=bool)
     looked_at = np.zeros(num_samples, dtype=bool)
-    columns = (table.column(name).to_pylist() for name in ("id", "sense", "label", "start_s", "end_s"))
-    for row, sample, sense, label, start, end in zip(rows.tolist(), *columns, strict=True):
+    columns = (table.column(name).to_pylist() for name in ("id", "modality", "label", "start_s", "end_s"))
+    for row, sample, modality, label, start, end in zip(rows.tolist(), *columns, strict=True):
         where = f"{what}, row {row}"
         if not isinstance(sample, int) or not 0 <= sample < num_samples:
             raise UserError(f"{where}: id {sample}; allowed: whole numbers from 0 to {num_samples - 1}.")
         looked_at[sample] = True
-        if label is None and sense is None:
+        if label is None and modality is None:
             continue
-        if sense not in MODALITIES:
-            raise UserError(f"{where}: sense '{sense}'; allowed: {format_list(MODALITIES)}.")
+        if modality not in MODALITIES:
+            raise UserError(f"{where}: modality '{modality}'; allowed: {format_list(MODALITIES)}.")
         if label not in classes:
             raise UserError(
                 f"{where}: unknown class '{label}'; allowed: {format_list(classes)}.{did_you_mean(label, classes)}"
             )
         if not (isinstance(start, int) and isinstance(end, int) and 0 <= start <= end <= segments):
             raise UserError(f"{where}: from {start} to {end} s; allowed: whole seconds from 0 to {segments}.")
-        events[sample, MODALITIES.index(sense), start:end, classes.index(label)] = True
+        events[sample, MODALITIES.index(modality), start:end, classes.index(label)] = True
     return events, looked_at

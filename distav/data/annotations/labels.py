@@ -116,7 +116,7 @@ def _apply(path: Path, split: Split, classes: list[str], given: np.ndarray) -> n
         names = table.column_names
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"data.label_overrides={path} cannot be read as csv: {str(error).splitlines()[0]}") from None
-    name = next((each for each in ("corrected", "label") if each in names), None)
+    name = next((each for each in ("corrected_label", "label") if each in names), None)
     if name is None or not {"id", "key"} & set(names):
         raise UserError(f"data.label_overrides={path}: needs `id` or `key`, and `label`; found: {format_list(names)}.")
     if "key" in names:
@@ -186,11 +186,11 @@ def correction_table(
         {
             "id": np.arange(len(split)),
             "key": split.keys,
-            "given": names[labels.given],
-            "corrected": names[corrected],
-            "voted": names[voted],
+            "given_label": names[labels.given],
+            "corrected_label": names[corrected],
+            "knn_label": names[voted],
             "confidence": confidence.astype(np.float32),
-            "agreement": agreement.astype(np.float32),
+            "self_confidence": agreement.astype(np.float32),
             "correspondence": correspondence.astype(np.float32),
         }
     )

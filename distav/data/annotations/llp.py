@@ -55,13 +55,13 @@ def read_llp(folder: Path, split: str) -> Annotations:
     if split == "train":
         return Annotations(list(places), weak, None)
     events = np.zeros((len(rows), 2, SECONDS, len(CLASSES)), dtype=bool)
-    for sense, name in enumerate(EVENTS):
+    for modality, name in enumerate(EVENTS):
         for row in _read(folder / name, ("filename", "onset", "offset", "event_labels")):
             number = places.get(row["filename"])
             first, end = (_second(row[key], folder / name) for key in ("onset", "offset"))
             label = _class(row["event_labels"], folder / name)
             if number is not None:
-                events[number, sense, first:end, label] = True
+                events[number, modality, first:end, label] = True
     return Annotations(list(places), weak, events)
 
 

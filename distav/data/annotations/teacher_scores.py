@@ -53,7 +53,7 @@ def check_scores(folder: Path, key: str, shards: ShardedDataset, split: Split) -
     """Make sure that a folder holds all scores of a split; returns the place of each of the set's classes in them.
 
     Args:
-        folder: what tools/harvest_labels.py wrote.
+        folder: what tools/pseudo_label.py wrote.
         key: the setting that names it.
         shards: the set.
         split: whose scores are wanted.
@@ -65,7 +65,7 @@ def check_scores(folder: Path, key: str, shards: ShardedDataset, split: Split) -
         about = json.loads(about_file(folder).read_bytes())
         asked, digest = about["asked"]["audio"][1], about["set"]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        raise UserError(f"{key}={folder}: holds no scores; give a folder that tools/harvest_labels.py wrote.") from None
+        raise UserError(f"{key}={folder}: holds no scores; give a folder that tools/pseudo_label.py wrote.") from None
     if digest != digest_of(shards):
         raise UserError(f"{key}={folder}: holds scores of another set than {shards.where}; harvest this one.")
     missing = [name for name in shards.classes if name not in asked]
@@ -73,9 +73,7 @@ def check_scores(folder: Path, key: str, shards: ShardedDataset, split: Split) -
         raise UserError(f"{key}={folder}: its teachers were not asked for {format_list(missing)}.")
     gone = [path for path in score_files(folder, split) if not path.exists()]
     if gone:
-        raise UserError(
-            f"{key}={folder}: {gone[0].name} is missing; run tools/harvest_labels.py again, and it goes on."
-        )
+        raise UserError(f"{key}={folder}: {gone[0].name} is missing; run tools/pseudo_label.py again, and it goes on.")
     return [asked.index(name) for name in shards.classes]
 
 
@@ -101,10 +99,10 @@ def _chunks(folder: Path, key: str, shards: ShardedDataset, split: Split) -> Ite
         rows = min(CHUNK, len(split) - chunk * CHUNK)
         try:
             with np.load(path, allow_pickle=False) as file:
-                both = np.stack([file[sense] for sense in MODALITIES], axis=1)
+                both = np.stack([file[modality] for modality in MODALITIES], axis=1)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(
-                f"{path} cannot be read ({error}); delete it and run tools/harvest_labels.py again."
+                f"{path} cannot be read ({error}); delete it and run tools/pseudo_label.py again."
             ) from None
         expected = (rows, len(MODALITIES), segments_of(split))
         if both.shape[:3] != expected or both.ndim != 4 or both.shape[3] <= max(places) or both.dtype != np.float32:

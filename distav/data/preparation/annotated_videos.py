@@ -72,7 +72,7 @@ class EventSource:
     def __post_init__(self) -> None:
         if (self.videos is None) == (not self.features):
             raise UserError(
-                f"{self.benchmark}: give either --videos DIR, or --features SENSE:NAME=DIR for each stream."
+                f"{self.benchmark}: give either --videos DIR, or --features MODALITY:NAME=DIR for each stream."
             )
         names = [name for _, name, _ in self.features]
         twice = [name for name in names if names.count(name) > 1]
@@ -80,9 +80,9 @@ class EventSource:
             raise UserError(
                 f"{self.benchmark}: --features names '{twice[0]}' twice; give each stream a name of its own."
             )
-        missing = set(MODALITIES) - {sense for sense, _, _ in self.features}
+        missing = set(MODALITIES) - {modality for modality, _, _ in self.features}
         if self.features and missing:
-            raise UserError(f"{self.benchmark}: --features has none of the sense '{min(missing)}'.")
+            raise UserError(f"{self.benchmark}: --features has none of the modality '{min(missing)}'.")
         for folder in [self.videos] if self.videos else [folder for _, _, folder in self.features]:
             if not folder.is_dir():
                 raise UserError(f"{self.benchmark}: {folder}: no such folder.")
@@ -129,17 +129,17 @@ class EventSource:
     def streams(self) -> dict[str, FeatureStream]:
         """The shape of each stream, by the first of its files."""
         found = {}
-        for sense, name, folder in self.features:
+        for modality, name, folder in self.features:
             file = min(folder.glob("*.npy"), default=None)
             if file is None:
-                raise UserError(f"--features {sense}:{name}={folder}: holds no .npy files.")
+                raise UserError(f"--features {modality}:{name}={folder}: holds no .npy files.")
             try:
                 with open(file, "rb") as content:
                     shape, _, _ = header(content.read(_HEADER_BYTES))
                 steps, dim = shape
             except (DecodeError, ValueError) as error:
-                raise UserError(f"--features {sense}:{name}: {file} does not hold [steps, dim] ({error}).") from None
-            found[name] = FeatureStream(sense, steps, dim)
+                raise UserError(f"--features {modality}:{name}: {file} does not hold [steps, dim] ({error}).") from None
+            found[name] = FeatureStream(modality, steps, dim)
         return found
 
     def _folder(self, stream: str) -> Path:
@@ -154,19 +154,19 @@ class EventSource:
 
 
 def parse_features(text: str) -> tuple[str, str, Path]:
-    """Read `SENSE:NAME=DIR`.
+    """Read `MODALITY:NAME=DIR`.
 
     Raises:
         UserError: for anything else.
     """
     stream, _, folder = text.partition("=")
-    sense, _, name = stream.partition(":")
-    if sense not in MODALITIES or not STREAM_NAME.fullmatch(name) or not folder:
+    modality, _, name = stream.partition(":")
+    if modality not in MODALITIES or not STREAM_NAME.fullmatch(name) or not folder:
         raise UserError(
-            f"--features {text}: write SENSE:NAME=DIR, with a sense of {format_list(MODALITIES)} and a name of small letters, "
+            f"--features {text}: write MODALITY:NAME=DIR, with a modality of {format_list(MODALITIES)} and a name of small letters, "
             "digits and _."
         )
-    return sense, name, Path(folder)
+    return modality, name, Path(folder)
 
 
 def _found(folder: Path, candidate: ClipSource, suffixes: tuple[str, ...]) -> Path:

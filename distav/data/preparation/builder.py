@@ -50,7 +50,7 @@ class BuildConfig:
     shard_samples: int = 1000
     label_noise: LabelNoise | None = None
     correspondence_noise: float = 0.0
-    cross_class: bool = False
+    cross_class_only: bool = False
 
     def __post_init__(self) -> None:
         if self.shard_samples < 1:
@@ -88,8 +88,8 @@ def _build(
     about = source.info() if isinstance(source, EventSource) else SourceInfo()
     if isinstance(source, EventSource) and plan.encoding.clip_s != SECONDS:
         raise UserError(f"--clip-s={plan.encoding.clip_s:g}: the annotations are of {SECONDS} s; leave it out.")
-    if about.multi_label and (plan.label_noise or plan.cross_class):
-        raise UserError("--label-noise and --cross-class are for one class a sample; these have several.")
+    if about.multi_label and (plan.label_noise or plan.cross_class_only):
+        raise UserError("--label-noise and --cross-class-only are for one class a sample; these have several.")
     claim(work, recipe)
     candidates = source.candidates()
     chunks = [candidates[start : start + CHUNK] for start in range(0, len(candidates), CHUNK)]
@@ -126,7 +126,7 @@ def _assemble(
         noisy = name == "train"
         true = np.array([0 if about.multi_label else classes.index(each.label) for each in clips], dtype=np.int64)
         swapped = plan.correspondence_noise if noisy else 0.0
-        pair = mismatch_pairs(len(clips), swapped, rng, true if plan.cross_class else None)
+        pair = mismatch_pairs(len(clips), swapped, rng, true if plan.cross_class_only else None)
         keys = keys_of(name, len(clips))
         samples = Samples(name, keys, clips, pair, members, sounds, plan.encoding, work, work)
         shards, rows = samples.write(out, plan.shard_samples, workers)
@@ -146,10 +146,10 @@ def _assemble(
         if noisy and (flips or plan.correspondence_noise):
             splits[name]["noise"] = {
                 "label_rate": float((given != true).mean()),
-                "correspondence_rate_nominal": float((pair != np.arange(len(pair))).mean()),
+                "swapped_audio_rate": float((pair != np.arange(len(pair))).mean()),
             }
             if not about.multi_label:
-                splits[name]["noise"]["correspondence_rate_semantic"] = float((true[pair] != true).mean())
+                splits[name]["noise"]["cross_class_audio_rate"] = float((true[pair] != true).mean())
     write_index(out, index, members)
     write_table(out / "labels.parquet", _with_truth(pa.concat_tables(labels), plan), work)
     manifest = {"format": 1, "classes": classes, "clip_s": plan.encoding.clip_s, "splits": splits}
@@ -162,7 +162,7 @@ def _assemble(
         manifest["multi_label"] = True
     if events:
         write_table(out / EVENTS, pa.concat_tables(events), work)
-        manifest["annotated"] = annotated
+        manifest["annotated_splits"] = annotated
     return manifest
 
 

@@ -96,7 +96,7 @@ def clean_dataset(cleaning: CleaningConfig, out: Path, workers: int) -> BuildRes
     write_rejected(out, [_rejected(shards, train, verdict, sample) for sample in sorted(verdict.left_out)])
     manifest = _copy(shards, verdict, out, cleaning.shard_samples, workers)
     changed = int((verdict.before != verdict.after)[verdict.kept].sum())
-    finish(out, manifest | {"recipe": recipe, "rejected": len(verdict.left_out), "relabelled": changed})
+    finish(out, manifest | {"recipe": recipe, "rejected": len(verdict.left_out), "num_relabeled": changed})
     done = ready(out, recipe)
     assert done
     return done
@@ -131,7 +131,7 @@ def _copy(shards: ShardedDataset, verdict: ReviewResult, out: Path, shard_sample
         if "noise" in before and "true_label" in table.column_names:
             pairs = zip(table.column("label").to_pylist(), table.column("true_label").to_pylist(), strict=True)
             splits[name]["noise"] = {"label_rate": float(np.mean([one != other for one, other in pairs]))}
-        if name in shards.manifest.get("annotated", ()):
+        if name in shards.manifest.get("annotated_splits", ()):
             events.append(_events(shards, split, kept))
     write_index(out, index, split.members)
     write_table(out / "labels.parquet", pa.concat_tables(labels), out / WORK)

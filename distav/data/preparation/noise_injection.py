@@ -94,7 +94,7 @@ def mismatch_pairs(
         return pair
     if 2 * np.bincount(classes[chosen]).max() > len(chosen):
         raise UserError(
-            f"--cross-class: one class has more than half of the {len(chosen)} clips that are to be swapped; leave the "
+            f"--cross-class-only: one class has more than half of the {len(chosen)} clips that are to be swapped; leave the "
             "option out, or make the classes more even."
         )
     for clip in chosen[classes[pair[chosen]] == classes[chosen]]:

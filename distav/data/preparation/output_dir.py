@@ -56,7 +56,7 @@ def ready(out: Path, recipe: dict[str, Any]) -> BuildResult | None:
         raise UserError(f"{out} holds a set made with other arguments; choose another folder or delete it.")
     shutil.rmtree(out / WORK, ignore_errors=True)
     clips = {name: split["clips"] for name, split in made["splits"].items()}
-    return BuildResult(clips, made["rejected"], 0.0, num_relabeled=made.get("relabelled"))
+    return BuildResult(clips, made["rejected"], 0.0, num_relabeled=made.get("num_relabeled"))
 
 
 def _described(thing: Any) -> Any:

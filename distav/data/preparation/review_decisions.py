@@ -15,7 +15,7 @@ from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.files import read_table
 
-PAIRS = ("wrong", "right", "")
+PAIRS = ("mismatched", "matched", "")
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def apply_decisions(
     place = {str(key): number for number, key in enumerate(split.keys)}
     if labels:
         measured = ["confidence", *(["correspondence"] if min_correspondence > 0 else [])]
-        columns = _columns(labels, "--labels", ["key", "corrected", *measured])
+        columns = _columns(labels, "--labels", ["key", "corrected_label", *measured])
         for row, sample in enumerate(_samples(columns["key"], place, f"--labels={labels}", split)):
             where = f"--labels={labels}, key '{columns['key'][row]}'"
-            number = _class(columns["corrected"][row], shards.classes, where)
+            number = _class(columns["corrected_label"][row], shards.classes, where)
             if _number(columns["confidence"][row], f"{where}: confidence") >= min_confidence:
                 after[sample] = number
             if min_correspondence > 0:
@@ -80,12 +80,12 @@ def apply_decisions(
             where = f"--decisions={decisions}, key '{columns['key'][row]}'"
             label, pair = columns["label"][row], columns["pair"][row] if "pair" in columns else ""
             if pair not in PAIRS:
-                raise UserError(f"{where}: pair '{pair}'; allowed: wrong, right, or nothing.")
+                raise UserError(f"{where}: pair '{pair}'; allowed: mismatched, matched, or nothing.")
             if label:
                 after[sample] = _class(label, shards.classes, where)
             left_out.pop(sample, None)
-            if pair == "wrong":
-                left_out[sample] = "pair found wrong"
+            if pair == "mismatched":
+                left_out[sample] = "mismatched pair"
     return ReviewResult(given, after, left_out)
 
 

@@ -36,7 +36,7 @@ class VideoFolder:
     """`videos DIR`: one folder a class; a share of the files of each class goes to the test split."""
 
     folder: Path
-    test_share: float = 0.1
+    test_fraction: float = 0.1
     seed: int = 0
 
     def candidates(self) -> list[ClipSource]:
@@ -45,8 +45,8 @@ class VideoFolder:
         Raises:
             UserError: where there is no such folder, or no class folder with a file in it.
         """
-        if not 0 <= self.test_share < 1:
-            raise UserError(f"--test-share={self.test_share}: has to be from 0 up to, not including, 1.")
+        if not 0 <= self.test_fraction < 1:
+            raise UserError(f"--test-fraction={self.test_fraction}: has to be from 0 up to, not including, 1.")
         if not self.folder.is_dir():
             raise UserError(f"videos {self.folder}: no such folder.")
         found = []
@@ -55,7 +55,7 @@ class VideoFolder:
             files.sort(
                 key=lambda each: hashlib.sha256(f"{self.seed}/{each.relative_to(self.folder)}".encode()).digest()
             )
-            num_test = round(self.test_share * len(files))
+            num_test = round(self.test_fraction * len(files))
             found += [
                 ClipSource(str(file.relative_to(self.folder)), folder.name, "test" if place < num_test else "train")
                 for place, file in enumerate(files)

@@ -5,7 +5,7 @@ tools/audit.py runs/mine --most 5000 --out mine.html --embeddings embeddings/min
 
 The page needs no server: open it in a browser. It ranks what the run's last correction found wrong, each with frames,
 sound, and the clips that it looks and sounds like; keys accept or reject, `Save decisions` writes a CSV file, which
-tools/make_shards.py cleaned SHARDS OUT --decisions FILE makes a clean set of, and data.label_overrides=FILE trains on.
+tools/make_shards.py clean SHARDS OUT --decisions FILE makes a clean set of, and data.label_overrides=FILE trains on.
 """
 
 import argparse
@@ -31,13 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     out = options.out or options.run / "audit.html"
     try:
-        for name, least in (("most", 0), ("neighbors", 1), ("thumb", 16)):
-            if getattr(options, name) < least:
-                raise UserError(f"--{name}={getattr(options, name)}: allowed: from {least} up.")
+        for name, least in (("limit", 0), ("neighbors", 1), ("thumbnail-height", 16)):
+            if getattr(options, name.replace("-", "_")) < least:
+                raise UserError(f"--{name}={getattr(options, name.replace("-", "_"))}: allowed: from {least} up.")
         audit = _audit(options)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            write_page(audit, out, options.thumb)
+            write_page(audit, out, options.thumbnail_height)
         except OSError as error:
             raise UserError(f"--out={out}: {error.strerror}; choose another file.") from None
     except UserError as error:
@@ -55,11 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     add("run", type=Path, metavar="RUN", help="the folder of a finished run with a phase of kind correction")
     add("--out", type=Path, metavar="FILE", help="the page (RUN/audit.html)")
     add("--shards", default="", metavar="SHARDS", help="the set that the run learnt from, where it has moved")
-    add("--most", type=int, default=1000, metavar="N", help="problems of each list; 0: all (%(default)s)")
+    add("--limit", type=int, default=1000, metavar="N", help="problems of each list; 0: all (%(default)s)")
     add("--neighbors", type=int, default=8, metavar="K", help="clips shown beside each problem (%(default)s)")
     add("--embeddings", type=Path, metavar="DIR", help="what tools/embed.py wrote of the set, in place of embedding it")
-    add("--thumb", type=int, default=96, metavar="PIXELS", help="largest height of a frame (%(default)s)")
-    add("--batch", type=int, default=32, help="clips embedded at a time (%(default)s)")
+    add("--thumbnail-height", type=int, default=96, metavar="PIXELS", help="largest height of a frame (%(default)s)")
+    add("--batch-size", type=int, default=32, help="clips embedded at a time (%(default)s)")
     return parser
 
 
@@ -81,7 +81,7 @@ def _audit(options: argparse.Namespace) -> Audit:
         "pairs that look wrong": f"{problems[1].total}",
         "clips that could not be read": f"{len(report['skipped_samples'])}",
     }
-    problems = [each.first(options.most) for each in problems]
+    problems = [each.first(options.limit) for each in problems]
     embeddings = _embeddings(options, split)
     near = [neighbors_of(embeddings, split, each.ids, options.neighbors) for each in problems]
     found = report["corrections"][-1]
@@ -91,7 +91,7 @@ def _audit(options: argparse.Namespace) -> Audit:
 def _embeddings(options: argparse.Namespace, split: Split) -> Embeddings:
     if not options.embeddings:
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        return Encoders.open(options.run / "export", device, options.batch).of_clips(split)
+        return Encoders.open(options.run / "export", device, options.batch_size).of_clips(split)
     files = sorted(options.embeddings.glob(f"{split.name}-*.parquet"))
     tables = [pq.read_table(each) for each in files]
     keys = [key for each in tables for key in each.column("key").to_pylist()]

@@ -18,7 +18,7 @@ function csv() {
       line.label = Number.isInteger(decision) ? classes[decision] : decision === "accepted" ? line.proposed : line.given;
     } else {
       line.pair_decision = decision;
-      line.pair = decision === "accepted" ? "wrong" : "right";
+      line.pair = decision === "accepted" ? "mismatched" : "matched";
     }
     lines.set(line.key, line);
   }

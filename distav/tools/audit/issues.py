@@ -17,7 +17,16 @@ from distav.data.files import read_table
 from distav.evaluation.embedding import Embeddings, unit
 from distav.memory.knn import LARGEST_K, nearest_neighbors
 
-COLUMNS = ("id", "key", "given", "corrected", "voted", "confidence", "agreement", "correspondence")
+COLUMNS = (
+    "id",
+    "key",
+    "given_label",
+    "corrected_label",
+    "knn_label",
+    "confidence",
+    "self_confidence",
+    "correspondence",
+)
 MISMATCH_THRESHOLD = 0.5
 """Pairs that are less probable than this look wrong."""
 
@@ -55,8 +64,8 @@ def label_issues(table: pa.Table) -> Issues:
 
     Some of these the correction leaves as they are, since most given labels are right; a person can tell.
     """
-    agreement = table.column("agreement").to_numpy().astype(np.float64)
-    given, voted = (np.array(table.column(name).to_pylist()) for name in ("given", "voted"))
+    agreement = table.column("self_confidence").to_numpy().astype(np.float64)
+    given, voted = (np.array(table.column(name).to_pylist()) for name in ("given_label", "knn_label"))
     return ranked("label", 1 - agreement, given != voted)
 
 
@@ -96,14 +105,14 @@ def neighbors_of(embeddings: Embeddings, split: Split, ids: np.ndarray, k: int) 
         k: how many.
 
     Returns:
-        By sense: ids [p, k], -1 where there are fewer, and cosines [p, k].
+        By modality: ids [p, k], -1 where there are fewer, and cosines [p, k].
     """
     groups = torch.from_numpy(split.source_codes)
     k = min(k, len(split) - 1, LARGEST_K)
     found = {}
-    for sense in ("visual", "audio"):
-        rows = torch.from_numpy(unit(getattr(embeddings, sense)))
+    for modality in ("visual", "audio"):
+        rows = torch.from_numpy(unit(getattr(embeddings, modality)))
         valid = torch.from_numpy(embeddings.valid) & (rows.norm(dim=1) > 0)
         near, cosines = nearest_neighbors(rows, k, groups, valid, queries=torch.from_numpy(ids))
-        found[sense] = near.numpy(), cosines.numpy()
+        found[modality] = near.numpy(), cosines.numpy()
     return found

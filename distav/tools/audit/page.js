@@ -185,7 +185,7 @@ function again() {
 }
 
 function overview() {
-  const rate = (found) => found ? `${percent(found.rate)} (${percent(found.low)} to ${percent(found.high)})` : "not known";
+  const rate = (found) => found ? `${percent(found.estimate)} (${percent(found.ci95_low)} to ${percent(found.ci95_high)})` : "not known";
   const facts = make("table", { className: "facts" }, ...data.facts.map(([name, value]) => make("tr", {}, make("td", { textContent: name }), make("td", { textContent: value }))),
     make("tr", {}, make("td", { textContent: "labels that are wrong" }), make("td", { textContent: rate(data.noise.labels) })),
     make("tr", {}, make("td", { textContent: "pairs that are wrong" }), make("td", { textContent: rate(data.noise.pairs) })));
@@ -194,8 +194,8 @@ function overview() {
     const found = data.noise.classes[name], bar = make("div", { className: "bar" });
     if (found) {
       bar.append(make("b"), make("s"));
-      bar.firstChild.style.width = scale(found.rate);
-      Object.assign(bar.lastChild.style, { left: scale(found.low), width: scale(found.high - found.low) });
+      bar.firstChild.style.width = scale(found.estimate);
+      Object.assign(bar.lastChild.style, { left: scale(found.ci95_low), width: scale(found.ci95_high - found.ci95_low) });
     }
     return make("tr", {}, make("td", { textContent: name }), make("td", { textContent: data.counts.given[number] }),
       make("td", { textContent: data.counts.corrected[number] }), make("td", { textContent: rate(found) }), make("td", {}, bar));

@@ -22,7 +22,7 @@ from distav.tools.audit.issues import Issues
 from distav.tools.audit.thumbnails import small_sound, strip
 
 Neighbors = dict[str, tuple[np.ndarray, ...]]
-"""By sense: ids [p, k], -1 where there are fewer, and cosines [p, k]."""
+"""By modality: ids [p, k], -1 where there are fewer, and cosines [p, k]."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _data(audit: Audit) -> dict[str, Any]:
     number = {name: place for place, name in enumerate(audit.classes)}
     given, proposed, corrected = (
         np.array([number[name] for name in audit.table.column(column).to_pylist()], dtype=np.int64)
-        for column in ("given", "voted", "corrected")
+        for column in ("given_label", "knn_label", "corrected_label")
     )
     counts = np.zeros((len(audit.classes),) * 2, dtype=np.int64)
     np.add.at(counts, (given, corrected), 1)
@@ -111,8 +111,8 @@ def _data(audit: Audit) -> dict[str, Any]:
         items["kind"] += [problems.kind] * len(problems.ids)
         items["clip"] += np.searchsorted(clips, problems.ids).tolist()
         items["score"] += problems.scores.tolist()
-        for sense, (ids, cosines) in near.items():
-            items[sense] += [
+        for modality, (ids, cosines) in near.items():
+            items[modality] += [
                 [[int(np.searchsorted(clips, one)), round(float(cosine), 4)] for one, cosine in row if one >= 0]
                 for row in (zip(*each, strict=True) for each in zip(ids, cosines, strict=True))
             ]
@@ -144,5 +144,5 @@ def _data(audit: Audit) -> dict[str, Any]:
 
 
 def _digest(table: pa.Table) -> str:
-    text = json.dumps([table.column(name).to_pylist() for name in ("key", "given", "voted")])
+    text = json.dumps([table.column(name).to_pylist() for name in ("key", "given_label", "knn_label")])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

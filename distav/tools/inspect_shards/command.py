@@ -2,7 +2,7 @@
 
 tools/inspect_shards.py verify shards/mine
 tools/inspect_shards.py stats shards/mine
-tools/inspect_shards.py show shards/mine
+tools/inspect_shards.py preview shards/mine
 """
 
 import argparse
@@ -27,7 +27,7 @@ or an argument is wrong."""
 _EXAMPLES = {
     "verify": "inspect_shards.py verify shards/mine --labels runs/first/labels/labels.parquet",
     "stats": "inspect_shards.py stats shards/mine --clips 0 --workers 8 --json mine.json",
-    "show": "inspect_shards.py show shards/mine --class dog --clips 12 --out dogs.png",
+    "preview": "inspect_shards.py preview shards/mine --class dog --clips 12 --out dogs.png",
 }
 
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.command == "verify":
-            return _verify(options.root, options.labels, options.most)
+            return _verify(options.root, options.labels, options.limit)
         return _stats(options) if options.command == "stats" else _show(options)
     except UserError as error:
         print(f"inspect_shards: {error}", file=sys.stderr)
@@ -60,17 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     checks.add_argument(
         "--labels", default="", metavar="TABLE", help="a table that is to be used as data.label_overrides"
     )
-    checks.add_argument("--most", type=int, default=100, metavar="N", help="faults that are printed (%(default)s)")
+    checks.add_argument("--limit", type=int, default=100, metavar="N", help="faults that are printed (%(default)s)")
 
     figures = command("stats", "Tell what each split holds, and how some of its clips look and sound.")
     add = figures.add_argument
     add("--clips", type=int, default=1000, metavar="N", help="clips of a split to decode; 0: all (%(default)s)")
     add("--seed", type=int, default=0, help="by which they are drawn (%(default)s)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode (%(default)s)")
-    add("--most", type=int, default=20, metavar="N", help="rows of a table, and keys of a list (%(default)s)")
+    add("--limit", type=int, default=20, metavar="N", help="rows of a table, and keys of a list (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the same figures there, of all classes and keys")
 
-    sheet = command("show", "Draw a contact sheet: frames and sound of some clips, with their keys and labels.")
+    sheet = command("preview", "Draw a contact sheet: frames and sound of some clips, with their keys and labels.")
     add = sheet.add_argument
     add("--out", type=Path, metavar="FILE", help="picture to write (SHARDS-SPLIT.png in this folder)")
     add("--split", default="train", help="(%(default)s)")
@@ -99,10 +99,10 @@ def _verify(root: str, labels: str, most: int) -> int:
 
 
 def _stats(options: argparse.Namespace) -> int:
-    for name, least in (("clips", 0), ("seed", 0), ("workers", 1), ("most", 1)):
+    for name, least in (("clips", 0), ("seed", 0), ("workers", 1), ("limit", 1)):
         _at_least(name, getattr(options, name), least)
     found = stats(options.root, options.clips, options.seed, options.workers)
-    print(told(found, options.most))
+    print(told(found, options.limit))
     if options.json:
         write_atomically(options.json, stats_json(found))
     damaged = any(each["decoded"]["damaged"] or each["decoded"]["undecodable"] for each in found["splits"].values())

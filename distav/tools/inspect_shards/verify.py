@@ -49,7 +49,7 @@ def verify(root: str | Path, labels: str = "") -> Iterator[str]:
 
 def _labels(shards: ShardedDataset, split: Split, table: str) -> Iterator[str]:
     try:
-        if shards.multi_label or split.name in shards.manifest.get("annotated", ()):
+        if shards.multi_label or split.name in shards.manifest.get("annotated_splits", ()):
             load_events(shards, split)
         if not shards.multi_label:
             load_labels(shards, split, table)

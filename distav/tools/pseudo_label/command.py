@@ -1,7 +1,7 @@
-"""Harvest labels: what is heard and what is seen in each second, by a teacher for each sense (VALOR, Lai et al. 2023).
+"""Harvest labels: what is heard and what is seen in each second, by a teacher for each modality (VALOR, Lai et al. 2023).
 
-tools/harvest_labels.py shards/llp_clips --prompts configs/teachers/llp.yaml --out labels/llp
-deepspeed --num_gpus 8 tools/harvest_labels.py shards/llp_clips --prompts configs/teachers/llp.yaml --out labels/llp
+tools/pseudo_label.py shards/llp_clips --prompts configs/teachers/llp.yaml --out labels/llp
+deepspeed --num_gpus 8 tools/pseudo_label.py shards/llp_clips --prompts configs/teachers/llp.yaml --out labels/llp
 
 Teachers score every second once, and scores are kept in OUT/scores; the same command goes on after a kill, and with
 other thresholds in the file of prompts it makes the tables anew without asking them again. An event is told where the
@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        if options.batch < 1:
-            raise UserError(f"--batch={options.batch}: allowed: from 1 up.")
+        if options.batch_size < 1:
+            raise UserError(f"--batch-size={options.batch_size}: allowed: from 1 up.")
         shards = ShardedDataset.open(options.shards, cache_mib=DataSettings().cache_mib)
         prompts = read_prompts(options.prompts)
         order = _check(shards, prompts, options.prompts)
@@ -60,17 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out = options.out
             run_on_main_rank(lambda: _claim(out, shards, prompts))
             for split in splits:
-                _score(split, prompts, out, options.batch, world)
+                _score(split, prompts, out, options.batch_size, world)
             barrier()
             run_on_main_rank(lambda: _tell(shards, prompts, order, out))
     except UserError as error:
-        return exit_with_error(error, "harvest_labels")
+        return exit_with_error(error, "pseudo_label")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="harvest_labels.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="pseudo_label.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("shards", metavar="SHARDS", help="the folder or URL of a set of clips")
@@ -96,14 +96,14 @@ def _check(shards: ShardedDataset, prompts: dict[str, Prompts], path: Path) -> l
     if missing:
         raise UserError(
             f"{path}: has no prompts for {format_list(missing)} of {shards.where}; add them under classes, with a caption "
-            "and a threshold for each sense."
+            "and a threshold for each modality."
         )
     return [asked.index(name) for name in shards.classes]
 
 
 def _claim(out: Path, shards: ShardedDataset, prompts: dict[str, Prompts]) -> None:
     """Make sure that the scores in a folder, if any, are of this set and these captions."""
-    asked = {sense: [each.checkpoint, each.classes, each.captions] for sense, each in prompts.items()}
+    asked = {modality: [each.checkpoint, each.classes, each.captions] for modality, each in prompts.items()}
     text = json.dumps({"set": digest_of(shards), "asked": asked}, indent=1, sort_keys=True)
     path = about_file(out)
     if path.exists() and path.read_text() != text:
@@ -136,15 +136,15 @@ def _score(split: Split, prompts: dict[str, Prompts], out: Path, batch: int, wor
 
 def _score_chunk(loader: Loader, ids: np.ndarray, teachers: dict[str, Teacher], out: Path, chunk: int) -> None:
     """Score some samples and write their file; NaN where one could not be read."""
-    found: dict[str, list[np.ndarray]] = {sense: [] for sense in MODALITIES}
+    found: dict[str, list[np.ndarray]] = {modality: [] for modality in MODALITIES}
     size = loader.pipeline.batch
     plan = padded_batches(ids, size, -(-len(ids) // size))
     for batch in loader.batches((some, 0) for some in plan):
         media = {"audio": batch.media["sound"], "visual": batch.media["frames"]}
-        for sense, teacher in teachers.items():
-            scores = teacher.scores(media[sense])
-            found[sense].append(scores.masked_fill(~batch.valid[:, None, None], torch.nan).cpu().numpy())
-    whole = {sense: np.concatenate(parts)[: len(ids)] for sense, parts in found.items()}
+        for modality, teacher in teachers.items():
+            scores = teacher.scores(media[modality])
+            found[modality].append(scores.masked_fill(~batch.valid[:, None, None], torch.nan).cpu().numpy())
+    whole = {modality: np.concatenate(parts)[: len(ids)] for modality, parts in found.items()}
     write_scores(score_file(out, loader.split.name, chunk), whole["audio"], whole["visual"])
 
 
@@ -153,7 +153,7 @@ def _tell(shards: ShardedDataset, prompts: dict[str, Prompts], order: list[int],
 
     Splits are told of that were scored in this call or in an earlier one.
     """
-    thresholds = np.stack([prompts[sense].thresholds[order] for sense in MODALITIES])[None, :, None, :]
+    thresholds = np.stack([prompts[modality].thresholds[order] for modality in MODALITIES])[None, :, None, :]
     tables, quality = [], dict[str, Any]()
     for name in shards.manifest["splits"]:
         split = shards.split(name, "--splits")

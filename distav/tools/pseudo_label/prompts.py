@@ -29,7 +29,7 @@ class Prompts:
 
 
 def read_prompts(path: Path) -> dict[str, Prompts]:
-    """Read the prompts of both senses, `audio` and `visual`, from a YAML file such as configs/teachers/llp.yaml.
+    """Read the prompts of both modalities, `audio` and `visual`, from a YAML file such as configs/teachers/llp.yaml.
 
     Raises:
         UserError: for a missing file or anything that is missing or of another kind in it, by its place.
@@ -44,18 +44,18 @@ def read_prompts(path: Path) -> dict[str, Prompts]:
     if not classes:
         raise UserError(f"{path}: classes is empty; give at least one.")
     found = {}
-    for sense in MODALITIES:
-        teacher = _part(content, sense, dict, path)
-        template = _part(teacher, "template", str, path, f"{sense}.")
+    for modality in MODALITIES:
+        teacher = _part(content, modality, dict, path)
+        template = _part(teacher, "template", str, path, f"{modality}.")
         if template.count("{}") != 1:
-            raise UserError(f"{path}: {sense}.template='{template}' has to hold {{}} once, where the class goes.")
+            raise UserError(f"{path}: {modality}.template='{template}' has to hold {{}} once, where the class goes.")
         captions, thresholds = [], []
         for name, words in classes.items():
             where = f"classes.{name}."
-            captions.append(template.replace("{}", _part(words, sense, str, path, where)))
-            thresholds.append(_part(words, f"{sense}_threshold", (int, float), path, where))
-        checkpoint = _part(teacher, "checkpoint", str, path, f"{sense}.")
-        found[sense] = Prompts(checkpoint, list(map(str, classes)), captions, np.array(thresholds, dtype=np.float32))
+            captions.append(template.replace("{}", _part(words, modality, str, path, where)))
+            thresholds.append(_part(words, f"{modality}_threshold", (int, float), path, where))
+        checkpoint = _part(teacher, "checkpoint", str, path, f"{modality}.")
+        found[modality] = Prompts(checkpoint, list(map(str, classes)), captions, np.array(thresholds, dtype=np.float32))
     return found
 
 

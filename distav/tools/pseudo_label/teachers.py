@@ -20,7 +20,7 @@ _AT_ONCE = 32
 
 
 class Teacher(Protocol):
-    """Scores segments of one sense."""
+    """Scores segments of one modality."""
 
     def scores(self, media: Tensor) -> Tensor:
         """Return [B, T, C] float32 for media [B, ...]; the higher, the likelier."""

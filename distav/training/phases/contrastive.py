@@ -61,7 +61,7 @@ class _CategoryWatch:
             contrast, imbalance = torch.stack(self.seen).mean(0).tolist()
             num_categories = self.run.settings.model.num_categories or len(self.run.data.shards.classes)
             used = effective_num_categories(imbalance, num_categories)
-            self.run.logger.log_metrics(self.run.progress.total_steps, {"categories/used": used})
+            self.run.logger.log_metrics(self.run.progress.total_steps, {"categories/effective_number": used})
             fault = detect_category_collapse(contrast, imbalance, num_categories)
             if (
                 fault

@@ -33,25 +33,24 @@ def summarize_correction(run: Run, name: str, found: Correction) -> None:
     by_class = zip(labels.classes, found.class_rates, strict=True) if found.has_signal else ()
     summary = {
         "phase": name,
-        "signal_nats": round(found.log_likelihood_gain, 1),
-        "chosen": found.selected_votes,
-        "changed": changed,
-        "label_noise": found.label_rate.as_dict(),
+        "log_likelihood_gain": round(found.log_likelihood_gain, 1),
+        "selected_votes": found.selected_votes,
+        "changed_fraction": changed,
+        "label_noise_rate": found.label_rate.as_dict(),
         "label_noise_rate_by_class": {each: rate.as_dict() for each, rate in by_class},
         "pair_mismatch_rate": found.pair_rate.as_dict(),
     }
     record: dict[str, float | str] = {
         "phase": name,
-        "labels/changed": changed,
-        "labels/noise_rate": found.label_rate.rate,
-        "pairs/noise_rate": found.pair_rate.rate,
+        "labels/changed_fraction": changed,
+        "labels/noise_rate": found.label_rate.estimate,
+        "correspondence/mismatch_rate": found.pair_rate.estimate,
     }
     told = ""
     if labels.true is not None:
         accuracy = label_accuracy(labels.given, corrected, labels.true)
         accuracy |= {
-            f"calibration_error_{each}": calibration_error(getattr(found, each), labels.true)
-            for each in ("held_out", "posterior")
+            f"ece_{each}": calibration_error(getattr(found, each), labels.true) for each in ("held_out", "posterior")
         }
         record |= {f"labels/{key}": value for key, value in accuracy.items() if value is not None}
         summary["label_accuracy"] = run.notes["label_accuracy"] = accuracy
@@ -60,7 +59,7 @@ def summarize_correction(run: Run, name: str, found: Correction) -> None:
     wrong = labels.mismatched()
     if wrong is not None and wrong.any() and labels.pair_id is not None:
         swapped = labels.pair_id != np.arange(len(split))
-        run.notes["correspondence_auroc"] = record["pairs/auroc"] = auroc(correspondence, ~wrong)
+        run.notes["correspondence_auroc"] = record["correspondence/auroc"] = auroc(correspondence, ~wrong)
         summary["pair_auroc"] = {
             "other_class": auroc(correspondence, ~wrong),
             "swapped": auroc(correspondence, ~swapped),
@@ -69,7 +68,7 @@ def summarize_correction(run: Run, name: str, found: Correction) -> None:
             kinds = noise_kinds(labels.given != labels.true, wrong)
             told_kinds = noise_kinds(corrected != labels.given, correspondence < 0.5)
             summary["noise_confusion"] = confusion(kinds, told_kinds, NOISE_KINDS)
-            run.logger.confusion("noise/true_to_told", kinds, told_kinds, NOISE_KINDS, step)
+            run.logger.confusion("noise/true_vs_predicted", kinds, told_kinds, NOISE_KINDS, step)
     run.notes["labels_changed"] = changed
     run.notes.setdefault("corrections", []).append(summary)
     if run.world.is_main:
@@ -77,9 +76,9 @@ def summarize_correction(run: Run, name: str, found: Correction) -> None:
         (run.folder / "labels").mkdir(exist_ok=True)
         write_table(run.folder / "labels" / f"{name}.parquet", table)
     run.logger.log_metrics(step, record)
-    run.logger.confusion("labels/given_to_corrected", labels.given, corrected, labels.classes, step)
+    run.logger.confusion("labels/given_vs_corrected", labels.given, corrected, labels.classes, step)
     run.logger.histogram("labels/confidence", torch.from_numpy(np.ascontiguousarray(confidence)), step)
-    noise = "label noise {rate:.0%} ({low:.0%} to {high:.0%})".format(**found.label_rate.as_dict())
+    noise = "label noise {estimate:.0%} ({ci95_low:.0%} to {ci95_high:.0%})".format(**found.label_rate.as_dict())
     if found.has_signal:
         share = f"{100 * changed:.1f} % of clips"
         run.logger.info(f"phase={name} corrected labels differ from the given ones for {share}{told}; {noise}")

@@ -81,10 +81,10 @@ def estimate_correspondence(run: Run, settings: ContrastivePhase, trusted: bool)
     """
     similarity, step = run.bank.pair_similarity(), run.progress.total_steps
     seen = torch.isfinite(similarity)
-    run.logger.histogram("pairs/similarity", similarity, step)
+    run.logger.histogram("correspondence/similarity", similarity, step)
     if int(seen.sum()) < _FEWEST_SEEN:
         return {}
-    record: dict[str, Any] = {"pairs/similarity_mean": float(similarity[seen].mean())}
+    record: dict[str, Any] = {"correspondence/similarity_mean": float(similarity[seen].mean())}
     refined = settings.correspondence_estimator is Estimator.scc
     if refined:
         _measure_trust(run, settings)
@@ -96,10 +96,13 @@ def estimate_correspondence(run: Run, settings: ContrastivePhase, trusted: bool)
         run.notes["correspondence_estimated"] = True
         run.bank.set_correspondence(estimate)
     if trusted or refined:
-        run.logger.histogram("pairs/correspondence", estimate, step)
+        run.logger.histogram("correspondence/correspondence", estimate, step)
         weights = sample_weights(estimate, settings.min_pair_weight)
-        run.logger.histogram("pairs/weight", weights, step)
-        record |= {"pairs/weight_mean": float(weights.mean()), "pairs/correspondence_mean": float(estimate.mean())}
+        run.logger.histogram("correspondence/weight", weights, step)
+        record |= {
+            "correspondence/weight_mean": float(weights.mean()),
+            "correspondence/correspondence_mean": float(estimate.mean()),
+        }
     record |= _ground_truth_metrics(run, settings.correspondence_estimator, similarity, estimate)
     run.logger.log_metrics(step, record)
     return record
@@ -114,7 +117,7 @@ def _from_bank(run: Run, estimator: Estimator, similarity: Tensor, seen: Tensor)
     if estimator is Estimator.gmm:
         estimate[seen], mixture = gmm_correspondence(similarity[seen])
         for side, mean, share in zip(("low", "high"), mixture.means, mixture.shares, strict=True):
-            told |= {f"pairs/mean_{side}": mean, f"pairs/share_{side}": share}
+            told |= {f"correspondence/gmm_mean_{side}": mean, f"correspondence/gmm_fraction_{side}": share}
     elif estimator is Estimator.cdf:
         estimate[seen] = cdf_correspondence(similarity[seen])
     elif estimator is Estimator.category:
@@ -135,8 +138,8 @@ def _ground_truth_metrics(run: Run, estimator: Estimator, similarity: Tensor, es
     swapped, found = labels.pair_id != np.arange(len(wrong)), {}
     for name, each in scores.items():
         values = each.cpu().numpy()
-        found[f"pairs/auroc_{name}"] = auroc(values, ~wrong)
-        found[f"pairs/auroc_{name}_swapped"] = auroc(values, ~swapped)
+        found[f"correspondence/auroc_{name}"] = auroc(values, ~wrong)
+        found[f"correspondence/auroc_{name}_swapped"] = auroc(values, ~swapped)
     return found
 
 
@@ -144,11 +147,13 @@ def summarize_correspondence(run: Run, name: str, settings: ContrastivePhase) ->
     """At the end of a phase, estimate once more and note for the report what came of it."""
     told = estimate_correspondence(run, settings, trusted=True)
     summary: dict[str, Any] = {"phase": name, "estimator": settings.correspondence_estimator.name}
-    summary |= {key.removeprefix("pairs/"): value for key, value in told.items()}
+    summary |= {key.removeprefix("correspondence/"): value for key, value in told.items()}
     wrong = run.data.labels.mismatched()
     if wrong is not None and settings.correspondence_estimator is not Estimator.none:
         kinds = wrong.astype(np.int64)
         told_kinds = (run.bank.gather_column("correspondence") < _HALF).cpu().numpy().astype(np.int64)
         summary["confusion"] = confusion(kinds, told_kinds, PAIR_KINDS)
-        run.logger.confusion("pairs/true_to_told", kinds, told_kinds, PAIR_KINDS, run.progress.total_steps)
+        run.logger.confusion(
+            "correspondence/true_vs_predicted", kinds, told_kinds, PAIR_KINDS, run.progress.total_steps
+        )
     run.notes.setdefault("correspondence", []).append(summary)

@@ -12,7 +12,7 @@ from distav.training.run import Run
 
 PHASES: dict[str, Callable[[Run, str, Any], None]] = {
     "contrastive": run_contrastive,
-    "correction": run_correction,
+    "label_correction": run_correction,
     "supervised": run_supervised,
     "parsing": run_parsing,
 }

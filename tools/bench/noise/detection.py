@@ -57,7 +57,9 @@ def compare(run: Path, shards: Path, given: Path, table: str) -> dict[str, float
     if not wrong.any():
         return {}
     corrected = read_table(run / "labels" / f"{table}.parquet")
-    ours = np.array(corrected.column("given").to_pylist()) != np.array(corrected.column("corrected").to_pylist())
+    ours = np.array(corrected.column("given_label").to_pylist()) != np.array(
+        corrected.column("corrected_label").to_pylist()
+    )
     embeddings = Encoders.open(run / "export", torch.device("cpu"), batch=128).of_clips(split)
     chances = out_of_sample_pred_probs(embeddings, labels.given)
     theirs = np.asarray(find_label_issues(labels.given, chances, n_jobs=1), dtype=bool)

@@ -100,7 +100,7 @@ MOST_PAIRS = 0.4
 """The largest share of mismatched pairs."""
 SETS = {
     "easy": (),
-    "other classes": ("--cross-class",),
+    "other classes": ("--cross-class-only",),
     "hard": ("--degrade",),
     "speaker held out": ("--hold-out-speaker", "theo"),
 }

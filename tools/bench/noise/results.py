@@ -115,9 +115,9 @@ def _figures(report: dict[str, Any]) -> dict[str, float]:
     for number, each in enumerate(report.get("corrections", [])):
         last = number + 1 == len(report["corrections"])
         name = "last" if last else str(number + 1)
-        found[f"label_rate_{name}"] = 100 * each["label_noise"]["rate"]
-        found[f"pair_rate_{name}"] = 100 * each["pair_mismatch_rate"]["rate"]
-        found[f"changed_{name}"] = 100 * each["changed"]
+        found[f"label_rate_{name}"] = 100 * each["label_noise_rate"]["estimate"]
+        found[f"pair_rate_{name}"] = 100 * each["pair_mismatch_rate"]["estimate"]
+        found[f"changed_{name}"] = 100 * each["changed_fraction"]
         for key, value in each.get("label_accuracy", {}).items():
             if value is not None:
                 found[f"labels_{key}_{name}"] = 100 * value

@@ -47,7 +47,7 @@ class Bench:
             if not (digits / name).is_file():
                 raise UserError(f"--digits={digits}: has no {name}; get MNIST's test files and FSDD's recordings.")
 
-    def run(self, jobs: Iterable[Job], at_once: int) -> None:
+    def run(self, jobs: Iterable[Job], max_parallel: int) -> None:
         """Train what has no result yet; earlier jobs first, as soon as what they start from is there.
 
         Raises:
@@ -64,7 +64,7 @@ class Bench:
         failed: dict[Job, str] = {}
         while waiting or running:
             ready = [job for job in waiting if job.phase_1 is None or self.result_path(job.phase_1).exists()]
-            while ready and len(running) < at_once:
+            while ready and len(running) < max_parallel:
                 job = ready.pop(0)
                 waiting.remove(job)
                 process = context.Process(target=_train, args=self.task(job))
@@ -198,7 +198,7 @@ def _train(arguments: list[str], log: str, shards: Path, labels: Path, corrects:
 
 
 def run(
-    digits: Path, work: Path, seeds: Sequence[int], sets: Sequence[str], parts: Sequence[str], at_once: int
+    digits: Path, work: Path, seeds: Sequence[int], sets: Sequence[str], parts: Sequence[str], max_parallel: int
 ) -> tuple["Bench", list[Job]]:
     """Run what is missing, of all sets and parts where none are named.
 
@@ -208,7 +208,7 @@ def run(
     Raises:
         UserError: for unknown sets or parts, missing files, or a training that fails.
     """
-    for option, asked, known in (("--sets", sets, SETS), ("--parts", parts, PARTS)):
+    for option, asked, known in (("--sets", sets, SETS), ("--experiments", parts, PARTS)):
         unknown = set(asked) - set(known)
         if unknown:
             raise UserError(f"{option}: there is no '{min(unknown)}'; allowed: {format_list(known)}.")
@@ -217,5 +217,5 @@ def run(
     jobs = list(dict.fromkeys(jobs))
     bench = Bench(digits, work)
     with contextlib.suppress(KeyboardInterrupt):
-        bench.run(jobs, at_once)
+        bench.run(jobs, max_parallel)
     return bench, jobs

@@ -131,11 +131,11 @@ def _line(*cells: str) -> str:
 
 
 def _both_ways(row: dict[str, Any]) -> str:
-    return f"{_spread(row['test_visual_map'])} / {_spread(row['test_audio_map'])}"
+    return f"{_spread(row['test_v2a_map'])} / {_spread(row['test_a2v_map'])}"
 
 
 def _detection(row: dict[str, Any]) -> str:
-    keys = ("pairs_auroc_correspondence", "pairs_auroc_similarity")
+    keys = ("correspondence_auroc_correspondence", "correspondence_auroc_similarity")
     return next((_spread(row[key]) for key in keys if key in row), "")
 
 

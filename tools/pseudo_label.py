@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Let teachers label what is heard and seen in each second of a set: `harvest_labels.py --help`."""
+"""Let teachers label what is heard and seen in each second of a set: `pseudo_label.py --help`."""
 
 import sys
 
