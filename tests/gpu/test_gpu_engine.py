@@ -38,7 +38,7 @@ def run(script: str, *arguments: object) -> str:
 STEPS = """
 import warnings
 import torch
-from tests.unit.test_engine import new_engine, step
+from tests.unit.training.test_deepspeed_engine import new_engine, step
 from distav.distributed.process_group import joined
 
 with joined("gpu", 60, 1) as world:

@@ -31,9 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     out = options.out or options.run / "audit.html"
     try:
-        for name, least in (("limit", 0), ("neighbors", 1), ("thumbnail-height", 16)):
-            if getattr(options, name.replace("-", "_")) < least:
-                raise UserError(f"--{name}={getattr(options, name.replace("-", "_"))}: allowed: from {least} up.")
+        for name, least in (("limit", 0), ("neighbors", 1), ("thumbnail_height", 16)):
+            value = getattr(options, name)
+            if value < least:
+                raise UserError(f"--{name.replace('_', '-')}={value}: allowed: from {least} up.")
         audit = _audit(options)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from distav.data.preparation.encoding import Clip, ClipSource, Encoding, Rejecte
 from distav.data.preparation.output_dir import claim
 from distav.tools.make_shards import main
 from tests.conftest import ROOT, make_shards
-from tests.unit.test_making import digests
+from tests.unit.data.preparation.test_builder import digests
 
 SCENES = ["--train-clips=140", "--test-clips=20", "--label-noise=symmetric:0.4", "--correspondence-noise=0.4",
           "--shard-samples=60", "--short-side=16", "--workers=1"]  # fmt: skip

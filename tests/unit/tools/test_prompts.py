@@ -5,8 +5,9 @@ import pytest
 from distav.config.errors import UserError
 from distav.data.annotations.llp import CLASSES
 from distav.tools.pseudo_label.prompts import read_prompts
+from tests.conftest import ROOT
 
-LLP = Path(__file__).parents[2] / "configs" / "teachers" / "llp.yaml"
+LLP = ROOT / "configs" / "teachers" / "llp.yaml"
 
 
 def test_the_published_prompts_and_thresholds():

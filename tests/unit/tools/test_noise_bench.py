@@ -7,6 +7,7 @@ import pytest
 
 from distav.config import loading
 from distav.config.errors import UserError
+from tests.conftest import ROOT
 from tools.bench.noise.experiments import ABLATIONS, METHODS, PAIR_METHODS, Cell, Job, ablations, grid
 from tools.bench.noise.plots import save
 from tools.bench.noise.results import over_seeds, trainings, votes
@@ -14,7 +15,6 @@ from tools.bench.noise.results import save as store
 from tools.bench.noise.runner import PARTS, Bench
 from tools.bench.noise.tables import ablation, accuracy, correction, every, pairs, times
 
-ROOT = Path(__file__).parents[2]
 SHORT = ["data.num_frames=1", "optim.global_batch=300", "model.visual.width=8", "model.audio.width=8"]
 
 

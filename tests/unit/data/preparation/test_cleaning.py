@@ -26,7 +26,7 @@ from distav.data.preparation.encoding import Encoding
 from distav.tools.inspect_shards.verify import verify
 from distav.tools.make_shards import main
 from tests.helpers.events import AVE_CLASSES, write_ave
-from tests.unit.test_making import digests
+from tests.unit.data.preparation.test_builder import digests
 
 KEYS = [f"train-{number:09d}" for number in range(96)]
 

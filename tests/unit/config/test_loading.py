@@ -5,8 +5,9 @@ import pytest
 from distav.config import loading
 from distav.config.errors import UserError
 from distav.config.phases import ContrastivePhase, Estimator, SupervisedPhase
+from tests.conftest import ROOT
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distav.data.pipeline.loader import Batch
 from distav.models.av_model import AVModel
+from tests.conftest import ROOT
 from tools.bench import markdown
 from tools.bench.command import main
 from tools.bench.memory_bank import MemoryBankBenchmark
 from tools.bench.timing import Results, Setting
 from tools.bench.training_step import TOWERS, count_operations
 
-ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tools" / "results"
 SMALL = {
     "bank": ["--batch=32", "--rows=600", "--dim=16", "--memory-rows=600", "--shard-rows=600"],

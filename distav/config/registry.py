@@ -1,0 +1,81 @@
+"""Registries: tables of named components that installed packages extend through Python entry points."""
+
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from distav.config.errors import UserError, did_you_mean, format_list
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Components of one kind by name, such as the visual towers or the classification losses.
+
+    A component of distav is one entry of the table that its package defines. A component of another package is found
+    through an entry point of the registry's group; it is imported on first use. In that package's `pyproject.toml`:
+
+        [project.entry-points."distav.visual_towers"]
+        my_tower = "my_package.towers:MyTower"
+
+    Attributes:
+        key: setting that selects a component, for error messages, e.g. `model.visual.name`.
+        group: entry point group, e.g. `distav.visual_towers`.
+    """
+
+    def __init__(self, key: str, group: str, components: Mapping[str, T]):
+        """Create a registry from the components that distav defines."""
+        self.key, self.group = key, group
+        self._components = dict(components)
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that adds a component under a name.
+
+        Raises:
+            ValueError: if the name is already taken.
+        """
+
+        def add(component: T) -> T:
+            if name in self._components:
+                raise ValueError(f"{self.group}: '{name}' is already registered")
+            self._components[name] = component
+            return component
+
+        return add
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._components
+        yield from (point.name for point in entry_points(group=self.group) if point.name not in self._components)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == known for known in self)
+
+    def __getitem__(self, name: str) -> T:
+        """Return the component with this name; import it if another package provides it."""
+        if name not in self._components:
+            for point in entry_points(group=self.group, name=name):
+                try:
+                    self._components[name] = point.load()
+                except (ImportError, AttributeError) as error:
+                    raise UserError(
+                        f"{self.key}={name}: entry point '{point.value}' of {self.group} cannot be loaded ({error}); "
+                        "fix or uninstall the package that provides it."
+                    ) from error
+        return self._components[name]
+
+    def select(self, name: str, key: str = "") -> T:
+        """Return the component that a setting names.
+
+        Args:
+            name: value of the setting.
+            key: the setting, where it is not always the same one, e.g. `phases.learn.loss`.
+
+        Raises:
+            UserError: if there is no such component, or if it cannot be imported.
+        """
+        if name not in self:
+            raise UserError(f"{key or self.key}={name}: allowed: {format_list(self)}.{did_you_mean(name, self)}")
+        return self[name]
