@@ -25,7 +25,7 @@ from torch import Tensor
 from distav.config.cli import add_rank_options, exit_with_error
 from distav.config.errors import UserError
 from distav.config.phases import SupervisedPhase, Targets
-from distav.config.schema import Device, OptimSettings, RunSettings, Settings
+from distav.config.schema import Config, Device, OptimConfig, RunConfig
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.files import write_atomically
@@ -180,8 +180,8 @@ def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: 
         test_split=options.test_split,
         label_overrides=options.labels,
     )
-    settings = Settings(
-        run=RunSettings(
+    settings = Config(
+        run=RunConfig(
             name=options.out.name,
             root=str(options.out.parent),
             device=Device[options.device],
@@ -190,7 +190,7 @@ def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: 
         ),
         data=data,
         model=replace(model_config(description), pretrained=str(options.export)),
-        optim=OptimSettings(global_batch=options.global_batch, lr=options.lr),
+        optim=OptimConfig(global_batch=options.global_batch, lr=options.lr),
         phases={"fine_tune": SupervisedPhase(epochs=options.epochs, targets=Targets.given, tower_lr_scale=0.3)},
     )
     check(settings)

@@ -17,7 +17,7 @@ sys.path[:] = [each for each in sys.path if Path(each or ".").resolve() != Path(
 from distav.config import loading
 from distav.config.cli import exit_with_error
 from distav.config.errors import UserError
-from distav.config.schema import Settings
+from distav.config.schema import Config
 from distav.distributed.signals import EXIT_INTERRUPTED, Interrupted
 
 
@@ -45,7 +45,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _train(settings: Settings) -> int:
+def _train(settings: Config) -> int:
     # Imported late, so that mistakes in the configuration show at once.
     from distav.data.preparation.quickstart import render_missing_dataset
     from distav.distributed.process_group import process_group

@@ -16,14 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distav.config.errors import UserError, did_you_mean, format_list
-from distav.config.phases import PHASE_KINDS, PhaseSettings
-from distav.config.schema import Settings
+from distav.config.phases import PHASE_KINDS, PhaseConfig
+from distav.config.schema import Config
 from distav.config.validation import check
 
 __all__ = ["check", "load", "to_yaml"]
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration file, apply `key=value` overrides, and check every value that needs no data.
 
     Args:
@@ -58,7 +58,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     return settings
 
 
-def to_yaml(settings: Settings) -> str:
+def to_yaml(settings: Config) -> str:
     """Return the settings as YAML that `load` reads back to the same settings."""
     body = OmegaConf.to_yaml(OmegaConf.create(_plain(settings)))
     return "defaults: [schema, _self_]\n" + body
@@ -85,7 +85,7 @@ def _parse(override: str) -> None:
 def _sections() -> dict[str, Any]:
     return {
         each.name: OmegaConf.structured(each.default_factory)
-        for each in dataclasses.fields(Settings)
+        for each in dataclasses.fields(Config)
         if each.name != "phases" and each.default_factory is not dataclasses.MISSING
     }
 
@@ -104,13 +104,13 @@ def _phase_kinds(tree: DictConfig) -> dict[str, str]:
     return kinds
 
 
-def _to_settings(tree: DictConfig) -> Settings:
-    sections = {each.name: OmegaConf.to_object(tree[each.name]) for each in dataclasses.fields(Settings)}
-    phases = cast(dict[str, PhaseSettings], sections["phases"])
+def _to_settings(tree: DictConfig) -> Config:
+    sections = {each.name: OmegaConf.to_object(tree[each.name]) for each in dataclasses.fields(Config)}
+    phases = cast(dict[str, PhaseConfig], sections["phases"])
     for name, phase in phases.items():
         if not isinstance(phase, tuple(PHASE_KINDS.values())) or PHASE_KINDS.get(phase.kind) is not type(phase):
             raise UserError(f"phases.{name}.kind cannot be overridden; change it in the file.")
-    return Settings(**cast(dict[str, Any], sections))
+    return Config(**cast(dict[str, Any], sections))
 
 
 def _plain(value: Any) -> Any:
@@ -149,11 +149,11 @@ def _explain(error: BaseException, kinds: dict[str, str]) -> str:
 
 def _keys_beside(key: str, kinds: dict[str, str]) -> list[str]:
     """Return the settings that stand where `key` was looked for."""
-    node: Any = Settings
+    node: Any = Config
     for part in key.split(".")[:-1]:
         if node is kinds:
             node = PHASE_KINDS.get(kinds.get(part, ""))
-        elif node is Settings and part == "phases":
+        elif node is Config and part == "phases":
             node = kinds
         else:
             node = {each.name: each.type for each in dataclasses.fields(node)}.get(part)

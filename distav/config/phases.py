@@ -232,7 +232,7 @@ class EventParsingPhase:
     """Label smoothing of what is asked of pictures (HAN: 0.1)."""
 
 
-PhaseSettings = ContrastivePhase | LabelCorrectionPhase | SupervisedPhase | EventParsingPhase
+PhaseConfig = ContrastivePhase | LabelCorrectionPhase | SupervisedPhase | EventParsingPhase
 PHASE_KINDS: dict[
     str, type[ContrastivePhase] | type[LabelCorrectionPhase] | type[SupervisedPhase] | type[EventParsingPhase]
 ] = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from distav.config.phases import PhaseSettings
+from distav.config.phases import PhaseConfig
 
 
 class Precision(Enum):
@@ -27,7 +27,7 @@ class Device(Enum):
 
 
 @dataclass
-class RunSettings:
+class RunConfig:
     """The run and its folder."""
 
     name: str = "run"
@@ -53,7 +53,7 @@ class RunSettings:
 
 
 @dataclass
-class SyntheticSettings:
+class SyntheticConfig:
     """Shards that the run renders for itself when `data.root` holds none."""
 
     enabled: bool = False
@@ -71,7 +71,7 @@ class SyntheticSettings:
 
 
 @dataclass
-class DataSettings:
+class DataConfig:
     """Shards, clips and how they are read."""
 
     root: str = "shards/quickstart"
@@ -104,12 +104,12 @@ class DataSettings:
     """Decoded batches kept ready."""
     max_quarantined_fraction: float = 0.01
     """Share of samples that may be unreadable before the run stops."""
-    synthetic: SyntheticSettings = field(default_factory=SyntheticSettings)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     """Shards the run renders for itself."""
 
 
 @dataclass
-class AugmentSettings:
+class AugmentConfig:
     """Random changes to training clips; parameters are drawn from (seed, epoch, id) alone."""
 
     crop_area_min: float = 0.5
@@ -133,7 +133,7 @@ class AugmentSettings:
 
 
 @dataclass
-class VisualSettings:
+class VisualConfig:
     """The visual tower."""
 
     name: str = "small_conv"
@@ -147,7 +147,7 @@ class VisualSettings:
 
 
 @dataclass
-class AudioSettings:
+class AudioConfig:
     """The audio tower with its log-mel front end."""
 
     name: str = "small_conv"
@@ -169,7 +169,7 @@ class AudioSettings:
 
 
 @dataclass
-class ParserSettings:
+class ParserConfig:
     """The hybrid attention network that tells events heard and seen (HAN, Tian et al. 2020; sizes: VALOR, Lai 2023)."""
 
     width: int = 512
@@ -191,14 +191,14 @@ class ParserSettings:
 
 
 @dataclass
-class ModelSettings:
+class ModelConfig:
     """Towers and heads."""
 
-    visual: VisualSettings = field(default_factory=VisualSettings)
+    visual: VisualConfig = field(default_factory=VisualConfig)
     """The visual tower."""
-    audio: AudioSettings = field(default_factory=AudioSettings)
+    audio: AudioConfig = field(default_factory=AudioConfig)
     """The audio tower."""
-    parser: ParserSettings = field(default_factory=ParserSettings)
+    parser: ParserConfig = field(default_factory=ParserConfig)
     """The network over segments of one second, in runs with a phase of kind parsing."""
     embed_dim: int = 128
     """Width D of the projected embeddings and of the bank (AVID: 128)."""
@@ -217,7 +217,7 @@ class ModelSettings:
 
 
 @dataclass
-class MemoryBankSettings:
+class MemoryBankConfig:
     """The global cross-modal memory bank."""
 
     momentum: float = 0.5
@@ -227,7 +227,7 @@ class MemoryBankSettings:
 
 
 @dataclass
-class OptimSettings:
+class OptimConfig:
     """AdamW, its schedule, and the batch."""
 
     global_batch: int = 128
@@ -255,7 +255,7 @@ class OptimSettings:
 
 
 @dataclass
-class DeepSpeedSettings:
+class DeepSpeedConfig:
     """What becomes DeepSpeed's own configuration."""
 
     zero_stage: int | None = None
@@ -267,7 +267,7 @@ class DeepSpeedSettings:
 
 
 @dataclass
-class MonitorSettings:
+class MonitorConfig:
     """What is written for TensorBoard besides scalars."""
 
     media_every: int = 200
@@ -277,16 +277,16 @@ class MonitorSettings:
 
 
 @dataclass
-class Settings:
+class Config:
     """The whole configuration of a run."""
 
-    run: RunSettings = field(default_factory=RunSettings)
-    data: DataSettings = field(default_factory=DataSettings)
-    augment: AugmentSettings = field(default_factory=AugmentSettings)
-    model: ModelSettings = field(default_factory=ModelSettings)
-    memory_bank: MemoryBankSettings = field(default_factory=MemoryBankSettings)
-    optim: OptimSettings = field(default_factory=OptimSettings)
-    deepspeed: DeepSpeedSettings = field(default_factory=DeepSpeedSettings)
-    monitor: MonitorSettings = field(default_factory=MonitorSettings)
-    phases: dict[str, PhaseSettings] = field(default_factory=dict[str, PhaseSettings])
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory_bank: MemoryBankConfig = field(default_factory=MemoryBankConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    phases: dict[str, PhaseConfig] = field(default_factory=dict[str, PhaseConfig])
     """The phases by name, in the order they run; each has a `kind`."""

@@ -11,14 +11,14 @@ from distav.config.phases import (
     EventParsingPhase,
     InstanceLoss,
     NegativesSource,
-    PhaseSettings,
+    PhaseConfig,
     SoftTargetKind,
     SupervisedPhase,
 )
-from distav.config.schema import Settings
+from distav.config.schema import Config
 
 
-def check(settings: Settings) -> None:
+def check(settings: Config) -> None:
     """Refuse values that no data could make right.
 
     Raises:
@@ -143,7 +143,7 @@ _FROM_ZERO = (
 )
 
 
-def _check_phase(name: str, phase: PhaseSettings) -> None:
+def _check_phase(name: str, phase: PhaseConfig) -> None:
     for key, value in dataclasses.asdict(phase).items():
         where = f"phases.{name}.{key}"
         several: list[Any] = cast(list[Any], value) if isinstance(value, list) else [value]

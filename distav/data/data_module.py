@@ -8,7 +8,7 @@ import numpy as np
 
 from distav.config.errors import UserError, format_list
 from distav.config.phases import ContrastivePhase, EventParsingPhase, LabelCorrectionPhase
-from distav.config.schema import Settings
+from distav.config.schema import Config
 from distav.data.annotations.events import EventLabels, load_events, read_events, segments_of
 from distav.data.annotations.labels import Labels, load_labels
 from distav.data.annotations.teacher_scores import check_scores, read_shares
@@ -70,7 +70,7 @@ class DataModule:
         return read_shares(folder, f"phases.{name}.harvested", self.shards, self.train)
 
     @classmethod
-    def open(cls, settings: Settings) -> "DataModule":
+    def open(cls, settings: Config) -> "DataModule":
         """Open the set and check the settings against it.
 
         Raises:
@@ -114,7 +114,7 @@ class DataModule:
         return data
 
 
-def _check_segments(settings: Settings, train: Split) -> None:
+def _check_segments(settings: Config, train: Split) -> None:
     """Make sure that what the towers are fed of a clip covers its seconds evenly."""
     segments, data = segments_of(train), settings.data
     if train.streams:

@@ -8,7 +8,7 @@ import torchaudio.functional as AF
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 
-from distav.config.schema import AudioSettings, DataSettings
+from distav.config.schema import AudioConfig, DataConfig
 from distav.distributed.rng import uniform
 from distav.models.layers import GlobalBatchNorm, run
 from distav.models.vit import SIZES, TokenEncoder, unknown_tower
@@ -20,7 +20,7 @@ MASK_STREAM = 1
 """Stream of a sample's random numbers that masks its spectrogram."""
 
 
-def build_audio(settings: AudioSettings, data: DataSettings, sample_rate_hz: int, recompute: bool) -> "AudioTower":
+def build_audio(settings: AudioConfig, data: DataConfig, sample_rate_hz: int, recompute: bool) -> "AudioTower":
     """Return the tower that the settings name, for sound of the length that the data settings name.
 
     Raises:
@@ -44,7 +44,7 @@ class LogMel(nn.Module):
     bfloat16 leaves them alone.
     """
 
-    def __init__(self, settings: AudioSettings, sample_rate_hz: int):
+    def __init__(self, settings: AudioConfig, sample_rate_hz: int):
         super().__init__()
         self.sample_rate_hz, self.num_mels = sample_rate_hz, settings.num_mels
         self.window = max(2, round(settings.window_ms * sample_rate_hz / 1000))
@@ -73,7 +73,7 @@ class LogMel(nn.Module):
 class AudioTower(nn.Module):
     """Front end, spectrogram masking in training, and encoder."""
 
-    def __init__(self, front: LogMel, settings: AudioSettings, net: "SmallConv | AvidConv | SpectrogramViT"):
+    def __init__(self, front: LogMel, settings: AudioConfig, net: "SmallConv | AvidConv | SpectrogramViT"):
         super().__init__()
         self.front, self.net = front, net
         self.mask_mels, self.mask_time = settings.mask_mels, settings.mask_time
@@ -145,7 +145,7 @@ class AvidConv(nn.Module):
 class SpectrogramViT(nn.Module):
     """A ViT over patches of the spectrogram (Gong et al. 2021)."""
 
-    def __init__(self, settings: AudioSettings, num_frames: int, recompute: bool):
+    def __init__(self, settings: AudioConfig, num_frames: int, recompute: bool):
         super().__init__()
         self.patch = settings.patch
         rows, columns = -(-settings.num_mels // self.patch), -(-num_frames // self.patch)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from distav.config.schema import DataSettings, ModelSettings
+from distav.config.schema import DataConfig, ModelConfig
 from distav.models.audio_encoders import build_audio
 from distav.models.event_parser import TokenSpec, build_parser
 from distav.models.heads import CategoryHead, Classifiers, Projection
@@ -30,7 +30,7 @@ class AVModel(nn.Module):
     """Audio and visual towers with projection, category and classifier heads; and, over segments, an event parser."""
 
     def __init__(
-        self, settings: ModelSettings, data: DataSettings, sample_rate_hz: int, num_classes: int, segments: int = 0
+        self, settings: ModelConfig, data: DataConfig, sample_rate_hz: int, num_classes: int, segments: int = 0
     ):
         super().__init__()
         recompute = settings.activation_checkpointing

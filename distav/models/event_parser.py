@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distav.config.schema import ParserSettings
+from distav.config.schema import ParserConfig
 from distav.data.modalities import MODALITIES
 from distav.data.modalities import FeatureStream as Features
 from distav.models.layers import SeededDropout
@@ -205,7 +205,7 @@ class EventParser(nn.Module):
 
 
 def build_parser(
-    settings: ParserSettings, audio: Sequence[TokenSpec], visual: Sequence[TokenSpec], num_classes: int, segments: int
+    settings: ParserConfig, audio: Sequence[TokenSpec], visual: Sequence[TokenSpec], num_classes: int, segments: int
 ) -> EventParser:
     """Return the parser that the settings name."""
     return EventParser(
@@ -226,7 +226,7 @@ def build_parser(
 class FeatureParser(nn.Module):
     """The event parser over features that are stored in place of clips."""
 
-    def __init__(self, settings: ParserSettings, streams: Mapping[str, Features], segments: int, num_classes: int):
+    def __init__(self, settings: ParserConfig, streams: Mapping[str, Features], segments: int, num_classes: int):
         super().__init__()
         self.segments = segments
         self.modalities = [
@@ -244,6 +244,6 @@ class FeatureParser(nn.Module):
         return self.parse(audio, visual, seeds)._asdict()
 
 
-def _grid(settings: ParserSettings, name: str) -> tuple[int, int] | None:
+def _grid(settings: ParserConfig, name: str) -> tuple[int, int] | None:
     rows_and_columns = settings.token_grids.get(name)
     return (rows_and_columns[0], rows_and_columns[1]) if rows_and_columns else None

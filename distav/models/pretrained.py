@@ -9,7 +9,7 @@ import safetensors.torch
 from torch import Tensor
 
 from distav.config.errors import UserError
-from distav.config.schema import AudioSettings, DataSettings, ModelSettings, ParserSettings, VisualSettings
+from distav.config.schema import AudioConfig, DataConfig, ModelConfig, ParserConfig, VisualConfig
 from distav.data.modalities import FeatureStream
 from distav.models.av_model import AVModel
 from distav.models.event_parser import FeatureParser
@@ -54,17 +54,17 @@ def load_weights(folder: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged ({error}); copy it again.") from None
 
 
-def model_config(description: dict[str, Any]) -> ModelSettings:
+def model_config(description: dict[str, Any]) -> ModelConfig:
     """Return the settings of an exported network's towers and heads."""
-    chosen, parts = description["model"], {"visual": VisualSettings, "audio": AudioSettings, "parser": ParserSettings}
+    chosen, parts = description["model"], {"visual": VisualConfig, "audio": AudioConfig, "parser": ParserConfig}
     # Exports of distav before it parsed events have no parser.
-    return ModelSettings(**{**chosen, **{name: kind(**chosen.get(name, {})) for name, kind in parts.items()}})
+    return ModelConfig(**{**chosen, **{name: kind(**chosen.get(name, {})) for name, kind in parts.items()}})
 
 
-def input_config(description: dict[str, Any]) -> DataSettings:
+def input_config(description: dict[str, Any]) -> DataConfig:
     """Return the settings by which clips are brought to what an exported network is fed."""
     names = ("num_frames", "frame_stride", "frame_size", "squash", "audio_s")
-    return DataSettings(**{name: description["input"][name] for name in names if name in description["input"]})
+    return DataConfig(**{name: description["input"][name] for name in names if name in description["input"]})
 
 
 def load_parser(folder: str | Path) -> tuple[FeatureParser, dict[str, Any]]:
@@ -84,7 +84,7 @@ def load_parser(folder: str | Path) -> tuple[FeatureParser, dict[str, Any]]:
     if "num_frames" in description["input"]:
         raise UserError(f"{folder} holds encoders of clips; load them by load_encoders.")
     streams = {name: FeatureStream(**each) for name, each in description["input"].items()}
-    settings = ParserSettings(**description["model"]["parser"])
+    settings = ParserConfig(**description["model"]["parser"])
     model = FeatureParser(settings, streams, description["segments"], len(description["classes"]))
     model.load_state_dict(load_weights(folder))
     return model.eval(), description

@@ -9,7 +9,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, R2Plus1dStem
 
 from distav.config.errors import UserError
-from distav.config.schema import DataSettings, VisualSettings
+from distav.config.schema import DataConfig, VisualConfig
 from distav.models.layers import GlobalBatchNorm, run, with_global_batch_norm
 from distav.models.vit import SIZES, TokenEncoder, unknown_tower
 
@@ -21,7 +21,7 @@ GRID = 4
 """Side of the grid that the small tower pools a frame to."""
 
 
-def build_visual(settings: VisualSettings, data: DataSettings, recompute: bool) -> "VisualTower":
+def build_visual(settings: VisualConfig, data: DataConfig, recompute: bool) -> "VisualTower":
     """Return the tower that the settings name, for frames of the size that the data settings name.
 
     Raises:
@@ -121,7 +121,7 @@ class R2Plus1D18(nn.Module):
 class TubeletViT(nn.Module):
     """A ViT over tubelets, patches that last some frames (Arnab et al. 2021)."""
 
-    def __init__(self, settings: VisualSettings, data: DataSettings, recompute: bool):
+    def __init__(self, settings: VisualConfig, data: DataConfig, recompute: bool):
         super().__init__()
         for key, size, part_key, part in (
             ("data.frame_size", data.frame_size, "model.visual.patch", settings.patch),

@@ -11,7 +11,7 @@ import torch
 
 from distav.config.errors import UserError, format_list
 from distav.config.phases import ContrastivePhase, EventParsingPhase
-from distav.config.schema import Settings
+from distav.config.schema import Config
 from distav.data.annotations.events import segments_of
 from distav.data.data_module import DataModule
 from distav.data.pipeline.loader import Loader
@@ -34,7 +34,7 @@ from distav.training.run_dir import lock_run_dir
 class Run:
     """A run in progress."""
 
-    settings: Settings
+    settings: Config
     world: World
     folder: Path
     data: DataModule
@@ -155,7 +155,7 @@ class Run:
 
 
 @contextmanager
-def open_run(settings: Settings, world: World) -> Iterator[Run]:
+def open_run(settings: Config, world: World) -> Iterator[Run]:
     """Open a run, new or where it was left.
 
     Raises:
@@ -185,7 +185,7 @@ def open_run(settings: Settings, world: World) -> Iterator[Run]:
         run.finish_saving()
 
 
-def _model(settings: Settings, data: DataModule) -> AVModel | FeatureParser:
+def _model(settings: Config, data: DataModule) -> AVModel | FeatureParser:
     num_classes, segments = len(data.shards.classes), segments_of(data.train)
     if data.train.streams:
         return FeatureParser(settings.model.parser, data.train.streams, segments, num_classes)
@@ -194,7 +194,7 @@ def _model(settings: Settings, data: DataModule) -> AVModel | FeatureParser:
     return AVModel(settings.model, settings.data, rate, num_classes, segments if parses else 0)
 
 
-def _start(engine: Engine, settings: Settings, monitor: MetricLogger) -> tuple[Progress, dict[str, Any]]:
+def _start(engine: Engine, settings: Config, monitor: MetricLogger) -> tuple[Progress, dict[str, Any]]:
     """Begin a run, with the weights of an earlier one where they are asked for."""
     source = settings.model.pretrained
     if source:
@@ -212,7 +212,7 @@ def _start(engine: Engine, settings: Settings, monitor: MetricLogger) -> tuple[P
     return Progress(), {}
 
 
-def _bank(settings: Settings, world: World, num_samples: int, num_classes: int) -> Bank:
+def _bank(settings: Config, world: World, num_samples: int, num_classes: int) -> Bank:
     size = 2 * num_samples * settings.model.embed_dim * 4
     contrastive = [phase for phase in settings.phases.values() if isinstance(phase, ContrastivePhase)]
     remembers = any(phase.category_memory_weight for phase in contrastive)

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from distav.config import loading
 from distav.config.errors import UserError
 from distav.config.phases import PHASE_KINDS
-from distav.config.schema import Settings
+from distav.config.schema import Config
 from distav.data.files import write_atomically
 from distav.distributed.collectives import barrier, broadcast, get_rank
 from distav.distributed.process_group import World
@@ -50,7 +50,7 @@ RESUMABLE_CHANGES = (
 
 
 @contextlib.contextmanager
-def lock_run_dir(folder: Path, settings: Settings, world: World) -> Iterator[None]:
+def lock_run_dir(folder: Path, settings: Config, world: World) -> Iterator[None]:
     """Make the run's folder, or see that it holds this very run, and keep others out of it; all ranks agree.
 
     Raises:
@@ -61,7 +61,7 @@ def lock_run_dir(folder: Path, settings: Settings, world: World) -> Iterator[Non
         yield
 
 
-def _claim(folder: Path, settings: Settings, world: World, held: contextlib.ExitStack) -> None:
+def _claim(folder: Path, settings: Config, world: World, held: contextlib.ExitStack) -> None:
     problem = None
     if get_rank() == 0:
         stored, text = folder / "config.yaml", loading.to_yaml(settings)
@@ -122,7 +122,7 @@ def _difference(before: str, now: str) -> str:
 def _defaults(flat: dict[str, Any]) -> dict[str, Any]:
     """Return the default of every setting of a run with these phases, but for what says which phases there are."""
     phases = {name: PHASE_KINDS[flat[f"phases.{name}.kind"]]() for name in _phases(flat)}
-    defaults = dict(_flat(OmegaConf.to_container(OmegaConf.create(loading.to_yaml(Settings(phases=phases))))))
+    defaults = dict(_flat(OmegaConf.to_container(OmegaConf.create(loading.to_yaml(Config(phases=phases))))))
     return {key: value for key, value in defaults.items() if not key.endswith(".kind")}
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distav.config.schema import Precision, Settings
+from distav.config.schema import Config, Precision
 from distav.data.pipeline.loader import Batch
 from distav.distributed.collectives import all_gather_objects, get_rank, get_world_size, local_batch
 from distav.distributed.process_group import World
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 def new_engine(stage: int, precision: Precision) -> Engine:
-    settings = Settings()
+    settings = Config()
     settings.deepspeed.zero_stage, settings.deepspeed.precision = stage, precision
     settings.optim.global_batch, settings.optim.lr = BATCH, 0.01
     return Engine(Net, settings, World(get_rank(), get_world_size(), 0, torch.device("cpu")))

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distav.config.schema import AudioSettings, DataSettings, ModelSettings, VisualSettings
+from distav.config.schema import AudioConfig, DataConfig, ModelConfig, VisualConfig
 from distav.distributed.collectives import (
     all_gather_rows,
     all_gather_variable_rows,
@@ -41,8 +41,8 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
 def losses_and_gradients(replicated: bool = False) -> dict[str, torch.Tensor]:
     """Run the loss of phase 1 on a small model over a global batch of 12; gradients averaged as DeepSpeed does."""
     torch.manual_seed(0)
-    data = DataSettings(num_frames=2, frame_size=16, audio_s=0.25)
-    settings = ModelSettings(VisualSettings(width=4), AudioSettings(width=4), embed_dim=DIM, hidden_dim=16)
+    data = DataConfig(num_frames=2, frame_size=16, audio_s=0.25)
+    settings = ModelConfig(VisualConfig(width=4), AudioConfig(width=4), embed_dim=DIM, hidden_dim=16)
     model = AVModel(settings, data, 8000, num_classes=5).train()
     bank = Bank(NUM, DIM, 0.5, torch.device("cpu"), seed=4, num_categories=5, replicated=replicated)
     generator = torch.Generator().manual_seed(7)

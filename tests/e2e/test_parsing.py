@@ -12,7 +12,7 @@ import torch
 
 from distav.config.errors import UserError
 from distav.config.loading import load
-from distav.config.schema import DataSettings
+from distav.config.schema import DataConfig
 from distav.data.annotations.events import events_table, load_events
 from distav.data.data_module import DataModule
 from distav.data.dataset import ShardedDataset
@@ -73,7 +73,7 @@ def test_one_rank_and_two_learn_the_same_and_a_kill_leaves_no_trace(llp: Path, t
 
     model, description = load_parser(tmp_path / "one" / "valor" / "export")
     shards = ShardedDataset.open(llp / "shards")
-    loader = Loader(shards.split("test"), DataSettings(), None, 0, 12, torch.device("cpu"))
+    loader = Loader(shards.split("test"), DataConfig(), None, 0, 12, torch.device("cpu"))
     batch = loader.load(np.arange(12), 0)
     with torch.no_grad():
         parsed = model(batch.seeds, **batch.media)

@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distav.config.loading import load, to_yaml
-from distav.config.schema import DataSettings
+from distav.config.schema import DataConfig
 from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Loader
 from distav.models.pretrained import load_encoders
@@ -87,7 +87,7 @@ def test_exported_encoders_give_what_the_run_gave(finished: tuple[Path, str], ti
     run, _ = finished
     model, description = load_encoders(run / "export")
     inputs = description["input"]
-    data = DataSettings(
+    data = DataConfig(
         num_frames=inputs["num_frames"],
         frame_stride=inputs["frame_stride"],
         frame_size=inputs["frame_size"],

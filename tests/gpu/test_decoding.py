@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from distav.config.schema import DataSettings
+from distav.config.schema import DataConfig
 from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.reader import ShardReader
@@ -17,7 +17,7 @@ from tests.conftest import make_shards
 
 SIDE = 160
 """NVDEC takes no frames as small as the other tests use; of this size they are not resized."""
-DATA = DataSettings(num_frames=3, frame_stride=2, frame_size=SIDE, audio_s=0.5)
+DATA = DataConfig(num_frames=3, frame_stride=2, frame_size=SIDE, audio_s=0.5)
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 

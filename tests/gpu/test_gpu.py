@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distav.config.schema import AugmentSettings, DataSettings
+from distav.config.schema import AugmentConfig, DataConfig
 from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Loader
 from distav.distributed.rng import sample_seeds, uniform
@@ -26,7 +26,7 @@ from tests.helpers.events import llp_shards, write_llp
 from tests.helpers.launch import ROOT, losses, tiny_config, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DATA = DataSettings(num_frames=3, frame_stride=2, frame_size=24, audio_s=0.5)
+DATA = DataConfig(num_frames=3, frame_stride=2, frame_size=24, audio_s=0.5)
 
 
 @pytest.mark.parametrize("codec", ["mjpeg", "vp9", "h264"])
@@ -36,7 +36,7 @@ def test_the_graph_decodes_alike_on_gpu_and_cpu(codec: str, tmp_path: Path):
     split = ShardedDataset.open(tmp_path).split("train")
     ids = np.arange(8)
     here, there = (
-        Loader(split, DATA, AugmentSettings(), 0, 8, device).load(ids, 0)
+        Loader(split, DATA, AugmentConfig(), 0, 8, device).load(ids, 0)
         for device in (torch.device("cpu"), torch.device("cuda", 0))
     )
     assert there.media["frames"].is_cuda and there.valid.all()

@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from distav.config.schema import AugmentSettings, DataSettings
+from distav.config.schema import AugmentConfig, DataConfig
 from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Loader
 from tests.conftest import make_shards
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DATA = DataSettings(num_frames=3, frame_stride=2, frame_size=112, audio_s=0.5)
+DATA = DataConfig(num_frames=3, frame_stride=2, frame_size=112, audio_s=0.5)
 
 
 @pytest.mark.parametrize("codec", ["mjpeg", "h264"])
 def test_loading_does_not_wait_for_queued_training(codec: str, tmp_path: Path):
     make_shards("synthetic", tmp_path, "--train-clips=16", "--test-clips=1", f"--codec={codec}", "--short-side=160")
     device = torch.device("cuda", 0)
-    loader = Loader(ShardedDataset.open(tmp_path).split("train"), DATA, AugmentSettings(), 0, 16, device)
+    loader = Loader(ShardedDataset.open(tmp_path).split("train"), DATA, AugmentConfig(), 0, 16, device)
     expected = loader.load(np.arange(16), 0)
     factor = torch.randn(8192, 8192, device=device)
     product, end = torch.empty_like(factor), torch.cuda.Event()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distav.config.schema import DataSettings, VisualSettings
+from distav.config.schema import DataConfig, VisualConfig
 from distav.models.layers import GlobalBatchNorm, _FusedGlobalNormalise, _GlobalNormalise
 from distav.models.visual_encoders import build_visual
 from tests.conftest import make_shards
@@ -87,7 +87,7 @@ def test_normalization_in_training_keeps_the_input_and_the_output_alone():
 
 
 def test_frames_are_normalized_alike():
-    tower = build_visual(VisualSettings("small_conv"), DataSettings(), False)
+    tower = build_visual(VisualConfig("small_conv"), DataConfig(), False)
     frames = torch.randint(0, 256, (4, 3, 20, 24, 3), dtype=torch.uint8)
     for dtype in BOTH:
         ours, theirs = tower._normalized(frames.cuda(), dtype), tower._normalized(frames, dtype)
@@ -96,8 +96,8 @@ def test_frames_are_normalized_alike():
 
 def trained(name: str, device: str, dtype: torch.dtype, recompute: bool) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    data = DataSettings(num_frames=4, frame_size=64)
-    tower = build_visual(VisualSettings(name), data, recompute).to(device, dtype)
+    data = DataConfig(num_frames=4, frame_size=64)
+    tower = build_visual(VisualConfig(name), data, recompute).to(device, dtype)
     frames = torch.randint(0, 256, (8, 4, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     wanted = torch.randn(8, tower.feature_dim, generator=torch.Generator().manual_seed(1))
     features = tower(frames.to(device))

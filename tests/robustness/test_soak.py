@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from distav.config.schema import AugmentSettings, DataSettings
+from distav.config.schema import AugmentConfig, DataConfig
 from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.reader import crc32
@@ -16,7 +16,7 @@ from distav.data.pipeline.sampler import GlobalBatchSampler
 from tests.conftest import make_shards
 from tests.helpers.spawn import on_ranks
 
-DATA = DataSettings(num_frames=2, frame_stride=2, frame_size=16, audio_s=0.5)
+DATA = DataConfig(num_frames=2, frame_stride=2, frame_size=16, audio_s=0.5)
 
 
 def resident_mib() -> float:
@@ -27,7 +27,7 @@ def resident_mib() -> float:
 def _read_many(shards: str, batches: int) -> tuple[list[float], list[int]]:
     """Return the memory in MiB and the open files as batches go by."""
     split = ShardedDataset.open(shards).split("train")
-    loader = Loader(split, DATA, AugmentSettings(), 0, 24, torch.device("cpu"))
+    loader = Loader(split, DATA, AugmentConfig(), 0, 24, torch.device("cpu"))
     order = GlobalBatchSampler(split.shard_sizes, 0, 64, 24, 1)
     plan = ((order.batch(step), step // order.steps_per_epoch) for step in range(batches))
     memory, files = [], []
@@ -53,7 +53,7 @@ def test_memory_and_open_files_stay_flat(tiny_shards: Path, batches: int):
 def test_checking_members_takes_no_more_than_two_percent_of_the_loader(tmp_path: Path):
     make_shards("synthetic", tmp_path / "set", "--train-clips=64", "--test-clips=0", "--short-side=128")
     split = ShardedDataset.open(tmp_path / "set").split("train")
-    data = DataSettings(num_frames=4, frame_stride=2, frame_size=112, audio_s=1.0)
+    data = DataConfig(num_frames=4, frame_stride=2, frame_size=112, audio_s=1.0)
     loader = Loader(split, data, None, 0, 32, torch.device("cpu"))
     ids = np.arange(32)
     loader.load(ids, 0)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distav.config.schema import AugmentSettings, DataSettings
+from distav.config.schema import AugmentConfig, DataConfig
 from distav.data.dataset import VIDEO_EXTENSIONS, ShardedDataset, Split
 from distav.data.pipeline.augmentation import ClipTransformSampler
 from distav.data.pipeline.dali import ClipPipeline
@@ -53,13 +53,13 @@ def run(setting: Setting, clips: int, batch: int, codec: str = "mjpeg") -> Resul
     stored, size = SIDES[setting.device.type]
     results = Results("loader", arguments | {"frames": f"{FRAMES} of 16, {stored} px {codec} -> {size} px"})
     setting = Setting(setting.device, max(2, setting.threads), setting.rounds)  # by the wall clock in any case
-    data = DataSettings(num_frames=FRAMES, frame_stride=STRIDE, frame_size=size, audio_s=AUDIO_S)
+    data = DataConfig(num_frames=FRAMES, frame_stride=STRIDE, frame_size=size, audio_s=AUDIO_S)
     data.decode_threads = setting.threads
     with tempfile.TemporaryDirectory(prefix="distav-bench-") as name:
         split = make_clips(Path(name) / "set", clips, codec, stored)
         number = len(split) // batch
         plan = [(ids, 0) for ids in np.arange(number * batch).reshape(number, batch)]
-        loader = Loader(split, data, AugmentSettings(), 0, batch, setting.device)
+        loader = Loader(split, data, AugmentConfig(), 0, batch, setting.device)
         stages = _Stages(split, data, plan, setting.device)
         peers = {
             name: _webdataset(split, batch, decoder, setting.threads, size) for name, decoder in _decoders().items()
@@ -91,11 +91,11 @@ def run(setting: Setting, clips: int, batch: int, codec: str = "mjpeg") -> Resul
 class _Stages:
     """The two stages of the loader, each with the input of the other at hand."""
 
-    def __init__(self, split: Split, data: DataSettings, plan: list, device: torch.device):
+    def __init__(self, split: Split, data: DataConfig, plan: list, device: torch.device):
         self.plan = plan
         self.reader = ShardReader(split)
         self.graph = ClipPipeline(data, split, len(plan[0][0]), device)
-        viewer = ClipTransformSampler(split, data, AugmentSettings(), 0)
+        viewer = ClipTransformSampler(split, data, AugmentConfig(), 0)
         self.views = [[viewer.sample(int(sample), epoch) for sample in ids] for ids, epoch in plan]
         self.members = [[self.reader.read(int(sample)) for sample in ids] for ids, _ in plan]
 

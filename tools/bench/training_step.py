@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distav.config import loading
 from distav.config.phases import ContrastivePhase
-from distav.config.schema import Settings
+from distav.config.schema import Config
 from distav.data.pipeline.loader import Batch
 from distav.distributed.process_group import process_group
 from distav.memory.bank import Bank
@@ -42,7 +42,7 @@ class Towers:
     batch: int
     overrides: tuple[str, ...] = ()
 
-    def settings(self, *more: str) -> Settings:
+    def settings(self, *more: str) -> Config:
         """Return the settings, with the contrastive phase alone."""
         settings = loading.load(Path(__file__).parents[2] / "configs" / self.config, [*self.overrides, *more])
         phases = settings.phases.items()
@@ -62,7 +62,7 @@ TOWERS = {
 class BareEngine:
     """A model and its optimiser as one writes them by hand; called like the engine of a run."""
 
-    def __init__(self, settings: Settings, build: Callable[[], nn.Module], device: torch.device):
+    def __init__(self, settings: Config, build: Callable[[], nn.Module], device: torch.device):
         torch.manual_seed(settings.run.seed)
         self.model = build().to(device)
         optim = settings.optim
@@ -113,7 +113,7 @@ def run(setting: Setting, towers: str, batch: int | None, clips: int, overrides:
     return results
 
 
-def _measure(results: Results, setting: Setting, settings: Settings, whole: Run, device: torch.device) -> None:
+def _measure(results: Results, setting: Setting, settings: Config, whole: Run, device: torch.device) -> None:
     phase: Any = next(iter(settings.phases.values()))
     order = whole.sampler(0)
     loaded = [whole.loader.load(order.batch(step), 0) for step in range(min(STEPS, order.steps_per_epoch))]
@@ -164,7 +164,7 @@ def _measure(results: Results, setting: Setting, settings: Settings, whole: Run,
     results.ratio("rate of a step / rate of a matrix product", share, ">= 0.4" if device.type == "cuda" else "")
 
 
-def count_operations(settings: Settings, sample_rate_hz: int, num_classes: int, batch: Batch) -> int:
+def count_operations(settings: Config, sample_rate_hz: int, num_classes: int, batch: Batch) -> int:
     """Count the floating-point operations of encoders and heads in a step, forward and backward.
 
     What activation checkpointing computes again does not count, nor does the loss over the bank. Nothing is computed:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distav.config.schema import AugmentSettings, DataSettings
+from distav.config.schema import AugmentConfig, DataConfig
 from distav.data.dataset import Split
 
 
@@ -37,7 +37,7 @@ _WHOLE = np.array([0, 0, 1, 1], np.float32)
 class ClipTransformSampler:
     """Draws a view for each sample."""
 
-    def __init__(self, split: Split, data: DataSettings, augment: AugmentSettings | None, seed: int):
+    def __init__(self, split: Split, data: DataConfig, augment: AugmentConfig | None, seed: int):
         self.split, self.data, self.augment, self.seed = split, data, augment, seed
         self.span = (data.num_frames - 1) * data.frame_stride + 1
 
@@ -79,7 +79,7 @@ def _centre(height: int, width: int) -> np.ndarray:
     return np.array([top, left, 1 - top, 1 - left], np.float32)
 
 
-def _random_crop(height: int, width: int, change: AugmentSettings, rng: np.random.Generator) -> np.ndarray:
+def _random_crop(height: int, width: int, change: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
     """Draw a crop of random area and aspect; ten tries, then the centre."""
     for _ in range(10):
         area = rng.uniform(change.crop_area_min, 1) * height * width

@@ -18,7 +18,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
-from distav.config.schema import DataSettings
+from distav.config.schema import DataConfig
 from distav.data.dataset import Split
 from distav.data.pipeline.augmentation import ClipTransform
 from distav.data.pipeline.avi import jpeg_frames
@@ -41,7 +41,7 @@ class DeviceError(RuntimeError):
 class ClipPipeline:
     """Decodes batches of clips and applies their views."""
 
-    def __init__(self, data: DataSettings, split: Split, batch: int, device: torch.device):
+    def __init__(self, data: DataConfig, split: Split, batch: int, device: torch.device):
         """Prepare for batches of up to B clips of one split."""
         self.data, self.split, self.batch, self.device = data, split, batch, device
         self.num_audio_samples = round(data.audio_s * split.sample_rate_hz)

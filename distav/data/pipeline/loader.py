@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distav.config.schema import AugmentSettings, DataSettings
+from distav.config.schema import AugmentConfig, DataConfig
 from distav.data.dataset import Split
 from distav.data.modalities import FeatureStream
 from distav.data.pipeline.augmentation import ClipTransformSampler
@@ -89,8 +89,8 @@ class Loader:
     def __init__(
         self,
         split: Split,
-        data: DataSettings,
-        augment: AugmentSettings | None,
+        data: DataConfig,
+        augment: AugmentConfig | None,
         seed: int,
         batch: int,
         device: torch.device,

@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 from distav.config.errors import UserError
-from distav.config.schema import DataSettings
+from distav.config.schema import DataConfig
 from distav.data.storage.object_store import is_url
 from distav.distributed.collectives import broadcast
 from distav.distributed.process_group import World
 
 
-def render_missing_dataset(data: DataSettings, world: World) -> None:
+def render_missing_dataset(data: DataConfig, world: World) -> None:
     """Render the synthetic set where `data.synthetic.enabled` and the folder, no URL, holds none; all ranks wait for it.
 
     Raises:

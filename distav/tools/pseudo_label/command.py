@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from distav.config.cli import add_rank_options, exit_with_error
 from distav.config.errors import UserError, format_list
-from distav.config.schema import DataSettings
+from distav.config.schema import DataConfig
 from distav.data.annotations.events import events_table, load_events, segments_of
 from distav.data.annotations.teacher_scores import (
     CHUNK,
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.batch_size < 1:
             raise UserError(f"--batch-size={options.batch_size}: allowed: from 1 up.")
-        shards = ShardedDataset.open(options.shards, cache_mib=DataSettings().cache_mib)
+        shards = ShardedDataset.open(options.shards, cache_mib=DataConfig().cache_mib)
         prompts = read_prompts(options.prompts)
         order = _check(shards, prompts, options.prompts)
         splits = [shards.split(name, "--splits") for name in options.splits or shards.manifest["splits"]]
@@ -119,7 +119,7 @@ def _score(split: Split, prompts: dict[str, Prompts], out: Path, batch: int, wor
         segments = segments_of(split)
         audio = AudioTeacher(prompts["audio"], world.device, split.sample_rate_hz, segments)
         visual = ImageTeacher(prompts["visual"], world.device)
-        data = DataSettings(
+        data = DataConfig(
             num_frames=segments, frame_stride=round(split.fps), frame_size=visual.frame_size, squash=True,
             audio_s=float(segments),
         )  # fmt: skip

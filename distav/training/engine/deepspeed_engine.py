@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distav.config.errors import UserError
-from distav.config.schema import Device, Precision, Settings
+from distav.config.schema import Config, Device, Precision
 from distav.data.pipeline.loader import Batch
 from distav.data.pipeline.sampler import micro_batch_size
 from distav.distributed.process_group import World, collective_timeout
@@ -31,7 +31,7 @@ DERIVED_KEYS = (
 """Keys of DeepSpeed's dictionary that follow from other settings and cannot be given in `deepspeed.extra`."""
 
 
-def deepspeed_config(settings: Settings, world: World) -> dict[str, Any]:
+def deepspeed_config(settings: Config, world: World) -> dict[str, Any]:
     """Derive DeepSpeed's dictionary from the settings.
 
     Raises:
@@ -61,13 +61,13 @@ def deepspeed_config(settings: Settings, world: World) -> dict[str, Any]:
     return config
 
 
-def trains_in_bf16(settings: Settings, world: World) -> bool:
+def trains_in_bf16(settings: Config, world: World) -> bool:
     """Whether the model runs in bfloat16."""
     precision = settings.deepspeed.precision
     return precision is Precision.bf16 or (precision is Precision.auto and world.device.type == "cuda")
 
 
-def _zero_stage(settings: Settings, world: World) -> int:
+def _zero_stage(settings: Config, world: World) -> int:
     stage = settings.deepspeed.zero_stage
     return int(world.device.type == "cuda") if stage is None else stage
 
@@ -106,7 +106,7 @@ class Engine:
         skipped: whether the last step left the weights as they were, since a gradient was not finite.
     """
 
-    def __init__(self, build_model: Callable[[], nn.Module], settings: Settings, world: World):
+    def __init__(self, build_model: Callable[[], nn.Module], settings: Config, world: World):
         # Imported late: it takes seconds, and chooses its accelerator when it is.
         _set_accelerator(world.device, settings.run.device)
         import deepspeed

@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from torchvision.models.video.resnet import BasicBlock
 
 from distav.config.errors import UserError
-from distav.config.schema import AudioSettings, DataSettings, ModelSettings, VisualSettings
+from distav.config.schema import AudioConfig, DataConfig, ModelConfig, VisualConfig
 from distav.models.audio_encoders import LogMel
 from distav.models.av_model import AVModel, parameter_groups
 from distav.models.layers import GlobalBatchNorm, SeededDropout, _GlobalNormalise
 from distav.models.visual_encoders import IMAGENET_MEAN, IMAGENET_STD, build_visual
 from tests.helpers.on_gpu import OnGPU
 
-DATA = DataSettings(num_frames=4, frame_size=32, audio_s=0.5)
+DATA = DataConfig(num_frames=4, frame_size=32, audio_s=0.5)
 RATE = 8000
 
 
@@ -25,7 +25,7 @@ def inputs(num: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def model(visual: str = "small_conv", audio: str = "small_conv", **more: object) -> AVModel:
     torch.manual_seed(0)
-    settings = ModelSettings(VisualSettings(visual, width=8), AudioSettings(audio, width=8), hidden_dim=32, **more)  # type: ignore[arg-type]
+    settings = ModelConfig(VisualConfig(visual, width=8), AudioConfig(audio, width=8), hidden_dim=32, **more)  # type: ignore[arg-type]
     return AVModel(settings, DATA, RATE, num_classes=5)
 
 
@@ -52,7 +52,7 @@ def test_activation_checkpointing_changes_no_gradient_and_no_statistics():
 
 
 def test_r2plus1d_recomputes_one_residual_block_at_a_time():
-    tower = build_visual(VisualSettings("r2plus1d_18"), DATA, recompute=True)
+    tower = build_visual(VisualConfig("r2plus1d_18"), DATA, recompute=True)
     blocks = [block for block in tower.modules() if isinstance(block, BasicBlock)]
     complete: list[bool] = []
 
@@ -71,7 +71,7 @@ def test_r2plus1d_takes_torchvision_weights_and_gives_its_features():
     from torchvision.models.video import r2plus1d_18
 
     published = r2plus1d_18().eval()
-    tower = build_visual(VisualSettings("r2plus1d_18"), DATA, recompute=False).eval()
+    tower = build_visual(VisualConfig("r2plus1d_18"), DATA, recompute=False).eval()
     missing, _ = tower.net.load_state_dict(published.state_dict(), strict=False)
     assert not missing
     published.fc = torch.nn.Identity()
@@ -97,7 +97,7 @@ def test_random_numbers_of_a_sample_do_not_hang_on_its_batch():
 
 
 def test_log_mel_finds_a_tone_and_ignores_loudness():
-    front = LogMel(AudioSettings(num_mels=40), RATE)
+    front = LogMel(AudioConfig(num_mels=40), RATE)
     time = torch.arange(RATE) / RATE
     tone = torch.sin(2 * torch.pi * 1000 * time)[None]
     mel = front(tone)
@@ -162,4 +162,4 @@ def test_impossible_towers_are_named():
     with pytest.raises(UserError, match="model.audio.name=vit_gigantic"):
         model(audio="vit_gigantic")
     with pytest.raises(UserError, match=r"model.visual.patch=10 does not divide data.frame_size=32"):
-        build_visual(VisualSettings("vit_tiny", patch=10), DATA, recompute=False)
+        build_visual(VisualConfig("vit_tiny", patch=10), DATA, recompute=False)

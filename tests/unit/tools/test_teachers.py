@@ -17,7 +17,7 @@ import yaml
 import distav.data.annotations.teacher_scores
 import distav.tools.pseudo_label.command
 from distav.config.errors import UserError
-from distav.config.schema import DataSettings
+from distav.config.schema import DataConfig
 from distav.data.annotations.events import load_events, read_events
 from distav.data.annotations.teacher_scores import read_scores
 from distav.data.dataset import ShardedDataset
@@ -48,7 +48,7 @@ def ave(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batch_of(folder: Path, split: str, count: int) -> Batch:
-    data = DataSettings(num_frames=10, frame_stride=8, frame_size=SIDE, squash=True, audio_s=10.0)
+    data = DataConfig(num_frames=10, frame_stride=8, frame_size=SIDE, squash=True, audio_s=10.0)
     loader = Loader(ShardedDataset.open(folder / "shards").split(split), data, None, 0, count, CPU)
     batch = loader.load(np.arange(count), 0)
     loader.close()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distav.config.errors import UserError
-from distav.config.schema import Precision, Settings
+from distav.config.schema import Config, Precision
 from distav.distributed.process_group import World
 from distav.training.engine.deepspeed_engine import Engine, deepspeed_config
 from tests.helpers.launch import environment
@@ -34,8 +34,8 @@ import torch
 from torch import nn
 from distav.data.pipeline.loader import Batch
 from distav.training.engine.deepspeed_engine import Engine
-from distav.config.schema import Device, Settings
-from distav.distributed.process_group import joined
+from distav.config.schema import Config, Device
+from distav.distributed.process_group import process_group
 
 class Net(nn.Module):
     def __init__(self):
@@ -45,9 +45,9 @@ class Net(nn.Module):
     def forward(self, frames, seeds):
         return {"logits": self.classify(frames)}
 
-settings = Settings()
+settings = Config()
 settings.run.device, settings.optim.global_batch = Device.cpu, 4
-with joined("cpu", 60, 1) as world:
+with process_group("cpu", 60, 1) as world:
     with gpu_host:
         engine = Engine(Net, settings, world)
     none = torch.zeros(0, dtype=torch.int64)
@@ -73,7 +73,7 @@ def test_a_ds_accelerator_that_contradicts_the_device_is_named(monkeypatch: pyte
     cpu = World(0, 1, 0, torch.device("cpu"))
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     with pytest.raises(UserError, match="DS_ACCELERATOR=cuda contradicts run.device=auto, .* computes on cpu"):
-        Engine(lambda: nn.Linear(1, 1), Settings(), cpu)
+        Engine(lambda: nn.Linear(1, 1), Config(), cpu)
 
 
 def chosen() -> tuple[str, str]:
@@ -89,7 +89,7 @@ def test_forked_ranks_take_the_cpu():
 
 def test_the_zero_stage_follows_the_device_unless_it_is_set():
     on_cpu, on_gpu = (World(0, 1, 0, torch.device(kind)) for kind in ("cpu", "cuda"))
-    settings = Settings()
+    settings = Config()
     for world, stage in ((on_cpu, 0), (on_gpu, 1)):
         assert deepspeed_config(settings, world)["zero_optimization"]["stage"] == stage
     settings.deepspeed.precision = Precision.fp32

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distav.config.schema import Precision, Settings
+from distav.config.schema import Config, Precision
 from distav.data.pipeline.loader import Batch
 from distav.distributed.process_group import World
 from distav.training.engine.deepspeed_engine import Engine
@@ -39,7 +39,7 @@ class Reads(TorchDispatchMode):
 
 
 def new_engine(stage: int | None, precision: str, depth: int, world: World = CPU) -> Engine:
-    settings = Settings()
+    settings = Config()
     settings.deepspeed.zero_stage, settings.deepspeed.precision = stage, Precision[precision]
     settings.optim.global_batch = 4
     return Engine(lambda: Net(depth), settings, world)

@@ -6,7 +6,7 @@ import torch
 
 from distav.config import loading
 from distav.config.errors import UserError
-from distav.config.schema import Settings
+from distav.config.schema import Config
 from distav.distributed.process_group import World
 from distav.training.engine.deepspeed_engine import deepspeed_config
 from distav.training.run import DataModule, Run
@@ -17,7 +17,7 @@ TWO_RANKS = World(0, 2, 0, torch.device("cpu"))
 
 @pytest.fixture
 def settings(tiny_shards: Path, tmp_path: Path):
-    def load(*overrides: str) -> Settings:
+    def load(*overrides: str) -> Config:
         return loading.load(tiny_config(tmp_path), [f"data.root={tiny_shards}", *overrides])
 
     return load

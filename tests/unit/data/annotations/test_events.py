@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distav.config.errors import UserError
-from distav.config.schema import DataSettings
+from distav.config.schema import DataConfig
 from distav.data.annotations.events import EVENTS_SCHEMA, events_table, load_events, read_events
 from distav.data.annotations.labels import load_labels
 from distav.data.annotations.llp import CLASSES
@@ -48,7 +48,7 @@ def test_a_set_of_features_holds_what_was_told(llp: tuple[Path, Path, dict[str, 
             assert told.events is not None and np.array_equal(told.events, expected)
     assert list(verify(root)) == []
     split = shards.split("train")
-    loader = Loader(split, DataSettings(), None, 0, 5, torch.device("cpu"))
+    loader = Loader(split, DataConfig(), None, 0, 5, torch.device("cpu"))
     batch = loader.load(np.array([7, 0, 31, -1, 12]), 0)
     loader.close()
     assert batch.valid.tolist() == [True, True, True, False, True]
@@ -74,7 +74,7 @@ def test_altered_features_are_masked_and_named(llp: tuple[Path, Path, dict[str, 
     with open(split.shards[0], "r+b") as file:
         file.seek(offset + 200)
         file.write(b"\xff\xff\xff\xff")
-    loader = Loader(split, DataSettings(), None, 0, 3, torch.device("cpu"))
+    loader = Loader(split, DataConfig(), None, 0, 3, torch.device("cpu"))
     batch = loader.load(np.array([0, 1, 2]), 0)
     assert batch.valid.tolist() == [True, False, True]
     assert loader.quarantine.reasons == {1: "vggish altered in train-000000.tar: CRC-32 differs"}

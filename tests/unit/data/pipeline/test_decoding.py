@@ -13,7 +13,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
-from distav.config.schema import AugmentSettings, DataSettings
+from distav.config.schema import AugmentConfig, DataConfig
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.pipeline.augmentation import ClipTransform, ClipTransformSampler
 from distav.data.pipeline.avi import jpeg_frames
@@ -27,7 +27,7 @@ from distav.data.preparation.encoding import Encoding, encode_video
 from tests.conftest import make_shards
 
 CPU = torch.device("cpu")
-DATA = DataSettings(num_frames=3, frame_stride=2, frame_size=24, audio_s=0.5)
+DATA = DataConfig(num_frames=3, frame_stride=2, frame_size=24, audio_s=0.5)
 JPEG, VIDEO, PYAV = Decoder.jpeg, Decoder.video, Decoder.pyav
 
 
@@ -148,7 +148,7 @@ def _whole_frames(members: Members, view: ClipTransform) -> np.ndarray:
 
 
 def test_the_decoded_band_of_a_frame_gives_the_same_crop_as_the_whole_frame(photo_like: Split):
-    augment = AugmentSettings(crop_area_min=0.08, brightness=0, contrast=0, saturation=0, hue=0)
+    augment = AugmentConfig(crop_area_min=0.08, brightness=0, contrast=0, saturation=0, hue=0)
     viewer, reader = ClipTransformSampler(photo_like, DATA, augment, 0), ShardReader(photo_like)
     views = [viewer.sample(sample, epoch) for sample in range(12) for epoch in range(4)]
     members = [reader.read(sample) for sample in range(12) for _ in range(4)]
@@ -160,7 +160,7 @@ def test_the_decoded_band_of_a_frame_gives_the_same_crop_as_the_whole_frame(phot
 
 def test_jpeg_frames_are_decoded_as_by_the_video_decoder(photo_like: Split):
     viewer, reader = (
-        ClipTransformSampler(photo_like, DATA, AugmentSettings(brightness=0, contrast=0, saturation=0, hue=0), 0),
+        ClipTransformSampler(photo_like, DATA, AugmentConfig(brightness=0, contrast=0, saturation=0, hue=0), 0),
         (ShardReader(photo_like)),
     )
     views, members = [viewer.sample(sample, 0) for sample in range(12)], [reader.read(sample) for sample in range(12)]
@@ -269,7 +269,7 @@ class _Counted:
 
 
 def _counted_loader(split: Split, batch: int, bad: set[int]) -> tuple[Loader, _Counted]:
-    data = DataSettings(num_frames=1, frame_size=8, audio_s=0.1)
+    data = DataConfig(num_frames=1, frame_size=8, audio_s=0.1)
     loader = Loader(split, data, None, 0, batch, CPU)
     graph = loader.pipeline = _Counted(loader.pipeline)  # pyright: ignore
     plain, rows = loader._read, iter(range(10**6))

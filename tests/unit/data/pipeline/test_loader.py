@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distav.config.errors import UserError
-from distav.config.schema import AugmentSettings, DataSettings
+from distav.config.schema import AugmentConfig, DataConfig
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.augmentation import ClipTransformSampler
@@ -18,10 +18,10 @@ from distav.data.pipeline.sampler import PADDING
 from tests.conftest import make_shards
 
 CPU = torch.device("cpu")
-DATA = DataSettings(num_frames=3, frame_stride=2, frame_size=24, audio_s=0.5)
+DATA = DataConfig(num_frames=3, frame_stride=2, frame_size=24, audio_s=0.5)
 
 
-def loader(root: Path, batch: int, augment: AugmentSettings | None = None, split: str = "train") -> Loader:
+def loader(root: Path, batch: int, augment: AugmentConfig | None = None, split: str = "train") -> Loader:
     return Loader(ShardedDataset.open(root).split(split), DATA, augment, 0, batch, CPU)
 
 
@@ -31,12 +31,12 @@ def copied(tiny_shards: Path, tmp_path: Path) -> Path:
 
 
 def test_a_view_of_a_sample_is_the_same_in_any_batch(tiny_shards: Path):
-    whole = loader(tiny_shards, 6, AugmentSettings()).load(np.arange(6), epoch=3)
-    part = loader(tiny_shards, 2, AugmentSettings()).load(np.array([4, 1]), epoch=3)
+    whole = loader(tiny_shards, 6, AugmentConfig()).load(np.arange(6), epoch=3)
+    part = loader(tiny_shards, 2, AugmentConfig()).load(np.array([4, 1]), epoch=3)
     assert torch.equal(whole.seeds[[4, 1]], part.seeds)
     for name, fed in part.media.items():
         assert torch.equal(whole.media[name][[4, 1]], fed)
-    later = loader(tiny_shards, 6, AugmentSettings()).load(np.arange(6), epoch=4)
+    later = loader(tiny_shards, 6, AugmentConfig()).load(np.arange(6), epoch=4)
     frames, sound = whole.media["frames"], whole.media["sound"]
     assert not torch.equal(frames, later.media["frames"]) and not torch.equal(whole.seeds, later.seeds)
     assert frames.shape == (6, 3, 24, 24, 3) and frames.dtype == torch.uint8
@@ -45,7 +45,7 @@ def test_a_view_of_a_sample_is_the_same_in_any_batch(tiny_shards: Path):
 
 def test_views_stay_within_their_bounds(tiny_shards: Path):
     split = ShardedDataset.open(tiny_shards).split("train")
-    viewer = ClipTransformSampler(split, DATA, AugmentSettings(audio_shift_s=0.3, crop_area_min=0.3), 0)
+    viewer = ClipTransformSampler(split, DATA, AugmentConfig(audio_shift_s=0.3, crop_area_min=0.3), 0)
     plain = ClipTransformSampler(split, DATA, None, 0)
     views = [viewer.sample(sample, epoch) for sample in range(40) for epoch in range(5)]
     assert all(0 <= view.start_frame <= 3 for view in views)

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from distav.config.schema import DataSettings
+from distav.config.schema import DataConfig
 from distav.data.annotations.labels import _apply, load_labels
 from distav.data.dataset import ShardedDataset
 from distav.data.files import read_table
@@ -151,7 +151,7 @@ def test_the_same_command_goes_on_and_other_decisions_are_refused(
 def test_training_reads_a_cleaned_set(tiny_shards: Path, tmp_path: Path):
     mine = written(tmp_path / "mine.csv", key=KEYS[:2], label=["", ""], pair=["mismatched", "mismatched"])
     split = clean(tiny_shards, tmp_path / "out", "--decisions", mine).split("train")
-    data = DataSettings(num_frames=4, frame_stride=1, frame_size=24, audio_s=0.5)
+    data = DataConfig(num_frames=4, frame_stride=1, frame_size=24, audio_s=0.5)
     loader = Loader(split, data, None, 0, 8, torch.device("cpu"))
     batches = list(loader.batches((some, 0) for some in padded_batches(np.arange(94), 8, 12)))
     loader.close()

@@ -18,7 +18,7 @@ import torch
 
 from distav.config import loading
 from distav.config.errors import UserError
-from distav.config.schema import AugmentSettings, DataSettings, SyntheticSettings
+from distav.config.schema import AugmentConfig, DataConfig, SyntheticConfig
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Loader
@@ -30,7 +30,7 @@ from tests.helpers.launch import tiny_config
 from tests.helpers.stores import CREDENTIALS, Bucket, Web, bucket, bytes_in, use, web
 from tests.robustness.test_data import inspect, overwrite
 
-DATA = DataSettings(num_frames=3, frame_stride=2, frame_size=24, audio_s=0.5)
+DATA = DataConfig(num_frames=3, frame_stride=2, frame_size=24, audio_s=0.5)
 MIB = 64
 
 
@@ -65,7 +65,7 @@ def opened(url: str, tmp_path: Path, cache_mib: int = MIB) -> ShardedDataset:
 
 
 def batches(shards: ShardedDataset, epoch: int) -> list:
-    loader = Loader(shards.split("train"), DATA, AugmentSettings(), 0, 16, torch.device("cpu"))
+    loader = Loader(shards.split("train"), DATA, AugmentConfig(), 0, 16, torch.device("cpu"))
     order = np.random.default_rng(epoch).permutation(len(loader.split)).reshape(-1, 16)
     try:
         return list(loader.batches((ids, epoch) for ids in order))
@@ -391,5 +391,5 @@ def test_settings_take_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert loading.load(tiny_config(tmp_path), [f"data.root={url}"]).data.root == url
     with pytest.raises(UserError, match="data.cache_mib=-1 is not possible; allowed: 0 or more"):
         loading.load(tiny_config(tmp_path), ["data.cache_mib=-1"])
-    render_missing_dataset(DataSettings(root="s3://clips/set", synthetic=SyntheticSettings(enabled=True)), None)  # type: ignore[arg-type]
+    render_missing_dataset(DataConfig(root="s3://clips/set", synthetic=SyntheticConfig(enabled=True)), None)  # type: ignore[arg-type]
     assert not (tmp_path / "s3:").exists()
