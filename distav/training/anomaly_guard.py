@@ -41,8 +41,8 @@ class AnomalyGuard:
         wrong = [batch.ids[batch.valid].tolist() for batch, each in parts if not bool(torch.isfinite(each["loss"]))]
         ids = sorted({sample for rank in all_gather_objects(wrong) for some in rank for sample in some})
         self.in_a_row += 1
-        run.notes["skipped_steps"] = run.notes.get("skipped_steps", 0) + 1
-        run.logger.log_metrics(run.progress.total_steps, {"train/skipped_steps": run.notes["skipped_steps"]})
+        run.state.report.skipped_steps += 1
+        run.logger.log_metrics(run.progress.total_steps, {"train/skipped_steps": run.state.report.skipped_steps})
         what = "the gradient is not finite"
         if ids:
             what = f"the loss is not finite on {len(ids)} clips, {format_list(run.data.train.keys[ids])}"

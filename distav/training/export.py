@@ -83,7 +83,7 @@ def _card(run: Run, description: dict[str, Any], report: dict[str, Any]) -> str:
 
 {what}
 
-- Data: `{Path(data.shards.where).name}`, {len(data.train)} training clips, {len(data.shards.classes)} classes.
+- Data: `{Path(data.shards.location).name}`, {len(data.train)} training clips, {len(data.shards.classes)} classes.
 {inputs}
 - Noise of the data: {_noise(report)}.
 - Phases: {", ".join(run.settings.phases)}.

@@ -83,7 +83,6 @@ def train_until_spike(
                 parts.append((batch, {key: value.detach() for key, value in losses.items()}))
             run.progress.step += 1
             run.progress.total_steps += 1
-            run.progress.samples += optim.global_batch
             if guard.is_loss_spike([each["loss"] for _, each in parts]):
                 return False
             if run.engine.skipped:

@@ -1,6 +1,7 @@
 """What a run comes to: report.json, and the same in words."""
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from distav.config.phases import EventParsingPhase
@@ -22,21 +23,23 @@ def write_report(run: Run) -> None:
     bad = run.quarantined_samples()
     if not run.world.is_main:
         return
-    keys = run.data.train.keys
+    keys, figures = run.data.train.keys, run.state.report
     report: dict[str, Any] = {
         "samples": len(run.data.train),
-        "phases": run.notes.get("phases", []),
+        "phases": figures.phases,
+        "checkpointing": asdict(figures.checkpointing),
     }
-    for name in (
-        "checkpointing",
-        "skipped_steps",
-        "correspondence",
-        "label_accuracy",
-        "correspondence_auroc",
-        "corrections",
-    ):
-        if name in run.notes:
-            report[name] = run.notes[name]
+    if figures.skipped_steps:
+        report["skipped_steps"] = figures.skipped_steps
+    if figures.correspondence:
+        report["correspondence"] = figures.correspondence
+    if figures.corrections:
+        last = figures.corrections[-1]
+        if "label_accuracy" in last:
+            report["label_accuracy"] = last["label_accuracy"]
+        if "pair_auroc" in last:
+            report["correspondence_auroc"] = last["pair_auroc"]["other_class"]
+        report["corrections"] = figures.corrections
     if test is not None:
         report["test"] = test
         run.logger.log_metrics(run.progress.total_steps, {f"test/{key}": value for key, value in test.items()})
@@ -66,9 +69,9 @@ def format_summary(run: Run, report: dict[str, Any]) -> str:
             f"           Of the wrong ones {_percent(accuracy['wrong_labels_fixed'])} were set right; of the right ones "
             f"{_percent(accuracy['right_labels_broken'])} were spoilt."
         )
-    elif "labels_changed" in run.notes:
+    elif run.state.report.corrections:
         lines.append(
-            f"  Labels:  the correction disagrees with {_percent(run.notes['labels_changed'])} of the given labels."
+            f"  Labels:  the correction disagrees with {_percent(run.state.report.corrections[-1]['changed_fraction'])} of the given labels."
         )
     if "correspondence_auroc" in report:
         lines.append(
@@ -96,24 +99,24 @@ def format_summary(run: Run, report: dict[str, Any]) -> str:
             f"what is seen, Type@AV {seconds['type']:.1f}, Event@AV {seconds['event']:.1f}; as whole events Type@AV "
             f"{whole['type']:.1f}, Event@AV {whole['event']:.1f}."
         )
-    if run.notes.get("corrections"):
-        last = run.notes["corrections"][-1]
+    if run.state.report.corrections:
+        last = run.state.report.corrections[-1]
         known = (
             (("labels", "label_noise_rate"), ("pairs", "pair_mismatch_rate"))
-            if run.notes["neighbors_have_signal"]
+            if run.state.correction and run.state.correction.has_signal
             else ()
         )
         if not known:
             lines.append("  Noise:   not known; neighbours say nothing of the labels, so these stay as given.")
         for what, key in known:
-            low, high = (last[key][end] for end in ("low", "high"))
-            share = f"{_percent(last[key]['rate'])} of the {what} look wrong"
+            low, high = (last[key][end] for end in ("ci95_low", "ci95_high"))
+            share = f"{_percent(last[key]['estimate'])} of the {what} look wrong"
             if high - low > _KNOWS_NOTHING:
                 share = f"how many of the {what} are wrong cannot be told"
             lines.append(f"  Noise:   {share} ({_percent(low)} to {_percent(high)}).")
     lines.append(f"  Skipped: {len(report['skipped_samples'])} clips that could not be read.")
-    if run.notes.get("corrections"):
-        lines.append(f"  Labels to keep:   {run.folder / 'labels' / run.notes['corrections'][-1]['phase']}.parquet")
+    if run.state.report.corrections:
+        lines.append(f"  Labels to keep:   {run.folder / 'labels' / run.state.report.corrections[-1]['phase']}.parquet")
     lines += [
         f"  Network to keep:  {run.folder / 'export'}",
         f"  Look inside:      tensorboard --logdir {run.folder}",

@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from distav.config.errors import UserError, format_list
 from distav.config.phases import ContrastivePhase, EventParsingPhase
 from distav.config.schema import Config
-from distav.data.annotations.events import segments_of
+from distav.data.annotations.events import num_segments
 from distav.data.data_module import DataModule
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.sampler import GlobalBatchSampler, micro_batch_size
@@ -28,6 +27,7 @@ from distav.training.checkpoint.manager import CheckpointManager, Progress
 from distav.training.engine.deepspeed_engine import Engine, trains_in_bf16
 from distav.training.metric_logger import MetricLogger
 from distav.training.run_dir import lock_run_dir
+from distav.training.run_state import RunState
 
 
 @dataclass
@@ -45,8 +45,7 @@ class Run:
     checkpoints: CheckpointManager
     shutdown: ShutdownRequest
     progress: Progress
-    notes: dict[str, Any] = field(default_factory=dict)
-    """JSON values that are saved with the run, such as the figures for the report."""
+    state: RunState
     _phase_began: float = field(default_factory=time.monotonic)
 
     @property
@@ -67,10 +66,11 @@ class Run:
             settings.optim.gradient_accumulation_steps,
         )
 
-    def start_phase_timer(self, afresh: bool = False) -> None:
+    def start_phase_timer(self, reset: bool = False) -> None:
         """Start the clock of a phase: where a killed run left it, or afresh after another phase."""
-        before = self.notes.pop("seconds_in_phase", 0.0)
-        self._phase_began = time.monotonic() - (0.0 if afresh else before)
+        if reset:
+            self.state.seconds_in_phase = 0.0
+        self._phase_began = time.monotonic() - self.state.seconds_in_phase
 
     def seconds_in_phase(self) -> float:
         """Return the seconds spent in this phase, those before a kill included up to the last checkpoint."""
@@ -79,15 +79,15 @@ class Run:
     def save(self) -> None:
         """Take a checkpoint; it is written while the run goes on. One that could not be written is told and missed."""
         began = time.monotonic()
-        self.notes["seconds_in_phase"] = self.seconds_in_phase()
-        self.notes["bad_samples"] = list(self.quarantined_samples().items())
-        faults = self.checkpoints.save(self.progress, self.engine, self.bank, self.notes)
+        self.state.seconds_in_phase = self.seconds_in_phase()
+        self.state.quarantined = self.quarantined_samples()
+        faults = self.checkpoints.save(self.progress, self.engine, self.bank, self.state)
         if faults and self.world.is_main:
             self.logger.warn(f"a checkpoint could not be written, the run goes on without it: {'; '.join(faults)}")
         waited = time.monotonic() - began
-        saving = self.notes.setdefault("checkpointing", {"checkpoints": 0, "seconds": 0.0})
-        saving["checkpoints"] += 1
-        saving["seconds"] = round(saving["seconds"] + waited, 3)
+        stats = self.state.report.checkpointing
+        stats.checkpoints += 1
+        stats.seconds = round(stats.seconds + waited, 3)
         times = {"time/checkpoint_s": waited, "time/checkpoint_write_s": self.checkpoints.write_s}
         self.logger.log_metrics(self.progress.total_steps, times)
 
@@ -108,7 +108,7 @@ class Run:
         self.finish_saving()
         found = self.checkpoints.restore(self.engine, self.bank, self.logger.warn, self.progress.phase)
         if found:
-            self.progress, self.notes = found
+            self.progress, self.state = found
             self.start_phase_timer()
         return found is not None
 
@@ -116,8 +116,8 @@ class Run:
         """Begin a phase with new weights and rows of the bank; of earlier phases the labels and pairs found stay."""
         self.engine.reinitialize(self.settings.run.seed * 1000 + self.progress.phase)
         self.bank.reinitialize()
-        for name in ("nce_partition", "given_labels_learnt"):
-            self.notes.pop(name, None)
+        self.state.nce_partition = None
+        self.state.given_labels_learned = False
 
     def stop_if_requested(self) -> None:
         """Save and end the run on all ranks where any was asked to.
@@ -171,22 +171,22 @@ def open_run(settings: Config, world: World) -> Iterator[Run]:
         engine = Engine(lambda: _model(settings, data), settings, world)
         bank = _bank(settings, world, len(data.train), len(data.shards.classes))
         checkpoints = CheckpointManager(folder / "checkpoints", settings.run.keep_checkpoints)
-        position, notes = checkpoints.restore(engine, bank, monitor.warn) or _start(engine, settings, monitor)
+        progress, state = checkpoints.restore(engine, bank, monitor.warn) or _start(engine, settings, monitor)
         micro = micro_batch_size(
             settings.optim.global_batch, settings.optim.gradient_accumulation_steps, world.world_size
         )
         loader = Loader(data.train, settings.data, settings.augment, settings.run.seed, micro, world.device)
         stack.callback(loader.close)
-        loader.quarantine.reasons |= {int(sample): reason for sample, reason in notes.get("bad_samples", [])}
+        loader.quarantine.reasons |= state.quarantined
         stop = stack.enter_context(handle_signals())
-        run = Run(settings, world, folder, data, monitor, engine, bank, loader, checkpoints, stop, position, notes)
+        run = Run(settings, world, folder, data, monitor, engine, bank, loader, checkpoints, stop, progress, state)
         _log_startup(run)
         yield run
         run.finish_saving()
 
 
 def _model(settings: Config, data: DataModule) -> AVModel | FeatureParser:
-    num_classes, segments = len(data.shards.classes), segments_of(data.train)
+    num_classes, segments = len(data.shards.classes), num_segments(data.train)
     if data.train.streams:
         return FeatureParser(settings.model.parser, data.train.streams, segments, num_classes)
     parses = any(isinstance(phase, EventParsingPhase) for phase in settings.phases.values())
@@ -194,7 +194,7 @@ def _model(settings: Config, data: DataModule) -> AVModel | FeatureParser:
     return AVModel(settings.model, settings.data, rate, num_classes, segments if parses else 0)
 
 
-def _start(engine: Engine, settings: Config, monitor: MetricLogger) -> tuple[Progress, dict[str, Any]]:
+def _start(engine: Engine, settings: Config, monitor: MetricLogger) -> tuple[Progress, RunState]:
     """Begin a run, with the weights of an earlier one where they are asked for."""
     source = settings.model.pretrained
     if source:
@@ -209,7 +209,7 @@ def _start(engine: Engine, settings: Config, monitor: MetricLogger) -> tuple[Pro
             )
         left = sorted({name.split(".")[0] for name in set(offered) - set(taken)})
         monitor.info(f"starts from {source}" + (f", all but {format_list(left)}" if left else ""))
-    return Progress(), {}
+    return Progress(), RunState()
 
 
 def _bank(settings: Config, world: World, num_samples: int, num_classes: int) -> Bank:

@@ -16,7 +16,7 @@ def show_inputs(run: Run, batch: Batch) -> None:
     """Put some clips of a batch, as fed to the model, on TensorBoard."""
     some = run.settings.monitor.media_clips
     if run.world.is_main and some and "frames" in batch.media:
-        frames, sound = (batch.media[name][:some] for name in ("frames", "sound"))
+        frames, sound = (batch.media[name][:some] for name in ("frames", "audio"))
         # Called past its hooks, which at ZeRO-3 expect every rank.
         spectrogram = run.engine.model.get_submodule("audio.front").forward(sound)
         rate = run.data.train.sample_rate_hz

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from distav.config.errors import UserError
 from distav.data.integrity import CorruptFileError, read_manifest, verify_file
@@ -19,7 +18,9 @@ from distav.distributed.collectives import all_gather_objects, barrier, broadcas
 from distav.memory.bank import Bank
 from distav.training.checkpoint.files import CheckpointWriter, RangeReader, bank_parts, list_checkpoints
 from distav.training.engine.deepspeed_engine import Engine
+from distav.training.run_state import RunState
 
+FORMAT = 2
 _WRITING, _BROKEN = ".writing-", ".broken-"
 
 
@@ -31,7 +32,6 @@ class Progress:
         phase: number of the phase it is in; the number of phases when all are done.
         step: optimiser steps done in that phase.
         total_steps: optimiser steps done in all phases.
-        samples: samples seen.
         passed_over: batches of this phase's order that were left out, after spikes of the loss.
         extracted: batches of a correction whose features are there.
     """
@@ -39,7 +39,6 @@ class Progress:
     phase: int = 0
     step: int = 0
     total_steps: int = 0
-    samples: int = 0
     skipped_batches: int = 0
     extracted_batches: int = 0
 
@@ -63,20 +62,20 @@ class CheckpointManager:
         self._writer: CheckpointWriter | None = None
         self._not_begun: list[str] = []
 
-    def save(self, position: Progress, engine: Engine, bank: Bank, notes: dict[str, Any]) -> list[str]:
+    def save(self, progress: Progress, engine: Engine, bank: Bank, state: RunState) -> list[str]:
         """Copy the state and have it written while the training goes on; every rank calls this at the same step.
 
         Args:
-            position: where the run stands.
+            progress: phase and steps done.
             engine: weights and optimiser state; a rank writes what it holds of them.
             bank: a rank writes its own rows.
-            notes: JSON values of the main rank that come back from `restore`.
+            state: stored by the main rank.
 
         Returns:
             Why the checkpoint before could not be written, by rank; nothing where it was.
         """
         faults = self.wait()
-        part = self.folder / f"{_WRITING}{position.name}"
+        part = self.folder / f"{_WRITING}{progress.name}"
         fault = broadcast(self._make(part) if get_rank() == 0 else None)
         if fault:
             self._not_begun = [fault]
@@ -84,10 +83,15 @@ class CheckpointManager:
         tensors, steps = engine.state()
         kinds = sorted({name.partition("/")[0] for name in tensors} - {"weight", "buffer"})
         optimizer = {"steps": steps, "kinds": kinds}
-        state = {"format": 1, "position": asdict(position), "optimizer": optimizer, "notes": notes}
-        content = json.dumps(state).encode() if get_rank() == 0 else None
+        content = {
+            "format": FORMAT,
+            "progress": asdict(progress),
+            "optimizer": optimizer,
+            "run_state": state.to_json(),
+        }
+        encoded = json.dumps(content).encode() if get_rank() == 0 else None
         files = {f"engine-{get_rank():05d}.safetensors": tensors, f"bank-{get_rank():05d}.safetensors": bank.state()}
-        self._writer = CheckpointWriter(part, self.folder / position.name, files, content, self.keep)
+        self._writer = CheckpointWriter(part, self.folder / progress.name, files, encoded, self.keep)
         self._writer.start()
         return faults
 
@@ -123,7 +127,7 @@ class CheckpointManager:
 
     def restore(
         self, engine: Engine, bank: Bank, warn: Callable[[str], None], phase: int | None = None
-    ) -> tuple[Progress, dict[str, Any]] | None:
+    ) -> tuple[Progress, RunState] | None:
         """Take up the newest whole checkpoint.
 
         Args:
@@ -132,7 +136,7 @@ class CheckpointManager:
             phase: the phase that it has to be of; None for any.
 
         Returns:
-            Where it stands and the notes; None where there is no checkpoint, or it is of another phase.
+            Progress and state of the run; None where there is no checkpoint, or it is of another phase.
 
         Raises:
             UserError: where there are checkpoints and none is whole, or it is of another set or network.
@@ -173,12 +177,15 @@ class CheckpointManager:
             warn(f"checkpoint {fault}; it is put aside as {aside.name}, and the one before is taken")
         barrier()
 
-    def _read(
-        self, folder: Path, engine: Engine, bank: Bank, phase: int | None
-    ) -> tuple[Progress, dict[str, Any]] | None:
+    def _read(self, folder: Path, engine: Engine, bank: Bank, phase: int | None) -> tuple[Progress, RunState] | None:
         state = json.loads((folder / "state.json").read_text())
-        position = Progress(**state["position"])
-        if phase not in (None, position.phase):
+        if state["format"] != FORMAT:
+            raise UserError(
+                f"{folder}: checkpoint format {state['format']}; this version of distav reads format {FORMAT}. Finish "
+                "the run with the version that wrote it, or start over under another run.name."
+            )
+        progress = Progress(**state["progress"])
+        if phase not in (None, progress.phase):
             return None
         try:
             engine.restore(RangeReader(folder).read, **state["optimizer"])
@@ -187,4 +194,4 @@ class CheckpointManager:
             raise UserError(
                 f"{folder}: {error}; it is of another set or network, start afresh under another run.name."
             ) from None
-        return position, state["notes"]
+        return progress, RunState.from_json(state["run_state"])

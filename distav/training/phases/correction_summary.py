@@ -53,13 +53,13 @@ def summarize_correction(run: Run, name: str, found: Correction) -> None:
             f"ece_{each}": calibration_error(getattr(found, each), labels.true) for each in ("held_out", "posterior")
         }
         record |= {f"labels/{key}": value for key, value in accuracy.items() if value is not None}
-        summary["label_accuracy"] = run.notes["label_accuracy"] = accuracy
+        summary["label_accuracy"] = accuracy
         right = [100 * float((each == labels.true).mean()) for each in (corrected, labels.given)]
         told = f", right for {right[0]:.1f} % (given: {right[1]:.1f} %)"
     wrong = labels.mismatched()
     if wrong is not None and wrong.any() and labels.pair_id is not None:
         swapped = labels.pair_id != np.arange(len(split))
-        run.notes["correspondence_auroc"] = record["correspondence/auroc"] = auroc(correspondence, ~wrong)
+        record["correspondence/auroc"] = auroc(correspondence, ~wrong)
         summary["pair_auroc"] = {
             "other_class": auroc(correspondence, ~wrong),
             "swapped": auroc(correspondence, ~swapped),
@@ -69,8 +69,7 @@ def summarize_correction(run: Run, name: str, found: Correction) -> None:
             told_kinds = noise_kinds(corrected != labels.given, correspondence < 0.5)
             summary["noise_confusion"] = confusion(kinds, told_kinds, NOISE_KINDS)
             run.logger.confusion("noise/true_vs_predicted", kinds, told_kinds, NOISE_KINDS, step)
-    run.notes["labels_changed"] = changed
-    run.notes.setdefault("corrections", []).append(summary)
+    run.state.report.corrections.append(summary)
     if run.world.is_main:
         table = correction_table(split, labels, corrected, voted, confidence, agreement, correspondence)
         (run.folder / "labels").mkdir(exist_ok=True)

@@ -13,8 +13,6 @@ from distav.memory.global_batch import GlobalBatch
 from distav.noise.correspondence import SelfRefinement, cdf_correspondence, gmm_correspondence, sample_weights
 from distav.training.run import Run
 
-FULL_TRUST_THRESHOLD = "fully_believed_from"
-"""The run's note of the matching probability from which a pair is believed wholly."""
 REFINED = "refined_correspondence"
 """The bank's column of averages that self-refinement keeps; `correspondence` has what is believed of them."""
 
@@ -41,12 +39,14 @@ class Refinement:
             candidates: how many they were found among.
         """
         run = self.run
-        # Looked up here and not before, since a phase that is rolled back brings its notes back too.
-        first = run.notes.setdefault("first_refined_in_phase", run.progress.phase) == run.progress.phase
+        state = run.state.correspondence  # Looked up at each visit: a rollback replaces it.
+        if state.first_refined_phase is None:
+            state.first_refined_phase = run.progress.phase
+        first = state.first_refined_phase == run.progress.phase
         epoch = run.progress.step // run.sampler(run.progress.phase).steps_per_epoch
         stored = run.bank.fetch((REFINED,), visitors.ids)[0]
         matching = rescale_matching_probability(matching, candidates, self.settings.matching_reference_size)
-        full = run.notes.get(FULL_TRUST_THRESHOLD, 1.0)
+        full = state.full_trust_threshold
         believed, stored = self.rule.visit(stored, matching, epoch, first, full)
         run.bank.write(REFINED, stored, visitors.ids, visitors.valid)
         run.bank.write("correspondence", self.rule.trusted(stored, full), visitors.ids, visitors.valid)
@@ -67,7 +67,7 @@ def _measure_trust(run: Run, settings: ContrastivePhase) -> None:
     if settings.full_trust_quantile:
         refined = run.bank.gather_column(REFINED)
         full = max(float(np.quantile(refined.cpu().numpy(), settings.full_trust_quantile)), 1e-6)
-        run.notes[FULL_TRUST_THRESHOLD] = full
+        run.state.correspondence.full_trust_threshold = full
         run.bank.set_correspondence(_rule(settings).trusted(refined, full))
 
 
@@ -91,9 +91,9 @@ def estimate_correspondence(run: Run, settings: ContrastivePhase, trusted: bool)
     estimate, told = _from_bank(run, settings.correspondence_estimator, similarity, seen)
     record |= told
     if trusted and not refined:
-        if run.notes.get("correspondence_estimated"):
+        if run.state.correspondence.is_estimated:
             estimate = torch.lerp(estimate, run.bank.gather_column("correspondence"), settings.correspondence_momentum)
-        run.notes["correspondence_estimated"] = True
+        run.state.correspondence.is_estimated = True
         run.bank.set_correspondence(estimate)
     if trusted or refined:
         run.logger.histogram("correspondence/correspondence", estimate, step)
@@ -156,4 +156,4 @@ def summarize_correspondence(run: Run, name: str, settings: ContrastivePhase) ->
         run.logger.confusion(
             "correspondence/true_vs_predicted", kinds, told_kinds, PAIR_KINDS, run.progress.total_steps
         )
-    run.notes.setdefault("correspondence", []).append(summary)
+    run.state.report.correspondence.append(summary)

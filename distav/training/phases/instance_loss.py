@@ -26,7 +26,7 @@ class InstanceTerm:
             settings.cycle_temperature,
             settings.soft_target_excludes_self,
         )
-        self.partition = Partition(run.notes.get("nce_partition")) if settings.nce else None
+        self.partition = Partition(run.state.nce_partition) if settings.nce else None
         self.refinement = Refinement(run, settings) if settings.correspondence_estimator is Estimator.scc else None
 
     def __call__(
@@ -61,7 +61,7 @@ class InstanceTerm:
         elif candidates:
             each = candidates.losses(noise_contrastive(self.partition) if self.partition else cross_entropy)
             if self.partition:
-                self.run.notes["nce_partition"] = self.partition.value
+                self.run.state.nce_partition = self.partition.value
         else:
             softens = trust > 0 and (
                 settings.soft_targets_for_all or settings.correspondence_estimator is not Estimator.none

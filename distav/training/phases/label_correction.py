@@ -17,14 +17,13 @@ from distav.noise.label_correction import (
 from distav.training.feature_extraction import extract_features
 from distav.training.phases.correction_summary import summarize_correction
 from distav.training.run import Run
-
-_OF_RATES = ("evidence", "told")
-"""What the first correction knows of the noise rate, kept for all later ones."""
+from distav.training.run_state import CorrectionState
 
 
 def run_correction(run: Run, name: str, settings: LabelCorrectionPhase) -> None:
     """Vote on every label, keep the votes beside the bank, and write the table `labels/<phase>.parquet`."""
-    if run.notes.get("given_labels_learnt") and not run.notes.get("neighbors_have_signal", True):
+    before = run.state.correction
+    if run.state.given_labels_learned and before is not None and not before.has_signal:
         # Such features hold the given labels, right and wrong; votes among them would only repeat these.
         if settings.pseudo_labels and run.world.is_main:
             run.logger.warn(
@@ -34,7 +33,8 @@ def run_correction(run: Run, name: str, settings: LabelCorrectionPhase) -> None:
         given = torch.from_numpy(run.data.labels.given).to(run.world.device)
         found = identity_correction(given, len(run.data.labels.classes))
     else:
-        if run.notes.get("given_labels_learnt") and "rate_evidence" not in run.notes and run.world.is_main:
+        first = before is None or before.rate_log_likelihood is None
+        if run.state.given_labels_learned and first and run.world.is_main:
             run.logger.warn(
                 f"phase={name} votes among features that have learnt the given labels agree with them more than they "
                 "should, and tell too little noise; put a correction before the first training on labels"
@@ -53,10 +53,13 @@ def vote(run: Run, name: str, settings: LabelCorrectionPhase) -> Correction:
     voting = VoteSearchSpace(**{each.name: getattr(settings, each.name) for each in fields(VoteSearchSpace)})
     given = torch.from_numpy(labels.given).to(device)
     groups = torch.from_numpy(split.source_codes).to(device)
-    columns, before = run.bank.columns, None
-    if "held_out" in columns and run.notes["neighbors_have_signal"]:
-        rates = (torch.tensor(run.notes[f"rate_{each}"], dtype=torch.float64, device=device) for each in _OF_RATES)
-        before = CorrectionPrior(columns["held_out"], *rates)
+    before, state = None, run.state.correction
+    if state is not None and state.has_signal:
+        before = CorrectionPrior(
+            run.bank.columns["held_out"],
+            torch.tensor(state.rate_log_likelihood, dtype=torch.float64, device=device),
+            torch.tensor(state.rate_log_likelihood_credible, dtype=torch.float64, device=device),
+        )
     teachers, held = None, run.data.teacher_probs(name, settings)
     if held is not None:
         own = shard_range(len(split))
@@ -67,10 +70,11 @@ def vote(run: Run, name: str, settings: LabelCorrectionPhase) -> Correction:
 
 def store_correction(run: Run, found: Correction) -> None:
     """Store the votes beside the bank's rows, where checkpoints and the next phases find them."""
-    first = "rate_evidence" not in run.notes
     for name in ("held_out", "posterior", "audio_held_out", "audio_posterior", "correspondence"):
         run.bank.columns[name] = getattr(found, name)
-    run.notes["neighbors_have_signal"] = found.has_signal
-    if first and found.has_signal:
-        for each in _OF_RATES:
-            run.notes[f"rate_{each}"] = getattr(found, each).tolist()
+    state = run.state.correction or CorrectionState(found.has_signal)
+    state.has_signal = found.has_signal
+    if state.rate_log_likelihood is None and found.has_signal:
+        state.rate_log_likelihood = found.rate_log_likelihood.tolist()
+        state.rate_log_likelihood_credible = found.rate_log_likelihood_credible.tolist()
+    run.state.correction = state

@@ -35,8 +35,8 @@ def run_remaining(run: Run) -> None:
             "seconds": round(seconds, 2),
             "clips_per_s": round(clips / max(seconds, 1e-9), 1),
         }
-        run.notes.setdefault("phases", []).append(entry)
+        run.state.report.phases.append(entry)
         run.progress.phase, run.progress.step = number + 1, 0
         run.progress.skipped_batches = run.progress.extracted_batches = 0
-        run.start_phase_timer(afresh=True)
+        run.start_phase_timer(reset=True)
         run.save()

@@ -36,11 +36,12 @@ def run_supervised(run: Run, name: str, settings: SupervisedPhase) -> None:
     """
     if settings.targets is Targets.oracle and run.data.labels.true is None:
         raise UserError(f"phases.{name}.targets=oracle: this set has no true labels; choose given or posterior.")
-    lost = settings.targets in NEED_CORRECTION and not run.notes["neighbors_have_signal"]
+    correction = run.state.correction
+    lost = settings.targets in NEED_CORRECTION and not (correction and correction.has_signal)
     loss = ClassLoss.gce if lost else settings.loss
     targets_of = _Targets(run, settings.targets if not lost else Targets.given)
     if targets_of.kind is Targets.given and settings.tower_lr_scale:
-        run.notes["given_labels_learnt"] = True
+        run.state.given_labels_learned = True
     if loss is ClassLoss.elr and "predictions" not in run.bank.columns:
         shape = len(run.bank.rows), len(HEADS), len(run.data.shards.classes)
         run.bank.columns["predictions"] = torch.zeros(shape, device=run.world.device)

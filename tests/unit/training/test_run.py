@@ -10,6 +10,7 @@ from distav.config.schema import Config
 from distav.distributed.process_group import World
 from distav.training.engine.deepspeed_engine import deepspeed_config
 from distav.training.run import DataModule, Run
+from distav.training.run_state import RunState
 from tests.helpers.launch import tiny_config
 
 TWO_RANKS = World(0, 2, 0, torch.device("cpu"))
@@ -68,11 +69,11 @@ def test_the_clock_of_a_phase_goes_on_after_a_kill_but_not_into_the_next(monkeyp
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     run = Run.__new__(Run)
-    run.notes = {"seconds_in_phase": 30.0}  # as a checkpoint inside the phase left it
+    run.state = RunState(seconds_in_phase=30.0)  # as a checkpoint inside the phase left it
     run.start_phase_timer()
     now = 105.0
     assert run.seconds_in_phase() == 35.0
-    run.notes["seconds_in_phase"] = run.seconds_in_phase()  # the last checkpoint before the phase ended
-    run.start_phase_timer(afresh=True)
+    run.state.seconds_in_phase = run.seconds_in_phase()  # the last checkpoint before the phase ended
+    run.start_phase_timer(reset=True)
     now = 107.0
-    assert run.seconds_in_phase() == 2.0 and "seconds_in_phase" not in run.notes
+    assert run.seconds_in_phase() == 2.0 and run.state.seconds_in_phase == 0.0

@@ -14,6 +14,7 @@ from distav.data.dataset import ShardedDataset
 from distav.distributed.process_group import World
 from distav.training.phases.registry import PHASES
 from distav.training.run import Run, open_run
+from distav.training.run_state import CorrectionState
 from tests.helpers.events import llp_shards, write_llp
 from tests.helpers.launch import ROOT, TINY, tiny_config
 from tests.helpers.spawn import on_ranks
@@ -41,7 +42,7 @@ def _correct(run: Run) -> None:
     size, classes = len(run.bank.rows), len(run.data.shards.classes)
     for name in ("posterior", "audio_posterior", "held_out", "audio_held_out"):
         run.bank.columns[name] = torch.full((size, classes), 1 / classes)
-    run.notes["neighbors_have_signal"] = True
+    run.state.correction = CorrectionState(has_signal=True)
 
 
 def waiting_lines(file: Path, *overrides: str) -> list[str]:
