@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from distav.config.cli import add_rank_options, exit_with_error
 from distav.config.errors import UserError
-from distav.data.annotations.teacher_scores import digest_of
+from distav.data.annotations.teacher_scores import manifest_digest
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.files import write_atomically, write_table
 from distav.data.preparation.builder import BuildConfig, build_dataset
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     run_on_main_rank(lambda: _cut(path, work / "clips", encoders.description, options.workers))
                 shards = ShardedDataset.open(options.input if is_set else work / "clips")
                 splits = [shards.split(name, "--splits") for name in options.splits or shards.manifest["splits"]]
-                run_on_main_rank(lambda: _claim(options, {"input": digest_of(shards)}))
+                run_on_main_rank(lambda: _claim(options, {"input": manifest_digest(shards)}))
                 chunks = [(each.name, len(each), _of_split(encoders, each)) for each in splits]
             _embed(options.out, chunks, world)
             run_on_main_rank(lambda: shutil.rmtree(work, ignore_errors=True))

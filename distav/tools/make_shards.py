@@ -10,13 +10,13 @@ from distav.config.errors import UserError
 from distav.data.preparation.annotated_videos import EventSource, parse_features
 from distav.data.preparation.builder import BuildConfig, build_dataset
 from distav.data.preparation.cleaning import CleaningConfig, clean_dataset
-from distav.data.preparation.digits import Digits
-from distav.data.preparation.encode_workers import Part
+from distav.data.preparation.digits import DigitsSource
+from distav.data.preparation.encode_workers import ChunkSubset
 from distav.data.preparation.encoding import CODECS, Encoding
 from distav.data.preparation.noise_injection import LabelNoise
 from distav.data.preparation.output_dir import BuildResult
 from distav.data.preparation.sources import ClipList, Source, VideoFolder
-from distav.data.preparation.synthetic import Scenes
+from distav.data.preparation.synthetic import SyntheticSource
 from distav.data.storage.object_store import is_url
 
 _EPILOG = """exit status: 0 every candidate was used; 3 some were rejected, see OUT/rejected.csv, the rest is ready;
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--workers={options.workers}: allowed: from 1 up.")
         if options.command == "clean":
             return _clean(options)
-        part = Part.parse(options.part) if options.part else None
+        part = ChunkSubset.parse(options.part) if options.part else None
         outcome = build_dataset(_source(options), options.out, _plan(options), options.workers, part)
     except UserError as error:
         print(f"make_shards: {error}", file=sys.stderr)
@@ -96,7 +96,7 @@ def _plan(options: argparse.Namespace) -> BuildConfig:
     )
 
 
-def _tell(outcome: BuildResult, out: Path, part: Part | None) -> None:
+def _tell(outcome: BuildResult, out: Path, part: ChunkSubset | None) -> None:
     rate = f", {sum(outcome.clips.values()) / outcome.seconds:.1f} clips/s" if outcome.seconds else ""
     clips = ", ".join(f"{count} {name}" for name, count in outcome.clips.items())
     if part and outcome.chunks:
@@ -118,7 +118,7 @@ def _source(options: argparse.Namespace) -> Source:
     if options.command == "csv":
         return ClipList(options.file)
     if options.command == "digits":
-        return Digits(
+        return DigitsSource(
             options.images,
             options.image_labels,
             options.recordings,
@@ -129,7 +129,7 @@ def _source(options: argparse.Namespace) -> Source:
     if options.command in ("llp", "ave"):
         features = tuple(parse_features(text) for text in options.features)
         return EventSource(options.command, options.annotations, options.videos, features)
-    return Scenes(options.train_clips, options.test_clips)
+    return SyntheticSource(options.train_clips, options.test_clips)
 
 
 def _parser() -> argparse.ArgumentParser:

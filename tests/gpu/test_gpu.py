@@ -42,7 +42,7 @@ def test_the_graph_decodes_alike_on_gpu_and_cpu(codec: str, tmp_path: Path):
     assert there.media["frames"].is_cuda and there.valid.all()
     difference = (here.media["frames"].int() - there.media["frames"].cpu().int()).abs().float()
     assert difference.mean() < 4
-    torch.testing.assert_close(here.media["sound"], there.media["sound"].cpu(), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(here.media["audio"], there.media["audio"].cpu(), atol=1e-4, rtol=1e-3)
 
 
 def test_random_numbers_are_the_same_on_both():
@@ -179,7 +179,7 @@ def test_parsing_in_bf16_follows_the_cpu_in_fp32(tmp_path: Path):
 def test_teachers_say_the_same_on_both(tmp_path: Path):
     pytest.importorskip("transformers", reason="teachers need transformers: pip install 'distav[teachers]'")
     from distav.tools.pseudo_label.prompts import read_prompts
-    from distav.tools.pseudo_label.teachers import AudioTeacher, ImageTeacher
+    from distav.tools.pseudo_label.teachers import CLAPTeacher, CLIPTeacher
     from tests.helpers.teachers import SIDE, write_prompts, write_teachers
 
     write_teachers(tmp_path, ["A photo of a cat.", "This is a sound of a dog"])
@@ -188,9 +188,9 @@ def test_teachers_say_the_same_on_both(tmp_path: Path):
     frames = torch.randint(0, 256, (2, 3, SIDE, SIDE, 3), dtype=torch.uint8)
     sound = torch.rand(2, 48000) - 0.5
     here, there = (torch.device(kind) for kind in ("cpu", "cuda"))
-    seen = [ImageTeacher(prompts["visual"], device).scores(frames.to(device)).cpu() for device in (here, there)]
+    seen = [CLIPTeacher(prompts["visual"], device).scores(frames.to(device)).cpu() for device in (here, there)]
     heard = [
-        AudioTeacher(prompts["audio"], device, 16000, 3).scores(sound.to(device)).cpu() for device in (here, there)
+        CLAPTeacher(prompts["audio"], device, 16000, 3).scores(sound.to(device)).cpu() for device in (here, there)
     ]
     torch.testing.assert_close(*seen, atol=0.02, rtol=1e-3)
     torch.testing.assert_close(*heard, atol=0.02, rtol=1e-3)

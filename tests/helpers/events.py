@@ -5,14 +5,14 @@ from pathlib import Path
 import av
 import numpy as np
 
-from distav.data.annotations.llp import CLASSES, SECONDS
+from distav.data.annotations.llp import CLASSES, DURATION_S
 from tests.conftest import make_shards
 
 USED = (0, 3, 9, 11)
 """Classes that occur."""
 SIZES = {"train": 48, "val": 6, "test": 12}
 FILES = {"train": "AVVP_train.csv", "val": "AVVP_val_pd.csv", "test": "AVVP_test_pd.csv"}
-STREAMS = {"vggish": ("audio", SECONDS, 8), "res152": ("visual", 8 * SECONDS, 12)}
+STREAMS = {"vggish": ("audio", DURATION_S, 8), "res152": ("visual", 8 * DURATION_S, 12)}
 
 
 def write_llp(folder: Path) -> dict[str, np.ndarray]:
@@ -27,7 +27,7 @@ def write_llp(folder: Path) -> dict[str, np.ndarray]:
         lines = ["filename\tevent_labels"]
         for number in range(count):
             video = f"v{place}-{number:08d}_{number}_{number + 10}"
-            events = np.zeros((2, SECONDS, len(CLASSES)), dtype=bool)
+            events = np.zeros((2, DURATION_S, len(CLASSES)), dtype=bool)
             kinds = rng.choice(USED, size=1 + number % 2, replace=False)
             for kind in kinds:
                 first = int(rng.integers(0, 6))
@@ -40,7 +40,7 @@ def write_llp(folder: Path) -> dict[str, np.ndarray]:
             truth[video] = events
             for name, (modality, steps, dim) in STREAMS.items():
                 shown = events[("audio", "visual").index(modality)].astype(float) @ ideas[name]
-                values = np.repeat(shown, steps // SECONDS, axis=0) + 0.1 * rng.standard_normal((steps, dim))
+                values = np.repeat(shown, steps // DURATION_S, axis=0) + 0.1 * rng.standard_normal((steps, dim))
                 np.save(folder / name / f"{video[:11]}.npy", values.astype(np.float32))
         (folder / FILES[split]).write_text("\n".join(lines) + "\n")
     (folder / "AVVP_eval_audio.csv").write_text("\n".join(heard) + "\n")
@@ -77,11 +77,11 @@ def _write_video(path: Path, kind: int, seconds: range) -> None:
         video = container.add_stream("mpeg4", rate=8)
         video.width, video.height, video.pix_fmt = 48, 32, "yuv420p"
         audio = container.add_stream("aac", rate=16000, layout="mono")
-        for frame in range(8 * SECONDS):
+        for frame in range(8 * DURATION_S):
             shade = 80 * (kind + 1) if frame // 8 in seconds else 10
             container.mux(video.encode(av.VideoFrame.from_ndarray(np.full((32, 48, 3), shade, np.uint8), "rgb24")))
         container.mux(video.encode())
-        moments = np.arange(16000 * SECONDS) / 16000
+        moments = np.arange(16000 * DURATION_S) / 16000
         loud = np.isin(moments.astype(int), seconds)
         wave = (0.4 * np.sin(2 * np.pi * 300 * (kind + 1) * moments) * loud).astype(np.float32)
         for start in range(0, len(wave), 1024):

@@ -20,7 +20,7 @@ from distav.data.pipeline.loader import Batch, Loader
 from distav.data.pipeline.reader import ShardReader
 from distav.data.preparation.builder import BuildConfig, build_dataset
 from distav.data.preparation.encoding import Encoding
-from distav.data.preparation.synthetic import Scenes
+from distav.data.preparation.synthetic import SyntheticSource
 from tools.bench.timing import Results, Setting
 
 FRAMES, STRIDE, AUDIO_S = 8, 2, 1.0
@@ -32,7 +32,7 @@ STEP_OVER_LOADER = 1.25
 def make_clips(folder: Path, clips: int, codec: str = "mjpeg", short_side: int = 128) -> Split:
     """Render a dataset of two-second clips of 16 frames."""
     build_dataset(
-        Scenes(train_clips=clips, test_clips=1),
+        SyntheticSource(train_clips=clips, test_clips=1),
         folder,
         BuildConfig(Encoding(codec, fps=8, short_side=short_side, clip_s=2.0)),
         workers=torch.get_num_threads(),
@@ -74,16 +74,16 @@ def run(setting: Setting, clips: int, batch: int, codec: str = "mjpeg") -> Resul
             for name, batches in peers.items()
         }
         seconds = setting.interleaved(candidates)
-        results.times(seconds, {each: (number * batch, "clips/s") for each in seconds})
+        results.add_times(seconds, {each: (number * batch, "clips/s") for each in seconds})
         read, decode, whole = (seconds[each] for each in list(seconds)[:3])
         slowest = [max(pair) for pair in zip(read, decode, strict=True)]
-        results.ratio("clips/s of the loader / its slowest stage", (slowest, whole), ">= 0.9")
+        results.add_ratio("clips/s of the loader / its slowest stage", (slowest, whole), ">= 0.9")
         for name in peers:
             peer = seconds[f"webdataset + {name} in a DataLoader"]
             bar = {"PyAV": ">= 1.3", "torchcodec": ">= 1"}[name] if codec == "mjpeg" else ""
-            results.ratio(f"clips/s of the loader / webdataset + {name}", (peer, whole), bar)
+            results.add_ratio(f"clips/s of the loader / webdataset + {name}", (peer, whole), bar)
         wait = _data_wait(loader, plan * 2, _step(setting.device, STEP_OVER_LOADER * float(np.median(whole)) / number))
-        results.ratio("data wait, share of a step of 1.25 batches' time", wait, "<= 0.02")
+        results.add_ratio("data wait, share of a step of 1.25 batches' time", wait, "<= 0.02")
         loader.close()
     return results
 

@@ -13,7 +13,7 @@ from distav.config.errors import UserError, format_list
 from distav.data.annotations.ave import read_ave
 from distav.data.annotations.llp import CLASSES, VIDEOS, read_llp
 from distav.data.modalities import MODALITIES, STREAM_NAME, FeatureStream
-from distav.data.pipeline.features import decode_features, header
+from distav.data.pipeline.features import decode_features, read_header
 from distav.data.pipeline.reader import DecodeError
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, Features, RejectedClip
 from distav.data.preparation.media_decoding import decode_clips
@@ -135,7 +135,7 @@ class EventSource:
                 raise UserError(f"--features {modality}:{name}={folder}: holds no .npy files.")
             try:
                 with open(file, "rb") as content:
-                    shape, _, _ = header(content.read(_HEADER_BYTES))
+                    shape, _, _ = read_header(content.read(_HEADER_BYTES))
                 steps, dim = shape
             except (DecodeError, ValueError) as error:
                 raise UserError(f"--features {modality}:{name}: {file} does not hold [steps, dim] ({error}).") from None

@@ -17,24 +17,24 @@ import pyarrow as pa
 
 from distav.config.errors import UserError
 from distav.data.annotations.events import events_table
-from distav.data.annotations.llp import SECONDS
-from distav.data.dataset import EVENTS, members_of
+from distav.data.annotations.llp import DURATION_S
+from distav.data.dataset import EVENTS, member_extensions
 from distav.data.files import write_table
 from distav.data.preparation.annotated_videos import EventSource, SourceInfo
-from distav.data.preparation.encode_workers import Encoded, Part, encode_all, finished
+from distav.data.preparation.encode_workers import EncodedClip, ChunkSubset, encode_all, finished
 from distav.data.preparation.encoding import Encoding
 from distav.data.preparation.noise_injection import LabelNoise, flip_labels, mismatch_pairs
 from distav.data.preparation.output_dir import (
     WORK,
     BuildResult,
-    claim,
-    finish,
-    ready,
+    claim_work_dir,
+    write_manifest,
+    read_result,
     recipe_of,
     write_index,
     write_rejected,
 )
-from distav.data.preparation.shard_writer import Samples, keys_of
+from distav.data.preparation.shard_writer import SplitWriter, sample_keys
 from distav.data.preparation.sources import Source
 
 CHUNK = 64
@@ -59,7 +59,7 @@ class BuildConfig:
             raise UserError(f"--correspondence-noise={self.correspondence_noise}: has to be a rate from 0 to 1.")
 
 
-def build_dataset(source: Source, out: Path, plan: BuildConfig, workers: int, part: Part | None = None) -> BuildResult:
+def build_dataset(source: Source, out: Path, plan: BuildConfig, workers: int, part: ChunkSubset | None = None) -> BuildResult:
     """Write a whole set into a folder; called again after a kill, it goes on where it was.
 
     Args:
@@ -74,45 +74,45 @@ def build_dataset(source: Source, out: Path, plan: BuildConfig, workers: int, pa
     """
     recipe = recipe_of(source, plan)
     try:
-        return ready(out, recipe) or _build(source, out, plan, workers, part, recipe)
+        return read_result(out, recipe) or _build(source, out, plan, workers, part, recipe)
     except (OSError, UserError):
-        if done := ready(out, recipe):  # Another command has finished it meanwhile.
+        if done := read_result(out, recipe):  # Another command has finished it meanwhile.
             return done
         raise
 
 
 def _build(
-    source: Source, out: Path, plan: BuildConfig, workers: int, part: Part | None, recipe: dict[str, Any]
+    source: Source, out: Path, plan: BuildConfig, workers: int, part: ChunkSubset | None, recipe: dict[str, Any]
 ) -> BuildResult:
     work = out / WORK
     about = source.info() if isinstance(source, EventSource) else SourceInfo()
-    if isinstance(source, EventSource) and plan.encoding.clip_s != SECONDS:
-        raise UserError(f"--clip-s={plan.encoding.clip_s:g}: the annotations are of {SECONDS} s; leave it out.")
+    if isinstance(source, EventSource) and plan.encoding.clip_s != DURATION_S:
+        raise UserError(f"--clip-s={plan.encoding.clip_s:g}: the annotations are of {DURATION_S} s; leave it out.")
     if about.multi_label and (plan.label_noise or plan.cross_class_only):
         raise UserError("--label-noise and --cross-class-only are for one class a sample; these have several.")
-    claim(work, recipe)
+    claim_work_dir(work, recipe)
     candidates = source.candidates()
     chunks = [candidates[start : start + CHUNK] for start in range(0, len(candidates), CHUNK)]
     encoded, rejected, seconds = encode_all(source, plan.encoding, plan.seed, chunks, work, workers, part)
     if part:
         clips = dict(Counter(each.split for each in encoded))
-        return ready(out, recipe) or BuildResult(clips, len(rejected), seconds, (finished(work), len(chunks)))
+        return read_result(out, recipe) or BuildResult(clips, len(rejected), seconds, (finished(work), len(chunks)))
     write_rejected(out, rejected)
     if not encoded:
         raise UserError(
             f"none of {len(candidates)} candidates could be used; {out / 'rejected.csv'} gives the reasons."
         )
     manifest = _assemble(encoded, out, work, plan, about, workers)
-    finish(out, manifest | {"recipe": recipe, "rejected": len(rejected)})
+    write_manifest(out, manifest | {"recipe": recipe, "rejected": len(rejected)})
     return BuildResult({name: split["clips"] for name, split in manifest["splits"].items()}, len(rejected), seconds)
 
 
 def _assemble(
-    encoded: list[Encoded], out: Path, work: Path, plan: BuildConfig, about: SourceInfo, workers: int
+    encoded: list[EncodedClip], out: Path, work: Path, plan: BuildConfig, about: SourceInfo, workers: int
 ) -> dict[str, Any]:
     """Shuffle, number and copy the encoded clips into tars; write the tables; return the manifest."""
     classes = about.classes or sorted({each.label for each in encoded})
-    members = members_of(plan.encoding.codec, about.streams)
+    members = member_extensions(plan.encoding.codec, about.streams)
     sounds = frozenset({name for name, each in about.streams.items() if each.modality == "audio"} or {"audio"})
     splits: dict[str, Any] = {}
     index: list[dict[str, Any]] = []
@@ -127,8 +127,8 @@ def _assemble(
         true = np.array([0 if about.multi_label else classes.index(each.label) for each in clips], dtype=np.int64)
         swapped = plan.correspondence_noise if noisy else 0.0
         pair = mismatch_pairs(len(clips), swapped, rng, true if plan.cross_class_only else None)
-        keys = keys_of(name, len(clips))
-        samples = Samples(name, keys, clips, pair, members, sounds, plan.encoding, work, work)
+        keys = sample_keys(name, len(clips))
+        samples = SplitWriter(name, keys, clips, pair, members, sounds, plan.encoding, work, work)
         shards, rows = samples.write(out, plan.shard_samples, workers)
         index += rows
         splits[name] = {"clips": len(clips), "shards": shards}
@@ -174,7 +174,7 @@ def _with_truth(table: pa.Table, plan: BuildConfig) -> pa.Table:
 
 def _label_table(
     split: str,
-    clips: list[Encoded],
+    clips: list[EncodedClip],
     names: np.ndarray,
     given: np.ndarray,
     true: np.ndarray,
@@ -185,7 +185,7 @@ def _label_table(
         {
             "split": [split] * len(clips),
             "id": np.arange(len(clips)),
-            "key": keys_of(split, len(clips)),
+            "key": sample_keys(split, len(clips)),
             "label": [each.label.split(",") for each in clips] if several else names[given],
             "true_label": names[true],
             "pair_id": pair,

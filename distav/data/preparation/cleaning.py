@@ -15,20 +15,20 @@ from distav.config.errors import UserError
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import EVENTS, ShardedDataset, Split
 from distav.data.files import write_table
-from distav.data.preparation.encode_workers import Encoded
+from distav.data.preparation.encode_workers import EncodedClip
 from distav.data.preparation.encoding import Encoding
 from distav.data.preparation.output_dir import (
     WORK,
     BuildResult,
-    claim,
-    finish,
-    ready,
+    claim_work_dir,
+    write_manifest,
+    read_result,
     recipe_of,
     write_index,
     write_rejected,
 )
 from distav.data.preparation.review_decisions import ReviewResult, apply_decisions
-from distav.data.preparation.shard_writer import Samples
+from distav.data.preparation.shard_writer import SplitWriter
 
 CHANGED = "train"
 
@@ -85,19 +85,19 @@ def clean_dataset(cleaning: CleaningConfig, out: Path, workers: int) -> BuildRes
     if shards.multi_label:
         raise UserError(f"{cleaning.root}: its clips have several classes each; `cleaned` takes sets of one a clip.")
     recipe = recipe_of(cleaning, cleaning.digests())
-    if done := ready(out, recipe):
+    if done := read_result(out, recipe):
         return done
     train = shards.split(CHANGED, "cleaned: split")
     options = cleaning.decisions, cleaning.labels, cleaning.min_confidence, cleaning.min_correspondence
     verdict = apply_decisions(shards, train, *options)
     if not len(verdict.kept):
         raise UserError(f"{cleaning.root}: every clip of {CHANGED} would be left out; lower --min-correspondence.")
-    claim(out / WORK, recipe)
-    write_rejected(out, [_rejected(shards, train, verdict, sample) for sample in sorted(verdict.left_out)])
+    claim_work_dir(out / WORK, recipe)
+    write_rejected(out, [_rejected(shards, train, verdict, sample) for sample in sorted(verdict.removed)])
     manifest = _copy(shards, verdict, out, cleaning.shard_samples, workers)
-    changed = int((verdict.before != verdict.after)[verdict.kept].sum())
-    finish(out, manifest | {"recipe": recipe, "rejected": len(verdict.left_out), "num_relabeled": changed})
-    done = ready(out, recipe)
+    changed = int((verdict.given != verdict.reviewed)[verdict.kept].sum())
+    write_manifest(out, manifest | {"recipe": recipe, "rejected": len(verdict.removed), "num_relabeled": changed})
+    done = read_result(out, recipe)
     assert done
     return done
 
@@ -108,8 +108,8 @@ def _rejected(shards: ShardedDataset, split: Split, verdict: ReviewResult, sampl
         "path": split.columns["source"][sample],
         "start_s": start,
         "end_s": start + float(split.columns["duration_s"][sample]),
-        "label": shards.classes[verdict.before[sample]],
-        "reason": verdict.left_out[sample],
+        "label": shards.classes[verdict.given[sample]],
+        "reason": verdict.removed[sample],
     }
 
 
@@ -121,12 +121,12 @@ def _copy(shards: ShardedDataset, verdict: ReviewResult, out: Path, shard_sample
     events: list[pa.Table] = []
     for name, before in shards.manifest["splits"].items():
         split = shards.split(name)
-        given = verdict.after if name == CHANGED else load_labels(shards, split).given
+        given = verdict.reviewed if name == CHANGED else load_labels(shards, split).given
         kept = verdict.kept if name == CHANGED else np.arange(len(split))
         written, rows = _samples(shards, split, kept, out).write(out, shard_samples, workers)
         splits[name] = {"clips": len(kept), "shards": written}
         index += rows
-        table = _labels(shards, split, kept, given, bool(verdict.left_out))
+        table = _labels(shards, split, kept, given, bool(verdict.removed))
         labels.append(table)
         if "noise" in before and "true_label" in table.column_names:
             pairs = zip(table.column("label").to_pylist(), table.column("true_label").to_pylist(), strict=True)
@@ -140,7 +140,7 @@ def _copy(shards: ShardedDataset, verdict: ReviewResult, out: Path, shard_sample
     return shards.manifest | {"splits": splits}
 
 
-def _samples(shards: ShardedDataset, split: Split, kept: np.ndarray, out: Path) -> Samples:
+def _samples(shards: ShardedDataset, split: Split, kept: np.ndarray, out: Path) -> SplitWriter:
     columns, manifest = split.columns, shards.manifest
     rates = {name: manifest[name] for name in ("codec", "fps", "sample_rate_hz") if name in manifest}
     encoding = Encoding(**rates, clip_s=float(columns["duration_s"][0]))
@@ -152,7 +152,7 @@ def _samples(shards: ShardedDataset, split: Split, kept: np.ndarray, out: Path) 
     clips = [_stored(split, sample) for sample in kept.tolist()]
     keys = split.keys[kept].tolist()
     donors = np.arange(len(kept))
-    return Samples(
+    return SplitWriter(
         split.name,
         keys,
         clips,
@@ -165,7 +165,7 @@ def _samples(shards: ShardedDataset, split: Split, kept: np.ndarray, out: Path) 
     )
 
 
-def _stored(split: Split, sample: int) -> Encoded:
+def _stored(split: Split, sample: int) -> EncodedClip:
     """Return where the members of a sample lie in the old set."""
 
     def place(member: str) -> tuple[int, int, int]:
@@ -173,7 +173,7 @@ def _stored(split: Split, sample: int) -> Encoded:
         return offset, size, crc32
 
     columns = split.columns
-    return Encoded(
+    return EncodedClip(
         file=split.shards[int(columns["shard"][sample])].name,
         source=columns["source"][sample],
         label="",

@@ -24,7 +24,7 @@ _RECORDING = re.compile(r"(\d)_(\w+)_(\d+)\.wav$")
 
 
 @dataclass(frozen=True)
-class Digits:
+class DigitsSource:
     """`digits`: every recording with an image of its digit that no other clip shows.
 
     Recordings with index 0-4 are the official test set of FSDD; each is shown with ten images, since pictures are

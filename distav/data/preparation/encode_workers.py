@@ -31,14 +31,14 @@ from distav.data.preparation.sources import Source
 
 
 @dataclass(frozen=True)
-class Part:
+class ChunkSubset:
     """Every N-th chunk, from the I-th on: what one machine of several encodes."""
 
     number: int = 0
     of: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> "Part":
+    def parse(cls, text: str) -> "ChunkSubset":
         """Read `I/N`.
 
         Raises:
@@ -55,7 +55,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedClip:
     """An encoded clip and where its bytes lie: in a file of the work folder, or in a tar of a set."""
 
     file: str
@@ -90,8 +90,8 @@ def encode_all(
     chunks: list[list[ClipSource]],
     work: Path,
     workers: int,
-    part: Part | None = None,
-) -> tuple[list[Encoded], list[dict[str, Any]], float]:
+    part: ChunkSubset | None = None,
+) -> tuple[list[EncodedClip], list[dict[str, Any]], float]:
     """Encode every chunk, or those of a part, that are not finished yet.
 
     Returns:
@@ -99,7 +99,7 @@ def encode_all(
         0 if nothing was left to do.
     """
     began = time.monotonic()
-    numbers = (part or Part()).numbers(len(chunks))
+    numbers = (part or ChunkSubset()).numbers(len(chunks))
     todo = [number for number in numbers if not _list_of(work, number).exists()]
     anything = bool(todo)
     bar = tqdm(total=sum(len(chunks[number]) for number in numbers), unit="clip", desc="encoding", mininterval=1)
@@ -125,7 +125,7 @@ def encode_all(
         todo = [number for number in broken if not _list_of(work, number).exists()]
     bar.close()
     lists = [json.loads(_list_of(work, number).read_text()) for number in numbers]
-    encoded = [Encoded(**each) for done in lists for each in done["encoded"]]
+    encoded = [EncodedClip(**each) for done in lists for each in done["encoded"]]
     rejected = [each for done in lists for each in done["rejected"]]
     return encoded, rejected, time.monotonic() - began if anything else 0.0
 
@@ -150,7 +150,7 @@ def _encode_chunk(
 ) -> None:
     """Encode one chunk, leaving out the places in it that brought a worker down."""
     file = f"chunk-{number:06d}-{uuid.uuid4().hex[:12]}.bin"
-    encoded: list[Encoded] = []
+    encoded: list[EncodedClip] = []
     rejected: list[dict[str, Any]] = []
     with open(work / file, "xb") as sink:
         for place, candidate in enumerate(candidates):
@@ -164,7 +164,7 @@ def _encode_chunk(
                         sink.write(content)
                     height, width = clip.size
                     encoded.append(
-                        Encoded(
+                        EncodedClip(
                             file=file,
                             source=candidate.source,
                             label=candidate.label,

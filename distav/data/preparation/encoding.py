@@ -40,7 +40,7 @@ class Clip:
     """A decoded clip: frames [T, H, W, 3] uint8 at the set's rate, sound [N] float32 in [-1, 1], mono."""
 
     frames: np.ndarray
-    sound: np.ndarray
+    waveform: np.ndarray
     start_s: float = 0.0
 
     @property
@@ -52,7 +52,7 @@ class Clip:
         """Return the members of the sample by name."""
         return {
             "video": encode_video(self.frames, encoding),
-            "audio": encode_audio(self.sound, encoding.sample_rate_hz),
+            "audio": encode_audio(self.waveform, encoding.sample_rate_hz),
         }
 
 

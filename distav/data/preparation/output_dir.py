@@ -20,7 +20,7 @@ import pyarrow as pa
 from distav.config.errors import UserError
 from distav.config.version import __version__
 from distav.data.dataset import TABLES, index_schema
-from distav.data.files import unfinished, write_atomically, write_table
+from distav.data.files import temporary_path, write_atomically, write_table
 from distav.data.integrity import file_entry
 
 WORK = ".work"
@@ -43,7 +43,7 @@ def recipe_of(source: Any, plan: Any) -> dict[str, Any]:
     return {"distav": __version__, "source": _described(source), "plan": _described(plan)}
 
 
-def ready(out: Path, recipe: dict[str, Any]) -> BuildResult | None:
+def read_result(out: Path, recipe: dict[str, Any]) -> BuildResult | None:
     """Return what came of a set that is finished, None where it is not.
 
     Raises:
@@ -69,7 +69,7 @@ def _described(thing: Any) -> Any:
     return str(thing) if isinstance(thing, Path) else thing
 
 
-def claim(work: Path, recipe: dict[str, Any]) -> None:
+def claim_work_dir(work: Path, recipe: dict[str, Any]) -> None:
     """Take the work folder, or make sure that it belongs to the same recipe.
 
     Raises:
@@ -92,7 +92,7 @@ def claim(work: Path, recipe: dict[str, Any]) -> None:
 
 def _write_first(path: Path, content: bytes) -> None:
     """Write a file whole, unless somebody else did so at the same instant."""
-    mine = unfinished(path)
+    mine = temporary_path(path)
     write_atomically(mine, content)
     try:
         os.link(mine, path)
@@ -119,7 +119,7 @@ def write_index(out: Path, rows: list[dict[str, Any]], members: Iterable[str]) -
     write_table(out / "index.parquet", table, out / WORK)
 
 
-def finish(out: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(out: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest, the last of a set's files, with what its tables are."""
     manifest |= {"tables": {name: file_entry(out / name) for name in TABLES if (out / name).exists()}}
     text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"

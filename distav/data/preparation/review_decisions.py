@@ -28,14 +28,14 @@ class ReviewResult:
         left_out: the reason by id.
     """
 
-    before: np.ndarray
-    after: np.ndarray
-    left_out: dict[int, str]
+    given: np.ndarray
+    reviewed: np.ndarray
+    removed: dict[int, str]
 
     @property
     def kept(self) -> np.ndarray:
         """Ids of the clips that stay, in order: [M] int64."""
-        return np.setdiff1d(np.arange(len(self.after)), list(self.left_out))
+        return np.setdiff1d(np.arange(len(self.reviewed)), list(self.removed))
 
 
 def apply_decisions(

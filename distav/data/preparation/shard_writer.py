@@ -12,19 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from distav.data.files import unfinished
-from distav.data.preparation.encode_workers import Encoded
+from distav.data.files import temporary_path
+from distav.data.preparation.encode_workers import EncodedClip
 from distav.data.preparation.encoding import Encoding
-from distav.data.storage.tar import by_key, write_dali_index
+from distav.data.storage.tar import members_by_key, write_dali_index
 
 
-def keys_of(split: str, count: int) -> list[str]:
+def sample_keys(split: str, count: int) -> list[str]:
     """Return the keys of the samples of a split."""
     return [f"{split}-{number:09d}" for number in range(count)]
 
 
 @dataclass(frozen=True)
-class Samples:
+class SplitWriter:
     """The samples of one split, by id.
 
     Attributes:
@@ -41,7 +41,7 @@ class Samples:
 
     split: str
     keys: Sequence[str]
-    clips: Sequence[Encoded]
+    clips: Sequence[EncodedClip]
     audio_source: np.ndarray
     members: dict[str, str]
     sounds: frozenset[str]
@@ -62,21 +62,21 @@ class Samples:
         path = out / f"{self.split}-{shard:06d}.tar"
         if not path.exists():
             self._write_tar(path, ids)
-        members = by_key(path)
+        members = members_by_key(path)
         write_dali_index(path, members, self.scratch)
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         described = {"name": path.name, "clips": len(ids), "bytes": path.stat().st_size, "sha256": digest}
         return described, [self._row(shard, number, members[self.keys[number]]) for number in ids]
 
-    def _holder(self, number: int, member: str) -> Encoded:
+    def _holder(self, number: int, member: str) -> EncodedClip:
         return self.clips[self.audio_source[number] if member in self.sounds else number]
 
     def _write_tar(self, path: Path, ids: range) -> None:
         """Write a tar beside its place and rename it."""
         import webdataset.writer  # It brings torch along, which the encoding processes have no use for.
 
-        part = unfinished(path, self.scratch)
+        part = temporary_path(path, self.scratch)
         whose = {"mtime": 0, "user": "distav", "group": "distav"}
         with open(part, "wb") as file, webdataset.writer.TarWriter(file, encoder=False, **whose) as tar:
             for number in ids:

@@ -22,7 +22,7 @@ CLASSES = (
 
 
 @dataclass(frozen=True)
-class Scenes:
+class SyntheticSource:
     """`synthetic`: scenes rendered from a seed."""
 
     train_clips: int = 1200

@@ -24,11 +24,11 @@ from tqdm import tqdm
 from distav.config.cli import add_rank_options, exit_with_error
 from distav.config.errors import UserError, format_list
 from distav.config.schema import DataConfig
-from distav.data.annotations.events import events_table, load_events, segments_of
+from distav.data.annotations.events import events_table, load_events, num_segments
 from distav.data.annotations.teacher_scores import (
     CHUNK,
-    about_file,
-    digest_of,
+    metadata_file,
+    manifest_digest,
     read_scores,
     score_file,
     score_files,
@@ -43,7 +43,7 @@ from distav.distributed.collectives import barrier, broadcast, run_on_main_rank
 from distav.distributed.process_group import World, process_group
 from distav.evaluation.event_metrics import event_metrics
 from distav.tools.pseudo_label.prompts import Prompts, read_prompts
-from distav.tools.pseudo_label.teachers import AudioTeacher, ImageTeacher, Teacher
+from distav.tools.pseudo_label.teachers import CLAPTeacher, CLIPTeacher, Teacher
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,18 +84,18 @@ def _parser() -> argparse.ArgumentParser:
 def _check(shards: ShardedDataset, prompts: dict[str, Prompts], path: Path) -> list[int]:
     """Return the place of each of the set's classes among the prompts."""
     if shards.streams:
-        raise UserError(f"{shards.where} holds features; teachers look at clips and listen to them.")
+        raise UserError(f"{shards.location} holds features; teachers look at clips and listen to them.")
     fps = float(shards.manifest["fps"])
     if fps != max(1, round(fps)):
         raise UserError(
-            f"{shards.where} stores {fps:g} frames a second, so that seconds have no frame of their own; make it with "
+            f"{shards.location} stores {fps:g} frames a second, so that seconds have no frame of their own; make it with "
             "a whole number of --fps."
         )
     asked = prompts[MODALITIES[0]].classes
     missing = [name for name in shards.classes if name not in asked]
     if missing:
         raise UserError(
-            f"{path}: has no prompts for {format_list(missing)} of {shards.where}; add them under classes, with a caption "
+            f"{path}: has no prompts for {format_list(missing)} of {shards.location}; add them under classes, with a caption "
             "and a threshold for each modality."
         )
     return [asked.index(name) for name in shards.classes]
@@ -104,8 +104,8 @@ def _check(shards: ShardedDataset, prompts: dict[str, Prompts], path: Path) -> l
 def _claim(out: Path, shards: ShardedDataset, prompts: dict[str, Prompts]) -> None:
     """Make sure that the scores in a folder, if any, are of this set and these captions."""
     asked = {modality: [each.checkpoint, each.classes, each.captions] for modality, each in prompts.items()}
-    text = json.dumps({"set": digest_of(shards), "asked": asked}, indent=1, sort_keys=True)
-    path = about_file(out)
+    text = json.dumps({"set": manifest_digest(shards), "asked": asked}, indent=1, sort_keys=True)
+    path = metadata_file(out)
     if path.exists() and path.read_text() != text:
         raise UserError(f"{out} holds scores of another set, or for other captions; choose another --out or delete it.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,9 +116,9 @@ def _score(split: Split, prompts: dict[str, Prompts], out: Path, batch: int, wor
     """Let teachers score what they have not scored yet; ranks take chunks in turn."""
     todo = broadcast([chunk for chunk, path in enumerate(score_files(out, split)) if not path.exists()])
     if todo:
-        segments = segments_of(split)
-        audio = AudioTeacher(prompts["audio"], world.device, split.sample_rate_hz, segments)
-        visual = ImageTeacher(prompts["visual"], world.device)
+        segments = num_segments(split)
+        audio = CLAPTeacher(prompts["audio"], world.device, split.sample_rate_hz, segments)
+        visual = CLIPTeacher(prompts["visual"], world.device)
         data = DataConfig(
             num_frames=segments, frame_stride=round(split.fps), frame_size=visual.frame_size, squash=True,
             audio_s=float(segments),
@@ -140,7 +140,7 @@ def _score_chunk(loader: Loader, ids: np.ndarray, teachers: dict[str, Teacher], 
     size = loader.pipeline.batch
     plan = padded_batches(ids, size, -(-len(ids) // size))
     for batch in loader.batches((some, 0) for some in plan):
-        media = {"audio": batch.media["sound"], "visual": batch.media["frames"]}
+        media = {"audio": batch.media["audio"], "visual": batch.media["frames"]}
         for modality, teacher in teachers.items():
             scores = teacher.scores(media[modality])
             found[modality].append(scores.masked_fill(~batch.valid[:, None, None], torch.nan).cpu().numpy())

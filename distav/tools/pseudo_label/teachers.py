@@ -27,7 +27,7 @@ class Teacher(Protocol):
         ...
 
 
-class ImageTeacher:
+class CLIPTeacher:
     """CLIP (Radford et al. 2021): one frame of each segment against a caption of each class, as scaled cosines."""
 
     def __init__(self, prompts: Prompts, device: torch.device):
@@ -55,7 +55,7 @@ class ImageTeacher:
         return (self.model.logit_scale.exp() * seen @ self.captions.T).float().unflatten(0, media.shape[:2])
 
 
-class AudioTeacher:
+class CLAPTeacher:
     """CLAP (Wu et al. 2023): the sound of each segment against a caption of each class, as scaled cosines."""
 
     def __init__(self, prompts: Prompts, device: torch.device, sample_rate_hz: int, segments: int):

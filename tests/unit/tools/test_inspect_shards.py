@@ -82,7 +82,7 @@ def test_silent_black_and_still_are_told_apart_in_every_codec(codec: str):
         made = clip_of(kind, rng)
         frames, sound = decode_clip(made.members(encoding))
         assert frames.shape == made.frames.shape and frames.dtype == np.uint8
-        assert np.abs(sound - made.sound).max() < 1e-4 and sound.dtype == np.float32
+        assert np.abs(sound - made.waveform).max() < 1e-4 and sound.dtype == np.float32
         found = measure_clip(frames, sound, 8000)
         assert {each for each in ("silent", "black", "still") if found[each]} == {kind} - {"plain"}
 

@@ -24,7 +24,7 @@ from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Batch, Loader
 from distav.tools.pseudo_label.command import main
 from distav.tools.pseudo_label.prompts import read_prompts
-from distav.tools.pseudo_label.teachers import AudioTeacher, ImageTeacher
+from distav.tools.pseudo_label.teachers import CLAPTeacher, CLIPTeacher
 from tests.conftest import ROOT
 from tests.helpers.events import AVE_CLASSES, ave_shards, write_ave
 
@@ -58,7 +58,7 @@ def batch_of(folder: Path, split: str, count: int) -> Batch:
 @torch.no_grad()
 def test_scores_are_those_of_transformers_called_by_hand(ave: Path):
     batch, prompts = batch_of(ave, "test", 3), read_prompts(ave / "prompts.yaml")
-    found = ImageTeacher(prompts["visual"], CPU).scores(batch.media["frames"])
+    found = CLIPTeacher(prompts["visual"], CPU).scores(batch.media["frames"])
     model = transformers.CLIPModel.from_pretrained(ave / "clip")
     tokens = transformers.AutoTokenizer.from_pretrained(ave / "clip")
     looks = transformers.CLIPImageProcessor.from_pretrained(ave / "clip")
@@ -68,7 +68,7 @@ def test_scores_are_those_of_transformers_called_by_hand(ave: Path):
         words.pop("token_type_ids", None)
         torch.testing.assert_close(found[clip], model(**images, **words).logits_per_image, atol=1e-4, rtol=1e-4)
 
-    heard = AudioTeacher(prompts["audio"], CPU, 16000, 10).scores(batch.media["sound"])
+    heard = CLAPTeacher(prompts["audio"], CPU, 16000, 10).scores(batch.media["audio"])
     model = transformers.ClapModel.from_pretrained(ave / "clap")
     tokens = transformers.AutoTokenizer.from_pretrained(ave / "clap")
     hears = transformers.AutoFeatureExtractor.from_pretrained(ave / "clap")
@@ -76,7 +76,7 @@ def test_scores_are_those_of_transformers_called_by_hand(ave: Path):
     words.pop("token_type_ids", None)
     for clip in range(3):
         for second in range(10):
-            piece = batch.media["sound"][clip, 16000 * second : 16000 * (second + 1)].numpy()
+            piece = batch.media["audio"][clip, 16000 * second : 16000 * (second + 1)].numpy()
             features = hears(piece, sampling_rate=16000, return_tensors="pt")["input_features"]
             said = model(input_features=features, is_longer=torch.zeros(1, 1, dtype=torch.bool), **words)
             torch.testing.assert_close(heard[clip, second], said.logits_per_audio[0], atol=1e-4, rtol=1e-4)
@@ -86,7 +86,7 @@ def test_scores_are_those_of_transformers_called_by_hand(ave: Path):
 @pytest.mark.parametrize("truncation", ["fusion", "rand_trunc"])
 @pytest.mark.parametrize("seconds", [0.3, 1, 2, 2.5])
 def test_spectrograms_are_those_of_the_extractor(ave: Path, truncation: str, seconds: float):
-    teacher = AudioTeacher(read_prompts(ave / "prompts.yaml")["audio"], CPU, 16000, 10)
+    teacher = CLAPTeacher(read_prompts(ave / "prompts.yaml")["audio"], CPU, 16000, 10)
     teacher.feature_extractor = transformers.ClapFeatureExtractor(
         sampling_rate=16000, max_length_s=2, truncation=truncation
     )
@@ -102,10 +102,10 @@ def test_spectrograms_are_those_of_the_extractor(ave: Path, truncation: str, sec
 
 def test_sound_of_another_rate_is_resampled(ave: Path):
     batch, prompts = batch_of(ave, "test", 1), read_prompts(ave / "prompts.yaml")
-    sound = batch.media["sound"]
+    sound = batch.media["audio"]
     fast = torch.nn.functional.interpolate(sound[:, None], scale_factor=2, mode="linear")[:, 0]
-    slow = AudioTeacher(prompts["audio"], CPU, 16000, 10).scores(sound)
-    assert (AudioTeacher(prompts["audio"], CPU, 32000, 10).scores(fast) - slow).abs().max() < 0.3 * slow.std()
+    slow = CLAPTeacher(prompts["audio"], CPU, 16000, 10).scores(sound)
+    assert (CLAPTeacher(prompts["audio"], CPU, 32000, 10).scores(fast) - slow).abs().max() < 0.3 * slow.std()
 
 
 def arguments(folder: Path, out: Path) -> list[str]:
@@ -131,7 +131,7 @@ def test_harvested_events_are_scores_above_thresholds_of_classes_that_the_label_
         split = shards.split(name)
         scores = read_scores(tmp_path, "x", shards, split)
         batch = batch_of(ave, name, len(split))
-        by_hand = ImageTeacher(prompts["visual"], CPU).scores(batch.media["frames"]).numpy()
+        by_hand = CLIPTeacher(prompts["visual"], CPU).scores(batch.media["frames"]).numpy()
         np.testing.assert_allclose(scores[:, 1, :, ::-1], by_hand, atol=1e-4)
         weak = load_events(shards, split).weak
         told, looked_at = read_events(tmp_path / "events.parquet", "harvested", split, shards.classes, weak)
@@ -210,7 +210,7 @@ def test_what_cannot_be_read_is_told(ave: Path, tmp_path: Path, capsys: pytest.C
         content = yaml.safe_load((ave / "prompts.yaml").read_text())
         content["visual"]["checkpoint"] = str(tmp_path / "gone")
         (tmp_path / "prompts.yaml").write_text(yaml.safe_dump(content))
-        ImageTeacher(read_prompts(tmp_path / "prompts.yaml")["visual"], CPU)
+        CLIPTeacher(read_prompts(tmp_path / "prompts.yaml")["visual"], CPU)
     assert (
         main([str(ave / "shards"), "--prompts", str(ROOT / "configs/teachers/llp.yaml"), "--out", str(tmp_path)]) == 1
     )

@@ -285,16 +285,16 @@ def digits(data: Path) -> list[str]:
 
 
 def test_digits_pair_each_recording_with_images_of_its_own(real_data: Path):
-    from distav.data.preparation.digits import Digits
+    from distav.data.preparation.digits import DigitsSource
 
     paths = [Path(each.split("=")[1]) for each in digits(real_data)]
-    found = Digits(*paths).candidates()
+    found = DigitsSource(*paths).candidates()
     train, test = ([each for each in found if each.split == name] for name in ("train", "test"))
     assert len(train) == 2700 and len(test) == 3000
     assert len({each.detail[1] for each in found}) == 5700
     assert all(int(str(each.detail[0]).split("_")[2][:-4]) < 5 for each in test)
     assert not {each.source for each in train} & {each.source for each in test}
-    held = Digits(*paths, hold_out_speaker="theo").candidates()
+    held = DigitsSource(*paths, hold_out_speaker="theo").candidates()
     assert {("theo" in each.source) for each in held if each.split == "train"} == {False}
     assert {("theo" in each.source) for each in held if each.split == "test"} == {True}
 
@@ -315,23 +315,23 @@ def test_frames_of_h264_are_whole_blocks(codec: str, size: tuple[int, int], stor
 
 @pytest.mark.parametrize(("codec", "side"), [("h264", 32), ("mjpeg", 40)])
 def test_rendered_frames_have_sides_that_the_codec_takes(codec: str, side: int):
-    from distav.data.preparation.synthetic import Scenes
+    from distav.data.preparation.synthetic import SyntheticSource
 
-    source = Scenes(train_clips=2, test_clips=1)
+    source = SyntheticSource(train_clips=2, test_clips=1)
     (clip,) = source.clips(source.candidates()[0], Encoding(codec, short_side=40, clip_s=0.5), np.random.default_rng(0))
     assert clip.size == (side, side)
 
 
 @pytest.mark.parametrize("degrade", [False, True])
 def test_digits_render_and_degrade(real_data: Path, degrade: bool):
-    from distav.data.preparation.digits import Digits
+    from distav.data.preparation.digits import DigitsSource
 
     paths = [Path(each.split("=")[1]) for each in digits(real_data)]
-    source = Digits(*paths, degrade=degrade)
+    source = DigitsSource(*paths, degrade=degrade)
     encoding = Encoding(short_side=40, clip_s=1, sample_rate_hz=8000)
     (clip,) = source.clips(source.candidates()[100], encoding, np.random.default_rng(0))
-    assert clip.frames.shape == (8, 40, 40, 3) and clip.sound.shape == (8000,)
-    assert np.abs(clip.sound).max() <= 1 and np.abs(clip.sound).max() > 0.05
+    assert clip.frames.shape == (8, 40, 40, 3) and clip.waveform.shape == (8000,)
+    assert np.abs(clip.waveform).max() <= 1 and np.abs(clip.waveform).max() > 0.05
     ground = np.median(clip.frames[0])
     assert (ground > 5) == degrade
 

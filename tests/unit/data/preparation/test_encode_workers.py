@@ -17,9 +17,9 @@ import pytest
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
 from distav.data.preparation.builder import BuildConfig, build_dataset
-from distav.data.preparation.encode_workers import Part
+from distav.data.preparation.encode_workers import ChunkSubset
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
-from distav.data.preparation.output_dir import claim
+from distav.data.preparation.output_dir import claim_work_dir
 from distav.tools.make_shards import main
 from tests.conftest import ROOT, make_shards
 from tests.unit.data.preparation.test_builder import digests
@@ -86,12 +86,12 @@ class Plain:
 @pytest.mark.long
 def test_parts_hold_every_chunk_once_and_tell_what_they_did(tmp_path: Path):
     plan, out = BuildConfig(Encoding(clip_s=1, sample_rate_hz=8000)), tmp_path / "set"
-    first = build_dataset(Plain(), out, plan, 1, Part(1, 2))
+    first = build_dataset(Plain(), out, plan, 1, ChunkSubset(1, 2))
     assert first.chunks == (2, 4) and first.clips == {"train": 65} and first.rejected == 7
     assert sorted(each.name for each in out.glob(".work/*.json")) == [
         "chunk-000001.json", "chunk-000003.json", "recipe.json"
     ]  # fmt: skip
-    again = build_dataset(Plain(), out, plan, 1, Part(1, 2))
+    again = build_dataset(Plain(), out, plan, 1, ChunkSubset(1, 2))
     assert (again.chunks, again.clips, again.seconds) == (first.chunks, first.clips, 0.0)
     done = build_dataset(Plain(), out, plan, 1)
     assert done.clips == {"train": 180} and done.rejected == 20
@@ -110,7 +110,7 @@ def test_a_part_ends_well_if_the_set_is_finished_under_it(tmp_path: Path, monkey
         return builder.encode_all(*arguments)
 
     monkeypatch.setattr(builder, "encode_all", overtaken)
-    late = build_dataset(Plain(5), out, plan, 1, Part(0, 2))
+    late = build_dataset(Plain(5), out, plan, 1, ChunkSubset(0, 2))
     assert late.clips == {"train": 5} and late.chunks is None
     assert not (out / ".work").exists()
 
@@ -125,7 +125,7 @@ def test_of_two_recipes_at_the_same_instant_one_is_refused(tmp_path: Path):
         ):
             max_parallel.wait()
             try:
-                claim(work, {"seed": seed})
+                claim_work_dir(work, {"seed": seed})
             except UserError:
                 refused.append(seed)
 
@@ -159,8 +159,8 @@ def test_files_written_max_parallel_are_whole(tmp_path: Path):
 @pytest.mark.parametrize("text", ["3/3", "1", "a/2", "-1/2", "0/0", "1/2/3"])
 def test_parts_that_there_are_not(text: str):
     with pytest.raises(UserError, match="write I/N, with I from 0 to N-1"):
-        Part.parse(text)
-    assert Part.parse("2/3") == Part(2, 3)
+        ChunkSubset.parse(text)
+    assert ChunkSubset.parse("2/3") == ChunkSubset(2, 3)
 
 
 FAKE_SBATCH = """#!{python}
