@@ -107,7 +107,7 @@ def _scores(options: argparse.Namespace, world: World) -> dict[str, Any]:
         raise UserError(f"--neighbors={options.neighbors}: allowed: from 1 up.")
     shards = ShardedDataset.open(options.shards)
     if shards.multi_label:
-        raise UserError(f"{shards.where}: its clips have several classes each; these scores are for one class a clip.")
+        raise UserError(f"{shards.location}: its clips have several classes each; these scores are for one class a clip.")
     encoders = Encoders.open(options.export, world.device, options.batch_size)
     splits = shards.split(options.train_split, "--train-split"), shards.split(options.test_split, "--test-split")
     learnt, asked = load_labels(shards, splits[0], options.labels), load_labels(shards, splits[1])

@@ -9,9 +9,9 @@ import numpy as np
 from distav.config.errors import UserError, format_list
 from distav.config.phases import ContrastivePhase, EventParsingPhase, LabelCorrectionPhase
 from distav.config.schema import Config
-from distav.data.annotations.events import EventLabels, load_events, read_events, segments_of
+from distav.data.annotations.events import EventLabels, load_events, read_events, num_segments
 from distav.data.annotations.labels import Labels, load_labels
-from distav.data.annotations.teacher_scores import check_scores, read_shares
+from distav.data.annotations.teacher_scores import check_scores, read_teacher_probs
 from distav.data.dataset import ShardedDataset, Split
 
 
@@ -67,7 +67,7 @@ class DataModule:
         if not phase.pseudo_labels:
             return None
         folder = Path(phase.pseudo_labels).expanduser()
-        return read_shares(folder, f"phases.{name}.harvested", self.shards, self.train)
+        return read_teacher_probs(folder, f"phases.{name}.harvested", self.shards, self.train)
 
     @classmethod
     def open(cls, settings: Config) -> "DataModule":
@@ -105,10 +105,10 @@ class DataModule:
                         f"{len(train) // len(shards.classes)} of a class."
                     )
             if train.streams and not isinstance(phase, EventParsingPhase):
-                raise UserError(f"phases.{name}.kind={phase.kind}: {shards.where} holds features; allowed: parsing.")
+                raise UserError(f"phases.{name}.kind={phase.kind}: {shards.location} holds features; allowed: parsing.")
             if shards.multi_label and not isinstance(phase, EventParsingPhase | ContrastivePhase):
                 raise UserError(
-                    f"phases.{name}.kind={phase.kind}: in {shards.where} a clip may have several classes; allowed: "
+                    f"phases.{name}.kind={phase.kind}: in {shards.location} a clip may have several classes; allowed: "
                     "parsing, contrastive."
                 )
         return data
@@ -116,7 +116,7 @@ class DataModule:
 
 def _check_segments(settings: Config, train: Split) -> None:
     """Make sure that what the towers are fed of a clip covers its seconds evenly."""
-    segments, data = segments_of(train), settings.data
+    segments, data = num_segments(train), settings.data
     if train.streams:
         unknown = set(settings.model.parser.token_grids) - set(train.streams)
         if unknown:

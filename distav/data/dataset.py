@@ -29,7 +29,7 @@ EVENTS = "events.parquet"
 TABLES = ("index.parquet", "labels.parquet", EVENTS)
 
 
-def members_of(codec: str, streams: Iterable[str] = ()) -> dict[str, str]:
+def member_extensions(codec: str, streams: Iterable[str] = ()) -> dict[str, str]:
     """Return the members of a sample and their extensions: picture and sound, or streams of features where given."""
     features = {name: f"{name}.npy" for name in streams}
     return features or {"video": VIDEO_EXTENSIONS[codec], "audio": AUDIO_EXTENSION}
@@ -75,7 +75,7 @@ class Split:
     @property
     def members(self) -> dict[str, str]:
         """The members of a sample and their extensions."""
-        return members_of(self.codec, self.streams)
+        return member_extensions(self.codec, self.streams)
 
     def __len__(self) -> int:
         return len(self.columns["id"])
@@ -111,7 +111,7 @@ class ShardedDataset:
     remote: ObjectStore | None = None
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         """The folder or URL, as users know it."""
         return self.remote.url if self.remote else str(self.root)
 
@@ -167,7 +167,7 @@ class ShardedDataset:
                 verify_file(self.root, name, expected)
         except CorruptFileError as fault:
             raise UserError(
-                f"{self.where}: {fault}; copy it again. Labels of your own go into a table named by data.label_overrides."
+                f"{self.location}: {fault}; copy it again. Labels of your own go into a table named by data.label_overrides."
             ) from None
         return read_table(self.root / name, filters=[("split", "=", split)])
 
@@ -181,11 +181,11 @@ class ShardedDataset:
         if name not in splits:
             none = ", or empty for none" if key == "data.test_split" else ""
             raise UserError(
-                f"{key}={name} is not in {self.where}; allowed: {format_list(splits)}{none}.{did_you_mean(name, splits)}"
+                f"{key}={name} is not in {self.location}; allowed: {format_list(splits)}{none}.{did_you_mean(name, splits)}"
             )
         table, manifest = self.table("index.parquet", name), self.manifest
         codec = manifest.get("codec", "")
-        for each in index_schema(members_of(codec, self.streams)):
+        for each in index_schema(member_extensions(codec, self.streams)):
             if each.name not in table.column_names or table.schema.field(each.name).type != each.type:
                 raise UserError(f"{self.root / 'index.parquet'}: column '{each.name}' is missing or of another kind.")
         columns = {each: table.column(each).to_numpy(zero_copy_only=False) for each in table.column_names}
@@ -194,7 +194,7 @@ class ShardedDataset:
         shards = [self.root / shard["name"] for shard in splits[name]["shards"]]
         self._check_sizes({shard["name"]: shard["bytes"] for shard in splits[name]["shards"]})
         rates = manifest.get("fps", 0.0), manifest.get("sample_rate_hz", 0)
-        return Split(self.where, name, shards, codec, *rates, columns, self.streams, self.remote)
+        return Split(self.location, name, shards, codec, *rates, columns, self.streams, self.remote)
 
     def _check_sizes(self, expected: dict[str, int]) -> None:
         if self.remote:
@@ -206,6 +206,6 @@ class ShardedDataset:
             if size != expected[name]:
                 there = "no file" if size is None else f"{size} bytes"
                 raise UserError(
-                    f"{self.where}/{name}: {there}, expected {expected[name]} bytes; copy the shard again or make it "
+                    f"{self.location}/{name}: {there}, expected {expected[name]} bytes; copy the shard again or make it "
                     "anew."
                 )

@@ -16,12 +16,12 @@ def read_table(path: Path, **options: Any) -> pa.Table:
     if not path.is_file():
         raise UserError(f"{path} is missing; copy the whole folder, or make it anew.")
     try:
-        return columns_once(pq.read_table(path, **options))
+        return check_column_names(pq.read_table(path, **options))
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
 
 
-def columns_once(table: pa.Table) -> pa.Table:
+def check_column_names(table: pa.Table) -> pa.Table:
     """Return the table, or raise ArrowInvalid where two columns have one name."""
     twice = [name for name in table.column_names if table.column_names.count(name) > 1]
     if twice:
@@ -37,7 +37,7 @@ def write_atomically(path: Path, content: bytes, scratch: Path | None = None) ->
         content: of it.
         scratch: folder of the same file system in which it lies until it is whole; the file's own where None.
     """
-    part = unfinished(path, scratch)
+    part = temporary_path(path, scratch)
     try:
         with open(part, "xb") as file:
             file.write(content)
@@ -49,7 +49,7 @@ def write_atomically(path: Path, content: bytes, scratch: Path | None = None) ->
         raise
 
 
-def unfinished(path: Path, scratch: Path | None = None) -> Path:
+def temporary_path(path: Path, scratch: Path | None = None) -> Path:
     """Return a name for a file until it is whole, which no other process on any machine takes."""
     return (scratch or path.parent) / f"{path.name}.{uuid.uuid4().hex[:12]}.part"
 

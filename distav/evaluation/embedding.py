@@ -105,7 +105,7 @@ class Encoders:
 
         def batches() -> Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]]:
             for some, batch in zip(plan, loader.batches((ids, 0) for ids in plan), strict=True):
-                yield batch.media["frames"], batch.media["sound"], batch.valid.cpu().numpy(), some != PADDING
+                yield batch.media["frames"], batch.media["audio"], batch.valid.cpu().numpy(), some != PADDING
 
         try:
             return self._embedded(batches)

@@ -51,12 +51,12 @@ class AVModel(nn.Module):
         if settings.learnable_temperature:
             self.log_temperature = nn.Parameter(torch.tensor([math.log(TEMPERATURE)]))
 
-    def forward(self, frames: Tensor, sound: Tensor, seeds: Tensor, parse: bool = False) -> dict[str, Tensor]:
+    def forward(self, frames: Tensor, audio: Tensor, seeds: Tensor, parse: bool = False) -> dict[str, Tensor]:
         """Run towers and heads; or, to `parse`, the towers on each segment of the clip and the event parser.
 
         Args:
             frames: [B, T, H, W, 3] uint8.
-            sound: [B, N] float32 in [-1, 1].
+            audio: [B, N] float32 in [-1, 1].
             seeds: [B] int64, the random numbers of masks and dropout.
 
         Returns:
@@ -65,8 +65,8 @@ class AVModel(nn.Module):
             temperature of the instance loss, a number. To `parse`: what `distav.models.event_parser.Parsed` holds.
         """
         if parse:
-            return self._parsed(frames, sound, seeds)
-        visual, audio = self.visual(frames), self.audio(sound, seeds)
+            return self._parsed(frames, audio, seeds)
+        visual, audio = self.visual(frames), self.audio(audio, seeds)
         both, by_picture, by_sound = self.classify(visual, audio, seeds)
         learnt = {}
         if hasattr(self, "log_temperature"):

@@ -29,7 +29,7 @@ class Net(nn.Module):
         self.visual = nn.Sequential(nn.Linear(5, 7, bias=False), GlobalBatchNorm(7), nn.ReLU())
         self.classify = nn.Linear(7, 3)
 
-    def forward(self, frames: Tensor, sound: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+    def forward(self, frames: Tensor, audio: Tensor, seeds: Tensor) -> dict[str, Tensor]:
         logits = self.classify(self.visual(frames.to(self.classify.weight.dtype)))
         return {"logits": logits}
 
@@ -45,7 +45,7 @@ def learn(engine: Engine, first: int, last: int) -> None:
     for number in range(first, last):
         x = torch.randn(BATCH, 5, generator=torch.Generator().manual_seed(number))
         none = torch.zeros(0, dtype=torch.int64)
-        out = engine(Batch(none, none.bool(), none, {"frames": local_batch(x), "sound": none.float()}))
+        out = engine(Batch(none, none.bool(), none, {"frames": local_batch(x), "audio": none.float()}))
         engine.backward((out["logits"].float() - 1).square().mean())
         engine.step()
 

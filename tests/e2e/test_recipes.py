@@ -12,7 +12,7 @@ import pytest
 from distav.config.errors import UserError
 from distav.config.loading import load
 from distav.data.annotations.labels import load_labels
-from distav.data.annotations.teacher_scores import about_file, digest_of, score_file, write_scores
+from distav.data.annotations.teacher_scores import metadata_file, manifest_digest, score_file, write_scores
 from distav.data.data_module import DataModule
 from distav.data.dataset import ShardedDataset
 from tests.helpers.launch import ROOT, TINY, records, tiny_config, train
@@ -131,8 +131,8 @@ def test_teachers_have_a_vote_in_the_correction(tiny_shards: Path, tmp_path: Pat
     shown = 4.0 * np.eye(len(classes))[true][:, None]
     seen, heard = ((shown + 1.5 * rng.normal(size=shown.shape)).astype(np.float32) for _ in range(2))
     asked = {modality: ["none", classes, classes] for modality in ("audio", "visual")}
-    about_file(tmp_path / "said").parent.mkdir(parents=True)
-    about_file(tmp_path / "said").write_text(json.dumps({"set": digest_of(shards), "asked": asked}))
+    metadata_file(tmp_path / "said").parent.mkdir(parents=True)
+    metadata_file(tmp_path / "said").write_text(json.dumps({"set": manifest_digest(shards), "asked": asked}))
     write_scores(score_file(tmp_path / "said", "train", 0), heard, seen)
     train(tiny_config(tmp_path), f"data.root={tiny_shards}", f"run.root={tmp_path}", "phases.hybrid.epochs=1",
           f"phases.correction.pseudo_labels={tmp_path}/said")  # fmt: skip

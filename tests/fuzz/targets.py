@@ -21,7 +21,7 @@ from distav.data.pipeline.avi import jpeg_frames
 from distav.data.pipeline.features import decode_features, encode_features
 from distav.data.pipeline.reader import DecodeError
 from distav.data.preparation.encoding import Encoding, encode_video
-from distav.data.storage.tar import by_key
+from distav.data.storage.tar import members_by_key
 from distav.tools.inspect_shards.verify import sample_json
 
 TYPED = (UserError, DecodeError, integrity.CorruptFileError)
@@ -102,7 +102,7 @@ def _set(folder: Path, **files: bytes) -> Path:
 
 def tar(content: bytes, folder: Path) -> None:
     (folder / "any.tar").write_bytes(content)
-    by_key(folder / "any.tar")
+    members_by_key(folder / "any.tar")
 
 
 def manifest(content: bytes, folder: Path) -> None:

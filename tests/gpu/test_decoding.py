@@ -30,14 +30,14 @@ def test_the_graph_decodes_what_pyav_decodes(codec: str, device: str, tmp_path: 
     batch = loader.load(np.arange(4), 0)
     assert batch.valid.all() and not loader.quarantine.reasons
     for sample in range(4):
-        member, view = reader.read(sample), loader.viewer.sample(sample, 0)  # pyright: ignore[reportOptionalMemberAccess]
+        member, view = reader.read(sample), loader.transform_sampler.sample(sample, 0)  # pyright: ignore[reportOptionalMemberAccess]
         with av.open(io.BytesIO(member["video"]), "r") as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         expected = np.stack(frames[view.start_frame :: DATA.frame_stride][: DATA.num_frames]).astype(int)
         difference = np.abs(batch.media["frames"][sample].cpu().numpy().astype(int) - expected)
         assert difference.mean() < 4  # Decoders upsample chroma differently.
         sound, _ = soundfile.read(io.BytesIO(member["audio"]), dtype="float32")
-        heard = batch.media["sound"][sample].cpu().numpy()
+        heard = batch.media["audio"][sample].cpu().numpy()
         np.testing.assert_allclose(heard, sound[view.audio_start :][: len(heard)], atol=1e-4)
     reader.close()
     loader.close()

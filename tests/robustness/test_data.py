@@ -19,7 +19,7 @@ from distav.data import integrity
 from distav.data.dataset import ShardedDataset
 from distav.data.files import read_table, write_table
 from distav.data.pipeline.reader import CorruptSampleError, ShardReader
-from distav.data.storage.tar import by_key
+from distav.data.storage.tar import members_by_key
 from distav.tools.inspect_shards.command import main
 from tests.conftest import ROOT, make_shards
 from tests.helpers.team import Team, run_whole
@@ -47,7 +47,7 @@ def overwrite(path: Path, place: int, content: bytes) -> None:
 
 def second_shard_cut_after(root: Path, samples: int) -> int:
     """Cut the second training shard at the start of a sample; returns how many of its samples are lost."""
-    members = list(by_key(root / "train-000001.tar").values())
+    members = list(members_by_key(root / "train-000001.tar").values())
     os.truncate(root / "train-000001.tar", members[samples][0][1] - 512)
     return len(members) - samples
 
@@ -60,7 +60,7 @@ def test_a_sound_set_is_said_to_be_so(shards: Path):
 
 
 def _flip(root: Path, member: int) -> None:
-    offset, size = list(by_key(root / "train-000000.tar").values())[3][member][1:]
+    offset, size = list(members_by_key(root / "train-000000.tar").values())[3][member][1:]
     overwrite(root / "train-000000.tar", offset + size // 2, b"\x00\xff")
 
 
@@ -91,7 +91,7 @@ def _planted(root: Path, name: str, kind: bytes = tarfile.REGTYPE) -> None:
     path = root / "train-000002.tar"
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, "/etc/passwd" if kind == tarfile.SYMTYPE else ""
-    ends = list(by_key(path).values())[-1][-1]
+    ends = list(members_by_key(path).values())[-1][-1]
     place = ends[1] + -(-ends[2] // 512) * 512
     overwrite(path, place, info.tobuf(tarfile.USTAR_FORMAT))
 
@@ -258,4 +258,4 @@ def test_names_without_a_key_and_an_extension_are_refused(tmp_path: Path, name: 
     with tarfile.open(tmp_path / "bad.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         tar.addfile(tarfile.TarInfo(name))
     with pytest.raises(UserError, match=told):
-        by_key(tmp_path / "bad.tar")
+        members_by_key(tmp_path / "bad.tar")

@@ -19,7 +19,7 @@ import numpy as np
 
 from distav.config.errors import UserError
 from distav.data.annotations.events import events_table, load_events
-from distav.data.annotations.llp import CLASSES, SECONDS, VIDEOS, read_llp
+from distav.data.annotations.llp import CLASSES, DURATION_S, VIDEOS, read_llp
 from distav.data.dataset import ShardedDataset
 from distav.data.files import write_atomically, write_table
 from distav.data.modalities import MODALITIES
@@ -58,7 +58,7 @@ class World:
         values = np.einsum("nstc,scd->nstd", events.astype(np.float32), self.prototypes)
         for video in range(len(events)):
             for modality in range(2):
-                first, end = np.sort(rng.integers(0, SECONDS + 1, 2))
+                first, end = np.sort(rng.integers(0, DURATION_S + 1, 2))
                 if rng.uniform() < 0.5:
                     values[video, modality, first:end] += self.backgrounds[modality, rng.integers(BACKGROUNDS)]
         return (values + NOISE * rng.standard_normal(values.shape)).astype(np.float32)
@@ -119,7 +119,7 @@ def prepare(annotations: Path, work: Path, seed: int) -> Path:
                 np.save(folder / modality / f"{name}.npy", each)
     streams = tuple((modality, f"{modality}_features", folder / modality) for modality in MODALITIES)
     build_dataset(
-        EventSource("llp", annotations, features=streams), folder / "shards", BuildConfig(Encoding(clip_s=SECONDS)), 2
+        EventSource("llp", annotations, features=streams), folder / "shards", BuildConfig(Encoding(clip_s=DURATION_S)), 2
     )
     _harvest(folder, world, dict(zip(told["train"].names, events["train"], strict=True)), rng)
     return folder

@@ -8,7 +8,7 @@ from isal.isal_zlib import crc32
 
 from distav.data.dataset import Split
 from distav.data.pipeline.reader import ShardReader
-from distav.data.storage.tar import by_key
+from distav.data.storage.tar import members_by_key
 from tools.bench.timing import Results, Setting
 
 VIDEO_BYTES, AUDIO_BYTES = 300_000, 60_000
@@ -29,7 +29,7 @@ def write_shard(folder: Path, samples: int) -> Split:
             checks["audio_crc32"].append(crc32(audio))
     columns = {name: np.array(values, np.uint32) for name, values in checks.items()}
     columns |= {"id": np.arange(samples), "shard": np.zeros(samples, np.int32)}
-    parts = [{extension: (offset, size) for extension, offset, size in each} for each in by_key(path).values()]
+    parts = [{extension: (offset, size) for extension, offset, size in each} for each in members_by_key(path).values()]
     for kind, extension in (("video", "avi"), ("audio", "flac")):
         columns[f"{kind}_offset"] = np.array([part[extension][0] for part in parts])
         columns[f"{kind}_bytes"] = np.array([part[extension][1] for part in parts])
@@ -85,13 +85,13 @@ def run(setting: Setting, samples: int) -> Results:
             "webdataset, in order, unchecked": lambda: by_webdataset(split),
         }
         seconds = setting.interleaved(candidates)
-        results.times(seconds, {each: (samples, "samples/s") for each in seconds})
+        results.add_times(seconds, {each: (samples, "samples/s") for each in seconds})
         ours, theirs, raw = (
             seconds[each] for each in ("distav, in order, checked", "webdataset, in order, unchecked", "plain read()")
         )
-        results.ratio("samples/s of distav / webdataset", (theirs, ours), ">= 2.5")
-        results.ratio("samples/s of distav, shuffled / webdataset", (theirs, seconds["distav, shuffled, checked"]))
-        results.ratio("bytes/s of distav / plain read()", (raw, ours), ">= 0.25")
+        results.add_ratio("samples/s of distav / webdataset", (theirs, ours), ">= 2.5")
+        results.add_ratio("samples/s of distav, shuffled / webdataset", (theirs, seconds["distav, shuffled, checked"]))
+        results.add_ratio("bytes/s of distav / plain read()", (raw, ours), ">= 0.25")
         late = samples * 9 // 10
         seconds = setting.interleaved(
             {
@@ -99,7 +99,7 @@ def run(setting: Setting, samples: int) -> Results:
                 "webdataset, the same by skipping": lambda: by_webdataset(split, late),
             }
         )
-        results.times(seconds)
+        results.add_times(seconds)
         ours, theirs = seconds.values()
-        results.ratio("resume, webdataset / distav", (theirs, ours), ">= 100")
+        results.add_ratio("resume, webdataset / distav", (theirs, ours), ">= 100")
     return results

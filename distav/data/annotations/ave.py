@@ -10,12 +10,12 @@ import numpy as np
 
 from distav.config.errors import UserError
 
-SECONDS = 10
+DURATION_S = 10
 HEADER = "Category&VideoID&Quality&StartTime&EndTime"
 
 
 @dataclass(frozen=True)
-class Annotations:
+class AVEAnnotations:
     """The set, in the order of its file.
 
     Attributes:
@@ -31,7 +31,7 @@ class Annotations:
     segments: np.ndarray
 
 
-def read_ave(path: Path) -> Annotations:
+def read_ave(path: Path) -> AVEAnnotations:
     """Read `Annotations.txt` as published, with or without its header.
 
     Raises:
@@ -44,12 +44,12 @@ def read_ave(path: Path) -> Annotations:
         if line == HEADER:
             continue
         parts = line.split("&")
-        if len(parts) != 5 or not (parts[3] + parts[4]).isdigit() or not 0 <= int(parts[3]) <= int(parts[4]) <= SECONDS:
+        if len(parts) != 5 or not (parts[3] + parts[4]).isdigit() or not 0 <= int(parts[3]) <= int(parts[4]) <= DURATION_S:
             raise UserError(f"{path}, line {number}: '{line[:80]}' is not of the form {HEADER}, with seconds up to 10.")
         rows.append((parts[1], parts[0], int(parts[3]), int(parts[4])))
     classes = sorted({row[1] for row in rows})
     weak = np.array([classes.index(row[1]) for row in rows], dtype=np.int64)
-    segments = np.full((len(rows), SECONDS), len(classes), dtype=np.int64)
+    segments = np.full((len(rows), DURATION_S), len(classes), dtype=np.int64)
     for number, (_, _, first, end) in enumerate(rows):
         segments[number, first:end] = weak[number]
-    return Annotations([row[0] for row in rows], classes, weak, segments)
+    return AVEAnnotations([row[0] for row in rows], classes, weak, segments)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from distav.config.errors import UserError, did_you_mean, format_list
-from distav.data.annotations.labels import class_numbers, load_labels, multi_labels
+from distav.data.annotations.labels import class_indices, load_labels, multi_labels
 from distav.data.dataset import EVENTS, ShardedDataset, Split
 from distav.data.files import read_table
 from distav.data.modalities import MODALITIES
@@ -43,7 +43,7 @@ class EventLabels:
     classes: list[str]
     weak: np.ndarray
     events: np.ndarray | None
-    segments: int
+    num_segments: int
 
 
 def load_events(shards: ShardedDataset, split: Split, override: str = "") -> EventLabels:
@@ -60,17 +60,17 @@ def load_events(shards: ShardedDataset, split: Split, override: str = "") -> Eve
     weak = np.zeros((len(split), len(shards.classes)), dtype=bool)
     if shards.multi_label:
         for row, names in enumerate(multi_labels(shards, split)):
-            weak[row, class_numbers(names, shards.classes, shards.root / "labels.parquet")] = True
+            weak[row, class_indices(names, shards.classes, shards.root / "labels.parquet")] = True
     else:
         weak[np.arange(len(split)), load_labels(shards, split, override).given] = True
-    segments, events = segments_of(split), None
+    segments, events = num_segments(split), None
     if split.name in shards.manifest.get("annotated_splits", ()):
         table = shards.table(EVENTS, split.name)
         events, _ = _events_of(table, np.arange(len(table)), shards.classes, len(split), segments, shards.root / EVENTS)
     return EventLabels(shards.classes, weak, events, segments)
 
 
-def segments_of(split: Split) -> int:
+def num_segments(split: Split) -> int:
     """Return T, the whole seconds of a sample; all of a set last equally long."""
     return max(1, round(float(split.columns["duration_s"][0])))
 
@@ -81,7 +81,7 @@ def events_table(
     sources: np.ndarray,
     classes: list[str],
     events: np.ndarray,
-    looked_at: np.ndarray | None = None,
+    annotated: np.ndarray | None = None,
 ) -> pa.Table:
     """Return one row for each unbroken stretch of an event.
 
@@ -97,8 +97,8 @@ def events_table(
     sample, modality, kind, start = (edges == 1).nonzero()
     end = (edges == -1).nonzero()[3]
     names, labels = np.array(MODALITIES, dtype=object)[modality], np.array(classes, dtype=object)[kind]
-    if looked_at is not None:
-        empty = np.flatnonzero(looked_at & ~events.any(axis=(1, 2, 3)))
+    if annotated is not None:
+        empty = np.flatnonzero(annotated & ~events.any(axis=(1, 2, 3)))
         nothing = np.full(len(empty), None)
         sample, names, labels = (np.append(*both) for both in ((sample, empty), (names, nothing), (labels, nothing)))
         start, end = (np.append(each, np.zeros(len(empty), np.int64)) for each in (start, end))
@@ -152,7 +152,7 @@ def read_events(path: Path, key: str, split: Split, classes: list[str], weak: np
     table = table.take(rows)
     if "source" in table.column_names:
         table, rows = _joined(table, rows, split, classes, weak, what)
-    return _events_of(table, rows, classes, len(split), segments_of(split), what)
+    return _events_of(table, rows, classes, len(split), num_segments(split), what)
 
 
 def _joined(

@@ -10,7 +10,7 @@ import pyarrow.csv
 
 from distav.config.errors import UserError, did_you_mean, format_list
 from distav.data.dataset import ShardedDataset, Split
-from distav.data.files import columns_once, read_table
+from distav.data.files import check_column_names, read_table
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def load_labels(shards: ShardedDataset, split: Split, override: str = "") -> Lab
     def numbers(name: str) -> np.ndarray | None:
         if name not in table.column_names or table.column(name).null_count:
             return None
-        return class_numbers(table.column(name).to_pylist(), shards.classes, path)
+        return class_indices(table.column(name).to_pylist(), shards.classes, path)
 
     given = numbers("label")
     if given is None:
@@ -134,7 +134,7 @@ def _apply(path: Path, split: Split, classes: list[str], given: np.ndarray) -> n
         )
     replaced, names = given.copy(), table.column(name).to_pylist()
     told = [row for row, label in enumerate(names) if label not in (None, "")]  # Without a label, the given one stays.
-    replaced[np.asarray(rows, dtype=np.int64)[told]] = class_numbers([names[row] for row in told], classes, path)
+    replaced[np.asarray(rows, dtype=np.int64)[told]] = class_indices([names[row] for row in told], classes, path)
     return replaced
 
 
@@ -143,10 +143,10 @@ def read_csv(path: Path) -> pa.Table:
     with open(path, encoding="utf-8-sig", newline="") as file:
         names = next(csv.reader(file), [])
     types = {name: pa.int64() if name == "id" else pa.string() for name in names}
-    return columns_once(pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(column_types=types)))
+    return check_column_names(pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(column_types=types)))
 
 
-def class_numbers(names: list[str], classes: list[str], path: Path) -> np.ndarray:
+def class_indices(names: list[str], classes: list[str], path: Path) -> np.ndarray:
     """Return the numbers of classes by name: [N] int64.
 
     Raises:
@@ -165,9 +165,9 @@ def correction_table(
     split: Split,
     labels: Labels,
     corrected: np.ndarray,
-    voted: np.ndarray,
+    knn_labels: np.ndarray,
     confidence: np.ndarray,
-    agreement: np.ndarray,
+    self_confidence: np.ndarray,
     correspondence: np.ndarray,
 ) -> pa.Table:
     """Return what a correction phase learned, one row a sample: the table a person opens to clean the set.
@@ -188,9 +188,9 @@ def correction_table(
             "key": split.keys,
             "given_label": names[labels.given],
             "corrected_label": names[corrected],
-            "knn_label": names[voted],
+            "knn_label": names[knn_labels],
             "confidence": confidence.astype(np.float32),
-            "self_confidence": agreement.astype(np.float32),
+            "self_confidence": self_confidence.astype(np.float32),
             "correspondence": correspondence.astype(np.float32),
         }
     )

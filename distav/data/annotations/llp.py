@@ -11,7 +11,7 @@ import numpy as np
 
 from distav.config.errors import UserError, did_you_mean, format_list
 
-SECONDS = 10
+DURATION_S = 10
 CLASSES = (
     "Speech", "Car", "Cheering", "Dog", "Cat", "Frying_(food)", "Basketball_bounce", "Fire_alarm", "Chainsaw", "Cello",
     "Banjo", "Singing", "Chicken_rooster", "Violin_fiddle", "Vacuum_cleaner", "Baby_laughter", "Accordion",
@@ -24,7 +24,7 @@ EVENTS = ("AVVP_eval_audio.csv", "AVVP_eval_visual.csv")
 
 
 @dataclass(frozen=True)
-class Annotations:
+class LLPAnnotations:
     """One split.
 
     Attributes:
@@ -38,7 +38,7 @@ class Annotations:
     events: np.ndarray | None
 
 
-def read_llp(folder: Path, split: str) -> Annotations:
+def read_llp(folder: Path, split: str) -> LLPAnnotations:
     """Read a split's annotations as published; events of videos that no list has are left out, as everyone does.
 
     Raises:
@@ -53,8 +53,8 @@ def read_llp(folder: Path, split: str) -> Annotations:
         for label in row["event_labels"].split(","):
             weak[number, _class(label, folder / VIDEOS[split])] = True
     if split == "train":
-        return Annotations(list(places), weak, None)
-    events = np.zeros((len(rows), 2, SECONDS, len(CLASSES)), dtype=bool)
+        return LLPAnnotations(list(places), weak, None)
+    events = np.zeros((len(rows), 2, DURATION_S, len(CLASSES)), dtype=bool)
     for modality, name in enumerate(EVENTS):
         for row in _read(folder / name, ("filename", "onset", "offset", "event_labels")):
             number = places.get(row["filename"])
@@ -62,7 +62,7 @@ def read_llp(folder: Path, split: str) -> Annotations:
             label = _class(row["event_labels"], folder / name)
             if number is not None:
                 events[number, modality, first:end, label] = True
-    return Annotations(list(places), weak, events)
+    return LLPAnnotations(list(places), weak, events)
 
 
 def _read(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
@@ -85,6 +85,6 @@ def _class(label: str, path: Path) -> int:
 
 
 def _second(text: str, path: Path) -> int:
-    if not text.isdigit() or not 0 <= int(text) <= SECONDS:
-        raise UserError(f"{path}: '{text}' is no second from 0 to {SECONDS}.")
+    if not text.isdigit() or not 0 <= int(text) <= DURATION_S:
+        raise UserError(f"{path}: '{text}' is no second from 0 to {DURATION_S}.")
     return int(text)

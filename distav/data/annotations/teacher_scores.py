@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from distav.config.errors import UserError, format_list
-from distav.data.annotations.events import segments_of
+from distav.data.annotations.events import num_segments
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.modalities import MODALITIES
 
@@ -21,7 +21,7 @@ CHUNK = 256
 """Samples whose scores are one file."""
 
 
-def about_file(folder: Path) -> Path:
+def metadata_file(folder: Path) -> Path:
     """Return the file that says of which set and captions the scores are."""
     return folder / "scores" / "about.json"
 
@@ -44,7 +44,7 @@ def write_scores(path: Path, audio: np.ndarray, visual: np.ndarray) -> None:
     os.replace(part, path)
 
 
-def digest_of(shards: ShardedDataset) -> str:
+def manifest_digest(shards: ShardedDataset) -> str:
     """Return a digest of the manifest, by which scores know their set."""
     return hashlib.sha256(json.dumps(shards.manifest, sort_keys=True).encode()).hexdigest()
 
@@ -62,12 +62,12 @@ def check_scores(folder: Path, key: str, shards: ShardedDataset, split: Split) -
         UserError: where a file is missing, or scores are of another set or classes.
     """
     try:
-        about = json.loads(about_file(folder).read_bytes())
+        about = json.loads(metadata_file(folder).read_bytes())
         asked, digest = about["asked"]["audio"][1], about["set"]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         raise UserError(f"{key}={folder}: holds no scores; give a folder that tools/pseudo_label.py wrote.") from None
-    if digest != digest_of(shards):
-        raise UserError(f"{key}={folder}: holds scores of another set than {shards.where}; harvest this one.")
+    if digest != manifest_digest(shards):
+        raise UserError(f"{key}={folder}: holds scores of another set than {shards.location}; harvest this one.")
     missing = [name for name in shards.classes if name not in asked]
     if missing:
         raise UserError(f"{key}={folder}: its teachers were not asked for {format_list(missing)}.")
@@ -88,9 +88,9 @@ def read_scores(folder: Path, key: str, shards: ShardedDataset, split: Split) ->
     return np.concatenate(list(_chunks(folder, key, shards, split)))
 
 
-def read_shares(folder: Path, key: str, shards: ShardedDataset, split: Split) -> np.ndarray:
+def read_teacher_probs(folder: Path, key: str, shards: ShardedDataset, split: Split) -> np.ndarray:
     """Return what teachers hold every clip for, [N, 2, C] float32: `clip_shares` of what `read_scores` reads."""
-    return np.concatenate([clip_shares(scores) for scores in _chunks(folder, key, shards, split)])
+    return np.concatenate([clip_probs(scores) for scores in _chunks(folder, key, shards, split)])
 
 
 def _chunks(folder: Path, key: str, shards: ShardedDataset, split: Split) -> Iterator[np.ndarray]:
@@ -104,7 +104,7 @@ def _chunks(folder: Path, key: str, shards: ShardedDataset, split: Split) -> Ite
             raise UserError(
                 f"{path} cannot be read ({error}); delete it and run tools/pseudo_label.py again."
             ) from None
-        expected = (rows, len(MODALITIES), segments_of(split))
+        expected = (rows, len(MODALITIES), num_segments(split))
         if both.shape[:3] != expected or both.ndim != 4 or both.shape[3] <= max(places) or both.dtype != np.float32:
             raise UserError(
                 f"{path} holds {both.dtype} of shape {both.shape}, expected float32 of {expected} and classes."
@@ -112,7 +112,7 @@ def _chunks(folder: Path, key: str, shards: ShardedDataset, split: Split) -> Ite
         yield both[..., places]
 
 
-def clip_shares(scores: np.ndarray) -> np.ndarray:
+def clip_probs(scores: np.ndarray) -> np.ndarray:
     """Return what teachers hold a whole clip for: softmax over classes of the mean score, [N, 2, T, C] -> [N, 2, C].
 
     Scores are logits, as the teachers were trained with them. A clip without scores is held for anything.

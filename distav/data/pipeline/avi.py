@@ -15,7 +15,7 @@ _HEADER = 8
 """Bytes of a chunk's name and length."""
 
 
-def jpeg_frames(content: bytes, wanted: Sequence[int]) -> list[np.ndarray]:
+def jpeg_frames(content: bytes, frame_numbers: Sequence[int]) -> list[np.ndarray]:
     """Return the JPEG images of some frames without copying or decoding anything.
 
     Args:
@@ -35,7 +35,7 @@ def jpeg_frames(content: bytes, wanted: Sequence[int]) -> list[np.ndarray]:
         raise DecodeError("video: the first frame is empty")
     every = np.frombuffer(content, np.uint8)
     images = []
-    for number in shown[np.minimum(wanted, len(index) - 1)].tolist():
+    for number in shown[np.minimum(frame_numbers, len(index) - 1)].tolist():
         name, _, offset, size = index[number].tolist()
         start = movi + offset
         if content[start : start + _HEADER] != name.to_bytes(4, "little") + size.to_bytes(4, "little"):

@@ -23,7 +23,7 @@ from distav.data.dataset import Split
 from distav.data.pipeline.augmentation import ClipTransform
 from distav.data.pipeline.avi import jpeg_frames
 from distav.data.pipeline.color import change_colors
-from distav.data.pipeline.decoder_selection import Decoder, decoder_for
+from distav.data.pipeline.decoder_selection import Decoder, select_decoder
 from distav.data.pipeline.decoding import decode_frames
 from distav.data.pipeline.reader import DecodeError, Members
 
@@ -46,10 +46,10 @@ class ClipPipeline:
         self.data, self.split, self.batch, self.device = data, split, batch, device
         self.num_audio_samples = round(data.audio_s * split.sample_rate_hz)
         self.on_gpu = device.type == "cuda"
-        self.route = decoder_for(split.codec, self.on_gpu, split.sides)
+        self.route = select_decoder(split.codec, self.on_gpu, split.sides)
         self.shapes = {
             "frames": ((data.num_frames, data.frame_size, data.frame_size, 3), torch.uint8),
-            "sound": ((self.num_audio_samples,), torch.float32),
+            "audio": ((self.num_audio_samples,), torch.float32),
         }
         """Shape and dtype of a sample of each output."""
         self._nvdec_tried = not (self.route.decoder is Decoder.video and self.route.on_gpu)
@@ -77,7 +77,7 @@ class ClipPipeline:
             if not self._nvdec_tried:
                 self._try_nvdec(members[:_TRIED], views[:_TRIED])
             frames = self._frames([each["video"] for each in members], views)
-            return {"frames": frames, "sound": self._sound([each["audio"] for each in members], views)}
+            return {"frames": frames, "audio": self._sound([each["audio"] for each in members], views)}
         except (ValueError, IndexError, av.error.FFmpegError) as error:
             raise DecodeError(dali_reason(str(error))) from None
 
@@ -94,7 +94,7 @@ class ClipPipeline:
                 reason = str(error)
                 decode_frames(member["video"], self._wanted(view))
         else:
-            self.route = decoder_for(self.split.codec, False, self.split.sides)
+            self.route = select_decoder(self.split.codec, False, self.split.sides)
             log.warning(
                 f"NVDEC does not decode the {self.split.codec} clips of {self.split.root} ({reason}), so they are "
                 "decoded on the CPU, which is slower. In a container, set NVIDIA_DRIVER_CAPABILITIES to include video."
@@ -137,7 +137,7 @@ class ClipPipeline:
             "start": np.array([view.audio_start for view in views], np.int32),
             "gain": np.array([view.gain for view in views], np.float32),
         }
-        return self._run("sound", self._sound_graph, fed)
+        return self._run("audio", self._sound_graph, fed)
 
     def _frame_graph(self) -> Any:
         size, crop = self.data.frame_size, fn.external_source(name="crop", ndim=1, dtype=_FLOAT)

@@ -33,7 +33,7 @@ class Route:
     on_gpu: bool
 
 
-def decoder_for(codec: str, on_gpu: bool, sides: tuple[int, int]) -> Route:
+def select_decoder(codec: str, on_gpu: bool, sides: tuple[int, int]) -> Route:
     """Return how video of a codec is decoded.
 
     Args:

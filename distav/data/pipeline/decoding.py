@@ -48,7 +48,7 @@ def decode_video(content: bytes) -> np.ndarray:
         raise DecodeError("picture: no video in it") from None
 
 
-def decode_frames(content: bytes, wanted: Sequence[int]) -> np.ndarray:
+def decode_frames(content: bytes, frame_numbers: Sequence[int]) -> np.ndarray:
     """Return some frames of a stored video.
 
     Args:
@@ -67,13 +67,13 @@ def decode_frames(content: bytes, wanted: Sequence[int]) -> np.ndarray:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         for number, frame in enumerate(container.decode(stream)):
-            if number in wanted:
+            if number in frame_numbers:
                 frames[number] = frame.to_ndarray(format="rgb24")
-            if number >= wanted[-1]:
+            if number >= frame_numbers[-1]:
                 break
     if not frames:
         raise DecodeError("no frame could be decoded")
-    return np.stack([frames.get(number, frames[max(frames)]) for number in wanted])
+    return np.stack([frames.get(number, frames[max(frames)]) for number in frame_numbers])
 
 
 def decode_audio(content: bytes) -> np.ndarray:

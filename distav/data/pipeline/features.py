@@ -19,7 +19,7 @@ def encode_features(values: np.ndarray) -> bytes:
     return sink.getvalue()
 
 
-def header(content: bytes) -> tuple[tuple[int, ...], str, int]:
+def read_header(content: bytes) -> tuple[tuple[int, ...], str, int]:
     """Return shape and kind of number of a `.npy` file, and where its numbers begin.
 
     Args:
@@ -46,7 +46,7 @@ def decode_features(content: bytes, stream: FeatureStream) -> np.ndarray:
     Raises:
         DecodeError: for anything but finite numbers of the stream's shape.
     """
-    shape, kind, start = header(content)
+    shape, kind, start = read_header(content)
     expected = (stream.steps, stream.dim)
     if shape != expected or len(content) - start != np.dtype(kind).itemsize * stream.steps * stream.dim:
         raise DecodeError(f"features of shape {shape} in {len(content) - start} bytes; expected {expected}")

@@ -96,7 +96,7 @@ class Loader:
         device: torch.device,
     ):
         self.split, self.data, self.seed, self.device = split, data, seed, device
-        self.viewer = None if split.streams else ClipTransformSampler(split, data, augment, seed)
+        self.transform_sampler = None if split.streams else ClipTransformSampler(split, data, augment, seed)
         self.pipeline = (
             FeatureCollator(split.streams, batch, device) if split.streams else ClipPipeline(data, split, batch, device)
         )
@@ -169,7 +169,7 @@ class Loader:
 
     def _batch(self, ids: Ids, epoch: int, members: list[Members | None]) -> Batch:
         """Decode one batch; on a GPU in a stream of its own, so that it does not wait for queued training."""
-        views = [self.viewer.sample(max(0, int(sample)), epoch) for sample in ids] if self.viewer else [None] * len(ids)
+        views = [self.transform_sampler.sample(max(0, int(sample)), epoch) for sample in ids] if self.transform_sampler else [None] * len(ids)
         with torch.cuda.stream(self._stream):
             media = self._decode(ids, members, views)
             valid = torch.tensor([each is not None for each in members])

@@ -46,9 +46,9 @@ class ShardReader:
         """
         return self._of(sample, list(self.split.members))
 
-    def member(self, sample: int, kind: str) -> bytes:
+    def member(self, sample: int, name: str) -> bytes:
         """Return one member of a sample, or raise BadSample as `read` does."""
-        return self._of(sample, [kind])[kind]
+        return self._of(sample, [name])[name]
 
     def _of(self, sample: int, kinds: list[str]) -> Members:
         if self.split.remote:

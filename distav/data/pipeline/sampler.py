@@ -71,35 +71,35 @@ class GlobalBatchSampler:
         order = _permutation(tuple(self.shard_sizes), self.seed, epoch, self.block)
         return order[place * self.global_batch : (place + 1) * self.global_batch]
 
-    def micro_batches(self, step: int, rank: int, num_ranks: int) -> list[Ids]:
+    def micro_batches(self, step: int, rank: int, world_size: int) -> list[Ids]:
         """Return one rank's ids of one step, a list of `accumulation` arrays."""
-        micro = self.batch(step).reshape(self.accumulation, num_ranks, -1)
+        micro = self.batch(step).reshape(self.accumulation, world_size, -1)
         return [micro[number, rank] for number in range(self.accumulation)]
 
 
-def micro_batch_size(global_batch: int, accumulation: int, num_ranks: int) -> int:
+def micro_batch_size(global_batch: int, accumulation: int, world_size: int) -> int:
     """Return the micro-batch of one rank.
 
     Raises:
         UserError: where ranks and accumulation do not divide the global batch; names the nearest that they do.
     """
-    parts = accumulation * num_ranks
+    parts = accumulation * world_size
     if global_batch % parts:
         below = max(parts, global_batch // parts * parts)
         raise UserError(
-            f"optim.global_batch={global_batch} cannot be divided among {num_ranks} ranks with "
+            f"optim.global_batch={global_batch} cannot be divided among {world_size} ranks with "
             f"optim.gradient_accumulation_steps={accumulation}; allowed: multiples of {parts}, e.g. {below} or {below + parts}."
         )
     return global_batch // parts
 
 
-def local_batches(num_samples: int, batch: int, rank: int, num_ranks: int) -> list[Ids]:
+def local_batches(num_samples: int, batch: int, rank: int, world_size: int) -> list[Ids]:
     """Return one rank's batches of a single pass over the ids that it owns, all of one length, filled with PADDING.
 
     Every rank gets the same number of batches, so that collectives inside the pass cannot wait for ever.
     """
-    low, high = num_samples * rank // num_ranks, num_samples * (rank + 1) // num_ranks
-    most = -(-num_samples // num_ranks)
+    low, high = num_samples * rank // world_size, num_samples * (rank + 1) // world_size
+    most = -(-num_samples // world_size)
     return padded_batches(np.arange(low, high), batch, -(-most // batch))
 
 

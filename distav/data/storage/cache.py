@@ -20,7 +20,7 @@ _PAUSE_S = 600.0
 """How long nothing is kept after there was no room, or no way to write."""
 
 
-def default_folder() -> Path:
+def default_cache_dir() -> Path:
     """Return the folder of all caches of this user."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distav"
 
@@ -38,8 +38,8 @@ class Cache:
         most_bytes: bound of all that lies in `root`; 0 keeps nothing.
     """
 
-    def __init__(self, root: Path, name: str, most_bytes: int):
-        self.root, self.folder, self.most_bytes = root, root / name, most_bytes
+    def __init__(self, root: Path, name: str, max_bytes: int):
+        self.root, self.folder, self.most_bytes = root, root / name, max_bytes
         self._idle_until = 0.0
         self._told = False
 
@@ -62,7 +62,7 @@ class Cache:
             return
         try:
             if self._reserve(len(content)):
-                with self.written(name) as part:
+                with self.writing(name) as part:
                     part.write_bytes(content)
                 return
         except OSError as error:
@@ -75,7 +75,7 @@ class Cache:
             (self.folder / name).unlink()
 
     @contextlib.contextmanager
-    def written(self, name: str) -> Iterator[Path]:
+    def writing(self, name: str) -> Iterator[Path]:
         """Give a path to write to; what was written there is kept under the name, or, after an error, is gone."""
         parts, path = self.root / "parts", self.folder / name
         for folder in (parts, path.parent):

@@ -21,16 +21,16 @@ from urllib.parse import urlsplit
 
 from distav.config.errors import UserError, format_list
 from distav.data.integrity import MANIFEST, CorruptFileError, verify_file
-from distav.data.storage.cache import Cache, default_folder
+from distav.data.storage.cache import Cache, default_cache_dir
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "https": "aiohttp", "http": "aiohttp"}
 """The kinds of URL that are read, and what reads them."""
 CONNECTIONS = 16
 """Requests of a process that are under way at a time."""
-TRIES = 6
-WAIT_S = 0.5
+MAX_ATTEMPTS = 6
+RETRY_WAIT_S = 0.5
 """Seconds before the second try; from each try to the next they double, give or take half."""
-CONNECT_S, ANSWER_S = 10, 30
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10, 30
 """Seconds to wait for a connection, and for the next bytes of an answer."""
 _LIBRARIES = ("aiohttp", "botocore", "gcsfs", "google", "urllib3")
 """Whose errors are the store's, besides those of the system."""
@@ -90,11 +90,11 @@ class ObjectStore:
         if len(self.manifest) > 1:
             self._range(MANIFEST, 1, 1)
         name = hashlib.sha256(f"{self.url}\n".encode() + self.manifest).hexdigest()[:32]
-        root = Path(cache).expanduser() if cache else default_folder()
+        root = Path(cache).expanduser() if cache else default_cache_dir()
         self.cache = Cache(root.absolute(), name, cache_mib << 20)
         self.folder = self.cache.folder
 
-    def read(self, name: str, offset: int, size: int, afresh: bool = False) -> bytes:
+    def read(self, name: str, offset: int, size: int, bypass_cache: bool = False) -> bytes:
         """Return some bytes of an object, as kept on this machine or from the store.
 
         Args:
@@ -106,7 +106,7 @@ class ObjectStore:
             Unreadable: where the store does not give them, however often it is asked.
         """
         place = f"{name}/{offset}-{size}"
-        if afresh:
+        if bypass_cache:
             self.cache.drop(place)
         kept = self.cache.get(place)
         if kept is not None and len(kept) == size:
@@ -133,7 +133,7 @@ class ObjectStore:
                 with contextlib.suppress(CorruptFileError):
                     if expected:
                         return verify_file(self.folder, name, expected)
-                with self.cache.written(name) as part:
+                with self.cache.writing(name) as part:
                     self.download(name, part)
         except OSError as error:
             raise UserError(
@@ -197,7 +197,7 @@ class ObjectStore:
 
     def _with_retries(self, name: str, ask: Callable[[Any], T]) -> T:
         """Ask the store, and again after a while where it failed for a reason that may pass."""
-        waits = [WAIT_S * 2**number for number in range(TRIES - 1)]
+        waits = [RETRY_WAIT_S * 2**number for number in range(MAX_ATTEMPTS - 1)]
         while True:
             try:
                 return ask(self._system)
@@ -246,15 +246,15 @@ def _file_system(url: str) -> Any:
 
         if protocol == "s3":
             options["config_kwargs"] = {
-                "connect_timeout": CONNECT_S,
-                "read_timeout": ANSWER_S,
+                "connect_timeout": CONNECT_TIMEOUT_S,
+                "read_timeout": READ_TIMEOUT_S,
                 "max_pool_connections": CONNECTIONS,
                 "retries": {"total_max_attempts": 1},
             }
         elif protocol in ("http", "https"):
             import aiohttp
 
-            patience = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=ANSWER_S)
+            patience = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
             headers = {"Accept-Encoding": "identity"}
             options["client_kwargs"] = {"timeout": patience, "trust_env": True, "headers": headers}
         system = fsspec.filesystem(protocol, **options)

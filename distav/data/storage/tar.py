@@ -15,7 +15,7 @@ from distav.config.errors import UserError, format_list
 from distav.data.files import write_atomically
 
 BLOCK = 512
-MOST_BYTES = 1 << 30
+MAX_MEMBER_BYTES = 1 << 30
 """Largest member."""
 EXTENSIONS = ("avi", "webm", "mp4", "flac", "json", "npy")
 _NAME = re.compile(rb"[A-Za-z0-9_-]+(\.[a-z0-9]+|\.[a-z][a-z0-9_]*\.npy)")
@@ -69,9 +69,9 @@ def _members(file: BinaryIO, length: int, path: Path) -> Iterator[Member]:
             )
         size = _number(header[124:136], f"{where}: size of '{shown}'")
         place += BLOCK
-        if size > MOST_BYTES or place + size > length:
+        if size > MAX_MEMBER_BYTES or place + size > length:
             raise UserError(
-                f"{where}: '{shown}' is said to have {size} bytes, more than the file or than {MOST_BYTES}."
+                f"{where}: '{shown}' is said to have {size} bytes, more than the file or than {MAX_MEMBER_BYTES}."
             )
         yield Member(key, extension, place, size)
         place += -(-size // BLOCK) * BLOCK
@@ -90,7 +90,7 @@ def _number(field: bytes, what: str) -> int:
     return int(digits, 8)
 
 
-def by_key(path: Path) -> dict[str, list[tuple[str, int, int]]]:
+def members_by_key(path: Path) -> dict[str, list[tuple[str, int, int]]]:
     """Return the members of a shard by key: {key: [(extension, offset, bytes), ...]}, in file order.
 
     Raises:

@@ -76,7 +76,7 @@ def _audit(options: argparse.Namespace) -> Audit:
     problems = [label_issues(table), pair_issues(table)]
     facts = {
         "run": f"{settings.run.name} ({', '.join(settings.phases)})",
-        "set": f"{shards.where}, split {split.name}",
+        "set": f"{shards.location}, split {split.name}",
         "clips": f"{len(split)} in {len(shards.classes)} classes",
         "labels that look wrong": f"{problems[0].total}",
         "pairs that look wrong": f"{problems[1].total}",

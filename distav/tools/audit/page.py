@@ -15,7 +15,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from distav.data.dataset import Split
-from distav.data.files import unfinished
+from distav.data.files import temporary_path
 from distav.data.pipeline.decoding import decode_clip
 from distav.data.pipeline.reader import CorruptSampleError, DecodeError, ShardReader
 from distav.tools.audit.issues import Issues
@@ -70,7 +70,7 @@ def write_page(audit: Audit, path: Path, height: int) -> None:
     # Names come from data: in JSON within HTML no tag may begin.
     data = json.dumps(_data(audit), separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     before = before.replace("/*STYLE*/", style).replace("/*DATA*/", data)
-    part = unfinished(path)
+    part = temporary_path(path)
     with open(part, "w", encoding="utf-8") as file:
         file.write(before)
         for line in _media(audit, height):

@@ -15,7 +15,7 @@ from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.pipeline.reader import CorruptSampleError, ShardReader
 from distav.data.storage.object_store import ObjectNotFoundError, ObjectStore, StorageError
-from distav.data.storage.tar import by_key, dali_index
+from distav.data.storage.tar import members_by_key, dali_index
 
 _MOST_JSON = 1 << 20
 
@@ -44,7 +44,7 @@ def verify(root: str | Path, labels: str = "") -> Iterator[str]:
     there = (shards.remote.listing or ()) if shards.remote else (path.name for path in shards.root.glob("*.tar"))
     for name in sorted(there):
         if name.endswith(".tar") and name not in named:
-            yield f"{shards.where}/{name}: manifest.json does not name this shard"
+            yield f"{shards.location}/{name}: manifest.json does not name this shard"
 
 
 def _labels(shards: ShardedDataset, split: Split, table: str) -> Iterator[str]:
@@ -62,7 +62,7 @@ def _copied(shards: ShardedDataset, split: Split) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="distav-verify-") as folder:
         here = replace(split, remote=None, shards=[Path(folder, path.name) for path in split.shards])
         for fault in _content(shards, here, split.remote):
-            yield fault.replace(folder, shards.where)
+            yield fault.replace(folder, shards.location)
 
 
 def _content(shards: ShardedDataset, split: Split, remote: ObjectStore | None = None) -> Iterator[str]:
@@ -105,7 +105,7 @@ def _whole(split: Split, reader: ShardReader, number: int, path: Path, ids: rang
 
 def _shard(split: Split, reader: ShardReader, number: int, path: Path, ids: range) -> Iterator[str]:
     try:
-        there = by_key(path)
+        there = members_by_key(path)
     except UserError as error:
         yield str(error)
         there = None

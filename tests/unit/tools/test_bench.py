@@ -59,8 +59,8 @@ def test_the_dense_peer_computes_the_same():
 
 def test_ratios_are_medians_over_rounds_and_bars_have_a_side():
     results = Results("x", {})
-    results.ratio("half", ([1.0, 9.0, 2.0], [2.0, 3.0, 4.0]), "<= 0.5")
-    results.ratio("too low", 1.0, ">= 2")
+    results.add_ratio("half", ([1.0, 9.0, 2.0], [2.0, 3.0, 4.0]), "<= 0.5")
+    results.add_ratio("too low", 1.0, ">= 2")
     assert results.ratios["half"] == {"value": 0.5, "bar": "<= 0.5", "met": True}
     assert results.ratios["too low"]["met"] is False and "MISSED" in results.table()
 
@@ -94,7 +94,7 @@ def test_operations_are_those_of_the_encoders_and_heads_once(recompute: bool):
     settings = TOWERS["small"].settings(f"model.activation_checkpointing={str(recompute).lower()}")
     frames, sound = torch.zeros(3, 4, 64, 64, 3, dtype=torch.uint8), torch.randn(3, 8000)
     ids = torch.arange(3)
-    batch = Batch(ids, ids >= 0, ids, {"frames": frames, "sound": sound})
+    batch = Batch(ids, ids >= 0, ids, {"frames": frames, "audio": sound})
     settings.model.activation_checkpointing = False
     model = AVModel(settings.model, settings.data, 8000, 5)
     with FlopCounterMode(display=False) as counter:

@@ -39,7 +39,7 @@ def test_a_set_of_features_holds_what_was_told(llp: tuple[Path, Path, dict[str, 
     for name, count in SIZES.items():
         split = shards.split(name)
         told = load_events(shards, split)
-        assert len(split) == count and told.segments == 10
+        assert len(split) == count and told.num_segments == 10
         expected = np.stack([truth[source] for source in split.columns["source"]])
         assert np.array_equal(told.weak, expected.any(axis=(1, 2)))
         if name == "train":

@@ -19,7 +19,7 @@ from distav.data.pipeline.augmentation import ClipTransform, ClipTransformSample
 from distav.data.pipeline.avi import jpeg_frames
 from distav.data.pipeline.color import change_colors
 from distav.data.pipeline.dali import ClipPipeline, DeviceError, dali_reason
-from distav.data.pipeline.decoder_selection import Decoder, Route, decoder_for
+from distav.data.pipeline.decoder_selection import Decoder, Route, select_decoder
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.reader import DecodeError, Members, ShardReader
 from distav.data.pipeline.sampler import PADDING
@@ -49,7 +49,7 @@ JPEG, VIDEO, PYAV = Decoder.jpeg, Decoder.video, Decoder.pyav
     ],
 )
 def test_the_decoder_follows_from_codec_device_and_size(codec: str, on_gpu: bool, sides: tuple[int, int], route: Route):
-    assert decoder_for(codec, on_gpu, sides) == route
+    assert select_decoder(codec, on_gpu, sides) == route
 
 
 def mjpeg(num_frames: int = 5, height: int = 48, width: int = 64) -> bytes:
@@ -254,7 +254,7 @@ def test_without_nvdec_clips_are_decoded_on_the_cpu(codec: str, tmp_path: Path, 
     assert batches[1].valid.all() and not loaders[1].quarantine.reasons
     assert torch.equal(batches[0].media["frames"], batches[1].media["frames"])
     assert caplog.text.count("NVDEC does not decode") == 1
-    assert loaders[1].pipeline.route == decoder_for(codec, False, split.sides)  # pyright: ignore
+    assert loaders[1].pipeline.route == select_decoder(codec, False, split.sides)  # pyright: ignore
 
 
 class _Counted:
@@ -291,7 +291,7 @@ def test_one_bad_clip_among_1024_costs_few_small_decodes(photo_like: Split, plac
     good = np.arange(1024) != place
     assert batch.valid.tolist() == good.tolist()
     assert torch.equal(batch.media["frames"][good], expected.media["frames"][good])
-    assert torch.equal(batch.media["sound"][good], expected.media["sound"][good])
+    assert torch.equal(batch.media["audio"][good], expected.media["audio"][good])
     assert "no AVI file" in loader.quarantine.reasons[int(ids[place])]
     assert len(graph.runs) <= 1 + 2 * 10 and sum(graph.runs) <= 3 * 1024
     sizes = sorted(graph.runs, reverse=True)

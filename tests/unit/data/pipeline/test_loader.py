@@ -37,7 +37,7 @@ def test_a_view_of_a_sample_is_the_same_in_any_batch(tiny_shards: Path):
     for name, fed in part.media.items():
         assert torch.equal(whole.media[name][[4, 1]], fed)
     later = loader(tiny_shards, 6, AugmentConfig()).load(np.arange(6), epoch=4)
-    frames, sound = whole.media["frames"], whole.media["sound"]
+    frames, sound = whole.media["frames"], whole.media["audio"]
     assert not torch.equal(frames, later.media["frames"]) and not torch.equal(whole.seeds, later.seeds)
     assert frames.shape == (6, 3, 24, 24, 3) and frames.dtype == torch.uint8
     assert sound.shape == (6, 4000) and 0.01 < sound.abs().max() <= 1.1
@@ -83,16 +83,16 @@ def test_the_graph_gives_what_pyav_and_soundfile_give(tiny_shards: Path):
     shown = batch.media["frames"][0].numpy().astype(int)
     assert np.abs(shown - expected).mean() < 4  # chroma is upsampled differently
     sound, _ = soundfile.read(io.BytesIO(member["audio"]), dtype="float32")
-    start = reader.viewer.sample(5, 0).audio_start
-    np.testing.assert_allclose(batch.media["sound"][0].numpy(), sound[start : start + 4000], atol=1e-4)
+    start = reader.transform_sampler.sample(5, 0).audio_start
+    np.testing.assert_allclose(batch.media["audio"][0].numpy(), sound[start : start + 4000], atol=1e-4)
 
 
 def test_a_shift_past_the_end_is_silence(tiny_shards: Path):
     reader = loader(tiny_shards, 1)
-    member, view = reader._read(0), reader.viewer.sample(0, 0)
+    member, view = reader._read(0), reader.transform_sampler.sample(0, 0)
     assert member is not None
     object.__setattr__(view, "audio_start", -1000)
-    sound = reader.pipeline.run([member], [view])["sound"]
+    sound = reader.pipeline.run([member], [view])["audio"]
     assert (sound[0, :1000] == 0).all() and sound[0, 1000:].abs().max() > 0
 
 

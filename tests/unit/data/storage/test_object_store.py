@@ -38,7 +38,7 @@ MIB = 64
 def no_long_waits(monkeypatch: pytest.MonkeyPatch):
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(object_store, "WAIT_S", 0.01)
+    monkeypatch.setattr(object_store, "RETRY_WAIT_S", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_batches_from_s3_are_those_of_the_folder_and_come_once(
         assert len(requests) == asked  # A request a sample, and in the next epoch none.
     ours, theirs = (load_labels(each, each.split("train")) for each in (local, shards))
     assert np.array_equal(ours.given, theirs.given) and local.classes == shards.classes
-    assert not list((tmp_path / "cache").rglob("*.tar/*.tar")) and shards.where == s3
+    assert not list((tmp_path / "cache").rglob("*.tar/*.tar")) and shards.location == s3
 
 
 def test_a_child_reads_what_its_parent_opened(s3: str, tmp_path: Path):
@@ -193,13 +193,13 @@ def test_tries_end_and_cost_the_samples_of_that_shard_alone(
     site.asked.clear()
     loader = Loader(split, DATA, None, 0, 3, torch.device("cpu"))
     monkeypatch.setattr(object_store.time, "sleep", waits.append)
-    monkeypatch.setattr(object_store, "WAIT_S", 1.0)
+    monkeypatch.setattr(object_store, "RETRY_WAIT_S", 1.0)
     batch = loader.load(np.array([0, 41, 95]), 0)
     loader.close()
     assert batch.valid.tolist() == [True, False, True]
     assert "train-000001.tar cannot be read (" in loader.quarantine.reasons[41]
     tries = [request for request in site.asked if request[1] == "train-000001.tar"]
-    assert len(tries) == object_store.TRIES and len(waits) == object_store.TRIES - 1
+    assert len(tries) == object_store.MAX_ATTEMPTS and len(waits) == object_store.MAX_ATTEMPTS - 1
     assert all(2**number / 2 <= wait <= 2**number * 1.5 for number, wait in enumerate(waits))
 
 
