@@ -66,7 +66,7 @@ def to_yaml(settings: Config) -> str:
 
 def _compose(file: Path, extra: dict[str, Any], overrides: list[str], open_phases: bool = False) -> DictConfig:
     schema = OmegaConf.create({**_sections(), **extra})
-    open_to_any = [schema.deepspeed.extra, schema.model.parser.maps, *([schema.phases] if open_phases else [])]
+    open_to_any = [schema.deepspeed.extra, schema.model.parser.token_grids, *([schema.phases] if open_phases else [])]
     for free in open_to_any:
         OmegaConf.set_struct(free, False)
     ConfigStore.instance().store("schema", schema)

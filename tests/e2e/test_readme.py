@@ -1,4 +1,4 @@
-"""Every command in the README: run where a small run is quick, and otherwise understood by the program it calls."""
+"""Every command in a README: run where a small run is quick, otherwise parsed by the program that it calls."""
 
 import os
 import re
@@ -21,16 +21,25 @@ from distav.tools.audit import command as audit
 from distav.tools.embed import main as embed
 from distav.tools.inspect_shards import command as inspecting
 from distav.tools.pseudo_label import command as harvest
+from tests.fuzz.targets import TARGETS
+from tests.gpu.proof import PARTS
 from tests.helpers.launch import ROOT
 from tools.bench import command as bench
 
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    line.split(" # ")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if line.strip() and not line.startswith("#")
-]
+READMES = sorted(path for path in ROOT.rglob("README.md") if not path.is_relative_to(ROOT / ".venv"))
+
+
+def commands_of(path: Path) -> list[str]:
+    """Return the command lines of the bash blocks of a README."""
+    return [
+        line.split(" # ")[0].strip()
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL)
+        for line in block.splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
+
+
+COMMANDS = list(dict.fromkeys(command for path in READMES for command in commands_of(path)))
 PARSERS = {
     "tools/make_shards.py": make_shards._parser,
     "tools/inspect_shards.py": inspecting._parser,
@@ -41,6 +50,9 @@ PARSERS = {
 RUN_SMALL = ("tools/make_shards.py videos", "tools/make_shards.py csv", "tools/inspect_shards.py", "tools/audit.py",
              "tools/make_shards.py clean", "tools/embed.py", "python distav/evaluate.py")  # fmt: skip
 """What `test_tools_do_what_the_readme_says` runs."""
+
+
+CHECKS = ("pip", "pytest", "ruff", "pyright", "lint-imports")
 
 
 def _words(command: str) -> list[str]:
@@ -64,8 +76,13 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch):
         assert (ROOT / next(word for word in arguments if word.startswith("configs/"))).is_file()
     elif program.startswith(("PARTS=", "configs/launch")):
         make_shards._parser().parse_args(arguments[arguments.index("configs/launch/make_shards.sh") + 1 :])
+    elif program == "-m":
+        assert arguments[0] == "tests.fuzz.fuzz" and arguments[1] in TARGETS and float(arguments[2]) > 0
+    elif "tests/gpu/run.sh" in command:
+        parts = arguments[1:] if program == "tests/gpu/run.sh" else arguments[2:]
+        assert set(parts) <= {part.name for part in PARTS}
     else:
-        assert program in ("pip", "pytest") or command.startswith(RUN_SMALL), f"nothing tests this command: {command}"
+        assert program in CHECKS or command.startswith(RUN_SMALL), f"nothing tests this command: {command}"
 
 
 def test_the_kubernetes_job_starts_the_command_of_the_other_clusters():
