@@ -1,7 +1,7 @@
-"""The ranks of a run: start-up, the few collectives we use, and agreement between ranks.
+"""Collectives of a run, and the division of rows among ranks.
 
 Every function also works in a single process without torch.distributed, where it is the identity.
-Legend: W ranks, b rows on this rank, B rows on all ranks.
+Legend: W world size, b rows of this rank, B rows of all ranks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,84 +16,87 @@ from distav.distributed.rendezvous import record_collective
 
 
 def get_world_size() -> int:
-    """Return the number of ranks W."""
+    """Return the world size W."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def get_rank() -> int:
-    """Return the number of this rank, 0..W-1."""
+    """Return the rank of this process, 0..W-1."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """Concatenate the rows of all ranks in rank order: [b, ...] -> [B, ...]; b is the same everywhere, no gradient."""
+    """Concatenate the rows of all ranks in rank order, no gradient: [b, ...] -> [B, ...]; b is equal everywhere."""
     rows = rows.detach().contiguous()
     if get_world_size() == 1:
         return rows
-    record_collective("gathering rows")
+    record_collective("all_gather")
     parts = [torch.empty_like(rows) for _ in range(get_world_size())]
     dist.all_gather(parts, rows)
     return torch.cat(parts)
 
 
 def all_gather_variable_rows(rows: Tensor) -> Tensor:
-    """Concatenate the rows of all ranks in rank order where ranks hold different numbers of rows; no gradient."""
+    """Concatenate the rows of all ranks in rank order, without gradient; ranks may hold different numbers of rows."""
     if get_world_size() == 1:
         return rows.detach()
     sizes = all_gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
-    whole = all_gather_rows(padded).view(get_world_size(), max(sizes), *rows.shape[1:])
-    return torch.cat([part[:size] for part, size in zip(whole, sizes, strict=True)])
+    gathered = all_gather_rows(padded).view(get_world_size(), max(sizes), *rows.shape[1:])
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
 
-def local_batch(whole: Tensor) -> Tensor:
-    """Return this rank's part of rows gathered by `gather_rows`: [B, ...] -> [b, ...]."""
-    size = len(whole) // get_world_size()
-    return whole[get_rank() * size : (get_rank() + 1) * size]
+def local_batch(rows: Tensor) -> Tensor:
+    """Return this rank's rows of a tensor that `all_gather_rows` returned: [B, ...] -> [b, ...]."""
+    size = len(rows) // get_world_size()
+    return rows[get_rank() * size : (get_rank() + 1) * size]
 
 
-def local_shard(whole: Tensor) -> Tensor:
-    """Return the rows that this rank takes of what all ranks hold: [N, ...] -> [n, ...], those of `row_range(N)`."""
-    rows = shard_range(len(whole))
-    return whole[rows.start : rows.stop]
+def local_shard(rows: Tensor) -> Tensor:
+    """Return the rows that this rank owns of a tensor that all ranks hold, `shard_range(N)`: [N, ...] -> [n, ...]."""
+    owned = shard_range(len(rows))
+    return rows[owned.start : owned.stop]
 
 
-def all_to_all_rows(rows: Tensor, to: Sequence[int] | None = None, of: Sequence[int] | None = None) -> Tensor:
-    """Send a part of the rows to each rank and return what the ranks sent here, in rank order; no gradient.
+def all_to_all_rows(
+    rows: Tensor, send_counts: Sequence[int] | None = None, receive_counts: Sequence[int] | None = None
+) -> Tensor:
+    """Send some of the rows to each rank and return the received rows in rank order, without gradient.
 
     Args:
-        rows: [s, ...], the parts in rank order.
-        to: rows that go to each rank; equal parts where None.
-        of: rows that come from each rank; as many as are sent to it where None.
+        rows: [s, ...], in the order of the ranks that they are sent to.
+        send_counts: number of rows for each rank; equal numbers if None.
+        receive_counts: number of rows from each rank; as many as are sent to it if None.
     """
     if get_world_size() == 1:
         return rows
-    record_collective("exchanging rows")
+    record_collective("all_to_all")
     rows = rows.detach().contiguous()
-    came = rows.new_empty(sum(of) if of is not None else len(rows), *rows.shape[1:])
-    dist.all_to_all_single(came, rows, of and list(of), to and list(to))
-    return came
+    num_received = sum(receive_counts) if receive_counts is not None else len(rows)
+    received = rows.new_empty(num_received, *rows.shape[1:])
+    dist.all_to_all_single(received, rows, receive_counts and list(receive_counts), send_counts and list(send_counts))
+    return received
 
 
 def all_reduce_sum_(values: Tensor) -> Tensor:
-    """Add up a tensor over ranks, in place; no gradient."""
+    """Sum a tensor over ranks in place, without gradient."""
     if get_world_size() > 1:
-        record_collective("adding up")
+        record_collective("all_reduce sum")
         dist.all_reduce(values)
     return values
 
 
 def all_reduce_max_(values: Tensor) -> Tensor:
-    """Take the maximum of a tensor over ranks, in place; no gradient."""
+    """Take the maximum of a tensor over ranks in place, without gradient."""
     if get_world_size() > 1:
-        record_collective("agreeing")
+        record_collective("all_reduce max")
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
 
-class _Sum(torch.autograd.Function):
-    """A sum over ranks whose backward sums too."""
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks whose backward sums too."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -105,16 +108,16 @@ class _Sum(torch.autograd.Function):
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Add up a tensor over ranks with gradient.
+    """Sum a tensor over ranks, with gradient.
 
-    Every rank computes the same loss from the sum, and gradients are averaged over ranks afterwards, so the backward
-    sums: that gives the gradient of one process that held all rows.
+    Every rank computes the same loss from the sum, and gradients are averaged over ranks afterwards. The backward
+    therefore sums, which gives the gradient of a single process that holds all rows.
     """
-    return _Sum.apply(values) if get_world_size() > 1 else values  # pyright: ignore[reportReturnType]
+    return _AllReduceSum.apply(values) if get_world_size() > 1 else values  # pyright: ignore[reportReturnType]
 
 
-class _Gather(torch.autograd.Function):
-    """Rows of all ranks, whose backward adds up what every rank has for this rank's rows."""
+class _AllGather(torch.autograd.Function):
+    """Rows of all ranks; the backward sums the gradients that every rank has for this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -126,92 +129,92 @@ class _Gather(torch.autograd.Function):
 
 
 def all_gather_rows_with_grad(rows: Tensor) -> Tensor:
-    """Concatenate the rows of all ranks in rank order with gradient: [b, ...] -> [B, ...]; b is the same everywhere.
+    """Concatenate the rows of all ranks in rank order, with gradient: [b, ...] -> [B, ...]; b is equal everywhere.
 
-    A rank's loss has gradients by the rows of others; they are added up where the rows came from.
+    The loss of a rank also has gradients for rows of other ranks; they are summed on the rank that the rows came from.
     """
-    return _Gather.apply(rows) if get_world_size() > 1 else rows  # pyright: ignore[reportReturnType]
+    return _AllGather.apply(rows) if get_world_size() > 1 else rows  # pyright: ignore[reportReturnType]
 
 
 def any_across_ranks(flag: bool) -> bool:
-    """Whether any rank says yes; all ranks get the same answer."""
+    """Return whether the flag is set on any rank; the result is the same on all ranks."""
     return bool(all_reduce_max_(torch.tensor([float(flag)])).item())
 
 
 def broadcast(value: Any, source: int = 0) -> Any:
-    """Return what one rank holds to all ranks (picklable, trusted values only)."""
+    """Return the value of one rank on all ranks (picklable, trusted values only)."""
     if get_world_size() == 1:
         return value
-    record_collective("telling all ranks")
-    box = [value]
-    dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
-    return box[0]
+    record_collective("broadcast")
+    values = [value]
+    dist.broadcast_object_list(values, src=source, device=torch.device("cpu"))
+    return values[0]
 
 
 def run_on_main_rank(work: Callable[[], None]) -> None:
-    """Let the main rank do something, and all ranks know if it could not.
+    """Run a function on the main rank; all ranks raise its error.
 
     Raises:
-        UserError: what the main rank met, on every rank.
+        UserError: the error of the main rank, on every rank.
     """
-    problem = ""
+    failure = ""
     if get_rank() == 0:
         try:
             work()
         except UserError as error:
-            problem = str(error)
+            failure = str(error)
         except OSError as error:
-            problem = f"{error.filename}: {error.strerror}; choose another --out, or mend it."
-    if problem := broadcast(problem):
-        raise UserError(problem)
+            failure = f"{error.filename}: {error.strerror}; choose another --out, or fix the directory."
+    if failure := broadcast(failure):
+        raise UserError(failure)
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """Return what every rank holds, in rank order, to all ranks (picklable, trusted values only)."""
+    """Return the values of all ranks in rank order, on all ranks (picklable, trusted values only)."""
     if get_world_size() == 1:
         return [value]
-    record_collective("asking all ranks")
+    record_collective("all_gather objects")
     values: list[Any] = [None] * get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def barrier() -> None:
-    """Return when every rank has come here."""
+    """Return when every rank has called this function."""
     if get_world_size() > 1:
         all_reduce_sum_(torch.zeros(1))
 
 
 def ring_shards(rows: Tensor, sizes: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """Yield the rows of every rank in turn, this rank's own first; the next ones travel while these are used.
+    """Yield the rows of every rank, this rank's own first; the next rows are received while the current ones are used.
 
     Args:
         rows: [n, ...] of this rank.
         sizes: number of rows of each rank.
 
     Yields:
-        The owner and its rows. A rank sends (W - 1) shards and receives as many.
+        The owner and its rows. A rank sends W - 1 shards and receives as many.
     """
-    world, me = get_world_size(), get_rank()
+    world_size, rank = get_world_size(), get_rank()
     current = rows.contiguous()
-    for step in range(world):
-        owner = (me - step) % world
-        waiting, coming = [], current
-        record_collective("passing rows on")
-        if step + 1 < world:
-            coming = rows.new_empty(sizes[(owner - 1) % world], *rows.shape[1:])
+    for step in range(world_size):
+        owner = (rank - step) % world_size
+        pending, upcoming = [], current
+        record_collective("ring exchange")
+        if step + 1 < world_size:
+            upcoming = rows.new_empty(sizes[(owner - 1) % world_size], *rows.shape[1:])
             transfers = [
-                dist.P2POp(dist.isend, current, (me + 1) % world),
-                dist.P2POp(dist.irecv, coming, (me - 1) % world),
+                dist.P2POp(dist.isend, current, (rank + 1) % world_size),
+                dist.P2POp(dist.irecv, upcoming, (rank - 1) % world_size),
             ]
-            waiting = dist.batch_isend_irecv([each for each in transfers if each.tensor.numel()])
+            pending = dist.batch_isend_irecv([transfer for transfer in transfers if transfer.tensor.numel()])
         yield owner, current
-        for transfer in waiting:
+        for transfer in pending:
             transfer.wait()
-        current = coming
+        current = upcoming
 
 
 def shard_range(num_rows: int, owner: int | None = None, owners: int | None = None) -> range:
-    """Return the contiguous ids that a rank owns out of 0..num_rows-1; sizes differ by one at most."""
-    of, at = owners or get_world_size(), get_rank() if owner is None else owner
-    return range(num_rows * at // of, num_rows * (at + 1) // of)
+    """Return the contiguous ids of 0..num_rows-1 that a rank owns; the sizes of ranks differ by at most one."""
+    num_owners, position = owners or get_world_size(), get_rank() if owner is None else owner
+    return range(num_rows * position // num_owners, num_rows * (position + 1) // num_owners)

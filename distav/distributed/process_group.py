@@ -16,14 +16,19 @@ from distav.distributed.collectives import barrier
 from distav.distributed.rendezvous import rendezvous
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
-_LARGEST_KEPT, _MOST_KEPT = 64 << 20, 512 << 20
+_MAX_KEPT_BLOCK_BYTES, _MAX_KEPT_BYTES = 64 << 20, 512 << 20
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others."""
+    """This process within the process group.
+
+    Attributes:
+        rank: number of this process, 0..world_size-1.
+        world_size: number of processes.
+        local_rank: number of this process on its machine.
+        device: where it computes.
+    """
 
     rank: int
     world_size: int
@@ -32,25 +37,25 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and lines for all."""
+        """Whether this rank writes files and log lines."""
         return self.rank == 0
 
 
 @contextlib.contextmanager
 def process_group(device: str, timeout_s: float, threads_per_rank: int = 0) -> Iterator[World]:
-    """Join the process group that the launcher describes in the environment; alone, be a world of one.
+    """Create the process group that the launcher describes in the environment; without a launcher, one of size 1.
 
-    On a GPU, cuDNN measures its algorithms at the first batch of each shape and keeps the fastest. Which one wins may
-    differ from start to start, so a run that is resumed on a GPU goes on to the same numbers up to rounding; on a CPU,
-    to the same bits.
+    On a GPU, cuDNN measures its algorithms at the first batch of each shape and keeps the fastest. The choice may
+    differ between starts, so a run that resumes on a GPU continues up to floating-point rounding; on a CPU it continues
+    bit for bit.
 
     Args:
         device: auto, gpu or cpu.
-        timeout_s: seconds after which a rank that keeps the others waiting is named, and all of them end.
-        threads_per_rank: CPU threads of this process; 0 shares the cores among the ranks of the machine.
+        timeout_s: seconds after which the watchdog reports a stalled rank and ends all ranks.
+        threads_per_rank: CPU threads of this process; 0 divides the cores among the ranks of the machine.
 
     Raises:
-        UserError: where a GPU is asked for and there is none for this rank.
+        UserError: if a GPU is requested and there is none for this rank.
     """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     local_size = int(
@@ -66,20 +71,20 @@ def process_group(device: str, timeout_s: float, threads_per_rank: int = 0) -> I
     if on_gpu:
         torch.cuda.set_device(target)
         torch.backends.cudnn.benchmark = True
-        # NCCL ends the process where its own watch gets no answer of CUDA for 8 minutes; ours names the rank at fault.
+        # NCCL ends the process if CUDA does not respond for 8 minutes; the watchdog of distav names the rank at fault.
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(max(480, int(2 * timeout_s))))
     else:
         _keep_freed_memory()
     torch.set_num_threads(threads_per_rank or max(1, len(os.sched_getaffinity(0)) // max(1, local_size)))
-    # The watch comes first: it knows who is at fault, a collective only that it took too long.
+    # The watchdog acts first: it names the rank at fault; a collective reports only a timeout.
     backend, timeout = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timedelta(seconds=1.5 * timeout_s)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        with rendezvous(timeout_s) as (store, at, of):
-            dist.init_process_group(backend, timeout=timeout, store=store, rank=at, world_size=of)
-            yield World(at, of, local_rank, target)
-        barrier()  # The first rank takes the store along when it goes.
+        with rendezvous(timeout_s) as (store, rank, world_size):
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+            yield World(rank, world_size, local_rank, target)
+        barrier()  # The store ends with rank 0.
         dist.destroy_process_group()
-    else:  # Alone, and without a port that another process might take first.
+    else:  # A store without a port: another process cannot take it.
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
         try:
             yield World(0, 1, local_rank, target)
@@ -88,17 +93,17 @@ def process_group(device: str, timeout_s: float, threads_per_rank: int = 0) -> I
 
 
 def collective_timeout() -> timedelta:
-    """Return the timeout of collectives in the process group that `joined` made."""
+    """Return the timeout of collectives of the process group that `process_group` created."""
     group = dist.distributed_c10d._get_default_group()
     return group._get_backend(torch.device("cpu")).options._timeout
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc hand out freed activations again, not give them back to the system at every step.
+    """Let glibc reuse freed activations instead of returning them to the operating system at every step.
 
-    Fresh pages cost a small network on a CPU a quarter to a third of its time.
+    New pages cost a small network on a CPU a quarter to a third of its time.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT)
-        libc.mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MAX_KEPT_BLOCK_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _MAX_KEPT_BYTES)

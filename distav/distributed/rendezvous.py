@@ -1,4 +1,4 @@
-"""Where the ranks of a run meet, and the watch over them."""
+"""Rendezvous of the ranks of a run, and the watchdog that runs on top of it."""
 
 import contextlib
 import errno
@@ -13,43 +13,52 @@ from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateIm
 from distav.config.errors import UserError
 from distav.distributed.watchdog import Watchdog
 
-_watch: Watchdog | None = None
+_watchdog: Watchdog | None = None
 
 
 @contextlib.contextmanager
 def rendezvous(timeout_s: float) -> Iterator[tuple[Store, int, int]]:
-    """Meet the other ranks at the launcher's address, and watch over them until the run ends.
+    """Connect to the other ranks at the launcher's address and run a watchdog until the context ends.
 
-    The store listens on that address alone, not on every interface of the machine. An error that came of another rank
-    is explained by what that one did.
+    The store listens on that address only, not on every interface of the machine. An exception that another rank has
+    caused gets a note with the cause.
+
+    Args:
+        timeout_s: seconds after which a stalled rank is reported.
+
+    Yields:
+        The store, the rank of this process, and the world size.
+
+    Raises:
+        UserError: if the port is in use.
     """
-    global _watch
+    global _watchdog
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    at, of = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if address in ("127.0.0.1", "::1", "localhost"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = TCPStore(
         address,
         port,
-        of,
-        is_master=at == 0,
+        world_size,
+        is_master=rank == 0,
         timeout=timedelta(seconds=timeout_s),
-        master_listen_fd=_listening(address, port) if at == 0 else None,
+        master_listen_fd=_listening_socket(address, port) if rank == 0 else None,
     )
-    _watch = watch = Watchdog(address, port, at, of, timeout_s)
-    watch.start()
+    _watchdog = watchdog = Watchdog(address, port, rank, world_size, timeout_s)
+    watchdog.start()
     try:
-        yield store, at, of
+        yield store, rank, world_size
     except Exception as error:
-        error.add_note(f"distav: rank {at}: {watch.explain(error)}")
+        error.add_note(f"distav: rank {rank}: {watchdog.explain(error)}")
         raise
     finally:
-        _watch = None
-        watch.stop()
+        _watchdog = None
+        watchdog.stop()
 
 
-def _listening(address: str, port: int) -> int | None:
-    """Return a socket that listens on one address; None where that is not one of this machine's interfaces."""
+def _listening_socket(address: str, port: int) -> int | None:
+    """Return a socket that listens on one address; None if that is not an interface of this machine."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -67,18 +76,18 @@ def _listening(address: str, port: int) -> int | None:
 
 
 def set_stage(stage: str) -> None:
-    """Note what this rank is about, for when it keeps others waiting."""
-    if _watch:
-        _watch.stage = stage
+    """Set what this rank is doing, as the watchdog reports it."""
+    if _watchdog:
+        _watchdog.stage = stage
 
 
-def keep_records(folder: Path) -> None:
-    """Note where this rank writes its last collectives should it give up: FOLDER/BACKEND/rank_N."""
-    if _watch:
-        _watch.records = folder
+def set_record_dir(directory: Path) -> None:
+    """Set where this rank writes its last collectives if the watchdog aborts: DIRECTORY/BACKEND/rank_N."""
+    if _watchdog:
+        _watchdog.record_dir = directory
 
 
-def record_collective(what: str) -> None:
-    """Note that this rank begins a collective."""
-    if _watch:
-        _watch.mark(what)
+def record_collective(name: str) -> None:
+    """Record that this rank begins a collective."""
+    if _watchdog:
+        _watchdog.record_collective(name)

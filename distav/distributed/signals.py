@@ -1,4 +1,4 @@
-"""Signals that end a run: the first asks for a checkpoint, a second one ends the process at once."""
+"""Signals that end a run: the first one requests a checkpoint, a second one ends the process at once."""
 
 import contextlib
 import ctypes
@@ -10,53 +10,51 @@ from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_INTERRUPTED = 75
-"""Exit status of a run that was asked to end and has saved: start the same command again."""
+"""Exit status of a run that was interrupted and has saved a checkpoint: rerun the same command to resume."""
 DEBOUNCE_S = 5.0
-"""A signal that comes again within so many seconds is the same: schedulers signal a launcher and its ranks, and the
-launcher then signals the ranks too."""
-
-
+"""Signals within this time count as one: schedulers signal the launcher and its ranks, and the launcher then signals
+the ranks again."""
 _PR_SET_PDEATHSIG = 1
 
 
 class Interrupted(Exception):
-    """The run was asked to end, and has saved."""
+    """The run was interrupted by a signal and has saved a checkpoint."""
 
 
 class ShutdownRequest:
-    """Whether this rank was asked to end."""
+    """Whether this rank has received a signal to shut down."""
 
     def __init__(self) -> None:
-        self._first: float | None = None
+        self._received_at: float | None = None
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
-        return self._first is not None
+        """Whether a signal has been received."""
+        return self._received_at is not None
 
-    def _hear(self, number: int, frame: object) -> None:
+    def _on_signal(self, number: int, frame: object) -> None:
         now = time.monotonic()
-        if self._first is None:
-            self._first = now
-        elif now - self._first > DEBOUNCE_S:
+        if self._received_at is None:
+            self._received_at = now
+        elif now - self._received_at > DEBOUNCE_S:
             os._exit(128 + number)
 
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[ShutdownRequest]:
-    """Note the signals instead of ending by them."""
-    _end_with_launcher()
-    stop = ShutdownRequest()
-    before = {each: signal.signal(each, stop._hear) for each in SIGNALS}
+    """Record the signals in `SIGNALS` as a shutdown request instead of ending the process."""
+    _terminate_with_launcher()
+    request = ShutdownRequest()
+    previous = {number: signal.signal(number, request._on_signal) for number in SIGNALS}
     try:
-        yield stop
+        yield request
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def _end_with_launcher() -> None:
-    """Have the system send SIGTERM when the launcher dies that started this rank; nobody else would end it then."""
+def _terminate_with_launcher() -> None:
+    """Have the kernel send SIGTERM to this rank when its launcher dies; nothing else would end it."""
     with contextlib.suppress(OSError):
         if b"deepspeed.launcher" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,13 +1,13 @@
-"""Finds the rank at fault where ranks wait for one another in vain.
+"""Watchdog that finds the rank at fault when ranks wait for each other without progress.
 
-Every rank's watch sends a sign of life to the store of the rendezvous, with the number of collectives that the rank has
-begun; the first rank's watch compares them. A rank whose signs stay out has stopped or lost the network. Where all
-live and nobody gets on, the ones that have begun fewest collectives keep the others waiting. Watches run in threads of
-their own and use no collective, so they see what a blocked rank cannot.
+The watchdog of every rank writes a heartbeat to the store of the rendezvous, with the number of collectives that the
+rank has begun; the watchdog of rank 0 compares them. A rank without heartbeats has stopped or lost the network. If all
+ranks have heartbeats and none makes progress, the ranks that have begun the fewest collectives are at fault. Watchdogs
+run in their own threads and use no collective, so they also work while the main thread is blocked.
 
-Under NCCL a rank begins a collective and goes on; it waits later, wherever it reads a value from the GPU. So whether it
-waits is not seen in its stack but in torch's flight recorder, where each process group notes the last collective begun
-and the last one finished. Nobody is named as long as no rank waits: ranks may work alone for as long as they like.
+With NCCL a rank begins a collective and continues; it waits later, wherever it reads a value from the GPU. So its stack
+does not show whether it waits. torch's flight recorder does: each process group records the last collective that was
+begun and the last one that finished. No rank is reported while no rank waits: ranks may compute alone for any time.
 """
 
 import faulthandler
@@ -27,217 +27,235 @@ from torch._C import _distributed_c10d as c10d
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 EXIT_WATCHDOG = 76
-"""Exit status of a rank that gave up waiting for another."""
-RECORDS_S = 10.0
-"""Seconds that writing the flight recorder may take, after which the process ends without."""
+"""Exit status of a rank that the watchdog has ended."""
+MAX_RECORDING_S = 10.0
+"""Seconds that writing the flight recorder may take; then the process exits without it."""
+_LOST_RANK_0 = "rank 0 has exited, or the network to it is down"
 
 
 @dataclass
 class _Heartbeat:
-    said: bytes = b""
-    count: int = 0
-    finished: int = 0
+    """Last heartbeat of a rank.
+
+    Attributes:
+        content: as the rank wrote it; `done` if the rank has left.
+        num_begun, num_finished: collectives.
+        waits: whether the rank waits for a collective.
+        location: host, process, stage and last collective.
+        received_at, progressed_at: times of the last heartbeat and of the last change in the numbers of collectives.
+    """
+
+    content: bytes = b""
+    num_begun: int = 0
+    num_finished: int = 0
     waits: bool = False
-    place: str = "start"
-    heard: float = 0.0
-    moved: float = 0.0
+    location: str = "start"
+    received_at: float = 0.0
+    progressed_at: float = 0.0
 
 
 @dataclass(frozen=True)
-class Collectives:
-    """What torch's flight recorder notes of this process's groups, of all backends.
+class CollectiveCounts:
+    """Counts of torch's flight recorders over the process groups of this process, for all backends.
 
     Attributes:
-        begun: collectives begun in groups other than the default one, whose collectives `Watch.mark` counts: those of
-            DeepSpeed.
-        finished: a number that changes when a collective ends.
-        under_way: whether a collective has been begun and not finished.
+        begun: collectives begun in groups other than the default one, such as those of DeepSpeed. Collectives of the
+            default group are counted by `Watchdog.record_collective`.
+        finished: a number that changes when a collective finishes.
+        in_progress: whether a collective has begun and not finished.
     """
 
     begun: int
     finished: int
-    under_way: bool
+    in_progress: bool
 
     @classmethod
-    def recorded(cls) -> "Collectives":
-        """Read the flight recorders; no lock is taken and CUDA is not asked, so that this never waits."""
-        begun, finished, under_way = 0, 0, False
-        for read in _recorders("_json").values():
-            for group, status in json.loads(read(includeCollectives=False))["pg_status"].items():
-                last, ended = int(status["last_enqueued_collective"]), int(status["last_completed_collective"])
-                begun += last if group != "0" else 0
-                finished += ended
-                under_way |= last != ended
-        return cls(begun, finished, under_way)
+    def read(cls) -> "CollectiveCounts":
+        """Read the flight recorders; takes no lock and calls no CUDA function, so it never blocks."""
+        begun, finished, in_progress = 0, 0, False
+        for read_recorder in _recorders("_json").values():
+            for group, status in json.loads(read_recorder(includeCollectives=False))["pg_status"].items():
+                last_begun = int(status["last_enqueued_collective"])
+                last_finished = int(status["last_completed_collective"])
+                begun += last_begun if group != "0" else 0
+                finished += last_finished
+                in_progress |= last_begun != last_finished
+        return cls(begun, finished, in_progress)
 
 
 class Watchdog(threading.Thread):
-    """One rank's watch."""
+    """Watchdog thread of one rank."""
 
-    def __init__(self, address: str, port: int, rank: int, num_ranks: int, timeout_s: float):
-        """Connect to the store; see `distav.distributed.process_group.joined` for the arguments."""
-        super().__init__(name="watch", daemon=True)
-        self.rank, self.num_ranks, self.timeout_s = rank, num_ranks, timeout_s
+    def __init__(self, address: str, port: int, rank: int, world_size: int, timeout_s: float):
+        """Connect to the store; see `distav.distributed.rendezvous.rendezvous` for the arguments."""
+        super().__init__(name="watchdog", daemon=True)
+        self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self.interval_s = min(2.0, timeout_s / 10)
         self.store = TCPStore(
             address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=max(2.0, timeout_s / 2))
         )
-        self.stage, self._place = "start", (0, "nothing")
-        self.records: Path | None = None
-        self._done, self._beats, self._gives_up = threading.Event(), 0, False
-        self._answered = now = time.monotonic()
-        self._deadman = threading.Thread(target=self._await_answers, name="watch's watch", daemon=True)
-        self._signs = [_Heartbeat(heard=now, moved=now) for _ in range(num_ranks)]
-        self._beat()
+        self.stage, self._last_collective = "start", (0, "none")
+        self.record_dir: Path | None = None
+        self._done, self._num_beats, self._aborting = threading.Event(), 0, False
+        self._store_answered_at = now = time.monotonic()
+        self._store_monitor = threading.Thread(target=self._monitor_store, name="watchdog store monitor", daemon=True)
+        self._heartbeats = [_Heartbeat(received_at=now, progressed_at=now) for _ in range(world_size)]
+        self._send_heartbeat()
 
-    def mark(self, what: str) -> None:
-        """Note that the rank begins a collective."""
-        self._place = self._place[0] + 1, what
+    def record_collective(self, name: str) -> None:
+        """Record that the rank begins a collective of the default group."""
+        self._last_collective = self._last_collective[0] + 1, name
 
     def stop(self) -> None:
-        """End the watch; a rank that leaves in order is not missed."""
-        while self._gives_up:  # It ends the process, with its own status.
+        """Stop the watchdog; the other ranks do not miss a rank that leaves in this way."""
+        while self._aborting:  # Aborting ends the process with its own exit status.
             time.sleep(self.interval_s)
         self._done.set()
         self.join(self.interval_s + 1)
-        if self.is_alive():  # It waits for a store that answers no more.
+        if self.is_alive():  # The thread is blocked on a store that no longer answers.
             return
         try:
-            self.store.set(f"sign/{self.rank}", "done")
-        except RuntimeError:  # The first rank has gone, and its store with it.
+            self.store.set(f"heartbeat/{self.rank}", "done")
+        except RuntimeError:  # Rank 0 has exited, and its store with it.
             return
 
     def run(self) -> None:
-        """Send signs and look for a verdict until stopped."""
-        self._deadman.start()
+        """Send heartbeats and look for a diagnosis until stopped."""
+        self._store_monitor.start()
         while not self._done.wait(self.interval_s):
             try:
-                self._beat()
-                verdict = self._diagnose() if self.rank == 0 else self._read_diagnosis()
-                self._answered = time.monotonic()
+                self._send_heartbeat()
+                diagnosis = self._diagnose() if self.rank == 0 else self._read_diagnosis()
+                self._store_answered_at = time.monotonic()
             except RuntimeError:
-                verdict = "rank 0 has gone, or the network to it is cut"
-            if verdict and not self._done.is_set():
-                self._give_up(verdict)
+                diagnosis = _LOST_RANK_0
+            if diagnosis and not self._done.is_set():
+                self._abort(diagnosis)
 
-    def _await_answers(self) -> None:
-        """Give up where the store, which lives in the first rank, answers no more; asking it blocks for ever."""
+    def _monitor_store(self) -> None:
+        """Abort when the store, which lives in rank 0, no longer answers; a request to it would block forever."""
         while not self._done.wait(self.interval_s):
-            silent_s = time.monotonic() - self._answered
+            silent_s = time.monotonic() - self._store_answered_at
             if silent_s > self.timeout_s:
-                self._give_up(f"rank 0 has not answered for {silent_s:.0f} s, or the network to it is cut")
+                self._abort(f"no answer from rank 0 for {silent_s:.0f} s; it has stopped, or the network to it is down")
 
     def explain(self, error: BaseException) -> str:
-        """Say who is at fault for an error of this rank: itself, or one that it was waiting for."""
-        own = f"{type(error).__name__}: {error}"
-        if not _of_communication(error):
+        """Return the cause of an exception on this rank: the rank itself, or another rank that it was waiting for."""
+        message = f"{type(error).__name__}: {error}"
+        if not _is_communication_error(error):
             try:
-                self.store.set(f"fault/{self.rank}", f"{_host()}: {own}")
+                self.store.set(f"failure/{self.rank}", f"{_host()}: {message}")
             except RuntimeError:
-                return own
-            return own
+                return message
+            return message
         deadline = time.monotonic() + 4 * self.interval_s
         while time.monotonic() < deadline:
             try:
-                for each in range(self.num_ranks):
-                    if self.store.check([f"fault/{each}"]):
-                        return f"rank {each} failed on {self.store.get(f'fault/{each}').decode()}"
-                found = self._silent(2.5 * self.interval_s)
+                for rank in range(self.world_size):
+                    if self.store.check([f"failure/{rank}"]):
+                        return f"rank {rank} failed on {self.store.get(f'failure/{rank}').decode()}"
+                silent_ranks = self._find_silent(2.5 * self.interval_s)
             except RuntimeError:
-                return "rank 0 has gone, or the network to it is cut"
-            if found:
-                return f"{found} while this rank waited in {self._here()}"
+                return _LOST_RANK_0
+            if silent_ranks:
+                return f"{silent_ranks} while this rank waited in {self._location()}"
             time.sleep(self.interval_s / 4)
-        return f"another rank broke off while this one waited in {self._here()} ({own.splitlines()[0]})"
+        return f"another rank ended while this rank waited in {self._location()} ({message.splitlines()[0]})"
 
-    def _beat(self) -> None:
-        self._beats += 1
-        seen = Collectives.recorded()
-        count, waits = self._place[0] + seen.begun, seen.under_way or _waits()
-        said = f"{self._beats}|{count}|{seen.finished}|{int(waits)}|{self._here()}|{_host()}"
-        self.store.set(f"sign/{self.rank}", said)
+    def _send_heartbeat(self) -> None:
+        self._num_beats += 1
+        counts = CollectiveCounts.read()
+        num_begun, waits = self._last_collective[0] + counts.begun, counts.in_progress or _waits_in_python()
+        location = f"{_host()}; {self._location()}"
+        content = f"{self._num_beats}|{num_begun}|{counts.finished}|{int(waits)}|{location}"
+        self.store.set(f"heartbeat/{self.rank}", content)
 
-    def _here(self) -> str:
-        return f"{self.stage}, last collective {self._place[1]}"
+    def _location(self) -> str:
+        return f"{self.stage}, last collective {self._last_collective[1]}"
 
-    def _look(self) -> None:
-        """Take in the signs of all ranks."""
+    def _receive_heartbeats(self) -> None:
         now = time.monotonic()
-        for each, sign in enumerate(self._signs):
-            key = f"sign/{each}"
-            said = self.store.get(key) if self.store.check([key]) else b""
-            if said != sign.said:
-                sign.said, sign.heard = said, now
-                if said and said != b"done":
-                    _, count, finished, waits, what, host = said.decode().split("|", 5)
-                    if (int(count), int(finished)) != (sign.count, sign.finished):
-                        sign.moved = now
-                    sign.count, sign.finished, sign.waits = int(count), int(finished), waits == "1"
-                    sign.place = f"{what} on {host}"
+        for rank, heartbeat in enumerate(self._heartbeats):
+            key = f"heartbeat/{rank}"
+            content = self.store.get(key) if self.store.check([key]) else b""
+            if content == heartbeat.content:
+                continue
+            heartbeat.content, heartbeat.received_at = content, now
+            if content and content != b"done":
+                _, num_begun, num_finished, waits, location = content.decode().split("|", 4)
+                if (int(num_begun), int(num_finished)) != (heartbeat.num_begun, heartbeat.num_finished):
+                    heartbeat.progressed_at = now
+                heartbeat.num_begun, heartbeat.num_finished = int(num_begun), int(num_finished)
+                heartbeat.waits, heartbeat.location = waits == "1", location
 
-    def _silent(self, longest_s: float) -> str:
-        """Name the ranks without a sign for so long."""
-        self._look()
+    def _find_silent(self, max_silence_s: float) -> str:
+        """Return a message that names the ranks without a heartbeat for too long; empty if there are none."""
+        self._receive_heartbeats()
         now = time.monotonic()
-        silent = [
-            f"rank {each} (in {sign.place}) has not been heard of for {now - sign.heard:.0f} s"
-            for each, sign in enumerate(self._signs)
-            if each != self.rank and sign.said != b"done" and now - sign.heard > longest_s
-        ]
-        return ", ".join(silent)
+        return ", ".join(
+            f"no heartbeat from rank {rank} for {now - heartbeat.received_at:.0f} s ({heartbeat.location})"
+            for rank, heartbeat in enumerate(self._heartbeats)
+            if rank != self.rank and heartbeat.content != b"done" and now - heartbeat.received_at > max_silence_s
+        )
 
     def _diagnose(self) -> str:
-        verdict = self._silent(self.timeout_s) or self._behind()
-        if verdict:
-            self.store.set("verdict", verdict)
-        return verdict
+        diagnosis = self._find_silent(self.timeout_s) or self._find_behind()
+        if diagnosis:
+            self.store.set("diagnosis", diagnosis)
+        return diagnosis
 
-    def _behind(self) -> str:
-        """Name the ranks that others wait for: of those that have begun fewest collectives, the ones in none.
+    def _find_behind(self) -> str:
+        """Return a message that names the ranks others wait for; empty if there are none.
 
-        Where all have begun the same collective and none gets out of it, no rank is at fault.
+        These are the ranks that have begun the fewest collectives and are in none. If all ranks have begun the same
+        collective and none finishes it, no rank is at fault.
         """
-        here = [(each, sign) for each, sign in enumerate(self._signs) if sign.said != b"done"]
-        still_s = time.monotonic() - max(sign.moved for sign in self._signs)
-        if still_s <= self.timeout_s or not any(sign.waits for _, sign in here):
+        active = [(rank, beat) for rank, beat in enumerate(self._heartbeats) if beat.content != b"done"]
+        stalled_s = time.monotonic() - max(beat.progressed_at for beat in self._heartbeats)
+        if stalled_s <= self.timeout_s or not any(beat.waits for _, beat in active):
             return ""
-        fewest = min(sign.count for _, sign in here)
-        last = [(each, sign) for each, sign in here if sign.count == fewest]
-        if len(last) == len(here) and all(sign.waits for _, sign in here):
-            place = here[0][1].place
+        fewest = min(beat.num_begun for _, beat in active)
+        last = [(rank, beat) for rank, beat in active if beat.num_begun == fewest]
+        if len(last) == len(active) and all(beat.waits for _, beat in active):
             return (
-                f"all ranks began collective {fewest} (in {place}) and none has finished it for {still_s:.0f} s; no "
-                "rank is behind, so look at the network between them, and with NCCL_DEBUG=INFO at NCCL"
+                f"all ranks began collective {fewest} ({active[0][1].location}) and none has finished it for "
+                f"{stalled_s:.0f} s; no rank is behind. Check the network between the hosts, and NCCL with "
+                "NCCL_DEBUG=INFO"
             )
-        at_fault = [(each, sign) for each, sign in last if not sign.waits] or last
-        named = ", ".join(f"rank {each} (in {sign.place})" for each, sign in at_fault)
-        return f"{named} keeps the others waiting for {still_s:.0f} s"
+        at_fault = [(rank, beat) for rank, beat in last if not beat.waits] or last
+        ranks = ", ".join(f"rank {rank} ({beat.location})" for rank, beat in at_fault)
+        return f"{ranks} has made no progress for {stalled_s:.0f} s while other ranks wait for it"
 
     def _read_diagnosis(self) -> str:
-        return self.store.get("verdict").decode() if self.store.check(["verdict"]) else ""
+        return self.store.get("diagnosis").decode() if self.store.check(["diagnosis"]) else ""
 
-    def _give_up(self, verdict: str) -> None:
-        self._gives_up = True
-        print(f"distav: rank {self.rank}: {verdict}. Giving up; the same command goes on.", file=sys.stderr, flush=True)
+    def _abort(self, diagnosis: str) -> None:
+        self._aborting = True
+        print(
+            f"distav: rank {self.rank}: watchdog timeout: {diagnosis}. Aborting. Rerun the same command to resume from "
+            "the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         self._write_records()
         if self.rank == 0:
-            time.sleep(3 * self.interval_s)  # The others read the verdict here.
+            time.sleep(3 * self.interval_s)  # The other ranks read the diagnosis from this process.
         os._exit(EXIT_WATCHDOG)
 
     def _write_records(self) -> None:
-        """Write what each backend has recorded of the last collectives, as `torchfrtrace` reads it."""
-        if not self.records:
+        """Write what each backend has recorded of the last collectives, in the format of `torchfrtrace`."""
+        if not self.record_dir:
             return
-        # Whether they have ended is asked of CUDA, which may never answer, nor let any Python run meanwhile.
-        faulthandler.dump_traceback_later(RECORDS_S, exit=True)
-        for backend, read in _recorders("").items():
-            path = self.records / backend / f"rank_{self.rank}"
+        # The recorder asks CUDA whether collectives have ended. CUDA may never answer, and no Python code runs then.
+        faulthandler.dump_traceback_later(MAX_RECORDING_S, exit=True)
+        for backend, read_recorder in _recorders("").items():
+            path = self.record_dir / backend / f"rank_{self.rank}"
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(read(includeCollectives=True, includeStackTraces=True, onlyActive=False))
+                path.write_bytes(read_recorder(includeCollectives=True, includeStackTraces=True, onlyActive=False))
             except (OSError, RuntimeError) as error:
-                print(f"distav: rank {self.rank}: {path} could not be written: {error}", file=sys.stderr, flush=True)
+                print(f"distav: rank {self.rank}: failed to write {path}: {error}", file=sys.stderr, flush=True)
 
 
 def _recorders(suffix: str) -> dict[str, Callable[..., bytes]]:
@@ -246,14 +264,14 @@ def _recorders(suffix: str) -> dict[str, Callable[..., bytes]]:
     return {backend: getattr(c10d, name) for backend, name in names.items() if hasattr(c10d, name)}
 
 
-def _of_communication(error: BaseException) -> bool:
+def _is_communication_error(error: BaseException) -> bool:
     words = ("gloo", "nccl", "connection", "timed out", "socket", "broken pipe", "peer")
-    heard = any(word in str(error).lower() for word in words)
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and heard)
+    mentions_network = any(word in str(error).lower() for word in words)
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and mentions_network)
 
 
-def _waits() -> bool:
-    """Whether a thread of this process is inside a call of torch.distributed, such as one that sets up a group."""
+def _waits_in_python() -> bool:
+    """Whether a thread of this process is inside a call of torch.distributed, such as one that creates a group."""
     for frame in sys._current_frames().values():
         while frame:
             if frame.f_code.co_filename.endswith("distributed_c10d.py"):
@@ -263,4 +281,4 @@ def _waits() -> bool:
 
 
 def _host() -> str:
-    return f"{socket.gethostname()} (process {os.getpid()})"
+    return f"{socket.gethostname()}, pid {os.getpid()}"

@@ -1,24 +1,27 @@
-"""What a phase works on: the settings, the data, the engine, the bank, and where the run stands."""
+"""A training run: config, data, engine, memory bank, checkpoints and progress."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from distav.config.errors import UserError, format_list
 from distav.config.phases import ContrastivePhase, EventParsingPhase
 from distav.config.schema import Config
 from distav.data.annotations.events import num_segments
 from distav.data.data_module import DataModule
-from distav.data.pipeline.loader import Loader
-from distav.data.pipeline.sampler import GlobalBatchSampler, micro_batch_size
+from distav.data.dataset import Split
+from distav.data.pipeline.loader import Batch, Loader, Quarantine
+from distav.data.pipeline.sampler import GlobalBatchSampler, Ids, micro_batch_size
 from distav.distributed.collectives import all_gather_objects, any_across_ranks
 from distav.distributed.process_group import World
-from distav.distributed.rendezvous import keep_records
+from distav.distributed.rendezvous import set_record_dir
 from distav.distributed.signals import Interrupted, ShutdownRequest, handle_signals
+from distav.evaluation.inference import iter_outputs
 from distav.memory.bank import Bank
 from distav.models.av_model import AVModel
 from distav.models.event_parser import FeatureParser
@@ -32,7 +35,22 @@ from distav.training.run_state import RunState
 
 @dataclass
 class Run:
-    """A run in progress."""
+    """A run in progress, as the phases see it.
+
+    Attributes:
+        settings: config of the run.
+        world: rank, world size and device.
+        folder: the run directory.
+        data: training and test split with their labels.
+        logger: console, metrics.jsonl and TensorBoard.
+        engine: the network and its optimizer.
+        bank: the memory bank.
+        loader: reads training batches of this rank.
+        checkpoints: saves and restores the run.
+        shutdown: whether a signal requested the end of the run.
+        progress: current phase and step.
+        state: what phases leave to later ones and to the report.
+    """
 
     settings: Config
     world: World
@@ -46,16 +64,16 @@ class Run:
     shutdown: ShutdownRequest
     progress: Progress
     state: RunState
-    _phase_began: float = field(default_factory=time.monotonic)
+    _phase_started: float = field(default_factory=time.monotonic)
 
     @property
     def micro_batch(self) -> int:
-        """Samples of this rank in a micro-batch."""
+        """Number of samples of this rank in a micro-batch."""
         optim = self.settings.optim
         return micro_batch_size(optim.global_batch, optim.gradient_accumulation_steps, self.world.world_size)
 
     def sampler(self, phase: int) -> GlobalBatchSampler:
-        """Return the order of samples of a phase."""
+        """Return the sampler of a phase, given by its number."""
         settings, sizes = self.settings, self.data.train.shard_sizes
         seed = settings.run.seed * 1000 + phase
         return GlobalBatchSampler(
@@ -67,24 +85,31 @@ class Run:
         )
 
     def start_phase_timer(self, reset: bool = False) -> None:
-        """Start the clock of a phase: where a killed run left it, or afresh after another phase."""
+        """Start the timer of a phase.
+
+        Args:
+            reset: start at 0; otherwise at the time of the last checkpoint inside the phase.
+        """
         if reset:
             self.state.seconds_in_phase = 0.0
-        self._phase_began = time.monotonic() - self.state.seconds_in_phase
+        self._phase_started = time.monotonic() - self.state.seconds_in_phase
 
     def seconds_in_phase(self) -> float:
-        """Return the seconds spent in this phase, those before a kill included up to the last checkpoint."""
-        return time.monotonic() - self._phase_began
+        """Return the seconds spent in this phase; across restarts, time after the last checkpoint does not count."""
+        return time.monotonic() - self._phase_started
 
     def save(self) -> None:
-        """Take a checkpoint; it is written while the run goes on. One that could not be written is told and missed."""
-        began = time.monotonic()
+        """Save a checkpoint; it is written in the background.
+
+        A checkpoint that cannot be written is logged when the next one is saved; training continues.
+        """
+        started = time.monotonic()
         self.state.seconds_in_phase = self.seconds_in_phase()
         self.state.quarantined = self.quarantined_samples()
-        faults = self.checkpoints.save(self.progress, self.engine, self.bank, self.state)
-        if faults and self.world.is_main:
-            self.logger.warn(f"a checkpoint could not be written, the run goes on without it: {'; '.join(faults)}")
-        waited = time.monotonic() - began
+        errors = self.checkpoints.save(self.progress, self.engine, self.bank, self.state)
+        if errors and self.world.is_main:
+            self.logger.warn(f"Failed to write a checkpoint: {'; '.join(errors)}. Training continues without it.")
+        waited = time.monotonic() - started
         stats = self.state.report.checkpointing
         stats.checkpoints += 1
         stats.seconds = round(stats.seconds + waited, 3)
@@ -95,97 +120,118 @@ class Run:
         """Wait until the last checkpoint is on disk.
 
         Raises:
-            UserError: where it could not be written.
+            UserError: if it could not be written.
         """
-        if faults := self.checkpoints.wait():
+        if errors := self.checkpoints.wait():
             raise UserError(
-                f"the last checkpoint could not be written: {'; '.join(faults)}. Make room, or mend the rights, and "
-                "give the same command again."
+                f"Failed to write the final checkpoint: {'; '.join(errors)}. Free disk space or fix the directory "
+                "permissions, then rerun the same command to resume."
             )
 
     def roll_back(self) -> bool:
-        """Go back to the last checkpoint of this phase; returns False where there is none."""
+        """Restore the last checkpoint of this phase; returns False if there is none."""
         self.finish_saving()
-        found = self.checkpoints.restore(self.engine, self.bank, self.logger.warn, self.progress.phase)
-        if found:
-            self.progress, self.state = found
+        restored = self.checkpoints.restore(self.engine, self.bank, self.logger.warn, self.progress.phase)
+        if restored:
+            self.progress, self.state = restored
             self.start_phase_timer()
-        return found is not None
+        return restored is not None
 
     def reinitialize(self) -> None:
-        """Begin a phase with new weights and rows of the bank; of earlier phases the labels and pairs found stay."""
+        """Reinitialize the weights and the bank embeddings; corrected labels and correspondence estimates are kept."""
         self.engine.reinitialize(self.settings.run.seed * 1000 + self.progress.phase)
         self.bank.reinitialize()
         self.state.nce_partition = None
         self.state.given_labels_learned = False
 
     def stop_if_requested(self) -> None:
-        """Save and end the run on all ranks where any was asked to.
+        """Save a checkpoint and end the run on all ranks if a signal requested it on any rank.
 
         Raises:
-            Interrupted: when the checkpoint is on disk.
+            Interrupted: after the checkpoint is on disk.
         """
         if any_across_ranks(self.shutdown.requested):
             self.save()
             self.finish_saving()
-            raise Interrupted(f"asked to end; saved after step {self.progress.total_steps}")
+            raise Interrupted(f"stop requested; checkpoint saved after step {self.progress.total_steps}")
 
     def quarantined_samples(self) -> dict[int, str]:
-        """Return every training sample that any rank could not use, and why."""
+        """Return the reason for each training sample that any rank quarantined, by sample number."""
         reasons: dict[int, str] = {}
-        for part in all_gather_objects(dict(self.loader.quarantine.reasons)):
-            reasons |= part
+        for rank_reasons in all_gather_objects(dict(self.loader.quarantine.reasons)):
+            reasons |= rank_reasons
         return dict(sorted(reasons.items()))
 
     def enforce_quarantine_limit(self) -> dict[int, str]:
-        """Stop the run where too many samples are bad; returns them.
+        """Return the quarantined samples of all ranks.
 
         Raises:
-            UserError: naming the first of them and the reasons.
+            UserError: if they exceed `data.max_quarantined_fraction`; names the first of them.
         """
-        bad, most = self.quarantined_samples(), self.settings.data.max_quarantined_fraction
-        self.loader.quarantine.reasons.update(bad)
-        if len(bad) > most * len(self.data.train):
-            first = "; ".join(f"{self.data.train.keys[sample]}: {reason}" for sample, reason in list(bad.items())[:3])
+        reasons, max_fraction = self.quarantined_samples(), self.settings.data.max_quarantined_fraction
+        self.loader.quarantine.reasons.update(reasons)
+        if len(reasons) > max_fraction * len(self.data.train):
+            first = "; ".join(f"{self.data.train.keys[sample]}: {why}" for sample, why in list(reasons.items())[:3])
             raise UserError(
-                f"{len(bad)} of {len(self.data.train)} training samples cannot be used, more than "
-                f"data.max_quarantined_fraction={most:g}: {first}. Mend the shards or allow a larger share."
+                f"{len(reasons)} of {len(self.data.train)} training samples are quarantined, more than "
+                f"data.max_quarantined_fraction={max_fraction:g}: {first}. Fix the shards or raise the limit."
             )
-        return bad
+        return reasons
+
+    def iter_outputs(
+        self, split: Split, batches: Sequence[Ids], quarantine: Quarantine | None = None, **options: bool
+    ) -> Iterator[tuple[Ids, Batch, dict[str, Tensor]]]:
+        """Yield ids, batch and outputs of one pass in evaluation mode; the engine is in training mode afterwards.
+
+        Args:
+            split: the split.
+            batches: this rank's padded batches of ids; their number is equal on all ranks.
+            quarantine: records samples that cannot be read; a new one by default.
+            options: passed to the network's forward.
+        """
+        settings = self.settings
+        loader = Loader(split, settings.data, None, settings.run.seed, self.micro_batch, self.world.device)
+        loader.quarantine = quarantine or loader.quarantine
+        self.engine.train(False)
+        try:
+            yield from iter_outputs(lambda batch: self.engine(batch, **options), loader, batches)
+        finally:
+            loader.close()
+            self.engine.train()
 
 
 @contextmanager
 def open_run(settings: Config, world: World) -> Iterator[Run]:
-    """Open a run, new or where it was left.
+    """Open a run: a new one, or one restored from its last checkpoint.
 
     Raises:
-        UserError: for settings or data that do not go together, or a folder that holds another run.
+        UserError: if settings and data are inconsistent, or the run directory belongs to another run.
     """
     data = DataModule.open(settings)
     folder = Path(settings.run.root) / settings.run.name
     with ExitStack() as stack:
         stack.enter_context(lock_run_dir(folder, settings, world))
-        keep_records(folder / "logs" / "collectives")
-        monitor = MetricLogger(folder, world)
-        stack.callback(monitor.close)
-        engine = Engine(lambda: _model(settings, data), settings, world)
-        bank = _bank(settings, world, len(data.train), len(data.shards.classes))
+        set_record_dir(folder / "logs" / "collectives")
+        logger = MetricLogger(folder, world)
+        stack.callback(logger.close)
+        engine = Engine(lambda: _build_model(settings, data), settings, world)
+        bank = _build_bank(settings, world, len(data.train), len(data.shards.classes))
         checkpoints = CheckpointManager(folder / "checkpoints", settings.run.keep_checkpoints)
-        progress, state = checkpoints.restore(engine, bank, monitor.warn) or _start(engine, settings, monitor)
+        progress, state = checkpoints.restore(engine, bank, logger.warn) or _initialize(engine, settings, logger)
         micro = micro_batch_size(
             settings.optim.global_batch, settings.optim.gradient_accumulation_steps, world.world_size
         )
         loader = Loader(data.train, settings.data, settings.augment, settings.run.seed, micro, world.device)
         stack.callback(loader.close)
         loader.quarantine.reasons |= state.quarantined
-        stop = stack.enter_context(handle_signals())
-        run = Run(settings, world, folder, data, monitor, engine, bank, loader, checkpoints, stop, progress, state)
+        shutdown = stack.enter_context(handle_signals())
+        run = Run(settings, world, folder, data, logger, engine, bank, loader, checkpoints, shutdown, progress, state)
         _log_startup(run)
         yield run
         run.finish_saving()
 
 
-def _model(settings: Config, data: DataModule) -> AVModel | FeatureParser:
+def _build_model(settings: Config, data: DataModule) -> AVModel | FeatureParser:
     num_classes, segments = len(data.shards.classes), num_segments(data.train)
     if data.train.streams:
         return FeatureParser(settings.model.parser, data.train.streams, segments, num_classes)
@@ -194,25 +240,25 @@ def _model(settings: Config, data: DataModule) -> AVModel | FeatureParser:
     return AVModel(settings.model, settings.data, rate, num_classes, segments if parses else 0)
 
 
-def _start(engine: Engine, settings: Config, monitor: MetricLogger) -> tuple[Progress, RunState]:
-    """Begin a run, with the weights of an earlier one where they are asked for."""
+def _initialize(engine: Engine, settings: Config, logger: MetricLogger) -> tuple[Progress, RunState]:
+    """Return progress and state of a new run; loads the weights of `model.pretrained`, if set."""
     source = settings.model.pretrained
     if source:
         try:
-            offered = load_weights(Path(source).expanduser())
+            weights = load_weights(Path(source).expanduser())
         except UserError as error:
             raise UserError(f"model.pretrained={source}: {error}") from None
-        taken = engine.reinitialize(settings.run.seed, offered)
-        if not taken:
+        loaded = engine.reinitialize(settings.run.seed, weights)
+        if not loaded:
             raise UserError(
-                f"model.pretrained={source}: none of its weights fits this network; take its `model` settings."
+                f"model.pretrained={source}: none of its weights fits this network; use its `model` settings."
             )
-        left = sorted({name.split(".")[0] for name in set(offered) - set(taken)})
-        monitor.info(f"starts from {source}" + (f", all but {format_list(left)}" if left else ""))
+        skipped = sorted({name.split(".")[0] for name in set(weights) - set(loaded)})
+        logger.info(f"initialized from {source}" + (f", except {format_list(skipped)}" if skipped else ""))
     return Progress(), RunState()
 
 
-def _bank(settings: Config, world: World, num_samples: int, num_classes: int) -> Bank:
+def _build_bank(settings: Config, world: World, num_samples: int, num_classes: int) -> Bank:
     size = 2 * num_samples * settings.model.embed_dim * 4
     contrastive = [phase for phase in settings.phases.values() if isinstance(phase, ContrastivePhase)]
     remembers = any(phase.category_memory_weight for phase in contrastive)
@@ -230,12 +276,14 @@ def _bank(settings: Config, world: World, num_samples: int, num_classes: int) ->
 
 def _log_startup(run: Run) -> None:
     data, settings = run.data, run.settings
-    parameters = sum(getattr(each, "ds_numel", each.numel()) for each in run.engine.model.parameters())
+    num_parameters = sum(getattr(each, "ds_numel", each.numel()) for each in run.engine.model.parameters())
     run.logger.info(
-        f"{run.folder}: {len(data.train)} training clips in {len(data.shards.classes)} classes, "
-        f"{parameters / 1e6:.1f}M parameters, {run.world.world_size} rank(s) on {run.world.device.type}, "
-        f"ZeRO {run.engine.stage}, phases: {', '.join(settings.phases)}"
+        f"{run.folder}: {len(data.train)} training clips, {len(data.shards.classes)} classes, "
+        f"{num_parameters / 1e6:.1f}M parameters, {run.world.world_size} rank(s) on {run.world.device.type}, "
+        f"ZeRO stage {run.engine.stage}, phases: {', '.join(settings.phases)}"
     )
-    if run.progress.total_steps or run.progress.phase:
-        names = [*settings.phases, "the end"]
-        run.logger.info(f"going on in {names[run.progress.phase]} after step {run.progress.step}")
+    if run.progress.phase == len(settings.phases):
+        run.logger.info("all phases are finished; writing the report")
+    elif run.progress.total_steps or run.progress.phase:
+        phase = list(settings.phases)[run.progress.phase]
+        run.logger.info(f"resuming in phase {phase} after step {run.progress.step}")

@@ -15,7 +15,7 @@ from tests.helpers.launch import ROOT, environment, losses, tiny_config, train
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize(("device", "told"), [("cpu", "on cpu, ZeRO 0"), ("gpu", "on cuda, ZeRO 1")])
+@pytest.mark.parametrize(("device", "told"), [("cpu", "on cpu, ZeRO stage 0"), ("gpu", "on cuda, ZeRO stage 1")])
 def test_a_run_trains_on_its_device_at_that_devices_stage(device: str, told: str, tmp_path: Path):
     make_shards("synthetic", tmp_path / "set", "--train-clips=96", "--test-clips=24", "--short-side=160",
                 "--codec=h264")  # fmt: skip
@@ -39,9 +39,9 @@ STEPS = """
 import warnings
 import torch
 from tests.unit.training.test_deepspeed_engine import new_engine, step
-from distav.distributed.process_group import joined
+from distav.distributed.process_group import process_group
 
-with joined("gpu", 60, 1) as world:
+with process_group("gpu", 60, 1) as world:
     for depth in (1, 9):
         engine = new_engine(None, "auto", depth, world)
         assert engine.stage == 1 and all(each.is_cuda for each in engine.model.parameters())
@@ -70,34 +70,34 @@ import faulthandler, sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from distav.distributed.watchdog import Collectives, Watch
-from distav.distributed.process_group import joined
+from distav.distributed.watchdog import CollectiveCounts, Watchdog
+from distav.distributed.process_group import process_group
 
-with joined("gpu", 60, 1) as world:
+with process_group("gpu", 60, 1) as world:
     rows = torch.ones(4, device=world.device)
     dist.all_reduce(rows)
     torch.cuda.synchronize()
     time.sleep(1)
-    assert not Collectives.recorded().under_way
+    assert not CollectiveCounts.read().in_progress
     torch.cuda._sleep(8_000_000_000)  # 4 s or so
     dist.all_reduce(rows)
     time.sleep(0.5)
-    seen = Collectives.recorded()
-    assert seen.under_way, seen
+    before = CollectiveCounts.read()
+    assert before.in_progress, before
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    watch = Watch("127.0.0.1", store.port, 0, 1, 60)
-    watch.records = Path(sys.argv[1])
-    watch._write_records()
+    watchdog = Watchdog("127.0.0.1", store.port, 0, 1, 60)
+    watchdog.record_dir = Path(sys.argv[1])
+    watchdog._write_records()
     faulthandler.cancel_dump_traceback_later()
     torch.cuda.synchronize()
     time.sleep(1)
-    assert not Collectives.recorded().under_way
+    assert not CollectiveCounts.read().in_progress
     group = dist.new_group([0])
     dist.all_reduce(rows, group=group)
     torch.cuda.synchronize()
     time.sleep(1)
-    after = Collectives.recorded()
-    assert after.begun == seen.begun + 1 and after.finished != seen.finished, (seen, after)
+    after = CollectiveCounts.read()
+    assert after.begun == before.begun + 1 and after.finished != before.finished, (before, after)
 """
 
 

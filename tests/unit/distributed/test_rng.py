@@ -3,14 +3,14 @@ import torch
 from distav.distributed.rng import sample_seeds, uniform
 
 
-def test_numbers_hang_on_the_sample_alone():
+def test_numbers_depend_on_the_sample_only():
     ids = torch.arange(10)
-    whole = uniform(sample_seeds(3, 5, ids), 1, 7)
+    expected = uniform(sample_seeds(3, 5, ids), 1, 7)
     part = uniform(sample_seeds(3, 5, ids[4:6]), 1, 7)
-    assert torch.equal(whole[4:6], part)
+    assert torch.equal(expected[4:6], part)
     for other in (sample_seeds(4, 5, ids), sample_seeds(3, 6, ids)):
-        assert not torch.isclose(uniform(other, 1, 7), whole).any(1).all()
-    assert not torch.equal(uniform(sample_seeds(3, 5, ids), 2, 7), whole)
+        assert not torch.isclose(uniform(other, 1, 7), expected).any(1).all()
+    assert not torch.equal(uniform(sample_seeds(3, 5, ids), 2, 7), expected)
 
 
 def test_numbers_are_uniform_and_uncorrelated():

@@ -1,4 +1,4 @@
-"""Whom the watch names where ranks begin collectives and wait for them elsewhere, as they do under NCCL."""
+"""Diagnoses of the watchdog where ranks begin collectives and wait for them elsewhere, as with NCCL."""
 
 import contextlib
 import sys
@@ -21,118 +21,118 @@ from tests.helpers.team import new_process
 TIMEOUT_S = 2.0
 
 
-class Told(Watchdog):
-    """A watch that keeps its verdict in place of ending the process."""
+class RecordingWatchdog(Watchdog):
+    """A watchdog that keeps its diagnosis instead of ending the process."""
 
-    verdict = ""
+    diagnosis = ""
 
-    def _give_up(self, verdict: str) -> None:
-        self.verdict = verdict
+    def _abort(self, diagnosis: str) -> None:
+        self.diagnosis = diagnosis
         self._done.set()
 
     def wait(self) -> str:
-        """Return the verdict; empty where there is none in twice the timeout."""
+        """Return the diagnosis; empty if there is none within twice the timeout."""
         deadline = time.monotonic() + 2 * TIMEOUT_S
-        while time.monotonic() < deadline and not self.verdict:
+        while time.monotonic() < deadline and not self.diagnosis:
             time.sleep(0.05)
-        return self.verdict
+        return self.diagnosis
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[Told]:
+def running_watchdog() -> Iterator[RecordingWatchdog]:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if get_rank() == 0 else None
     port = [store.port if store else 0]
     dist.broadcast_object_list(port)
-    watch = Told("127.0.0.1", port[0], get_rank(), 2, TIMEOUT_S)
-    watch.start()
+    watchdog = RecordingWatchdog("127.0.0.1", port[0], get_rank(), 2, TIMEOUT_S)
+    watchdog.start()
     try:
-        yield watch
+        yield watchdog
     finally:
-        watch.stop()
+        watchdog.stop()
         dist.barrier()
 
 
 def behind() -> str:
-    with watching() as watch:
+    with running_watchdog() as watchdog:
         work: Any = None
         if get_rank() == 0:
-            watch.mark("adding up")
+            watchdog.record_collective("all_reduce sum")
             work = dist.all_reduce(torch.ones(1), async_op=True)
-        told = watch.wait()
+        diagnosis = watchdog.wait()
         work = work or dist.all_reduce(torch.ones(1), async_op=True)
         work.wait()
-    return told
+    return diagnosis
 
 
 def behind_in_another_group() -> str:
-    """As a rank of DeepSpeed's, whose collectives are not marked."""
-    with watching() as watch:
+    """Collectives of DeepSpeed, which distav does not record."""
+    with running_watchdog() as watchdog:
         group: Any = dist.new_group([0, 1])
         dist.all_reduce(torch.ones(1), group=group)
         work: Any = dist.all_reduce(torch.ones(1), group=group, async_op=True) if get_rank() == 0 else None
-        told = watch.wait()
+        diagnosis = watchdog.wait()
         work = work or dist.all_reduce(torch.ones(1), group=group, async_op=True)
         work.wait()
-    return told
+    return diagnosis
 
 
 @pytest.mark.parametrize("scenario", [behind, behind_in_another_group])
-def test_the_rank_that_has_begun_fewer_collectives_is_named(scenario: Callable[[], str]):
-    for told in on_ranks(2, scenario):
-        assert told.startswith("rank 1 (in start, last collective nothing on "), told
-        assert "keeps the others waiting for" in told and "rank 0" not in told
+def test_the_rank_with_fewer_collectives_is_named(scenario: Callable[[], str]):
+    for diagnosis in on_ranks(2, scenario):
+        assert diagnosis.startswith("rank 1 (") and "; start, last collective none)" in diagnosis, diagnosis
+        assert "has made no progress for" in diagnosis and "rank 0" not in diagnosis
 
 
-def nobody_behind() -> str:
-    with watching() as watch:
+def no_rank_behind() -> str:
+    with running_watchdog() as watchdog:
         group: Any = dist.new_group([0, 1], timeout=timedelta(seconds=4 * TIMEOUT_S))
         work: Any = dist.broadcast(
             torch.ones(1), src=1 - get_rank(), group=group, async_op=True
         )  # Each waits for the other.
-        told = watch.wait()
+        diagnosis = watchdog.wait()
         with pytest.raises(RuntimeError):
             work.wait()
-    return told
+    return diagnosis
 
 
-def test_no_rank_is_named_where_all_are_in_the_same_collective():
-    for told in on_ranks(2, nobody_behind):
-        assert told.startswith("all ranks began collective 1 ") and "none has finished it for" in told
+def test_no_rank_is_named_if_all_are_in_the_same_collective():
+    for diagnosis in on_ranks(2, no_rank_behind):
+        assert diagnosis.startswith("all ranks began collective 1 ") and "none has finished it for" in diagnosis
 
 
-def alone() -> str:
-    with watching() as watch:
+def computing_without_collectives() -> str:
+    with running_watchdog() as watchdog:
         dist.all_reduce(torch.ones(1))
-        return watch.wait()
+        return watchdog.wait()
 
 
 def ahead_but_not_waiting() -> str:
-    """As a rank that had nothing to wait for in its last collective."""
-    with watching() as watch:
+    """A rank that did not have to wait in its last collective."""
+    with running_watchdog() as watchdog:
         if get_rank() == 0:
-            watch.mark("telling all ranks")
-        return watch.wait()
+            watchdog.record_collective("broadcast")
+        return watchdog.wait()
 
 
-@pytest.mark.parametrize("scenario", [alone, ahead_but_not_waiting])
-def test_ranks_that_do_not_wait_may_work_for_as_long_as_they_like(scenario: Callable[[], str]):
+@pytest.mark.parametrize("scenario", [computing_without_collectives, ahead_but_not_waiting])
+def test_ranks_that_do_not_wait_have_no_time_limit(scenario: Callable[[], str]):
     assert on_ranks(2, scenario) == ["", ""]
 
 
-def fail_while_giving_up() -> None:
-    """As a rank whose collective breaks off when another one has ended."""
+def fail_while_aborting() -> None:
+    """A rank whose collective fails because another rank has ended."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    watch = Watchdog("127.0.0.1", store.port, 0, 2, 0.5)
+    watchdog = Watchdog("127.0.0.1", store.port, 0, 2, 0.5)
     began = threading.Event()
-    watch._write_records = lambda: began.set() or time.sleep(2)
-    watch.start()
+    watchdog._write_records = lambda: began.set() or time.sleep(2)
+    watchdog.start()
     began.wait()
-    watch.stop()
+    watchdog.stop()
     sys.exit(1)
 
 
-def test_a_rank_that_gives_up_ends_with_that_status():
-    process = new_process(fail_while_giving_up)
+def test_an_aborting_rank_exits_with_the_watchdog_status():
+    process = new_process(fail_while_aborting)
     process.start()
     process.join(60)
     assert process.exitcode == EXIT_WATCHDOG
