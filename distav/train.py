@@ -62,7 +62,7 @@ def _train(settings: Config) -> int:
                 write_report(run)
         except Interrupted as asked:
             if here.is_main:
-                print(f"distav: {asked}; the same command goes on (exit status {EXIT_INTERRUPTED})", file=sys.stderr)
+                print(f"distav: {asked}; rerun the same command to resume (exit status {EXIT_INTERRUPTED})", file=sys.stderr)
             return EXIT_INTERRUPTED
     return 0
 

@@ -1,87 +1,79 @@
-"""How well a run's network does on the test split: top-1 and retrieval, or events."""
+"""Metrics of a trained network on the test split: accuracy and retrieval, or event parsing."""
 
-from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distav.config.phases import SupervisedPhase
-from distav.data.dataset import Split
-from distav.data.pipeline.loader import Batch, Loader
 from distav.data.pipeline.sampler import local_batches
 from distav.distributed.collectives import all_gather_variable_rows, all_reduce_sum_
 from distav.evaluation.event_metrics import event_metrics, predicted_events, segment_accuracy
 from distav.evaluation.metrics import retrieval
 from distav.training.run import Run
 
-_LIKELY = 0.5
+_CLASSIFIERS = {"top1": "logits", "top1_visual": "visual_logits", "top1_audio": "audio_logits"}
+_EVENT_THRESHOLD = 0.5
 
 
-def test(run: Run) -> dict[str, Any] | None:
-    """Score the network on the test split; None without one.
+def evaluate_clips(run: Run) -> dict[str, Any] | None:
+    """Return classification and retrieval metrics on the test split; None without a test split.
 
     Returns:
-        What `retrieval` returns; and, where classifiers were trained, `top1` by both modalities, `top1_visual` and
-        `top1_audio` by each alone.
+        The metrics of `retrieval`. If classifiers were trained, also `top1` of both modalities together, `top1_visual`
+        and `top1_audio`.
     """
     split, labels = run.data.test, run.data.test_labels
     if split is None or labels is None:
         return None
-    device, settings = run.world.device, run.settings
-    truth = torch.from_numpy(labels.given if labels.true is None else labels.true).to(device)
-    hits = torch.zeros(4, device=device)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch, outputs in _outputs(run, split):
-        valid = batch.valid
-        for number, name in enumerate(("logits", "visual_logits", "audio_logits")):
-            right = outputs[name].argmax(1) == truth[batch.ids]
-            hits[number] += (right & valid).sum()
-        hits[3] += valid.sum()
-        parts.append((outputs["visual"][valid], outputs["audio"][valid], truth[batch.ids[valid]]))
-    both, visual, audio, count = all_reduce_sum_(hits).tolist()
-    shares = {}
-    if any(isinstance(phase, SupervisedPhase) for phase in settings.phases.values()):
-        count = max(1.0, count)
-        shares = {"top1": both / count, "top1_visual": visual / count, "top1_audio": audio / count}
-    return shares | retrieval(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    device, world = run.world.device, run.world
+    targets = torch.from_numpy(labels.given if labels.true is None else labels.true).to(device)
+    hits = torch.zeros(len(_CLASSIFIERS) + 1, device=device)
+    embeddings: list[tuple[Tensor, Tensor, Tensor]] = []
+    batches = local_batches(len(split), run.micro_batch, world.rank, world.world_size)
+    with closing(run.iter_outputs(split, batches)) as passes:
+        for _, batch, outputs in passes:
+            valid = batch.valid
+            for position, head in enumerate(_CLASSIFIERS.values()):
+                correct = outputs[head].argmax(1) == targets[batch.ids]
+                hits[position] += (correct & valid).sum()
+            hits[-1] += valid.sum()
+            embeddings.append((outputs["visual"][valid], outputs["audio"][valid], targets[batch.ids[valid]]))
+    *correct, count = all_reduce_sum_(hits).tolist()
+    accuracy = {}
+    if any(isinstance(phase, SupervisedPhase) for phase in run.settings.phases.values()):
+        accuracy = {name: value / max(1.0, count) for name, value in zip(_CLASSIFIERS, correct, strict=True)}
+    visual, audio, classes = (torch.cat(column) for column in zip(*embeddings, strict=True))
+    return accuracy | retrieval(visual, audio, classes)
 
 
-def test_parsing(run: Run) -> dict[str, Any] | None:
-    """Score the event parser on the test split; None without one, or where nobody told its events.
+def evaluate_events(run: Run) -> dict[str, Any] | None:
+    """Return event parsing metrics on the test split; None without a test split with annotated events.
 
-    A class counts in a segment where its probability there and in the whole clip are 0.5 or more (LLP's rule).
+    A class is predicted in a segment if its probabilities in the segment and in the clip are 0.5 or more (LLP).
 
     Returns:
-        What `parsing_scores` returns; and, where a clip has one event, `segment_accuracy` (AVE).
+        The metrics of `event_metrics`; with one event per clip also `segment_accuracy` (AVE).
     """
-    split, known = run.data.test, run.data.test_events
-    if split is None or known is None or known.events is None:
+    split, labels, world = run.data.test, run.data.test_events, run.world
+    if split is None or labels is None or labels.events is None:
         return None
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch, outputs in _outputs(run, split, parse=True):
-        shares = outputs["segments"].float().sigmoid()
-        parts.append((batch.ids[batch.valid], shares[batch.valid], outputs["video"].float()[batch.valid]))
-    ids, shares, video = (all_gather_variable_rows(torch.cat(each)).cpu().numpy() for each in zip(*parts, strict=True))
-    true = known.events[ids]
-    told = (shares >= _LIKELY) & (video >= _LIKELY)[:, None, None]
-    found: dict[str, Any] = {**event_metrics(told, true)}
+    batches = local_batches(len(split), run.micro_batch, world.rank, world.world_size)
+    with closing(run.iter_outputs(split, batches, parse=True)) as passes:
+        for _, batch, outputs in passes:
+            valid = batch.valid
+            segment_probs = outputs["segments"].float().sigmoid()
+            parts.append((batch.ids[valid], segment_probs[valid], outputs["video"].float()[valid]))
+    ids, segment_probs, video_probs = (
+        all_gather_variable_rows(torch.cat(column)).cpu().numpy() for column in zip(*parts, strict=True)
+    )
+    target = labels.events[ids]
+    predicted = (segment_probs >= _EVENT_THRESHOLD) & (video_probs >= _EVENT_THRESHOLD)[:, None, None]
+    metrics: dict[str, Any] = {**event_metrics(predicted, target)}
     if not run.data.shards.multi_label:
-        happens = predicted_events(true[:, 0], true[:, 1])
-        found["segment_accuracy"] = segment_accuracy(predicted_events(shares[:, 0], shares[:, 1]), happens)
-    return found
-
-
-def _outputs(run: Run, split: Split, **how: bool) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-    """Yield this rank's batches of a split and what the network gives for them, in evaluation mode."""
-    world, settings = run.world, run.settings
-    loader = Loader(split, settings.data, None, settings.run.seed, run.micro_batch, world.device)
-    plan = local_batches(len(split), run.micro_batch, world.rank, world.world_size)
-    run.engine.train(False)
-    try:
-        with torch.no_grad():
-            for batch in loader.batches((ids, 0) for ids in plan):
-                yield batch, run.engine(batch, **how)
-    finally:
-        loader.close()
-        run.engine.train()
+        target_classes = predicted_events(target[:, 0], target[:, 1])
+        predicted_classes = predicted_events(segment_probs[:, 0], segment_probs[:, 1])
+        metrics["segment_accuracy"] = segment_accuracy(predicted_classes, target_classes)
+    return metrics

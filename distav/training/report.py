@@ -1,4 +1,4 @@
-"""What a run comes to: report.json, and the same in words."""
+"""Final report of a run: report.json and the printed summary."""
 
 import json
 from dataclasses import asdict
@@ -10,20 +10,40 @@ from distav.training import final_evaluation
 from distav.training.export import export
 from distav.training.run import Run
 
-_KNOWS_NOTHING = 0.5
-"""Width of an interval for a rate that tells nothing of it."""
+_MAX_INTERVAL_WIDTH = 0.5
+"""Width of a 95 % interval above which a noise rate counts as not identified."""
 
 
 def write_report(run: Run) -> None:
-    """Test, export, write report.json and print what it says."""
-    parses = [isinstance(phase, EventParsingPhase) for phase in run.settings.phases.values()]
-    test = None if all(parses) else final_evaluation.test(run)
-    events = final_evaluation.test_parsing(run) if any(parses) else None
-    state = run.engine.full_state_dict()
-    bad = run.quarantined_samples()
+    """Evaluate on the test split, export the network, write report.json and print the summary; all ranks call this."""
+    parses_events = [isinstance(phase, EventParsingPhase) for phase in run.settings.phases.values()]
+    test = None if all(parses_events) else final_evaluation.evaluate_clips(run)
+    events = final_evaluation.evaluate_events(run) if any(parses_events) else None
+    weights = run.engine.full_state_dict()
+    quarantined = run.quarantined_samples()
     if not run.world.is_main:
         return
-    keys, figures = run.data.train.keys, run.state.report
+    report = _training_figures(run)
+    if test is not None:
+        report["test"] = test
+        run.logger.log_metrics(run.progress.total_steps, {f"test/{name}": value for name, value in test.items()})
+    if events is not None:
+        report["events"] = events
+        scalars = {
+            f"events/{level}_{name}": events[level][name] for level in ("segment", "event") for name in events[level]
+        }
+        run.logger.log_metrics(run.progress.total_steps, scalars)
+    keys = run.data.train.keys
+    report["quarantined_samples"] = [
+        {"id": sample, "key": str(keys[sample]), "reason": reason} for sample, reason in quarantined.items()
+    ]
+    export(run, weights, report)
+    write_atomically(run.folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    run.logger.info(format_summary(run, report))
+
+
+def _training_figures(run: Run) -> dict[str, Any]:
+    figures = run.state.report
     report: dict[str, Any] = {
         "samples": len(run.data.train),
         "phases": figures.phases,
@@ -40,90 +60,85 @@ def write_report(run: Run) -> None:
         if "pair_auroc" in last:
             report["correspondence_auroc"] = last["pair_auroc"]["other_class"]
         report["corrections"] = figures.corrections
-    if test is not None:
-        report["test"] = test
-        run.logger.log_metrics(run.progress.total_steps, {f"test/{key}": value for key, value in test.items()})
-    if events is not None:
-        report["events"] = events
-        flat = {
-            f"events/{level}_{key}": value for level in ("segment", "event") for key, value in events[level].items()
-        }
-        run.logger.log_metrics(run.progress.total_steps, flat)
-    report["skipped_samples"] = [{"id": each, "key": str(keys[each]), "reason": why} for each, why in bad.items()]
-    export(run, state, report)
-    write_atomically(run.folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    run.logger.info(format_summary(run, report))
+    return report
 
 
 def format_summary(run: Run, report: dict[str, Any]) -> str:
-    """Return the report as a newcomer would want to be told it."""
-    seconds = sum(each["seconds"] for each in report["phases"])
-    lines = ["", f"Done: {report['samples']} training clips, {seconds:.0f} s of training."]
-    accuracy = report.get("label_accuracy")
-    if accuracy:
-        lines.append(
-            f"  Labels:  {_percent(accuracy['given'])} of the given training labels were right; after correction "
-            f"{_percent(accuracy['corrected'])} are."
-        )
-        lines.append(
-            f"           Of the wrong ones {_percent(accuracy['wrong_labels_fixed'])} were set right; of the right ones "
-            f"{_percent(accuracy['right_labels_broken'])} were spoilt."
-        )
-    elif run.state.report.corrections:
-        lines.append(
-            f"  Labels:  the correction disagrees with {_percent(run.state.report.corrections[-1]['changed_fraction'])} of the given labels."
-        )
-    if "correspondence_auroc" in report:
-        lines.append(
-            "  Pairs:   clips whose sound is foreign are told from the others with AUROC "
-            f"{report['correspondence_auroc']:.3f} (1 is perfect, 0.5 is chance)."
-        )
-    test = report.get("test")
-    if test and "top1" in test:
-        chance = 1 / len(run.data.shards.classes)
-        lines.append(
-            f"  Test:    {_percent(test['top1'])} of clean test clips named rightly by picture and sound together, "
-            f"{_percent(test['top1_visual'])} by picture alone, {_percent(test['top1_audio'])} by sound alone "
-            f"(chance: {_percent(chance)})."
-        )
-    if test and "rsum" in test:
-        lines.append(
-            f"  Search:  pictures find sounds of their class with a mean average precision of "
-            f"{_percent(test['v2a_map'])}, sounds pictures with {_percent(test['a2v_map'])}; rSum "
-            f"{test['rsum']:.1f} of 600."
-        )
-    if "events" in report:
-        seconds, whole = report["events"]["segment"], report["events"]["event"]
-        lines.append(
-            f"  Events:  second by second {seconds['audio']:.1f} of 100 for what is heard, {seconds['visual']:.1f} for "
-            f"what is seen, Type@AV {seconds['type']:.1f}, Event@AV {seconds['event']:.1f}; as whole events Type@AV "
-            f"{whole['type']:.1f}, Event@AV {whole['event']:.1f}."
-        )
-    if run.state.report.corrections:
-        last = run.state.report.corrections[-1]
-        known = (
-            (("labels", "label_noise_rate"), ("pairs", "pair_mismatch_rate"))
-            if run.state.correction and run.state.correction.has_signal
-            else ()
-        )
-        if not known:
-            lines.append("  Noise:   not known; neighbours say nothing of the labels, so these stay as given.")
-        for what, key in known:
-            low, high = (last[key][end] for end in ("ci95_low", "ci95_high"))
-            share = f"{_percent(last[key]['estimate'])} of the {what} look wrong"
-            if high - low > _KNOWS_NOTHING:
-                share = f"how many of the {what} are wrong cannot be told"
-            lines.append(f"  Noise:   {share} ({_percent(low)} to {_percent(high)}).")
-    lines.append(f"  Skipped: {len(report['skipped_samples'])} clips that could not be read.")
-    if run.state.report.corrections:
-        lines.append(f"  Labels to keep:   {run.folder / 'labels' / run.state.report.corrections[-1]['phase']}.parquet")
-    lines += [
-        f"  Network to keep:  {run.folder / 'export'}",
-        f"  Look inside:      tensorboard --logdir {run.folder}",
-        f"  All figures:      {run.folder / 'report.json'}",
+    """Return the summary that is printed at the end of a run."""
+    seconds = sum(phase["seconds"] for phase in report["phases"])
+    corrections = report.get("corrections", [])
+    entries = [*_label_entries(report), *_test_entries(run, report)]
+    if corrections:
+        has_signal = run.state.correction is not None and run.state.correction.has_signal
+        entries += _noise_entries(corrections[-1], has_signal)
+    if report["quarantined_samples"]:
+        entries.append(("Quarantine", f"{len(report['quarantined_samples'])} clips could not be read or decoded"))
+    if corrections:
+        entries.append(("Label file", f"{run.folder / 'labels' / corrections[-1]['phase']}.parquet"))
+    entries += [
+        ("Network", f"{run.folder / 'export'}"),
+        ("Metrics", f"tensorboard --logdir {run.folder}"),
+        ("Report", f"{run.folder / 'report.json'}"),
     ]
+    lines = ["", f"Done: {report['samples']} training clips, {seconds:.0f} s of training."]
+    lines += [f"  {name + ':':<12}{text}" for name, text in entries]
     return "\n".join(lines)
 
 
-def _percent(share: float | None) -> str:
-    return "none" if share is None else f"{100 * share:.1f} %"
+def _label_entries(report: dict[str, Any]) -> list[tuple[str, str]]:
+    entries = []
+    if "label_accuracy" in report:
+        accuracy = report["label_accuracy"]
+        text = (
+            f"accuracy {_percent(accuracy['given'])} -> {_percent(accuracy['corrected'])} "
+            f"({_percent(accuracy['wrong_labels_fixed'])} of wrong labels fixed, "
+            f"{_percent(accuracy['right_labels_broken'])} of right labels broken)"
+        )
+        entries.append(("Labels", text))
+    elif report.get("corrections"):
+        changed = report["corrections"][-1]["changed_fraction"]
+        entries.append(("Labels", f"{_percent(changed)} of the given labels changed by correction"))
+    if "correspondence_auroc" in report:
+        entries.append(("Pairs", f"mismatched-audio detection AUROC {report['correspondence_auroc']:.3f}"))
+    return entries
+
+
+def _test_entries(run: Run, report: dict[str, Any]) -> list[tuple[str, str]]:
+    entries, test = [], report.get("test") or {}
+    if "top1" in test:
+        text = (
+            f"top-1 {_percent(test['top1'])} (video and audio), {_percent(test['top1_visual'])} (video only), "
+            f"{_percent(test['top1_audio'])} (audio only); chance {_percent(1 / len(run.data.shards.classes))}"
+        )
+        entries.append(("Test", text))
+    if "rsum" in test:
+        text = (
+            f"mAP video-to-audio {_percent(test['v2a_map'])}, audio-to-video {_percent(test['a2v_map'])}; "
+            f"rSum {test['rsum']:.1f} / 600"
+        )
+        entries.append(("Retrieval", text))
+    if "events" in report:
+        segment, event = report["events"]["segment"], report["events"]["event"]
+        text = (
+            f"segment-level F1 audio {segment['audio']:.1f}, visual {segment['visual']:.1f}, Type@AV "
+            f"{segment['type']:.1f}, Event@AV {segment['event']:.1f}; event-level F1 Type@AV {event['type']:.1f}, "
+            f"Event@AV {event['event']:.1f}"
+        )
+        entries.append(("Events", text))
+    return entries
+
+
+def _noise_entries(correction: dict[str, Any], has_signal: bool) -> list[tuple[str, str]]:
+    if not has_signal:
+        return [("Noise", "not estimated: k-NN votes carry no label signal, the given labels are kept")]
+    entries = []
+    for name, key in (("label noise rate", "label_noise_rate"), ("pair mismatch rate", "pair_mismatch_rate")):
+        rate = correction[key]
+        low, high = rate["ci95_low"], rate["ci95_high"]
+        estimate = "not identified" if high - low > _MAX_INTERVAL_WIDTH else _percent(rate["estimate"])
+        entries.append(("Noise", f"{name} {estimate} (95 % interval {_percent(low)} to {_percent(high)})"))
+    return entries
+
+
+def _percent(fraction: float | None) -> str:
+    return "n/a" if fraction is None else f"{100 * fraction:.1f} %"

@@ -17,7 +17,7 @@ from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Batch
 from distav.distributed.process_group import process_group
 from distav.evaluate import main as evaluate
-from distav.evaluation.embedding import Embeddings, Encoders
+from distav.evaluation.embedding import Embeddings, Embedder
 from distav.tools.embed import main as embed
 from distav.training.run import open_run
 from tests.helpers.launch import tiny_config, train
@@ -116,8 +116,8 @@ def test_a_set_is_embedded_to_the_same_bytes_by_any_number_of_ranks(
     rows = table.filter([each == "train" for each in table.column("split").to_pylist()])
     assert rows.column("key").to_pylist() == split.keys.tolist()
     assert [row for row, value in enumerate(rows.column("visual").to_pylist()) if value is None] == [7]
-    direct = Encoders.open(export, CPU, 8).of_clips(split)
-    read = Embeddings.of_table(rows)
+    direct = Embedder.open(export, CPU, 8).embed_clips(split)
+    read = Embeddings.from_table(rows)
     assert np.array_equal(read.valid, direct.valid) and not direct.valid[7]
     for name in ("visual", "audio", "visual_embedding", "audio_embedding"):
         np.testing.assert_allclose(getattr(read, name), getattr(direct, name), atol=1e-5)
@@ -166,7 +166,7 @@ def test_files_and_arrays_are_embedded_as_shards_are(
     np.savez(tmp_path / "clips.npz", frames=frames, sound=sound)
     assert embed([str(export), str(tmp_path / "clips.npz"), "--out", str(tmp_path / "arrays"), "--device", "cpu"]) == 0
     table = pq.read_table(tmp_path / "arrays")
-    model = Encoders.open(export, CPU).model
+    model = Embedder.open(export, CPU).model
     with torch.no_grad():
         expected = model.visual(torch.from_numpy(frames)).numpy()
     np.testing.assert_allclose(np.array(table.column("visual").to_pylist()), expected, atol=1e-5)
@@ -215,7 +215,7 @@ phases: {learn: {kind: supervised, epochs: 1, targets: given}}
         said = train(
             tiny_config(tmp_path, text), *where, f"deepspeed.zero_stage={stage}", f"run.name=at_{stage}", ranks=2
         )
-        assert f"starts from {export}\n" in said
+        assert f"initialized from {export}\n" in said
         weights = safetensors.torch.load_file(tmp_path / f"at_{stage}" / "export" / "model.safetensors")
         before = safetensors.torch.load_file(export / "model.safetensors")
         learnt = [name for name in before if name.endswith("weight")]

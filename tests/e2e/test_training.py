@@ -25,7 +25,7 @@ from tests.helpers.launch import ROOT, TINY, command, environment, losses, recor
 def test_the_report_has_what_was_promised(finished: tuple[Path, str], tiny_shards: Path):
     run, said = finished
     report = json.loads((run / "report.json").read_text())
-    assert report["samples"] == 96 and report["skipped_samples"] == []
+    assert report["samples"] == 96 and report["quarantined_samples"] == []
     assert [(each["name"], each["kind"], each["steps"]) for each in report["phases"]] == [
         ("contrastive", "contrastive", 12),
         ("correction", "label_correction", 0),
@@ -48,7 +48,7 @@ def test_the_report_has_what_was_promised(finished: tuple[Path, str], tiny_shard
     assert 0 <= report["correspondence_auroc"] <= 1
     recalls = {f"{direction}_recall@{k}" for direction in ("v2a", "a2v") for k in (1, 5, 10)}
     assert report["test"].keys() == {"top1", "top1_visual", "top1_audio", "v2a_map", "a2v_map", "rsum"} | recalls
-    assert "given training labels were right" in said and "Test:" in said
+    assert "of wrong labels fixed" in said and "Test:" in said
 
 
 def test_the_run_folder_has_what_was_promised(finished: tuple[Path, str], tiny_shards: Path):
@@ -189,7 +189,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     process.wait()
     assert not (tmp_path / "tiny" / "report.json").exists()
     said = train(*arguments, launcher=True)
-    assert "going on in" in said
+    assert "resuming in phase" in said
     by_step = {each["step"]: each["train/loss"] for each in records(tmp_path / "tiny") if "train/loss" in each}
     assert sorted(by_step) == list(range(1, 21))
     again, unbroken = [by_step[step] for step in range(1, 21)], losses(finished[0])
@@ -213,7 +213,7 @@ def test_other_ways_to_use_the_bank_train(tiny_shards: Path, tmp_path: Path):
         ranks=2,
     )
     found = losses(tmp_path / "tiny")
-    assert "given training labels were right" in said and len(found) == 20 and np.isfinite(found).all()
+    assert "of wrong labels fixed" in said and len(found) == 20 and np.isfinite(found).all()
 
 
 @pytest.mark.long
@@ -241,8 +241,8 @@ def test_bad_clips_are_skipped_and_named_up_to_the_budget(tiny_shards: Path, tmp
     arguments = (tiny_config(tmp_path), f"data.root={damaged}")
     train(*arguments, f"run.root={tmp_path}", "data.max_quarantined_fraction=0.05", ranks=2)
     report = json.loads((tmp_path / "tiny" / "report.json").read_text())
-    assert [each["id"] for each in report["skipped_samples"]] == [3, 11]
-    assert all("CRC-32" in each["reason"] for each in report["skipped_samples"])
+    assert [each["id"] for each in report["quarantined_samples"]] == [3, 11]
+    assert all("CRC-32" in each["reason"] for each in report["quarantined_samples"])
     said = train(*arguments, f"run.root={tmp_path}", "run.name=strict", status=1)
     assert "data.max_quarantined_fraction=0.01" in said and "train-0000000" in said
 

@@ -144,7 +144,7 @@ def _learned(report: Mapping[str, Any]) -> dict[str, float]:
         "labels right": report["label_accuracy"]["corrected"],
         "noise rate": report["corrections"][-1]["label_noise_rate"]["estimate"],
         "top-1": report["test"]["top1"],
-        "clips skipped": len(report["skipped_samples"]),
+        "clips skipped": len(report["quarantined_samples"]),
         **seconds,
     }
 

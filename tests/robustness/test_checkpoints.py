@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
         path.unlink()
     team = run_whole(2, arguments(tmp_path, tiny_shards), tmp_path / "logs")
     assert f"checkpoint {newest.name}: {path.name}" in team.said()
-    assert f"going on in contrastive after step {int(before.name[5:14])}" in team.said()
+    assert f"resuming in phase contrastive after step {int(before.name[5:14])}" in team.said()
     assert (checkpoints / f".broken-{newest.name}").is_dir()
     assert fingerprint(tmp_path / "tiny") == fingerprint(undamaged)
 
@@ -134,7 +134,7 @@ def test_a_save_that_fails_is_told_and_the_next_one_succeeds(
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     team = Team(2, given, tmp_path / "logs")
     told = "No space left on device" if fault == "full" else "Read-only file system"
-    team.wait_for(lambda: "a checkpoint could not be written" in team.said())
+    team.wait_for(lambda: "Failed to write a checkpoint" in team.said())
     assert told in team.said()
     if fault == "full":
         (small_disk / "filler").unlink()
@@ -153,5 +153,5 @@ def test_a_run_that_could_not_save_its_end_says_so(tiny_shards: Path, tmp_path: 
     fill(small_disk)
     team = Team(1, arguments(tmp_path, tiny_shards), tmp_path / "logs")
     assert team.end() == [1], team.said()[-6000:]
-    assert "the last checkpoint could not be written" in team.said() and "No space left" in team.said()
+    assert "Failed to write the final checkpoint" in team.said() and "No space left" in team.said()
     assert (tmp_path / "tiny" / "report.json").exists()

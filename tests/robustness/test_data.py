@@ -118,7 +118,7 @@ FAULTS = {
     ),
     "labels that were altered": (
         lambda root: overwrite(root / "labels.parquet", 300, b"\xa5\x5a"),
-        "labels.parquet was altered",
+        "labels.parquet has been modified",
     ),
     "ids in disorder": (
         lambda root: _rewrite(root, "index.parquet", lambda table: table.slice(1)),
@@ -173,7 +173,7 @@ def test_a_shard_damaged_while_the_run_is_on_costs_its_samples_on_all_ranks_alik
     lost = second_shard_cut_after(shards, 10)
     assert team.end() == [0, 0], team.said()[-6000:]
     report = json.loads((tmp_path / "tiny" / "report.json").read_text())
-    skipped = {each["id"]: each["reason"] for each in report["skipped_samples"]}
+    skipped = {each["id"]: each["reason"] for each in report["quarantined_samples"]}
     sizes = ShardedDataset.open(shards).manifest["splits"]["train"]["shards"]
     first = sizes[0]["clips"] + 10
     assert sorted(skipped) == list(range(first, first + lost))
@@ -187,7 +187,7 @@ def test_a_run_over_its_budget_of_bad_samples_stops_and_names_them(shards: Path,
     team.wait_for(lambda: "step 3/12 phase=contrastive" in team.said())
     second_shard_cut_after(shards, 10)
     assert team.end() == [1, 1]
-    assert "training samples cannot be used, more than data.max_quarantined_fraction=0.01" in team.said()
+    assert "training samples are quarantined, more than data.max_quarantined_fraction=0.01" in team.said()
     # Mended, or with a larger budget, it goes on from its checkpoint; with the set as it is it does not start.
     again = Team(2, given, tmp_path / "again")
     assert again.end() == [1, 1] and "copy the shard again" in again.said()
@@ -201,7 +201,7 @@ def test_damage_goes_on_to_be_known_after_a_resume(shards: Path, tmp_path: Path)
         given = arguments(tmp_path / folder, shards, "data.max_quarantined_fraction=0.5")
         run_whole(ranks, given, tmp_path / folder / "logs")
         report = json.loads((tmp_path / folder / "tiny" / "report.json").read_text())
-        assert [each["id"] for each in report["skipped_samples"]] == [3]
+        assert [each["id"] for each in report["quarantined_samples"]] == [3]
     (shards / "train-000000.tar").write_bytes(content)
 
 

@@ -71,7 +71,7 @@ def test_a_run_goes_on_at_other_numbers_of_ranks(unbroken: Path, tiny_shards: Pa
         team.wait_for(lambda team=team, place=place: re.search(place, team.said()))
         team.signal(signal.SIGTERM, ranks - 1)
         assert team.end() == [ASKED] * ranks, team.said()[-6000:]
-        assert "asked to end; saved after step" in team.said()
+        assert "stop requested; checkpoint saved after step" in team.said()
     run_whole(2, given, tmp_path / "logs")
     alone, moved = losses_by_step(unbroken), losses_by_step(tmp_path / "tiny")
     assert moved.keys() == alone.keys() == set(range(1, 21))
@@ -102,6 +102,6 @@ def test_features_that_were_extracted_are_not_extracted_again(unbroken: Path, ti
     where = sorted(each.name for each in half.glob("step-*"))[-1]
     assert where.startswith("step-000000012-001-")
     again = run_whole(2, given, tmp_path / "second")
-    assert "going on in correction" in again.said()
+    assert "resuming in phase correction" in again.said()
     saved = [each for each in records(tmp_path / "tiny") if "time/checkpoint_s" in each]
     assert saved and fingerprint(tmp_path / "tiny") == fingerprint(unbroken)

@@ -1,11 +1,12 @@
-"""Write a page to judge labels and pairs that look wrong.
+"""Write a page for reviewing label issues and mismatched pairs of a run.
 
 tools/audit.py runs/mine
-tools/audit.py runs/mine --most 5000 --out mine.html --embeddings embeddings/mine
+tools/audit.py runs/mine --limit 5000 --out mine.html --embeddings embeddings/mine
 
-The page needs no server: open it in a browser. It ranks what the run's last correction found wrong, each with frames,
-sound, and the clips that it looks and sounds like; keys accept or reject, `Save decisions` writes a CSV file, which
-tools/make_shards.py clean SHARDS OUT --decisions FILE makes a clean set of, and data.label_overrides=FILE trains on.
+The page needs no server: open it in a browser. It ranks the issues of the run's last label correction, each with
+frames, audio and the most similar clips. Issues are accepted or rejected with keys; `Save decisions` writes a CSV file,
+from which tools/make_shards.py clean SHARDS OUT --decisions FILE creates a cleaned dataset, and which
+data.label_overrides=FILE applies to a training.
 """
 
 import argparse
@@ -21,8 +22,8 @@ from omegaconf import OmegaConf
 from distav.config.cli import exit_with_error
 from distav.config.errors import UserError
 from distav.data.dataset import ShardedDataset, Split
-from distav.evaluation.embedding import Embeddings, Encoders
-from distav.tools.audit.issues import corrections_of, label_issues, neighbors_of, pair_issues
+from distav.evaluation.embedding import Embeddings, Embedder
+from distav.tools.audit.issues import label_issues, last_correction, neighbors_of, pair_issues
 from distav.tools.audit.page import Audit, write_page
 
 
@@ -31,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     out = options.out or options.run / "audit.html"
     try:
-        for name, least in (("limit", 0), ("neighbors", 1), ("thumbnail_height", 16)):
+        for name, minimum in (("limit", 0), ("neighbors", 1), ("thumbnail_height", 16)):
             value = getattr(options, name)
-            if value < least:
-                raise UserError(f"--{name.replace('_', '-')}={value}: allowed: from {least} up.")
+            if value < minimum:
+                raise UserError(f"--{name.replace('_', '-')}={value}: allowed: {minimum} or more.")
         audit = _audit(options)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -43,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"--out={out}: {error.strerror}; choose another file.") from None
     except UserError as error:
         return exit_with_error(error, "audit")
-    counts = ", ".join(f"{len(each.ids)} {each.kind} problems" for each in audit.issues)
-    print(f"{out}: {counts}, {len(audit.shown())} clips, {out.stat().st_size / 2**20:.1f} MiB; open it in a browser")
+    counts = ", ".join(f"{len(issues.ids)} {issues.kind} issues" for issues in audit.issues)
+    print(f"{out}: {counts}, {len(audit.clip_ids())} clips, {out.stat().st_size / 2**20:.1f} MiB; open it in a browser")
     return 0
 
 
@@ -53,12 +54,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="audit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="the folder of a finished run with a phase of kind correction")
-    add("--out", type=Path, metavar="FILE", help="the page (RUN/audit.html)")
-    add("--shards", default="", metavar="SHARDS", help="the set that the run learnt from, where it has moved")
-    add("--limit", type=int, default=1000, metavar="N", help="problems of each list; 0: all (%(default)s)")
-    add("--neighbors", type=int, default=8, metavar="K", help="clips shown beside each problem (%(default)s)")
-    add("--embeddings", type=Path, metavar="DIR", help="what tools/embed.py wrote of the set, in place of embedding it")
+    add("run", type=Path, metavar="RUN", help="directory of a finished run with a phase of kind: label_correction")
+    add("--out", type=Path, metavar="FILE", help="page to write (RUN/audit.html)")
+    add("--shards", default="", metavar="SHARDS", help="training dataset of the run, if it was moved")
+    add("--limit", type=int, default=1000, metavar="N", help="issues per list; 0: all (%(default)s)")
+    add("--neighbors", type=int, default=8, metavar="K", help="similar clips shown for each issue (%(default)s)")
+    add("--embeddings", type=Path, metavar="DIR", help="output of tools/embed.py for the dataset, to skip embedding it")
     add("--thumbnail-height", type=int, default=96, metavar="PIXELS", help="largest height of a frame (%(default)s)")
     add("--batch-size", type=int, default=32, help="clips embedded at a time (%(default)s)")
     return parser
@@ -67,38 +68,37 @@ def _parser() -> argparse.ArgumentParser:
 def _audit(options: argparse.Namespace) -> Audit:
     run: Path = options.run
     if not (run / "report.json").is_file():
-        raise UserError(f"{run}: no report.json there; give the folder of a finished run, runs/NAME.")
-    settings = OmegaConf.load(run / "config.yaml")  # As it was: what distav allows may have changed since.
+        raise UserError(f"{run}: no report.json; specify the directory of a finished run, runs/NAME.")
+    config = OmegaConf.load(run / "config.yaml")  # Not validated: the allowed keys may have changed since the run.
     report: dict[str, Any] = json.loads((run / "report.json").read_text())
-    shards = ShardedDataset.open(options.shards or settings.data.root)
-    split = shards.split(settings.data.train_split)
-    table = corrections_of(run, report, split)
-    problems = [label_issues(table), pair_issues(table)]
+    shards = ShardedDataset.open(options.shards or config.data.root)
+    split = shards.split(config.data.train_split)
+    table = last_correction(run, report, split)
+    issues = [label_issues(table), pair_issues(table)]
     facts = {
-        "run": f"{settings.run.name} ({', '.join(settings.phases)})",
-        "set": f"{shards.location}, split {split.name}",
+        "run": f"{config.run.name} ({', '.join(config.phases)})",
+        "dataset": f"{shards.location}, split {split.name}",
         "clips": f"{len(split)} in {len(shards.classes)} classes",
-        "labels that look wrong": f"{problems[0].total}",
-        "pairs that look wrong": f"{problems[1].total}",
-        "clips that could not be read": f"{len(report['skipped_samples'])}",
+        "label issues": f"{issues[0].total}",
+        "pair issues": f"{issues[1].total}",
+        "quarantined clips": f"{len(report['quarantined_samples'])}",
     }
-    problems = [each.first(options.limit) for each in problems]
+    issues = [ranked.first(options.limit) for ranked in issues]
     embeddings = _embeddings(options, split)
-    near = [neighbors_of(embeddings, split, each.ids, options.neighbors) for each in problems]
-    found = report["corrections"][-1]
-    return Audit(f"{settings.run.name} · audit", split, shards.classes, table, found, problems, near, facts)
+    neighbors = [neighbors_of(embeddings, split, ranked.ids, options.neighbors) for ranked in issues]
+    title = f"{config.run.name} · audit"
+    return Audit(title, split, shards.classes, table, report["corrections"][-1], issues, neighbors, facts)
 
 
 def _embeddings(options: argparse.Namespace, split: Split) -> Embeddings:
     if not options.embeddings:
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        return Encoders.open(options.run / "export", device, options.batch_size).of_clips(split)
-    files = sorted(options.embeddings.glob(f"{split.name}-*.parquet"))
-    tables = [pq.read_table(each) for each in files]
-    keys = [key for each in tables for key in each.column("key").to_pylist()]
+        return Embedder.open(options.run / "export", device, options.batch_size).embed_clips(split)
+    tables = [pq.read_table(path) for path in sorted(options.embeddings.glob(f"{split.name}-*.parquet"))]
+    keys = [key for table in tables for key in table.column("key").to_pylist()]
     if keys != split.keys.tolist():
         raise UserError(
-            f"--embeddings={options.embeddings}: holds {len(keys)} clips of split {split.name}, not those of "
-            f"{split.root}; run tools/embed.py on this set, or leave the option out."
+            f"--embeddings={options.embeddings}: its {len(keys)} clips of split {split.name} are not those of "
+            f"{split.root}; run tools/embed.py on this dataset, or omit the option."
         )
-    return Embeddings.joined(Embeddings.of_table(each) for each in tables)
+    return Embeddings.concatenate(Embeddings.from_table(table) for table in tables)
