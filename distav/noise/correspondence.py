@@ -23,13 +23,13 @@ class Mixture:
 
     means: tuple[float, float]
     variances: tuple[float, float]
-    shares: tuple[float, float]
+    weights: tuple[float, float]
 
     @property
     def says_clean(self) -> bool:
         """Whether the two are too alike, or the lower too rare, to speak of mismatched pairs."""
-        pooled = math.sqrt(sum(share * var for share, var in zip(self.shares, self.variances, strict=True)))
-        return self.means[1] - self.means[0] < pooled or self.shares[0] < SMALLEST_SHARE
+        pooled = math.sqrt(sum(share * var for share, var in zip(self.weights, self.variances, strict=True)))
+        return self.means[1] - self.means[0] < pooled or self.weights[0] < SMALLEST_SHARE
 
 
 def fit_mixture(similarity: Tensor) -> Mixture:
@@ -75,7 +75,7 @@ def gmm_correspondence(similarity: Tensor) -> tuple[Tensor, Mixture]:
     mixture = fit_mixture(similarity)
     if mixture.says_clean:
         return torch.ones_like(similarity), mixture
-    fitted = torch.tensor([mixture.means, mixture.variances, mixture.shares], dtype=torch.float64)
+    fitted = torch.tensor([mixture.means, mixture.variances, mixture.weights], dtype=torch.float64)
     parts = fitted.to(similarity.device)
 
     def posterior(some: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class SelfRefinement:
         share = (stored / full).clamp_max(1.0)
         return share.masked_fill(share < self.threshold, 0.0)
 
-    def visit(
+    def update(
         self, stored: Tensor, matching: Tensor, epoch: int, first: bool, full: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Return what to believe of pairs at a visit, and what to store of them.

@@ -30,11 +30,11 @@ class Refinement:
         if REFINED not in run.bank.columns:
             run.bank.columns[REFINED] = torch.ones_like(run.bank.columns["correspondence"])
 
-    def __call__(self, visitors: GlobalBatch, matching: Tensor, candidates: Tensor | int) -> Tensor:
+    def __call__(self, global_batch: GlobalBatch, matching: Tensor, candidates: Tensor | int) -> Tensor:
         """Take a batch's matching probabilities in; returns what is believed of its pairs: [b].
 
         Args:
-            visitors: the batch of all ranks.
+            global_batch: the batch of all ranks.
             matching: [b] probabilities of this rank's samples.
             candidates: how many they were found among.
         """
@@ -44,12 +44,12 @@ class Refinement:
             state.first_refined_phase = run.progress.phase
         first = state.first_refined_phase == run.progress.phase
         epoch = run.progress.step // run.sampler(run.progress.phase).steps_per_epoch
-        stored = run.bank.fetch((REFINED,), visitors.ids)[0]
+        stored = run.bank.fetch((REFINED,), global_batch.ids)[0]
         matching = rescale_matching_probability(matching, candidates, self.settings.matching_reference_size)
         full = state.full_trust_threshold
-        believed, stored = self.rule.visit(stored, matching, epoch, first, full)
-        run.bank.write(REFINED, stored, visitors.ids, visitors.valid)
-        run.bank.write("correspondence", self.rule.trusted(stored, full), visitors.ids, visitors.valid)
+        believed, stored = self.rule.update(stored, matching, epoch, first, full)
+        run.bank.write(REFINED, stored, global_batch.ids, global_batch.valid)
+        run.bank.write("correspondence", self.rule.trusted(stored, full), global_batch.ids, global_batch.valid)
         return believed
 
 
@@ -116,7 +116,7 @@ def _from_bank(run: Run, estimator: Estimator, similarity: Tensor, seen: Tensor)
     wrong = run.data.labels.mismatched()
     if estimator is Estimator.gmm:
         estimate[seen], mixture = gmm_correspondence(similarity[seen])
-        for side, mean, share in zip(("low", "high"), mixture.means, mixture.shares, strict=True):
+        for side, mean, share in zip(("low", "high"), mixture.means, mixture.weights, strict=True):
             told |= {f"correspondence/gmm_mean_{side}": mean, f"correspondence/gmm_fraction_{side}": share}
     elif estimator is Estimator.cdf:
         estimate[seen] = cdf_correspondence(similarity[seen])

@@ -37,8 +37,8 @@ def published(scores: np.ndarray, own: np.ndarray, believed: np.ndarray) -> np.n
 def batch(rows: int = 16, dim: int = 8, valid: Tensor | None = None) -> tuple[InBatchNegatives, Tensor, Tensor]:
     visual, audio = unit(rows, dim, 1).requires_grad_(), unit(rows, dim, 2).requires_grad_()
     valid = torch.ones(rows, dtype=torch.bool) if valid is None else valid
-    visitors = GlobalBatch.gather(torch.arange(rows), valid, visual, audio)
-    return InBatchNegatives(visitors, visual, audio, TAU), visual, audio
+    global_batch = GlobalBatch.gather(torch.arange(rows), valid, visual, audio)
+    return InBatchNegatives(global_batch, visual, audio, TAU), visual, audio
 
 
 def test_the_loss_over_the_batch_is_the_published_one():
@@ -71,10 +71,10 @@ def test_the_loss_over_drawn_rows_is_the_published_one_with_its_gradient():
     for ours in (True, False):
         visual, audio = unit(3, 8, 5).requires_grad_(), unit(3, 8, 6).requires_grad_()
         if ours:
-            visitors = GlobalBatch.gather(ids, torch.ones(3, dtype=torch.bool), visual, audio)
-            candidates = SampledNegatives(bank, visitors, visual, audio, TAU, NegativeSampling(31, 1, 5))
+            global_batch = GlobalBatch.gather(ids, torch.ones(3, dtype=torch.bool), visual, audio)
+            candidates = SampledNegatives(bank, global_batch, visual, audio, TAU, NegativeSampling(31, 1, 5))
             found = candidates.losses(active_complementary_loss(believed, LAMBDA))
-            bank.update(visitors, torch.ones(3))  # The backward pass comes after the rows have moved on.
+            bank.update(global_batch, torch.ones(3))  # The backward pass comes after the rows have moved on.
             found.sum().backward()
         else:
             bank.reinitialize()
@@ -138,7 +138,7 @@ def test_a_matching_probability_means_the_same_among_any_number_of_candidates():
 def visits(rule: SelfRefinement, y: float, matching: float, times: int) -> list[float]:
     stored, found = torch.tensor([y]), []
     for _ in range(times):
-        believed, stored = rule.visit(stored, torch.tensor([matching]), rule.warmup_epochs, first=False)
+        believed, stored = rule.update(stored, torch.tensor([matching]), rule.warmup_epochs, first=False)
         found.append(believed.item())
     return found
 
@@ -187,7 +187,7 @@ def test_pieces_follow_the_published_schedule(warmup: int):
         rule, stored, found, visit = SelfRefinement(0.8, warmup, 0.1, True), torch.ones(1), [], 0
         for piece, epochs in enumerate(pieces):
             for epoch in range(epochs):
-                believed, stored = rule.visit(stored, torch.tensor([matching[visit]]).float(), epoch, piece == 0)
+                believed, stored = rule.update(stored, torch.tensor([matching[visit]]).float(), epoch, piece == 0)
                 found.append(believed.item())
                 visit += 1
         expected = published_schedule(matching, pieces, warmup)

@@ -17,7 +17,7 @@ def test_gmm_finds_both_kinds_and_their_shares(rate: float):
     similarity, wrong = mixture(rate)
     found = fit_mixture(similarity)
     assert found.means == pytest.approx((0.02, 0.55), abs=0.01)
-    assert found.shares[0] == pytest.approx(rate, abs=0.01)
+    assert found.weights[0] == pytest.approx(rate, abs=0.01)
     correspondence, _ = gmm_correspondence(similarity)
     assert correspondence[wrong].mean() < 0.05 and correspondence[~wrong].mean() > 0.95
     order = similarity.argsort()
