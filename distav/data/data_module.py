@@ -1,4 +1,4 @@
-"""The set that a run trains and tests on, checked against the settings."""
+"""The training and test split of a run with their labels, validated against the configuration."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +9,7 @@ import numpy as np
 from distav.config.errors import UserError, format_list
 from distav.config.phases import ContrastivePhase, EventParsingPhase, LabelCorrectionPhase
 from distav.config.schema import Config
-from distav.data.annotations.events import EventLabels, load_events, read_events, num_segments
+from distav.data.annotations.events import EventLabels, load_events, num_segments, read_events
 from distav.data.annotations.labels import Labels, load_labels
 from distav.data.annotations.teacher_scores import check_scores, read_teacher_probs
 from distav.data.dataset import ShardedDataset, Split
@@ -17,7 +17,14 @@ from distav.data.dataset import ShardedDataset, Split
 
 @dataclass
 class DataModule:
-    """Both splits, and what is told of them: each kind of label is read when it is first asked for."""
+    """Both splits of a run and their labels; each label table is read when it is first accessed.
+
+    Attributes:
+        shards: the dataset.
+        train: training split.
+        test: test split; None: no evaluation.
+        override: table that replaces given training labels, `data.label_overrides`; empty: none.
+    """
 
     shards: ShardedDataset
     train: Split
@@ -26,115 +33,151 @@ class DataModule:
 
     @cached_property
     def labels(self) -> Labels:
-        """One class of every training clip."""
+        """Labels of the training clips, one class each."""
         return load_labels(self.shards, self.train, self.override)
 
     @cached_property
     def test_labels(self) -> Labels | None:
-        """One class of every test clip."""
+        """Labels of the test clips, one class each."""
         return load_labels(self.shards, self.test) if self.test else None
 
     @cached_property
     def events(self) -> EventLabels:
-        """Classes and events of the training clips."""
+        """Weak labels and events of the training clips."""
         return load_events(self.shards, self.train, self.override)
 
     @cached_property
     def test_events(self) -> EventLabels | None:
-        """Classes and events of the test clips."""
+        """Weak labels and events of the test clips."""
         return load_events(self.shards, self.test) if self.test else None
 
     def pseudo_label_events(self, name: str, phase: EventParsingPhase) -> tuple[np.ndarray, ...] | None:
-        """Return the events that a phase learns from, [N, 2, T, C] bool, and which clips were looked at, [N] bool.
+        """Return the pseudo-labels of an event-parsing phase.
 
-        None where it has weak labels alone.
+        Args:
+            name: name of the phase.
+            phase: its configuration.
+
+        Returns:
+            Events [N, 2, T, C] bool, and the annotated clips [N] bool; None if the phase uses weak labels only.
 
         Raises:
-            UserError: for a table that is missing or does not fit the set.
+            UserError: if the table is missing or does not match the dataset.
         """
         if not phase.pseudo_labels:
             return None
         path = Path(phase.pseudo_labels).expanduser()
         path = path / "events.parquet" if path.is_dir() else path
-        return read_events(path, f"phases.{name}.harvested", self.train, self.shards.classes, self.events.weak)
+        return read_events(path, f"phases.{name}.pseudo_labels", self.train, self.shards.classes, self.events.weak)
 
     def teacher_probs(self, name: str, phase: LabelCorrectionPhase) -> np.ndarray | None:
-        """Return what teachers hold each clip for, [N, 2, C] float32; None where none were asked.
+        """Return the class probabilities of the teachers, [N, 2, C] float32; None if the phase uses no teachers.
+
+        Args:
+            name: name of the phase.
+            phase: its configuration.
 
         Raises:
-            UserError: for scores that are missing or of another set.
+            UserError: if scores are missing or belong to another dataset.
         """
         if not phase.pseudo_labels:
             return None
         folder = Path(phase.pseudo_labels).expanduser()
-        return read_teacher_probs(folder, f"phases.{name}.harvested", self.shards, self.train)
+        return read_teacher_probs(folder, f"phases.{name}.pseudo_labels", self.shards, self.train)
 
     @classmethod
-    def open(cls, settings: Config) -> "DataModule":
-        """Open the set and check the settings against it.
+    def open(cls, config: Config) -> "DataModule":
+        """Open the dataset, read all labels that the phases use, and validate the configuration against both.
 
         Raises:
-            UserError: for anything missing, or settings that this set makes impossible.
+            UserError: if anything is missing or invalid, or if a setting is impossible with this dataset.
         """
-        shards = ShardedDataset.open(settings.data.root, settings.data.cache, settings.data.cache_mib)
-        train = shards.split(settings.data.train_split, "data.train_split")
-        test = shards.split(settings.data.test_split, "data.test_split") if settings.data.test_split else None
-        data = cls(shards, train, test, settings.data.label_overrides)
-        parses = [isinstance(phase, EventParsingPhase) for phase in settings.phases.values()]
-        if not all(parses):
-            _ = data.labels, data.test_labels
-        if any(parses):
-            _ = data.events, data.test_events
-            _check_segments(settings, train)
-        if settings.optim.global_batch > len(train):
-            raise UserError(
-                f"optim.global_batch={settings.optim.global_batch}: the training split has {len(train)} samples; "
-                "allowed: up to that many."
-            )
-        for name, phase in settings.phases.items():
-            if isinstance(phase, EventParsingPhase):
-                data.pseudo_label_events(name, phase)
-            if isinstance(phase, LabelCorrectionPhase):
-                if phase.pseudo_labels:
-                    check_scores(Path(phase.pseudo_labels).expanduser(), f"phases.{name}.harvested", shards, train)
-                k = min(phase.num_neighbors)
-                if k >= len(train):
-                    raise UserError(
-                        f"phases.{name}.neighbors={phase.num_neighbors}: all are too many for a training split of "
-                        f"{len(train)} samples; allowed: up to {len(train) - 1}, sensible: up to twice the "
-                        f"{len(train) // len(shards.classes)} of a class."
-                    )
-            if train.streams and not isinstance(phase, EventParsingPhase):
-                raise UserError(f"phases.{name}.kind={phase.kind}: {shards.location} holds features; allowed: parsing.")
-            if shards.multi_label and not isinstance(phase, EventParsingPhase | ContrastivePhase):
-                raise UserError(
-                    f"phases.{name}.kind={phase.kind}: in {shards.location} a clip may have several classes; allowed: "
-                    "parsing, contrastive."
-                )
+        shards = ShardedDataset.open(config.data.root, config.data.cache, config.data.cache_mib)
+        train = shards.split(config.data.train_split, "data.train_split")
+        test = shards.split(config.data.test_split, "data.test_split") if config.data.test_split else None
+        data = cls(shards, train, test, config.data.label_overrides)
+        data._read_labels(config)
+        data._validate(config)
         return data
 
+    def _read_labels(self, config: Config) -> None:
+        """Read every label table that a phase uses, so that an invalid table ends the run before it trains."""
+        uses_events = [isinstance(phase, EventParsingPhase) for phase in config.phases.values()]
+        if not all(uses_events):
+            _ = self.labels, self.test_labels
+        if any(uses_events):
+            _ = self.events, self.test_events
 
-def _check_segments(settings: Config, train: Split) -> None:
-    """Make sure that what the towers are fed of a clip covers its seconds evenly."""
-    segments, data = num_segments(train), settings.data
-    if train.streams:
-        unknown = set(settings.model.parser.token_grids) - set(train.streams)
-        if unknown:
+    def _validate(self, config: Config) -> None:
+        """Raise a UserError for settings that are impossible with this dataset."""
+        if any(isinstance(phase, EventParsingPhase) for phase in config.phases.values()):
+            _check_segments(config, self.train)
+        if config.optim.global_batch > len(self.train):
             raise UserError(
-                f"model.parser.token_grids.{min(unknown)}: the set has no such stream; allowed: {format_list(train.streams)}. "
-                f"Leave it out by ~model.parser.token_grids.{min(unknown)}."
+                f"optim.global_batch={config.optim.global_batch}: the training split has {len(self.train)} samples; "
+                f"allowed: at most {len(self.train)}."
             )
-        for name, (rows, columns) in settings.model.parser.token_grids.items():
-            if rows * columns != train.streams[name].steps:
+        for name, phase in config.phases.items():
+            if isinstance(phase, EventParsingPhase):
+                self.pseudo_label_events(name, phase)
+                continue
+            if isinstance(phase, LabelCorrectionPhase):
+                self._check_correction(name, phase)
+            if self.train.streams:
                 raise UserError(
-                    f"model.parser.token_grids.{name}=[{rows}, {columns}]: the stream has {train.streams[name].steps} steps."
+                    f"phases.{name}.kind={phase.kind}: {self.shards.location} holds features; allowed: parsing."
                 )
+            if self.shards.multi_label and not isinstance(phase, ContrastivePhase):
+                raise UserError(
+                    f"phases.{name}.kind={phase.kind}: clips of {self.shards.location} may have several classes; "
+                    "allowed: parsing, contrastive."
+                )
+
+    def _check_correction(self, name: str, phase: LabelCorrectionPhase) -> None:
+        """Verify teacher scores and number of neighbors of a label-correction phase."""
+        if phase.pseudo_labels:
+            folder = Path(phase.pseudo_labels).expanduser()
+            check_scores(folder, f"phases.{name}.pseudo_labels", self.shards, self.train)
+        num_samples = len(self.train)
+        if min(phase.num_neighbors) >= num_samples:
+            raise UserError(
+                f"phases.{name}.num_neighbors={phase.num_neighbors}: every value is too large for a training split of "
+                f"{num_samples} samples; allowed: at most {num_samples - 1}, recommended: at most twice the "
+                f"{num_samples // len(self.shards.classes)} samples of a class."
+            )
+
+
+def _check_segments(config: Config, train: Split) -> None:
+    """Verify that the input of the towers covers every second of a clip equally."""
+    if train.streams:
+        _check_token_grids(config, train)
         return
+    segments, data = num_segments(train), config.data
     if data.audio_s != segments:
-        raise UserError(f"data.audio_s={data.audio_s:g}: parsing hears all of a clip; set it to {segments}.")
-    if data.num_frames % segments or data.num_frames * data.frame_stride != round(segments * train.fps):
         raise UserError(
-            f"data.num_frames={data.num_frames} and data.frame_stride={data.frame_stride}: parsing sees every second "
-            f"of a clip alike; take a multiple of {segments} frames whose strides make up the "
-            f"{round(segments * train.fps)} stored ones."
+            f"data.audio_s={data.audio_s:g}: event parsing needs the audio of the complete clip; set it to {segments}."
         )
+    stored_frames = round(segments * train.fps)
+    if data.num_frames % segments or data.num_frames * data.frame_stride != stored_frames:
+        raise UserError(
+            f"data.num_frames={data.num_frames} and data.frame_stride={data.frame_stride}: event parsing needs the "
+            f"same number of frames from every second of a clip; allowed: num_frames a multiple of {segments}, and "
+            f"num_frames * frame_stride equal to the {stored_frames} stored frames."
+        )
+
+
+def _check_token_grids(config: Config, train: Split) -> None:
+    grids = config.model.parser.token_grids
+    unknown = set(grids) - set(train.streams)
+    if unknown:
+        key = f"model.parser.token_grids.{min(unknown)}"
+        raise UserError(
+            f"{key}: the dataset has no such feature stream; allowed: {format_list(train.streams)}. Remove it with "
+            f"~{key}."
+        )
+    for name, (rows, columns) in grids.items():
+        if rows * columns != train.streams[name].steps:
+            raise UserError(
+                f"model.parser.token_grids.{name}=[{rows}, {columns}]: the stream has {train.streams[name].steps} "
+                "steps; allowed: rows and columns whose product is that number."
+            )

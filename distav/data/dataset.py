@@ -1,11 +1,15 @@
-"""The data contract: what lies in a shard folder, and how it is found again.
+"""The dataset format: the files of a dataset directory, and where each sample is stored.
 
-A set is a folder of plain WebDataset tars, `<split>-000000.tar`, each with DALI's `.idx` beside it. A sample is
-`key.<avi|webm|mp4>` (picture only), `key.flac` (mono) and `key.json`; or, in place of the clip, `key.<stream>.npy` for
-each stream of features that a frozen network gave of it. `manifest.json` describes the set, `index.parquet` says where
-each member lies and which CRC-32 it has, `labels.parquet` what each sample shows, one class or several, and
-`events.parquet`, where somebody watched and listened, what is heard and seen when.
-Within a split, ids run from 0 to N-1 in the order of writing; every table and the memory bank is keyed by them.
+A dataset is a directory of plain WebDataset tars, `<split>-000000.tar`, each with DALI's `.idx` file next to it. A
+sample is `key.<avi|webm|mp4>` (video without audio), `key.flac` (mono audio) and `key.json`; a dataset of features has
+`key.<stream>.npy` for each feature stream in place of the clip. The other files are:
+
+- `manifest.json`: description of the dataset, see `distav.data.manifest`;
+- `index.parquet`: for each sample, the shard, the byte range and CRC-32 of its members, and its source;
+- `labels.parquet`: class or classes of each sample; with injected noise also `true_label` and `pair_id`;
+- `events.parquet`: audible and visible events with start and end, for annotated splits.
+
+Within a split, ids run from 0 to N-1 in the order of writing; all tables and the memory bank are indexed by id.
 """
 
 from collections.abc import Iterable
@@ -30,16 +34,18 @@ TABLES = ("index.parquet", "labels.parquet", EVENTS)
 
 
 def member_extensions(codec: str, streams: Iterable[str] = ()) -> dict[str, str]:
-    """Return the members of a sample and their extensions: picture and sound, or streams of features where given."""
+    """Return the members of a sample and their file extensions: its feature streams, or else video and audio."""
     features = {name: f"{name}.npy" for name in streams}
     return features or {"video": VIDEO_EXTENSIONS[codec], "audio": AUDIO_EXTENSION}
 
 
 def index_schema(members: Iterable[str]) -> pa.Schema:
-    """Return the columns of index.parquet for samples of these members."""
+    """Return the schema of index.parquet for samples with these members."""
     members = list(members)
-    picture = [("frames", pa.int32()), ("width", pa.int32()), ("height", pa.int32())] if "video" in members else []
-    places = [("offset", pa.int64()), ("bytes", pa.int64()), ("crc32", pa.uint32())]
+    video_columns = (
+        [("frames", pa.int32()), ("width", pa.int32()), ("height", pa.int32())] if "video" in members else []
+    )
+    member_columns = [("offset", pa.int64()), ("bytes", pa.int64()), ("crc32", pa.uint32())]
     return pa.schema(
         [
             ("split", pa.string()),
@@ -49,17 +55,26 @@ def index_schema(members: Iterable[str]) -> pa.Schema:
             ("source", pa.string()),
             ("start_s", pa.float64()),
             ("duration_s", pa.float64()),
-            *picture,
-            *((f"{member}_{column}", kind) for member in members for column, kind in places),
+            *video_columns,
+            *((f"{member}_{column}", dtype) for member in members for column, dtype in member_columns),
         ]
     )
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a set: where each of its samples lies.
+    """One split of a dataset, with the storage location of each sample.
 
-    A set of features has streams, and neither codec nor rates. Of a remote set's shards only the names count.
+    Attributes:
+        root: directory or URL of the dataset.
+        name: name of the split.
+        shards: paths of the tars; of a remote dataset, only their names are used.
+        codec: video codec; empty in a dataset of features.
+        fps: frames per second; 0 in a dataset of features.
+        sample_rate_hz: audio sample rate; 0 in a dataset of features.
+        columns: columns of index.parquet, [N] each.
+        streams: feature streams by name; empty in a dataset of clips.
+        remote: object store of a remote dataset.
     """
 
     root: str | Path
@@ -74,7 +89,7 @@ class Split:
 
     @property
     def members(self) -> dict[str, str]:
-        """The members of a sample and their extensions."""
+        """Members of a sample and their file extensions."""
         return member_extensions(self.codec, self.streams)
 
     def __len__(self) -> int:
@@ -82,29 +97,35 @@ class Split:
 
     @property
     def keys(self) -> np.ndarray:
-        """Keys by id: [N] str."""
+        """Keys by id, [N] str."""
         return self.columns["key"]
 
     @cached_property
     def shard_sizes(self) -> list[int]:
-        """Samples of each shard; ids are consecutive inside a shard and from shard to shard."""
+        """Number of samples in each shard; ids are consecutive within a shard and across shards."""
         return np.bincount(self.columns["shard"], minlength=len(self.shards)).tolist()
 
     @cached_property
     def sides(self) -> tuple[int, int]:
-        """Shortest and longest side of any stored frame, in pixels."""
+        """Shortest and longest side of all stored frames, in pixels."""
         sides = np.concatenate([self.columns["width"], self.columns["height"]])
         return int(sides.min()), int(sides.max())
 
     @cached_property
     def source_codes(self) -> np.ndarray:
-        """A number for the source video of each sample, [N] int64: clips cut from one video share it."""
+        """Index of the source video of each sample, [N] int64; clips of one video have the same index."""
         return np.unique(self.columns["source"], return_inverse=True)[1].astype(np.int64)
 
 
 @dataclass(frozen=True)
 class ShardedDataset:
-    """A folder of shards, opened; of a remote one, `root` mirrors the tables."""
+    """An open dataset.
+
+    Attributes:
+        root: directory of the dataset; of a remote dataset, the local directory that mirrors its tables.
+        manifest: content of manifest.json.
+        remote: object store of a remote dataset.
+    """
 
     root: Path
     manifest: dict[str, Any]
@@ -112,34 +133,35 @@ class ShardedDataset:
 
     @property
     def location(self) -> str:
-        """The folder or URL, as users know it."""
+        """Directory or URL, as the user gave it."""
         return self.remote.url if self.remote else str(self.root)
 
     @property
     def classes(self) -> list[str]:
-        """Class names in the order of their numbers."""
+        """Class names in the order of their indices."""
         return self.manifest["classes"]
 
     @property
     def streams(self) -> dict[str, FeatureStream]:
-        """Streams of features by name; empty where clips are stored."""
-        return {name: FeatureStream(**each) for name, each in self.manifest.get("streams", {}).items()}
+        """Feature streams by name; empty in a dataset of clips."""
+        return {name: FeatureStream(**stream) for name, stream in self.manifest.get("streams", {}).items()}
 
     @property
     def multi_label(self) -> bool:
-        """Whether a sample may have any number of classes, and not just one."""
+        """Whether a sample may have any number of classes instead of exactly one."""
         return self.manifest.get("multi_label", False)
 
     @classmethod
     def open(cls, root: str | Path, cache: str = "", cache_mib: int = 0) -> "ShardedDataset":
-        """Open a set written by tools/make_shards.py.
+        """Open a dataset written by tools/make_shards.py.
 
         Args:
-            root: its folder or URL.
-            cache, cache_mib: where and how much is kept of a remote one, as in the settings; 0: tables alone.
+            root: directory or URL of the dataset.
+            cache: local cache directory for a remote dataset, as `data.cache`.
+            cache_mib: size limit of the cache in MiB, as `data.cache_mib`; 0: cache tables only.
 
         Raises:
-            UserError: where the folder or a file that belongs to it is missing or unreadable.
+            UserError: if the directory or one of its files is missing or cannot be read.
         """
         if is_url(root):
             remote = ObjectStore(str(root), cache, cache_mib)
@@ -148,16 +170,16 @@ class ShardedDataset:
         path = root / "manifest.json"
         if not path.is_file():
             raise UserError(
-                f"data.root={root}: no manifest.json there. Give the folder that tools/make_shards.py wrote; "
-                "if it was interrupted, run it again and it goes on."
+                f"data.root={root}: no manifest.json found. Give the directory that tools/make_shards.py wrote; if it "
+                "was interrupted, run it again to resume."
             )
         return cls(root, read_manifest(path.read_bytes(), str(path)))
 
     def table(self, name: str, split: str) -> pa.Table:
-        """Return the rows of a split in one of the set's own tables.
+        """Return the rows of a split in one of the dataset's own tables.
 
         Raises:
-            UserError: where it is missing, is not what was written with the set, or cannot be read.
+            UserError: if the table is missing, differs from the one that was written, or cannot be read.
         """
         expected = self.manifest.get("tables", {}).get(name)
         try:
@@ -165,47 +187,73 @@ class ShardedDataset:
                 self.remote.mirror(name, expected)
             elif expected:
                 verify_file(self.root, name, expected)
-        except CorruptFileError as fault:
+        except CorruptFileError as error:
             raise UserError(
-                f"{self.location}: {fault}; copy it again. Labels of your own go into a table named by data.label_overrides."
+                f"{self.location}: {error}; copy the file again. To use other labels, set data.label_overrides to "
+                "a table of your own."
             ) from None
         return read_table(self.root / name, filters=[("split", "=", split)])
 
     def split(self, name: str, key: str = "data.train_split") -> Split:
-        """Return where the samples of a split lie.
+        """Return a split with the storage location of its samples.
+
+        Args:
+            name: name of the split.
+            key: setting or option that names it, for error messages.
 
         Raises:
-            UserError: for an unknown split, an unreadable index, or a shard that is missing or has another size.
+            UserError: for an unknown split, an invalid index, or a shard that is missing or has another size.
         """
         splits = self.manifest["splits"]
         if name not in splits:
-            none = ", or empty for none" if key == "data.test_split" else ""
+            or_none = ", or empty for none" if key == "data.test_split" else ""
             raise UserError(
-                f"{key}={name} is not in {self.location}; allowed: {format_list(splits)}{none}.{did_you_mean(name, splits)}"
+                f"{key}={name} is not a split of {self.location}; allowed: {format_list(splits)}{or_none}."
+                f"{did_you_mean(name, splits)}"
             )
-        table, manifest = self.table("index.parquet", name), self.manifest
-        codec = manifest.get("codec", "")
-        for each in index_schema(member_extensions(codec, self.streams)):
-            if each.name not in table.column_names or table.schema.field(each.name).type != each.type:
-                raise UserError(f"{self.root / 'index.parquet'}: column '{each.name}' is missing or of another kind.")
-        columns = {each: table.column(each).to_numpy(zero_copy_only=False) for each in table.column_names}
+        columns = self._index(name)
+        shards = splits[name]["shards"]
+        self._check_sizes({shard["name"]: shard["bytes"] for shard in shards})
+        return Split(
+            self.location,
+            name,
+            [self.root / shard["name"] for shard in shards],
+            self.manifest.get("codec", ""),
+            self.manifest.get("fps", 0.0),
+            self.manifest.get("sample_rate_hz", 0),
+            columns,
+            self.streams,
+            self.remote,
+        )
+
+    def _index(self, split: str) -> dict[str, np.ndarray]:
+        """Return the columns of index.parquet for a split."""
+        table, path = self.table("index.parquet", split), self.root / "index.parquet"
+        for expected in index_schema(member_extensions(self.manifest.get("codec", ""), self.streams)):
+            if expected.name not in table.column_names:
+                raise UserError(f"{path}: column '{expected.name}' is missing; make the dataset again.")
+            dtype = table.schema.field(expected.name).type
+            if dtype != expected.type:
+                raise UserError(
+                    f"{path}: column '{expected.name}' has type {dtype}, expected {expected.type}; make the dataset "
+                    "again."
+                )
+        columns = {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
         if not np.array_equal(columns["id"], np.arange(len(table))):
-            raise UserError(f"{self.root / 'index.parquet'}: the ids of split {name} do not run from 0 to N-1.")
-        shards = [self.root / shard["name"] for shard in splits[name]["shards"]]
-        self._check_sizes({shard["name"]: shard["bytes"] for shard in splits[name]["shards"]})
-        rates = manifest.get("fps", 0.0), manifest.get("sample_rate_hz", 0)
-        return Split(self.location, name, shards, codec, *rates, columns, self.streams, self.remote)
+            raise UserError(f"{path}: the ids of split {split} do not run from 0 to N-1; make the dataset again.")
+        return columns
 
     def _check_sizes(self, expected: dict[str, int]) -> None:
+        """Verify that every shard exists and has the size that the manifest states."""
         if self.remote:
-            found = self.remote.sizes(expected)
+            sizes = self.remote.sizes(expected)
         else:
             paths = {name: self.root / name for name in expected}
-            found = {name: path.stat().st_size if path.is_file() else None for name, path in paths.items()}
-        for name, size in found.items():
+            sizes = {name: path.stat().st_size if path.is_file() else None for name, path in paths.items()}
+        for name, size in sizes.items():
             if size != expected[name]:
-                there = "no file" if size is None else f"{size} bytes"
+                actual = "no file" if size is None else f"{size} bytes"
                 raise UserError(
-                    f"{self.location}/{name}: {there}, expected {expected[name]} bytes; copy the shard again or make it "
-                    "anew."
+                    f"{self.location}/{name}: {actual}, expected {expected[name]} bytes; copy the shard again, or make "
+                    "the dataset again."
                 )

@@ -1,5 +1,6 @@
-"""Atomic writes and Parquet tables."""
+"""Atomic writes, Parquet tables, and directories that belong to one configuration."""
 
+import json
 import os
 import uuid
 from pathlib import Path
@@ -12,9 +13,17 @@ from distav.config.errors import UserError
 
 
 def read_table(path: Path, **options: Any) -> pa.Table:
-    """Read a Parquet file, or raise a UserError that names it."""
+    """Read a Parquet file.
+
+    Args:
+        path: the file.
+        **options: passed on to `pyarrow.parquet.read_table`.
+
+    Raises:
+        UserError: if the file is missing or cannot be read.
+    """
     if not path.is_file():
-        raise UserError(f"{path} is missing; copy the whole folder, or make it anew.")
+        raise UserError(f"{path}: no such file; copy the complete dataset directory, or make the dataset again.")
     try:
         return check_column_names(pq.read_table(path, **options))
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
@@ -22,20 +31,20 @@ def read_table(path: Path, **options: Any) -> pa.Table:
 
 
 def check_column_names(table: pa.Table) -> pa.Table:
-    """Return the table, or raise ArrowInvalid where two columns have one name."""
-    twice = [name for name in table.column_names if table.column_names.count(name) > 1]
-    if twice:
-        raise pa.ArrowInvalid(f"column '{twice[0]}' is there more than once")
+    """Return the table; raise ArrowInvalid if two columns have the same name."""
+    duplicates = [name for name in table.column_names if table.column_names.count(name) > 1]
+    if duplicates:
+        raise pa.ArrowInvalid(f"more than one column is named '{duplicates[0]}'")
     return table
 
 
 def write_atomically(path: Path, content: bytes, scratch: Path | None = None) -> None:
-    """Write a file so that it is either whole or not there, whoever else writes it at the same time.
+    """Write a file so that it exists either completely or not at all, even with several concurrent writers.
 
     Args:
         path: the file.
-        content: of it.
-        scratch: folder of the same file system in which it lies until it is whole; the file's own where None.
+        content: its bytes.
+        scratch: directory for the temporary file, on the same file system; None: the directory of `path`.
     """
     part = temporary_path(path, scratch)
     try:
@@ -49,8 +58,26 @@ def write_atomically(path: Path, content: bytes, scratch: Path | None = None) ->
         raise
 
 
+def write_if_absent(path: Path, content: bytes) -> None:
+    """Write a file atomically unless it exists; of several concurrent writers on any machines, the first one wins."""
+    part = temporary_path(path)
+    write_atomically(part, content)
+    try:
+        os.link(part, path)
+        part.unlink()
+    except FileExistsError:
+        part.unlink()
+    except OSError:  # A file system without hard links.
+        os.replace(part, path)
+
+
 def temporary_path(path: Path, scratch: Path | None = None) -> Path:
-    """Return a name for a file until it is whole, which no other process on any machine takes."""
+    """Return a path for an incomplete file that no other process on any machine uses.
+
+    Args:
+        path: the file once it is complete.
+        scratch: directory of the temporary file; None: the directory of `path`.
+    """
     return (scratch or path.parent) / f"{path.name}.{uuid.uuid4().hex[:12]}.part"
 
 
@@ -59,3 +86,45 @@ def write_table(path: Path, table: pa.Table, scratch: Path | None = None) -> Non
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     write_atomically(path, sink.getvalue().to_pybytes(), scratch)
+
+
+def claim_dir(path: Path, facts: dict[str, Any], conflict: str, advice: str) -> None:
+    """Record which configuration a directory belongs to, or verify that it belongs to this one.
+
+    Any number of processes, on any machines, may call it at the same time.
+
+    Args:
+        path: JSON file that records the configuration; its directory is created if necessary.
+        facts: the configuration, JSON values only.
+        conflict: beginning of the error message, e.g. "out: holds embeddings made with other options".
+        advice: end of the error message, e.g. "choose another --out or delete it".
+
+    Raises:
+        UserError: if the directory belongs to another configuration; the message gives the first difference.
+    """
+    content = json.dumps(facts, indent=1, sort_keys=True).encode()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_if_absent(path, content)
+    recorded = path.read_bytes()
+    if recorded == content:
+        return
+    try:
+        difference = _first_difference(json.loads(recorded), json.loads(content))
+    except (ValueError, RecursionError):
+        difference = f"{path.name} is not valid JSON"
+    raise UserError(f"{conflict} ({difference}); {advice}.")
+
+
+def _first_difference(recorded: Any, requested: Any, key: str = "") -> str:
+    """Return the first key whose values differ, with both values."""
+    if isinstance(recorded, dict) and isinstance(requested, dict):
+        for name in sorted({*recorded, *requested}):
+            if recorded.get(name) != requested.get(name):
+                return _first_difference(recorded.get(name), requested.get(name), f"{key}.{name}" if key else name)
+    return f"{key or 'content'}: {_shorten(recorded)} there, {_shorten(requested)} requested"
+
+
+def _shorten(value: Any, limit: int = 60) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."

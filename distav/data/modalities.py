@@ -1,16 +1,17 @@
-"""What is heard and what is seen, and streams of features of either."""
+"""The two modalities, and the shape of precomputed feature streams."""
 
 import re
 from dataclasses import dataclass
 
 STREAM_NAME = re.compile(r"[a-z][a-z0-9_]*")
+"""Valid names of feature streams."""
 MODALITIES = ("audio", "visual")
-"""What is heard and what is seen, in the order of every axis of both."""
+"""The modalities, in the order of every tensor axis that holds both."""
 
 
 @dataclass(frozen=True)
 class FeatureStream:
-    """Features that a frozen network gave of one modality of a sample: [steps, dim] float16 or float32."""
+    """Features of one modality, computed by a frozen network: [steps, dim] float16 or float32 per sample."""
 
     modality: str
     steps: int

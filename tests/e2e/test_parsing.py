@@ -158,11 +158,11 @@ def test_towers_learn_from_clips_end_to_end(ave: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (("data.audio_s=1.0",), "data.audio_s=1: parsing hears all of a clip; set it to 10"),
+        (("data.audio_s=1.0",), "data.audio_s=1: event parsing needs the audio of the complete clip; set it to 10"),
         (("data.num_frames=8",), "data.num_frames=8 and data.frame_stride=4"),
         (("phases.parse.pseudo_labels=gone.parquet",), "phases.parse.pseudo_labels=gone.parquet: no such file"),
         (("model.audio.name=vit_tiny",), "model.audio.name=vit_tiny is not possible; allowed: a convolutional tower"),
-        (("model.parser.heads=3",), "model.parser.heads=3 is not possible; allowed: a divisor of"),
+        (("model.parser.heads=3",), "model.parser.heads=3: allowed: a divisor of"),
     ],
 )
 def test_clips_that_do_not_cover_their_seconds_are_told(changes: tuple[str, ...], told: str, ave: Path):
@@ -175,7 +175,7 @@ def test_clips_that_do_not_cover_their_seconds_are_told(changes: tuple[str, ...]
     [
         ("kind: contrastive", "phases.a.kind=contrastive: .* holds features; allowed: parsing"),
         ("kind: supervised, targets: given", "phases.a.kind=supervised: .* holds features; allowed: parsing"),
-        ("kind: parsing", "model.parser.token_grids.clap: the set has no such stream"),
+        ("kind: parsing", "model.parser.token_grids.clap: the dataset has no such feature stream"),
     ],
 )
 def test_phases_that_features_have_no_use_for_are_told(phase: str, told: str, llp: Path, tmp_path: Path):

@@ -16,6 +16,7 @@ from distav.data import integrity
 from distav.data.annotations.events import EVENTS_SCHEMA, load_events, read_events
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset, index_schema
+from distav.data.manifest import FORMAT
 from distav.data.modalities import FeatureStream
 from distav.data.pipeline.avi import jpeg_frames
 from distav.data.pipeline.features import decode_features, encode_features
@@ -30,7 +31,7 @@ CLASSES = ["cat", "dog"]
 
 def _manifest() -> bytes:
     shard = {"name": "train-000000.tar", "bytes": 4, "clips": 3}
-    content = {"classes": CLASSES, "codec": "mjpeg", "fps": 8.0, "sample_rate_hz": 8000,
+    content = {"format": FORMAT, "classes": CLASSES, "codec": "mjpeg", "fps": 8.0, "sample_rate_hz": 8000,
                "splits": {"train": {"shards": [shard]}}}  # fmt: skip
     return json.dumps(content).encode()
 

@@ -20,6 +20,7 @@ from distav.data.annotations.events import events_table
 from distav.data.annotations.llp import DURATION_S
 from distav.data.dataset import EVENTS, member_extensions
 from distav.data.files import write_table
+from distav.data.manifest import FORMAT
 from distav.data.preparation.annotated_videos import EventSource, SourceInfo
 from distav.data.preparation.encode_workers import EncodedClip, ChunkSubset, encode_all, finished
 from distav.data.preparation.encoding import Encoding
@@ -152,7 +153,7 @@ def _assemble(
                 splits[name]["noise"]["cross_class_audio_rate"] = float((true[pair] != true).mean())
     write_index(out, index, members)
     write_table(out / "labels.parquet", _with_truth(pa.concat_tables(labels), plan), work)
-    manifest = {"format": 1, "classes": classes, "clip_s": plan.encoding.clip_s, "splits": splits}
+    manifest = {"format": FORMAT, "classes": classes, "clip_s": plan.encoding.clip_s, "splits": splits}
     if about.streams:
         manifest["streams"] = {name: dataclasses.asdict(each) for name, each in about.streams.items()}
     else:

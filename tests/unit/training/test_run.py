@@ -30,7 +30,7 @@ def settings(tiny_shards: Path, tmp_path: Path):
         ("optim.global_batch=200", "optim.global_batch=200: the training split has 96 samples"),
         (
             "phases.correction.num_neighbors=[96]",
-            r"phases.correction.num_neighbors=\[96\]: all are too many .* up to 95",
+            r"phases.correction.num_neighbors=\[96\]: every value is too large .* at most 95",
         ),
         ("data.train_split=tran", "Did you mean 'train'"),
         ("data.test_split=tset", "data.test_split=tset .* Did you mean 'test'"),
