@@ -1,4 +1,4 @@
-"""What is done about numbers gone wrong: steps skipped, a run stopped, a spike of the loss rolled back."""
+"""Handling of non-finite losses and gradients, and of loss spikes."""
 
 import statistics
 from collections import deque
@@ -13,81 +13,96 @@ from distav.distributed.collectives import all_gather_objects, all_reduce_sum_, 
 from distav.training.run import Run
 
 Losses = dict[str, Tensor]
-"""Scalars by name; `loss` is the one that is minimised, the others are its parts and are logged."""
+"""Scalars by name: `loss`, which is minimized, and its logged parts."""
 
-REMEMBERED, FEWEST = 50, 20
-"""Losses that a spike is told by, and the fewest of them."""
+WINDOW, MIN_WINDOW = 50, 20
+"""Number of recent losses whose median a spike is compared with, and the number below which nothing is a spike."""
 
 
 class AnomalyGuard:
-    """Looks at each step's loss; all ranks see the same."""
+    """Checks the loss of each step of a phase; all ranks come to the same result."""
 
     def __init__(self, run: Run, name: str):
         self.run, self.name = run, name
-        self.in_a_row = 0
-        self.recent: deque[float] = deque(maxlen=REMEMBERED)
+        self._consecutive_skips = 0
+        self._recent_losses: deque[float] = deque(maxlen=WINDOW)
 
-    def passed(self) -> None:
-        """Note a step that was sound."""
-        self.in_a_row = 0
+    def record_success(self) -> None:
+        """Record a step that updated the weights."""
+        self._consecutive_skips = 0
 
-    def skip(self, parts: Sequence[tuple[Batch, Losses]]) -> None:
-        """Tell of a step that left the weights as they were, since its loss or gradient was not finite.
+    def record_skip(self, micro_batches: Sequence[tuple[Batch, Losses]]) -> None:
+        """Log a step that was skipped because its loss or gradient was not finite.
+
+        Args:
+            micro_batches: batches and losses of the step.
 
         Raises:
-            UserError: on every rank, after `run.max_consecutive_skipped_steps` in a row.
+            UserError: on all ranks, after `run.max_consecutive_skipped_steps` skipped steps in a row.
         """
         run = self.run
-        wrong = [batch.ids[batch.valid].tolist() for batch, each in parts if not bool(torch.isfinite(each["loss"]))]
-        ids = sorted({sample for rank in all_gather_objects(wrong) for some in rank for sample in some})
-        self.in_a_row += 1
         run.state.report.skipped_steps += 1
+        self._consecutive_skips += 1
         run.logger.log_metrics(run.progress.total_steps, {"train/skipped_steps": run.state.report.skipped_steps})
-        what = "the gradient is not finite"
+        ids = _samples_with_non_finite_loss(micro_batches)
+        reason = "the gradient is not finite"
         if ids:
-            what = f"the loss is not finite on {len(ids)} clips, {format_list(run.data.train.keys[ids])}"
+            reason = f"the loss is not finite on {len(ids)} clips, {format_list(run.data.train.keys[ids])}"
         if run.world.is_main:
-            run.logger.warn(f"phase={self.name} step {run.progress.step} is skipped: {what}")
-        if self.in_a_row >= run.settings.run.max_consecutive_skipped_steps:
+            run.logger.warn(f"phase={self.name} step {run.progress.step} skipped: {reason}")
+        if self._consecutive_skips >= run.settings.run.max_consecutive_skipped_steps:
             raise UserError(
-                f"{self.in_a_row} steps in a row of {self.name} were skipped, as many as run.max_consecutive_skipped_steps: "
-                f"{what}. Weights and the last checkpoint are sound; lower optim.lr or optim.grad_clip, or mend clips."
+                f"{self._consecutive_skips} steps in a row of phase {self.name} were skipped, the limit "
+                f"run.max_consecutive_skipped_steps: {reason}. The weights and the last checkpoint are valid. Lower "
+                "optim.lr or optim.grad_clip, or fix the named clips."
             )
 
     def is_loss_spike(self, losses: Sequence[Tensor]) -> bool:
-        """Whether the loss of a step, over all ranks, stands out of the last ones as far as `optim.loss_spike_factor`."""
+        """Whether the mean loss of a step exceeds `optim.loss_spike_factor` times the median of recent steps.
+
+        Args:
+            losses: one scalar per micro-batch.
+        """
         factor = self.run.settings.optim.loss_spike_factor
         if not factor or self.run.engine.skipped:
             return False
         loss = float(all_reduce_sum_(torch.stack(list(losses)).mean()) / get_world_size())
-        usual = statistics.median(self.recent) if len(self.recent) >= FEWEST else float("inf")
-        if loss > factor * usual:
+        enough = len(self._recent_losses) >= MIN_WINDOW
+        median = statistics.median(self._recent_losses) if enough else float("inf")
+        if loss > factor * median:
             if self.run.world.is_main:
                 self.run.logger.warn(
-                    f"phase={self.name} step {self.run.progress.step}: the loss {loss:.3g} is over "
-                    f"optim.loss_spike_factor={factor:g} times the usual {usual:.3g}"
+                    f"phase={self.name} step {self.run.progress.step}: loss {loss:.3g} exceeds "
+                    f"optim.loss_spike_factor={factor:g} times the median {median:.3g}"
                 )
             return True
-        self.recent.append(loss)
+        self._recent_losses.append(loss)
         return False
 
     def reset(self) -> None:
-        """Start anew after the run was rolled back."""
-        self.recent.clear()
-        self.in_a_row = 0
+        """Forget recent losses and skipped steps, after a rollback."""
+        self._recent_losses.clear()
+        self._consecutive_skips = 0
+
+
+def _samples_with_non_finite_loss(micro_batches: Sequence[tuple[Batch, Losses]]) -> list[int]:
+    local = [
+        batch.ids[batch.valid].tolist() for batch, losses in micro_batches if not bool(torch.isfinite(losses["loss"]))
+    ]
+    return sorted({sample for rank in all_gather_objects(local) for batch in rank for sample in batch})
 
 
 def roll_back(run: Run) -> None:
-    """Go back to the last checkpoint of this phase and leave out the batches from there to past the spike.
+    """Restore the last checkpoint of this phase and skip the batches from there to after the loss spike.
 
-    Where there is none in this phase, the run goes on as it is.
+    Without a checkpoint of this phase, training continues with the current weights.
     """
-    now = run.progress
+    spike_step = run.progress.step
     if not run.roll_back():
-        run.logger.warn("there is no checkpoint of this phase to go back to; the run goes on")
+        run.logger.warn("No checkpoint of this phase to roll back to; training continues.")
         return
-    run.progress.skipped_batches += now.step - run.progress.step + run.settings.optim.loss_spike_skip_batches
+    run.progress.skipped_batches += spike_step - run.progress.step + run.settings.optim.loss_spike_skip_batches
     run.logger.info(
-        f"back at step {run.progress.step}; {run.progress.skipped_batches} batches of this phase are left out so far"
+        f"rolled back to step {run.progress.step}; {run.progress.skipped_batches} batches of this phase skipped so far"
     )
     run.save()

@@ -1,16 +1,21 @@
-"""The training loop that all phases with an optimiser share."""
+"""Training loop shared by all phases with an optimizer."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 
+import torch
 from torch import Tensor
 
 from distav.data.pipeline.loader import Batch
+from distav.data.pipeline.sampler import Ids
 from distav.distributed.rendezvous import set_stage
 from distav.training.anomaly_guard import AnomalyGuard, Losses, roll_back
-from distav.training.lr_schedule import learning_rate
+from distav.training.lr_schedule import lr_factor
 from distav.training.run import Run
-from distav.training.step_logger import StepLogger, show_inputs
+from distav.training.step_logger import StepLogger, log_inputs
+
+MicroBatches = list[tuple[Batch, Losses]]
+"""Micro-batches of one step with their detached losses."""
 
 
 def train(
@@ -20,84 +25,113 @@ def train(
     rates: tuple[float, float],
     losses_of: Callable[[Batch, float], Losses],
     begin_epoch: Callable[[int, float], None] | None = None,
-    restart: bool = False,
+    reinitialize: bool = False,
 ) -> None:
-    """Train for some epochs from where the run stands in this phase.
+    """Train to the end of the current phase, from its last checkpoint if the run was restarted.
 
     Args:
         run: the run.
-        name: the phase.
+        name: name of the phase.
         epochs: passes over the training split.
-        rates: learning rates of towers and heads after the warm-up.
-        losses_of: computes the losses of a micro-batch; also gets the progress of the phase, 0..1.
-        begin_epoch: called with the epoch and the progress before its first step.
-        restart: whether the phase begins with new weights and rows.
+        rates: learning rates of towers and heads after the warmup.
+        losses_of: computes the losses of a micro-batch at a progress of the phase, 0..1.
+        begin_epoch: called with the epoch and the progress before the first step of the epoch.
+        reinitialize: whether the phase starts with new weights and bank embeddings.
     """
-    total = epochs * run.sampler(run.progress.phase).steps_per_epoch
-    meter, guard = StepLogger(run, name, total), AnomalyGuard(run, name)
+    loop = TrainingLoop(run, name, epochs, rates, losses_of, begin_epoch)
     while True:
-        if restart and run.progress.step == 0:
+        if reinitialize and run.progress.step == 0:
             run.reinitialize()
-        if train_until_spike(run, total, rates, losses_of, begin_epoch, meter, guard):
+        if loop.train_until_spike():
             return
         roll_back(run)
-        guard.reset()
+        loop.guard.reset()
 
 
-def train_until_spike(
-    run: Run,
-    total: int,
-    rates: tuple[float, float],
-    losses_of: Callable[[Batch, float], Losses],
-    begin_epoch: Callable[[int, float], None] | None,
-    meter: "StepLogger",
-    guard: AnomalyGuard,
-) -> bool:
-    """Train to the end of the phase; returns False where a spike of the loss came before."""
-    order, optim, chosen = run.sampler(run.progress.phase), run.settings.optim, run.settings
-    first, per_epoch = run.progress.step, order.steps_per_epoch
-    places = (step + run.progress.skipped_batches for step in range(first, total))
-    micro = (
-        (ids, place // per_epoch)
-        for place in places
-        for ids in order.micro_batches(place, run.world.rank, run.world.world_size)
-    )
-    run.engine.train()
-    batches = iter(run.loader.batches(micro))
-    try:
-        for step in range(first, total):
-            set_stage(f"{meter.name} step {step + 1}")
-            if begin_epoch and step % per_epoch == 0:
-                begin_epoch(step // per_epoch, step / total)
-            factor = learning_rate((step + 1) / total, optim.warmup_fraction, optim.min_lr_fraction)
-            run.engine.set_lr(rates[0] * factor, rates[1] * factor)
-            parts: list[tuple[Batch, Losses]] = []
-            norm: float | Tensor = 0.0
-            for _ in range(optim.gradient_accumulation_steps):
-                waiting = time.monotonic()
-                batch = next(batches)
-                meter.waited += time.monotonic() - waiting
-                losses = losses_of(batch, step / total)
-                run.engine.backward(losses["loss"])
-                norm = run.engine.step()
-                parts.append((batch, {key: value.detach() for key, value in losses.items()}))
-            run.progress.step += 1
-            run.progress.total_steps += 1
-            if guard.is_loss_spike([each["loss"] for _, each in parts]):
-                return False
-            if run.engine.skipped:
-                guard.skip(parts)
-            else:
-                guard.passed()
-                meter.add([each for _, each in parts])
-            if run.progress.step % chosen.run.log_every == 0 or run.progress.step == total:
-                meter.report(rates[1] * factor, norm)
-            if (run.progress.total_steps - 1) % chosen.monitor.media_every == 0:
-                show_inputs(run, parts[-1][0])
-            if run.progress.step < total:
-                if run.progress.step % chosen.run.checkpoint_every == 0:
-                    run.save()
-                run.stop_if_requested()
-    finally:
-        batches.close()  # pyright: ignore[reportAttributeAccessIssue]
-    return True
+class TrainingLoop:
+    """Optimizer steps of one phase, with logging and checkpoints; arguments as in `train`."""
+
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        epochs: int,
+        rates: tuple[float, float],
+        losses_of: Callable[[Batch, float], Losses],
+        begin_epoch: Callable[[int, float], None] | None,
+    ):
+        self.run, self.name = run, name
+        self.losses_of, self.begin_epoch = losses_of, begin_epoch
+        self.tower_lr, self.head_lr = rates
+        self.sampler = run.sampler(run.progress.phase)
+        self.total_steps = epochs * self.sampler.steps_per_epoch
+        self.logger = StepLogger(run, name, self.total_steps)
+        self.guard = AnomalyGuard(run, name)
+
+    def train_until_spike(self) -> bool:
+        """Train to the end of the phase; returns False if a loss spike ends training before."""
+        run, steps_per_epoch = self.run, self.sampler.steps_per_epoch
+        run.engine.train()
+        batches = self._batches()
+        try:
+            for step in range(run.progress.step, self.total_steps):
+                set_stage(f"{self.name} step {step + 1}")
+                if self.begin_epoch and step % steps_per_epoch == 0:
+                    self.begin_epoch(step // steps_per_epoch, step / self.total_steps)
+                if not self._step(step, batches):
+                    return False
+                if run.progress.step < self.total_steps:
+                    if run.progress.step % run.settings.run.checkpoint_every == 0:
+                        run.save()
+                    run.stop_if_requested()
+        finally:
+            batches.close()
+        return True
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        """Yield this rank's micro-batches of the remaining steps, decoded in the background."""
+        run, steps_per_epoch = self.run, self.sampler.steps_per_epoch
+        first, skipped = run.progress.step, run.progress.skipped_batches
+
+        def plan() -> Iterator[tuple[Ids, int]]:
+            for position in range(first + skipped, self.total_steps + skipped):
+                for ids in self.sampler.micro_batches(position, run.world.rank, run.world.world_size):
+                    yield ids, position // steps_per_epoch
+
+        yield from run.loader.batches(plan())
+
+    def _step(self, step: int, batches: Iterator[Batch]) -> bool:
+        """Do one optimizer step and log it; returns False if its loss is a spike."""
+        run, optim = self.run, self.run.settings.optim
+        factor = lr_factor((step + 1) / self.total_steps, optim.warmup_fraction, optim.min_lr_fraction)
+        run.engine.set_lr(self.tower_lr * factor, self.head_lr * factor)
+        micro_batches, grad_norm = self._accumulate(step, batches)
+        run.progress.step += 1
+        run.progress.total_steps += 1
+        losses = [micro_losses for _, micro_losses in micro_batches]
+        if self.guard.is_loss_spike([micro_losses["loss"] for micro_losses in losses]):
+            return False
+        if run.engine.skipped:
+            self.guard.record_skip(micro_batches)
+        else:
+            self.guard.record_success()
+            self.logger.add(losses)
+        if run.progress.step % run.settings.run.log_every == 0 or run.progress.step == self.total_steps:
+            self.logger.log(self.head_lr * factor, grad_norm)
+        if (run.progress.total_steps - 1) % run.settings.monitor.media_every == 0:
+            log_inputs(run, micro_batches[-1][0])
+        return True
+
+    def _accumulate(self, step: int, batches: Iterator[Batch]) -> tuple[MicroBatches, Tensor]:
+        """Accumulate the gradients of a step and update the weights; returns its micro-batches and gradient norm."""
+        engine, grad_norm = self.run.engine, torch.zeros(())
+        micro_batches: MicroBatches = []
+        for _ in range(self.run.settings.optim.gradient_accumulation_steps):
+            wait_started = time.monotonic()
+            batch = next(batches)
+            self.logger.data_wait_s += time.monotonic() - wait_started
+            losses = self.losses_of(batch, step / self.total_steps)
+            engine.backward(losses["loss"])
+            grad_norm = engine.step()
+            micro_batches.append((batch, {name: value.detach() for name, value in losses.items()}))
+        return micro_batches, grad_norm

@@ -1,11 +1,17 @@
-"""Learning rate schedule."""
+"""Learning rate schedule: linear warmup, then cosine decay."""
 
 import math
 
 
-def learning_rate(progress: float, warmup: float, floor: float) -> float:
-    """Return the factor on the learning rate: a linear rise, then a cosine down to `floor`; progress is 0..1."""
-    if progress < warmup:
-        return progress / warmup
-    done = (progress - warmup) / max(1 - warmup, 1e-9)
-    return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+def lr_factor(progress: float, warmup_fraction: float, min_fraction: float) -> float:
+    """Return the factor on the learning rate at a progress of the phase, 0..1.
+
+    Args:
+        progress: fraction of the steps done.
+        warmup_fraction: fraction of the steps with linear warmup.
+        min_fraction: factor at the end of the cosine decay.
+    """
+    if progress < warmup_fraction:
+        return progress / warmup_fraction
+    decay = (progress - warmup_fraction) / max(1 - warmup_fraction, 1e-9)
+    return min_fraction + (1 - min_fraction) * (1 + math.cos(math.pi * min(1.0, decay))) / 2

@@ -123,8 +123,8 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def clock(seconds: float) -> str:
-    """Return a time span as 1:02:03 or 02:03."""
-    whole = max(0, round(seconds)) if math.isfinite(seconds) else 0
-    hours, rest = divmod(whole, 3600)
+def format_duration(seconds: float) -> str:
+    """Return a duration as 1:02:03 or 02:03."""
+    total = max(0, round(seconds)) if math.isfinite(seconds) else 0
+    hours, rest = divmod(total, 3600)
     return (f"{hours}:" if hours else "") + f"{rest // 60:02d}:{rest % 60:02d}"

@@ -1,7 +1,7 @@
 """A training run: config, data, engine, memory bank, checkpoints and progress."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,7 +180,7 @@ class Run:
 
     def iter_outputs(
         self, split: Split, batches: Sequence[Ids], quarantine: Quarantine | None = None, **options: bool
-    ) -> Iterator[tuple[Ids, Batch, dict[str, Tensor]]]:
+    ) -> Generator[tuple[Ids, Batch, dict[str, Tensor]], None, None]:
         """Yield ids, batch and outputs of one pass in evaluation mode; the engine is in training mode afterwards.
 
         Args:

@@ -8,72 +8,85 @@ from torch import Tensor
 from distav.data.pipeline.loader import Batch
 from distav.distributed.collectives import all_reduce_sum_, get_world_size
 from distav.training.anomaly_guard import Losses
-from distav.training.metric_logger import clock, peak_memory_gib
+from distav.training.metric_logger import format_duration, peak_memory_gib
 from distav.training.run import Run
 
 
-def show_inputs(run: Run, batch: Batch) -> None:
-    """Put some clips of a batch, as fed to the model, on TensorBoard."""
-    some = run.settings.monitor.media_clips
-    if run.world.is_main and some and "frames" in batch.media:
-        frames, sound = (batch.media[name][:some] for name in ("frames", "audio"))
-        # Called past its hooks, which at ZeRO-3 expect every rank.
-        spectrogram = run.engine.model.get_submodule("audio.front").forward(sound)
+def log_inputs(run: Run, batch: Batch) -> None:
+    """Log the first clips of a batch to TensorBoard, as the network receives them."""
+    num_clips = run.settings.monitor.media_clips
+    if run.world.is_main and num_clips and "frames" in batch.media:
+        frames, audio = (batch.media[name][:num_clips] for name in ("frames", "audio"))
+        # Calling the module itself would run ZeRO-3's hooks, which wait for all ranks.
+        spectrogram = run.engine.model.get_submodule("audio.front_end").forward(audio)
         rate = run.data.train.sample_rate_hz
-        run.logger.media(frames, sound, spectrogram, rate, run.progress.total_steps)
+        run.logger.media(frames, audio, spectrogram, rate, run.progress.total_steps)
 
 
 class StepLogger:
-    """Gathers what is told about the steps since the last line."""
+    """Averages losses and times over the steps between two console lines of a phase.
 
-    def __init__(self, run: Run, name: str, total: int):
-        self.run, self.name, self.total = run, name, total
-        self.began = time.monotonic()
-        self.first = run.progress.step
+    Attributes:
+        data_wait_s: seconds that training waited for batches since the last line; the loop adds to it.
+    """
+
+    def __init__(self, run: Run, name: str, total_steps: int):
+        self.run, self.name, self.total_steps = run, name, total_steps
+        self._started, self._first_step = time.monotonic(), run.progress.step
         self._reset()
 
     def _reset(self) -> None:
-        self.since, self.waited, self.parts = time.monotonic(), 0.0, []
+        self._line_started, self.data_wait_s = time.monotonic(), 0.0
+        self._losses: list[Losses] = []
 
-    def add(self, parts: list[Losses]) -> None:
-        """Note the losses of a step's micro-batches."""
-        self.parts += parts
+    def add(self, losses: list[Losses]) -> None:
+        """Add the losses of a step, one entry per micro-batch."""
+        self._losses += losses
 
-    def report(self, lr: float, norm: float | Tensor) -> None:
-        """Write a line, averaged over ranks and over the steps since the last one.
+    def log(self, lr: float, grad_norm: Tensor) -> None:
+        """Log the means over ranks and over the steps since the last call.
 
-        The CPU waits here for the GPU, and nowhere else in a step: values that are logged stay tensors until now.
+        This is the only place in a step where the CPU waits for the GPU: logged values stay tensors until here.
         """
-        run, norm = self.run, float(norm)
-        if not self.parts:  # All steps were skipped, and told.
+        run, norm = self.run, float(grad_norm)
+        if not self._losses:  # All steps were skipped; the anomaly guard has logged them.
             return
-        keys = list(self.parts[0])
-        means = torch.stack([torch.stack([part[key].float() for part in self.parts]).mean() for key in keys])
-        means = all_reduce_sum_(means) / get_world_size()
-        values = dict(zip(keys, means.tolist(), strict=True))
-        elapsed = max(time.monotonic() - self.since, 1e-9)
-        steps = len(self.parts) / run.settings.optim.gradient_accumulation_steps
-        rate = steps * run.settings.optim.global_batch / elapsed
-        wait = 100 * self.waited / elapsed
-        bad = len(run.enforce_quarantine_limit())
-        memory = peak_memory_gib(run.world.device)
-        done = run.progress.step
-        remaining = (time.monotonic() - self.began) / max(1, done - self.first) * (self.total - done)
-        extra = " ".join(f"{key}={value:.3f}" for key, value in values.items() if key != "loss")
-        run.logger.info(
-            f"step {done}/{self.total} phase={self.name} loss={values['loss']:.3f} {extra} lr={lr:.1e} grad_norm={norm:.2f} "
-            f"data_wait={wait:.0f}% {rate:.0f} clips/s {memory:.1f}GiB"
-            + (f" quarantined={bad}" if bad else "")
-            + f" eta {clock(remaining)}"
-        )
-        scalars = {f"train/{key}": value for key, value in values.items()}
-        scalars |= {
+        losses = self._mean_losses()
+        elapsed_s = max(time.monotonic() - self._line_started, 1e-9)
+        steps = len(self._losses) / run.settings.optim.gradient_accumulation_steps
+        scalars = {
+            **{f"train/{name}": value for name, value in losses.items()},
             "train/lr": lr,
             "train/grad_norm": norm,
-            "time/clips_per_s": rate,
-            "time/data_wait_pct": wait,
-            "memory/peak_gib": memory,
-            "data/quarantined_samples": bad,
+            "time/clips_per_s": steps * run.settings.optim.global_batch / elapsed_s,
+            "time/data_wait_pct": 100 * self.data_wait_s / elapsed_s,
+            "memory/peak_gib": peak_memory_gib(run.world.device),
+            "data/quarantined_samples": len(run.enforce_quarantine_limit()),
         }
-        run.logger.log_metrics(run.progress.total_steps, {"phase": self.name, "phase_step": done, **scalars})
+        run.logger.info(self._line(losses, scalars))
+        record = {"phase": self.name, "phase_step": run.progress.step, **scalars}
+        run.logger.log_metrics(run.progress.total_steps, record)
         self._reset()
+
+    def _mean_losses(self) -> dict[str, float]:
+        names = list(self._losses[0])
+        means = [torch.stack([losses[name].float() for losses in self._losses]).mean() for name in names]
+        totals = all_reduce_sum_(torch.stack(means)) / get_world_size()
+        return dict(zip(names, totals.tolist(), strict=True))
+
+    def _line(self, losses: dict[str, float], scalars: dict[str, float]) -> str:
+        step = self.run.progress.step
+        seconds_per_step = (time.monotonic() - self._started) / max(1, step - self._first_step)
+        fields = [
+            f"step {step}/{self.total_steps} phase={self.name}",
+            *(f"{name}={value:.3f}" for name, value in losses.items()),
+            f"lr={scalars['train/lr']:.1e}",
+            f"grad_norm={scalars['train/grad_norm']:.2f}",
+            f"data_wait={scalars['time/data_wait_pct']:.0f}%",
+            f"{scalars['time/clips_per_s']:.0f} clips/s",
+            f"{scalars['memory/peak_gib']:.1f}GiB",
+        ]
+        if scalars["data/quarantined_samples"]:
+            fields.append(f"quarantined={scalars['data/quarantined_samples']}")
+        fields.append(f"eta {format_duration(seconds_per_step * (self.total_steps - step))}")
+        return " ".join(fields)

@@ -28,7 +28,7 @@ def _poison(steps: range, where: str) -> None:
 
     def backward(self: Engine, loss):
         if calls[0] in steps and where == "gradient":
-            self.model.get_parameter("visual.net.gather.weight").register_hook(lambda grad: grad * torch.inf)
+            self.model.get_parameter("visual.net.project.weight").register_hook(lambda grad: grad * torch.inf)
         plain_backward(self, loss * 1000 if calls[0] in steps and where == "spike" else loss)
 
     Engine.__call__, Engine.backward = call, backward
@@ -50,8 +50,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_leaves_nothing(tiny_shards: Pa
     team = Team(2, given, tmp_path / "logs", nan_at_3_and_14)
     assert team.end() == [0, 0], team.said()[-6000:]
     said = team.logs[0].read_text()
-    assert re.search(r"phase=contrastive step 3 is skipped: the loss is not finite on 24 clips, \w+", said)
-    assert "phase=hybrid step 2 is skipped" in said
+    assert re.search(r"phase=contrastive step 3 skipped: the loss is not finite on 24 clips, \w+", said)
+    assert "phase=hybrid step 2 skipped" in said
     assert sorted(losses_by_step(tmp_path / "tiny")) == [step for step in range(1, 21) if step not in (3, 14)]
     for path in last_checkpoint(tmp_path / "tiny").glob("*.safetensors"):
         for name, values in safetensors.torch.load_file(path).items():
@@ -67,7 +67,7 @@ def test_too_many_steps_in_a_row_stop_the_run_with_the_reason(tiny_shards: Path,
     given = arguments(tmp_path, tiny_shards, "run.max_consecutive_skipped_steps=3")
     team = Team(2, given, tmp_path / "logs", nan_from_3_on)
     assert team.end() == [1, 1]
-    assert "3 steps in a row of contrastive were skipped, as many as run.max_consecutive_skipped_steps" in team.said()
+    assert "3 steps in a row of phase contrastive were skipped, the limit run.max_consecutive_skipped_steps" in team.said()
     run_whole(2, given, tmp_path / "again")  # The last checkpoint is sound.
 
 
@@ -105,8 +105,8 @@ def test_a_spike_rolls_the_run_back_and_leaves_batches_out(tiny_shards: Path, tm
     team = Team(2, given, tmp_path / "logs", jump_after_30)
     assert team.end() == [0, 0], team.said()[-6000:]
     said = team.logs[0].read_text()
-    assert "step 30: the loss" in said and "over optim.loss_spike_factor=5 times the usual" in said
-    assert "back at step 24; 10 batches of this phase are left out so far" in said
+    assert "step 30: loss" in said and "exceeds optim.loss_spike_factor=5 times the median" in said
+    assert "rolled back to step 24; 10 batches of this phase skipped so far" in said
     steps = [each["phase_step"] for each in records(tmp_path / "tiny") if each.get("phase") == "contrastive"
              and "phase_step" in each]  # fmt: skip
     assert steps == [*range(1, 30), *range(25, 41)]

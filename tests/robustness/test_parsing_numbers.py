@@ -36,7 +36,7 @@ def test_a_parsing_step_that_is_not_finite_is_skipped(tmp_path: Path):
     assert team.end() == [0, 0], team.said()[-6000:]
     said = team.logs[0].read_text()
     for step in (3, 14):
-        assert re.search(rf"phase=parse step {step} is skipped: the loss is not finite on 8 clips, \w+", said)
+        assert re.search(rf"phase=parse step {step} skipped: the loss is not finite on 8 clips, \w+", said)
     run = tmp_path / "han"
     assert sorted(losses_by_step(run)) == [step for step in range(1, 19) if step not in (3, 14)]
     assert [each["train/skipped_steps"] for each in records(run) if "train/skipped_steps" in each] == [1, 2]

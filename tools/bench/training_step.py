@@ -19,7 +19,7 @@ from distav.data.pipeline.loader import Batch
 from distav.distributed.process_group import process_group
 from distav.memory.bank import Bank
 from distav.models.av_model import AVModel, parameter_groups
-from distav.training.lr_schedule import learning_rate
+from distav.training.lr_schedule import lr_factor
 from distav.training.phases.contrastive import contrastive_losses
 from distav.training.run import Run, open_run
 from tools.bench.loader import make_clips
@@ -121,13 +121,13 @@ def _measure(results: Results, setting: Setting, settings: Config, whole: Run, d
     classes, rate = len(whole.data.shards.classes), whole.data.train.sample_rate_hz
     # Counted apart from the step, since counters refuse the fused attention over the bank.
     operations = count_operations(settings, rate, classes, batches[0])
-    results.note("operations of a step, encoders and heads", operations / 1e9, "GFLOP")
+    results.add_value("operations of a step, encoders and heads", operations / 1e9, "GFLOP")
     losses = contrastive_losses(whole, phase)
     whole.engine.train()
 
     def ours() -> None:
         for number, batch in enumerate(batches):
-            rate = settings.optim.lr * learning_rate(number / 100, 0.1, 0.0)
+            rate = settings.optim.lr * lr_factor(number / 100, 0.1, 0.0)
             whole.engine.set_lr(rate, rate)
             found = losses(batch, 0.5)
             whole.engine.backward(found["loss"])
@@ -136,7 +136,7 @@ def _measure(results: Results, setting: Setting, settings: Config, whole: Run, d
     if device.type == "cuda":  # Before there is another model.
         torch.cuda.reset_peak_memory_stats(device)
         ours()
-        results.note("peak memory of the GPU", torch.cuda.max_memory_allocated(device) / 2**30, "GiB")
+        results.add_value("peak memory of the GPU", torch.cuda.max_memory_allocated(device) / 2**30, "GiB")
     engine = BareEngine(settings, lambda: AVModel(settings.model, settings.data, rate, classes), device)
     bank = Bank(
         len(whole.data.train),
@@ -156,12 +156,12 @@ def _measure(results: Results, setting: Setting, settings: Config, whole: Run, d
 
     seconds = setting.interleaved({"distav": ours, "bare PyTorch loop": by_hand})
     work = len(batches) * settings.optim.global_batch
-    results.times(seconds, {name: (work, "clips/s") for name in seconds})
-    results.ratio("distav / bare PyTorch loop", (seconds["distav"], seconds["bare PyTorch loop"]), "<= 1.05")
+    results.add_times(seconds, {name: (work, "clips/s") for name in seconds})
+    results.add_ratio("distav / bare PyTorch loop", (seconds["distav"], seconds["bare PyTorch loop"]), "<= 1.05")
     peak = matmul_rate(setting, device)
-    results.note("rate of a square matrix product", peak / 1e9, "GFLOP/s")
+    results.add_value("rate of a square matrix product", peak / 1e9, "GFLOP/s")
     share = operations * len(batches) / results.figures["distav"]["median_s"] / peak
-    results.ratio("rate of a step / rate of a matrix product", share, ">= 0.4" if device.type == "cuda" else "")
+    results.add_ratio("rate of a step / rate of a matrix product", share, ">= 0.4" if device.type == "cuda" else "")
 
 
 def count_operations(settings: Config, sample_rate_hz: int, num_classes: int, batch: Batch) -> int:

@@ -1,0 +1,22 @@
+"""Check of the names of components in a configuration: contrastive objectives, classification losses and towers."""
+
+from distav.config.phases import ContrastivePhase, SupervisedPhase
+from distav.config.schema import Config
+from distav.losses.classification import CLASSIFICATION_LOSSES
+from distav.losses.contrastive_objectives import select_objective
+
+
+def validate_names(config: Config) -> None:
+    """Check that all components that a configuration names exist, and that objectives accept their settings.
+
+    Loading a configuration cannot check this, since the registries of the components are in packages above it.
+
+    Raises:
+        UserError: naming the key, its value, what is allowed and the nearest valid name.
+    """
+    for name, phase in config.phases.items():
+        key = f"phases.{name}"
+        if isinstance(phase, ContrastivePhase):
+            select_objective(phase, key).validate(phase, key)
+        if isinstance(phase, SupervisedPhase):
+            CLASSIFICATION_LOSSES.select(phase.loss, f"{key}.loss")
