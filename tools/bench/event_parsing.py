@@ -23,11 +23,12 @@ from distav.data.annotations.llp import CLASSES, DURATION_S, VIDEOS, read_llp
 from distav.data.dataset import ShardedDataset
 from distav.data.files import write_atomically, write_table
 from distav.data.modalities import MODALITIES
-from distav.data.preparation.annotated_videos import EventSource
+from distav.data.preparation.annotated_videos import FeatureFolder
 from distav.data.preparation.builder import BuildConfig, build_dataset
 from distav.data.preparation.encoding import Encoding
+from distav.data.preparation.llp import LLPSource
 from distav.evaluation.event_metrics import event_metrics
-from tools.bench.timing import machine
+from distav.training.environment import machine
 
 ROOT = Path(__file__).parents[2]
 WIDTH, BACKGROUNDS = 64, 15
@@ -117,9 +118,12 @@ def prepare(annotations: Path, work: Path, seed: int) -> Path:
         for name, video in zip(told[split].names, values, strict=True):
             for modality, each in zip(MODALITIES, video, strict=True):
                 np.save(folder / modality / f"{name}.npy", each)
-    streams = tuple((modality, f"{modality}_features", folder / modality) for modality in MODALITIES)
+    streams = tuple(FeatureFolder(modality, f"{modality}_features", folder / modality) for modality in MODALITIES)
     build_dataset(
-        EventSource("llp", annotations, features=streams), folder / "shards", BuildConfig(Encoding(clip_s=DURATION_S)), 2
+        LLPSource(annotations, features=streams),
+        folder / "shards",
+        BuildConfig(Encoding(clip_s=DURATION_S)),
+        2,
     )
     _harvest(folder, world, dict(zip(told["train"].names, events["train"], strict=True)), rng)
     return folder

@@ -1,39 +1,39 @@
-"""LLP and AVE: ten-second videos of which people told what is heard and seen, as clips or as features of them."""
+"""Datasets of annotated videos with published event labels, stored as clips or as features."""
 
+import argparse
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from distav.config.errors import UserError, format_list
-from distav.data.annotations.ave import read_ave
-from distav.data.annotations.llp import CLASSES, VIDEOS, read_llp
 from distav.data.modalities import MODALITIES, STREAM_NAME, FeatureStream
 from distav.data.pipeline.features import decode_features, read_header
 from distav.data.pipeline.reader import DecodeError
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, Features, RejectedClip
 from distav.data.preparation.media_decoding import decode_clips
+from distav.data.preparation.source import SourceInfo
 
-ID_LENGTH = 11
-"""Characters of a YouTube id, by which LLP's feature files are named."""
-VIDEOS_OF = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".flv", ".m4v", ".mpg", ".mpeg", ".3gp", ".ts", ".wmv")
+YOUTUBE_ID_LENGTH = 11
+"""Characters of a YouTube id; published feature files are named after it."""
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".flv", ".m4v", ".mpg", ".mpeg", ".3gp", ".ts", ".wmv")
 _HEADER_BYTES = 512
-AVE_SPLITS = {"train": "trainSet.txt", "val": "valSet.txt", "test": "testSet.txt"}
 
 
 @dataclass(frozen=True)
-class Annotation:
-    """What was told of one video.
+class VideoAnnotation:
+    """The annotation of one video.
 
     Attributes:
-        name: of the video.
-        split: that it belongs to.
-        classes: numbers of what occurs in it.
-        events: [2, T, C] bool, heard and seen; None where nobody told.
+        name: name of the video.
+        split: name of its split.
+        classes: indices of the classes that occur in it.
+        events: [2, T, C] bool, audio and visual events by second; None where they are not annotated.
     """
 
     name: str
@@ -43,180 +43,188 @@ class Annotation:
 
 
 @dataclass(frozen=True)
-class SourceInfo:
-    """What a source tells of its samples besides one class each; by default nothing.
+class FeatureFolder:
+    """A directory with one .npy file of features [steps, dim] per video.
 
     Attributes:
-        classes: in the order of their numbers; None for those that occur, sorted.
-        several: whether a sample may have several.
-        events: [2, T, C] bool by split, source and label.
-        streams: features in place of clips.
+        modality: `audio` or `visual`.
+        name: name of the feature stream.
+        folder: the directory.
     """
 
-    classes: list[str] | None = None
-    multi_label: bool = False
-    events: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict[tuple[str, str, str], np.ndarray])
-    streams: dict[str, FeatureStream] = field(default_factory=dict[str, FeatureStream])
+    modality: str
+    name: str
+    folder: Path
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Parse `MODALITY:NAME=DIR`.
+
+        Raises:
+            UserError: for any other text.
+        """
+        stream, _, folder = text.partition("=")
+        modality, _, name = stream.partition(":")
+        if modality not in MODALITIES or not STREAM_NAME.fullmatch(name) or not folder:
+            raise UserError(
+                f"--features {text}: has to be MODALITY:NAME=DIR; MODALITY is one of {format_list(MODALITIES)}, and "
+                "NAME consists of lower-case letters, digits and _."
+            )
+        return cls(modality, name, Path(folder))
+
+    def stream(self) -> FeatureStream:
+        """Return the shape of the features, read from the first file.
+
+        Raises:
+            UserError: if there is no .npy file, or if the first one does not hold [steps, dim].
+        """
+        file = min(self.folder.glob("*.npy"), default=None)
+        if file is None:
+            raise UserError(f"--features {self.modality}:{self.name}={self.folder}: contains no .npy files.")
+        try:
+            with open(file, "rb") as content:
+                shape, _, _ = read_header(content.read(_HEADER_BYTES))
+            steps, dim = shape
+        except (DecodeError, ValueError) as error:
+            raise UserError(
+                f"--features {self.modality}:{self.name}: {file} is not an array [steps, dim] ({error})."
+            ) from None
+        return FeatureStream(self.modality, steps, dim)
 
 
 @dataclass(frozen=True)
-class EventSource:
-    """`llp` and `ave`: a folder of videos, or of features, and the published annotations."""
+class AnnotatedVideos(ABC):
+    """A directory of videos, or directories of features, with published annotations.
 
-    benchmark: str
+    A dataset is a subclass with `name`, `clip_seconds`, `multi_label`, a description and an example for the command
+    line, `read_classes` and `read_annotations`.
+
+    Attributes:
+        annotations: directory of the published annotations.
+        videos: directory of the videos, named by the complete name or by the YouTube id; None if features are given.
+        features: directories of features, at least one per modality.
+    """
+
+    name: ClassVar[str]
+    clip_seconds: ClassVar[float]
+    multi_label: ClassVar[bool]
+
     annotations: Path
     videos: Path | None = None
-    features: tuple[tuple[str, str, Path], ...] = ()
-    """Sense, name and folder of each stream."""
+    features: tuple[FeatureFolder, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.videos is None) == (not self.features):
-            raise UserError(
-                f"{self.benchmark}: give either --videos DIR, or --features MODALITY:NAME=DIR for each stream."
-            )
-        names = [name for _, name, _ in self.features]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise UserError(
-                f"{self.benchmark}: --features names '{twice[0]}' twice; give each stream a name of its own."
-            )
-        missing = set(MODALITIES) - {modality for modality, _, _ in self.features}
+            raise UserError(f"{self.name}: give either --videos DIR, or --features MODALITY:NAME=DIR for each stream.")
+        names = [stream.name for stream in self.features]
+        repeated = [name for name in names if names.count(name) > 1]
+        if repeated:
+            raise UserError(f"{self.name}: --features: two streams are named '{repeated[0]}'; use different names.")
+        missing = set(MODALITIES) - {stream.modality for stream in self.features}
         if self.features and missing:
-            raise UserError(f"{self.benchmark}: --features has none of the modality '{min(missing)}'.")
-        for folder in [self.videos] if self.videos else [folder for _, _, folder in self.features]:
+            raise UserError(
+                f"{self.name}: --features: no stream of the modality '{min(missing)}'; give one for each modality."
+            )
+        for folder in [self.videos] if self.videos else [stream.folder for stream in self.features]:
             if not folder.is_dir():
-                raise UserError(f"{self.benchmark}: {folder}: no such folder.")
+                raise UserError(f"{self.name}: {folder}: no such directory.")
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was read of the annotations does not travel to the workers.
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+        # Worker processes need the fields only, not the cached annotations.
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the directory of annotations, `--videos` and `--features`."""
+        parser.add_argument("annotations", type=Path, metavar="DIR", help="directory of the published annotations")
+        parser.add_argument(
+            "--videos", type=Path, metavar="DIR", help="directory of the videos, named NAME.* or YOUTUBE_ID.*"
+        )
+        parser.add_argument(
+            "--features",
+            action="append",
+            default=[],
+            metavar="MODALITY:NAME=DIR",
+            help="store features instead of videos: directory of .npy files [steps, dim]; repeat for each stream",
+        )
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> Self:
+        """Return the source for parsed options."""
+        return cls(options.annotations, options.videos, tuple(map(FeatureFolder.parse, options.features)))
+
+    @abstractmethod
+    def read_classes(self) -> list[str]:
+        """Return the published class names, in the order of their indices."""
+
+    @abstractmethod
+    def read_annotations(self) -> list[VideoAnnotation]:
+        """Return the annotations of the videos of all splits."""
 
     def candidates(self) -> list[ClipSource]:
-        """Return every annotated video.
+        """Return all annotated videos.
 
         Raises:
-            UserError: for annotations that are missing or broken, or features of which no file can be read.
+            UserError: if annotations are missing or malformed, or if a directory has no readable features.
         """
-        return [ClipSource(each.name, self._label(each), each.split) for each in self._annotated]
+        return [ClipSource(video.name, self._label(video), video.split) for video in self._videos]
 
     def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip | Features]:
         """Decode the first clip of the video, or read its features."""
-        if not self.videos:
-            values = {}
-            for name, stream in self.streams.items():
-                try:
-                    values[name] = decode_features(
-                        _found(self._folder(name), candidate, (".npy",)).read_bytes(), stream
-                    )
-                except (DecodeError, OSError) as error:
-                    raise RejectedClip(f"{name}: {error}") from None
-            yield Features(values)
-        else:
-            yield next(decode_clips(_found(self.videos, candidate, VIDEOS_OF), candidate, encoding))
+        if self.videos:
+            yield next(decode_clips(_find_file(self.videos, candidate, VIDEO_SUFFIXES), candidate, encoding))
+            return
+        values = {}
+        for feature_folder in self.features:
+            name = feature_folder.name
+            try:
+                content = _find_file(feature_folder.folder, candidate, (".npy",)).read_bytes()
+                values[name] = decode_features(content, self._streams[name])
+            except (DecodeError, OSError) as error:
+                raise RejectedClip(f"{name}: {error}") from None
+        yield Features(values)
 
     def info(self) -> SourceInfo:
         """Return classes, events and streams."""
-        events = {(each.split, each.name, self._label(each)): each.events for each in self._annotated}
-        known = {key: value for key, value in events.items() if value is not None}
-        return SourceInfo(self.classes, self.benchmark == "llp", known, self.streams)
+        events = {
+            (video.split, video.name, self._label(video)): video.events
+            for video in self._videos
+            if video.events is not None
+        }
+        return SourceInfo(self._classes, self.multi_label, events, self._streams)
 
     @cached_property
-    def classes(self) -> list[str]:
-        """Names of the classes, as published."""
-        return list(CLASSES) if self.benchmark == "llp" else read_ave(self.annotations / "Annotations.txt").classes
+    def _classes(self) -> list[str]:
+        return self.read_classes()
 
     @cached_property
-    def streams(self) -> dict[str, FeatureStream]:
-        """The shape of each stream, by the first of its files."""
-        found = {}
-        for modality, name, folder in self.features:
-            file = min(folder.glob("*.npy"), default=None)
-            if file is None:
-                raise UserError(f"--features {modality}:{name}={folder}: holds no .npy files.")
-            try:
-                with open(file, "rb") as content:
-                    shape, _, _ = read_header(content.read(_HEADER_BYTES))
-                steps, dim = shape
-            except (DecodeError, ValueError) as error:
-                raise UserError(f"--features {modality}:{name}: {file} does not hold [steps, dim] ({error}).") from None
-            found[name] = FeatureStream(modality, steps, dim)
-        return found
-
-    def _folder(self, stream: str) -> Path:
-        return next(folder for _, name, folder in self.features if name == stream)
-
-    def _label(self, video: Annotation) -> str:
-        return ",".join(self.classes[number] for number in video.classes)
+    def _videos(self) -> list[VideoAnnotation]:
+        return self.read_annotations()
 
     @cached_property
-    def _annotated(self) -> list[Annotation]:
-        return _llp(self.annotations) if self.benchmark == "llp" else _ave(self.annotations)
+    def _streams(self) -> dict[str, FeatureStream]:
+        return {feature_folder.name: feature_folder.stream() for feature_folder in self.features}
+
+    def _label(self, video: VideoAnnotation) -> str:
+        return ",".join(self._classes[index] for index in video.classes)
 
 
-def parse_features(text: str) -> tuple[str, str, Path]:
-    """Read `MODALITY:NAME=DIR`.
+def _find_file(folder: Path, candidate: ClipSource, suffixes: tuple[str, ...]) -> Path:
+    """Return the file of a video, which has its complete name or its YouTube id.
 
     Raises:
-        UserError: for anything else.
+        RejectedClip: if there is none.
     """
-    stream, _, folder = text.partition("=")
-    modality, _, name = stream.partition(":")
-    if modality not in MODALITIES or not STREAM_NAME.fullmatch(name) or not folder:
-        raise UserError(
-            f"--features {text}: write MODALITY:NAME=DIR, with a modality of {format_list(MODALITIES)} and a name of small letters, "
-            "digits and _."
-        )
-    return modality, name, Path(folder)
-
-
-def _found(folder: Path, candidate: ClipSource, suffixes: tuple[str, ...]) -> Path:
-    """Return the file of a video, named in full or by its YouTube id."""
-    files = _files(folder, suffixes)
-    name = files.get(candidate.source) or files.get(candidate.source[:ID_LENGTH])
+    names = _names_by_stem(folder, suffixes)
+    youtube_id = candidate.source[:YOUTUBE_ID_LENGTH]
+    name = names.get(candidate.source) or names.get(youtube_id)
     if name is None:
-        raise RejectedClip(f"missing: no file {candidate.source[:ID_LENGTH]}.* in {folder}")
+        raise RejectedClip(f"missing: no file {youtube_id}.* in {folder}")
     return folder / name
 
 
 @lru_cache(maxsize=8)
-def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """Return the names of the files of these kinds in a folder by what stands before their extension."""
+def _names_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """Return the names of the files with one of these suffixes, by their stem."""
     names = [name for name in sorted(os.listdir(folder), reverse=True) if name.lower().endswith(suffixes)]
     return {Path(name).stem: name for name in names}
-
-
-def _llp(folder: Path) -> list[Annotation]:
-    found = []
-    for split in VIDEOS:
-        told = read_llp(folder, split)
-        for number, name in enumerate(told.names):
-            events = None if told.events is None else told.events[number]
-            found.append(Annotation(name, split, tuple(np.flatnonzero(told.weak[number]).tolist()), events))
-    return found
-
-
-def _ave(folder: Path) -> list[Annotation]:
-    told = read_ave(folder / "Annotations.txt")
-    place = {(name, int(kind)): number for number, (name, kind) in enumerate(zip(told.names, told.weak, strict=True))}
-    found = []
-    for split, file in AVE_SPLITS.items():
-        for kind, name in _ave_rows(folder / file):
-            number = place.get((name, told.classes.index(kind) if kind in told.classes else -1))
-            if number is None:
-                raise UserError(f"{folder / file}: {kind} in {name} is not in Annotations.txt.")
-            seconds = told.segments[number] < len(told.classes)
-            events = np.zeros((len(MODALITIES), len(seconds), len(told.classes)), dtype=bool)
-            events[:, seconds, told.weak[number]] = True
-            found.append(Annotation(name, split, (int(told.weak[number]),), events))
-    return found
-
-
-def _ave_rows(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield class and video of each line of a list, in the form of Annotations.txt."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; AVE comes with {format_list(AVE_SPLITS.values())}.")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        parts = line.split("&")
-        if len(parts) != 5:
-            raise UserError(f"{path}, line {number}: '{line[:80]}' is not of the form of Annotations.txt.")
-        yield parts[0], parts[1]

@@ -1,6 +1,6 @@
-"""A new set from an old one: labels decided anew, clips left out, and every member copied byte by byte.
+"""Copy a dataset with reviewed labels and without removed clips; the members are copied byte by byte.
 
-The train split alone is changed. Clips keep their keys, sources and order; ids run without gaps again.
+Only the training split changes. Clips keep their keys, sources and order; ids are consecutive again.
 """
 
 import hashlib
@@ -21,21 +21,30 @@ from distav.data.preparation.output_dir import (
     WORK,
     BuildResult,
     claim_work_dir,
-    write_manifest,
+    make_recipe,
     read_result,
-    recipe_of,
     write_index,
+    write_manifest,
     write_rejected,
 )
 from distav.data.preparation.review_decisions import ReviewResult, apply_decisions
 from distav.data.preparation.shard_writer import SplitWriter
 
-CHANGED = "train"
+CLEANED_SPLIT = "train"
 
 
 @dataclass(frozen=True)
 class CleaningConfig:
-    """`cleaned SHARDS`: a set, and what is known of its training clips; `decisions` win over `labels`."""
+    """`clean SHARDS`: a dataset and reviews of its training clips; `decisions` take precedence over `labels`.
+
+    Attributes:
+        root: directory of the dataset.
+        decisions: table of a person's decisions.
+        labels: table of a run's corrected labels.
+        min_confidence: confidence from which a corrected label replaces the given label.
+        min_correspondence: correspondence probability below which a clip is removed.
+        shard_samples: samples per shard.
+    """
 
     root: Path
     decisions: Path | None = None
@@ -46,133 +55,140 @@ class CleaningConfig:
 
     def __post_init__(self) -> None:
         if not self.decisions and not self.labels:
-            raise UserError("cleaned: give --decisions FILE, --labels TABLE, or both.")
+            raise UserError("clean: give --decisions FILE, --labels TABLE, or both.")
         for name in ("min_confidence", "min_correspondence"):
             if not 0 <= getattr(self, name) <= 1:
                 option = name.replace("_", "-")
-                raise UserError(f"--{option}={getattr(self, name)}: allowed: from 0 to 1.")
+                raise UserError(f"--{option}={getattr(self, name)}: has to be from 0 to 1.")
         if self.shard_samples < 1:
             raise UserError(f"--shard-samples={self.shard_samples}: has to be 1 or more.")
 
     def digests(self) -> dict[str, str]:
-        """Return what was in the files at hand: SHA-256 by name.
+        """Return the SHA-256 of the manifest and the tables, by argument.
 
         Raises:
-            UserError: where one cannot be read.
+            UserError: if one cannot be read.
         """
         files = {"SHARDS": self.root / "manifest.json", "--decisions": self.decisions, "--labels": self.labels}
-        found = {}
-        for name, path in files.items():
+        digests = {}
+        for argument, path in files.items():
+            if path is None:
+                continue
             try:
-                found |= {name: hashlib.sha256(path.read_bytes()).hexdigest()} if path else {}
+                digests[argument] = hashlib.sha256(path.read_bytes()).hexdigest()
             except OSError as error:
-                raise UserError(f"{name}={path}: {error.strerror}.") from None
-        return found
+                raise UserError(f"{argument}={path}: {error.strerror}.") from None
+        return digests
 
 
-def clean_dataset(cleaning: CleaningConfig, out: Path, workers: int) -> BuildResult:
-    """Write the cleaned set; called again after a kill, it goes on where it was.
+def clean_dataset(config: CleaningConfig, out: Path, workers: int) -> BuildResult:
+    """Write the cleaned dataset, or resume an interrupted run.
 
     Args:
-        cleaning: the set and what is known of it.
-        out: the folder of the new set.
-        workers: tars that are written at a time.
+        config: the dataset and the reviews.
+        out: directory of the new dataset.
+        workers: shards that are written in parallel.
 
     Raises:
-        UserError: for a set of several labels, tables that do not fit it, damaged members, or if no clip is left.
+        UserError: for a multi-label dataset, tables that do not fit it, corrupt members, or if no clip would be kept.
     """
-    shards = ShardedDataset.open(cleaning.root)
+    shards = ShardedDataset.open(config.root)
     if shards.multi_label:
-        raise UserError(f"{cleaning.root}: its clips have several classes each; `cleaned` takes sets of one a clip.")
-    recipe = recipe_of(cleaning, cleaning.digests())
-    if done := read_result(out, recipe):
-        return done
-    train = shards.split(CHANGED, "cleaned: split")
-    options = cleaning.decisions, cleaning.labels, cleaning.min_confidence, cleaning.min_correspondence
-    verdict = apply_decisions(shards, train, *options)
-    if not len(verdict.kept):
-        raise UserError(f"{cleaning.root}: every clip of {CHANGED} would be left out; lower --min-correspondence.")
+        raise UserError(f"{config.root}: the dataset is multi-label; `clean` needs one class per clip.")
+    recipe = make_recipe(config, config.digests())
+    if result := read_result(out, recipe):
+        return result
+    train = shards.split(CLEANED_SPLIT, "clean: split")
+    review = apply_decisions(
+        shards, train, config.decisions, config.labels, config.min_confidence, config.min_correspondence
+    )
+    if not len(review.kept):
+        raise UserError(f"{config.root}: all clips of {CLEANED_SPLIT} would be removed; lower --min-correspondence.")
     claim_work_dir(out / WORK, recipe)
-    write_rejected(out, [_rejected(shards, train, verdict, sample) for sample in sorted(verdict.removed)])
-    manifest = _copy(shards, verdict, out, cleaning.shard_samples, workers)
-    changed = int((verdict.given != verdict.reviewed)[verdict.kept].sum())
-    write_manifest(out, manifest | {"recipe": recipe, "rejected": len(verdict.removed), "num_relabeled": changed})
-    done = read_result(out, recipe)
-    assert done
-    return done
+    write_rejected(out, [_rejected_row(shards, train, review, sample) for sample in sorted(review.removed)])
+    manifest = _copy(shards, review, out, config.shard_samples, workers)
+    num_relabeled = int((review.given != review.reviewed)[review.kept].sum())
+    write_manifest(out, manifest | {"recipe": recipe, "rejected": len(review.removed), "num_relabeled": num_relabeled})
+    result = read_result(out, recipe)
+    assert result
+    return result
 
 
-def _rejected(shards: ShardedDataset, split: Split, verdict: ReviewResult, sample: int) -> dict[str, Any]:
+def _rejected_row(shards: ShardedDataset, split: Split, review: ReviewResult, sample: int) -> dict[str, Any]:
     start = float(split.columns["start_s"][sample])
     return {
         "path": split.columns["source"][sample],
         "start_s": start,
         "end_s": start + float(split.columns["duration_s"][sample]),
-        "label": shards.classes[verdict.given[sample]],
-        "reason": verdict.removed[sample],
+        "label": shards.classes[review.given[sample]],
+        "reason": review.removed[sample],
     }
 
 
-def _copy(shards: ShardedDataset, verdict: ReviewResult, out: Path, shard_samples: int, workers: int) -> dict[str, Any]:
-    """Write tars and tables of every split; returns the manifest."""
+def _copy(shards: ShardedDataset, review: ReviewResult, out: Path, shard_samples: int, workers: int) -> dict[str, Any]:
+    """Write shards and tables of all splits; return the manifest."""
     splits: dict[str, Any] = {}
     index: list[dict[str, Any]] = []
     labels: list[pa.Table] = []
     events: list[pa.Table] = []
-    for name, before in shards.manifest["splits"].items():
+    members: dict[str, str] = {}
+    for name, original in shards.manifest["splits"].items():
         split = shards.split(name)
-        given = verdict.reviewed if name == CHANGED else load_labels(shards, split).given
-        kept = verdict.kept if name == CHANGED else np.arange(len(split))
-        written, rows = _samples(shards, split, kept, out).write(out, shard_samples, workers)
-        splits[name] = {"clips": len(kept), "shards": written}
+        if name == CLEANED_SPLIT:
+            given, kept = review.reviewed, review.kept
+        else:
+            given, kept = load_labels(shards, split).given, np.arange(len(split))
+        members = split.members
+        entries, rows = _split_writer(shards, split, kept, out).write(out, shard_samples, workers)
+        splits[name] = {"clips": len(kept), "shards": entries}
         index += rows
-        table = _labels(shards, split, kept, given, bool(verdict.removed))
+        table = _labels_table(shards, split, kept, given, bool(review.removed))
         labels.append(table)
-        if "noise" in before and "true_label" in table.column_names:
-            pairs = zip(table.column("label").to_pylist(), table.column("true_label").to_pylist(), strict=True)
-            splits[name]["noise"] = {"label_rate": float(np.mean([one != other for one, other in pairs]))}
+        if "noise" in original and "true_label" in table.column_names:
+            splits[name]["noise"] = {"label_rate": _label_noise_rate(table)}
         if name in shards.manifest.get("annotated_splits", ()):
-            events.append(_events(shards, split, kept))
-    write_index(out, index, split.members)
+            events.append(_events_table(shards, split, kept))
+    write_index(out, index, members)
     write_table(out / "labels.parquet", pa.concat_tables(labels), out / WORK)
     if events:
         write_table(out / EVENTS, pa.concat_tables(events), out / WORK)
     return shards.manifest | {"splits": splits}
 
 
-def _samples(shards: ShardedDataset, split: Split, kept: np.ndarray, out: Path) -> SplitWriter:
+def _split_writer(shards: ShardedDataset, split: Split, kept: np.ndarray, out: Path) -> SplitWriter:
+    """Return a writer of the kept clips of a split.
+
+    Raises:
+        UserError: if the clips have different durations.
+    """
     columns, manifest = split.columns, shards.manifest
     rates = {name: manifest[name] for name in ("codec", "fps", "sample_rate_hz") if name in manifest}
     encoding = Encoding(**rates, clip_s=float(columns["duration_s"][0]))
     frames = columns.get("frames", np.array(encoding.num_frames))
     if (columns["duration_s"] != encoding.clip_s).any() or (frames != encoding.num_frames).any():
         raise UserError(
-            f"{split.root}: clips of {split.name} differ in length; make_shards.py does not write such sets."
+            f"{split.root}: clips of {split.name} differ in duration; make_shards.py does not write such datasets."
         )
-    clips = [_stored(split, sample) for sample in kept.tolist()]
-    keys = split.keys[kept].tolist()
-    donors = np.arange(len(kept))
     return SplitWriter(
-        split.name,
-        keys,
-        clips,
-        donors,
-        split.members,
-        frozenset(),
-        encoding,
+        split=split.name,
+        keys=split.keys[kept].tolist(),
+        clips=[_stored_clip(split, sample) for sample in kept.tolist()],
+        audio_source=np.arange(len(kept)),
+        members=split.members,
+        audio_members=frozenset(),
+        encoding=encoding,
         folder=Path(split.root),
         scratch=out / WORK,
     )
 
 
-def _stored(split: Split, sample: int) -> EncodedClip:
-    """Return where the members of a sample lie in the old set."""
-
-    def place(member: str) -> tuple[int, int, int]:
-        offset, size, crc32 = (int(split.columns[f"{member}_{each}"][sample]) for each in ("offset", "bytes", "crc32"))
-        return offset, size, crc32
-
+def _stored_clip(split: Split, sample: int) -> EncodedClip:
+    """Return the positions of the members of a sample in the original dataset."""
     columns = split.columns
+    members = {}
+    for member in split.members:
+        offset, size = int(columns[f"{member}_offset"][sample]), int(columns[f"{member}_bytes"][sample])
+        members[member] = offset, size, int(columns[f"{member}_crc32"][sample])
     return EncodedClip(
         file=split.shards[int(columns["shard"][sample])].name,
         source=columns["source"][sample],
@@ -181,23 +197,34 @@ def _stored(split: Split, sample: int) -> EncodedClip:
         start_s=float(columns["start_s"][sample]),
         width=int(columns["width"][sample]) if "width" in columns else 0,
         height=int(columns["height"][sample]) if "height" in columns else 0,
-        members={member: place(member) for member in split.members},
+        members=members,
     )
 
 
-def _labels(shards: ShardedDataset, split: Split, kept: np.ndarray, given: np.ndarray, fewer: bool) -> pa.Table:
-    """Return the rows of labels.parquet; `pair_id` names ids of before, and goes where they have changed."""
+def _labels_table(
+    shards: ShardedDataset, split: Split, kept: np.ndarray, given: np.ndarray, clips_removed: bool
+) -> pa.Table:
+    """Return the rows of labels.parquet; `pair_id` refers to the original ids, and is dropped if they change."""
     table = shards.table("labels.parquet", split.name).take(kept)
-    names = np.array(shards.classes, dtype=object)[given[kept]]
-    for column, values in (("id", pa.array(np.arange(len(kept)))), ("label", pa.array(names, pa.string()))):
-        table = table.set_column(table.column_names.index(column), column, values)
-    return table.drop_columns(["pair_id"]) if fewer and "pair_id" in table.column_names else table
+    labels = np.array(shards.classes, dtype=object)[given[kept]]
+    table = _set_column(table, "id", pa.array(np.arange(len(kept))))
+    table = _set_column(table, "label", pa.array(labels, pa.string()))
+    return table.drop_columns(["pair_id"]) if clips_removed and "pair_id" in table.column_names else table
 
 
-def _events(shards: ShardedDataset, split: Split, kept: np.ndarray) -> pa.Table:
+def _label_noise_rate(table: pa.Table) -> float:
+    labels, true_labels = table.column("label").to_pylist(), table.column("true_label").to_pylist()
+    return float(np.mean([label != true_label for label, true_label in zip(labels, true_labels, strict=True)]))
+
+
+def _events_table(shards: ShardedDataset, split: Split, kept: np.ndarray) -> pa.Table:
+    """Return the rows of events.parquet of the kept clips, with their new ids."""
     table = shards.table(EVENTS, split.name)
-    new = np.full(len(split), -1)
-    new[kept] = np.arange(len(kept))
-    ids = new[table.column("id").to_numpy()]
-    place = table.column_names.index("id")
-    return table.set_column(place, "id", pa.array(ids)).filter(pa.array(ids >= 0))
+    new_ids = np.full(len(split), -1)
+    new_ids[kept] = np.arange(len(kept))
+    ids = new_ids[table.column("id").to_numpy()]
+    return _set_column(table, "id", pa.array(ids)).filter(pa.array(ids >= 0))
+
+
+def _set_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, values)

@@ -1,5 +1,6 @@
-"""AV-Digits: handwritten digits (MNIST) that move, with spoken digits (FSDD) as their sound."""
+"""AV-Digits: moving handwritten digits (MNIST) with spoken digits (FSDD) as their audio."""
 
+import argparse
 import gzip
 import io
 import re
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar, Self
 
 import numpy as np
 import soundfile
@@ -25,11 +27,19 @@ _RECORDING = re.compile(r"(\d)_(\w+)_(\d+)\.wav$")
 
 @dataclass(frozen=True)
 class DigitsSource:
-    """`digits`: every recording with an image of its digit that no other clip shows.
+    """`digits`: each recording with an image of its digit that no other clip uses.
 
-    Recordings with index 0-4 are the official test set of FSDD; each is shown with ten images, since pictures are
-    plentiful. With a speaker held out, only that speaker is tested on, and is not heard in training.
+    Recordings with index 0-4 are the official test set of FSDD; each is combined with ten images, since there are more
+    images than recordings. If a speaker is held out, the test split has this speaker only, and the training split does
+    not have this speaker.
     """
+
+    description: ClassVar[str] = "Combine handwritten digits (MNIST) with spoken digits (FSDD)."
+    example: ClassVar[str] = (
+        "make_shards.py digits shards/digits --images t10k-images-idx3-ubyte.gz "
+        "--image-labels t10k-labels-idx1-ubyte.gz --recordings recordings/ --label-noise symmetric:0.6"
+    )
+    default_encoding: ClassVar[Encoding] = Encoding(short_side=32, clip_s=1.0, sample_rate_hz=8000)
 
     images: Path
     image_labels: Path
@@ -38,8 +48,34 @@ class DigitsSource:
     hold_out_speaker: str = ""
     seed: int = 0
 
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the files of MNIST and FSDD, `--degrade` and `--hold-out-speaker`."""
+        add = parser.add_argument
+        add("--images", type=Path, required=True, help="MNIST idx3 file, plain or gzipped")
+        add("--image-labels", type=Path, required=True, help="MNIST idx1 file, plain or gzipped")
+        add("--recordings", type=Path, required=True, help="directory or tar archive of DIGIT_SPEAKER_INDEX.wav")
+        add(
+            "--degrade",
+            action="store_true",
+            help="occlude the digit, reduce the contrast, add noise to video and audio",
+        )
+        add("--hold-out-speaker", default="", metavar="NAME", help="use this speaker in the test split only")
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> Self:
+        """Return the source for parsed options."""
+        return cls(
+            options.images,
+            options.image_labels,
+            options.recordings,
+            options.degrade,
+            options.hold_out_speaker,
+            options.seed,
+        )
+
     def candidates(self) -> list[ClipSource]:
-        """Pair every recording with images of its digit.
+        """Return each recording with images of its digit.
 
         Raises:
             UserError: for files that are not MNIST idx files or spoken-digit recordings, or too few images.
@@ -53,7 +89,7 @@ class DigitsSource:
         speakers = sorted({match[2] for match in matches})
         if self.hold_out_speaker and self.hold_out_speaker not in speakers:
             raise UserError(f"--hold-out-speaker={self.hold_out_speaker}: allowed: {format_list(speakers)}.")
-        found = []
+        candidates = []
         for match in matches:
             digit, held_out = int(match[1]), match[2] == self.hold_out_speaker
             test = int(match[3]) < TEST_INDEX_BELOW
@@ -64,85 +100,90 @@ class DigitsSource:
                     raise UserError(f"--images {self.images}: too few images of digit {digit} for the recordings.")
                 image = unused[digit].pop()
                 split = "test" if test else "train"
-                found.append(ClipSource(match[0], NAMES[digit], split, detail=(match[0], image)))
-        if not found:
+                candidates.append(ClipSource(match[0], NAMES[digit], split, detail=(match[0], image)))
+        if not candidates:
             raise UserError(f"--recordings {self.recordings}: no files named DIGIT_SPEAKER_INDEX.wav.")
-        return found
+        return candidates
 
     def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
-        """Render one clip: the digit drifts over a dark ground while it is spoken."""
+        """Render one clip: the digit moves over a dark background while it is spoken."""
         name, image = candidate.detail
         digit = _read_idx(self.images, 3)[int(image)].astype(np.float32) / 255
-        frames = _drift(digit, encoding, rng)
-        sound = _place(self.recordings, str(name), encoding, rng)
+        frames = _render_frames(digit, encoding, rng)
+        waveform = _render_audio(_read_recordings(self.recordings)[str(name)], encoding, rng)
         if self.degrade:
-            frames, sound = _degrade(frames, sound, rng)
+            frames, waveform = _degrade(frames, waveform, rng)
         pixels = (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
-        yield Clip(np.repeat(pixels[..., None], 3, axis=3), sound)
+        yield Clip(np.repeat(pixels[..., None], 3, axis=3), waveform)
 
 
-def _drift(digit: np.ndarray, encoding: Encoding, rng: np.random.Generator) -> np.ndarray:
+def _render_frames(digit: np.ndarray, encoding: Encoding, rng: np.random.Generator) -> np.ndarray:
+    """Return frames [T, H, W] float32 in which the digit moves along a straight line."""
     side = encoding.side
     if side < digit.shape[0]:
-        raise UserError(f"--short-side={side}: the digits are {digit.shape[0]} pixels high; give that or more.")
+        raise UserError(f"--short-side={side}: has to be {digit.shape[0]} or more, the size of the digits.")
     room = side - digit.shape[0]
     start, end = rng.uniform(0, room, 2), rng.uniform(0, room, 2)
-    ground = np.zeros((side, side), np.float32)
-    ground[: digit.shape[0], : digit.shape[1]] = digit
-    moments = np.linspace(0, 1, encoding.num_frames)
-    return np.stack([shift(ground, start + (end - start) * moment, order=1) for moment in moments])
+    canvas = np.zeros((side, side), np.float32)
+    canvas[: digit.shape[0], : digit.shape[1]] = digit
+    times = np.linspace(0, 1, encoding.num_frames)
+    return np.stack([shift(canvas, start + (end - start) * time, order=1) for time in times])
 
 
-def _place(recordings: Path, name: str, encoding: Encoding, rng: np.random.Generator) -> np.ndarray:
-    sound, rate = soundfile.read(io.BytesIO(_read_recordings(recordings)[name]), dtype="float32", always_2d=True)
-    sound = sound.mean(axis=1)
+def _render_audio(recording: bytes, encoding: Encoding, rng: np.random.Generator) -> np.ndarray:
+    """Return a waveform [N] with the recording at a random position."""
+    waveform, rate = soundfile.read(io.BytesIO(recording), dtype="float32", always_2d=True)
+    waveform = waveform.mean(axis=1)
     if rate != encoding.sample_rate_hz:
-        sound = resample_poly(sound, encoding.sample_rate_hz, rate).astype(np.float32)
-    slack = encoding.num_audio_samples - len(sound)
-    if slack < 0:
-        return sound[: encoding.num_audio_samples]
-    before = int(rng.integers(0, slack + 1))
-    return np.pad(sound, (before, slack - before))
+        waveform = resample_poly(waveform, encoding.sample_rate_hz, rate).astype(np.float32)
+    padding = encoding.num_audio_samples - len(waveform)
+    if padding < 0:
+        return waveform[: encoding.num_audio_samples]
+    before = int(rng.integers(0, padding + 1))
+    return np.pad(waveform, (before, padding - before))
 
 
-def _degrade(frames: np.ndarray, sound: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Make a clip hard: occluding patch, contrast 0.4-1, pixel noise 0.3, sound at -5 to 10 dB SNR."""
+def _degrade(frames: np.ndarray, waveform: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Make a clip difficult: occluding patch, contrast 0.4-1, pixel noise 0.3, audio at -5 to 10 dB SNR."""
     side = frames.shape[1]
-    patch = rng.integers(side // 5, side // 3 + 1, 2)
-    top, left = (int(rng.integers(0, side - length + 1)) for length in patch)
+    height, width = rng.integers(side // 5, side // 3 + 1, 2)
+    top = int(rng.integers(0, side - height + 1))
+    left = int(rng.integers(0, side - width + 1))
     frames = frames * rng.uniform(0.4, 1.0)
-    frames[:, top : top + patch[0], left : left + patch[1]] = rng.uniform(0, 1)
+    frames[:, top : top + height, left : left + width] = rng.uniform(0, 1)
     frames = frames + rng.normal(0, 0.3, frames.shape)
     snr_db = rng.uniform(-5, 10)
-    spoken = sound[np.abs(sound) > 1e-4]
-    power = float(np.mean(spoken**2)) if len(spoken) else 1e-4
-    sound = sound + rng.normal(0, np.sqrt(power / 10 ** (snr_db / 10)), sound.shape)
-    return frames, (sound / max(1.0, float(np.abs(sound).max()))).astype(np.float32)
+    speech = waveform[np.abs(waveform) > 1e-4]
+    power = float(np.mean(speech**2)) if len(speech) else 1e-4
+    waveform = waveform + rng.normal(0, np.sqrt(power / 10 ** (snr_db / 10)), waveform.shape)
+    return frames, (waveform / max(1.0, float(np.abs(waveform).max()))).astype(np.float32)
 
 
 @lru_cache(maxsize=4)
 def _read_idx(path: Path, num_dims: int) -> np.ndarray:
-    """Read an idx file, plain or gzipped."""
+    """Return the array in an idx file, plain or gzipped."""
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
-    raw = path.read_bytes()
-    raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    shape = np.frombuffer(raw, ">u4", num_dims, 4) if len(raw) >= 4 + 4 * num_dims else np.zeros(0, np.uint32)
-    if raw[:4] != bytes([0, 0, 8, num_dims]) or len(raw) != 4 + 4 * num_dims + int(np.prod(shape, dtype=np.int64)):
-        raise UserError(f"{path}: not an idx file of {num_dims}-dimensional unsigned bytes, or not all of it.")
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * num_dims).reshape(shape.astype(int))
+    content = path.read_bytes()
+    content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    header_bytes = 4 + 4 * num_dims
+    shape = np.frombuffer(content, ">u4", num_dims, 4) if len(content) >= header_bytes else np.zeros(0, np.uint32)
+    expected_bytes = header_bytes + int(np.prod(shape, dtype=np.int64))
+    if content[:4] != bytes([0, 0, 8, num_dims]) or len(content) != expected_bytes:
+        raise UserError(f"{path}: not an idx file of {num_dims}-dimensional unsigned bytes, or truncated.")
+    return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape.astype(int))
 
 
 @lru_cache(maxsize=2)
 def _read_recordings(path: Path) -> dict[str, bytes]:
-    """Return the WAV files of a folder or of a tar archive by name."""
+    """Return the WAV files of a directory or tar archive by name."""
     if path.is_dir():
         return {file.name: file.read_bytes() for file in sorted(path.glob("*.wav"))}
     if not path.is_file():
-        raise UserError(f"--recordings {path}: no such folder or tar archive.")
+        raise UserError(f"--recordings {path}: no such directory or tar archive.")
     try:
         with tarfile.open(path) as tar:
-            files = [each for each in tar if each.isfile() and each.name.endswith(".wav")]
-            return {Path(each.name).name: content.read() for each in files if (content := tar.extractfile(each))}
+            files = [entry for entry in tar if entry.isfile() and entry.name.endswith(".wav")]
+            return {Path(entry.name).name: content.read() for entry in files if (content := tar.extractfile(entry))}
     except tarfile.TarError as error:
-        raise UserError(f"--recordings {path}: no readable tar archive: {error}") from None
+        raise UserError(f"--recordings {path}: not a readable tar archive: {error}") from None

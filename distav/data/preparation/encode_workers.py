@@ -1,10 +1,11 @@
-"""Encoding in worker processes: a chunk of candidates in, one file of encoded clips and one list out.
+"""Encoding of candidates in worker processes, in chunks that can be resumed.
 
-A chunk is finished when its list is there. The list names the file, and no two processes write to the same file, so
-that a chunk may be encoded twice at once, on whatever machines share the folder.
+A chunk of candidates is encoded into a `.bin` file of clips and a `.json` list that names this file. A chunk is
+complete when its list exists. No two processes write to the same file, so several machines that share the directory may
+encode the same chunk at the same time.
 
-Workers are separate processes, since media libraries meet files that bring them down; a chunk whose worker died is
-taken again one candidate at a time, each in a process of its own, and what kills that is rejected by name.
+Workers are separate processes because some media files crash the decoding libraries. If a worker crashes, each
+candidate of its chunk is decoded in a process of its own, and the candidates that crash it are rejected.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import re
 import time
 import uuid
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -27,36 +29,44 @@ from tqdm import tqdm
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
 from distav.data.preparation.encoding import ClipSource, Encoding, RejectedClip
-from distav.data.preparation.sources import Source
+from distav.data.preparation.source import Source
 
 
 @dataclass(frozen=True)
 class ChunkSubset:
-    """Every N-th chunk, from the I-th on: what one machine of several encodes."""
+    """Part `index` of `count`: every `count`-th chunk, which one of several machines encodes."""
 
-    number: int = 0
-    of: int = 1
+    index: int = 0
+    count: int = 1
 
     @classmethod
     def parse(cls, text: str) -> "ChunkSubset":
-        """Read `I/N`.
+        """Parse `I/N`.
 
         Raises:
-            UserError: for anything else, or an I that is not from 0 to N-1.
+            UserError: for any other text, or an I outside 0..N-1.
         """
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if not match or not int(match[1]) < int(match[2]):
-            raise UserError(f"--part={text}: write I/N, with I from 0 to N-1, such as 0/4 for the first part of four.")
+            raise UserError(f"--part={text}: has to be I/N with I from 0 to N-1, e.g. 0/4 for the first of four parts.")
         return cls(int(match[1]), int(match[2]))
 
-    def numbers(self, chunks: int) -> range:
-        """Return the numbers of its chunks."""
-        return range(self.number, chunks, self.of)
+    def chunk_indices(self, num_chunks: int) -> range:
+        """Return the indices of its chunks."""
+        return range(self.index, num_chunks, self.count)
 
 
 @dataclass(frozen=True)
 class EncodedClip:
-    """An encoded clip and where its bytes lie: in a file of the work folder, or in a tar of a set."""
+    """An encoded clip and the position of its bytes in a file of the work directory or in a shard.
+
+    Attributes:
+        file: name of the file.
+        source, label, split: as in `ClipSource`.
+        start_s: position in the source.
+        width, height: stored size in pixels; 0 for features.
+        members: offset, size in bytes and CRC-32 of each member.
+    """
 
     file: str
     source: str
@@ -66,20 +76,22 @@ class EncodedClip:
     width: int
     height: int
     members: dict[str, tuple[int, int, int]]
-    """Offset, bytes and CRC-32 by name."""
 
-    def member(self, name: str, folder: Path) -> bytes:
+    def read_member(self, name: str, folder: Path) -> bytes:
         """Return the content of a member.
 
         Raises:
-            UserError: where it is not what was written.
+            UserError: if its checksum differs.
         """
         offset, size, checksum = self.members[name]
         with open(folder / self.file, "rb") as file:
             file.seek(offset)
             content = file.read(size)
         if zlib.crc32(content) != checksum:
-            raise UserError(f"{folder / self.file}: {name} of '{self.source}' was altered; copy or make it anew.")
+            raise UserError(
+                f"{folder / self.file}: {name} of '{self.source}' is corrupt (CRC-32 differs); copy or create the file "
+                "again."
+            )
         return content
 
 
@@ -88,84 +100,109 @@ def encode_all(
     encoding: Encoding,
     seed: int,
     chunks: list[list[ClipSource]],
-    work: Path,
+    work_dir: Path,
     workers: int,
     part: ChunkSubset | None = None,
 ) -> tuple[list[EncodedClip], list[dict[str, Any]], float]:
-    """Encode every chunk, or those of a part, that are not finished yet.
+    """Encode the chunks that are not complete yet: all of them, or those of a part.
 
     Returns:
-        The encoded clips and the rejected candidates, both in the order of the candidates, and the seconds it took,
-        0 if nothing was left to do.
+        The encoded clips and the rejected candidates, both in the order of the candidates, and the duration in
+        seconds, 0 if nothing was left to encode.
     """
-    began = time.monotonic()
-    numbers = (part or ChunkSubset()).numbers(len(chunks))
-    todo = [number for number in numbers if not _list_of(work, number).exists()]
-    anything = bool(todo)
-    bar = tqdm(total=sum(len(chunks[number]) for number in numbers), unit="clip", desc="encoding", mininterval=1)
-    bar.update(sum(len(chunks[number]) for number in set(numbers) - set(todo)))
-    while todo:
-        # Forked audio coders hang, so workers start afresh.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
-            futures: dict[Future[None], int] = {
-                pool.submit(_encode_chunk, source, encoding, seed, number, chunks[number], work): number
-                for number in todo
-            }
-            broken = []
-            for future in as_completed(futures):
-                try:
-                    future.result()
-                    bar.update(len(chunks[futures[future]]))
-                except BrokenProcessPool:
-                    broken.append(futures[future])
-        for number in [each for each in sorted(broken) if not _list_of(work, each).exists()][:1]:
-            _encode_carefully(source, encoding, seed, number, chunks[number], work)
-            bar.update(len(chunks[number]))
-        todo = [number for number in broken if not _list_of(work, number).exists()]
+    start = time.monotonic()
+    indices = (part or ChunkSubset()).chunk_indices(len(chunks))
+    incomplete = [index for index in indices if not _list_path(work_dir, index).exists()]
+    anything_to_do = bool(incomplete)
+    total = sum(len(chunks[index]) for index in indices)
+    bar = tqdm(total=total, unit="clip", desc="encoding", mininterval=1)
+    bar.update(total - sum(len(chunks[index]) for index in incomplete))
+    while incomplete:
+        crashed = _encode_in_pool(source, encoding, seed, chunks, incomplete, work_dir, workers, bar)
+        first_crashed = next((index for index in crashed if not _list_path(work_dir, index).exists()), None)
+        if first_crashed is not None:
+            _encode_without_crashing(source, encoding, seed, first_crashed, chunks[first_crashed], work_dir)
+            bar.update(len(chunks[first_crashed]))
+        incomplete = [index for index in crashed if not _list_path(work_dir, index).exists()]
     bar.close()
-    lists = [json.loads(_list_of(work, number).read_text()) for number in numbers]
-    encoded = [EncodedClip(**each) for done in lists for each in done["encoded"]]
-    rejected = [each for done in lists for each in done["rejected"]]
-    return encoded, rejected, time.monotonic() - began if anything else 0.0
+    encoded, rejected = _read_lists(work_dir, indices)
+    return encoded, rejected, time.monotonic() - start if anything_to_do else 0.0
 
 
-def finished(work: Path) -> int:
-    """Return how many chunks are encoded."""
-    return sum(1 for _ in work.glob("chunk-*.json"))
+def count_complete_chunks(work_dir: Path) -> int:
+    """Return how many chunks of the dataset are complete."""
+    return sum(1 for _ in work_dir.glob("chunk-*.json"))
 
 
-def _list_of(work: Path, number: int) -> Path:
-    return work / f"chunk-{number:06d}.json"
+def _encode_in_pool(
+    source: Source,
+    encoding: Encoding,
+    seed: int,
+    chunks: list[list[ClipSource]],
+    indices: list[int],
+    work_dir: Path,
+    workers: int,
+    bar: tqdm,
+) -> list[int]:
+    """Encode chunks in a pool of processes; return the sorted indices of those that a crash has interrupted."""
+    # A forked process would deadlock in the audio encoder.
+    context = multiprocessing.get_context("spawn")
+    crashed = []
+    with ProcessPoolExecutor(min(workers, len(indices)), mp_context=context) as pool:
+        futures: dict[Future[None], int] = {
+            pool.submit(_encode_chunk, source, encoding, seed, index, chunks[index], work_dir): index
+            for index in indices
+        }
+        for future in as_completed(futures):
+            try:
+                future.result()
+                bar.update(len(chunks[futures[future]]))
+            except BrokenProcessPool:
+                crashed.append(futures[future])
+    return sorted(crashed)
+
+
+def _read_lists(work_dir: Path, indices: Iterable[int]) -> tuple[list[EncodedClip], list[dict[str, Any]]]:
+    encoded: list[EncodedClip] = []
+    rejected: list[dict[str, Any]] = []
+    for index in indices:
+        content = json.loads(_list_path(work_dir, index).read_text())
+        encoded += [EncodedClip(**clip) for clip in content["encoded"]]
+        rejected += content["rejected"]
+    return encoded, rejected
+
+
+def _list_path(work_dir: Path, index: int) -> Path:
+    return work_dir / f"chunk-{index:06d}.json"
 
 
 def _encode_chunk(
     source: Source,
     encoding: Encoding,
     seed: int,
-    number: int,
+    index: int,
     candidates: list[ClipSource],
-    work: Path,
-    deadly: frozenset[int] = frozenset(),
+    work_dir: Path,
+    crashing: frozenset[int] = frozenset(),
 ) -> None:
-    """Encode one chunk, leaving out the places in it that brought a worker down."""
-    file = f"chunk-{number:06d}-{uuid.uuid4().hex[:12]}.bin"
+    """Encode one chunk; reject the candidates at the positions in `crashing` without decoding them."""
+    file_name = f"chunk-{index:06d}-{uuid.uuid4().hex[:12]}.bin"
     encoded: list[EncodedClip] = []
     rejected: list[dict[str, Any]] = []
-    with open(work / file, "xb") as sink:
-        for place, candidate in enumerate(candidates):
+    with open(work_dir / file_name, "xb") as file:
+        for position, candidate in enumerate(candidates):
             try:
-                if place in deadly:
-                    raise RejectedClip("not decodable: the decoder crashed on it")
-                for clip in source.clips(candidate, encoding, _rng(seed, number, place)):
+                if position in crashing:
+                    raise RejectedClip("not decodable: the decoder crashed")
+                for clip in source.clips(candidate, encoding, _candidate_rng(seed, index, position)):
                     members = {}
                     for name, content in clip.members(encoding).items():
-                        members[name] = sink.tell(), len(content), zlib.crc32(content)
-                        sink.write(content)
+                        members[name] = file.tell(), len(content), zlib.crc32(content)
+                        file.write(content)
                     height, width = clip.size
                     encoded.append(
                         EncodedClip(
-                            file=file,
+                            file=file_name,
                             source=candidate.source,
                             label=candidate.label,
                             split=candidate.split,
@@ -176,26 +213,32 @@ def _encode_chunk(
                         )
                     )
             except RejectedClip as reason:
-                facts = asdict(candidate)
-                row = {name: facts[name] for name in ("start_s", "end_s", "label")}
-                rejected.append({"path": candidate.source, **row, "reason": str(reason)})
-        sink.flush()
-        os.fsync(sink.fileno())
-    done = {"encoded": [asdict(each) for each in encoded], "rejected": rejected}
-    write_atomically(_list_of(work, number), json.dumps(done).encode())
+                rejected.append(
+                    {
+                        "path": candidate.source,
+                        "start_s": candidate.start_s,
+                        "end_s": candidate.end_s,
+                        "label": candidate.label,
+                        "reason": str(reason),
+                    }
+                )
+        file.flush()
+        os.fsync(file.fileno())
+    content = {"encoded": [asdict(clip) for clip in encoded], "rejected": rejected}
+    write_atomically(_list_path(work_dir, index), json.dumps(content).encode())
 
 
-def _rng(seed: int, number: int, place: int) -> np.random.Generator:
-    return np.random.default_rng([seed, 2, number, place])
+def _candidate_rng(seed: int, index: int, position: int) -> np.random.Generator:
+    return np.random.default_rng([seed, 2, index, position])
 
 
-def _encode_carefully(
-    source: Source, encoding: Encoding, seed: int, number: int, candidates: list[ClipSource], work: Path
+def _encode_without_crashing(
+    source: Source, encoding: Encoding, seed: int, index: int, candidates: list[ClipSource], work_dir: Path
 ) -> None:
-    """Find the candidates that kill their process, and encode the chunk without them.
+    """Find the candidates of a chunk that crash their process, and encode the chunk without them.
 
     Raises:
-        UserError: where processes die that have nothing to do.
+        UserError: if a process crashes that does not decode anything.
     """
     context = multiprocessing.get_context("spawn")
     idle = context.Process(target=int)
@@ -203,20 +246,20 @@ def _encode_carefully(
     idle.join()
     if idle.exitcode:
         raise UserError(
-            "processes that encode cannot be started here; call this from a file, under `if __name__ == '__main__'`."
+            "the encoding processes cannot start; call this function from a file, under `if __name__ == '__main__'`."
         )
-    deadly = set()
-    for place, candidate in enumerate(candidates):
-        trial = context.Process(target=_try, args=(source, encoding, candidate, _rng(seed, number, place)))
-        trial.start()
-        trial.join()
-        if trial.exitcode != 0:
-            deadly.add(place)
-    _encode_chunk(source, encoding, seed, number, candidates, work, frozenset(deadly))
+    crashing = set()
+    for position, candidate in enumerate(candidates):
+        rng = _candidate_rng(seed, index, position)
+        process = context.Process(target=_decode_candidate, args=(source, encoding, candidate, rng))
+        process.start()
+        process.join()
+        if process.exitcode != 0:
+            crashing.add(position)
+    _encode_chunk(source, encoding, seed, index, candidates, work_dir, frozenset(crashing))
 
 
-def _try(source: Source, encoding: Encoding, candidate: ClipSource, rng: np.random.Generator) -> None:
-    """Decode one candidate to see whether the process lives through it."""
+def _decode_candidate(source: Source, encoding: Encoding, candidate: ClipSource, rng: np.random.Generator) -> None:
     with contextlib.suppress(RejectedClip):
         for _ in source.clips(candidate, encoding, rng):
             pass

@@ -1,4 +1,4 @@
-"""A clip on its way into a shard, and its encoding by PyAV and libsndfile."""
+"""Clips and features before they are written to shards, and the encoding of clips by PyAV and libsndfile."""
 
 import io
 from dataclasses import dataclass
@@ -15,20 +15,27 @@ from distav.data.pipeline.features import encode_features
 
 CODECS = tuple(VIDEO_EXTENSIONS)
 KEYFRAME_INTERVAL = 12
-"""Frames between key frames: short, so that a few frames can be had without decoding the whole clip."""
+"""Frames between key frames; small, so that a few frames can be read without decoding the complete clip."""
 
 
 class RejectedClip(Exception):
-    """A clip that cannot be used; the message is the reason that rejected.csv gives."""
+    """A clip that cannot be used; the message is the reason in rejected.csv."""
 
 
 @dataclass(frozen=True)
 class ClipSource:
-    """What a clip is to be made from: a file, a stretch of it, or something to render."""
+    """A candidate: a file, an interval of it, or something to render.
+
+    Attributes:
+        source: path or name, written to the index.
+        label: its class; for multi-label sources all of its classes, separated by commas.
+        split: name of its split.
+        start_s, end_s: interval in seconds; None: to the end of the file.
+        detail: anything else that the source needs to make the clip.
+    """
 
     source: str
     label: str
-    """Its class; of a source with several a sample, all of them with commas in between."""
     split: str
     start_s: float = 0.0
     end_s: float | None = None
@@ -37,7 +44,13 @@ class ClipSource:
 
 @dataclass(frozen=True)
 class Clip:
-    """A decoded clip: frames [T, H, W, 3] uint8 at the set's rate, sound [N] float32 in [-1, 1], mono."""
+    """A decoded clip.
+
+    Attributes:
+        frames: [T, H, W, 3] uint8 at the frame rate of the dataset.
+        waveform: [N] float32 in [-1, 1], mono, at the sample rate of the dataset.
+        start_s: position in the source.
+    """
 
     frames: np.ndarray
     waveform: np.ndarray
@@ -49,7 +62,7 @@ class Clip:
         return self.frames.shape[1], self.frames.shape[2]
 
     def members(self, encoding: "Encoding") -> dict[str, bytes]:
-        """Return the members of the sample by name."""
+        """Return the encoded members of the sample by name."""
         return {
             "video": encode_video(self.frames, encoding),
             "audio": encode_audio(self.waveform, encoding.sample_rate_hz),
@@ -58,21 +71,27 @@ class Clip:
 
 @dataclass(frozen=True)
 class Features:
-    """What frozen networks gave of a clip: [steps, dim] float16 or float32 of each stream."""
+    """Features of a clip, computed by frozen networks.
+
+    Attributes:
+        streams: [steps, dim] float16 or float32 by name of the stream.
+        start_s: position in the source.
+        size: height and width in pixels; 0 for features.
+    """
 
     streams: dict[str, np.ndarray]
     start_s: float = 0.0
     size: tuple[int, int] = (0, 0)
 
     def members(self, encoding: "Encoding") -> dict[str, bytes]:
-        """Return the members of the sample by name."""
+        """Return the encoded members of the sample by name; the encoding of clips is not used."""
         del encoding
         return {name: encode_features(values) for name, values in self.streams.items()}
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How clips are stored."""
+    """How clips are stored: codec, rates, frame size and duration."""
 
     codec: str = "mjpeg"
     fps: float = 8.0
@@ -83,8 +102,9 @@ class Encoding:
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise UserError(
-                f"--codec={self.codec}: allowed: {format_list(CODECS)}.{did_you_mean(self.codec, CODECS)} MJPEG decodes fastest "
-                "on a CPU and anywhere, VP9 is smaller and decodes anywhere, H.264 is smallest to make and wants a GPU."
+                f"--codec={self.codec}: allowed: {format_list(CODECS)}.{did_you_mean(self.codec, CODECS)} "
+                "MJPEG: fastest decoding on CPUs. VP9: smaller files, decoded on any machine. H.264: smallest files, "
+                "for decoding on GPUs."
             )
         for name, value in (("fps", self.fps), ("clip-s", self.clip_s), ("sample-rate", self.sample_rate_hz)):
             if value <= 0:
@@ -92,7 +112,9 @@ class Encoding:
         if self.short_side < 16:
             raise UserError(f"--short-side={self.short_side}: has to be 16 or more.")
         if self.num_frames < 1:
-            raise UserError(f"--clip-s={self.clip_s} holds no frame at --fps={self.fps}; make one of them larger.")
+            raise UserError(
+                f"--clip-s={self.clip_s}: the clip has no frame at --fps={self.fps}; increase one of the two options."
+            )
 
     @property
     def num_frames(self) -> int:
@@ -110,31 +132,32 @@ class Encoding:
         return self.size_of(self.short_side, self.short_side)[0]
 
     def size_of(self, width: int, height: int) -> tuple[int, int]:
-        """Return width and height with the short side as wanted and the aspect kept.
+        """Return the stored width and height: the shorter one is `short_side`, the aspect ratio is kept.
 
-        Both are multiples of 2; of 16 for H.264, whose frames are coded in blocks of 16 x 16 pixels: of other sizes
-        NVDEC makes a new decoder for each clip.
+        Both are multiples of 2; multiples of 16 for H.264, whose macroblocks have 16 x 16 pixels: for other sizes
+        NVDEC creates a new decoder for each clip.
         """
         scale, step = self.short_side / min(width, height), 16 if self.codec == "h264" else 2
-        wide, high = (max(step, step * round(side * scale / step)) for side in (width, height))
-        return wide, high
+        stored_width = max(step, step * round(width * scale / step))
+        stored_height = max(step, step * round(height * scale / step))
+        return stored_width, stored_height
 
 
 def encode_video(frames: np.ndarray, encoding: Encoding) -> bytes:
-    """Encode frames [T, H, W, 3] uint8 as a picture-only file; the same frames always give the same bytes."""
-    name, pixels, options = {
+    """Encode frames [T, H, W, 3] uint8 as a file without audio; equal frames give equal bytes."""
+    name, pixel_format, options = {
         "mjpeg": ("mjpeg", "yuvj420p", {"qmin": "3", "qmax": "3"}),
         "vp9": ("libvpx-vp9", "yuv420p", {"crf": "30", "b": "0", "deadline": "realtime", "cpu-used": "6"}),
         "h264": ("libx264", "yuv420p", {"crf": "20", "preset": "veryfast", "bf": "0", "tune": "fastdecode"}),
     }[encoding.codec]
-    sink = io.BytesIO()
-    kind = VIDEO_EXTENSIONS[encoding.codec]
-    with av.open(sink, "w", format=kind, container_options={"fflags": "bitexact"}) as container:
+    file = io.BytesIO()
+    container_format = VIDEO_EXTENSIONS[encoding.codec]
+    with av.open(file, "w", format=container_format, container_options={"fflags": "bitexact"}) as container:
         rate = Fraction(encoding.fps).limit_denominator(1001)
         stream = container.add_stream(name, rate=rate, options=options | {"flags": "+bitexact"})
         assert isinstance(stream, VideoStream)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = pixels
+        stream.pix_fmt = pixel_format
         stream.codec_context.gop_size = KEYFRAME_INTERVAL
         stream.codec_context.thread_count = 1
         for frame in frames:
@@ -142,11 +165,11 @@ def encode_video(frames: np.ndarray, encoding: Encoding) -> bytes:
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
-    return sink.getvalue()
+    return file.getvalue()
 
 
-def encode_audio(sound: np.ndarray, sample_rate_hz: int) -> bytes:
-    """Encode mono sound [N] float32 in [-1, 1] as 16-bit FLAC."""
-    sink = io.BytesIO()
-    soundfile.write(sink, np.clip(sound, -1, 1), sample_rate_hz, format="FLAC", subtype="PCM_16")
-    return sink.getvalue()
+def encode_audio(waveform: np.ndarray, sample_rate_hz: int) -> bytes:
+    """Encode a mono waveform [N] float32 in [-1, 1] as 16-bit FLAC."""
+    file = io.BytesIO()
+    soundfile.write(file, np.clip(waveform, -1, 1), sample_rate_hz, format="FLAC", subtype="PCM_16")
+    return file.getvalue()

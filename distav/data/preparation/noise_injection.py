@@ -1,10 +1,11 @@
-"""Noise injected on purpose, so that a method can be judged: wrong labels and mismatched pairs.
+"""Injection of label noise and mismatched pairs into a dataset, to evaluate methods against known truth.
 
-Both are drawn from a seed and written into the set as facts (`true_label`, `pair_id`), never drawn again.
+Both are drawn from a seed when the dataset is built and stored in it as `true_label` and `pair_id`.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -15,14 +16,18 @@ _KINDS = ("symmetric", "asymmetric")
 
 @dataclass(frozen=True)
 class LabelNoise:
-    """Kind and rate of label noise."""
+    """Label noise: `symmetric` or `asymmetric`, and the fraction of wrong labels."""
 
     kind: str
     rate: float
 
     @classmethod
-    def parse(cls, text: str, option: str = "--label-noise") -> "LabelNoise | None":
-        """Read `symmetric:0.4` or `asymmetric:0.4`; empty text means no noise.
+    def parse(cls, text: str, option: str = "--label-noise") -> Self | None:
+        """Parse `symmetric:RATE` or `asymmetric:RATE`; empty text means no noise.
+
+        Args:
+            text: the value of the option.
+            option: its name, for error messages.
 
         Raises:
             UserError: for another kind, or a rate outside 0..1.
@@ -31,7 +36,9 @@ class LabelNoise:
             return None
         kind, _, rate = text.partition(":")
         if kind not in _KINDS:
-            raise UserError(f"{option}={text}: write symmetric:RATE or asymmetric:RATE.{did_you_mean(kind, _KINDS)}")
+            raise UserError(
+                f"{option}={text}: has to be symmetric:RATE or asymmetric:RATE.{did_you_mean(kind, _KINDS)}"
+            )
         try:
             value = float(rate)
         except ValueError:
@@ -42,64 +49,67 @@ class LabelNoise:
 
 
 def flip_labels(labels: np.ndarray, num_classes: int, noise: LabelNoise, rng: np.random.Generator) -> np.ndarray:
-    """Give a share of each class a wrong label.
+    """Replace a fraction of the labels of each class by wrong ones.
 
-    Symmetric noise draws uniformly among the other classes, asymmetric noise takes the next class. The flips are
-    stratified: round(rate * count) of every class, so that no class loses its majority by chance.
+    Symmetric noise draws uniformly among the other classes, asymmetric noise takes the next class. The wrong labels are
+    stratified: round(rate * count) of each class, so that no class loses its majority by chance.
 
     Args:
-        labels: [N] int64 true labels, 0..num_classes-1.
-        num_classes: classes C.
+        labels: [N] int64 true labels in 0..num_classes-1.
+        num_classes: number of classes C.
         noise: kind and rate.
         rng: source of randomness.
 
     Returns:
-        [N] int64 given labels.
+        Given labels, [N] int64.
+
+    Raises:
+        UserError: if there is only one class.
     """
     if num_classes < 2 and noise.rate > 0:
-        raise UserError("label noise needs at least two classes; this set has one.")
+        raise UserError("--label-noise: needs at least two classes; this dataset has one.")
     given = labels.copy()
     for label in range(num_classes):
-        members = np.flatnonzero(labels == label)
-        chosen = rng.permutation(members)[: round(noise.rate * len(members))]
-        step = rng.integers(1, num_classes, len(chosen)) if noise.kind == "symmetric" else 1
-        given[chosen] = (label + step) % num_classes
+        samples = np.flatnonzero(labels == label)
+        flipped = rng.permutation(samples)[: round(noise.rate * len(samples))]
+        step = rng.integers(1, num_classes, len(flipped)) if noise.kind == "symmetric" else 1
+        given[flipped] = (label + step) % num_classes
     return given
 
 
 def mismatch_pairs(
     num_samples: int, rate: float, rng: np.random.Generator, classes: np.ndarray | None = None
 ) -> np.ndarray:
-    """Choose whose sound each clip gets: a derangement among a share of the clips, the identity elsewhere.
+    """Choose the clip whose audio each clip gets: a derangement of a fraction of the clips, the identity elsewhere.
 
     Args:
-        num_samples: clips N.
-        rate: share of clips whose sound is swapped, 0..1.
+        num_samples: number of clips N.
+        rate: fraction of clips whose audio is swapped, 0..1.
         rng: source of randomness.
-        classes: [N] where every swapped sound has to be of another class than the picture.
+        classes: [N] int64; if given, swapped audio is always of another class than the video.
 
     Returns:
-        [N] int64 `pair_id`: the clip whose sound goes with clip i's picture.
+        `pair_id`, [N] int64: the clip whose audio is combined with the video of clip i.
 
     Raises:
-        UserError: where one class has more than half of the chosen clips, so that it cannot be done.
+        UserError: if more than half of the swapped clips are of one class, so that no such derangement exists.
     """
     pair = np.arange(num_samples)
-    chosen = rng.permutation(num_samples)[: round(rate * num_samples)]
-    if len(chosen) < 2:
+    swapped = rng.permutation(num_samples)[: round(rate * num_samples)]
+    if len(swapped) < 2:
         return pair
-    # One random cycle through the chosen clips has no fixed point.
-    pair[chosen] = np.roll(chosen, 1)
+    # One random cycle through the swapped clips has no fixed point.
+    pair[swapped] = np.roll(swapped, 1)
     if classes is None:
         return pair
-    if 2 * np.bincount(classes[chosen]).max() > len(chosen):
+    if 2 * np.bincount(classes[swapped]).max() > len(swapped):
         raise UserError(
-            f"--cross-class-only: one class has more than half of the {len(chosen)} clips that are to be swapped; leave the "
-            "option out, or make the classes more even."
+            f"--cross-class-only: more than half of the {len(swapped)} clips to swap are of one class; omit the "
+            "option, or balance the classes."
         )
-    for clip in chosen[classes[pair[chosen]] == classes[chosen]]:
-        if classes[pair[clip]] == classes[clip]:  # A swap before may have mended this one too.
-            fits = (classes[chosen] != classes[clip]) & (classes[pair[chosen]] != classes[clip])
-            other = rng.choice(chosen[fits])
+    for clip in swapped[classes[pair[swapped]] == classes[swapped]]:
+        if classes[pair[clip]] == classes[clip]:  # A previous exchange may have changed the pair.
+            compatible = (classes[swapped] != classes[clip]) & (classes[pair[swapped]] != classes[clip])
+            other = rng.choice(swapped[compatible])
             pair[[clip, other]] = pair[[other, clip]]
     return pair

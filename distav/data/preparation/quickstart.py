@@ -1,4 +1,4 @@
-"""Shards that a run renders for itself, so that the first one needs no download."""
+"""Render the synthetic dataset when a run starts, so that the first run needs no download."""
 
 import subprocess
 import sys
@@ -12,25 +12,29 @@ from distav.distributed.process_group import World
 
 
 def render_missing_dataset(data: DataConfig, world: World) -> None:
-    """Render the synthetic set where `data.synthetic.enabled` and the folder, no URL, holds none; all ranks wait for it.
+    """Render the synthetic dataset if `data.synthetic.enabled` and `data.root` is a directory without manifest.
+
+    The first rank renders; all ranks wait for it.
 
     Raises:
-        UserError: where it could not be made.
+        UserError: if rendering fails.
     """
     if not data.synthetic.enabled or is_url(data.root):
         return
     status = 0
     if world.is_main and not (Path(data.root) / "manifest.json").is_file():
-        make = data.synthetic
+        synthetic = data.synthetic
         options = [
-            f"--train-clips={make.train_clips}",
-            f"--test-clips={make.test_clips}",
-            f"--label-noise={make.label_noise}",
-            f"--correspondence-noise={make.correspondence_noise}",
-            f"--seed={make.seed}",
+            f"--train-clips={synthetic.train_clips}",
+            f"--test-clips={synthetic.test_clips}",
+            f"--label-noise={synthetic.label_noise}",
+            f"--correspondence-noise={synthetic.correspondence_noise}",
+            f"--seed={synthetic.seed}",
         ]
-        print(f"{data.root} holds no shards yet: make_shards.py synthetic {data.root} {' '.join(options)}", flush=True)
-        # A process of its own, so that its workers start without torch and DeepSpeed.
+        print(
+            f"no dataset in {data.root}; running make_shards.py synthetic {data.root} {' '.join(options)}", flush=True
+        )
+        # A separate process, so that its workers start without torch and DeepSpeed.
         status = subprocess.call([sys.executable, "-m", "distav.tools.make_shards", "synthetic", data.root, *options])
     if broadcast(status):
-        raise UserError(f"the shards in data.root={data.root} could not be made; the reason stands above.")
+        raise UserError(f"data.root={data.root}: rendering the synthetic dataset failed; see the error above.")

@@ -1,4 +1,4 @@
-"""Tars of a set and the rows of its index: encoded clips in the order of their ids."""
+"""Write the shards of a split, and the rows of the index that locate its samples."""
 
 import hashlib
 import json
@@ -25,18 +25,18 @@ def sample_keys(split: str, count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class SplitWriter:
-    """The samples of one split, by id.
+    """Writes the samples of one split, in the order of their ids.
 
     Attributes:
-        split: its name.
+        split: name of the split.
         keys: N keys.
         clips: N encoded clips.
-        donors: [N] the clip whose sound each sample carries.
-        members: names of a sample's members and their extensions.
-        sounds: the members that are heard, and come from the donor.
+        audio_source: [N] int64, the id of the clip whose audio each sample gets.
+        members: names of the members of a sample, with their file extensions.
+        audio_members: the members that are taken from the audio source.
         encoding: how clips are stored.
-        folder: in which the clips lie.
-        scratch: the folder in which files lie until they are whole.
+        folder: directory that contains the files of the encoded clips.
+        scratch: directory of files that are not complete yet.
     """
 
     split: str
@@ -44,19 +44,23 @@ class SplitWriter:
     clips: Sequence[EncodedClip]
     audio_source: np.ndarray
     members: dict[str, str]
-    sounds: frozenset[str]
+    audio_members: frozenset[str]
     encoding: Encoding
     folder: Path
     scratch: Path
 
     def write(self, out: Path, shard_samples: int, workers: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Write the shards that are not there; returns what the manifest says of each, and the rows of the index."""
+        """Write the shards that do not exist yet.
+
+        Returns:
+            The entries of the shards for the manifest, and the rows of the index.
+        """
         starts = range(0, len(self.clips), shard_samples)
-        every = [range(start, min(start + shard_samples, len(self.clips))) for start in starts]
-        # Reading, hashing and writing leave the interpreter to other threads.
-        with ThreadPoolExecutor(max(1, min(workers, len(every)))) as pool:
-            written = list(pool.map(self._write_shard, repeat(out), range(len(every)), every))
-        return [each for each, _ in written], [row for _, rows in written for row in rows]
+        shards = [range(start, min(start + shard_samples, len(self.clips))) for start in starts]
+        # Threads suffice: reading, hashing and writing release the global interpreter lock.
+        with ThreadPoolExecutor(max(1, min(workers, len(shards)))) as pool:
+            written = list(pool.map(self._write_shard, repeat(out), range(len(shards)), shards))
+        return [entry for entry, _ in written], [row for _, rows in written for row in rows]
 
     def _write_shard(self, out: Path, shard: int, ids: range) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         path = out / f"{self.split}-{shard:06d}.tar"
@@ -66,35 +70,37 @@ class SplitWriter:
         write_dali_index(path, members, self.scratch)
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        described = {"name": path.name, "clips": len(ids), "bytes": path.stat().st_size, "sha256": digest}
-        return described, [self._row(shard, number, members[self.keys[number]]) for number in ids]
+        entry = {"name": path.name, "clips": len(ids), "bytes": path.stat().st_size, "sha256": digest}
+        return entry, [self._index_row(shard, sample, members[self.keys[sample]]) for sample in ids]
 
-    def _holder(self, number: int, member: str) -> EncodedClip:
-        return self.clips[self.audio_source[number] if member in self.sounds else number]
+    def _clip_of(self, sample: int, member: str) -> EncodedClip:
+        """Return the clip that a member of a sample is taken from."""
+        return self.clips[self.audio_source[sample] if member in self.audio_members else sample]
 
     def _write_tar(self, path: Path, ids: range) -> None:
-        """Write a tar beside its place and rename it."""
-        import webdataset.writer  # It brings torch along, which the encoding processes have no use for.
+        """Write a tar to the scratch directory and rename it when it is complete."""
+        import webdataset.writer  # It imports torch, which the encoding processes do not need.
 
-        part = temporary_path(path, self.scratch)
-        whose = {"mtime": 0, "user": "distav", "group": "distav"}
-        with open(part, "wb") as file, webdataset.writer.TarWriter(file, encoder=False, **whose) as tar:
-            for number in ids:
+        temporary = temporary_path(path, self.scratch)
+        owner = {"mtime": 0, "user": "distav", "group": "distav"}
+        with open(temporary, "wb") as file, webdataset.writer.TarWriter(file, encoder=False, **owner) as tar:
+            for sample in ids:
                 contents = {
-                    extension: self._holder(number, member).member(member, self.folder)
+                    extension: self._clip_of(sample, member).read_member(member, self.folder)
                     for member, extension in self.members.items()
                 }
-                facts = json.dumps(self._facts(number, contents), sort_keys=True).encode()
-                tar.write({"__key__": self.keys[number], **contents, "json": facts})
-        with open(part, "rb") as file:
+                metadata = json.dumps(self._metadata(sample, contents), sort_keys=True).encode()
+                tar.write({"__key__": self.keys[sample], **contents, "json": metadata})
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(temporary, path)
 
-    def _facts(self, number: int, contents: dict[str, bytes]) -> dict[str, Any]:
-        clip, encoding = self.clips[number], self.encoding
+    def _metadata(self, sample: int, contents: dict[str, bytes]) -> dict[str, Any]:
+        """Return the content of the JSON member."""
+        clip, encoding = self.clips[sample], self.encoding
         rates = {"fps": encoding.fps, "frames": encoding.num_frames, "sample_rate_hz": encoding.sample_rate_hz}
         return {
-            "id": number,
+            "id": sample,
             "source": clip.source,
             "start_s": clip.start_s,
             "duration_s": encoding.clip_s,
@@ -102,12 +108,14 @@ class SplitWriter:
             "sha256": {extension: hashlib.sha256(content).hexdigest() for extension, content in contents.items()},
         }
 
-    def _row(self, shard: int, number: int, parts: list[tuple[str, int, int]]) -> dict[str, Any]:
-        clip, places = self.clips[number], {extension: (offset, size) for extension, offset, size in parts}
+    def _index_row(self, shard: int, sample: int, entries: list[tuple[str, int, int]]) -> dict[str, Any]:
+        """Return the row of a sample, given extension, offset and size of its members in the tar."""
+        clip = self.clips[sample]
+        positions = {extension: (offset, size) for extension, offset, size in entries}
         row = {
             "split": self.split,
-            "id": number,
-            "key": self.keys[number],
+            "id": sample,
+            "key": self.keys[sample],
             "shard": shard,
             "source": clip.source,
             "start_s": clip.start_s,
@@ -117,6 +125,6 @@ class SplitWriter:
             "height": clip.height,
         }
         for member, extension in self.members.items():
-            row[f"{member}_offset"], row[f"{member}_bytes"] = places[extension]
-            row[f"{member}_crc32"] = self._holder(number, member).members[member][2]
+            row[f"{member}_offset"], row[f"{member}_bytes"] = positions[extension]
+            row[f"{member}_crc32"] = self._clip_of(sample, member).members[member][2]
         return row

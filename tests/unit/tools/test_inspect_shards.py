@@ -15,9 +15,10 @@ from PIL import Image
 from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.decoding import decode_audio, decode_clip, decode_video
 from distav.data.pipeline.reader import DecodeError, ShardReader
-from distav.data.preparation.annotated_videos import EventSource
+from distav.data.preparation.annotated_videos import FeatureFolder
 from distav.data.preparation.builder import BuildConfig, build_dataset
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, encode_audio, encode_video
+from distav.data.preparation.llp import LLPSource
 from distav.tools.inspect_shards.command import main
 from distav.tools.inspect_shards.drawing import FRAME, PAD, TEXT, WAVE, places
 from distav.tools.inspect_shards.measurements import loudness_lufs, measure_clip, peak_dbfs
@@ -202,9 +203,11 @@ def test_wrong_arguments_are_named(kinds: Path, given: list[str], expected: str,
 
 def test_features_are_counted_and_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write_llp(tmp_path / "llp")
-    streams = tuple((modality, name, tmp_path / "llp" / name) for name, (modality, _, _) in STREAMS.items())
+    streams = tuple(
+        FeatureFolder(modality, name, tmp_path / "llp" / name) for name, (modality, _, _) in STREAMS.items()
+    )
     build_dataset(
-        EventSource("llp", tmp_path / "llp", None, streams), tmp_path / "set", BuildConfig(Encoding(clip_s=10)), 1
+        LLPSource(tmp_path / "llp", None, streams), tmp_path / "set", BuildConfig(Encoding(clip_s=10)), 1
     )
     train = figures(tmp_path / "set")["splits"]["train"]
     assert train["decoded"]["blank"] == [] and 0.1 < train["decoded"]["rms"]["res152"]["mean"] < 2

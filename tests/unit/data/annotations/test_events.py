@@ -99,14 +99,14 @@ def test_missing_and_broken_features_are_rejected_by_name(tmp_path: Path):
     ("arguments", "told"),
     [
         ((), "give either --videos DIR, or --features"),
-        (("--features=audio:vggish={}/vggish",), "none of the modality 'visual'"),
+        (("--features=audio:vggish={}/vggish",), "no stream of the modality 'visual'"),
         (("--features=smell:vggish={}/vggish",), "MODALITY:NAME=DIR"),
         (("--features=audio:VGG={}/vggish",), "MODALITY:NAME=DIR"),
-        (("--features=audio:a={}/vggish", "--features=visual:v={}/gone"), "gone: no such folder"),
-        (("--features=audio:a={}/vggish", "--features=visual:v={}"), "holds no .npy files"),
-        (("--videos={}", "--label-noise=symmetric:0.5"), "for one class a sample"),
-        (("--videos={}", "--clip-s=2"), "--clip-s=2: the annotations are of 10 s"),
-        (("--features=audio:a={}/vggish", "--features=visual:a={}/res152"), "names 'a' twice"),
+        (("--features=audio:a={}/vggish", "--features=visual:v={}/gone"), "gone: no such directory"),
+        (("--features=audio:a={}/vggish", "--features=visual:v={}"), "contains no .npy files"),
+        (("--videos={}", "--label-noise=symmetric:0.5"), "need one class per sample"),
+        (("--videos={}", "--clip-s=2"), "--clip-s=2: has to be 10, the duration of the annotations"),
+        (("--features=audio:a={}/vggish", "--features=visual:a={}/res152"), "two streams are named 'a'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: tuple[str, ...], told: str, tmp_path: Path):
