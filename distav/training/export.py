@@ -9,6 +9,7 @@ import safetensors.torch
 from torch import Tensor
 
 from distav.data.files import write_atomically
+from distav.models.pretrained import EXPORT_FORMAT
 from distav.training.run import Run
 
 
@@ -25,7 +26,7 @@ def export(run: Run, state: dict[str, Tensor], report: dict[str, Any]) -> None:
     write_atomically(folder / "model.safetensors", safetensors.torch.save(state))
     data, settings = run.settings.data, run.settings
     description = {
-        "format": 1,
+        "format": EXPORT_FORMAT,
         "model": dataclasses.asdict(settings.model),
         "input": {name: dataclasses.asdict(each) for name, each in run.data.train.streams.items()}
         or {

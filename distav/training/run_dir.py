@@ -1,15 +1,13 @@
-"""The folder of a run: made, or seen to hold this very run."""
+"""Run directory: created, or checked to belong to the same run, and locked."""
 
 import contextlib
 import fcntl
 import json
 import os
-import platform
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,9 +21,10 @@ from distav.config.schema import Config
 from distav.data.files import write_atomically
 from distav.distributed.collectives import barrier, broadcast, get_rank
 from distav.distributed.process_group import World
+from distav.training.environment import machine
 
 LOCK_TIMEOUT_S = 10.0
-"""How long a run that is there already may take to end."""
+"""Seconds to wait for a process that holds the lock to exit."""
 RESUMABLE_CHANGES = (
     "run.root",
     "run.device",
@@ -46,49 +45,51 @@ RESUMABLE_CHANGES = (
     "monitor.media_every",
     "monitor.media_clips",
 )
-"""Settings that may change when a run goes on: none of them has a part in what is learnt from sound numbers."""
+"""Settings that may change when a run resumes; they do not affect what is learned from finite losses."""
 
 
 @contextlib.contextmanager
 def lock_run_dir(folder: Path, settings: Config, world: World) -> Iterator[None]:
-    """Make the run's folder, or see that it holds this very run, and keep others out of it; all ranks agree.
+    """Create the run directory, or check that it belongs to this run, and lock it; called by all ranks.
 
     Raises:
-        UserError: where it holds another run, another process is at it, or it cannot be written.
+        UserError: on all ranks, if it belongs to another run, is locked by another process, or cannot be written.
     """
-    with contextlib.ExitStack() as held:
-        _claim(folder, settings, world, held)
+    with contextlib.ExitStack() as stack:
+        error = broadcast(_prepare(folder, settings, world, stack) if get_rank() == 0 else None)
+        if error:
+            raise UserError(error)
+        barrier()
         yield
 
 
-def _claim(folder: Path, settings: Config, world: World, held: contextlib.ExitStack) -> None:
-    problem = None
-    if get_rank() == 0:
-        stored, text = folder / "config.yaml", loading.to_yaml(settings)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _lock(held.enter_context(open(folder / "lock", "a+")), folder)
-            difference = _difference(stored.read_text(), text) if stored.exists() else ""
-            if difference:
-                problem = (
-                    f"{folder} holds a run with other settings ({difference}); choose another run.name, or delete the "
-                    "folder to start afresh."
-                )
-            else:
-                write_atomically(stored, text.encode())
-                write_atomically(folder / "environment.json", json.dumps(_environment(world), indent=1).encode())
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"run.root={settings.run.root}: {folder} cannot be written: {error.strerror}."
-    problem = broadcast(problem)
-    if problem:
-        raise UserError(problem)
-    barrier()
+def _prepare(folder: Path, settings: Config, world: World, stack: contextlib.ExitStack) -> str | None:
+    """Lock the directory and write config.yaml and environment.json; returns an error message or None."""
+    config_file, config = folder / "config.yaml", loading.to_yaml(settings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _lock(stack.enter_context(open(folder / "lock", "a+")), folder)
+        difference = _first_difference(config_file.read_text(), config) if config_file.exists() else ""
+        if difference:
+            return (
+                f"{folder} holds a run with other settings ({difference}). Choose another run.name, or delete the "
+                "directory to start over."
+            )
+        write_atomically(config_file, config.encode())
+        write_atomically(folder / "environment.json", json.dumps(_environment(world), indent=1).encode())
+    except UserError as error:
+        return str(error)
+    except OSError as error:
+        return f"run.root={settings.run.root}: {folder} cannot be written: {error.strerror}."
+    return None
 
 
 def _lock(file: TextIO, folder: Path) -> None:
-    """Lock the folder as long as this process lives; a run that is about to end is waited for."""
+    """Lock the directory until this process exits; waits for another process that is about to exit.
+
+    Raises:
+        UserError: if the other process does not exit in time.
+    """
     deadline = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:
@@ -98,7 +99,7 @@ def _lock(file: TextIO, folder: Path) -> None:
             if time.monotonic() > deadline:
                 file.seek(0)
                 raise UserError(
-                    f"{folder}: {file.read().strip() or 'another process'} is training there; end that first, or "
+                    f"{folder}: {file.read().strip() or 'another process'} is training in this directory. Stop it, or "
                     "choose another run.name."
                 ) from None
             time.sleep(0.2)
@@ -107,51 +108,52 @@ def _lock(file: TextIO, folder: Path) -> None:
     file.flush()
 
 
-def _difference(before: str, now: str) -> str:
-    """Return the first setting that differs and matters, as it stands there and here."""
-    there, here = (dict(_flat(OmegaConf.to_container(OmegaConf.create(text)))) for text in (before, now))
-    defaults = _defaults(here)
-    for key in dict.fromkeys([*here, *there]):
-        # A setting that is newer than the run was what it is by default.
-        old, new = (each.get(key, defaults.get(key, "not set")) for each in (there, here))
-        if key not in RESUMABLE_CHANGES and old != new:
-            return f"there: {key}={old}, here: {key}={new}"
-    return "" if list(_phases(there)) == list(_phases(here)) else "the phases stand in another order"
+def _first_difference(recorded: str, requested: str) -> str:
+    """Return the first setting that differs and is not resumable, with both values; empty if there is none.
+
+    Args:
+        recorded: config.yaml of the run directory. Settings that it lacks count as their defaults.
+        requested: YAML of this run.
+    """
+    old, new = (_flatten_yaml(text) for text in (recorded, requested))
+    defaults = _defaults(new)
+    for key in dict.fromkeys([*new, *old]):
+        old_value, new_value = (values.get(key, defaults.get(key, "not set")) for values in (old, new))
+        if key not in RESUMABLE_CHANGES and old_value != new_value:
+            return f"recorded: {key}={old_value}, requested: {key}={new_value}"
+    return "" if _phase_names(old) == _phase_names(new) else "the phases have another order"
 
 
-def _defaults(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return the default of every setting of a run with these phases, but for what says which phases there are."""
-    phases = {name: PHASE_KINDS[flat[f"phases.{name}.kind"]]() for name in _phases(flat)}
-    defaults = dict(_flat(OmegaConf.to_container(OmegaConf.create(loading.to_yaml(Config(phases=phases))))))
+def _defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults of all settings of a run with the same phases, except the kinds of its phases."""
+    phases = {name: PHASE_KINDS[settings[f"phases.{name}.kind"]]() for name in _phase_names(settings)}
+    defaults = _flatten_yaml(loading.to_yaml(Config(phases=phases)))
     return {key: value for key, value in defaults.items() if not key.endswith(".kind")}
 
 
-def _phases(flat: dict[str, Any]) -> Iterator[str]:
-    yield from dict.fromkeys(key.split(".")[1] for key in flat if key.startswith("phases."))
+def _phase_names(settings: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(key.split(".")[1] for key in settings if key.startswith("phases.")))
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten_yaml(text: str) -> dict[str, Any]:
+    """Return the leaves of a YAML document by dotted key."""
+    return dict(_leaves(OmegaConf.to_container(OmegaConf.create(text))))
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
-        for name, each in value.items():
-            yield from _flat(each, f"{key}.{name}" if key else str(name))
+        for name, child in value.items():
+            yield from _leaves(child, f"{key}.{name}" if key else str(name))
     else:
         yield key, value
 
 
 def _environment(world: World) -> dict[str, Any]:
-    names = ("distav", "torch", "torchvision", "torchaudio", "deepspeed", "nvidia-dali-cuda130", "webdataset", "av")
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed as a package"
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    source = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=source, capture_output=True, text=True, check=False)
     return {
-        "versions": versions,
-        "python": platform.python_version(),
+        **machine(),
         "commit": commit.stdout.strip() or None,
-        "num_ranks": world.world_size,
+        "world_size": world.world_size,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
     }

@@ -87,7 +87,7 @@ def test_multinode_configuration_trains_on_two_hosts(hosts: list[tuple[str, str]
     assert statuses == [0, 0], [each[-3000:] for each in said_by(tmp_path)]
     report = json.loads((tmp_path / "multinode" / "report.json").read_text())
     assert report["samples"] == 96 and len(losses(tmp_path / "multinode")) == 20
-    assert json.loads((tmp_path / "multinode" / "environment.json").read_text())["num_ranks"] == 2
+    assert json.loads((tmp_path / "multinode" / "environment.json").read_text())["world_size"] == 2
 
 
 @pytest.mark.long

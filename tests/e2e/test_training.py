@@ -18,7 +18,7 @@ from distav.config.schema import DataConfig
 from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Loader
 from distav.models.pretrained import load_encoders
-from distav.training.run_dir import _difference
+from distav.training.run_dir import _first_difference
 from tests.helpers.launch import ROOT, TINY, command, environment, losses, records, tiny_config, train
 
 
@@ -113,18 +113,18 @@ def test_a_finished_run_is_told_and_not_repeated(finished: tuple[Path, str], tin
     said = train(
         run.parent / "tiny.yaml", f"data.root={tiny_shards}", f"run.root={run.parent}", "optim.lr=0.5", status=1
     )
-    assert "other settings" in said and "here: optim.lr=0.5" in said
+    assert "other settings" in said and "requested: optim.lr=0.5" in said
 
 
 def test_a_setting_that_is_newer_than_the_run_was_what_it_is_by_default():
     now = to_yaml(load(ROOT / "configs" / "quickstart.yaml"))
     older = "\n".join(line for line in now.splitlines() if "squash" not in line and "harvested" not in line)
-    assert older != now and _difference(older, now) == ""
-    assert "data.squash=False, here: data.squash=True" in _difference(
+    assert older != now and _first_difference(older, now) == ""
+    assert "data.squash=False, requested: data.squash=True" in _first_difference(
         older, now.replace("squash: false", "squash: true")
     )
     fewer = "\n".join(now.split("phases:")[:1]) + "phases: {}\n"
-    assert _difference(fewer, now) != ""
+    assert _first_difference(fewer, now) != ""
 
 
 @pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.long) for stage in (1, 2, 3))])

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 import torch
 
+from distav.training.environment import machine
 from tests.helpers.launch import DEEPSPEED, ROOT, command, environment
-from tools.bench.timing import machine
 
 PACKAGES = ("torchvision", "torchaudio", "triton", "transformers", "pyarrow", "pytest")
 """Versions to know besides those that the benchmarks write."""

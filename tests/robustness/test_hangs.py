@@ -164,7 +164,7 @@ def test_two_runs_do_not_share_a_directory(tiny_shards: Path, tmp_path: Path):
     first.signal(signal.SIGSTOP)
     second = Team(1, given, tmp_path / "second")
     assert second.end(60) == [1]
-    assert f"process {first.ranks[0].pid} on" in second.said() and "is training there" in second.said()
+    assert f"process {first.ranks[0].pid} on" in second.said() and "is training in this directory" in second.said()
     first.signal(signal.SIGCONT)
     assert first.end() == [0], first.said()[-3000:]
 

@@ -1,6 +1,7 @@
-"""How many of the first problems of an audit page are problems, where the set knows; labels beside cleanlab's ranking.
+"""Precision of the audit rankings: the fraction of the first issues that are real, where the dataset has the truth.
 
-cleanlab ranks by the same embeddings, with cross-validated probabilities (`tools.bench.noise.detection`).
+Label issues are compared with cleanlab's ranking, which uses the same embeddings with cross-validated probabilities
+(`tools.bench.noise.detection`).
 """
 
 import json
@@ -16,61 +17,68 @@ from omegaconf import OmegaConf
 from distav.config.errors import UserError
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset
-from distav.evaluation.embedding import Encoders
-from distav.tools.audit.issues import corrections_of, label_issues, pair_issues
+from distav.evaluation.embedding import Embedder
+from distav.tools.audit.issues import label_issues, last_correction, pair_issues
+from distav.training.environment import machine
 from tools.bench.noise.detection import out_of_sample_pred_probs
-from tools.bench.timing import machine
 
 FIRST = (100, 500, 1000)
+"""Lengths of the evaluated beginnings of the rankings."""
 _METHODS = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
 
 
 def run(runs: Sequence[Path]) -> dict[str, Any]:
-    """Measure finished runs on sets that know true labels and pairs.
+    """Measure finished runs on datasets with true labels and true pairs.
 
     Raises:
-        UserError: where a run is not finished, or its set does not know.
+        UserError: if a run is not finished, or its dataset does not have the truth.
     """
-    return {"machine": machine(), "rows": [_measured(each) for each in runs]}
+    return {"machine": machine(), "rows": [_measure(path) for path in runs]}
 
 
-def _measured(run: Path) -> dict[str, Any]:
+def _measure(run: Path) -> dict[str, Any]:
     if not (run / "report.json").is_file():
-        raise UserError(f"{run}: no report.json there; give the folder of a finished run.")
+        raise UserError(f"{run}: no report.json; specify the directory of a finished run.")
     data = OmegaConf.load(run / "config.yaml").data
     shards = ShardedDataset.open(data.root)
     split = shards.split(data.train_split)
-    own, given = load_labels(shards, split), load_labels(shards, split, data.labels).given
-    truth = own.given if own.true is None and data.labels else own.true
-    wrong_pair = own.mismatched()
-    if truth is None or wrong_pair is None:
-        raise UserError(f"{data.root}: does not know which labels and pairs are wrong; make it with noise.")
-    wrong = given != truth
-    table = corrections_of(run, json.loads((run / "report.json").read_text()), split)
-    embeddings = Encoders.open(run / "export", torch.device("cpu"), batch=128).of_clips(split)
-    chances = out_of_sample_pred_probs(embeddings, given)
-    ranked = {f"cleanlab, {name}": _order(given, chances, name) for name in _METHODS}
-    found: dict[str, Any] = {"run": run.name, "wrong_labels": int(wrong.sum()), "wrong_pairs": int(wrong_pair.sum())}
-    found["labels"] = {
-        name: {str(first): float(wrong[order[:first]].mean()) for first in FIRST}
-        for name, order in {"distav": label_issues(table).ids, **ranked}.items()
+    stored = load_labels(shards, split)
+    given = load_labels(shards, split, data.label_overrides).given
+    true = stored.given if stored.true is None and data.label_overrides else stored.true
+    mismatched = stored.mismatched()
+    if true is None or mismatched is None:
+        raise UserError(f"{data.root}: no true labels and pairs; create the dataset with injected noise.")
+    wrong = given != true
+    table = last_correction(run, json.loads((run / "report.json").read_text()), split)
+    embeddings = Embedder.open(run / "export", torch.device("cpu"), batch_size=128).embed_clips(split)
+    pred_probs = out_of_sample_pred_probs(embeddings, given)
+    rankings = {"distav": label_issues(table).ids}
+    rankings |= {f"cleanlab, {method}": _rank(given, pred_probs, method) for method in _METHODS}
+    pairs = pair_issues(table).ids
+    return {
+        "run": run.name,
+        "wrong_labels": int(wrong.sum()),
+        "mismatched_pairs": int(mismatched.sum()),
+        "labels": {
+            name: {str(first): float(wrong[ids[:first]].mean()) for first in FIRST} for name, ids in rankings.items()
+        },
+        "pairs": {str(first): float(mismatched[pairs[:first]].mean()) for first in FIRST},
     }
-    found["pairs"] = {str(first): float(wrong_pair[pair_issues(table).ids[:first]].mean()) for first in FIRST}
-    return found
 
 
-def _order(given: np.ndarray, chances: np.ndarray, method: str) -> np.ndarray:
-    quality = get_label_quality_scores(given, chances, method=method)
+def _rank(given: np.ndarray, pred_probs: np.ndarray, method: str) -> np.ndarray:
+    quality = get_label_quality_scores(given, pred_probs, method=method)
     return np.argsort(quality, kind="stable")
 
 
-def table(found: dict[str, Any]) -> str:
-    """Return the figures as a Markdown table."""
-    head = ["set", "list", *(f"of the first {first}" for first in FIRST)]
+def table(results: dict[str, Any]) -> str:
+    """Return the precision of every ranking as a Markdown table."""
+    head = ["dataset", "ranking", *(f"first {first}" for first in FIRST)]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for row in found["rows"]:
-        lists = {f"labels, {name}": shares for name, shares in row["labels"].items()} | {"pairs, distav": row["pairs"]}
-        for name, shares in lists.items():
-            cells = [row["run"].partition("_")[0], name, *(f"{100 * shares[str(first)]:.1f} %" for first in FIRST)]
-            lines.append(f"| {' | '.join(cells)} |")
+    for row in results["rows"]:
+        rankings = {f"labels, {name}": precision for name, precision in row["labels"].items()}
+        rankings["pairs, distav"] = row["pairs"]
+        for name, precision in rankings.items():
+            values = (f"{100 * precision[str(first)]:.1f} %" for first in FIRST)
+            lines.append(f"| {' | '.join([row['run'].partition('_')[0], name, *values])} |")
     return "\n".join(lines)

@@ -1,64 +1,48 @@
-"""Timings side by side, and the table and the JSON object that come of them.
+"""Interleaved timing of candidates, and the table and JSON object of the results.
 
-Candidates take turns, so that a machine that slows down slows all of them; a ratio is the median of the ratios of the
-rounds. On one thread the clock is the CPU time of the process, which other work on the machine hardly moves; on more
-it is the wall clock.
+Candidates are timed alternately, so that a slowdown of the machine affects all of them; a ratio is the median of the
+ratios of the rounds. With one thread the clock is the CPU time of the process, which other load hardly affects; with
+more threads it is the wall clock.
 """
 
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distav.data.files import write_atomically
-
-PACKAGES = (
-    "distav",
-    "torch",
-    "numpy",
-    "nvidia-dali-cuda130",
-    "deepspeed",
-    "webdataset",
-    "faiss-cpu",
-    "torchcodec",
-    "av",
-    "cleanlab",
-    "scikit-learn",
-)
+from distav.training.environment import machine
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how something is measured."""
+    """Device, number of threads and number of rounds of a measurement."""
 
     device: torch.device
     threads: int
     rounds: int
 
     def clock(self) -> float:
-        """Return seconds: CPU time on one thread, else wall time; a GPU finishes its work first."""
+        """Return seconds: CPU time for one thread, otherwise wall time; a GPU is synchronized first."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             return time.perf_counter()
         return time.process_time() if self.threads == 1 else time.perf_counter()
 
     def interleaved(self, candidates: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
-        """Time each candidate once a round, in turn, after one round that does not count."""
+        """Return the seconds of each candidate per round; one warm-up round is not counted."""
         seconds: dict[str, list[float]] = {name: [] for name in candidates}
-        for number in range(self.rounds + 1):
+        for round_index in range(self.rounds + 1):
             for name, candidate in candidates.items():
-                began = self.clock()
+                started = self.clock()
                 candidate()
-                if number:
-                    seconds[name].append(self.clock() - began)
+                if round_index > 0:
+                    seconds[name].append(self.clock() - started)
         return seconds
 
 
@@ -71,31 +55,40 @@ class Results:
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     ratios: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def times(self, seconds: Mapping[str, list[float]], per: Mapping[str, tuple[float, str]] | None = None) -> None:
-        """Note timings; `per` gives for a name the amount of work in one call and its unit."""
+    def add_times(
+        self, seconds: Mapping[str, list[float]], work: Mapping[str, tuple[float, str]] | None = None
+    ) -> None:
+        """Add timings; `work` maps a name to the amount of work in one call and the unit of its rate."""
         for name, values in seconds.items():
             figure = {"median_s": statistics.median(values), "min_s": min(values), "rounds": len(values)}
-            if per and name in per:
-                amount, unit = per[name]
+            if work and name in work:
+                amount, unit = work[name]
                 figure |= {"rate": amount / figure["median_s"], "unit": unit}
             self.figures[name] = figure
 
-    def note(self, name: str, value: float, unit: str) -> None:
-        """Note a figure that is no timing."""
+    def add_value(self, name: str, value: float, unit: str) -> None:
+        """Add a figure that is not a timing."""
         self.figures[name] = {"value": value, "unit": unit}
 
-    def ratio(self, name: str, value: float | tuple[list[float], list[float]], bar: str = "") -> None:
-        """Note a ratio, of two timings round by round or given; `bar` is such as "<= 1.25"."""
+    def add_ratio(self, name: str, value: float | tuple[list[float], list[float]], threshold: str = "") -> None:
+        """Add a ratio: a number, or two lists of timings that are divided round by round.
+
+        Args:
+            name: of the ratio.
+            value: the ratio, or numerators and denominators of which the median ratio is taken.
+            threshold: bound on the ratio, such as "<= 1.25"; empty for none.
+        """
         if isinstance(value, tuple):
             value = statistics.median(a / b for a, b in zip(*value, strict=True))
         entry: dict[str, Any] = {"value": value}
-        if bar:
-            sign, limit = bar.split()
-            entry |= {"bar": bar, "met": value <= float(limit) if sign == "<=" else value >= float(limit)}
+        if threshold:
+            sign, limit = threshold.split()
+            passed = value <= float(limit) if sign == "<=" else value >= float(limit)
+            entry |= {"threshold": threshold, "passed": passed}
         self.ratios[name] = entry
 
-    def object(self) -> dict[str, Any]:
-        """Return everything as one JSON object."""
+    def as_dict(self) -> dict[str, Any]:
+        """Return all figures and ratios, with the arguments and the machine, as one JSON object."""
         return {
             "benchmark": self.name,
             "arguments": self.arguments,
@@ -105,7 +98,7 @@ class Results:
         }
 
     def table(self) -> str:
-        """Return a table to read."""
+        """Return the figures and ratios as plain text."""
         lines = [f"{self.name}: " + " ".join(f"{key}={value}" for key, value in self.arguments.items())]
         for name, figure in self.figures.items():
             if "median_s" in figure:
@@ -114,34 +107,13 @@ class Results:
             else:
                 lines.append(f"  {name:58s}{figure['value']:12.4g} {figure['unit']}")
         for name, ratio in self.ratios.items():
-            told = f"   bar {ratio['bar']}: {'met' if ratio['met'] else 'MISSED'}" if "bar" in ratio else ""
-            lines.append(f"  {name:58s}{ratio['value']:12.4g}{told}")
+            verdict = ""
+            if "threshold" in ratio:
+                verdict = f"   threshold {ratio['threshold']}: {'passed' if ratio['passed'] else 'FAILED'}"
+            lines.append(f"  {name:58s}{ratio['value']:12.4g}{verdict}")
         return "\n".join(lines)
 
     def save(self, path: Path) -> None:
-        """Write the JSON object."""
+        """Write the JSON object to a file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(self.object(), indent=1) + "\n").encode())
-
-
-def machine() -> dict[str, Any]:
-    """Return what the figures hang on: processor, cores, GPU, versions."""
-    model = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "processor": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "versions": versions,
-    }
+        write_atomically(path, (json.dumps(self.as_dict(), indent=1) + "\n").encode())

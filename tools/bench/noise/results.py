@@ -1,4 +1,4 @@
-"""What the trainings of the noise benchmark came to: a record of each, the JSON file, mean and deviation over seeds."""
+"""Results of the noise benchmark: a record of each training, the JSON file, mean and standard deviation over seeds."""
 
 import json
 import math
@@ -9,132 +9,141 @@ from typing import Any
 
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
-from tools.bench.noise.experiments import MOST_PAIRS, Job
+from distav.training.environment import machine
+from tools.bench.noise.experiments import MAX_MISMATCH_RATE, Job
 from tools.bench.noise.runner import Bench
-from tools.bench.timing import machine
 
-KEYS = ("set", "labels", "pairs", "method", "k", "second", "seed")
-"""What tells one record from the others; those of trainings have no k, those of votes no method and no pairs."""
+KEYS = ("dataset", "label_noise", "mismatch_rate", "method", "k", "second_round_neighbors", "seed")
+"""Fields that identify a record; records of trainings have no k, those of votes no method and no mismatch rate."""
 
 
-def votes(bench: Bench, jobs: Iterable[Job]) -> list[dict[str, Any]]:
-    """Return how right votes are by the number of neighbours, after each phase 1 with mismatched pairs."""
+def vote_records(bench: Bench, jobs: Iterable[Job]) -> list[dict[str, Any]]:
+    """Return the accuracy of k-NN votes by number of neighbors, after each contrastive phase on mismatched pairs."""
     from tools.bench.noise.knn_sweep import sweep
 
-    noises = sorted({job.cell.labels for job in jobs if job.cell.labels.startswith("symmetric")})
-    found = []
-    for start in dict.fromkeys(job.phase_1 for job in jobs if job.phase_1 and job.cell.pairs == MOST_PAIRS):
-        run = bench.work / "runs" / start.name if start else None
-        if start and run and (run / "export").exists():
-            place = {"set": start.cell.set, "seed": start.seed}
-            swept = sweep(run, bench.shards(start.cell, start.seed), noises, start.seed)
-            found += [place | _rounded(each) for each in swept]
-    return found
+    jobs = list(jobs)
+    noises = sorted({job.cell.label_noise for job in jobs if job.cell.label_noise.startswith("symmetric")})
+    shared = (job.pretraining for job in jobs if job.cell.mismatch_rate == MAX_MISMATCH_RATE)
+    records = []
+    for pretraining in dict.fromkeys(job for job in shared if job):
+        run = bench.work / "runs" / pretraining.name
+        if (run / "export").exists():
+            place = {"dataset": pretraining.cell.dataset, "seed": pretraining.seed}
+            votes = sweep(run, bench.shards(pretraining.cell, pretraining.seed), noises, pretraining.seed)
+            records += [place | _rounded(vote) for vote in votes]
+    return records
 
 
-def trainings(bench: Bench, jobs: Iterable[Job]) -> list[dict[str, Any]]:
-    """Return the figures of each training that is done."""
-    found = []
+def training_records(bench: Bench, jobs: Iterable[Job]) -> list[dict[str, Any]]:
+    """Return the figures of each finished training."""
+    records = []
     for job in jobs:
         if bench.result_path(job).exists():
-            cell = job.cell
             place = {
-                "set": cell.set,
-                "labels": cell.labels,
-                "pairs": cell.pairs,
+                "dataset": job.cell.dataset,
+                "label_noise": job.cell.label_noise,
+                "mismatch_rate": job.cell.mismatch_rate,
                 "method": job.method,
                 "seed": job.seed,
             }
-            found.append(place | _rounded(_figures(json.loads(bench.result_path(job).read_text()))))
-    return found
+            records.append(place | _rounded(_figures(json.loads(bench.result_path(job).read_text()))))
+    return records
 
 
 def over_seeds(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each place of the grid: mean and standard deviation of what all of its seeds have told."""
+    """Return a row for each cell and method: mean and standard deviation of the figures that all of its seeds have."""
     groups: dict[tuple[tuple[str, Any], ...], list[Mapping[str, Any]]] = {}
     for record in records:
         place = tuple((key, record[key]) for key in KEYS[:-1] if key in record)
         groups.setdefault(place, []).append(record)
     return [
         dict(place)
-        | {"seeds": len(found)}
-        | {key: _spread([each[key] for each in found]) for key in found[0] if _in_all(key, found)}
-        for place, found in groups.items()
+        | {"seeds": len(group)}
+        | {key: _mean_and_sd([record[key] for record in group]) for key in group[0] if _is_common_figure(key, group)}
+        for place, group in groups.items()
     ]
 
 
-def stored(path: Path) -> dict[str, Any]:
-    """Return what a JSON file of this benchmark holds, nothing where it is not there.
+def load(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file of this benchmark, {} if it does not exist.
 
     Raises:
-        UserError: where it is something else.
+        UserError: if the file is of another kind.
     """
     try:
-        found = json.loads(path.read_text()) if path.exists() else {}
+        stored = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
-        raise UserError(f"--json={path}: is damaged ({error}); delete it or name another file.") from None
-    if found and "machines" not in found:
-        raise UserError(f"--json={path}: holds no records of trainings; delete it or name another file.")
-    return found
+        raise UserError(f"--json={path}: not a valid JSON file ({error}); delete it or choose another file.") from None
+    if stored and "machines" not in stored:
+        raise UserError(f"--json={path}: no results of the noise benchmark; delete the file or choose another one.")
+    return stored
 
 
-def save(found: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Add records to a JSON file, a line each, with the machine and the versions that they were made on.
+def save(records: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Add records to a JSON file, one per line, together with the machine and the package versions.
 
-    Records that the file has already, from other seeds, parts or machines, stay; the same made again take their place.
+    Existing records of other seeds, experiments or machines are kept; records of the same training are replaced.
 
     Returns:
-        Everything that the file now holds.
+        All records of the file.
 
     Raises:
-        UserError: where the file is something else.
+        UserError: if the file is of another kind.
     """
-    before = stored(path)
-    machines = [each for each in before.get("machines", []) if each != machine()] + [machine()]
+    stored = load(path)
+    machines = [entry for entry in stored.get("machines", []) if entry != machine()] + [machine()]
     parts = ['"benchmark": "noise"', '"machines": [\n' + ",\n".join(map(json.dumps, machines)) + "\n]"]
-    together: dict[str, list[dict[str, Any]]] = {}
-    for name, records in found.items():
-        kept = {tuple(each.get(key) for key in KEYS): each for each in [*before.get(name, []), *records]}
-        together[name] = list(kept.values())
-        parts.append(f'"{name}": [\n' + ",\n".join(map(json.dumps, together[name])) + "\n]")
+    merged: dict[str, list[dict[str, Any]]] = {}
+    for name, added in records.items():
+        by_key = {tuple(record.get(key) for key in KEYS): record for record in [*stored.get(name, []), *added]}
+        merged[name] = list(by_key.values())
+        parts.append(f'"{name}": [\n' + ",\n".join(map(json.dumps, merged[name])) + "\n]")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, ("{" + ",\n".join(parts) + "}\n").encode())
-    return together
+    return merged
 
 
 def _figures(report: dict[str, Any]) -> dict[str, float]:
-    found = {f"test_{key}": value if key == "rsum" else 100 * value for key, value in report["test"].items()}
+    """Return the figures of a run's report.json, rates in %."""
+    figures = {f"test_{key}": value if key == "rsum" else 100 * value for key, value in report["test"].items()}
     if report.get("correspondence"):
         last = report["correspondence"][-1]
-        found |= {f"pairs_{key}": 100 * value for key, value in last.items() if key.startswith("auroc")}
-    for each in report["phases"]:
-        key = f"seconds_{each['kind']}"
-        found[key] = found.get(key, 0.0) + each["seconds"]
-    found["seconds"] = sum(each["seconds"] for each in report["phases"])
-    found |= {key: 100 * value for key, value in report.get("detection", {}).items()}
-    for number, each in enumerate(report.get("corrections", [])):
-        last = number + 1 == len(report["corrections"])
-        name = "last" if last else str(number + 1)
-        found[f"label_rate_{name}"] = 100 * each["label_noise_rate"]["estimate"]
-        found[f"pair_rate_{name}"] = 100 * each["pair_mismatch_rate"]["estimate"]
-        found[f"changed_{name}"] = 100 * each["changed_fraction"]
-        for key, value in each.get("label_accuracy", {}).items():
-            if value is not None:
-                found[f"labels_{key}_{name}"] = 100 * value
-        for key, value in each.get("pair_auroc", {}).items():
-            if value is not None and math.isfinite(value):
-                found[f"auroc_{key}_{name}"] = 100 * value
-    return found
+        figures |= {f"correspondence_{key}": 100 * value for key, value in last.items() if key.startswith("auroc")}
+    for phase in report["phases"]:
+        key = f"seconds_{phase['kind']}"
+        figures[key] = figures.get(key, 0.0) + phase["seconds"]
+    figures["seconds"] = sum(phase["seconds"] for phase in report["phases"])
+    figures |= {key: 100 * value for key, value in report.get("detection", {}).items()}
+    corrections = report.get("corrections", [])
+    for number, correction in enumerate(corrections, 1):
+        figures |= _correction_figures(correction, "last" if number == len(corrections) else str(number))
+    return figures
 
 
-def _in_all(key: str, records: Sequence[Mapping[str, Any]]) -> bool:
-    return key not in KEYS and all(key in each for each in records)
+def _correction_figures(correction: dict[str, Any], name: str) -> dict[str, float]:
+    figures = {
+        f"label_noise_rate_{name}": 100 * correction["label_noise_rate"]["estimate"],
+        f"pair_mismatch_rate_{name}": 100 * correction["pair_mismatch_rate"]["estimate"],
+        f"changed_fraction_{name}": 100 * correction["changed_fraction"],
+    }
+    titles = {"given": "given_label_accuracy", "corrected": "corrected_label_accuracy"}
+    for key, value in correction.get("label_accuracy", {}).items():
+        if value is not None:
+            figures[f"{titles.get(key, key)}_{name}"] = 100 * value
+    for key, value in correction.get("pair_auroc", {}).items():
+        if value is not None and math.isfinite(value):
+            figures[f"mismatch_auroc_{key}_{name}"] = 100 * value
+    return figures
+
+
+def _is_common_figure(key: str, records: Sequence[Mapping[str, Any]]) -> bool:
+    return key not in KEYS and all(key in record for record in records)
 
 
 def _rounded(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {key: round(value, 3) if isinstance(value, float) else value for key, value in figures.items()}
 
 
-def _spread(values: list[float]) -> dict[str, float | None]:
+def _mean_and_sd(values: list[float]) -> dict[str, float | None]:
     deviation = round(statistics.stdev(values), 3) if len(values) > 1 else None
     return {"mean": round(statistics.fmean(values), 3), "sd": deviation}
