@@ -1,4 +1,4 @@
-"""What the command lines have in common."""
+"""Options and error handling that the command-line tools share."""
 
 import argparse
 import os
@@ -9,25 +9,26 @@ from distav.config.errors import UserError
 
 
 def exit_with_error(error: UserError, program: str) -> int:
-    """Print why a command ends, and return its exit status."""
+    """Print an error message to stderr and return exit status 1."""
     if os.environ.get("RANK", "0") != "0":
-        # The first rank says the same and takes the others down; what is said here is this rank's own.
+        # Rank 0 prints an error that all ranks have, and the launcher then ends the other ranks. After this delay the
+        # error is specific to this rank.
         time.sleep(3)
     print(f"{program}: {error}", file=sys.stderr)
     return 1
 
 
-def add_rank_options(parser: argparse.ArgumentParser, batch: int, batched: str) -> None:
-    """Add the options of a command that the launcher may start as many ranks.
+def add_rank_options(parser: argparse.ArgumentParser, batch_size: int, action: str) -> None:
+    """Add the options of a command that a launcher may start on several ranks.
 
     Args:
-        parser: of the command.
-        batch: what `--batch-size` is without being told.
-        batched: what is done with a batch, for the help.
+        parser: parser of the command.
+        batch_size: default of `--batch-size`.
+        action: what happens to the clips of a batch, for the help text, such as "embedded".
     """
     add = parser.add_argument
-    add("--batch-size", type=int, default=batch, help=f"clips {batched} at a time by each rank (%(default)s)")
-    add("--device", choices=("auto", "gpu", "cpu"), default="auto", help="where to compute (%(default)s)")
-    add("--threads", type=int, default=0, help="CPU threads of each rank; 0: the cores shared among them")
-    add("--timeout-s", type=float, default=3600.0, help="seconds a rank may keep the others waiting (%(default)g)")
-    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # The launcher adds it.
+    add("--batch-size", type=int, default=batch_size, help=f"clips {action} at a time by each rank (%(default)s)")
+    add("--device", choices=("auto", "gpu", "cpu"), default="auto", help="device (%(default)s)")
+    add("--threads", type=int, default=0, help="CPU threads of each rank; 0 divides the cores among the ranks")
+    add("--timeout-s", type=float, default=3600.0, help="seconds to wait for another rank (%(default)g)")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # Added by the launcher.

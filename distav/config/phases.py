@@ -1,4 +1,4 @@
-"""The settings of each kind of phase: type, default, meaning and, where a paper fixed it, its source.
+"""Settings of each kind of phase: type, default, bound, meaning and, where a paper fixed it, its source.
 
 AVID is Morgado et al. 2021a, RAVID Morgado et al. 2021b, CC Li et al. 2021, CRCL Qin et al.
 2023.
@@ -6,12 +6,16 @@ AVID is Morgado et al. 2021a, RAVID Morgado et al. 2021b, CC Li et al. 2021, CRC
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
+
+from distav.config.bounds import above, at_least, between
+from distav.config.registry import Registry
 
 
 class Estimator(Enum):
-    """How the correspondence of a pair is estimated (`distav.noise.correspondence`).
+    """Estimator of the correspondence probability of a pair (`distav.noise.correspondence`).
 
-    scc: at each visit from how it matches (CRCL). The others: once an epoch from the bank.
+    scc: at each visit, from the pair's matching probabilities (CRCL). All others: once per epoch, from the memory bank.
     """
 
     gmm = "gmm"
@@ -23,54 +27,40 @@ class Estimator(Enum):
 
 
 class InstanceLoss(Enum):
-    """xid: telling each pair from others, weighted and with soft targets (RAVID). acl: active complementary (CRCL)."""
+    """xid: weighted instance discrimination with soft targets (RAVID). acl: active complementary loss (CRCL)."""
 
     xid = "xid"
     acl = "acl"
 
 
-class NegativesSource(Enum):
-    """What a pair is told from: rows of the bank, or the batch over all ranks."""
-
-    memory_bank = "bank"
-    batch = "batch"
-
-
 class SoftTargetKind(Enum):
-    """Which distribution over the bank softens the instance target (RAVID section 3.3)."""
+    """Distribution over the memory bank that softens the instance target (RAVID section 3.3)."""
 
     none = "none"
     bootstrapping = "bootstrapping"
     swapped = "swapped"
-    neighbor = "neighbour"
+    neighbor = "neighbor"
     cycle = "cycle"
 
 
 class Targets(Enum):
-    """What the classifiers learn.
+    """Targets of the classifiers.
 
-    given: the labels as they came. posterior: corrected labels, the given one weighed by how often labels are wrong.
-    held_out: corrected labels in which a sample's own given label had no part, so that the features that come of it
-    can be voted in again. mixed: given and corrected label, weighed by how far they agree. truth: an upper bound.
+    given: the given labels. posterior: corrected labels; the given label has the weight that the noise rate implies.
+    held_out: corrected labels to which a sample's own given label did not contribute, so that the features they train
+    can be used for another correction round. hybrid: given and corrected label, weighted by their agreement. oracle:
+    true labels, an upper bound.
     """
 
     given = "given"
     posterior = "posterior"
     held_out = "held_out"
-    hybrid = "mixed"
-    oracle = "truth"
+    hybrid = "hybrid"
+    oracle = "oracle"
 
 
 NEED_CORRECTION = (Targets.posterior, Targets.held_out, Targets.hybrid)
-"""Targets that a correction has to make."""
-
-
-class ClassLoss(Enum):
-    """ce: cross-entropy. gce: generalised cross-entropy. elr: cross-entropy with early-learning regularisation."""
-
-    ce = "ce"
-    gce = "gce"
-    elr = "elr"
+"""Targets that need a label correction phase before them."""
 
 
 @dataclass
@@ -78,103 +68,107 @@ class ContrastivePhase:
     """Phase 1: noise-tolerant contrastive training without labels."""
 
     kind: str = "contrastive"
-    """The kind of phase."""
-    epochs: int = 40
+    """Kind of phase."""
+    epochs: int = field(default=40, metadata=at_least(1))
     """Passes over the training split."""
-    lr_scale: float = 1.0
+    lr_scale: float = field(default=1.0, metadata=at_least(0))
     """Factor on `optim.lr`."""
     reinitialize: bool = False
-    """Begin with new weights and rows, and keep what earlier phases found of pairs and labels (CRCL's pieces)."""
+    """Start from newly initialized weights and memory bank, and keep the correspondence probabilities and corrected
+    labels of earlier phases (the pieces of CRCL)."""
     loss: InstanceLoss = InstanceLoss.xid
-    """xid or acl."""
-    negatives_source: NegativesSource = NegativesSource.memory_bank
-    """bank or batch (CRCL: batch); with accumulation, a micro-batch."""
-    temperature: float = 0.07
-    """Divides the similarities of the instance loss (AVID: 0.07, CRCL: 0.05); where `model.learnable_temperature`, the
-    model's does."""
-    complementary_weight: float = 5.0
+    """Instance loss: xid or acl."""
+    negatives_source: str = "memory_bank"
+    """Contrastive objective, by its source of negatives: memory_bank, sampled or batch (CRCL: batch), or the name of an
+    installed one. memory_bank with `num_negatives` above 0 is sampled. With gradient accumulation, batch is one
+    micro-batch."""
+    temperature: float = field(default=0.07, metadata=above(0))
+    """Temperature of the instance loss (AVID: 0.07, CRCL: 0.05). With `model.learnable_temperature`, the learned one
+    replaces it."""
+    complementary_weight: float = field(default=5.0, metadata=at_least(0))
     """Weight lambda of the complementary part of acl (CRCL: 5)."""
-    num_negatives: int = 0
-    """Rows drawn for each sample in place of the whole bank (AVID: 1024); 0 uses all, and is exact."""
+    num_negatives: int = field(default=0, metadata=at_least(0))
+    """Rows of the memory bank sampled per sample as negatives (AVID: 1024). 0 uses all rows, which is exact."""
     nce: bool = False
-    """Tell the own row from the drawn ones by noise-contrastive estimation (AVID), in place of their softmax."""
+    """Use noise-contrastive estimation over the sampled negatives (AVID) instead of their softmax."""
     mask_uninitialized: bool = False
-    """Leave rows that were never written out of the softmax; they start as random directions."""
-    within_modal_weight: float = 0.0
-    """Weight of telling instances apart within each modality too (Joint-AVID); it learns what the other modality cannot
-    teach, which is much where clips are few or hard, and costs two more passes over the bank."""
+    """Exclude rows of the memory bank that were never written from the softmax; they are initialized at random."""
+    within_modal_weight: float = field(default=0.0, metadata=at_least(0))
+    """Weight of the within-modal instance discrimination loss (Joint-AVID). It preserves modality-specific information,
+    which matters most on small or hard datasets, and adds two passes over the memory bank. 0 disables it."""
     soft_targets: SoftTargetKind = SoftTargetKind.cycle
-    """Soft targets over the bank (RAVID keeps cycle)."""
-    soft_target_weight: float = 0.5
-    """Largest share of the soft target; a sample gets this times (1 - correspondence) (RAVID: 0.5, sweep 0.25)."""
+    """Soft targets over the memory bank: none, bootstrapping, swapped, neighbor or cycle (RAVID: cycle)."""
+    soft_target_weight: float = field(default=0.5, metadata=between(0, 1))
+    """Maximum weight of the soft target. A sample gets this times (1 - correspondence probability) (RAVID: 0.5, in its
+    sweep 0.25)."""
     soft_targets_for_all: bool = False
-    """Give every sample that largest share (RAVID), doubted or not."""
-    soft_target_temperature: float = 0.02
-    """Divides the similarities that make the soft target (RAVID)."""
-    cycle_temperature: float = 0.07
-    """Divides the pair similarities inside cycle-consistent targets (RAVID)."""
+    """Give every sample the maximum weight (RAVID), whatever its correspondence probability."""
+    soft_target_temperature: float = field(default=0.02, metadata=above(0))
+    """Temperature of the similarities in the soft target (RAVID)."""
+    cycle_temperature: float = field(default=0.07, metadata=above(0))
+    """Temperature of the pair similarities in cycle-consistent targets (RAVID)."""
     soft_target_excludes_self: bool = False
-    """Leave the sample itself out of its soft target."""
+    """Exclude the sample itself from its soft target."""
     correspondence_estimator: Estimator = Estimator.gmm
-    """Estimator of the correspondence of pairs."""
-    min_pair_weight: float = 0.25
-    """Loss weight of a pair surely mismatched (RAVID: 0.25)."""
-    pair_weighting_start: float = 0.35
-    """Share of the phase after which weights and soft targets are switched on."""
-    pair_weighting_ramp: float = 0.05
-    """Share of the phase over which they fade in."""
-    correspondence_momentum: float = 0.8
-    """Share of the old correspondence kept at each estimate (CRCL: 0.8)."""
-    refinement_warmup_epochs: int = 2
-    """Epochs before scc begins (CRCL: 2)."""
-    correspondence_threshold: float = 0.1
-    """Correspondence below which scc holds a pair for mismatched (CRCL: 0.1)."""
+    """Estimator of correspondence probabilities: gmm, cdf, category, scc, oracle or none."""
+    min_pair_weight: float = field(default=0.25, metadata=between(0, 1))
+    """Loss weight of a pair with correspondence probability 0 (RAVID: 0.25)."""
+    pair_weighting_start: float = field(default=0.35, metadata=between(0, 1))
+    """Fraction of the phase after which pair weights and soft targets are enabled."""
+    pair_weighting_ramp: float = field(default=0.05, metadata=at_least(0))
+    """Fraction of the phase over which pair weights and soft targets ramp up."""
+    correspondence_momentum: float = field(default=0.8, metadata=between(0, 1))
+    """Momentum of the correspondence probability: weight of its previous value in each update (CRCL: 0.8)."""
+    refinement_warmup_epochs: int = field(default=2, metadata=at_least(0))
+    """Epochs before scc starts (CRCL: 2)."""
+    correspondence_threshold: float = field(default=0.1, metadata=between(0, 1))
+    """Correspondence probability below which scc treats a pair as mismatched (CRCL: 0.1)."""
     store_thresholded: bool = False
-    """Whether scc forgets what lies below (CRCL's code does), so that a pair hardly comes back."""
-    matching_reference_size: int = 128
-    """Candidates that scc's matching probabilities are stated for, whatever number they were found among (CRCL: 128,
-    its batch). Where any clip of a class matches as well as the right one, take a third of the number of classes."""
-    full_trust_quantile: float = 0.0
-    """Quantile of all pairs' correspondences from which scc believes a pair wholly; 0: a probability of 1 (CRCL). Where
-    a network has learnt little yet, all pairs match about alike, and this believes them all instead of none."""
-    category_weight: float = 1.0
-    """Weight of the category-level loss (CC: 1)."""
-    category_temperature: float = 1.0
-    """Divides the similarities of the category-level loss (CC: 1)."""
-    category_memory_weight: float = 0.0
-    """Weight of the bank's stored categories beside the batch's in the category-level loss, for batches below five
-    times the categories; 0 leaves them out."""
-    category_warmup_fraction: float = 0.1
-    """Share of the phase over which the category-level loss fades in."""
-    category_balance_weight: float = 1.0
+    """Store 0 for pairs below the threshold, as the code of CRCL does. Such a pair rarely recovers."""
+    matching_reference_size: int = field(default=128, metadata=at_least(2))
+    """Number of candidates for which scc states matching probabilities, whatever number was compared (CRCL: 128, its
+    batch size). If any clip of a class matches as well as the paired one, use a third of the number of classes."""
+    full_trust_quantile: float = field(default=0.0, metadata=between(0, 1))
+    """Quantile of all correspondence probabilities from which scc fully trusts a pair; 0 requires a probability of 1
+    (CRCL). Early in training all pairs match about equally well; a quantile then trusts most pairs instead of none."""
+    category_weight: float = field(default=1.0, metadata=at_least(0))
+    """Weight of the category-level contrastive loss (CC: 1)."""
+    category_temperature: float = field(default=1.0, metadata=above(0))
+    """Temperature of the category-level contrastive loss (CC: 1)."""
+    category_memory_weight: float = field(default=0.0, metadata=at_least(0))
+    """Weight of the category assignments stored in the memory bank, added to those of the batch in the category-level
+    loss. Useful when the batch is smaller than five times the number of categories. 0 disables them."""
+    category_warmup_fraction: float = field(default=0.1, metadata=at_least(0))
+    """Fraction of the phase over which the category-level loss ramps up."""
+    category_balance_weight: float = field(default=1.0, metadata=at_least(0))
     """Weight of the term that keeps categories equally used (CC: 1)."""
-    category_entropy_weight: float = 0.1
-    """Weight of the entropy of each sample's category, against the uniform plateau."""
+    category_entropy_weight: float = field(default=0.1, metadata=at_least(0))
+    """Weight of the entropy of each sample's category distribution. It prevents the uniform solution."""
 
 
 @dataclass
 class LabelCorrectionPhase:
-    """Every sample's label, voted for by its neighbours; the way of voting is the one that foretells labels best."""
+    """Label correction by held-out k-NN votes; the vote configuration with the highest likelihood is selected."""
 
     kind: str = "label_correction"
-    """The kind of phase."""
-    num_neighbors: list[int] = field(default_factory=lambda: [50, 200, 400])
-    """Neighbours of the first vote, to choose among; more for noisier labels. Those that the set is too small
-    for are left out."""
-    second_round_neighbors: list[int] = field(default_factory=lambda: [0, 20, 100])
-    """Voters of a second vote over what the first elected, to choose among; 0: one vote alone."""
-    vote_temperatures: list[float] = field(default_factory=lambda: [0.07, 0.2, 0.4])
-    """Divide the similarity in a neighbour's weight, to choose among."""
-    whitening_powers: list[float] = field(default_factory=lambda: [0.0, 0.5])
-    """Powers by which the principal axes of features are evened out, to choose among; both modalities together are voted
-    in with the last."""
-    num_components: int = 48
-    """Principal axes of the features that are kept."""
+    """Kind of phase."""
+    num_neighbors: list[int] = field(default_factory=lambda: [50, 200, 400], metadata=at_least(1))
+    """Candidate numbers of neighbors of the first vote; noisier labels need more. Numbers that are too large for the
+    dataset are skipped."""
+    second_round_neighbors: list[int] = field(default_factory=lambda: [0, 20, 100], metadata=at_least(0))
+    """Candidate numbers of neighbors of a second vote over the results of the first; 0 omits the second vote."""
+    vote_temperatures: list[float] = field(default_factory=lambda: [0.07, 0.2, 0.4], metadata=above(0))
+    """Candidate temperatures of the similarity in a neighbor's weight."""
+    whitening_powers: list[float] = field(default_factory=lambda: [0.0, 0.5], metadata=between(0, 1))
+    """Candidate whitening exponents: each principal component of the features is divided by its standard deviation to
+    this power; 0 keeps the scales, 1 whitens fully. The joint vote of both modalities uses the last one."""
+    num_components: int = field(default=48, metadata=at_least(1))
+    """Number of principal components of the features that are kept."""
     pseudo_labels: str = ""
-    """Folder that tools/pseudo_label.py wrote, whose teachers then have a vote too; empty for none."""
-    min_log_likelihood_gain: float = 10.0
-    """Votes that do not make the given labels likelier than their frequencies do by this much are not believed; random
-    features come to 1."""
+    """Output directory of tools/pseudo_label.py, whose teachers then join the ensemble; empty for none."""
+    min_log_likelihood_gain: float = field(default=10.0, metadata=at_least(0))
+    """Minimum log-likelihood gain, in nats over all clips, of the votes over class frequencies in predicting the given
+    labels. Below it, labels stay unchanged. Random features reach about 1."""
 
 
 @dataclass
@@ -182,62 +176,68 @@ class SupervisedPhase:
     """Phase 2: supervised training on given and corrected labels; on given labels alone, the usual baselines."""
 
     kind: str = "supervised"
-    """The kind of phase."""
-    epochs: int = 12
+    """Kind of phase."""
+    epochs: int = field(default=12, metadata=at_least(1))
     """Passes over the training split."""
-    lr_scale: float = 1.0
+    lr_scale: float = field(default=1.0, metadata=at_least(0))
     """Factor on `optim.lr`."""
-    tower_lr_scale: float = 1.0
-    """Further factor for the towers; 0 trains the classifiers alone, a linear probe."""
+    tower_lr_scale: float = field(default=1.0, metadata=at_least(0))
+    """Additional factor for the towers; 0 trains the classifiers alone, a linear probe."""
     targets: Targets = Targets.posterior
-    """given, posterior, held_out, mixed or truth."""
-    loss: ClassLoss = ClassLoss.ce
-    """ce, gce or elr; gce where corrected labels are asked for and the correction found no signal."""
-    gce_q: float = 0.7
-    """Exponent of generalised cross-entropy (Zhang and Sabuncu 2018: 0.7)."""
-    elr_weight: float = 3.0
-    """Weight of early-learning regularisation (Liu et al. 2020: 3 on CIFAR-10)."""
-    elr_momentum: float = 0.7
-    """Share of the remembered prediction kept at each visit (Liu et al. 2020: 0.7 on CIFAR-10)."""
-    instance_weight: float = 0.0
-    """Weight of the instance loss against the bank, as a regulariser; 0 leaves it out."""
-    temperature: float = 0.07
-    """Divides the similarities of that loss."""
+    """Targets: given, posterior, held_out, hybrid or oracle."""
+    loss: str = "ce"
+    """Loss: ce (cross-entropy), gce (generalized cross-entropy), elr (early-learning regularization), or the name of an
+    installed one. If the targets are corrected labels and the correction had no label signal, gce on the
+    given labels is used."""
+    gce_q: float = field(default=0.7, metadata=above(0))
+    """Exponent q of generalized cross-entropy (Zhang and Sabuncu 2018: 0.7)."""
+    elr_weight: float = field(default=3.0, metadata=at_least(0))
+    """Weight of early-learning regularization (Liu et al. 2020: 3 on CIFAR-10)."""
+    elr_momentum: float = field(default=0.7, metadata=between(0, 1))
+    """Momentum of the stored predictions: weight of the previous value in each update (Liu et al. 2020: 0.7 on
+    CIFAR-10)."""
+    instance_weight: float = field(default=0.0, metadata=at_least(0))
+    """Weight of instance discrimination against the memory bank as a regularizer; 0 disables it."""
+    temperature: float = field(default=0.07, metadata=above(0))
+    """Temperature of that instance loss."""
 
 
 @dataclass
 class EventParsingPhase:
-    """Learning which events are heard and which are seen, and when (HAN and VALOR), from features or from clips."""
+    """Audio-visual event parsing from features or clips: audible and visible events per segment (HAN and VALOR)."""
 
     kind: str = "parsing"
-    """The kind of phase."""
-    epochs: int = 60
+    """Kind of phase."""
+    epochs: int = field(default=60, metadata=at_least(1))
     """Passes over the training split (VALOR: 60, HAN: 40)."""
-    lr_scale: float = 1.0
+    lr_scale: float = field(default=1.0, metadata=at_least(0))
     """Factor on `optim.lr`."""
-    tower_lr_scale: float = 1.0
-    """Further factor for the towers, where clips and not features are stored."""
+    tower_lr_scale: float = field(default=1.0, metadata=at_least(0))
+    """Additional factor for the towers, if the dataset stores clips and not features."""
     pseudo_labels: str = ""
-    """What teachers pseudo_labels: the folder that tools/pseudo_label.py wrote, or a table of events; empty for weak
-    labels alone."""
-    weak_label_weight: float = 1.0
-    """Weight of the classes of a whole clip, told by both modalities together."""
-    modality_weight: float = 0.0
-    """Weight of the same classes asked of sound and of picture alike (HAN: 1, VALOR: 0)."""
-    segment_weight: float = 1.0
-    """Weight of the harvested events of each second (VALOR: 1)."""
-    audio_smoothing: float = 0.0
-    """Label smoothing of what is asked of sound (HAN: 0)."""
-    visual_smoothing: float = 0.1
-    """Label smoothing of what is asked of pictures (HAN: 0.1)."""
+    """Pseudo-labels of teachers: an output directory of tools/pseudo_label.py or a table of events; empty to train on
+    weak labels alone."""
+    weak_label_weight: float = field(default=1.0, metadata=at_least(0))
+    """Weight of the loss on the clip's weak labels, predicted by both modalities together."""
+    modality_weight: float = field(default=0.0, metadata=at_least(0))
+    """Weight of the loss on the same labels, predicted by each modality alone (HAN: 1, VALOR: 0)."""
+    segment_weight: float = field(default=1.0, metadata=at_least(0))
+    """Weight of the loss on the pseudo-labels of each segment (VALOR: 1)."""
+    audio_smoothing: float = field(default=0.0, metadata=between(0, 1))
+    """Label smoothing of the audio loss (HAN: 0)."""
+    visual_smoothing: float = field(default=0.1, metadata=between(0, 1))
+    """Label smoothing of the visual loss (HAN: 0.1)."""
 
 
 PhaseConfig = ContrastivePhase | LabelCorrectionPhase | SupervisedPhase | EventParsingPhase
-PHASE_KINDS: dict[
-    str, type[ContrastivePhase] | type[LabelCorrectionPhase] | type[SupervisedPhase] | type[EventParsingPhase]
-] = {
-    "contrastive": ContrastivePhase,
-    "label_correction": LabelCorrectionPhase,
-    "supervised": SupervisedPhase,
-    "parsing": EventParsingPhase,
-}
+PHASE_KINDS: Registry[type[Any]] = Registry(
+    "phases.*.kind",
+    "distav.phases",
+    {
+        "contrastive": ContrastivePhase,
+        "label_correction": LabelCorrectionPhase,
+        "supervised": SupervisedPhase,
+        "parsing": EventParsingPhase,
+    },
+)
+"""Config dataclasses by kind of phase; `distav.training.phases.registry` has the function of each."""

@@ -1,6 +1,9 @@
-"""Active complementary loss (CRCL; Qin et al. 2023): believed pairs are learnt, what does not match always is.
+"""Active complementary loss of CRCL (Qin et al. 2023), robust to mismatched pairs.
 
-Legend: b samples of this rank, M candidates of each, one of which is its own.
+The active part, cross-entropy, is weighted by the correspondence probability. The complementary part lowers the
+probabilities of the negatives and applies to every pair.
+
+Legend: b samples of this rank, M candidates per sample, its own included.
 """
 
 from torch import Tensor
@@ -9,41 +12,46 @@ from distav.losses.info_nce import ScoreLoss
 
 
 def active_complementary_loss(correspondence: Tensor, weight: float) -> ScoreLoss:
-    """Return the loss over one direction's scores.
+    """Return the loss over the scores of one direction.
 
     With matching probabilities p, the softmax of the scores, and q = 1 - y,
 
-        y (-log p_own) + weight * sum_others tan(p) / (sum_all tan(p))^q.
+        y (-log p_own) + weight * sum_negatives tan(p) / (sum_all tan(p))^q.
 
-    For a pair that is believed (y = 1) the second part is the plain sum over the others; for one that is not (y = 0)
-    it lies between 0 and 1 and is all there is. On 0..1 the tangent is finite and grows faster than linearly.
-
-    Args:
-        correspondence: [b] y, the probability that a pair belongs together; no gradient.
-        weight: lambda.
-    """
-    believed = correspondence.detach()
-
-    def loss_of(scores: Tensor, own: Tensor) -> Tensor:
-        logs, place = scores.log_softmax(1), own[:, None]
-        active = -logs.gather(1, place).squeeze(1)
-        tangents = logs.exp().tan()
-        others = tangents.scatter(1, place, 0.0).sum(1)
-        return believed * active + weight * others / tangents.sum(1).pow(1 - believed)
-
-    return loss_of
-
-
-def rescale_matching_probability(share: Tensor, candidates: Tensor | int, among: int) -> Tensor:
-    """Return what a matching probability would be among another number of candidates.
-
-    A probability falls with the number of candidates, so a threshold on it means something for one number alone. The
-    others' part of the softmax is taken to grow with their number: p / (p + (1 - p) (among - 1) / (candidates - 1)).
+    For a trusted pair (y = 1) the second part is the plain sum over the negatives. For a mismatched pair (y = 0) it
+    lies between 0 and the weight and is the only part. On 0..1 the tangent is finite and grows faster than linearly.
 
     Args:
-        share: [b] the own candidate's share p of the softmax.
-        candidates: how many it was found among, itself included; [b] or one for all.
-        among: how many it is asked for.
+        correspondence: [b] correspondence probability y; used without gradient.
+        weight: weight lambda of the complementary part.
     """
-    others = (candidates - 1).clamp_min(1) if isinstance(candidates, Tensor) else max(1, candidates - 1)
-    return share / (share + (1 - share).clamp_min(0) * (among - 1) / others).clamp_min(1e-12)
+    correspondence = correspondence.detach()
+
+    def score_loss(scores: Tensor, own: Tensor) -> Tensor:
+        log_probs, index = scores.log_softmax(1), own[:, None]
+        active = -log_probs.gather(1, index).squeeze(1)
+        tangents = log_probs.exp().tan()
+        negatives = tangents.scatter(1, index, 0.0).sum(1)
+        return correspondence * active + weight * negatives / tangents.sum(1).pow(1 - correspondence)
+
+    return score_loss
+
+
+def rescale_matching_probability(probability: Tensor, num_candidates: Tensor | int, reference_size: int) -> Tensor:
+    """Return matching probabilities restated for another number of candidates.
+
+    A matching probability falls with the number of candidates, so a threshold is valid for one number only. The
+    probability mass of the negatives is assumed to grow in proportion to their number:
+    p / (p + (1 - p) (reference_size - 1) / (num_candidates - 1)).
+
+    Args:
+        probability: [b] softmax probability p of the own candidate.
+        num_candidates: number of candidates in that softmax, the own one included; [b] or one number for all.
+        reference_size: number of candidates that the result is stated for.
+    """
+    if isinstance(num_candidates, Tensor):
+        num_negatives = (num_candidates - 1).clamp_min(1)
+    else:
+        num_negatives = max(1, num_candidates - 1)
+    negatives_mass = (1 - probability).clamp_min(0) * (reference_size - 1) / num_negatives
+    return probability / (probability + negatives_mass).clamp_min(1e-12)

@@ -1,24 +1,125 @@
-"""Losses on class labels that may be wrong.
+"""Classification losses for labels that may be wrong: cross-entropy, generalized cross-entropy and ELR.
 
-Legend: b rows of this rank, C classes.
+`phases.*.loss` of a supervised phase names an entry of `CLASSIFICATION_LOSSES`. Another package adds a loss by an entry
+point of the group `distav.classification_losses` that refers to a subclass of `ClassificationLoss`:
+
+    class SmoothedCrossEntropy(ClassificationLoss):
+        def __call__(self, global_batch, logits, targets):
+            return [soft_cross_entropy(head, 0.9 * target + 0.1 / self.num_classes)
+                    for head, target in zip(logits, targets, strict=True)]
+
+Legend: b samples of this rank, H classifiers, C classes.
 """
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from distav.config.phases import SupervisedPhase
+from distav.config.registry import Registry
+from distav.memory.bank import Bank
+from distav.memory.global_batch import GlobalBatch
+
+
+class ClassificationLoss(ABC):
+    """Loss of the classifiers of a model.
+
+    Attributes:
+        config: settings of the phase.
+        bank: memory bank; a loss with a state per sample keeps it in a column of its own, which checkpoints contain.
+        num_heads: number of classifiers H.
+        num_classes: number of classes C.
+    """
+
+    def __init__(self, config: SupervisedPhase, bank: Bank, num_heads: int, num_classes: int):
+        self.config, self.bank, self.num_heads, self.num_classes = config, bank, num_heads, num_classes
+
+    @abstractmethod
+    def __call__(
+        self, global_batch: GlobalBatch, logits: Sequence[Tensor], targets: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Return the losses of this rank's samples, [b] for each classifier; called once per batch on every rank.
+
+        Args:
+            global_batch: ids of the batch of all ranks, to read and write columns of the memory bank.
+            logits: [b, C] for each classifier, with gradient.
+            targets: [b, C] class distributions for each classifier.
+        """
+
+
+class CrossEntropy(ClassificationLoss):
+    """Cross-entropy."""
+
+    def __call__(
+        self, global_batch: GlobalBatch, logits: Sequence[Tensor], targets: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Return the losses: [b] for each classifier."""
+        return [soft_cross_entropy(head, target) for head, target in zip(logits, targets, strict=True)]
+
+
+class GeneralizedCrossEntropy(ClassificationLoss):
+    """Generalized cross-entropy (Zhang and Sabuncu 2018), robust to wrong labels."""
+
+    def __call__(
+        self, global_batch: GlobalBatch, logits: Sequence[Tensor], targets: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Return the losses: [b] for each classifier."""
+        q = self.config.gce_q
+        return [generalized_cross_entropy(head, target, q) for head, target in zip(logits, targets, strict=True)]
+
+
+class EarlyLearning(ClassificationLoss):
+    """Cross-entropy with early-learning regularization (ELR; Liu et al. 2020).
+
+    The moving average of each sample's predictions is kept in the column `predictions` of the memory bank: [n, H, C].
+    """
+
+    COLUMN = "predictions"
+
+    def __init__(self, config: SupervisedPhase, bank: Bank, num_heads: int, num_classes: int):
+        super().__init__(config, bank, num_heads, num_classes)
+        if self.COLUMN not in bank.columns:
+            bank.columns[self.COLUMN] = torch.zeros(len(bank.rows), num_heads, num_classes, device=bank.device)
+
+    def __call__(
+        self, global_batch: GlobalBatch, logits: Sequence[Tensor], targets: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Return the losses, [b] for each classifier, and update the moving average."""
+        averages = self._update(global_batch, logits)
+        return [
+            soft_cross_entropy(head, target) + self.config.elr_weight * early_learning_regularization(head, average)
+            for head, target, average in zip(logits, targets, averages.unbind(1), strict=True)
+        ]
+
+    def _update(self, global_batch: GlobalBatch, logits: Sequence[Tensor]) -> Tensor:
+        """Mix the current predictions into the moving average and return it: [b, H, C]."""
+        current = torch.stack([head.detach().softmax(1).clamp(1e-4, 1 - 1e-4) for head in logits], dim=1)
+        current = current / current.sum(2, keepdim=True)
+        average = self.bank.fetch((self.COLUMN,), global_batch.ids)[0]
+        average = torch.lerp(current, average, self.config.elr_momentum)
+        self.bank.write(self.COLUMN, average, global_batch.ids, global_batch.valid)
+        return average
+
+
+CLASSIFICATION_LOSSES: Registry[type[ClassificationLoss]] = Registry(
+    "phases.*.loss",
+    "distav.classification_losses",
+    {"ce": CrossEntropy, "gce": GeneralizedCrossEntropy, "elr": EarlyLearning},
+)
+"""Classification losses by the name that `phases.*.loss` of a supervised phase gives."""
+
 
 def hybrid_targets(given: Tensor, corrected: Tensor, confidence: Tensor) -> Tensor:
-    """Mix the given label with the vote: r * onehot(given) + (1 - r) * corrected.
+    """Return the mixture of given label and vote, r * onehot(given) + (1 - r) * corrected: [b, C].
 
-    r is the share of the vote for the given label where the vote is sure (confidence 0.5 or more), else one half.
+    r is the vote's probability of the given label for a confident vote (confidence 0.5 or more), else one half.
 
     Args:
-        given: [b] int64.
-        corrected: [b, C] votes, each row adds up to 1.
-        confidence: [b] largest share of a vote.
-
-    Returns:
-        [b, C] targets.
+        given: [b] int64 given labels.
+        corrected: [b, C] class probabilities of the votes; each row sums to 1.
+        confidence: [b] largest probability of each vote.
     """
     agreement = corrected.gather(1, given[:, None]).squeeze(1)
     trust = torch.where(confidence >= 0.5, agreement, torch.full_like(agreement, 0.5))[:, None]
@@ -26,23 +127,27 @@ def hybrid_targets(given: Tensor, corrected: Tensor, confidence: Tensor) -> Tens
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return each row's cross-entropy with a distribution: [b, C] twice -> [b]."""
+    """Return the cross-entropy with the target distributions: logits and targets [b, C] -> [b]."""
     return -(targets * logits.log_softmax(1)).sum(1)
 
 
 def generalized_cross_entropy(logits: Tensor, targets: Tensor, q: float) -> Tensor:
-    """Return sum_c t_c (1 - p_c^q) / q (Zhang and Sabuncu 2018, equation 6): [b, C] twice -> [b].
+    """Return sum_c t_c (1 - p_c^q) / q (Zhang and Sabuncu 2018, equation 6): logits and targets [b, C] -> [b].
 
-    Between cross-entropy (q -> 0) and the mean absolute error (q = 1); a wrong label costs 1/q at most.
+    The loss lies between cross-entropy (q -> 0) and mean absolute error (q = 1); a wrong label costs at most 1/q.
     """
     powers = (q * logits.log_softmax(1)).exp()
     return (targets * (1 - powers)).sum(1) / q
 
 
-def early_learning_regularization(logits: Tensor, remembered: Tensor) -> Tensor:
-    """Return log(1 - <p, t>) with t the mean of earlier predictions (Liu et al. 2020, equation 6): [b, C] twice -> [b].
+def early_learning_regularization(logits: Tensor, averages: Tensor) -> Tensor:
+    """Return log(1 - <p, t>) with predictions p and their moving average t (Liu et al. 2020, equation 6): [b].
 
-    It holds the prediction at what was learnt before wrong labels were fitted.
+    It keeps predictions close to what the model learned before it fitted wrong labels.
+
+    Args:
+        logits: [b, C].
+        averages: [b, C] moving average of earlier predictions, without gradient.
     """
     p = logits.softmax(1).clamp(1e-4, 1 - 1e-4)
-    return torch.log1p(-(remembered * p).sum(1).clamp(max=1 - 1e-4))
+    return torch.log1p(-(averages * p).sum(1).clamp(max=1 - 1e-4))

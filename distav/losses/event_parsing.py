@@ -1,6 +1,6 @@
-"""Losses of event parsing: labels of whole videos, and labels that teachers harvested for segments.
+"""Losses of event parsing, on weak labels of videos and on pseudo-labels of segments.
 
-Legend: B videos, T segments, C classes.
+Legend: B videos, T segments, C classes. Axes of length 2 are in the order of `distav.data.modalities.MODALITIES`.
 """
 
 from typing import Any
@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 class _BinaryCrossEntropy(torch.autograd.Function):
-    """The value and gradient of `F.binary_cross_entropy`, NaN where the probability is not one.
+    """Value and gradient of `F.binary_cross_entropy`; NaN where the probability is outside 0..1.
 
-    PyTorch's own checks the range on the device, and a failed check there ends the process, not the step.
+    The range check of PyTorch's own function runs on the device, where a failure ends the process and not the step.
     """
 
     @staticmethod
     def forward(ctx: Any, probability: Tensor, target: Tensor) -> Tensor:
         ctx.save_for_backward(probability, target)
-        right, wrong = probability.log().clamp_min(-100), torch.log1p(-probability).clamp_min(-100)
-        return (target - 1) * wrong - target * right
+        log_p, log_not_p = probability.log().clamp_min(-100), torch.log1p(-probability).clamp_min(-100)
+        return (target - 1) * log_not_p - target * log_p
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -29,47 +29,46 @@ class _BinaryCrossEntropy(torch.autograd.Function):
 
 
 def binary_cross_entropy(probability: Tensor, target: Tensor) -> Tensor:
-    """Return the binary cross-entropy of each probability, with logarithms of at least -100, in float32.
+    """Return the elementwise binary cross-entropy in float32, with logarithms clamped to -100.
 
     Args:
-        probability: of any shape; the result is NaN where it is NaN or outside 0..1.
-        target: of the same shape, 0..1; no gradient.
+        probability: any shape; the result is NaN where it is NaN or outside 0..1.
+        target: same shape, 0..1; no gradient.
     """
     return _BinaryCrossEntropy.apply(probability.float(), target.float())  # pyright: ignore[reportReturnType]
 
 
-def video_losses(probability: Tensor, weak: Tensor) -> Tensor:
-    """Return the binary cross-entropy with labels of whole videos, the mean over classes: [B, C] twice -> [B]."""
-    return binary_cross_entropy(probability, weak).mean(dim=1)
-
-
-def modality_losses(probability: Tensor, weak: Tensor, smoothing: tuple[float, float] = (0.0, 0.1)) -> Tensor:
-    """Return HAN's losses of each modality: the video's labels are asked of sound and picture alike.
-
-    Labels may be of the other modality alone, so those of pictures are smoothed to (1 - s) y + s / 2 (HAN's
-    published code: s = 0.1).
+def video_losses(probability: Tensor, weak_labels: Tensor) -> Tensor:
+    """Return the binary cross-entropy with weak labels, averaged over classes: [B].
 
     Args:
-        probability: [B, 2, C] of what is heard and seen.
-        weak: [B, C].
-        smoothing: s of sounds and of pictures.
-
-    Returns:
-        [B], the sum over both.
+        probability: [B, C] class probabilities of the videos.
+        weak_labels: [B, C].
     """
-    targets = torch.stack([(1 - share) * weak.float() + share / 2 for share in smoothing], dim=1)
+    return binary_cross_entropy(probability, weak_labels).mean(dim=1)
+
+
+def modality_losses(probability: Tensor, weak_labels: Tensor, smoothing: tuple[float, float] = (0.0, 0.1)) -> Tensor:
+    """Return HAN's loss, which applies the video's weak labels to each modality, summed over modalities: [B].
+
+    An event may occur in one modality only, so labels are smoothed to (1 - s) y + s / 2 (HAN's published code: s = 0.1
+    for the visual modality).
+
+    Args:
+        probability: [B, 2, C] class probabilities of each modality.
+        weak_labels: [B, C].
+        smoothing: s of the audio and of the visual modality.
+    """
+    targets = torch.stack([(1 - s) * weak_labels.float() + s / 2 for s in smoothing], dim=1)
     return binary_cross_entropy(probability, targets).mean(dim=2).sum(dim=1)
 
 
 def segment_losses(logits: Tensor, pseudo_labels: Tensor) -> Tensor:
-    """Return VALOR's losses with harvested labels, the mean over segments and classes and the sum over modalities.
+    """Return VALOR's loss on pseudo-labels, averaged over segments and classes and summed over modalities: [B].
 
     Args:
         logits: [B, 2, T, C].
-        pseudo_labels: [B, 2, T, C] bool or shares.
-
-    Returns:
-        [B].
+        pseudo_labels: [B, 2, T, C], bool or probabilities.
     """
-    each = F.binary_cross_entropy_with_logits(logits.float(), pseudo_labels.float(), reduction="none")
-    return each.mean(dim=(2, 3)).sum(dim=1)
+    losses = F.binary_cross_entropy_with_logits(logits.float(), pseudo_labels.float(), reduction="none")
+    return losses.mean(dim=(2, 3)).sum(dim=1)

@@ -1,7 +1,8 @@
-"""What a sample's pair is told from: the others of the batch, or rows drawn from the bank.
+"""Similarity scores of a sample with its own candidate and its negatives, which come from the batch or the memory bank.
 
-Both give scores of every sample with its candidates, one of which is its own, and turn any loss over such scores into
-one with gradient, the same on any number of ranks.
+Two sources of negatives share one interface: they score every sample against its candidates and turn a loss over
+scores into per-sample losses with gradient. The results do not depend on the number of ranks.
+
 Legend: b samples of this rank, B of all ranks, M candidates, D width.
 """
 
@@ -12,124 +13,122 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distav.data.modalities import MODALITIES
 from distav.distributed.collectives import all_gather_rows_with_grad, get_rank, local_batch
 from distav.losses.known_gradient import attach_gradient
 from distav.memory.bank import Bank
 from distav.memory.global_batch import GlobalBatch
 from distav.memory.negative_sampling import NegativeSampling, Partition, SampledRows
 
-MODALITIES = ("visual", "audio")
 Directions = tuple[tuple[str, str], ...]
-DIRECTIONS: Directions = (("visual", "audio"), ("audio", "visual"))
-"""Whose embedding is compared with whose rows: across the modalities (Cross-AVID)."""
-WITHIN: Directions = (("visual", "visual"), ("audio", "audio"))
-"""Within each modality (Self-AVID); both together are Joint-AVID (Morgado et al. 2021a, section 3.2)."""
+"""Pairs of modalities: embeddings of the first are the queries, embeddings of the second the candidates."""
+CROSS_MODAL: Directions = (("visual", "audio"), ("audio", "visual"))
+"""Cross-modal directions (Cross-AVID)."""
+WITHIN_MODAL: Directions = (("visual", "visual"), ("audio", "audio"))
+"""Within-modal directions (Self-AVID); both kinds together are Joint-AVID (Morgado et al. 2021a, section 3.2)."""
 
 ScoreLoss = Callable[[Tensor, Tensor], Tensor]
-"""Scores [b, M] and the place of each row's own candidate [b] -> losses [b]; a row's loss hangs on that row alone."""
+"""Scores [b, M] and index of each row's own candidate [b] -> losses [b]; a row's loss depends on that row alone."""
 
 
-class _Candidates:
-    """Scores in several directions.
+class _Negatives:
+    """Scores in both cross-modal directions.
 
     Attributes:
-        scores: for each direction [b, M], dot products over the temperature; -inf where a candidate is none.
-        own: [b] place of the own candidate.
+        scores: [b, M] for each direction, dot products divided by the temperature; -inf at masked candidates.
+        own: [b] index of the own candidate.
     """
 
     scores: list[Tensor]
     own: Tensor
 
     def matching_probability(self) -> Tensor:
-        """Return the softmax share of the own candidate, the mean over the directions: [b], without gradient."""
-        shares = [each.detach().softmax(1).gather(1, self.own[:, None]).squeeze(1) for each in self.scores]
-        return torch.stack(shares).mean(0)
+        """Return the softmax probability of the own candidate, averaged over the directions: [b], without gradient."""
+        probs = [scores.detach().softmax(1).gather(1, self.own[:, None]).squeeze(1) for scores in self.scores]
+        return torch.stack(probs).mean(0)
 
     def num_candidates(self) -> Tensor:
-        """Return how many candidates each sample has, itself included: [b]."""
+        """Return the number of candidates of each sample, its own included: [b]."""
         return torch.isfinite(self.scores[0]).sum(1)
 
 
-class InBatchNegatives(_Candidates):
-    """All samples of the batch, over all ranks; gradients flow to both sides of a score."""
+class InBatchNegatives(_Negatives):
+    """Candidates are all samples of the global batch; gradients flow to both sides of a score."""
 
-    def __init__(self, visitors: GlobalBatch, visual: Tensor, audio: Tensor, temperature: float | Tensor):
-        """Compare the samples of this rank, embedded in [b, D] unit vectors each, with those of all ranks."""
+    def __init__(self, global_batch: GlobalBatch, visual: Tensor, audio: Tensor, temperature: float | Tensor):
+        """Score this rank's samples, unit vectors [b, D] per modality, against those of all ranks."""
         visual, audio = visual.float(), audio.float()
-        every: dict[str, Tensor] = dict(
-            zip(MODALITIES, all_gather_rows_with_grad(torch.cat([visual, audio], 1)).chunk(2, dim=1), strict=True)
-        )
-        queries = {"visual": visual, "audio": audio}
+        visual_rows, audio_rows = all_gather_rows_with_grad(torch.cat([visual, audio], 1)).chunk(2, dim=1)
+        queries, rows = {"visual": visual, "audio": audio}, {"visual": visual_rows, "audio": audio_rows}
         first = get_rank() * len(visual)
         self.own = torch.arange(first, first + len(visual), device=visual.device)
-        closed = ~visitors.valid | (visitors.ids == local_batch(visitors.ids)[:, None])
-        closed = closed.scatter(1, self.own[:, None], False)
+        masked = ~global_batch.valid | (global_batch.ids == local_batch(global_batch.ids)[:, None])
+        masked = masked.scatter(1, self.own[:, None], False)
         self.scores = [
-            (queries[asking] @ every[answering].T / temperature).masked_fill(closed, -torch.inf)
-            for asking, answering in DIRECTIONS
+            (queries[query] @ rows[candidate].T / temperature).masked_fill(masked, -torch.inf)
+            for query, candidate in CROSS_MODAL
         ]
 
-    def losses(self, loss_of: ScoreLoss) -> Tensor:
-        """Return each sample's loss, the sum over both directions: [b]."""
-        return torch.stack([loss_of(each, self.own) for each in self.scores]).sum(0)
+    def losses(self, score_loss: ScoreLoss) -> Tensor:
+        """Return the loss of each sample, summed over both directions: [b]."""
+        return torch.stack([score_loss(scores, self.own) for scores in self.scores]).sum(0)
 
 
-class SampledNegatives(_Candidates):
-    """A sample's own row of the bank, first, and drawn ones; gradients flow to the queries."""
+class SampledNegatives(_Negatives):
+    """Candidates are a sample's own bank row, at index 0, and sampled rows; gradients flow to the queries."""
 
     def __init__(
         self,
         bank: Bank,
-        visitors: GlobalBatch,
+        global_batch: GlobalBatch,
         visual: Tensor,
         audio: Tensor,
         temperature: float | Tensor,
-        draw: NegativeSampling,
-        directions: Directions = DIRECTIONS,
+        sampling: NegativeSampling,
     ):
-        """Compare the samples of this rank, embedded in [b, D] unit vectors each, with rows of the bank."""
-        self.directions, self.temperature = directions, temperature
+        """Score this rank's samples, unit vectors [b, D] per modality, against rows of the memory bank."""
+        self.temperature = temperature
         self.queries = {"visual": visual, "audio": audio}
-        self.rows: dict[str, Tensor] = dict(zip(MODALITIES, bank.fetch(MODALITIES, visitors.ids), strict=True))
-        self.drawn = SampledRows(bank, visitors.ids, draw)
+        global_queries = {"visual": global_batch.visual, "audio": global_batch.audio}
+        self.rows: dict[str, Tensor] = dict(zip(MODALITIES, bank.fetch(MODALITIES, global_batch.ids), strict=True))
+        self.sampled = SampledRows(bank, global_batch.ids, sampling)
         self.own = torch.zeros(len(visual), dtype=torch.int64, device=visual.device)
         tau = temperature.detach() if isinstance(temperature, Tensor) else temperature
         self.scores = []
-        for asking, answering in directions:
-            positive = (self.queries[asking].detach() * self.rows[answering]).sum(1, keepdim=True)
-            products = self.drawn.products(getattr(visitors, asking), answering)
+        for query, candidate in CROSS_MODAL:
+            positive = (self.queries[query].detach() * self.rows[candidate]).sum(1, keepdim=True)
+            products = self.sampled.products(global_queries[query], candidate)
             self.scores.append(torch.cat([positive, products], dim=1) / tau)
 
-    def losses(self, loss_of: ScoreLoss) -> Tensor:
-        """Return each sample's loss, the sum over the directions: [b]."""
+    def losses(self, score_loss: ScoreLoss) -> Tensor:
+        """Return the loss of each sample, summed over both directions: [b]."""
         total = torch.zeros_like(self.rows["visual"][:, 0])
         tau = self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
-        for (asking, answering), scores in zip(self.directions, self.scores, strict=True):
-            # The rows move on before the backward pass, so the gradient is found while they are as they were.
+        for (query, candidate), scores in zip(CROSS_MODAL, self.scores, strict=True):
+            # The bank is updated before the backward pass, so the gradient is computed from the current rows.
             with torch.enable_grad():
                 leaf = scores.detach().requires_grad_()
-                losses = loss_of(leaf, self.own)
+                losses = score_loss(leaf, self.own)
                 factors = torch.autograd.grad(losses.sum(), leaf)[0]
-            by_query = factors[:, :1] * self.rows[answering] + self.drawn.sums(factors[:, 1:], answering)
-            total = total + attach_gradient(self.queries[asking], self.temperature, losses.detach(), by_query / tau)
+            by_query = factors[:, :1] * self.rows[candidate] + self.sampled.sums(factors[:, 1:], candidate)
+            total = total + attach_gradient(self.queries[query], self.temperature, losses.detach(), by_query / tau)
         return total
 
 
 def cross_entropy(scores: Tensor, own: Tensor) -> Tensor:
-    """Return -log of the own candidate's softmax share (InfoNCE; van den Oord et al. 2018, equation 4)."""
+    """Return -log of the own candidate's softmax probability (InfoNCE; van den Oord et al. 2018, equation 4): [b]."""
     return scores.logsumexp(1) - scores.gather(1, own[:, None]).squeeze(1)
 
 
 def noise_contrastive(partition: Partition) -> ScoreLoss:
-    """Return the loss that tells the own candidate, the first, from the drawn ones one by one (AVID equation 1).
+    """Return the noise-contrastive loss of the own candidate, the first one, and the sampled ones (AVID equation 1).
 
     It is binary cross-entropy against M Z: softplus(log MZ - s) + sum_n softplus(s_n - log MZ).
     """
 
-    def loss_of(scores: Tensor, own: Tensor) -> Tensor:
-        del own
-        drawn = scores[:, 1:]
-        above = scores - math.log(drawn.shape[1] * partition.take(drawn.detach()))
-        return F.softplus(-above[:, 0]) + F.softplus(above[:, 1:]).sum(1)
+    def score_loss(scores: Tensor, _own: Tensor) -> Tensor:
+        negatives = scores[:, 1:]
+        logits = scores - math.log(negatives.shape[1] * partition.take(negatives.detach()))
+        return F.softplus(-logits[:, 0]) + F.softplus(logits[:, 1:]).sum(1)
 
-    return loss_of
+    return score_loss

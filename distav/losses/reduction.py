@@ -6,9 +6,13 @@ from distav.distributed.collectives import all_reduce_sum_, get_world_size
 
 
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
-    """Return this rank's share of sum(w * loss) / sum(w) over the global batch.
+    """Return this rank's term of sum(w * loss) / sum(w) over the global batch, a tensor without dimensions.
 
-    It is scaled by the number of ranks, so that averaging gradients over ranks restores the global ratio.
+    The term is multiplied by the world size, so averaging gradients over ranks yields the gradient of the global mean.
+
+    Args:
+        losses: [b] losses of this rank.
+        weights: [b] weights; 0 for masked rows.
     """
     total = all_reduce_sum_(weights.detach().sum())
     return get_world_size() * (weights * losses).sum() / total.clamp_min(1e-12)

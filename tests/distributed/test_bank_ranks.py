@@ -23,13 +23,13 @@ def unit(*shape: int, seed: int) -> torch.Tensor:
 def step(bank: Bank, seed: int) -> None:
     ids = local_batch(torch.randint(NUM, (12,), generator=torch.Generator().manual_seed(seed)))
     pair = [local_batch(unit(12, DIM, seed=seed + each)).requires_grad_() for each in (1, 2)]
-    visitors, ones = GlobalBatch.gather(ids, ids >= 0, *pair), torch.ones(len(ids))
-    losses = instance_losses(bank, visitors, *pair, 0.07, ones, SoftTargets("neighbour", 0.1, 0.1)).losses
+    global_batch, ones = GlobalBatch.gather(ids, ids >= 0, *pair), torch.ones(len(ids))
+    losses = instance_losses(bank, global_batch, *pair, 0.07, ones, SoftTargets("neighbor", 0.1, 0.1)).losses
     category = category_loss(*torch.rand(2, len(ids), CATEGORIES), ones, 1.0, bank.assignments.columns())
     (weighted_mean(losses, ones) + category.contrast).backward()
-    believed = bank.fetch(("correspondence", "category_agreement"), visitors.ids)[0]
-    bank.write("correspondence", believed / 2, visitors.ids, visitors.valid)
-    bank.update(visitors, category_agreement(category.shares), category.shares)
+    believed = bank.fetch(("correspondence", "category_agreement"), global_batch.ids)[0]
+    bank.write("correspondence", believed / 2, global_batch.ids, global_batch.valid)
+    bank.update(global_batch, category_agreement(category.weighted_probs), category.weighted_probs)
 
 
 def waits_of_steps(replicated: bool) -> list[list[str]]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distav.config.schema import AudioConfig, DataConfig, ModelConfig, VisualConfig
+from distav.config.model import AudioConfig, ModelConfig, VisualConfig
+from distav.config.schema import DataConfig
 from distav.distributed.collectives import (
     all_gather_rows,
     all_gather_variable_rows,
@@ -59,17 +60,17 @@ def losses_and_gradients(replicated: bool = False) -> dict[str, torch.Tensor]:
     for step in range(2):
         model.zero_grad()
         out = model(frames, sound, ids + 1000)
-        visitors = GlobalBatch.gather(ids, weights > 0, out["visual"], out["audio"])
+        global_batch = GlobalBatch.gather(ids, weights > 0, out["visual"], out["audio"])
         pair = out["visual"], out["audio"]
         logits = out["visual_categories"], out["audio_categories"]
         total = torch.zeros(())
-        for kind in ("neighbour", "cycle"):
-            soft = SoftTargets(kind, 0.1, 0.1, excludes_self=kind == "neighbour")
-            found = instance_losses(bank, visitors, *pair, 0.07, softness, soft)
+        for kind in ("neighbor", "cycle"):
+            soft = SoftTargets(kind, 0.1, 0.1, excludes_self=kind == "neighbor")
+            found = instance_losses(bank, global_batch, *pair, 0.07, softness, soft)
             total = total + weighted_mean(found.losses, weights)
-        masked = instance_losses(bank, visitors, *pair, 0.07, mask_uninitialized=True).losses
-        drawn = SampledNegatives(bank, visitors, *pair, 0.07, NegativeSampling(16, 0, step))
-        batch = InBatchNegatives(visitors, *pair, 0.07)
+        masked = instance_losses(bank, global_batch, *pair, 0.07, mask_uninitialized=True).losses
+        drawn = SampledNegatives(bank, global_batch, *pair, 0.07, NegativeSampling(16, 0, step))
+        batch = InBatchNegatives(global_batch, *pair, 0.07)
         loss_of = active_complementary_loss(softness, 5.0)
         apart = masked + drawn.losses(cross_entropy) + drawn.losses(loss_of) + batch.losses(loss_of)
         matching = matching + drawn.matching_probability() + batch.matching_probability()
@@ -78,7 +79,7 @@ def losses_and_gradients(replicated: bool = False) -> dict[str, torch.Tensor]:
         total = total + weighted_mean(apart, weights) + weighted_mean(supervised, weights)
         total = total + category.contrast + category.imbalance + category.row_entropy
         total.backward()
-        bank.update(visitors, category_agreement(category.shares), category.shares)
+        bank.update(global_batch, category_agreement(category.weighted_probs), category.weighted_probs)
     found = {
         f"grad {name}": all_reduce_sum_(each.grad.clone()) / get_world_size()
         for name, each in model.named_parameters()
@@ -182,13 +183,13 @@ def bank_of_part(num: int) -> list[torch.Tensor]:
     ids = torch.arange(12) % num
     mine = local_batch(ids)
     visual, audio = local_batch(unit(12, DIM, seed=5)), local_batch(unit(12, DIM, seed=6))
-    visitors = GlobalBatch.gather(mine, torch.ones_like(mine, dtype=torch.bool), visual, audio)
-    losses = instance_losses(bank, visitors, visual, audio, 0.1).losses
-    bank.update(visitors, mine.float())
+    global_batch = GlobalBatch.gather(mine, torch.ones_like(mine, dtype=torch.bool), visual, audio)
+    losses = instance_losses(bank, global_batch, visual, audio, 0.1).losses
+    bank.update(global_batch, mine.float())
     bank.columns["wide"] = torch.arange(bank.rows.start, bank.rows.stop)[:, None].expand(-1, 3).float()
-    fetched = bank.fetch(("category_agreement", "wide"), visitors.ids)
+    fetched = bank.fetch(("category_agreement", "wide"), global_batch.ids)
     assert torch.equal(fetched[1], mine[:, None].expand(-1, 3).float())
-    delivered = bank.scatter_to_owners(mine, visitors.ids)
+    delivered = bank.scatter_to_owners(mine, global_batch.ids)
     assert torch.equal(delivered, ids[(ids >= bank.rows.start) & (ids < bank.rows.stop)])
     return [
         all_gather_rows(losses),
@@ -215,8 +216,8 @@ def saved_and_restored(parts: list[dict[str, torch.Tensor]] | None, replicated: 
         assert torch.equal(bank.keys("visual"), held)
     else:
         ids, ones = torch.arange(6), torch.ones(6)
-        visitors = GlobalBatch.gather(ids, ones > 0, unit(6, DIM, seed=1), unit(6, DIM, seed=2))
-        bank.update(visitors, ones, torch.rand(6, 2, 2, generator=torch.Generator().manual_seed(0)))
+        global_batch = GlobalBatch.gather(ids, ones > 0, unit(6, DIM, seed=1), unit(6, DIM, seed=2))
+        bank.update(global_batch, ones, torch.rand(6, 2, 2, generator=torch.Generator().manual_seed(0)))
         bank.columns["votes"] = torch.ones(len(bank.rows), 2)
     return bank.state()
 

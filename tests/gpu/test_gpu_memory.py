@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from distav.losses.active_complementary import active_complementary_loss, rescale_matching_probability
 from distav.losses.category_contrast import category_agreement, category_loss
-from distav.losses.info_nce import WITHIN, InBatchNegatives, SampledNegatives, cross_entropy
+from distav.losses.info_nce import WITHIN_MODAL, InBatchNegatives, SampledNegatives, cross_entropy
 from distav.losses.instance_discrimination import SoftTargets, instance_losses
 from distav.losses.reduction import weighted_mean
 from distav.memory import attention_backends
@@ -122,7 +122,7 @@ def visitors_on(device: torch.device, seed: int = 0) -> GlobalBatch:
 
 
 def test_a_step_does_not_wait_for_the_gpu():
-    bank, visitors = bank_on(GPU), visitors_on(GPU)
+    bank, global_batch = bank_on(GPU), visitors_on(GPU)
     pair = [unit(300, DIM, seed=seed).to(GPU).requires_grad_() for seed in (5, 6)]
     logits = torch.randn(2, 300, CATEGORIES, device=GPU, requires_grad=True)
     learnt = torch.full((), 0.07, device=GPU, requires_grad=True)
@@ -130,17 +130,17 @@ def test_a_step_does_not_wait_for_the_gpu():
 
     def step() -> None:
         total = torch.zeros((), device=GPU)
-        for kind in ("none", "bootstrapping", "swapped", "neighbour", "cycle"):
+        for kind in ("none", "bootstrapping", "swapped", "neighbor", "cycle"):
             for temperature in (0.07, learnt):
-                soft = SoftTargets(kind, 0.1, 0.1, excludes_self=kind in ("neighbour", "cycle"))
+                soft = SoftTargets(kind, 0.1, 0.1, excludes_self=kind in ("neighbor", "cycle"))
                 losses = instance_losses(
-                    bank, visitors, *pair, temperature, ones / 2, soft, mask_uninitialized=True
+                    bank, global_batch, *pair, temperature, ones / 2, soft, mask_uninitialized=True
                 ).losses
                 total = total + weighted_mean(losses, ones)
-        total = total + weighted_mean(instance_losses(bank, visitors, *pair, 0.07, directions=WITHIN).losses, ones)
+        total = total + weighted_mean(instance_losses(bank, global_batch, *pair, 0.07, directions=WITHIN_MODAL).losses, ones)
         batch, drawn = (
-            InBatchNegatives(visitors, *pair, 0.07),
-            SampledNegatives(bank, visitors, *pair, 0.07, NegativeSampling(64, 0, 1)),
+            InBatchNegatives(global_batch, *pair, 0.07),
+            SampledNegatives(bank, global_batch, *pair, 0.07, NegativeSampling(64, 0, 1)),
         )
         for each in (batch, drawn):
             total = total + weighted_mean(
@@ -149,9 +149,9 @@ def test_a_step_does_not_wait_for_the_gpu():
             rescale_matching_probability(each.matching_probability(), each.num_candidates(), 10)
         category = category_loss(*logits, ones, 1.0, bank.assignments.columns())
         total = total + category.contrast + category.imbalance + category.row_entropy
-        believed = bank.fetch(("correspondence",), visitors.ids)[0]
-        bank.write("correspondence", believed, visitors.ids, visitors.valid)
-        bank.update(visitors, category_agreement(category.shares), category.shares)
+        believed = bank.fetch(("correspondence",), global_batch.ids)[0]
+        bank.write("correspondence", believed, global_batch.ids, global_batch.valid)
+        bank.update(global_batch, category_agreement(category.weighted_probs), category.weighted_probs)
         total.backward()
 
     step()  # Back ends are tried and kernels compiled on first use.
@@ -170,9 +170,9 @@ def test_updates_are_the_same_on_both():
         agreement, shares = torch.rand(300, generator=generator), torch.rand(300, 2, CATEGORIES, generator=generator)
         agreement[7] = torch.inf
         for bank in banks:
-            visitors = visitors_on(bank.device, seed)
-            bank.update(visitors, agreement.to(bank.device), shares.to(bank.device))
-            bank.write("correspondence", agreement.to(bank.device), visitors.ids, visitors.valid)
+            global_batch = visitors_on(bank.device, seed)
+            bank.update(global_batch, agreement.to(bank.device), shares.to(bank.device))
+            bank.write("correspondence", agreement.to(bank.device), global_batch.ids, global_batch.valid)
     here, there = banks
     for name, column in here.columns.items():
         other = there.columns[name].cpu()

@@ -1,4 +1,4 @@
-"""Phase 1: noise-tolerant contrastive training, which looks at no label (NTL section "noise-tolerant contrastive")."""
+"""Contrastive phase: noise-tolerant contrastive training without labels (NTL, section "noise-tolerant contrastive")."""
 
 from collections.abc import Callable
 
@@ -22,81 +22,84 @@ from distav.training.phases.instance_loss import InstanceTerm, ramp
 from distav.training.run import Run
 
 
-def run_contrastive(run: Run, name: str, settings: ContrastivePhase) -> None:
-    """Train towers, projections and categories against the bank; estimate which pairs correspond."""
-    losses_of = contrastive_losses(run, settings)
-    watch = _CategoryWatch(run, name, settings)
+def run_contrastive(run: Run, name: str, config: ContrastivePhase) -> None:
+    """Train towers, projections and category heads, and estimate which pairs correspond."""
+    losses_of = contrastive_losses(run, config)
+    monitor = _CategoryMonitor(run, name, config)
 
-    def watched(batch: Batch, progress: float) -> Losses:
+    def monitored_losses(batch: Batch, progress: float) -> Losses:
         losses = losses_of(batch, progress)
-        watch.see(losses)
+        monitor.add(losses)
         return losses
 
-    def begin_epoch(epoch: int, progress: float) -> None:
-        del epoch
-        watch.judge(progress)
-        estimate_correspondence(run, settings, trusted=progress >= settings.pair_weighting_start)
+    def begin_epoch(_epoch: int, progress: float) -> None:
+        monitor.log(progress)
+        estimate_correspondence(run, config, store=progress >= config.pair_weighting_start)
 
-    rate = run.settings.optim.lr * settings.lr_scale
-    train(run, name, settings.epochs, (rate, rate), watched, begin_epoch, restart=settings.reinitialize)
-    watch.judge(1.0)
-    summarize_correspondence(run, name, settings)
+    rate = run.settings.optim.lr * config.lr_scale
+    train(run, name, config.epochs, (rate, rate), monitored_losses, begin_epoch, reinitialize=config.reinitialize)
+    monitor.log(1.0)
+    summarize_correspondence(run, name, config)
 
 
-class _CategoryWatch:
-    """Tells once an epoch how many categories are used, and warns where they have collapsed."""
+class _CategoryMonitor:
+    """Logs the effective number of categories once per epoch, and warns once if the categories have collapsed."""
 
-    def __init__(self, run: Run, name: str, settings: ContrastivePhase):
-        self.run, self.name, self.settings = run, name, settings
-        self.seen: list[Tensor] = []
-        self.warned = False
+    def __init__(self, run: Run, name: str, config: ContrastivePhase):
+        self.run, self.name, self.config = run, name, config
+        self.terms: list[Tensor] = []
+        self.has_warned = False
 
-    def see(self, losses: Losses) -> None:
-        """Note a step's parts of the loss, which are the same on all ranks."""
-        self.seen.append(torch.stack([losses["category"].detach(), losses["imbalance"].detach()]))
+    def add(self, losses: Losses) -> None:
+        """Add the terms of a step's category-level loss, which are equal on all ranks."""
+        self.terms.append(torch.stack([losses["category"].detach(), losses["imbalance"].detach()]))
 
-    def judge(self, progress: float) -> None:
-        """Look back on the steps since the last time; nothing is expected before the loss has faded in."""
-        if self.seen and self.settings.category_weight:
-            contrast, imbalance = torch.stack(self.seen).mean(0).tolist()
+    def log(self, progress: float) -> None:
+        """Log the steps since the last call; warnings begin after twice the warm-up of the loss."""
+        if self.terms and self.config.category_weight:
+            contrast, imbalance = torch.stack(self.terms).mean(0).tolist()
             num_categories = self.run.settings.model.num_categories or len(self.run.data.shards.classes)
             used = effective_num_categories(imbalance, num_categories)
             self.run.logger.log_metrics(self.run.progress.total_steps, {"categories/effective_number": used})
-            fault = detect_category_collapse(contrast, imbalance, num_categories)
-            if (
-                fault
-                and not self.warned
-                and self.run.world.is_main
-                and progress > 2 * self.settings.category_warmup_fraction
-            ):
-                self.warned = True
-                self.run.logger.warn(
-                    f"phase={self.name} {fault}, so the category-level loss teaches little; raise "
-                    f"phases.{self.name}.category_balance_weight or category_entropy_weight, or set category_weight=0"
-                )
-        self.seen.clear()
+            collapse = detect_category_collapse(contrast, imbalance, num_categories)
+            if collapse and progress > 2 * self.config.category_warmup_fraction:
+                self._warn(collapse)
+        self.terms.clear()
+
+    def _warn(self, collapse: str) -> None:
+        if self.has_warned or not self.run.world.is_main:
+            return
+        self.has_warned = True
+        self.run.logger.warn(
+            f"phase={self.name} {collapse}; the category-level loss has little effect. Raise "
+            f"phases.{self.name}.category_balance_weight or category_entropy_weight, or set category_weight=0."
+        )
 
 
-def contrastive_losses(run: Run, settings: ContrastivePhase) -> Callable[[Batch, float], Losses]:
-    """Return the function that computes the losses of a batch at some progress of the phase and updates the bank."""
-    instance_term = InstanceTerm(run, settings)
+def contrastive_losses(run: Run, config: ContrastivePhase) -> Callable[[Batch, float], Losses]:
+    """Return the function that computes the losses of a batch and updates the memory bank."""
+    instance_term = InstanceTerm(run, config)
 
     def losses_of(batch: Batch, progress: float) -> Losses:
         outputs = run.engine(batch)
         bank = run.bank
-        visitors = GlobalBatch.gather(batch.ids, batch.valid, outputs["visual"], outputs["audio"])
-        each, weights, pair_weights = instance_term(outputs, batch, visitors, progress)
-        instance = weighted_mean(each, weights)
-        logits = outputs["visual_categories"], outputs["audio_categories"]
-        memory = bank.assignments.columns() if settings.category_memory_weight else None
+        global_batch = GlobalBatch.gather(batch.ids, batch.valid, outputs["visual"], outputs["audio"])
+        losses, weights, pair_weights = instance_term(outputs, batch, global_batch, progress)
+        instance = weighted_mean(losses, weights)
+        memory = bank.assignments.columns() if config.category_memory_weight else None
         category = category_loss(
-            *logits, pair_weights, settings.category_temperature, memory, settings.category_memory_weight
+            outputs["visual_categories"],
+            outputs["audio_categories"],
+            pair_weights,
+            config.category_temperature,
+            memory,
+            config.category_memory_weight,
         )
-        bank.update(visitors, category_agreement(category.shares), category.shares if memory else None)
-        fade = ramp(progress, 0.0, settings.category_warmup_fraction)
-        loss = instance + fade * _weighed(category, settings)
+        agreement = category_agreement(category.weighted_probs)
+        bank.update(global_batch, agreement, category.weighted_probs if memory else None)
+        warmup = ramp(progress, 0.0, config.category_warmup_fraction)
         return {
-            "loss": loss,
+            "loss": instance + warmup * _weighted_sum(category, config),
             "instance": instance,
             "category": category.contrast,
             "imbalance": category.imbalance,
@@ -106,9 +109,9 @@ def contrastive_losses(run: Run, settings: ContrastivePhase) -> Callable[[Batch,
     return losses_of
 
 
-def _weighed(category: CategoryLoss, settings: ContrastivePhase) -> Tensor:
+def _weighted_sum(category: CategoryLoss, config: ContrastivePhase) -> Tensor:
     return (
-        settings.category_weight * category.contrast
-        + settings.category_balance_weight * category.imbalance
-        + settings.category_entropy_weight * category.row_entropy
+        config.category_weight * category.contrast
+        + config.category_balance_weight * category.imbalance
+        + config.category_entropy_weight * category.row_entropy
     )

@@ -1,4 +1,4 @@
-"""Which pairs belong together, estimated while a contrastive phase trains: once an epoch, or at every visit."""
+"""Correspondence of pairs in a contrastive phase: estimated once per epoch, or refined at each visit of a sample."""
 
 from typing import Any
 
@@ -14,146 +14,158 @@ from distav.noise.correspondence import SelfRefinement, cdf_correspondence, gmm_
 from distav.training.run import Run
 
 REFINED = "refined_correspondence"
-"""The bank's column of averages that self-refinement keeps; `correspondence` has what is believed of them."""
+"""Bank column of the averages that self-refinement maintains; `correspondence` holds the trusted values."""
 
 PAIR_KINDS = ["matching", "mismatched"]
-_FEWEST_SEEN, _HALF = 10, 0.5
+MISMATCH_THRESHOLD = 0.5
+"""Correspondence probability below which the report counts a pair as mismatched."""
+MIN_VISITED = 10
+"""Visited pairs that an estimate needs at least."""
 
 
 class Refinement:
-    """Self-refining correspondence correction, a sample at each of its visits (CRCL)."""
+    """Self-refining correspondence correction, applied to a sample at each of its visits (CRCL)."""
 
-    def __init__(self, run: Run, settings: ContrastivePhase):
-        """Go on from what an earlier phase refined."""
-        self.run, self.settings = run, settings
-        self.rule = _rule(settings)
+    def __init__(self, run: Run, config: ContrastivePhase):
+        """Continue with the averages of an earlier phase, if there are any."""
+        self.run, self.config = run, config
+        self.rule = _refinement_rule(config)
         if REFINED not in run.bank.columns:
             run.bank.columns[REFINED] = torch.ones_like(run.bank.columns["correspondence"])
 
-    def __call__(self, global_batch: GlobalBatch, matching: Tensor, candidates: Tensor | int) -> Tensor:
-        """Take a batch's matching probabilities in; returns what is believed of its pairs: [b].
+    def __call__(self, global_batch: GlobalBatch, matching: Tensor, num_candidates: Tensor | int) -> Tensor:
+        """Update the averages with a batch's matching probabilities; return the trusted correspondence: [b].
 
         Args:
-            global_batch: the batch of all ranks.
-            matching: [b] probabilities of this rank's samples.
-            candidates: how many they were found among.
+            global_batch: batch of all ranks.
+            matching: [b] matching probabilities of this rank's samples.
+            num_candidates: number of candidates they refer to; [b] or one number for all.
         """
         run = self.run
-        state = run.state.correspondence  # Looked up at each visit: a rollback replaces it.
+        state = run.state.correspondence  # Read at each visit: a rollback replaces it.
         if state.first_refined_phase is None:
             state.first_refined_phase = run.progress.phase
         first = state.first_refined_phase == run.progress.phase
         epoch = run.progress.step // run.sampler(run.progress.phase).steps_per_epoch
         stored = run.bank.fetch((REFINED,), global_batch.ids)[0]
-        matching = rescale_matching_probability(matching, candidates, self.settings.matching_reference_size)
-        full = state.full_trust_threshold
-        believed, stored = self.rule.update(stored, matching, epoch, first, full)
+        matching = rescale_matching_probability(matching, num_candidates, self.config.matching_reference_size)
+        threshold = state.full_trust_threshold
+        trusted, stored = self.rule.update(stored, matching, epoch, first, threshold)
         run.bank.write(REFINED, stored, global_batch.ids, global_batch.valid)
-        run.bank.write("correspondence", self.rule.trusted(stored, full), global_batch.ids, global_batch.valid)
-        return believed
+        stored_trusted = self.rule.trusted(stored, threshold)
+        run.bank.write("correspondence", stored_trusted, global_batch.ids, global_batch.valid)
+        return trusted
 
 
-def _rule(settings: ContrastivePhase) -> SelfRefinement:
+def _refinement_rule(config: ContrastivePhase) -> SelfRefinement:
     return SelfRefinement(
-        settings.correspondence_momentum,
-        settings.refinement_warmup_epochs,
-        settings.correspondence_threshold,
-        settings.store_thresholded,
+        config.correspondence_momentum,
+        config.refinement_warmup_epochs,
+        config.correspondence_threshold,
+        config.store_thresholded,
     )
 
 
-def _measure_trust(run: Run, settings: ContrastivePhase) -> None:
-    """Find from which matching probability on a pair is believed wholly, and believe all by it."""
-    if settings.full_trust_quantile:
+def _update_full_trust_threshold(run: Run, config: ContrastivePhase) -> None:
+    """Set the matching probability from which pairs are fully trusted, and recompute all trusted values from it."""
+    if config.full_trust_quantile:
         refined = run.bank.gather_column(REFINED)
-        full = max(float(np.quantile(refined.cpu().numpy(), settings.full_trust_quantile)), 1e-6)
-        run.state.correspondence.full_trust_threshold = full
-        run.bank.set_correspondence(_rule(settings).trusted(refined, full))
+        threshold = max(float(np.quantile(refined.cpu().numpy(), config.full_trust_quantile)), 1e-6)
+        run.state.correspondence.full_trust_threshold = threshold
+        run.bank.set_correspondence(_refinement_rule(config).trusted(refined, threshold))
 
 
-def estimate_correspondence(run: Run, settings: ContrastivePhase, trusted: bool) -> dict[str, Any]:
-    """Estimate which pairs correspond from the bank, and store it once weights and soft targets are to be trusted.
+def estimate_correspondence(run: Run, config: ContrastivePhase, store: bool) -> dict[str, Any]:
+    """Estimate the correspondence of all pairs from the memory bank and log it.
 
-    Estimates are averaged over epochs; the first one counts whole. What is refined at every visit is only told of.
+    Stored estimates are averaged with earlier ones; the first is stored as it is. With the estimator scc, which stores
+    at each visit, this function only logs.
+
+    Args:
+        run: the run.
+        config: settings of the phase.
+        store: whether to store the estimate in the memory bank, for weights and soft targets.
 
     Returns:
-        What was told, by its name on TensorBoard.
+        Logged values by TensorBoard tag; empty if too few pairs have been visited.
     """
     similarity, step = run.bank.pair_similarity(), run.progress.total_steps
-    seen = torch.isfinite(similarity)
+    visited = torch.isfinite(similarity)
     run.logger.histogram("correspondence/similarity", similarity, step)
-    if int(seen.sum()) < _FEWEST_SEEN:
+    if int(visited.sum()) < MIN_VISITED:
         return {}
-    record: dict[str, Any] = {"correspondence/similarity_mean": float(similarity[seen].mean())}
-    refined = settings.correspondence_estimator is Estimator.scc
-    if refined:
-        _measure_trust(run, settings)
-    estimate, told = _from_bank(run, settings.correspondence_estimator, similarity, seen)
-    record |= told
-    if trusted and not refined:
+    record: dict[str, Any] = {"correspondence/similarity_mean": float(similarity[visited].mean())}
+    is_refined = config.correspondence_estimator is Estimator.scc
+    if is_refined:
+        _update_full_trust_threshold(run, config)
+    estimate, estimator_record = _estimate_from_bank(run, config.correspondence_estimator, similarity, visited)
+    record |= estimator_record
+    if store and not is_refined:
         if run.state.correspondence.is_estimated:
-            estimate = torch.lerp(estimate, run.bank.gather_column("correspondence"), settings.correspondence_momentum)
+            estimate = torch.lerp(estimate, run.bank.gather_column("correspondence"), config.correspondence_momentum)
         run.state.correspondence.is_estimated = True
         run.bank.set_correspondence(estimate)
-    if trusted or refined:
+    if store or is_refined:
         run.logger.histogram("correspondence/correspondence", estimate, step)
-        weights = sample_weights(estimate, settings.min_pair_weight)
+        weights = sample_weights(estimate, config.min_pair_weight)
         run.logger.histogram("correspondence/weight", weights, step)
         record |= {
             "correspondence/weight_mean": float(weights.mean()),
             "correspondence/correspondence_mean": float(estimate.mean()),
         }
-    record |= _ground_truth_metrics(run, settings.correspondence_estimator, similarity, estimate)
+    record |= _ground_truth_metrics(run, config.correspondence_estimator, similarity, estimate)
     run.logger.log_metrics(step, record)
     return record
 
 
-def _from_bank(run: Run, estimator: Estimator, similarity: Tensor, seen: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Return the correspondence of all pairs [N], 1 where never seen, and what else there is to tell."""
+def _estimate_from_bank(
+    run: Run, estimator: Estimator, similarity: Tensor, visited: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """Return the correspondence of all pairs [N], 1 for unvisited ones, and values of the estimator to log."""
     if estimator is Estimator.scc:
         return run.bank.gather_column("correspondence"), {}
-    estimate, told = torch.ones_like(similarity), {}
-    wrong = run.data.labels.mismatched()
+    estimate, record = torch.ones_like(similarity), {}
+    mismatched = run.data.labels.mismatched()
     if estimator is Estimator.gmm:
-        estimate[seen], mixture = gmm_correspondence(similarity[seen])
-        for side, mean, share in zip(("low", "high"), mixture.means, mixture.weights, strict=True):
-            told |= {f"correspondence/gmm_mean_{side}": mean, f"correspondence/gmm_fraction_{side}": share}
+        estimate[visited], mixture = gmm_correspondence(similarity[visited])
+        for side, mean, fraction in zip(("low", "high"), mixture.means, mixture.weights, strict=True):
+            record |= {f"correspondence/gmm_mean_{side}": mean, f"correspondence/gmm_fraction_{side}": fraction}
     elif estimator is Estimator.cdf:
-        estimate[seen] = cdf_correspondence(similarity[seen])
+        estimate[visited] = cdf_correspondence(similarity[visited])
     elif estimator is Estimator.category:
-        estimate[seen] = run.bank.gather_column("category_agreement")[seen]
-    elif estimator is Estimator.oracle and wrong is not None:
-        estimate = torch.from_numpy(~wrong).float().to(estimate.device)
-    return estimate, told
+        estimate[visited] = run.bank.gather_column("category_agreement")[visited]
+    elif estimator is Estimator.oracle and mismatched is not None:
+        estimate = torch.from_numpy(~mismatched).float().to(estimate.device)
+    return estimate, record
 
 
 def _ground_truth_metrics(run: Run, estimator: Estimator, similarity: Tensor, estimate: Tensor) -> dict[str, Any]:
-    """Return how well scores tell pairs of other classes, and all swapped ones, where the set knows them."""
-    labels, wrong = run.data.labels, run.data.labels.mismatched()
-    if wrong is None or labels.pair_id is None or not wrong.any():
+    """Return the AUROC of each score for cross-class pairs and for all swapped pairs; empty without ground truth."""
+    labels, mismatched = run.data.labels, run.data.labels.mismatched()
+    if mismatched is None or labels.pair_id is None or not mismatched.any():
         return {}
     scores = {"similarity": similarity.nan_to_num(), "category_agreement": run.bank.gather_column("category_agreement")}
     if estimator is not Estimator.none:
         scores["correspondence"] = run.bank.gather_column(REFINED) if estimator is Estimator.scc else estimate
-    swapped, found = labels.pair_id != np.arange(len(wrong)), {}
-    for name, each in scores.items():
-        values = each.cpu().numpy()
-        found[f"correspondence/auroc_{name}"] = auroc(values, ~wrong)
-        found[f"correspondence/auroc_{name}_swapped"] = auroc(values, ~swapped)
-    return found
+    swapped = labels.pair_id != np.arange(len(mismatched))
+    metrics: dict[str, Any] = {}
+    for name, score in scores.items():
+        values = score.cpu().numpy()
+        metrics[f"correspondence/auroc_{name}"] = auroc(values, ~mismatched)
+        metrics[f"correspondence/auroc_{name}_swapped"] = auroc(values, ~swapped)
+    return metrics
 
 
-def summarize_correspondence(run: Run, name: str, settings: ContrastivePhase) -> None:
-    """At the end of a phase, estimate once more and note for the report what came of it."""
-    told = estimate_correspondence(run, settings, trusted=True)
-    summary: dict[str, Any] = {"phase": name, "estimator": settings.correspondence_estimator.name}
-    summary |= {key.removeprefix("correspondence/"): value for key, value in told.items()}
-    wrong = run.data.labels.mismatched()
-    if wrong is not None and settings.correspondence_estimator is not Estimator.none:
-        kinds = wrong.astype(np.int64)
-        told_kinds = (run.bank.gather_column("correspondence") < _HALF).cpu().numpy().astype(np.int64)
-        summary["confusion"] = confusion(kinds, told_kinds, PAIR_KINDS)
-        run.logger.confusion(
-            "correspondence/true_vs_predicted", kinds, told_kinds, PAIR_KINDS, run.progress.total_steps
-        )
+def summarize_correspondence(run: Run, name: str, config: ContrastivePhase) -> None:
+    """Estimate the correspondence at the end of a phase, and add a summary to the report."""
+    record = estimate_correspondence(run, config, store=True)
+    summary: dict[str, Any] = {"phase": name, "estimator": config.correspondence_estimator.name}
+    summary |= {tag.removeprefix("correspondence/"): value for tag, value in record.items()}
+    mismatched = run.data.labels.mismatched()
+    if mismatched is not None and config.correspondence_estimator is not Estimator.none:
+        true = mismatched.astype(np.int64)
+        correspondence = run.bank.gather_column("correspondence")
+        predicted = (correspondence < MISMATCH_THRESHOLD).cpu().numpy().astype(np.int64)
+        summary["confusion"] = confusion(true, predicted, PAIR_KINDS)
+        run.logger.confusion("correspondence/true_vs_predicted", true, predicted, PAIR_KINDS, run.progress.total_steps)
     run.state.report.correspondence.append(summary)

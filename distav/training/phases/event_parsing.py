@@ -1,4 +1,4 @@
-"""Learning which events are heard and which seen, and when: from classes of whole clips and what teachers said."""
+"""Event parsing phase: weakly supervised audio-visual event parsing (HAN and VALOR), with or without pseudo-labels."""
 
 import torch
 
@@ -10,29 +10,32 @@ from distav.training.loop import Losses, train
 from distav.training.run import Run
 
 
-def run_parsing(run: Run, name: str, settings: EventParsingPhase) -> None:
-    """Train the event parser, and the towers where clips are stored."""
+def run_parsing(run: Run, name: str, config: EventParsingPhase) -> None:
+    """Train the event parser, and the towers if the dataset stores clips."""
     data, device = run.data, run.world.device
-    weak = torch.from_numpy(data.events.weak).to(device)
-    harvested = data.pseudo_label_events(name, settings)
-    if harvested is not None and not harvested[1].all() and run.world.is_main:
-        left = int((~harvested[1]).sum())
-        run.logger.info(f"phase={name} {left} clips were not looked at, and learn from their weak labels alone")
-    stored = None if harvested is None else [torch.from_numpy(part).to(device) for part in harvested]
+    weak_labels = torch.from_numpy(data.events.weak).to(device)
+    pseudo_labels, scored = None, None
+    stored = data.pseudo_label_events(name, config)
+    if stored is not None:
+        pseudo_labels, scored = torch.from_numpy(stored[0]).to(device), torch.from_numpy(stored[1]).to(device)
+        num_missing = int((~stored[1]).sum())
+        if num_missing and run.world.is_main:
+            run.logger.info(
+                f"phase={name} {num_missing} clips have no pseudo-labels; training uses their weak labels only"
+            )
 
-    def losses_of(batch: Batch, progress: float) -> Losses:
-        del progress
-        parsed = run.engine(batch, parse=True)
-        present, given = batch.valid.float(), weak[batch.ids].float()
-        each = {"weak": settings.weak_label_weight * video_losses(parsed["video"], given)}
-        if settings.modality_weight:
-            smoothing = settings.audio_smoothing, settings.visual_smoothing
-            each["modality"] = settings.modality_weight * modality_losses(parsed["modality"], given, smoothing)
-        if stored is not None:
-            told, looked_at = (part[batch.ids] for part in stored)
-            each["segments"] = settings.segment_weight * looked_at * segment_losses(parsed["segments"], told)
-        losses = {key: weighted_mean(value, present) for key, value in each.items()}
-        return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+    def losses_of(batch: Batch, _progress: float) -> Losses:
+        outputs = run.engine(batch, parse=True)
+        present, weak = batch.valid.float(), weak_labels[batch.ids].float()
+        losses = {"weak": config.weak_label_weight * video_losses(outputs["video"], weak)}
+        if config.modality_weight:
+            smoothing = config.audio_smoothing, config.visual_smoothing
+            losses["modality"] = config.modality_weight * modality_losses(outputs["modality"], weak, smoothing)
+        if pseudo_labels is not None and scored is not None:
+            segments = segment_losses(outputs["segments"], pseudo_labels[batch.ids])
+            losses["segments"] = config.segment_weight * scored[batch.ids] * segments
+        means = {term: weighted_mean(values, present) for term, values in losses.items()}
+        return {"loss": torch.stack(list(means.values())).sum(), **means}
 
-    rate = run.settings.optim.lr * settings.lr_scale
-    train(run, name, settings.epochs, (rate * settings.tower_lr_scale, rate), losses_of)
+    rate = run.settings.optim.lr * config.lr_scale
+    train(run, name, config.epochs, (rate * config.tower_lr_scale, rate), losses_of)

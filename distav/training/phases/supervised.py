@@ -1,18 +1,13 @@
-"""Supervised training on given labels, corrected ones or both: NTL's phase 2, and the baselines it is measured by."""
+"""Supervised phase: trains classifiers on given or corrected labels (phase 2 of NTL, and the baselines)."""
 
 import torch
 from torch import Tensor
 
 from distav.config.errors import UserError
-from distav.config.phases import NEED_CORRECTION, ClassLoss, SupervisedPhase, Targets
+from distav.config.phases import NEED_CORRECTION, SupervisedPhase, Targets
 from distav.data.pipeline.loader import Batch
-from distav.losses.category_contrast import category_agreement, weighted_shares
-from distav.losses.classification import (
-    early_learning_regularization,
-    generalized_cross_entropy,
-    hybrid_targets,
-    soft_cross_entropy,
-)
+from distav.losses.category_contrast import category_agreement, weighted_category_probs
+from distav.losses.classification import CLASSIFICATION_LOSSES, hybrid_targets
 from distav.losses.instance_discrimination import instance_losses
 from distav.losses.reduction import weighted_mean
 from distav.memory.global_batch import GlobalBatch
@@ -21,106 +16,101 @@ from distav.training.loop import Losses, train
 from distav.training.run import Run
 
 HEADS = ("logits", "visual_logits", "audio_logits")
-_WEIGHT_MIN = 0.25
+"""Outputs of the network with the logits of the classifiers."""
+MIN_PAIR_WEIGHT = 0.25
+"""Weight of a mismatched pair in the instance loss (RAVID: 0.25)."""
 
 
-def run_supervised(run: Run, name: str, settings: SupervisedPhase) -> None:
-    """Train the classifiers, and the towers at a rate of their own.
+def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
+    """Train the classifiers, and the towers at their own learning rate.
 
-    With corrected labels the sound learns the class that it was itself found to have, and the classifier over both
-    counts a sample by how far it is believed to be a pair. Where the correction found its votes to know nothing, the
-    given labels are learnt with a loss that bears wrong ones.
+    With corrected labels, the audio classifier learns the class that the correction assigned to the audio, and the
+    audio-visual classifier weights each sample by its correspondence probability. If the targets are corrected labels
+    and the correction had no label signal, the phase trains on the given labels with generalized cross-entropy.
 
     Raises:
-        UserError: where true labels are asked for and there are none.
+        UserError: if the targets are true labels and the dataset has none.
     """
-    if settings.targets is Targets.oracle and run.data.labels.true is None:
-        raise UserError(f"phases.{name}.targets=oracle: this set has no true labels; choose given or posterior.")
+    if config.targets is Targets.oracle and run.data.labels.true is None:
+        raise UserError(
+            f"phases.{name}.targets=oracle: the dataset has no true labels. Set phases.{name}.targets=given or "
+            "posterior."
+        )
     correction = run.state.correction
-    lost = settings.targets in NEED_CORRECTION and not (correction and correction.has_signal)
-    loss = ClassLoss.gce if lost else settings.loss
-    targets_of = _Targets(run, settings.targets if not lost else Targets.given)
-    if targets_of.kind is Targets.given and settings.tower_lr_scale:
+    fall_back = config.targets in NEED_CORRECTION and not (correction and correction.has_signal)
+    targets_of = _Targets(run, Targets.given if fall_back else config.targets)
+    if targets_of.kind is Targets.given and config.tower_lr_scale:
         run.state.given_labels_learned = True
-    if loss is ClassLoss.elr and "predictions" not in run.bank.columns:
-        shape = len(run.bank.rows), len(HEADS), len(run.data.shards.classes)
-        run.bank.columns["predictions"] = torch.zeros(shape, device=run.world.device)
+    loss_type = CLASSIFICATION_LOSSES.select("gce" if fall_back else config.loss, f"phases.{name}.loss")
+    classification_loss = loss_type(config, run.bank, len(HEADS), len(run.data.shards.classes))
 
-    def losses_of(batch: Batch, progress: float) -> Losses:
-        del progress
+    def losses_of(batch: Batch, _progress: float) -> Losses:
         outputs = run.engine(batch)
-        bank, pair = run.bank, (outputs["visual"], outputs["audio"])
-        visitors = GlobalBatch.gather(batch.ids, batch.valid, *pair)
-        targets, paired = targets_of(batch, visitors.ids)
+        global_batch = GlobalBatch.gather(batch.ids, batch.valid, outputs["visual"], outputs["audio"])
+        targets, pair_weights = targets_of(batch, global_batch.ids)
         present = batch.valid.float()
-        weights = (present * paired, present, present)
-        logits = [outputs[head] for head in HEADS]
-        each = [_class_loss(loss, settings, *both) for both in zip(logits, targets, strict=True)]
-        if loss is ClassLoss.elr:
-            held = _remember(run, settings, visitors, logits)
-            each = [
-                one + settings.elr_weight * early_learning_regularization(head, held[:, number])
-                for number, (one, head) in enumerate(zip(each, logits, strict=True))
-            ]
-        both, visual, audio = (weighted_mean(one, weight) for one, weight in zip(each, weights, strict=True))
+        weights = (present * pair_weights, present, present)
+        per_head = classification_loss(global_batch, [outputs[head] for head in HEADS], targets)
+        both, visual, audio = [
+            weighted_mean(head_losses, weight) for head_losses, weight in zip(per_head, weights, strict=True)
+        ]
         losses = {"loss": both + visual + audio, "both": both, "visual": visual, "audio": audio}
-        if settings.instance_weight:
-            apart = instance_losses(bank, visitors, *pair, settings.temperature)
-            losses["instance"] = weighted_mean(apart.losses, present * sample_weights(paired, _WEIGHT_MIN))
-            losses["loss"] = losses["loss"] + settings.instance_weight * losses["instance"]
-            categories = outputs["visual_categories"], outputs["audio_categories"]
-            bank.update(visitors, category_agreement(weighted_shares(*categories, present)))
+        if config.instance_weight:
+            losses["instance"] = _instance_loss(run, config, outputs, global_batch, present, pair_weights)
+            losses["loss"] = losses["loss"] + config.instance_weight * losses["instance"]
         return losses
 
-    rate = run.settings.optim.lr * settings.lr_scale
-    train(run, name, settings.epochs, (rate * settings.tower_lr_scale, rate), losses_of)
+    rate = run.settings.optim.lr * config.lr_scale
+    train(run, name, config.epochs, (rate * config.tower_lr_scale, rate), losses_of)
+
+
+def _instance_loss(
+    run: Run,
+    config: SupervisedPhase,
+    outputs: dict[str, Tensor],
+    global_batch: GlobalBatch,
+    present: Tensor,
+    pair_weights: Tensor,
+) -> Tensor:
+    """Return the instance loss against the memory bank, which regularizes the training, and update the bank."""
+    result = instance_losses(run.bank, global_batch, outputs["visual"], outputs["audio"], config.temperature)
+    loss = weighted_mean(result.losses, present * sample_weights(pair_weights, MIN_PAIR_WEIGHT))
+    probs = weighted_category_probs(outputs["visual_categories"], outputs["audio_categories"], present)
+    run.bank.update(global_batch, category_agreement(probs))
+    return loss
 
 
 class _Targets:
-    """What the three classifiers learn of a sample, and how far its pair is believed."""
+    """Targets of the three classifiers, and weights of the pairs."""
 
     def __init__(self, run: Run, kind: Targets):
         self.bank, self.kind = run.bank, kind
-        labels = run.data.labels
-        known = labels.true if kind is Targets.oracle and labels.true is not None else labels.given
-        self.known = torch.from_numpy(known).to(run.world.device)
-        self.classes = torch.arange(len(run.data.shards.classes), device=run.world.device)
-        wrong = labels.mismatched() if kind is Targets.oracle else None
-        self.pairs = None if wrong is None else torch.from_numpy(~wrong).float().to(run.world.device)
-        self.heard = self.known
-        if wrong is not None and labels.pair_id is not None:
-            self.heard = self.known[torch.from_numpy(labels.pair_id).to(run.world.device)]
+        labels, device = run.data.labels, run.world.device
+        oracle = kind is Targets.oracle
+        known = labels.true if oracle and labels.true is not None else labels.given
+        self.visual_labels = torch.from_numpy(known).to(device)
+        self.audio_labels = self.visual_labels
+        self.classes = torch.arange(len(run.data.shards.classes), device=device)
+        mismatched = labels.mismatched() if oracle else None
+        self.matched = None if mismatched is None else torch.from_numpy(~mismatched).float().to(device)
+        if mismatched is not None and labels.pair_id is not None:
+            self.audio_labels = self.visual_labels[torch.from_numpy(labels.pair_id).to(device)]
 
     def __call__(self, batch: Batch, ids: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """Return targets [b, C] of the classifiers over both, picture and sound, and the pair's weight [b].
+        """Return targets [b, C] of the audio-visual, visual and audio classifiers, and pair weights [b].
 
         Args:
-            batch: this rank's.
-            ids: [B] of all ranks.
+            batch: batch of this rank.
+            ids: [B] ids of the batch of all ranks.
         """
         if self.kind in (Targets.given, Targets.oracle):
-            seen, heard = ((each[batch.ids, None] == self.classes).float() for each in (self.known, self.heard))
-            paired = torch.ones_like(seen[:, 0]) if self.pairs is None else self.pairs[batch.ids]
-            return (seen, seen, heard), paired
-        name = "held_out" if self.kind is Targets.held_out else "posterior"
-        seen, heard, paired = self.bank.fetch((name, f"audio_{name}", "correspondence"), ids)
+            visual = (self.visual_labels[batch.ids, None] == self.classes).float()
+            audio = (self.audio_labels[batch.ids, None] == self.classes).float()
+            pair_weights = torch.ones_like(visual[:, 0]) if self.matched is None else self.matched[batch.ids]
+            return (visual, visual, audio), pair_weights
+        column = "held_out" if self.kind is Targets.held_out else "posterior"
+        visual, audio, pair_weights = self.bank.fetch((column, f"audio_{column}", "correspondence"), ids)
         if self.kind is Targets.hybrid:
             votes = self.bank.fetch(("held_out",), ids)[0]
-            seen = hybrid_targets(self.known[batch.ids], votes, votes.amax(1))
-        return (seen, seen, heard), paired
-
-
-def _class_loss(loss: ClassLoss, settings: SupervisedPhase, logits: Tensor, targets: Tensor) -> Tensor:
-    if loss is ClassLoss.gce:
-        return generalized_cross_entropy(logits, targets, settings.gce_q)
-    return soft_cross_entropy(logits, targets)
-
-
-def _remember(run: Run, settings: SupervisedPhase, visitors: GlobalBatch, logits: list[Tensor]) -> Tensor:
-    """Mix this step's predictions into those remembered, and return them: [b, heads, C]."""
-    now = torch.stack([head.detach().softmax(1).clamp(1e-4, 1 - 1e-4) for head in logits], dim=1)
-    now = now / now.sum(2, keepdim=True)
-    held = run.bank.fetch(("predictions",), visitors.ids)[0]
-    held = torch.lerp(now, held, settings.elr_momentum)
-    run.bank.write("predictions", held, visitors.ids, visitors.valid)
-    return held
+            visual = hybrid_targets(self.visual_labels[batch.ids], votes, votes.amax(1))
+        return (visual, visual, audio), pair_weights

@@ -9,7 +9,7 @@ from distav.losses.category_contrast import (
     category_loss,
     detect_category_collapse,
     effective_num_categories,
-    weighted_shares,
+    weighted_category_probs,
 )
 from distav.losses.classification import hybrid_targets, soft_cross_entropy
 
@@ -70,20 +70,20 @@ def test_masked_rows_do_not_count():
 def test_agreement_is_one_for_equal_and_zero_for_different_categories():
     same, other = one_hot_logits(torch.arange(4)), one_hot_logits(torch.arange(1, 5))
     weights = torch.tensor([1.0, 0.3, 0.5, 0.0])
-    torch.testing.assert_close(category_agreement(weighted_shares(same, same, weights)), weights.gt(0).float())
-    assert category_agreement(weighted_shares(same, other, weights)).max() < 1e-6
+    torch.testing.assert_close(category_agreement(weighted_category_probs(same, same, weights)), weights.gt(0).float())
+    assert category_agreement(weighted_category_probs(same, other, weights)).max() < 1e-6
 
 
 def test_the_bank_s_rows_count_as_rows_of_the_batch():
     torch.manual_seed(2)
     visual, audio, weights = torch.randn(40, K).double(), torch.randn(40, K).double(), torch.rand(40).double() + 0.1
     whole = category_loss(visual, audio, weights, 0.5)
-    u, z = weighted_shares(visual[10:], audio[10:], weights[10:]).unbind(1)
+    u, z = weighted_category_probs(visual[10:], audio[10:], weights[10:]).unbind(1)
     memory = torch.stack([u.T @ u, u.T @ z, z.T @ z]), torch.tensor(30)
     visual, audio = visual[:10].requires_grad_(), audio[:10].requires_grad_()
     found = category_loss(visual, audio, weights[:10], 0.5, memory, memory_weight=3.0)
     torch.testing.assert_close(found.contrast, whole.contrast)
-    torch.testing.assert_close(found.shares, weighted_shares(visual, audio, weights[:10]).detach())
+    torch.testing.assert_close(found.weighted_probs, weighted_category_probs(visual, audio, weights[:10]).detach())
     arguments = weights[:10], 0.5, memory, 3.0
     assert torch.autograd.gradcheck(lambda v, a: category_loss(v, a, *arguments).contrast, (visual, audio))
 

@@ -140,7 +140,7 @@ def dense_losses(
                 "none": torch.zeros(len(ids), bank.num_samples, dtype=torch.float64),
                 "bootstrapping": queries[own] @ bars[other].T / soft.temperature,
                 "swapped": queries[other] @ bars[own].T / soft.temperature,
-                "neighbour": bars[own][ids] @ bars[own].T / soft.temperature,
+                "neighbor": bars[own][ids] @ bars[own].T / soft.temperature,
                 "cycle": pair[ids][:, None] / soft.cycle_temperature
                 + bars[other][ids] @ bars[other].T / soft.temperature
                 + pair / soft.cycle_temperature,
@@ -153,7 +153,7 @@ def dense_losses(
     return total
 
 
-@pytest.mark.parametrize("kind", ["none", "bootstrapping", "swapped", "neighbour", "cycle"])
+@pytest.mark.parametrize("kind", ["none", "bootstrapping", "swapped", "neighbor", "cycle"])
 @pytest.mark.parametrize("excludes_self", [False, True])
 def test_instance_loss_and_gradient_equal_the_dense_formula(kind: str, excludes_self: bool):
     bank = filled_bank(40, 16)
@@ -188,7 +188,7 @@ def test_weighted_mean_is_the_weighted_mean():
 def test_temperature_gets_its_gradient():
     bank, ids = filled_bank(30, 8), torch.tensor([4, 9, 9])
     visual, audio = unit(3, 8, seed=5), unit(3, 8, seed=6)
-    softness, soft = torch.tensor([0.0, 0.3, 1.0]), SoftTargets("neighbour", 0.1, 0.1)
+    softness, soft = torch.tensor([0.0, 0.3, 1.0]), SoftTargets("neighbor", 0.1, 0.1)
     gradients = []
     for function in (losses_of, dense_losses):
         tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)

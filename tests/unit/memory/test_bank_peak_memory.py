@@ -15,7 +15,7 @@ from distav.distributed.rng import sample_seeds, uniform
 from distav.losses.active_complementary import active_complementary_loss, rescale_matching_probability
 from distav.losses.category_contrast import category_agreement, category_loss
 from distav.losses.classification import hybrid_targets
-from distav.losses.info_nce import WITHIN, InBatchNegatives, SampledNegatives, cross_entropy
+from distav.losses.info_nce import WITHIN_MODAL, InBatchNegatives, SampledNegatives, cross_entropy
 from distav.losses.instance_discrimination import SoftTargets, instance_losses
 from distav.losses.reduction import weighted_mean
 from distav.memory import attention_backends
@@ -55,7 +55,7 @@ def test_an_update_does_not_wait(rounded: bool):
 
 @pytest.mark.parametrize("learns_temperature", [False, True])
 @pytest.mark.parametrize("excludes_self", [False, True])
-@pytest.mark.parametrize("kind", ["none", "bootstrapping", "swapped", "neighbour", "cycle"])
+@pytest.mark.parametrize("kind", ["none", "bootstrapping", "swapped", "neighbor", "cycle"])
 def test_an_instance_loss_does_not_wait(kind: str, excludes_self: bool, learns_temperature: bool):
     bank, ids = fresh_bank(), torch.tensor([3, 9, 3, 49])
     temperature = torch.tensor(0.07, requires_grad=True) if learns_temperature else 0.07
@@ -65,7 +65,7 @@ def test_an_instance_loss_does_not_wait(kind: str, excludes_self: bool, learns_t
 
     def step() -> None:
         losses = instance_losses(*arguments, torch.ones(4), soft, mask_uninitialized=True).losses
-        losses = losses + instance_losses(*arguments, directions=WITHIN).losses
+        losses = losses + instance_losses(*arguments, directions=WITHIN_MODAL).losses
         weighted_mean(losses, torch.ones(4)).backward()
 
     step()  # The back ends are tried on first use.
@@ -90,7 +90,7 @@ def test_other_losses_do_not_wait():
             rescale_matching_probability(each.matching_probability(), each.num_candidates(), 10)
         category = category_loss(*logits, torch.rand(4), 1.0, bank.assignments.columns())
         (category.contrast + category.imbalance + category.row_entropy).backward()
-        bank.update(visitors, category_agreement(category.shares), category.shares)
+        bank.update(visitors, category_agreement(category.weighted_probs), category.weighted_probs)
         rescale_matching_probability(torch.rand(4), bank.num_samples, 10)
         hybrid_targets(ids % 3, torch.rand(4, 3), torch.rand(4))
     assert waits.found == []
@@ -119,7 +119,7 @@ def test_a_forward_pass_on_a_gpu_mixes_no_devices_and_does_not_wait(
         pair, logits = torch.randn(2, 300, 128, device=gpu), torch.randn(2, 300, CATEGORIES, device=gpu)
         with Synchronizations() as waits:
             visitors = GlobalBatch.gather(ids, ids >= 0, *pair)
-            for kind in ("none", "bootstrapping", "swapped", "neighbour", "cycle"):
+            for kind in ("none", "bootstrapping", "swapped", "neighbor", "cycle"):
                 for temperature in (0.07, torch.full((), 0.07, device=gpu)):
                     for also in (False, True):
                         soft = SoftTargets(kind, 0.1, 0.1, excludes_self=also)
@@ -135,7 +135,7 @@ def test_a_forward_pass_on_a_gpu_mixes_no_devices_and_does_not_wait(
             )
             category = category_loss(*logits, ones, 1.0, bank.assignments.columns())
             bank.write("correspondence", bank.fetch(("correspondence",), ids)[0], ids, visitors.valid)
-            bank.update(visitors, category_agreement(category.shares), category.shares)
+            bank.update(visitors, category_agreement(category.weighted_probs), category.weighted_probs)
             bank.refresh()
             bank.reinitialize()
     assert waits.found == []
