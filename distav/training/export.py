@@ -1,4 +1,4 @@
-"""The trained network to take away: safetensors, its settings and a model card."""
+"""Export of a trained network: safetensors, its config and a model card."""
 
 import dataclasses
 import json
@@ -12,88 +12,104 @@ from distav.data.files import write_atomically
 from distav.models.pretrained import EXPORT_FORMAT
 from distav.training.run import Run
 
+_CARD_FIGURES = ("label_accuracy", "correspondence_auroc", "test", "events")
 
-def export(run: Run, state: dict[str, Tensor], report: dict[str, Any]) -> None:
-    """Write `export/` of a run: weights, what is needed to build the network again, and a card.
+
+def export(run: Run, weights: dict[str, Tensor], report: dict[str, Any]) -> None:
+    """Write `export/` in the run directory: weights, config.json to rebuild the network, and a model card.
 
     Args:
         run: the run.
-        state: the whole state of the model.
-        report: the figures for the card.
+        weights: full state dict of the network.
+        report: the content of report.json; the card contains some of its figures.
     """
     folder = run.folder / "export"
     folder.mkdir(exist_ok=True)
-    write_atomically(folder / "model.safetensors", safetensors.torch.save(state))
-    data, settings = run.settings.data, run.settings
+    write_atomically(folder / "model.safetensors", safetensors.torch.save(weights))
+    description = _description(run)
+    write_atomically(folder / "config.json", (json.dumps(description, indent=1) + "\n").encode())
+    write_atomically(folder / "README.md", _model_card(run, description["input"], report).encode())
+
+
+def _description(run: Run) -> dict[str, Any]:
+    split, data = run.data.train, run.settings.data
     description = {
         "format": EXPORT_FORMAT,
-        "model": dataclasses.asdict(settings.model),
-        "input": {name: dataclasses.asdict(each) for name, each in run.data.train.streams.items()}
-        or {
-            "num_frames": data.num_frames,
-            "frame_stride": data.frame_stride,
-            "frame_size": data.frame_size,
-            "squash": data.squash,
-            "audio_s": data.audio_s,
-            "fps": run.data.train.fps,
-            "sample_rate_hz": run.data.train.sample_rate_hz,
-        },
-        "stored": None if run.data.train.streams else _stored(run),
+        "model": dataclasses.asdict(run.settings.model),
         "segments": run.engine.model.segments,
         "classes": run.data.shards.classes,
     }
-    write_atomically(folder / "config.json", (json.dumps(description, indent=1) + "\n").encode())
-    write_atomically(folder / "README.md", _card(run, description, report).encode())
-
-
-def _stored(run: Run) -> dict[str, Any]:
-    """Return how the clips were stored that the network learnt from, so that others can be brought into that form."""
-    split = run.data.train
+    if split.streams:
+        streams = {name: dataclasses.asdict(stream) for name, stream in split.streams.items()}
+        return description | {"input": streams, "stored": None}
+    inputs = {
+        "num_frames": data.num_frames,
+        "frame_stride": data.frame_stride,
+        "frame_size": data.frame_size,
+        "squash": data.squash,
+        "audio_s": data.audio_s,
+        "fps": split.fps,
+        "sample_rate_hz": split.sample_rate_hz,
+    }
+    # Encoding of the training clips, with which new media can be converted to clips of the same form.
     duration_s = float(split.columns["duration_s"][0])
-    return {"codec": split.codec, "short_side": split.sides[0], "clip_s": duration_s}
+    stored = {"codec": split.codec, "short_side": split.sides[0], "clip_s": duration_s}
+    return description | {"input": inputs, "stored": stored}
 
 
-def _noise(report: dict[str, Any]) -> str:
-    """Return what the last correction found of the noise, in words."""
-    if not report.get("corrections"):
-        return "not estimated"
-    found = report["corrections"][-1]
-    shares = ("{estimate:.1%} of the {what} ({ci95_low:.1%} to {ci95_high:.1%})".format(what=what, **found[key])
-              for what, key in (("labels", "label_noise_rate"), ("pairs", "pair_mismatch_rate")))  # fmt: skip
-    return f"estimated as {' and '.join(shares)} being wrong"
-
-
-def _card(run: Run, description: dict[str, Any], report: dict[str, Any]) -> str:
-    data, towers = run.data, run.settings.model
-    told = ("label_accuracy", "correspondence_auroc", "test", "events")
-    figures = json.dumps({key: report[key] for key in told if key in report}, indent=1)
-    if data.train.streams:
-        what = "The network that tells events heard and seen from features, trained by distav."
-        streams = (f"`{name}` [{each.steps}, {each.dim}]" for name, each in data.train.streams.items())
-        inputs = f"- Input: {', '.join(streams)}, float32."
-        use = 'model, description = distav.models.pretrained.load_parser("export")`; `model(seeds, **features)'
-    else:
-        what = "Audio-visual encoders and classifiers trained by distav."
-        fed = description["input"]
-        inputs = f"""- Towers: `{towers.visual.name}` for pictures, `{towers.audio.name}` for sound.
-- Input: {fed["num_frames"]} frames of {fed["frame_size"]} x {fed["frame_size"]} pixels, every
-  {fed["frame_stride"]} of {fed["fps"]:g} a second, uint8; {fed["audio_s"]:g} s of mono sound at
-  {fed["sample_rate_hz"]} Hz, float32 in -1..1."""
-        use = 'model, description = distav.load_encoders("export")`; `model.visual(frames)`, `model.audio(sound)'
+def _model_card(run: Run, inputs: dict[str, Any], report: dict[str, Any]) -> str:
+    data = run.data
+    figures = json.dumps({name: report[name] for name in _CARD_FIGURES if name in report}, indent=1)
+    title, input_lines, usage = _parser_card(run) if data.train.streams else _encoder_card(run, inputs)
     return f"""# {run.settings.run.name}
 
-{what}
+{title}
 
 - Data: `{Path(data.shards.location).name}`, {len(data.train)} training clips, {len(data.shards.classes)} classes.
-{inputs}
-- Noise of the data: {_noise(report)}.
+{input_lines}
+- Noise: {_noise_estimates(report)}.
 - Phases: {", ".join(run.settings.phases)}.
 
-Figures of the run:
+Metrics:
 
 ```json
 {figures}
 ```
 
-Use: `{use}`.
+Usage: `{usage}`.
 """
+
+
+def _parser_card(run: Run) -> tuple[str, str, str]:
+    streams = (f"`{name}` [{stream.steps}, {stream.dim}]" for name, stream in run.data.train.streams.items())
+    return (
+        "Audio-visual event parser over features, trained with distav.",
+        f"- Input: {', '.join(streams)}, float32.",
+        'model, description = distav.models.pretrained.load_parser("export")`; `model(seeds, **features)',
+    )
+
+
+def _encoder_card(run: Run, inputs: dict[str, Any]) -> tuple[str, str, str]:
+    model = run.settings.model
+    input_lines = f"""- Towers: visual `{model.visual.name}`, audio `{model.audio.name}`.
+- Input: {inputs["num_frames"]} frames of {inputs["frame_size"]} x {inputs["frame_size"]} pixels, uint8, every
+  {inputs["frame_stride"]} frames at {inputs["fps"]:g} fps; {inputs["audio_s"]:g} s of mono audio at
+  {inputs["sample_rate_hz"]} Hz, float32 in [-1, 1]."""
+    return (
+        "Audio-visual encoders and classifiers, trained with distav.",
+        input_lines,
+        'model, description = distav.load_encoders("export")`; `model.visual(frames)`, `model.audio(audio)',
+    )
+
+
+def _noise_estimates(report: dict[str, Any]) -> str:
+    """Return the noise rates of the last label correction, for the card."""
+    if not report.get("corrections"):
+        return "not estimated"
+    last = report["corrections"][-1]
+    estimates = []
+    for name, key in (("label noise rate", "label_noise_rate"), ("pair mismatch rate", "pair_mismatch_rate")):
+        rate = last[key]
+        interval = f"95 % interval {rate['ci95_low']:.1%} to {rate['ci95_high']:.1%}"
+        estimates.append(f"{name} {rate['estimate']:.1%} ({interval})")
+    return ", ".join(estimates)

@@ -1,6 +1,6 @@
-"""What a run tells while it goes: one console line a logging step, metrics.jsonl, and TensorBoard.
+"""Logging of a run: console, metrics.jsonl and TensorBoard.
 
-Only the main rank writes these; the others write warnings to logs/.
+The main rank writes these. The other ranks write their warnings to `logs/rank_N.log`.
 """
 
 import json
@@ -21,9 +21,11 @@ from distav.distributed.process_group import World
 
 log = logging.getLogger("distav")
 
+_GRID_GRAY, _MAX_TABLE_CLASSES = 0.35, 50
+
 
 class MetricLogger:
-    """Writes scalars, pictures, sounds and lines of one run."""
+    """Logs lines, scalars, images and audio of one run."""
 
     def __init__(self, folder: Path, world: World):
         self.world = world
@@ -42,21 +44,21 @@ class MetricLogger:
         log.propagate = False
 
     def close(self) -> None:
-        """Write out what is held back."""
+        """Flush and close the files."""
         if self._writer:
             self._writer.close()
             self._metrics.close()
 
     def info(self, text: str) -> None:
-        """Print a line."""
+        """Print a line on the main rank."""
         log.info(text)
 
     def warn(self, text: str) -> None:
-        """Print a warning, on any rank."""
+        """Log a warning: on the console of the main rank, in a file on the others."""
         log.warning(text)
 
     def log_metrics(self, step: int, values: dict[str, Any]) -> None:
-        """Write a record to metrics.jsonl, and its numbers under keys of the form group/name to TensorBoard."""
+        """Write a record to metrics.jsonl, and its finite numbers whose key contains `/` to TensorBoard."""
         if not self._writer:
             return
         self._metrics.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
@@ -65,43 +67,47 @@ class MetricLogger:
                 self._writer.add_scalar(key, value, step)
 
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
-        """Draw the distribution of finite values."""
+        """Log a histogram of the finite values to TensorBoard."""
         values = values[torch.isfinite(values)]
         if self._writer and len(values):
             self._writer.add_histogram(tag, values.float().cpu(), step)
 
     def confusion(self, tag: str, rows: np.ndarray, columns: np.ndarray, classes: list[str], step: int) -> None:
-        """Draw how often a row class goes with a column class, each row as shares, and write the counts as text.
+        """Log a confusion matrix: an image of the fractions per row, and for up to 50 classes a table of counts.
 
-        A tag such as `labels/given_vs_corrected` says what rows and columns are.
+        Args:
+            tag: names rows and columns, such as `labels/given_vs_corrected`.
+            rows, columns: [N] class numbers.
+            classes: names of the classes.
+            step: step of the run.
         """
         if not self._writer:
             return
         num = len(classes)
         counts = np.bincount(rows * num + columns, minlength=num * num).reshape(num, num)
-        shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+        fractions = counts / np.maximum(1, counts.sum(1, keepdims=True))
         cell = max(1, 320 // num)
-        image = np.kron(shares, np.ones((cell, cell)))
+        image = np.kron(fractions, np.ones((cell, cell)))
         if cell >= 4:
-            image[::cell] = image[:, ::cell] = 0.35
+            image[::cell] = image[:, ::cell] = _GRID_GRAY
         self._writer.add_image(tag, image.astype(np.float32), step, dataformats="HW")
-        if num <= 50:
-            corner = tag.rpartition("/")[2].replace("_to_", " \\ ")
+        if num <= _MAX_TABLE_CLASSES:
+            corner = tag.rpartition("/")[2].replace("_vs_", " \\ ")
             head = f"| {corner} | " + " | ".join(classes) + " |\n" + "|---" * (num + 1) + "|\n"
             body = "\n".join(
                 f"| **{name}** | " + " | ".join(map(str, row)) + " |" for name, row in zip(classes, counts, strict=True)
             )
             self._writer.add_text(tag, head + body, step)
 
-    def media(self, frames: Tensor, sound: Tensor, spectrogram: Tensor, sample_rate_hz: int, step: int) -> None:
-        """Show clips as the model is fed them.
+    def media(self, frames: Tensor, audio: Tensor, spectrogram: Tensor, sample_rate_hz: int, step: int) -> None:
+        """Log clips to TensorBoard, as the network receives them.
 
         Args:
             frames: [M, T, H, W, 3] uint8.
-            sound: [M, N] float32.
+            audio: [M, N] float32.
             spectrogram: [M, F, L].
-            sample_rate_hz: of the sound.
-            step: where on the time axis.
+            sample_rate_hz: sample rate of the audio.
+            step: step of the run.
         """
         if not self._writer:
             return
@@ -109,15 +115,15 @@ class MetricLogger:
         self._writer.add_image("input/frames", torch.cat(strips), step, dataformats="HWC")
         low, high = spectrogram.amin((1, 2), keepdim=True), spectrogram.amax((1, 2), keepdim=True)
         levels = ((spectrogram - low) / (high - low + 1e-6)).flip(1).float().cpu()
-        gap = torch.ones(*levels.shape[:2], 2)
-        beside = torch.cat([each for pair in zip(levels, gap, strict=True) for each in pair], dim=1)
-        self._writer.add_image("input/spectrogram", beside, step, dataformats="HW")
-        for number, wave in enumerate(sound.float().cpu()):
-            self._writer.add_audio(f"input/sound_{number}", wave.clamp(-1, 1), step, sample_rate_hz)
+        gaps = torch.ones(*levels.shape[:2], 2)
+        row = torch.cat(list(torch.cat([levels, gaps], dim=2)), dim=1)
+        self._writer.add_image("input/spectrogram", row, step, dataformats="HW")
+        for number, waveform in enumerate(audio.float().cpu()):
+            self._writer.add_audio(f"input/audio_{number}", waveform.clamp(-1, 1), step, sample_rate_hz)
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory held so far, of the GPU or of this process."""
+    """Return the peak memory so far: allocated on the GPU, or resident of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

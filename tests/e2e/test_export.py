@@ -17,7 +17,7 @@ from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Batch
 from distav.distributed.process_group import process_group
 from distav.evaluate import main as evaluate
-from distav.evaluation.embedding import Embeddings, Embedder
+from distav.evaluation.embedding import Embedder, Embeddings
 from distav.tools.embed import main as embed
 from distav.training.run import open_run
 from tests.helpers.launch import tiny_config, train
@@ -92,7 +92,7 @@ def test_the_card_tells_data_noise_and_scores(finished: tuple[Path, str], tiny_s
     card = (finished[0] / "export" / "README.md").read_text()
     report = json.loads((finished[0] / "report.json").read_text())
     assert f"`{tiny_shards.name}`, 96 training clips" in card and "distav.load_encoders" in card
-    assert f"{report['corrections'][-1]['label_noise_rate']['estimate']:.1%} of the labels" in card
+    assert f"label noise rate {report['corrections'][-1]['label_noise_rate']['estimate']:.1%} (" in card
     assert str(report["test"]["top1"]) in card
 
 

@@ -77,7 +77,7 @@ def test_the_run_folder_has_what_was_promised(finished: tuple[Path, str], tiny_s
             "test/top1"} <= set(tags["scalars"])  # fmt: skip
     assert {"correspondence/similarity", "correspondence/weight", "labels/confidence"} <= set(tags["histograms"])
     assert {"input/frames", "input/spectrogram", "labels/given_vs_corrected"} <= set(tags["images"])
-    assert "input/sound_0" in tags["audio"]
+    assert "input/audio_0" in tags["audio"]
     assert len(list((run / "checkpoints").glob("step-*"))) == 2
     environment_facts = json.loads((run / "environment.json").read_text())
     assert environment_facts["versions"]["torch"].startswith("2.11")
