@@ -1,4 +1,4 @@
-"""A training straight from object storage is the training from the folder."""
+"""Training from object storage equals training from a local directory."""
 
 import math
 import os
@@ -14,32 +14,33 @@ SHORT = TINY.partition("  hybrid:")[0].replace("epochs: 3", "epochs: 2")
 
 
 class Environment(dict[str, str]):
-    """Environment variables that a rank gets before it starts."""
+    """Environment variables that are set in a rank before it starts."""
 
     def __call__(self, rank: int) -> None:
         os.environ.update(self)
 
 
-@pytest.mark.parametrize("compared", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_two_ranks_train_from_s3_and_share_a_cache(tiny_shards: Path, tmp_path: Path, compared: bool):
-    def train(name: str, *more: str, ranks: int, environment: dict[str, str]) -> tuple[list[float], str]:
-        arguments = ["--config", str(tiny_config(tmp_path, SHORT)), f"run.root={tmp_path}", f"run.name={name}", *more]
-        team = Team(ranks, arguments, tmp_path / f"logs-{name}", Environment(environment))
+@pytest.mark.parametrize("compare", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_two_ranks_train_from_s3_and_share_a_cache(tiny_shards: Path, tmp_path: Path, compare: bool):
+    def train(name: str, *overrides: str, ranks: int, environment: dict[str, str]) -> tuple[list[float], str]:
+        config = ["--config", str(tiny_config(tmp_path, SHORT)), f"run.root={tmp_path}", f"run.name={name}"]
+        team = Team(ranks, [*config, *overrides], tmp_path / f"logs-{name}", Environment(environment))
         assert team.end(240) == [0] * ranks, team.said()[-6000:]
         return losses(tmp_path / name), team.said()
 
     with bucket() as store:
         root = f"data.root={store.put(tiny_shards, 'tiny')}"
         cache = f"data.cache={tmp_path / 'cache'}"
-        afar, said = train("afar", root, cache, "data.synthetic.enabled=true", ranks=2, environment=store.environment)
-    assert len(afar) == 8 and all(map(math.isfinite, afar))
-    if compared:
-        here, _ = train("here", f"data.root={tiny_shards}", ranks=2, environment={})
-        assert afar == here
-    assert "nothing is kept" not in said and bytes_in(tmp_path / "cache") > 100_000
+        synthetic = "data.synthetic.enabled=true"
+        remote, output = train("remote", root, cache, synthetic, ranks=2, environment=store.environment)
+    assert len(remote) == 8 and all(map(math.isfinite, remote))
+    if compare:
+        local, _ = train("local", f"data.root={tiny_shards}", ranks=2, environment={})
+        assert remote == local
+    assert "caching is paused" not in output and bytes_in(tmp_path / "cache") > 100_000
 
 
 @pytest.fixture(autouse=True)
-def no_rank_outlives_its_test():
+def stop_ranks():
     yield
     Team.kill_all()

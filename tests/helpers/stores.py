@@ -1,4 +1,4 @@
-"""Stores on this machine: an S3 server, and a web server that fails as it is told to."""
+"""Local test servers: an S3 store, and a web server with injected failures."""
 
 import contextlib
 import http.server
@@ -20,11 +20,11 @@ CREDENTIALS = {
     "AWS_EC2_METADATA_DISABLED": "true",
     "NO_PROXY": "127.0.0.1",
 }
-"""Environment variables, besides AWS_ENDPOINT_URL."""
+"""Environment variables for the S3 server, except AWS_ENDPOINT_URL."""
 
 
 class Bucket:
-    """A bucket of an S3 server of its own."""
+    """The bucket `clips` of an S3 server."""
 
     def __init__(self, endpoint: str):
         import boto3
@@ -40,7 +40,7 @@ class Bucket:
         self.client.create_bucket(Bucket="clips")
 
     def put(self, folder: Path, name: str) -> str:
-        """Copy a folder's files there; returns their URL."""
+        """Upload the files of a directory; returns its URL."""
         for path in folder.iterdir():
             self.client.put_object(Bucket="clips", Key=f"{name}/{path.name}", Body=path.read_bytes())
         return f"s3://clips/{name}"
@@ -48,7 +48,7 @@ class Bucket:
 
 @contextlib.contextmanager
 def bucket() -> Iterator[Bucket]:
-    """Run an S3 server."""
+    """Run an S3 server with one bucket."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -61,31 +61,32 @@ def bucket() -> Iterator[Bucket]:
 
 
 class Web(http.server.ThreadingHTTPServer):
-    """A web server of the files of one folder.
+    """A web server for the files of a directory.
 
     Attributes:
-        asked: method, path and Range of every request so far.
-        fails: what goes wrong, by path and how often it was asked for before with the same range: an HTTP status, or
-            "reset" (the connection breaks before the answer), "short" (inside it), "whole" (no byte ranges), "".
+        requests: method, path and Range header of every request so far.
+        fails: fault to inject, by path and number of earlier requests with the same range: an HTTP status, "reset"
+            (closes the connection before the response), "truncated" (closes it within the response), "no ranges"
+            (ignores the Range header), or "" for none.
     """
 
     daemon_threads = True
 
     def __init__(self, folder: Path):
-        super().__init__(("127.0.0.1", 0), _Answer)
-        self.folder, self.asked = folder, list[tuple[str, str, str]]()
-        self.fails: Callable[[str, int], int | str] = lambda path, before: ""
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder, self.requests = folder, list[tuple[str, str, str]]()
+        self.fails: Callable[[str, int], int | str] = lambda path, attempt: ""
         self.url = f"http://127.0.0.1:{self.server_port}/set"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of connections that were broken on purpose."""
+        """Ignore connections that were closed on purpose."""
 
 
-class _Answer(http.server.BaseHTTPRequestHandler):
+class _Handler(http.server.BaseHTTPRequestHandler):
     server: Web
 
     def log_message(self, *arguments: object) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Say nothing."""
+        """Print nothing."""
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -93,9 +94,9 @@ class _Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name = urllib.parse.unquote(self.path).removeprefix("/set/")
         request = (self.command, name, self.headers.get("Range", ""))
-        before = self.server.asked.count(request)
-        self.server.asked.append(request)
-        fault, path = self.server.fails(name, before), self.server.folder / name
+        attempt = self.server.requests.count(request)
+        self.server.requests.append(request)
+        fault, path = self.server.fails(name, attempt), self.server.folder / name
         if fault == "reset":
             self.connection.close()
             return
@@ -103,19 +104,19 @@ class _Answer(http.server.BaseHTTPRequestHandler):
             self.send_error(fault if isinstance(fault, int) else 404)
             return
         content, status = path.read_bytes(), 200
-        found = re.fullmatch(r"bytes=(\d+)-(\d+)", request[2])
-        if found and fault != "whole":
-            content, status = content[int(found[1]) : int(found[2]) + 1], 206
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d+)", request[2])
+        if byte_range and fault != "no ranges":
+            content, status = content[int(byte_range[1]) : int(byte_range[2]) + 1], 206
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content[: len(content) // 2] if fault == "short" else content)
+            self.wfile.write(content[: len(content) // 2] if fault == "truncated" else content)
 
 
 @contextlib.contextmanager
 def web(folder: Path) -> Iterator[Web]:
-    """Run a web server of a folder's files."""
+    """Run a web server for the files of a directory."""
     server = Web(folder)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -128,7 +129,7 @@ def web(folder: Path) -> Iterator[Web]:
 
 
 def bytes_in(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Total size of the files in a directory, in bytes."""
     sizes = []
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
@@ -136,13 +137,13 @@ def bytes_in(folder: Path) -> int:
     return sum(sizes)
 
 
-def use(root: Path, name: str, most_bytes: int, seed: int) -> None:
-    """Keep and read ranges as one of several processes does."""
-    cache, chance = Cache(root, name, most_bytes), random.Random(seed)
+def use_cache(root: Path, name: str, max_bytes: int, seed: int) -> None:
+    """Write and read random ranges, as one of several processes that share a cache; exits with 1 after a warning."""
+    cache, rng = Cache(root, name, max_bytes), random.Random(seed)
     for _ in range(300):
-        number = chance.randrange(60)
-        kept = cache.get(f"shard/{number}")
-        assert kept in (None, bytes([number]) * 1000)
-        if kept is None:
+        number = rng.randrange(60)
+        cached = cache.get(f"shard/{number}")
+        assert cached in (None, bytes([number]) * 1000)
+        if cached is None:
             cache.put(f"shard/{number}", bytes([number]) * 1000)
-    os._exit(0 if not cache._told else 1)
+    os._exit(1 if cache._warned else 0)

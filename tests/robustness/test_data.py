@@ -132,13 +132,13 @@ FAULTS = {
         lambda root: _rewrite(root, "labels.parquet", lambda table: pa.concat_tables([table, table.slice(0, 1)])),
         "or ids in disorder",
     ),
-    "a member that pickles": (lambda root: _planted(root, "train-000000095.pkl"), "members of this kind are not read"),
-    "a member outside": (lambda root: _planted(root, "../evil.json"), "is no plain name"),
-    "an absolute member": (lambda root: _planted(root, "/etc/evil.json"), "is no plain name"),
-    "a link": (lambda root: _planted(root, "train-000000095.npy", tarfile.SYMTYPE), "is no plain file"),
-    "a device": (lambda root: _planted(root, "train-000000095.npy", tarfile.CHRTYPE), "is no plain file"),
-    "a member twice": (lambda root: _planted(root, "train-000000095.json"), "is there twice"),
-    "a member of an earlier sample": (lambda root: _planted(root, "train-000000090.npy"), "do not stand together"),
+    "a member that pickles": (lambda root: _planted(root, "train-000000095.pkl"), "has an unknown extension"),
+    "a member outside": (lambda root: _planted(root, "../evil.json"), "is not of the form key.extension"),
+    "an absolute member": (lambda root: _planted(root, "/etc/evil.json"), "is not of the form key.extension"),
+    "a link": (lambda root: _planted(root, "train-000000095.npy", tarfile.SYMTYPE), "is not a regular file"),
+    "a device": (lambda root: _planted(root, "train-000000095.npy", tarfile.CHRTYPE), "is not a regular file"),
+    "a member twice": (lambda root: _planted(root, "train-000000095.json"), "occurs twice"),
+    "a member of an earlier sample": (lambda root: _planted(root, "train-000000090.npy"), "are not adjacent"),
     "a shard that the manifest does not name": (
         lambda root: shutil.copy(root / "test-000000.tar", root / "train-000003.tar"),
         "does not name this shard",
@@ -251,11 +251,9 @@ def test_every_altered_member_is_found_and_no_sound_one_is_refused(tmp_path: Pat
     assert found == count >= 100
 
 
-@pytest.mark.parametrize(
-    ("name", "told"), [("train-000000000.avi/x", "no plain name"), ("train-000000000", "no plain name")]
-)
-def test_names_without_a_key_and_an_extension_are_refused(tmp_path: Path, name: str, told: str):
+@pytest.mark.parametrize("name", ["train-000000000.avi/x", "train-000000000"])
+def test_names_without_a_key_and_an_extension_are_refused(tmp_path: Path, name: str):
     with tarfile.open(tmp_path / "bad.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         tar.addfile(tarfile.TarInfo(name))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match="is not of the form key.extension"):
         members_by_key(tmp_path / "bad.tar")

@@ -1,32 +1,33 @@
-"""Members of samples, read from shards by byte range and checked by CRC-32."""
+"""Reads the members of samples from shards by byte range and verifies them by CRC-32."""
 
 import os
 
-from isal.isal_zlib import crc32  # three times as fast as zlib's
+from isal.isal_zlib import crc32  # Three times as fast as zlib's.
 
 from distav.data.dataset import Split
-from distav.data.storage.object_store import ObjectStore, StorageError
+from distav.data.storage.errors import StorageError
+from distav.data.storage.object_store import ObjectStore
 
-_MOST_BETWEEN = 1 << 20
-"""Most bytes of a remote sample that are read along with its members: headers, and its JSON."""
+_MAX_OVERHEAD = 1 << 20
+"""Limit on the other bytes of a remote sample that are read along with its members: tar headers and its JSON."""
 Members = dict[str, bytes]
-"""The members of one sample by name, as read."""
+"""Members of a sample by name, as stored."""
 
 
 class DecodeError(Exception):
-    """A batch could not be decoded."""
+    """A sample or batch cannot be decoded; the message gives the reason."""
 
 
 class CorruptSampleError(Exception):
-    """A sample that cannot be used, with the reason."""
+    """A sample cannot be used; the message gives the reason."""
 
 
 class _ChecksumError(CorruptSampleError):
-    """A member is not what was written."""
+    """A member differs from what was written."""
 
 
 class ShardReader:
-    """Reads any sample of one split in any order; files stay open."""
+    """Reads the samples of a split in any order; keeps shard files open."""
 
     def __init__(self, split: Split):
         self.split = split
@@ -39,62 +40,69 @@ class ShardReader:
         self._files.clear()
 
     def read(self, sample: int) -> Members:
-        """Return the members of a sample.
+        """Return all members of a sample.
 
         Raises:
-            BadSample: where a member cannot be read, is cut short, or has another CRC-32 than when it was written.
+            CorruptSampleError: if a member cannot be read, is truncated, or its CRC-32 differs.
         """
-        return self._of(sample, list(self.split.members))
+        return self._read(sample, list(self.split.members))
 
     def member(self, sample: int, name: str) -> bytes:
-        """Return one member of a sample, or raise BadSample as `read` does."""
-        return self._of(sample, [name])[name]
+        """Return one member of a sample; raises CorruptSampleError as `read` does."""
+        return self._read(sample, [name])[name]
 
-    def _of(self, sample: int, kinds: list[str]) -> Members:
+    def _read(self, sample: int, names: list[str]) -> Members:
         if self.split.remote:
-            return self._from_afar(self.split.remote, sample, kinds)
-        return {kind: self._here(sample, kind) for kind in kinds}
+            return self._read_remote(self.split.remote, sample, names)
+        return {name: self._read_local(sample, name) for name in names}
 
-    def _from_afar(self, remote: ObjectStore, sample: int, kinds: list[str]) -> Members:
-        """Read members of a sample; all of them lie together and come in one piece."""
-        columns, every = self.split.columns, self.split.members
+    def _read_remote(self, remote: ObjectStore, sample: int, names: list[str]) -> Members:
+        """Read members with one request for the byte range of the sample; repeat it if cached bytes are corrupt."""
+        columns = self.split.columns
         shard = self.split.shards[int(columns["shard"][sample])].name
-        places = {kind: [int(columns[f"{kind}_{what}"][sample]) for what in ("offset", "bytes")] for kind in every}
-        start, end = min(offset for offset, _ in places.values()), max(map(sum, places.values()))
-        if start < 0 or end - start > sum(size for _, size in places.values()) + _MOST_BETWEEN:
-            raise CorruptSampleError(f"members do not lie together in {shard}")
+        ranges = {
+            name: (int(columns[f"{name}_offset"][sample]), int(columns[f"{name}_bytes"][sample]))
+            for name in self.split.members
+        }
+        start = min(offset for offset, _ in ranges.values())
+        end = max(offset + size for offset, size in ranges.values())
+        if start < 0 or end - start > sum(size for _, size in ranges.values()) + _MAX_OVERHEAD:
+            raise CorruptSampleError(f"members are too far apart in {shard}")
 
-        def members(afresh: bool) -> Members:
+        def read(bypass_cache: bool) -> Members:
             try:
-                content = memoryview(remote.read(shard, start, end - start, afresh))
-            except StorageError as fault:
-                raise CorruptSampleError(fault.reason) from None
-            parts = {kind: bytes(content[places[kind][0] - start :][: places[kind][1]]) for kind in kinds}
-            return {kind: self._sound(part, sample, kind, shard) for kind, part in parts.items()}
+                content = memoryview(remote.read(shard, start, end - start, bypass_cache))
+            except StorageError as error:
+                raise CorruptSampleError(error.reason) from None
+            members = {}
+            for name in names:
+                offset, size = ranges[name]
+                members[name] = self._verify(bytes(content[offset - start :][:size]), sample, name, shard)
+            return members
 
         try:
-            return members(afresh=False)
+            return read(bypass_cache=False)
         except _ChecksumError:
-            return members(afresh=True)
+            return read(bypass_cache=True)
 
-    def _here(self, sample: int, kind: str) -> bytes:
+    def _read_local(self, sample: int, name: str) -> bytes:
         columns = self.split.columns
         shard = int(columns["shard"][sample])
         path = self.split.shards[shard]
-        size = int(columns[f"{kind}_bytes"][sample])
+        size = int(columns[f"{name}_bytes"][sample])
         try:
             if shard not in self._files:
                 self._files[shard] = os.open(path, os.O_RDONLY)
-            content = os.pread(self._files[shard], size, int(columns[f"{kind}_offset"][sample]))
+            content = os.pread(self._files[shard], size, int(columns[f"{name}_offset"][sample]))
         except OSError as error:
-            raise CorruptSampleError(f"{kind} unreadable in {path.name}: {error.strerror}") from None
-        return self._sound(content, sample, kind, path.name)
+            raise CorruptSampleError(f"{name} cannot be read from {path.name}: {error.strerror}") from None
+        return self._verify(content, sample, name, path.name)
 
-    def _sound(self, content: bytes, sample: int, kind: str, shard: str) -> bytes:
-        """Return a member's content if it is what was written."""
-        size = int(self.split.columns[f"{kind}_bytes"][sample])
+    def _verify(self, content: bytes, sample: int, name: str, shard: str) -> bytes:
+        """Return the content of a member if its size and CRC-32 are those in the index."""
+        size = int(self.split.columns[f"{name}_bytes"][sample])
         if len(content) != size:
-            raise _ChecksumError(f"{kind} truncated in {shard}: {len(content)} of {size} bytes")
-        if crc32(content) != int(self.split.columns[f"{kind}_crc32"][sample]):
-            raise _ChecksumError(f"{kind} altered in {shard}: CRC-32 differs")
+            raise _ChecksumError(f"{name} truncated in {shard}: {len(content)} of {size} bytes")
+        if crc32(content) != int(self.split.columns[f"{name}_crc32"][sample]):
+            raise _ChecksumError(f"{name} altered in {shard}: CRC-32 differs")
         return content

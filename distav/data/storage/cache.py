@@ -1,6 +1,6 @@
-"""What was read from afar, kept on this machine: a folder of bounded size that any number of processes share.
+"""Local cache of byte ranges of remote datasets: a directory of limited size, shared by any number of processes.
 
-Nothing in it is needed: every file can be fetched again, and who reads one checks it.
+Every cached file can be fetched again, and its reader verifies it.
 """
 
 import contextlib
@@ -11,42 +11,54 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 _ABANDONED_S = 3600.0
-"""Age from which an unfinished file is nobody's."""
-_FULL = 0.9
-"""Share of the bound down to which room is made, so that the folder is seldom looked through."""
+"""Age from which a temporary file is regarded as abandoned by its writer."""
+_EVICTION_TARGET = 0.9
+"""Fraction of the limit to which eviction shrinks the cache, so that it seldom has to scan the directory."""
 _PAUSE_S = 600.0
-"""How long nothing is kept after there was no room, or no way to write."""
+"""How long caching is paused after the cache was full or could not be written."""
 
 
 def default_cache_dir() -> Path:
-    """Return the folder of all caches of this user."""
+    """Return the cache directory of this user."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distav"
 
 
-class Cache:
-    """What is kept of one set, beside that of others.
+class _CachedFile(NamedTuple):
+    """A file in the cache; the sort order is the order of eviction."""
 
-    To make room, the least recently used files go first, but those of other sets: an epoch reads all of a set once,
-    so what is thrown out for its next sample is what would be asked for next. A set larger than the bound keeps what
-    came first; with plain least-recently-used order half of a set would serve a seventh of an epoch, and not half.
+    own: bool
+    """Whether it belongs to this dataset."""
+    used_ns: int
+    size: int
+    path: str
+
+
+class Cache:
+    """The cached files of one dataset, next to those of other datasets.
+
+    Least recently used files are evicted first, but only those of other datasets: an epoch reads every sample of a
+    dataset once, so evicting a sample of the same dataset would remove one that is read sooner than the new one. Of a
+    dataset that exceeds the limit, the samples that came first stay. With plain least-recently-used eviction, a cache
+    for half of a dataset would serve a seventh of an epoch instead of half.
 
     Args:
-        root: the folder, shared with other sets and processes.
-        name: the set's folder in it.
-        most_bytes: bound of all that lies in `root`; 0 keeps nothing.
+        root: cache directory, shared with other datasets and processes.
+        name: subdirectory of the dataset.
+        max_bytes: size limit of `root`; 0 disables the cache.
     """
 
     def __init__(self, root: Path, name: str, max_bytes: int):
-        self.root, self.folder, self.most_bytes = root, root / name, max_bytes
-        self._idle_until = 0.0
-        self._told = False
+        self.root, self.folder, self.max_bytes = root, root / name, max_bytes
+        self._paused_until = 0.0
+        self._warned = False
 
     def get(self, name: str) -> bytes | None:
-        """Return what is kept under a name, which counts as a use of it; None where there is nothing."""
+        """Return the content of a cached file and mark it as used; None if it is not cached."""
         path = self.folder / name
-        if not self.most_bytes:
+        if not self.max_bytes:
             return None
         try:
             content = path.read_bytes()
@@ -57,8 +69,8 @@ class Cache:
         return content
 
     def put(self, name: str, content: bytes) -> None:
-        """Keep something, where there is room for it."""
-        if len(content) > self.most_bytes or time.monotonic() < self._idle_until:
+        """Cache a file if there is room for it."""
+        if len(content) > self.max_bytes or time.monotonic() < self._paused_until:
             return
         try:
             if self._reserve(len(content)):
@@ -67,16 +79,16 @@ class Cache:
                 return
         except OSError as error:
             self._warn(error)
-        self._idle_until = time.monotonic() + _PAUSE_S
+        self._paused_until = time.monotonic() + _PAUSE_S
 
     def drop(self, name: str) -> None:
-        """Forget what is kept under a name."""
+        """Remove a cached file."""
         with contextlib.suppress(OSError):
             (self.folder / name).unlink()
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """Give a path to write to; what was written there is kept under the name, or, after an error, is gone."""
+        """Yield a temporary path; on exit the file gets its name in the cache, or is deleted after an exception."""
         parts, path = self.root / "parts", self.folder / name
         for folder in (parts, path.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -91,34 +103,35 @@ class Cache:
             raise
 
     def _reserve(self, size: int) -> bool:
-        """Add a size to the total that all processes share; returns False where there is no room for it."""
+        """Add a size to the total that all processes share; return False if the limit does not allow it."""
         self.root.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.root / "used", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            noted = os.pread(descriptor, 32, 0)
-            used = int(noted) if noted.isdigit() else self.most_bytes
-            if used + size > self.most_bytes:
-                used = self._make_room(size)
-            fits = used + size <= self.most_bytes
-            os.pwrite(descriptor, b"%020d" % (used + size * fits), 0)
+            recorded = os.pread(descriptor, 32, 0)
+            used = int(recorded) if recorded.isdigit() else self.max_bytes
+            if used + size > self.max_bytes:
+                used = self._evict(size)
+            fits = used + size <= self.max_bytes
+            total = used + size if fits else used
+            os.pwrite(descriptor, b"%020d" % total, 0)
             return fits
         finally:
             os.close(descriptor)
 
-    def _make_room(self, size: int) -> int:
-        """Throw files out until there is room for more; returns the bytes of those that stay."""
-        found = sorted(self._files())
-        total = sum(size for _, _, size, _ in found)
-        for own, _, length, path in found:
-            if total > (self.most_bytes if own else _FULL * self.most_bytes - size):
+    def _evict(self, size: int) -> int:
+        """Delete files until there is room for `size` bytes; return the total size of the remaining files."""
+        files = sorted(self._files())
+        total = sum(file.size for file in files)
+        for file in files:
+            if total > (self.max_bytes if file.own else _EVICTION_TARGET * self.max_bytes - size):
                 with contextlib.suppress(FileNotFoundError):  # Another process was faster.
-                    os.unlink(path)
-                total -= length
+                    os.unlink(file.path)
+                total -= file.size
         return total
 
-    def _files(self) -> Iterator[tuple[bool, int, int, str]]:
-        """Yield every file: whether it is this set's, when it was used, its size and path."""
+    def _files(self) -> Iterator[_CachedFile]:
+        """Yield all files of all datasets, except those that are being written."""
         for folder, _, names in os.walk(self.root):
             own = Path(folder).is_relative_to(self.folder)
             for path in (os.path.join(folder, name) for name in names if name not in ("used", "lock")):
@@ -126,13 +139,13 @@ class Cache:
                     status = os.stat(path)
                     if Path(folder).name == "parts" and time.time() - status.st_mtime < _ABANDONED_S:
                         continue  # Another process is writing it.
-                    yield own, status.st_mtime_ns, status.st_size, path
+                    yield _CachedFile(own, status.st_mtime_ns, status.st_size, path)
 
     def _warn(self, error: OSError) -> None:
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             logging.getLogger("distav").warning(
-                "data.cache=%s: nothing is kept there (%s); what is read comes from afar every time.",
+                "data.cache=%s cannot be written (%s); caching is paused and samples are read from the store.",
                 self.root,
                 error.strerror or error,
             )

@@ -1,15 +1,13 @@
-"""Sets in object storage and on web servers: byte ranges by fsspec, asked for again where a store fails, and kept.
+"""Datasets in object stores and on web servers: byte ranges through fsspec, with retries and a local cache.
 
-fsspec and what it needs for a store come with `pip install 'distav[remote]'` and are imported with the first URL.
+fsspec and its file systems come with `pip install 'distav[remote]'`; they are imported when the first URL is opened.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
 import random
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -22,70 +20,59 @@ from urllib.parse import urlsplit
 from distav.config.errors import UserError, format_list
 from distav.data.integrity import MANIFEST, CorruptFileError, verify_file
 from distav.data.storage.cache import Cache, default_cache_dir
+from distav.data.storage.errors import (
+    CREDENTIALS_HELP,
+    ObjectNotFoundError,
+    StorageError,
+    classify_error,
+    is_permanent,
+    storage_error,
+)
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "https": "aiohttp", "http": "aiohttp"}
-"""The kinds of URL that are read, and what reads them."""
+"""Supported URL protocols, and the package that reads each."""
 CONNECTIONS = 16
-"""Requests of a process that are under way at a time."""
+"""Concurrent requests of a process."""
 MAX_ATTEMPTS = 6
 RETRY_WAIT_S = 0.5
-"""Seconds before the second try; from each try to the next they double, give or take half."""
+"""Wait before the second attempt; it doubles from attempt to attempt, with a random factor of 0.5 to 1.5."""
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10, 30
-"""Seconds to wait for a connection, and for the next bytes of an answer."""
-_LIBRARIES = ("aiohttp", "botocore", "gcsfs", "google", "urllib3")
-"""Whose errors are the store's, besides those of the system."""
-_LATER = (408, 425, 429)
-"""Answers to a request that may be granted later."""
-_CREDENTIALS = (
-    "Credentials come from the usual environment, such as AWS_ACCESS_KEY_ID, AWS_PROFILE, "
-    "GOOGLE_APPLICATION_CREDENTIALS or ~/.netrc; they have to allow reading. A public bucket needs FSSPEC_S3_ANON=true."
-)
-_PLACE = "Give the URL of the folder that tools/make_shards.py wrote, copied whole."
-_NETWORK = "Mend the network, or name the store by AWS_ENDPOINT_URL where it is not Amazon's, and try again."
+"""Limits for opening a connection and for the next bytes of a response."""
 T = TypeVar("T")
 
 
-class StorageError(UserError):
-    """Something could not be read from a store.
-
-    Attributes:
-        reason: why, without what to do about it.
-    """
-
-    def __init__(self, url: str, reason: str, advice: str):
-        super().__init__(f"data.root={url}: {reason}. {advice}")
-        self.reason = reason
-
-
 def is_url(root: str | Path) -> bool:
-    """Return whether a set lies elsewhere than in a folder."""
+    """Return whether a dataset location is a URL instead of a directory."""
     return "://" in str(root)
 
 
 class ObjectStore:
-    """A set in a store.
+    """A dataset in an object store or on a web server.
 
     Attributes:
-        url: where it lies.
-        manifest: the bytes of its manifest.json.
-        folder: where its tables are mirrored; another one for each manifest, so that none meets tables of another.
+        url: location of the dataset.
+        manifest: content of its manifest.json.
+        cache: local cache of byte ranges.
+        folder: local directory that mirrors its tables; it depends on the manifest, so that a new version of the
+            dataset at the same URL never uses tables of an older one.
     """
 
     def __init__(self, url: str, cache: str = "", cache_mib: int = 0):
-        """Read the manifest, and make sure that the store gives byte ranges.
+        """Read the manifest and verify that the server supports byte ranges.
 
         Args:
-            url: the set's folder, `s3://bucket/set`.
-            cache: folder for what is kept of any set; empty for the user's own.
-            cache_mib: bound of that folder in MiB; 0 keeps nothing but tables.
+            url: directory of the dataset, e.g. `s3://bucket/dataset`.
+            cache: cache directory, shared by any number of datasets; empty: the user's cache directory.
+            cache_mib: size limit of the cache in MiB; 0: cache tables only.
 
         Raises:
-            UserError: for a URL that is not read here, a package that is missing, or a store that does not answer.
+            UserError: for an unsupported URL, a package that is not installed, or a store that cannot be read.
         """
-        self.url = _checked(url)
+        self.url = _check_url(url)
         self._systems: dict[int, Any] = {}
         with tempfile.TemporaryDirectory() as folder:
-            self.download(MANIFEST, path := Path(folder, MANIFEST))
+            path = Path(folder, MANIFEST)
+            self.download(MANIFEST, path)
             self.manifest = path.read_bytes()
         if len(self.manifest) > 1:
             self._range(MANIFEST, 1, 1)
@@ -95,36 +82,36 @@ class ObjectStore:
         self.folder = self.cache.folder
 
     def read(self, name: str, offset: int, size: int, bypass_cache: bool = False) -> bytes:
-        """Return some bytes of an object, as kept on this machine or from the store.
+        """Return a byte range of an object, from the cache or from the store.
 
         Args:
             name: the object.
-            offset, size: which bytes.
-            afresh: leave what is kept, since it proved to be damaged.
+            offset, size: the byte range.
+            bypass_cache: read from the store and replace the cached bytes, because they are corrupt.
 
         Raises:
-            Unreadable: where the store does not give them, however often it is asked.
+            StorageError: if the range cannot be read after all attempts.
         """
-        place = f"{name}/{offset}-{size}"
+        cache_key = f"{name}/{offset}-{size}"
         if bypass_cache:
-            self.cache.drop(place)
-        kept = self.cache.get(place)
-        if kept is not None and len(kept) == size:
-            return kept
+            self.cache.drop(cache_key)
+        cached = self.cache.get(cache_key)
+        if cached is not None and len(cached) == size:
+            return cached
         content = self._range(name, offset, size)
-        self.cache.put(place, content)
+        self.cache.put(cache_key, content)
         return content
 
     def mirror(self, name: str, expected: dict[str, Any] | None) -> None:
-        """Have a table of the set in `folder`; one of several processes fetches it.
+        """Download a table into `folder` if it is not there yet; of several processes, one downloads it.
 
         Args:
             name: the table.
-            expected: its size and SHA-256; None where the manifest does not tell them.
+            expected: its size and SHA-256; None if the manifest does not list it.
 
         Raises:
-            UserError: where it cannot be read, or not be written here.
-            Damaged: where the store has another than the manifest tells of.
+            UserError: if it cannot be read, or if the cache directory cannot be written.
+            CorruptFileError: if the table in the store differs from the manifest.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -137,25 +124,25 @@ class ObjectStore:
                     self.download(name, part)
         except OSError as error:
             raise UserError(
-                f"data.cache={self.cache.root}: {error.strerror or error}; name a folder on a disk of this machine "
-                "that can be written."
+                f"data.cache={self.cache.root}: {error.strerror or error}; set it to a writable directory on a local "
+                "disk."
             ) from None
         if expected:
             verify_file(self.folder, name, expected)
 
     def download(self, name: str, path: Path) -> None:
-        """Copy a whole object into a file.
+        """Copy an object to a file.
 
         Raises:
-            Unreadable: where it cannot be read.
+            StorageError: if it cannot be read.
         """
         self._with_retries(name, lambda system: system.get_file(self._address(name), str(path)))
 
     def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
-        """Return the bytes of objects by name, None for those that are not there: of all by one listing if possible.
+        """Return the sizes of objects in bytes by name, None for missing ones; uses one listing if possible.
 
         Raises:
-            Unreadable: where the store does not tell.
+            StorageError: if the store does not report them.
         """
         names = list(names)
         if self.listing is not None:
@@ -165,14 +152,14 @@ class ObjectStore:
 
     @cached_property
     def listing(self) -> dict[str, int] | None:
-        """Bytes of every object of the set by name; None where the store lists none, or not to us."""
+        """Sizes of all objects of the dataset in bytes by name; None if the store does not support or allow listing."""
         if self.url.startswith("http"):
             return None
         try:
-            found = self._with_retries("", lambda system: system.ls(self.url, detail=True))
+            entries = self._with_retries("", lambda system: system.ls(self.url, detail=True))
         except StorageError:
             return None
-        return {each["name"].rpartition("/")[2]: each["size"] for each in found if each["type"] == "file"}
+        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
 
     def _size(self, name: str) -> int | None:
         try:
@@ -181,31 +168,36 @@ class ObjectStore:
             return None
 
     def _range(self, name: str, offset: int, size: int) -> bytes:
+        """Return a byte range of an object from the store."""
         if size == 0:
             return b""
 
-        def ask(system: Any) -> bytes:
+        def request(system: Any) -> bytes:
             content = system.cat_file(self._address(name), start=offset, end=offset + size)
             if len(content) < size:
-                raise OSError(f"{len(content)} of {size} bytes came")
+                raise OSError(f"received {len(content)} of {size} bytes")
             return content
 
-        content = self._with_retries(name, ask)
+        content = self._with_retries(name, request)
         if len(content) > size:
-            raise StorageError(self.url, "the server sends whole files, and no byte ranges", "Take a server that does.")
+            raise StorageError(
+                self.url,
+                "the server sends complete files instead of byte ranges",
+                "Use a server that supports range requests.",
+            )
         return content
 
-    def _with_retries(self, name: str, ask: Callable[[Any], T]) -> T:
-        """Ask the store, and again after a while where it failed for a reason that may pass."""
+    def _with_retries(self, name: str, request: Callable[[Any], T]) -> T:
+        """Return the result of a request; repeat it with increasing waits after temporary errors."""
         waits = [RETRY_WAIT_S * 2**number for number in range(MAX_ATTEMPTS - 1)]
         while True:
             try:
-                return ask(self._system)
-            except Exception as error:  # noqa: BLE001  # every store has errors of its own
-                status, said = _classify_error(error)
-                if 400 <= status < 500 and status not in _LATER or not waits:
-                    raise _fault(self.url, name, status, said) from None
-                # Not from a generator that anything learnt depends on.
+                return request(self._system)
+            except Exception as error:  # noqa: BLE001  # Every store has exceptions of its own.
+                status, detail = classify_error(error)
+                if is_permanent(status) or not waits:
+                    raise storage_error(self.url, name, status, detail) from None
+                # The jitter must not advance a random number generator that training uses.
                 time.sleep(waits.pop(0) * random.SystemRandom().uniform(0.5, 1.5))
 
     def _address(self, name: str) -> str:
@@ -213,32 +205,28 @@ class ObjectStore:
 
     @property
     def _system(self) -> Any:
-        """The file system of this process: connections do not survive a fork."""
+        """The file system of this process; connections do not survive a fork."""
         process = os.getpid()
         if process not in self._systems:
-            self._systems[process] = _file_system(self.url)
+            self._systems[process] = _open_file_system(self.url)
         return self._systems[process]
 
 
-class ObjectNotFoundError(StorageError):
-    """An object is not there."""
-
-
-def _checked(url: str) -> str:
-    """Return a URL without a slash at its end, or refuse it."""
+def _check_url(url: str) -> str:
+    """Return a URL without trailing slashes; raise a UserError if it is not supported."""
     protocol, parts = url.partition("://")[0], urlsplit(url)
     if protocol not in PACKAGES:
-        raise UserError(f"data.root={url}: is not read here; allowed: a folder, or a URL of {format_list(PACKAGES)}.")
+        raise UserError(f"data.root={url}: allowed: a directory, or a URL with {format_list(PACKAGES)}.")
     if not parts.netloc or set("?#@") & set(url) or "::" in url:
         raise UserError(
-            f"data.root={protocol}://...: allowed: {protocol}://place/folder, without a query, chains (::) or "
-            f"credentials. {_CREDENTIALS}"
+            f"data.root={protocol}://...: allowed: {protocol}://bucket/directory, without a query, chained protocols "
+            f"(::) or credentials. {CREDENTIALS_HELP}"
         )
     return url.rstrip("/")
 
 
-def _file_system(url: str) -> Any:
-    """Return fsspec's file system for a URL; what fails is asked for again here, and not there."""
+def _open_file_system(url: str) -> Any:
+    """Return fsspec's file system for a URL, without its own retries."""
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     try:
@@ -254,47 +242,14 @@ def _file_system(url: str) -> Any:
         elif protocol in ("http", "https"):
             import aiohttp
 
-            patience = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
             headers = {"Accept-Encoding": "identity"}
-            options["client_kwargs"] = {"timeout": patience, "trust_env": True, "headers": headers}
+            options["client_kwargs"] = {"timeout": timeout, "trust_env": True, "headers": headers}
         system = fsspec.filesystem(protocol, **options)
     except ImportError:
         raise UserError(
-            f"data.root={url}: the package {PACKAGES[protocol]} is missing; pip install 'distav[remote]' brings it."
+            f"data.root={url}: package {PACKAGES[protocol]} is not installed; run pip install 'distav[remote]'."
         ) from None
     if protocol == "s3":
         system.retries = 1
     return system
-
-
-def _classify_error(error: Exception) -> tuple[int, str]:
-    """Return an HTTP status, 0 for none, and what a store's error says; raises any other error again."""
-    cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and not _from(cause, "botocore"):
-        error = cause  # On the web, fsspec calls missing whatever does not tell its size.
-    if not isinstance(error, OSError) and not _from(error, *_LIBRARIES):
-        raise error
-    kind, said = type(error).__name__, " ".join(str(error).split()).rstrip(".")
-    said = said.removeprefix(f"[Errno {getattr(error, 'errno', None)}] ") or kind
-    if isinstance(error, FileNotFoundError):
-        return 404, said
-    if isinstance(error, PermissionError):
-        return 403, said
-    if re.search("Credential|Profile|Token", kind):
-        return 401, said
-    if getattr(error, "errno", None) == errno.EINVAL:
-        return 400, said
-    status = str(getattr(error, "status", None) or getattr(error, "code", None))
-    return (int(status) if status.isdigit() else 0), said
-
-
-def _from(error: Exception, *libraries: str) -> bool:
-    return type(error).__module__.partition(".")[0] in libraries
-
-
-def _fault(url: str, name: str, status: int, said: str) -> StorageError:
-    if status == 404:
-        return ObjectNotFoundError(url, f"no {name or 'such folder'} there ({said})", _PLACE)
-    if status in (401, 403):
-        return StorageError(url, f"{name} may not be read ({said})", _CREDENTIALS)
-    return StorageError(url, f"{name} cannot be read ({said})", _NETWORK)

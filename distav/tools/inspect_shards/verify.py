@@ -14,7 +14,8 @@ from distav.data.annotations.events import load_events
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.pipeline.reader import CorruptSampleError, ShardReader
-from distav.data.storage.object_store import ObjectNotFoundError, ObjectStore, StorageError
+from distav.data.storage.errors import ObjectNotFoundError, StorageError
+from distav.data.storage.object_store import ObjectStore
 from distav.data.storage.tar import members_by_key, dali_index
 
 _MOST_JSON = 1 << 20
