@@ -28,9 +28,9 @@ def extract_features(run: Run) -> tuple[list[FeatureSpace], Tensor]:
         One feature space per entry of `SPACES`, with visual and audio features [n, E] float32; and valid [n] bool,
         false for quarantined clips.
     """
-    world, columns = run.world, run.bank.columns
+    world, bank = run.world, run.bank
     own = shard_range(len(run.data.train))
-    done = columns.setdefault(_DONE, torch.zeros(len(own), dtype=torch.uint8, device=world.device))
+    done = bank.register_column(_DONE, dtype=torch.uint8)
     remaining = (done == 0).nonzero().squeeze(1).cpu().numpy() + own.start
     count = int(all_reduce_max_(torch.tensor([-(-len(remaining) // run.micro_batch)])))
     batches = padded_batches(remaining, run.micro_batch, count)
@@ -41,14 +41,12 @@ def extract_features(run: Run) -> tuple[list[FeatureSpace], Tensor]:
             rows = batch.ids[real] - own.start
             for column, output in outputs_by_column.items():
                 values = outputs[output].float()
-                if column not in columns:
-                    columns[column] = torch.zeros(len(own), values.shape[1], device=world.device)
-                columns[column][rows] = values[real]
+                bank.register_column(column, values.shape[1:])[rows] = values[real]
             done[rows] = torch.where(batch.valid[real], _VALID, _INVALID).to(done.dtype)
             run.progress.extracted_batches += 1
             if run.progress.extracted_batches % run.settings.run.checkpoint_every == 0:
                 run.save()
             run.stop_if_requested()
-    valid = columns.pop(_DONE) == _VALID
-    features = {output: columns.pop(column) for column, output in outputs_by_column.items()}
+    valid = bank.pop_column(_DONE) == _VALID
+    features = {output: bank.pop_column(column) for column, output in outputs_by_column.items()}
     return [FeatureSpace(name, features[visual], features[audio]) for name, (visual, audio) in SPACES.items()], valid

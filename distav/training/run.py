@@ -26,11 +26,11 @@ from distav.memory.bank import Bank
 from distav.models.av_model import AVModel
 from distav.models.event_parser import FeatureParser
 from distav.models.pretrained import load_weights
-from distav.training.checkpoint.manager import CheckpointManager, Progress
+from distav.training.checkpoint.manager import CheckpointManager
 from distav.training.engine.deepspeed_engine import Engine, trains_in_bf16
 from distav.training.metric_logger import MetricLogger
 from distav.training.run_dir import lock_run_dir
-from distav.training.run_state import RunState
+from distav.training.run_state import Progress, RunState
 
 
 @dataclass

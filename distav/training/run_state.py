@@ -1,7 +1,31 @@
-"""State of a run that its phases leave to later ones and to the report; stored as JSON in each checkpoint."""
+"""Progress of a run, and state that its phases leave to later ones and to the report; JSON in each checkpoint."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
+
+
+@dataclass
+class Progress:
+    """Progress of a run.
+
+    Attributes:
+        phase: number of the current phase; the number of phases if all are finished.
+        step: optimizer steps done in the phase.
+        total_steps: optimizer steps done in all phases.
+        skipped_batches: batches of the phase that were skipped after loss spikes.
+        extracted_batches: batches of a label correction whose features are extracted.
+    """
+
+    phase: int = 0
+    step: int = 0
+    total_steps: int = 0
+    skipped_batches: int = 0
+    extracted_batches: int = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint; names sort by progress."""
+        return f"step-{self.total_steps:09d}-{self.phase:03d}-{self.extracted_batches:06d}"
 
 
 @dataclass

@@ -1,9 +1,10 @@
 """Check of the names of components in a configuration: contrastive objectives, classification losses and towers."""
 
-from distav.config.phases import ContrastivePhase, SupervisedPhase
+from distav.config.phases import ContrastivePhase, EventParsingPhase, SupervisedPhase
 from distav.config.schema import Config
 from distav.losses.classification import CLASSIFICATION_LOSSES
 from distav.losses.contrastive_objectives import select_objective
+from distav.models.av_model import check_towers
 
 
 def validate_names(config: Config) -> None:
@@ -14,6 +15,7 @@ def validate_names(config: Config) -> None:
     Raises:
         UserError: naming the key, its value, what is allowed and the nearest valid name.
     """
+    check_towers(config.model, any(isinstance(phase, EventParsingPhase) for phase in config.phases.values()))
     for name, phase in config.phases.items():
         key = f"phases.{name}"
         if isinstance(phase, ContrastivePhase):

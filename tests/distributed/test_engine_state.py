@@ -13,8 +13,9 @@ from distav.distributed.collectives import all_gather_objects, get_rank, get_wor
 from distav.distributed.process_group import World
 from distav.memory.bank import Bank
 from distav.models.layers import GlobalBatchNorm
-from distav.training.checkpoint.manager import CheckpointManager, Progress
+from distav.training.checkpoint.manager import CheckpointManager
 from distav.training.engine.deepspeed_engine import Engine
+from distav.training.run_state import Progress, RunState
 from tests.helpers.spawn import on_ranks
 
 STAGES, PRECISIONS, HALF, BATCH = (0, 1, 2, 3), tuple(Precision[name] for name in ("fp32", "bf16")), 3, 12
@@ -27,6 +28,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.visual = nn.Sequential(nn.Linear(5, 7, bias=False), GlobalBatchNorm(7), nn.ReLU())
+        self.visual.lr_group = "towers"
         self.classify = nn.Linear(7, 3)
 
     def forward(self, frames: Tensor, audio: Tensor, seeds: Tensor) -> dict[str, Tensor]:
@@ -73,7 +75,7 @@ def save_at_half(folder: str) -> dict[tuple, tuple[State, State]]:
         engine = new_engine(stage, precision)
         learn(engine, 0, HALF)
         checkpoints, bank = place(folder, stage, precision)
-        assert not checkpoints.save(Progress(total_steps=HALF), engine, bank, {})
+        assert not checkpoints.save(Progress(total_steps=HALF), engine, bank, RunState())
         assert not checkpoints.wait()
         half = whole(engine)
         learn(engine, HALF, 2 * HALF)

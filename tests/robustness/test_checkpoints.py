@@ -62,7 +62,7 @@ def test_a_flipped_byte_in_any_file_is_found_and_the_one_before_taken(halfway: P
             at = {"first": 0, "middle": len(content) // 2, "last": len(content) - 1}[place]
             content[at] ^= 0x10
             path.write_bytes(content)
-            fault = CheckpointManager(checkpoints, 2)._fault(path.parent)
+            fault = CheckpointManager(checkpoints, 2).verify(path.parent)
             assert fault and name in fault, (name, place, fault)
 
 
@@ -97,7 +97,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(
     for each in copied(halfway, tmp_path).glob("step-*"):
         (each / "state.json").write_text("{}")
     team = Team(1, arguments(tmp_path, tiny_shards), tmp_path / "logs")
-    assert team.end() == [1] and "no checkpoint is whole" in team.said()
+    assert team.end() == [1] and "No valid checkpoint in" in team.said()
     assert len(list((tmp_path / "tiny" / "checkpoints").glob("step-*"))) == 2
 
 

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: written by each rank for itself, read by ranges by any number of ranks."""
+"""Files of a checkpoint: each rank writes its own; any number of ranks reads them by ranges."""
 
 import json
 import os
@@ -19,119 +19,145 @@ from distav.data.integrity import file_entry, sync, write_manifest
 from distav.distributed.collectives import get_rank, get_world_size
 
 _NAME = re.compile(r"step-\d{9}-\d{3}-\d{6}")
+_STATE, _REPLACED = "state.json", ".before"
+_POLL_S = 0.02
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder that were given their names, the oldest first."""
-    return sorted(each for each in folder.glob("step-*") if _NAME.fullmatch(each.name))
+    """Return the complete checkpoints in a directory, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
 
 
 class CheckpointWriter(threading.Thread):
-    """Writes one rank's files; on the main rank also waits for those of the others, and gives the whole its name."""
+    """Background thread that writes the files of this rank; on the main rank it also completes the checkpoint.
+
+    Attributes:
+        incomplete: directory that all ranks write into.
+        written: set when the files of this rank are written, or failed to be.
+        canceled: set by the caller if another rank failed; the main rank then stops waiting for its files.
+        error: what went wrong; None if nothing did.
+        seconds: time the thread ran.
+    """
 
     def __init__(
-        self, part: Path, whole: Path, files: dict[str, dict[str, Tensor]], state: bytes | None, keep: int
+        self, incomplete: Path, complete: Path, files: dict[str, dict[str, Tensor]], state: bytes | None, keep: int
     ) -> None:
+        """Prepare to write a checkpoint.
+
+        Args:
+            incomplete: directory to write into.
+            complete: path of the complete checkpoint.
+            files: tensors by name, by name of the safetensors file.
+            state: content of state.json; None on other ranks than the main one.
+            keep: number of checkpoints to keep; older ones are deleted.
+        """
         super().__init__(name="checkpoint", daemon=True)
-        self.part, self.whole, self.files, self.state, self.keep = part, whole, files, state, keep
-        self.written, self.given_up = threading.Event(), threading.Event()
+        self.incomplete, self.complete = incomplete, complete
+        self.files, self.state, self.keep = files, state, keep
+        self.written, self.canceled = threading.Event(), threading.Event()
         self.error: str | None = None
         self.seconds = 0.0
 
     def run(self) -> None:
-        """Write, and note what went wrong."""
-        began = time.monotonic()
+        """Write the files; an exception is stored in `error`."""
+        started = time.monotonic()
         try:
             self._write()
             self.written.set()
             if get_rank() == 0:
-                self._publish()
-        except Exception as error:  # noqa: BLE001  # told at the next checkpoint, by whoever waits
+                self._complete()
+        except Exception as error:  # noqa: BLE001  # Reported by `CheckpointManager.wait`.
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            self.error = f"rank {get_rank()}, {self.part}: {reason}"
+            self.error = f"rank {get_rank()}, {self.incomplete}: {reason}"
         finally:
-            self.seconds = time.monotonic() - began
+            self.seconds = time.monotonic() - started
             self.files.clear()
             self.written.set()
 
     def _write(self) -> None:
+        names = list(self.files)
         for name, tensors in self.files.items():
-            safetensors.torch.save_file(tensors, self.part / name)
+            safetensors.torch.save_file(tensors, self.incomplete / name)
         if self.state is not None:
-            (self.part / "state.json").write_bytes(self.state)
-        names = [*self.files, *(["state.json"] if self.state is not None else [])]
-        found = {name: file_entry(self.part / name) for name in names}
-        write_atomically(self.part / _done(get_rank()), json.dumps(found).encode())
+            (self.incomplete / _STATE).write_bytes(self.state)
+            names.append(_STATE)
+        entries = {name: file_entry(self.incomplete / name) for name in names}
+        write_atomically(self.incomplete / _entries_file(get_rank()), json.dumps(entries).encode())
 
-    def _publish(self) -> None:
-        files: dict[str, Any] = {}
-        for each in range(get_world_size()):
-            path = self.part / _done(each)
+    def _complete(self) -> None:
+        """Wait for the files of all ranks, write the manifest, rename the directory and delete old checkpoints."""
+        entries: dict[str, Any] = {}
+        for rank in range(get_world_size()):
+            path = self.incomplete / _entries_file(rank)
             while not path.exists():
-                if self.given_up.wait(0.02):
+                if self.canceled.wait(_POLL_S):
                     return
-            files |= json.loads(path.read_text())
+            entries |= json.loads(path.read_text())
             path.unlink()
-        write_manifest(self.part, files)
-        if self.whole.exists():  # A run that was rolled back comes by here again.
-            os.replace(self.whole, self.part / ".before")
-        os.replace(self.part, self.whole)
-        shutil.rmtree(self.whole / ".before", ignore_errors=True)
-        sync(self.whole.parent)
-        for each in list_checkpoints(self.whole.parent)[: -self.keep]:
-            shutil.rmtree(each, ignore_errors=True)
+        write_manifest(self.incomplete, entries)
+        if self.complete.exists():  # After a rollback, the same step is saved again.
+            os.replace(self.complete, self.incomplete / _REPLACED)
+        os.replace(self.incomplete, self.complete)
+        shutil.rmtree(self.complete / _REPLACED, ignore_errors=True)
+        sync(self.complete.parent)
+        for old in list_checkpoints(self.complete.parent)[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
-def _done(of: int) -> str:
-    return f"rank-{of:05d}.json"
+def _entries_file(rank: int) -> str:
+    """Name of the file with a rank's manifest entries, written after its other files."""
+    return f"rank-{rank:05d}.json"
 
 
 class RangeReader:
-    """Reads ranges of flattened parameters out of the files of all ranks, a rank's own first."""
+    """Reads ranges of flattened tensors from the engine files of all ranks, opening this rank's own file first."""
 
     def __init__(self, folder: Path):
-        own = folder / f"engine-{get_rank():05d}.safetensors"
-        files = sorted(folder.glob("engine-*.safetensors"))
-        self._files: Iterator[Path] = iter(sorted(files, key=lambda each: each != own))
-        self._places: dict[str, list[tuple[int, int, Any, str]]] = {}
+        self._unopened = iter(_own_first(folder, "engine"))
+        self._ranges: dict[str, list[tuple[int, int, Any, str]]] = {}
+        """Start, size, open file and key of each stored range, by name of the tensor."""
 
-    def _open(self) -> bool:
-        path = next(self._files, None)
+    def _open_next(self) -> bool:
+        path = next(self._unopened, None)
         if path is None:
             return False
         file = safetensors.safe_open(path, "pt")
-        for key in file.keys():  # noqa: SIM118  # no dict
+        for key in file.keys():  # noqa: SIM118  # not a dict
             name, _, start = key.rpartition("/")
             size = file.get_slice(key).get_shape()[0]
-            self._places.setdefault(name, []).append((int(start), size, file, key))
+            self._ranges.setdefault(name, []).append((int(start), size, file, key))
         return True
 
     def read(self, name: str, start: int, size: int) -> Tensor:
         """Return elements [start, start + size) of a flattened tensor.
 
         Raises:
-            ValueError: where no file has them.
+            ValueError: if the files lack some of them.
         """
-        found: Tensor | None = None
+        result: Tensor | None = None
         missing = torch.ones(size, dtype=torch.bool)
-        seen = 0
+        num_read = 0
         while missing.any():
-            places = self._places.get(name, [])
-            for begin, count, file, key in places[seen:]:
-                low, high = max(start, begin), min(start + size, begin + count)
+            ranges = self._ranges.get(name, [])
+            for range_start, range_size, file, key in ranges[num_read:]:
+                low, high = max(start, range_start), min(start + size, range_start + range_size)
                 if low < high:
-                    values = file.get_slice(key)[low - begin : high - begin]
-                    found = torch.empty(size, dtype=values.dtype) if found is None else found
-                    found[low - start : high - start] = values
+                    values = file.get_slice(key)[low - range_start : high - range_start]
+                    result = torch.empty(size, dtype=values.dtype) if result is None else result
+                    result[low - start : high - start] = values
                     missing[low - start : high - start] = False
-            seen = len(places)
-            if missing.any() and not self._open():
-                raise ValueError(f"it lacks {int(missing.sum())} of {size} values of {name}")
-        return torch.empty(0) if found is None else found
+            num_read = len(ranges)
+            if missing.any() and not self._open_next():
+                raise ValueError(f"{int(missing.sum())} of {size} values of {name} are missing")
+        return torch.empty(0) if result is None else result
 
 
-def bank_parts(folder: Path) -> Iterator[dict[str, Tensor]]:
-    """Yield the saved bank rows of each rank, a rank's own first."""
-    own = folder / f"bank-{get_rank():05d}.safetensors"
-    for path in sorted(folder.glob("bank-*.safetensors"), key=lambda each: each != own):
+def iter_bank_shards(folder: Path) -> Iterator[dict[str, Tensor]]:
+    """Yield the saved bank rows of each rank, this rank's own first."""
+    for path in _own_first(folder, "bank"):
         yield safetensors.torch.load_file(path)
+
+
+def _own_first(folder: Path, prefix: str) -> list[Path]:
+    own = folder / f"{prefix}-{get_rank():05d}.safetensors"
+    return sorted(sorted(folder.glob(f"{prefix}-*.safetensors")), key=lambda path: path != own)

@@ -1,126 +1,103 @@
-"""Saving and restoring a run, by all ranks together.
+"""Saving and restoring of a run by all ranks together.
 
-A checkpoint is a folder, `step-000000120-000-000000`: weights, optimiser state and bank rows by ranges, `state.json`,
-and a manifest with size and SHA-256 of each. It is written beside the training under another name and gets its own
-when all of it is on disk. It is safetensors and JSON: nothing in it can run.
+A checkpoint is a directory such as `step-000000120-000-000000`. It contains ranges of the weights, the optimizer state
+and the memory bank as safetensors, `state.json`, and a manifest with the size and SHA-256 of each file. It is written
+in the background under a temporary name and renamed when it is complete. Nothing in it can execute code.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from distav.config.errors import UserError
 from distav.data.integrity import CorruptFileError, read_manifest, verify_file
 from distav.distributed.collectives import all_gather_objects, barrier, broadcast, get_rank, get_world_size
 from distav.memory.bank import Bank
-from distav.training.checkpoint.files import CheckpointWriter, RangeReader, bank_parts, list_checkpoints
+from distav.training.checkpoint.files import CheckpointWriter, RangeReader, iter_bank_shards, list_checkpoints
 from distav.training.engine.deepspeed_engine import Engine
-from distav.training.run_state import RunState
+from distav.training.run_state import Progress, RunState
 
 FORMAT = 2
-_WRITING, _BROKEN = ".writing-", ".broken-"
+"""Version of the names in state.json and in the safetensors files."""
 
-
-@dataclass
-class Progress:
-    """Where a run stands.
-
-    Attributes:
-        phase: number of the phase it is in; the number of phases when all are done.
-        step: optimiser steps done in that phase.
-        total_steps: optimiser steps done in all phases.
-        passed_over: batches of this phase's order that were left out, after spikes of the loss.
-        extracted: batches of a correction whose features are there.
-    """
-
-    phase: int = 0
-    step: int = 0
-    total_steps: int = 0
-    skipped_batches: int = 0
-    extracted_batches: int = 0
-
-    @property
-    def name(self) -> str:
-        """Name of the checkpoint at this place; names sort like places."""
-        return f"step-{self.total_steps:09d}-{self.phase:03d}-{self.extracted_batches:06d}"
+_INCOMPLETE_PREFIX, _CORRUPT_PREFIX = ".writing-", ".broken-"
 
 
 class CheckpointManager:
-    """The checkpoints of one run.
+    """Checkpoints of one run.
 
     Attributes:
-        write_s: seconds that the last one took to be written, beside the training.
+        write_s: seconds that the last checkpoint took to be written in the background.
     """
 
     def __init__(self, folder: Path, keep: int):
-        """Take the folder that they lie in, and how many of them are kept."""
+        """Manage the checkpoints in a directory, of which the newest `keep` are kept."""
         self.folder, self.keep = folder, keep
         self.write_s = 0.0
         self._writer: CheckpointWriter | None = None
-        self._not_begun: list[str] = []
+        self._start_errors: list[str] = []
 
     def save(self, progress: Progress, engine: Engine, bank: Bank, state: RunState) -> list[str]:
-        """Copy the state and have it written while the training goes on; every rank calls this at the same step.
+        """Copy the state and start writing it in the background; all ranks call this at the same step.
 
         Args:
             progress: phase and steps done.
-            engine: weights and optimiser state; a rank writes what it holds of them.
-            bank: a rank writes its own rows.
-            state: stored by the main rank.
+            engine: network and optimizer; each rank writes the ranges that it holds.
+            bank: memory bank; each rank writes its own rows.
+            state: state of the run; written by the main rank.
 
         Returns:
-            Why the checkpoint before could not be written, by rank; nothing where it was.
+            Errors of the previous checkpoint, one per rank that failed to write it.
         """
-        faults = self.wait()
-        part = self.folder / f"{_WRITING}{progress.name}"
-        fault = broadcast(self._make(part) if get_rank() == 0 else None)
-        if fault:
-            self._not_begun = [fault]
-            return faults
-        tensors, steps = engine.state()
-        kinds = sorted({name.partition("/")[0] for name in tensors} - {"weight", "buffer"})
-        optimizer = {"steps": steps, "kinds": kinds}
+        errors = self.wait()
+        incomplete = self.folder / f"{_INCOMPLETE_PREFIX}{progress.name}"
+        start_error = broadcast(self._create(incomplete) if get_rank() == 0 else None)
+        if start_error:
+            self._start_errors = [start_error]
+            return errors
+        tensors, optimizer_steps = engine.state()
+        optimizer_tensors = sorted({name.partition("/")[0] for name in tensors} - {"weight", "buffer"})
         content = {
             "format": FORMAT,
             "progress": asdict(progress),
-            "optimizer": optimizer,
+            "optimizer": {"steps": optimizer_steps, "names": optimizer_tensors},
             "run_state": state.to_json(),
         }
         encoded = json.dumps(content).encode() if get_rank() == 0 else None
         files = {f"engine-{get_rank():05d}.safetensors": tensors, f"bank-{get_rank():05d}.safetensors": bank.state()}
-        self._writer = CheckpointWriter(part, self.folder / progress.name, files, encoded, self.keep)
+        self._writer = CheckpointWriter(incomplete, self.folder / progress.name, files, encoded, self.keep)
         self._writer.start()
-        return faults
+        return errors
 
     def wait(self) -> list[str]:
-        """Return when the last checkpoint is on disk on all ranks, or why it is not, by rank."""
+        """Wait until the last checkpoint is complete on all ranks; returns one error per rank that failed."""
         if not self._writer:
-            faults, self._not_begun = self._not_begun, []
-            return faults
+            errors, self._start_errors = self._start_errors, []
+            return errors
         writer, self._writer = self._writer, None
         writer.written.wait()
-        faults = [each for each in all_gather_objects(writer.error) if each]
-        if faults:
-            writer.given_up.set()
+        errors = _gather_errors(writer.error)
+        if errors:
+            writer.canceled.set()
         writer.join()
-        if not faults:
-            faults = [each for each in all_gather_objects(writer.error) if each]
-        if faults and get_rank() == 0:
-            shutil.rmtree(writer.part, ignore_errors=True)
+        if not errors:
+            errors = _gather_errors(writer.error)
+        if errors and get_rank() == 0:
+            shutil.rmtree(writer.incomplete, ignore_errors=True)
         barrier()
         self.write_s = writer.seconds
-        return faults
+        return errors
 
-    def _make(self, part: Path) -> str | None:
-        """Make the folder to write into; those of killed runs are taken away."""
+    def _create(self, incomplete: Path) -> str | None:
+        """Create the directory to write into and delete those of interrupted saves; returns an error message."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for old in self.folder.glob(f"{_WRITING}*"):
-                shutil.rmtree(old)
-            part.mkdir()
+            for leftover in self.folder.glob(f"{_INCOMPLETE_PREFIX}*"):
+                shutil.rmtree(leftover)
+            incomplete.mkdir()
         except OSError as error:
             return f"{self.folder}: {error.strerror}"
         return None
@@ -128,70 +105,76 @@ class CheckpointManager:
     def restore(
         self, engine: Engine, bank: Bank, warn: Callable[[str], None], phase: int | None = None
     ) -> tuple[Progress, RunState] | None:
-        """Take up the newest whole checkpoint.
+        """Restore the newest valid checkpoint; all ranks call this.
 
         Args:
-            engine, bank: what is filled.
-            warn: told of checkpoints that are passed over, on the main rank.
-            phase: the phase that it has to be of; None for any.
+            engine, bank: receive the saved state.
+            warn: logs corrupt checkpoints; called on the main rank.
+            phase: number of the phase that the checkpoint must belong to; None for any.
 
         Returns:
-            Progress and state of the run; None where there is no checkpoint, or it is of another phase.
+            Progress and state of the run; None if there is no checkpoint, or the newest one is of another phase.
 
         Raises:
-            UserError: where there are checkpoints and none is whole, or it is of another set or network.
+            UserError: if no checkpoint is valid, or it has another format or belongs to another dataset or network.
         """
-        faults: list[str] = []
-        names: list[str] = broadcast([each.name for each in list_checkpoints(self.folder)] if get_rank() == 0 else None)
+        errors: list[str] = []
+        local_names = [path.name for path in list_checkpoints(self.folder)] if get_rank() == 0 else None
+        names: list[str] = broadcast(local_names)
         for name in reversed(names):
-            fault = self._fault(self.folder / name)
-            if fault is None:
-                self._set_aside_corrupt(faults, warn)
-                return self._read(self.folder / name, engine, bank, phase)
-            faults.append(f"{name}: {fault}")
-        if faults:
+            error = self.verify(self.folder / name)
+            if error is None:
+                self._set_aside_corrupt(errors, warn)
+                return self._load(self.folder / name, engine, bank, phase)
+            errors.append(f"{name}: {error}")
+        if errors:
             raise UserError(
-                f"{self.folder}: no checkpoint is whole ({'; '.join(faults)}). Copy one back from a backup, or delete "
-                "the run's folder to start afresh."
+                f"No valid checkpoint in {self.folder} ({'; '.join(errors)}). Restore one from a backup, or delete the "
+                "run directory to start over."
             )
         return None
 
-    def _fault(self, folder: Path) -> str | None:
-        """Return what is wrong with a checkpoint; ranks share the files, all get the same answer."""
-        fault = None
+    def verify(self, folder: Path) -> str | None:
+        """Return why a checkpoint is corrupt, or None if it is valid; ranks share the files."""
+        error = None
         try:
-            for number, (name, expected) in enumerate(sorted(read_manifest(folder).items())):
-                if number % get_world_size() == get_rank():
+            for position, (name, expected) in enumerate(sorted(read_manifest(folder).items())):
+                if position % get_world_size() == get_rank():
                     verify_file(folder, name, expected)
-        except CorruptFileError as error:
-            fault = str(error)
-        return next((each for each in all_gather_objects(fault) if each), None)
+        except CorruptFileError as corrupt:
+            error = str(corrupt)
+        errors = _gather_errors(error)
+        return errors[0] if errors else None
 
-    def _set_aside_corrupt(self, faults: Sequence[str], warn: Callable[[str], None]) -> None:
-        """Put damaged checkpoints aside, so that they neither count as kept ones nor are in the way."""
-        for fault in faults if get_rank() == 0 else ():
-            name = fault.partition(":")[0]
-            aside = self.folder / f"{_BROKEN}{name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(self.folder / name, aside)
-            warn(f"checkpoint {fault}; it is put aside as {aside.name}, and the one before is taken")
+    def _set_aside_corrupt(self, errors: Sequence[str], warn: Callable[[str], None]) -> None:
+        """Rename corrupt checkpoints, so that they do not count as kept ones."""
+        for error in errors if get_rank() == 0 else ():
+            name = error.partition(":")[0]
+            target = self.folder / f"{_CORRUPT_PREFIX}{name}"
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(self.folder / name, target)
+            warn(f"checkpoint {error}; renamed to {target.name}, using the previous checkpoint")
         barrier()
 
-    def _read(self, folder: Path, engine: Engine, bank: Bank, phase: int | None) -> tuple[Progress, RunState] | None:
-        state = json.loads((folder / "state.json").read_text())
-        if state["format"] != FORMAT:
+    def _load(self, folder: Path, engine: Engine, bank: Bank, phase: int | None) -> tuple[Progress, RunState] | None:
+        content = json.loads((folder / "state.json").read_text())
+        if content["format"] != FORMAT:
             raise UserError(
-                f"{folder}: checkpoint format {state['format']}; this version of distav reads format {FORMAT}. Finish "
-                "the run with the version that wrote it, or start over under another run.name."
+                f"{folder}: checkpoint format {content['format']}; this version of distav reads format {FORMAT}. "
+                "Finish the run with the version that wrote it, or start a new run under another run.name."
             )
-        progress = Progress(**state["progress"])
+        progress = Progress(**content["progress"])
         if phase not in (None, progress.phase):
             return None
         try:
-            engine.restore(RangeReader(folder).read, **state["optimizer"])
-            bank.restore(bank_parts(folder))
+            engine.restore(RangeReader(folder).read, **content["optimizer"])
+            bank.restore(iter_bank_shards(folder))
         except ValueError as error:
             raise UserError(
-                f"{folder}: {error}; it is of another set or network, start afresh under another run.name."
+                f"{folder}: {error}. It belongs to another dataset or network; start a new run under another run.name."
             ) from None
-        return progress, RunState.from_json(state["run_state"])
+        return progress, RunState.from_json(content["run_state"])
+
+
+def _gather_errors(error: str | None) -> list[str]:
+    return [rank_error for rank_error in all_gather_objects(error) if rank_error]

@@ -1,8 +1,7 @@
-"""The DeepSpeed engine, the only place that knows DeepSpeed."""
+"""DeepSpeed engine; the only package that imports DeepSpeed."""
 
 import contextlib
 import importlib
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -28,18 +27,18 @@ DERIVED_KEYS = (
     "optimizer",
     "scheduler",
 )
-"""Keys of DeepSpeed's dictionary that follow from other settings and cannot be given in `deepspeed.extra`."""
+"""Keys of the DeepSpeed config that follow from other settings and are not allowed in `deepspeed.extra`."""
 
 
 def deepspeed_config(settings: Config, world: World) -> dict[str, Any]:
-    """Derive DeepSpeed's dictionary from the settings.
+    """Return the DeepSpeed config of a run.
 
     Raises:
-        UserError: for a batch that cannot be divided, or a key that is derived.
+        UserError: if the global batch cannot be divided among the ranks, or `deepspeed.extra` has a derived key.
     """
-    optim, chosen = settings.optim, settings.deepspeed
+    optim, extra = settings.optim, settings.deepspeed.extra
     for key in DERIVED_KEYS:
-        if key in chosen.extra:
+        if key in extra:
             raise UserError(f"deepspeed.extra.{key} follows from `optim`; set optim.* instead.")
     config: dict[str, Any] = {
         "train_batch_size": optim.global_batch,
@@ -55,14 +54,14 @@ def deepspeed_config(settings: Config, world: World) -> dict[str, Any]:
         "bf16": {"enabled": trains_in_bf16(settings, world)},
         "timers": {"throughput": {"enabled": False}},  # It synchronizes the device twice per micro-batch.
     }
-    for key, value in chosen.extra.items():
-        both = isinstance(value, dict) and isinstance(config.get(key), dict)
-        config[key] = {**config[key], **value} if both else value
+    for key, value in extra.items():
+        is_section = isinstance(value, dict) and isinstance(config.get(key), dict)
+        config[key] = {**config[key], **value} if is_section else value
     return config
 
 
 def trains_in_bf16(settings: Config, world: World) -> bool:
-    """Whether the model runs in bfloat16."""
+    """Return whether the model computes in bfloat16."""
     precision = settings.deepspeed.precision
     return precision is Precision.bf16 or (precision is Precision.auto and world.device.type == "cuda")
 
@@ -73,25 +72,25 @@ def _zero_stage(settings: Config, world: World) -> int:
 
 
 def _set_accelerator(device: torch.device, setting: Device) -> None:
-    """Make DeepSpeed use the run's device; by itself it takes a GPU wherever there is one.
+    """Make DeepSpeed use the device of the run; by default it uses a GPU if there is one.
 
     Raises:
-        UserError: if the environment variable DS_ACCELERATOR names another kind of device.
+        UserError: if the environment variable DS_ACCELERATOR names another type of device.
     """
-    kind = os.environ.setdefault("DS_ACCELERATOR", device.type)
-    if kind != device.type:
+    name = os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if name != device.type:
         raise UserError(
-            f"DS_ACCELERATOR={kind} contradicts run.device={setting.name}, by which this run computes on "
-            f"{device.type}; unset DS_ACCELERATOR or change run.device."
+            f"DS_ACCELERATOR={name} contradicts run.device={setting.name}: this run computes on {device.type}. Unset "
+            "DS_ACCELERATOR or change run.device."
         )
     accelerator: Any = importlib.import_module("deepspeed.accelerator")
-    if accelerator.get_accelerator().device_name() != kind:  # DeepSpeed was imported before the device was known.
-        module = importlib.import_module(f"deepspeed.accelerator.{kind}_accelerator")
-        accelerator.set_accelerator(getattr(module, f"{kind.upper()}_Accelerator")())
+    if accelerator.get_accelerator().device_name() != name:  # DeepSpeed was imported before the device was known.
+        module = importlib.import_module(f"deepspeed.accelerator.{name}_accelerator")
+        accelerator.set_accelerator(getattr(module, f"{name.upper()}_Accelerator")())
 
 
 class _AdamW(torch.optim.AdamW):
-    """AdamW that can be told to leave a step out; DeepSpeed does so by itself in all but plain float32."""
+    """AdamW that can skip a step; DeepSpeed skips non-finite steps itself, except in float32 without ZeRO."""
 
     skips = False
 
@@ -100,23 +99,25 @@ class _AdamW(torch.optim.AdamW):
 
 
 class Engine:
-    """A model under DeepSpeed: forward, backward, step, and its whole state.
+    """A network and its optimizer under DeepSpeed.
 
     Attributes:
-        skipped: whether the last step left the weights as they were, since a gradient was not finite.
+        config: the DeepSpeed config.
+        stage: the ZeRO stage.
+        skipped: whether the last step left the weights unchanged because a gradient was not finite.
     """
 
     def __init__(self, build_model: Callable[[], nn.Module], settings: Config, world: World):
-        # Imported late: it takes seconds, and chooses its accelerator when it is.
+        # The import takes seconds and selects the accelerator, so it must come after `_set_accelerator`.
         _set_accelerator(world.device, settings.run.device)
         import deepspeed
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
         from deepspeed.utils import logger
 
         logger.setLevel(logging.WARNING)
-        if _AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # It looks for the very type, and would warn of a subclass.
+        if _AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # DeepSpeed compares exact types and warns about subclasses.
             ZERO_SUPPORTED_OPTIMIZERS.append(_AdamW)
-        # Sums in shared memory serve inference alone, and building them takes a compiler and half a minute.
+        # This op serves inference only; building it needs a compiler and takes half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config = deepspeed_config(settings, world)
         deepspeed.init_distributed(dist_init_required=False)
@@ -135,92 +136,91 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=self._adamw, config=self.config, dist_init_required=False
         )
-        # DeepSpeed's own process group has a timeout of half an hour, whatever the run's.
+        # DeepSpeed creates its own process group with a timeout of half an hour.
         self._engine.data_parallel_group.set_timeout(collective_timeout())
 
     @property
     def model(self) -> nn.Module:
-        """The module inside; at ZeRO-3 its parameters are empty here."""
+        """The module; at ZeRO-3 its parameters are partitioned and appear empty."""
         return self._engine.module
 
-    def __call__(self, batch: Batch, **how: bool) -> dict[str, Tensor]:
-        """Run the model on a batch; `how` goes to its forward pass."""
-        return self._engine(**batch.media, seeds=batch.seeds, **how)
+    def __call__(self, batch: Batch, **options: bool) -> dict[str, Tensor]:
+        """Return the outputs for a batch; options are passed to the forward method."""
+        return self._engine(**batch.media, seeds=batch.seeds, **options)
 
     def train(self, mode: bool = True) -> None:
-        """Switch between training and evaluation."""
+        """Set training or evaluation mode."""
         self._engine.train(mode)
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradients; averaged over ranks and micro-batches.
+        """Accumulate the gradients of a micro-batch; they are averaged over ranks and micro-batches.
 
-        A loss that is not finite on any rank makes every gradient of the step so, and with that `step` skips it.
+        If the loss is not finite on any rank, all gradients become NaN and `step` skips the step on all ranks.
         """
         self._engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan))
 
     def step(self) -> Tensor:
-        """Update the parameters if the micro-batches of the step are complete.
+        """Update the weights after the last micro-batch of a step.
 
-        A step whose gradient is not finite is skipped on all ranks: weights and optimiser state stay, see `skipped`.
+        A step with a non-finite gradient is skipped on all ranks, see `skipped`; weights and optimizer state are
+        unchanged.
 
         Returns:
-            The gradient norm, a scalar. On a GPU, reading it waits for the device: do so in steps that are logged.
+            The gradient norm, a scalar. Reading it synchronizes with the GPU, so only logged steps should do it.
         """
         complete = self._engine.is_gradient_accumulation_boundary()
-        norm = self._plain_norm() if complete and self._optimizer is self._adamw else None
+        norm = self._grad_norm() if complete and self._optimizer is self._adamw else None
         self._adamw.skips = norm is not None and not bool(torch.isfinite(norm))
         self._engine.step()
         self.skipped = complete and (self._adamw.skips or not self._engine.was_step_applied())
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return torch.as_tensor(float("nan") if norm is None else norm)
 
-    def _plain_norm(self) -> Tensor | None:
-        """Return the norm of the averaged gradients, which DeepSpeed checks in all but plain float32."""
-        grads = [each.grad.float().norm() for each in self.model.parameters() if each.grad is not None]
-        return torch.stack(grads).norm() if grads else None
+    def _grad_norm(self) -> Tensor | None:
+        """Return the norm of the averaged gradients; without ZeRO in float32, DeepSpeed does not check it."""
+        norms = [parameter.grad.float().norm() for parameter in self.model.parameters() if parameter.grad is not None]
+        return torch.stack(norms).norm() if norms else None
 
     def set_lr(self, towers: float, heads: float) -> None:
-        """Set the learning rates of the two parts of the model."""
+        """Set the learning rates of the towers and of the heads."""
         for group in self._optimizer.param_groups:
-            group["lr"] = towers if group.get("part") == "towers" else heads
+            group["lr"] = towers if group.get("lr_group") == "towers" else heads
 
     def state(self) -> tuple[dict[str, Tensor], int]:
-        """Return this rank's part of weights, buffers and optimiser state, and the optimiser's steps."""
+        """Return this rank's ranges of weights, buffers and optimizer state, and the steps of the optimizer."""
         return export_sharded_state(self._engine)
 
-    def restore(self, read: Callable[[str, int, int], Tensor], steps: int, kinds: list[str]) -> None:
-        """Take up a saved state; every rank calls this. See `distav.training.engine.sharded_state.put_back`."""
-        load_sharded_state(self._engine, read, steps, kinds)
+    def restore(self, read: Callable[[str, int, int], Tensor], steps: int, names: list[str]) -> None:
+        """Load a saved state; all ranks call this. See `load_sharded_state` for the arguments."""
+        load_sharded_state(self._engine, read, steps, names)
 
     def reinitialize(self, seed: int, weights: Mapping[str, Tensor] = MappingProxyType({})) -> list[str]:
-        """Begin again with new initial weights and no optimiser state; every rank calls this.
+        """Reinitialize the weights and reset the optimizer state; all ranks call this.
 
         Args:
-            seed: of the weights.
-            weights: what takes the place of those of the same name and shape.
+            seed: seed of the initial weights.
+            weights: replace initial weights of the same name and shape.
 
         Returns:
-            The names of weights that found a place.
+            The names of the weights that were replaced.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self._build_model()
-        own = model.state_dict()
-        taken = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
-        model.load_state_dict(taken, strict=False)
-        fresh = {f"weight/{name}": value.detach().flatten() for name, value in model.named_parameters()}
-        fresh |= {f"buffer/{name}": value.flatten() for name, value in model.named_buffers()}
-        load_sharded_state(self._engine, lambda name, start, size: fresh[name][start : start + size], 0, [])
-        return list(taken)
+        initial = model.state_dict()
+        loaded = {
+            name: values for name, values in weights.items() if name in initial and initial[name].shape == values.shape
+        }
+        model.load_state_dict(loaded, strict=False)
+        tensors = {f"weight/{name}": values.detach().flatten() for name, values in model.named_parameters()}
+        tensors |= {f"buffer/{name}": values.flatten() for name, values in model.named_buffers()}
+        load_sharded_state(self._engine, lambda name, start, size: tensors[name][start : start + size], 0, [])
+        return list(loaded)
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Return all parameters and buffers in float32 on the CPU, gathered where they are sharded."""
+        """Return all parameters and buffers as float32 on the CPU; sharded parameters are gathered."""
         parameters = list(self.model.parameters())
         context = self._gathered(parameters) if self.stage == 3 else contextlib.nullcontext()
         with context:
             state = self.model.state_dict()
             return {name: value.detach().float().cpu().clone().contiguous() for name, value in state.items()}
-
-    def described(self) -> str:
-        """Return DeepSpeed's dictionary as JSON."""
-        return json.dumps(self.config, indent=1, sort_keys=True)

@@ -1,6 +1,7 @@
-"""Weights and optimiser state as ranges of flattened parameters, however DeepSpeed lays them out.
+"""Weights and optimizer state as ranges of flattened parameters, independent of DeepSpeed's memory layout.
 
-A rank saves the ranges that it holds, and finds its own in those that any number of ranks saved at any ZeRO stage.
+Each rank saves the ranges that it holds. On restore, it reads its ranges from files that any number of ranks saved at
+any ZeRO stage.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,13 +18,13 @@ WEIGHT = "weight"
 
 @dataclass(frozen=True)
 class ParameterShard:
-    """Elements of one parameter whose float32 values this rank holds.
+    """A range of one parameter whose float32 values this rank holds.
 
     Attributes:
-        name: the parameter.
-        start: place of its first element in the flattened parameter.
-        stepped: the float32 tensor that the optimiser steps; elements of many parameters may lie in it.
-        offset: place of the first element in the flattened `stepped`.
+        name: name of the parameter.
+        start: index of the first element in the flattened parameter.
+        master: float32 tensor that the optimizer updates; it may hold ranges of many parameters.
+        offset: index of the first element in the flattened `master`.
         size: number of elements.
     """
 
@@ -33,104 +34,104 @@ class ParameterShard:
     offset: int
     size: int
 
-    def of(self, whole: Tensor) -> Tensor:
-        """Return this piece of `stepped` or of a tensor that belongs to it: a view [size]."""
-        return whole.detach().view(-1)[self.offset : self.offset + self.size]
+    def view_of(self, values: Tensor) -> Tensor:
+        """Return this range of `master` or of a tensor with its layout: a view [size]."""
+        return values.detach().view(-1)[self.offset : self.offset + self.size]
 
 
 def parameter_shards(engine: Any) -> Iterator[ParameterShard]:
-    """Yield what this rank holds of every trained parameter of a DeepSpeed engine."""
+    """Yield the ranges that this rank holds, for every trained parameter of a DeepSpeed engine."""
     optimizer = engine.optimizer
-    stepped: dict[int, Any] = {id(low): high for low, high in _masters(optimizer)}
-    flats = [each for group in engine.basic_optimizer.param_groups for each in group["params"]]
+    masters: dict[int, Any] = {id(low): high for low, high in _low_and_high_precision(optimizer)}
+    flat_masters = [flat for group in engine.basic_optimizer.param_groups for flat in group["params"]]
     for name, parameter in engine.module.named_parameters():
-        if hasattr(parameter, "ds_id"):  # ZeRO-3: equal parts of every parameter, the last one filled up.
+        if hasattr(parameter, "ds_id"):  # ZeRO-3: equal shards of each parameter, the last one padded.
             group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = size * optimizer._get_param_partition_rank(parameter)
             size = max(0, min(size, parameter.ds_numel - start))
             yield ParameterShard(name, start, optimizer.fp32_partitioned_groups_flat[group], offset, size)
-        elif hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2: a range of all parameters in a row.
+        elif hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2: a range of all parameters concatenated.
             if parameter._hp_mapping is not None:
-                part, address = parameter._hp_mapping.hp_fragment, parameter._hp_mapping.lp_fragment_address
-                storage = part.untyped_storage().data_ptr()
-                flat = next(each for each in flats if each.untyped_storage().data_ptr() == storage)
-                yield ParameterShard(
-                    name, address.start, flat, part.storage_offset() - flat.storage_offset(), address.numel
-                )
+                fragment, address = parameter._hp_mapping.hp_fragment, parameter._hp_mapping.lp_fragment_address
+                storage = fragment.untyped_storage().data_ptr()
+                master = next(flat for flat in flat_masters if flat.untyped_storage().data_ptr() == storage)
+                offset = fragment.storage_offset() - master.storage_offset()
+                yield ParameterShard(name, address.start, master, offset, address.numel)
         else:
-            master: Tensor = stepped.get(id(parameter), parameter)
-            yield ParameterShard(name, 0, master, 0, parameter.numel())
+            yield ParameterShard(name, 0, masters.get(id(parameter), parameter), 0, parameter.numel())
 
 
-def _masters(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield parameters in a low precision with their float32 masters, where no ZeRO stage cuts them up."""
+def _low_and_high_precision(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield low-precision parameters with their float32 masters, for an optimizer without ZeRO."""
     for low, high in zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=False):
         yield from zip(low, high, strict=True)
 
 
 def export_sharded_state(engine: Any) -> tuple[dict[str, Tensor], int]:
-    """Copy this rank's part of the state to the CPU.
+    """Copy this rank's ranges of the state to the CPU.
 
     Returns:
-        Tensors by `kind/parameter/start`, with `weight` and the optimiser's own kinds, and `buffer/name/0`; what all
-        ranks hold alike is shared out among them. And the optimiser's steps, 0 where it has no state yet.
+        Tensors named `weight/parameter/start`, `state/parameter/start` for each state of the optimizer, such as
+        `exp_avg`, and `buffer/name/0`. Tensors that all ranks hold are divided among the ranks. And the number of steps
+        of the optimizer, 0 if it has no state yet.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     steps, states = 0, engine.basic_optimizer.state
-    whole = engine.zero_optimization_stage() == 0
-    for number, piece in enumerate(parameter_shards(engine)):
-        state = states.get(piece.master, {})
+    is_replicated = engine.zero_optimization_stage() == 0
+    for position, shard in enumerate(parameter_shards(engine)):
+        state = states.get(shard.master, {})
         steps = int(state.get("step", steps))
-        if piece.size and (not whole or number % get_world_size() == get_rank()):
-            for kind, values in ((WEIGHT, piece.master), *_like(state, piece.master)):
-                found[f"{kind}/{piece.name}/{piece.start}"] = piece.of(values).to("cpu", copy=True)
-    for number, (name, buffer) in enumerate(engine.module.named_buffers()):
-        if number % get_world_size() == get_rank():
-            found[f"buffer/{name}/0"] = buffer.detach().reshape(-1).to("cpu", copy=True)
-    return found, steps
+        if shard.size and (not is_replicated or position % get_world_size() == get_rank()):
+            for name, values in ((WEIGHT, shard.master), *_elementwise_state(state, shard.master)):
+                tensors[f"{name}/{shard.name}/{shard.start}"] = shard.view_of(values).to("cpu", copy=True)
+    for position, (name, buffer) in enumerate(engine.module.named_buffers()):
+        if position % get_world_size() == get_rank():
+            tensors[f"buffer/{name}/0"] = buffer.detach().reshape(-1).to("cpu", copy=True)
+    return tensors, steps
 
 
-def _like(state: dict[str, Any], stepped: Tensor) -> list[tuple[str, Tensor]]:
+def _elementwise_state(state: dict[str, Any], master: Tensor) -> list[tuple[str, Tensor]]:
+    """Return the optimizer's tensors with one value per element of `master`."""
     return [
-        (kind, values)
-        for kind, values in sorted(state.items())
-        if isinstance(values, Tensor) and values.numel() == stepped.numel() and kind != "step"
+        (name, values)
+        for name, values in sorted(state.items())
+        if isinstance(values, Tensor) and values.numel() == master.numel() and name != "step"
     ]
 
 
-def load_sharded_state(engine: Any, read: Callable[[str, int, int], Tensor], steps: int, kinds: list[str]) -> None:
-    """Fill a new engine with saved state; every rank calls this.
+def load_sharded_state(engine: Any, read: Callable[[str, int, int], Tensor], steps: int, names: list[str]) -> None:
+    """Load a saved state into an engine; all ranks call this.
 
     Args:
-        engine: DeepSpeed's.
-        read: returns elements [start, start + size) of `kind/parameter`; raises ValueError where they were not saved.
-        steps: the optimiser's steps; at 0 it starts afresh.
-        kinds: its kinds of state.
+        engine: the DeepSpeed engine.
+        read: returns elements [start, start + size) of `name/parameter`; raises ValueError if they were not saved.
+        steps: steps of the optimizer; 0 resets its state.
+        names: names of its states.
     """
     states = engine.basic_optimizer.state
     if hasattr(engine.optimizer, "_partition_all_parameters"):
         engine.optimizer._partition_all_parameters()
     if not steps:
         for state in states.values():
-            for value in state.values():
-                value.zero_()
-    for piece in parameter_shards(engine):
-        if not piece.size:
+            for values in state.values():
+                values.zero_()
+    for shard in parameter_shards(engine):
+        if not shard.size:
             continue
-        piece.of(piece.master).copy_(read(f"{WEIGHT}/{piece.name}", piece.start, piece.size))
+        shard.view_of(shard.master).copy_(read(f"{WEIGHT}/{shard.name}", shard.start, shard.size))
         if steps:
-            state = states[piece.master]
+            state = states[shard.master]
             state["step"] = torch.tensor(float(steps))
-            for kind in kinds:
-                values = state.setdefault(kind, torch.zeros_like(piece.master))
-                piece.of(values).copy_(read(f"{kind}/{piece.name}", piece.start, piece.size))
+            for name in names:
+                values = state.setdefault(name, torch.zeros_like(shard.master))
+                shard.view_of(values).copy_(read(f"{name}/{shard.name}", shard.start, shard.size))
     for name, buffer in engine.module.named_buffers():
         buffer.copy_(read(f"buffer/{name}", 0, buffer.numel()).view_as(buffer))
     _sync_model_weights(engine.optimizer)
 
 
 def _sync_model_weights(optimizer: Any) -> None:
-    """Bring the parameters that the model computes with in line with their float32 masters."""
+    """Copy the float32 masters to the parameters that the model computes with."""
     if hasattr(optimizer, "update_lp_params"):  # ZeRO-1 and 2
         optimizer.update_lp_params()
     elif hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
@@ -139,5 +140,5 @@ def _sync_model_weights(optimizer: Any) -> None:
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     with torch.no_grad():
-        for low, high in _masters(optimizer):
+        for low, high in _low_and_high_precision(optimizer):
             low.copy_(high)

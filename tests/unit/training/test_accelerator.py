@@ -72,7 +72,7 @@ def test_a_run_on_the_cpu_of_a_gpu_host_trains_on_the_cpu(before: str):
 def test_a_ds_accelerator_that_contradicts_the_device_is_named(monkeypatch: pytest.MonkeyPatch):
     cpu = World(0, 1, 0, torch.device("cpu"))
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
-    with pytest.raises(UserError, match="DS_ACCELERATOR=cuda contradicts run.device=auto, .* computes on cpu"):
+    with pytest.raises(UserError, match="DS_ACCELERATOR=cuda contradicts run.device=auto: this run computes on cpu"):
         Engine(lambda: nn.Linear(1, 1), Config(), cpu)
 
 
