@@ -80,8 +80,7 @@ class EarlyLearning(ClassificationLoss):
 
     def __init__(self, config: SupervisedPhase, bank: Bank, num_heads: int, num_classes: int):
         super().__init__(config, bank, num_heads, num_classes)
-        if self.COLUMN not in bank.columns:
-            bank.columns[self.COLUMN] = torch.zeros(len(bank.rows), num_heads, num_classes, device=bank.device)
+        bank.register_column(self.COLUMN, (num_heads, num_classes))
 
     def __call__(
         self, global_batch: GlobalBatch, logits: Sequence[Tensor], targets: Sequence[Tensor]

@@ -1,48 +1,36 @@
-"""The cross-modal memory bank: one row for each sample and modality, held by the rank that owns its id.
+"""The cross-modal memory bank: one row per sample and modality, stored on the rank that owns the sample's id.
 
-A step moves only the rows of the batch; traffic does not depend on the size of the bank. Where the bank is small every
-rank may hold all embeddings instead (replicated): then the loss needs no traffic but the new rows'. Rows are kept in
+A step exchanges only the rows of the batch; traffic does not depend on the size of the bank. A small bank can be
+replicated: every rank then holds all embeddings, and the loss exchanges only the new rows. Rows are stored in
 float32, since a moving average in bfloat16 stalls.
-Legend: N rows in all, n rows of this rank, b batch of this rank, B of all ranks, D width, K categories.
+Legend: N rows, n rows of this rank, b samples of this rank's batch, B of all ranks, D width, K categories.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from distav.distributed.collectives import (
-    all_gather_variable_rows,
-    all_to_all_rows,
-    get_rank,
-    get_world_size,
-    local_batch,
-    shard_range,
-)
-from distav.distributed.rng import sample_seeds, uniform
+from distav.distributed.collectives import all_gather_variable_rows, get_world_size, local_batch, shard_range
+from distav.memory.bank_state import restore_columns, save_columns
 from distav.memory.category_gram import CategoryAssignments
+from distav.memory.embedding_table import EmbeddingTable
 from distav.memory.global_batch import GlobalBatch
-from distav.memory.row_update import RowUpdate
-
-_TILE_NUMBERS, _TILE_NUMBERS_ON_GPU = 2**18, 2**20
-"""Numbers of a column that are computed at a time."""
-_MODALITIES = ("visual", "audio")
+from distav.memory.row_router import RowRouter
+from distav.memory.row_update import RowUpdate, moving_average
 
 
 class Bank:
-    """Rows of both modalities with their visits, pair correspondence and categories.
+    """Embeddings of both modalities, with the number of updates, the pair correspondence and the categories of a row.
 
     Attributes:
         rows: ids that this rank owns.
-        held: ids whose embeddings this rank holds: all of them where the bank is replicated, else `rows`.
-        columns: the state of the owned rows by name, each [n, ...]: `visual`, `audio` [n, D]; `visits` [n], how often
-            a row was written; `pair_similarity` [n], its cosine between picture and sound; `correspondence` [n], the
-            estimated probability that a pair belongs together; `category_agreement` [n]; `categories` [n, 2, K] uint8.
-            Phases add columns of their own, such as the votes of a correction; all are saved and restored alike.
-        assignments: what the categories of the owned rows add up to.
+        resident: ids whose embeddings this rank holds: all ids if the bank is replicated, else `rows`.
+        replicated: whether every rank holds the embeddings of all ids.
+        assignments: categories of the owned rows and their Gram matrices.
+        router: exchange of rows between ranks.
     """
 
     def __init__(
@@ -57,274 +45,220 @@ class Bank:
         replicated: bool = False,
         dtype: torch.dtype = torch.float32,
     ):
+        """Create a bank of random unit vectors.
+
+        Args:
+            num_samples: N.
+            dim: D.
+            momentum: weight of the old row in an update.
+            device: device of the rows.
+            seed: seed of the initial rows.
+            num_categories: K; 0 stores no categories.
+            replicated: store all embeddings on every rank.
+            dtype: type of the rows in products; rows are stored in float32 in any case.
+        """
         self.num_samples, self.momentum, self.device, self.dtype = num_samples, momentum, device, dtype
-        self._seed = seed
         self.replicated = replicated and get_world_size() > 1
         self.rows = shard_range(num_samples)
         self.resident = range(num_samples) if self.replicated else self.rows
-        size, own = len(self.rows), slice(self.rows.start - self.resident.start, self.rows.stop - self.resident.start)
-        self._resident = {name: torch.empty(len(self.resident), dim, device=device) for name in _MODALITIES} | {
-            "visits": torch.zeros(len(self.resident), device=device),
-            "pair_similarity": torch.zeros(len(self.resident), device=device),
+        self._embeddings = EmbeddingTable(self.resident, dim, momentum, device, seed, dtype)
+        owned = slice(self.rows.start - self.resident.start, self.rows.stop - self.resident.start)
+        self._columns = {name: column[owned] for name, column in self._embeddings.columns.items()} | {
+            "correspondence": torch.ones(len(self.rows), device=device),
+            "category_agreement": torch.ones(len(self.rows), device=device),
         }
-        self.columns = {name: column[own] for name, column in self._resident.items()} | {
-            "correspondence": torch.ones(size, device=device),
-            "category_agreement": torch.ones(size, device=device),
-        }
-        self.assignments = CategoryAssignments(size, num_categories, device)
+        self.assignments = CategoryAssignments(len(self.rows), num_categories, device)
         if num_categories:
-            self.columns["categories"] = self.assignments.shares
-        self._rounded: dict[str, Tensor] = {}
-        if dtype is not torch.float32:
-            self._rounded = {name: torch.empty_like(self._resident[name], dtype=dtype) for name in _MODALITIES}
-        starts = [shard_range(num_samples, each).start for each in range(get_world_size())]
-        self._starts = torch.tensor(starts, device=device)
-        self._routed: _Route | None = None
-        self._begin()
+            self._columns["categories"] = self.assignments.quantized
+        self._built_in = frozenset(self._columns)
+        self.router = RowRouter(num_samples, device)
 
-    def reinitialize(self) -> None:
-        """Forget the embeddings and what was seen of them; the correspondence of pairs stays."""
-        self._resident["visits"].zero_()
-        self.columns["category_agreement"].fill_(1.0)
-        self.assignments.clear()
-        self._begin()
+    @property
+    def columns(self) -> Mapping[str, Tensor]:
+        """State of the owned rows by name, [n, ...] each.
 
-    def refresh(self) -> None:
-        """Bring what follows from the columns up to date after they were written from outside."""
-        self._compare_pairs()
-        self._round()
-        self.assignments.recount()
+        - `visual`, `audio`: [n, D] embeddings.
+        - `visits`: [n] number of updates of the row.
+        - `pair_similarity`: [n] cosine of the visual and the audio embedding.
+        - `correspondence`: [n] correspondence probability of the pair.
+        - `category_agreement`: [n] moving average of the agreement of the categories of both modalities.
+        - `categories`: [n, 2, K] uint8, see `CategoryAssignments.quantized`.
+        - the columns of phases, added by `register_column` and `store_column`.
 
-    def _begin(self) -> None:
-        """Fill the rows with unit vectors of random direction that depend on the id, not on the rank that owns it.
-
-        They spread the first targets over the sphere; from the alike embeddings of a new network, rows would tell
-        apart by age alone.
+        All of them are saved and restored.
         """
-        for stream, name in enumerate(_MODALITIES, start=1):
-            column = self._resident[name]
-            dim = column.shape[1]
-            for tile in self._tiles():
-                ids = torch.arange(self.resident[tile].start, self.resident[tile].stop, device=self.device)
-                draws = uniform(sample_seeds(self._seed, 0, ids), stream, 2 * dim).clamp_min(1e-7)
-                radius, angle = (-2 * draws[:, :dim].log()).sqrt(), 2 * math.pi * draws[:, dim:]
-                column[tile] = F.normalize(radius * angle.cos(), dim=1)
-        self._compare_pairs()
-        self._round()
+        return MappingProxyType(self._columns)
 
-    def _compare_pairs(self) -> None:
-        for tile in self._tiles():
-            pairs = self._resident["visual"][tile] * self._resident["audio"][tile]
-            self._resident["pair_similarity"][tile] = pairs.sum(1)
-
-    def _round(self) -> None:
-        for name, rounded in self._rounded.items():
-            rounded.copy_(self._resident[name])
-
-    def _tiles(self) -> Iterator[slice]:
-        """Yield the places of the held rows, some at a time, so that what is computed of them takes little memory."""
-        numbers = _TILE_NUMBERS_ON_GPU if self.device.type == "cuda" else _TILE_NUMBERS
-        step = max(1, numbers // self._resident["visual"].shape[1])
-        for start in range(0, len(self.resident), step):
-            yield slice(start, min(start + step, len(self.resident)))
-
-    def keys(self, name: str) -> Tensor:
-        """Return the held rows of a modality in the dtype of the product: [held, D]."""
-        return self._rounded.get(name, self._resident[name])
-
-    def resident_column(self, name: str) -> Tensor:
-        """Return `visits` or `pair_similarity` of the held rows: [held]."""
-        return self._resident[name]
-
-    def local_index(self, ids: Tensor) -> Tensor:
-        """Return the place of each id among the held rows, -1 for the rows of others: [B] -> [B]."""
-        place = ids - self.resident.start
-        return place.masked_fill((place < 0) | (place >= len(self.resident)), -1)
-
-    def fetch(self, names: Sequence[str], ids: Tensor) -> list[Tensor]:
-        """Return columns at the ids of this rank's part of a batch.
+    def register_column(self, name: str, shape: Sequence[int] = (), dtype: torch.dtype = torch.float32) -> Tensor:
+        """Add a column of zeros; a column that exists already, such as a restored one, is left unchanged.
 
         Args:
-            names: columns of numbers.
+            name: name of the column.
+            shape: shape of a row.
+            dtype: type of the numbers.
+
+        Returns:
+            The column of the owned rows, [n, *shape].
+
+        Raises:
+            ValueError: if the column exists with another shape or dtype.
+        """
+        if name not in self._columns:
+            self._columns[name] = torch.zeros(len(self.rows), *shape, dtype=dtype, device=self.device)
+        column = self._columns[name]
+        if column.shape[1:] != torch.Size(shape) or column.dtype is not dtype:
+            raise ValueError(
+                f"bank column '{name}' exists with rows of shape {tuple(column.shape[1:])} and {column.dtype}; "
+                f"requested: {tuple(shape)} and {dtype}"
+            )
+        return column
+
+    def store_column(self, name: str, values: Tensor) -> None:
+        """Replace a column by values [n, ...] of the owned rows; adds the column if it does not exist.
+
+        Raises:
+            ValueError: if there is not one value per owned row, or a built-in column has another shape or dtype.
+        """
+        if len(values) != len(self.rows):
+            raise ValueError(f"bank column '{name}': {len(values)} rows given; this rank owns {len(self.rows)}")
+        if name in self._built_in:  # Other tensors are views of a built-in column.
+            self.register_column(name, values.shape[1:], values.dtype).copy_(values)
+        else:
+            self._columns[name] = values
+
+    def pop_column(self, name: str) -> Tensor:
+        """Remove a column that a phase added, and return it.
+
+        Raises:
+            ValueError: for a built-in column.
+        """
+        if name in self._built_in:
+            raise ValueError(f"bank column '{name}' is built in and cannot be removed")
+        return self._columns.pop(name)
+
+    def reinitialize(self) -> None:
+        """Reset embeddings, visits and categories to their initial values; the correspondence is kept."""
+        self._embeddings.initialize()
+        self._columns["category_agreement"].fill_(1.0)
+        self.assignments.clear()
+
+    def refresh(self) -> None:
+        """Recompute what is derived from the columns, after columns were modified in place."""
+        self._embeddings.refresh_pair_similarity()
+        self._embeddings.refresh_keys()
+        self.assignments.recount()
+
+    def keys(self, name: str) -> Tensor:
+        """Return the resident rows of a modality in the dtype of products: [resident, D]."""
+        return self._embeddings.keys(name)
+
+    def resident_column(self, name: str) -> Tensor:
+        """Return `visits` or `pair_similarity` of the resident rows: [resident]."""
+        return self._embeddings.columns[name]
+
+    def local_index(self, ids: Tensor) -> Tensor:
+        """Return the position of each id among the resident rows, -1 for rows of other ranks: [B] -> [B]."""
+        index = ids - self.resident.start
+        return index.masked_fill((index < 0) | (index >= len(self.resident)), -1)
+
+    def fetch(self, names: Sequence[str], ids: Tensor) -> list[Tensor]:
+        """Return the rows of this rank's batch from the ranks that own them.
+
+        Args:
+            names: columns to read.
             ids: [B] of all ranks, the same on every rank.
 
         Returns:
-            For each name [b, ...]; a rank sends the rows that others ask for, (W - 1) / W of b in all.
+            [b, ...] for each name.
         """
-        mine = local_batch(ids)
-        columns = [self.columns[name] for name in names]
+        batch_ids = local_batch(ids)
+        columns = [self._columns[name] for name in names]
         if get_world_size() == 1:
-            return [column[mine] for column in columns]
-        if self.replicated and all(name in self._resident for name in names):
-            return [self._resident[name][mine] for name in names]
+            return [column[batch_ids] for column in columns]
+        if self.replicated and all(name in self._embeddings.columns for name in names):
+            return [self._embeddings.columns[name][batch_ids] for name in names]
         widths = [math.prod(column.shape[1:]) for column in columns]
-        route = self._route(ids)
-        place = ids[route.owned] - self.rows.start
-        flat = torch.cat(
-            [column[place].view(len(place), width).float() for column, width in zip(columns, widths, strict=True)],
-            dim=1,
-        )
-        came = all_to_all_rows(flat, route.of_rank, route.by_owner)
-        found = torch.empty_like(came)
-        found[route.order] = came
-        parts = found.split(widths, dim=1)
-        return [part.reshape(len(mine), *column.shape[1:]) for part, column in zip(parts, columns, strict=True)]
-
-    def scatter_to_owners(self, values: Tensor, ids: Tensor) -> Tensor:
-        """Send rows of this rank's batch to the ranks that own their ids.
-
-        Args:
-            values: [b, ...] of this rank.
-            ids: [B] of all ranks.
-
-        Returns:
-            The rows of the ids that this rank owns, in the order in which they stand in `ids`.
-        """
-        if get_world_size() == 1:
-            return values
-        route = self._route(ids)
-        return all_to_all_rows(values[route.order], route.by_owner, route.of_rank)
-
-    def _route(self, ids: Tensor) -> "_Route":
-        """Return where the rows of a batch have to go; found once for each batch, since the host waits for it."""
-        if self._routed is None or self._routed.ids is not ids:
-            me, owner = get_rank(), self.owner(ids).view(get_world_size(), -1)
-            counts = [
-                (owner == me).sum(1),
-                (owner[me][:, None] == torch.arange(get_world_size(), device=ids.device)).sum(0),
-            ]
-            of_rank, by_owner = torch.stack(counts).tolist()
-            owned = (owner.flatten() != me).byte().argsort(stable=True)[: sum(of_rank)]
-            self._routed = _Route(ids, owned, of_rank, owner[me].argsort(stable=True), by_owner)
-        return self._routed
-
-    def _owned(self, ids: Tensor) -> slice | Tensor:
-        """Return the places in a batch of the ids that this rank owns."""
-        return slice(None) if get_world_size() == 1 else self._route(ids).owned
+        index = ids[self.router.owned(ids)] - self.rows.start
+        flat = [column[index].view(len(index), width).float() for column, width in zip(columns, widths, strict=True)]
+        parts = self.router.gather_from_owners(torch.cat(flat, dim=1), ids).split(widths, dim=1)
+        return [part.reshape(len(batch_ids), *column.shape[1:]) for part, column in zip(parts, columns, strict=True)]
 
     def write(self, name: str, values: Tensor, ids: Tensor, valid: Tensor) -> None:
-        """Put rows of this rank's batch into a column, where their owners keep it; repeated ids are averaged.
+        """Write rows of this rank's batch to the ranks that own them; values of repeated ids are averaged.
 
         Args:
-            name: a column of numbers.
-            values: [b, ...] of this rank.
-            ids, valid: [B] of all ranks; rows that are not valid, or not finite, are left out.
+            name: column to write.
+            values: [b, ...] of this rank's batch.
+            ids, valid: [B] of all ranks; rows that are not valid or not finite are not written.
         """
-        came = self.scatter_to_owners(values.reshape(len(values), -1).float(), ids)
-        owned, column = self._owned(ids), self.columns[name]
-        touched = RowUpdate(ids[owned] - self.rows.start, valid[owned] & torch.isfinite(came.sum(1)))
-        mean = touched.mean(came).view(-1, *column.shape[1:]).to(column.dtype)
-        touched.change(column, lambda _old: mean)
-
-    def owner(self, ids: Tensor) -> Tensor:
-        """Return the rank that owns each id: [B] -> [B]."""
-        return torch.searchsorted(self._starts, ids, right=True) - 1
+        rows = self.router.scatter_to_owners(values.reshape(len(values), -1).float(), ids)
+        owned, column = self.router.owned(ids), self._columns[name]
+        update = RowUpdate(ids[owned] - self.rows.start, valid[owned] & torch.isfinite(rows.sum(1)))
+        mean = update.mean(rows).view(-1, *column.shape[1:]).to(column.dtype)
+        update.apply(column, lambda _old: mean)
 
     def gather_column(self, name: str) -> Tensor:
-        """Return a column of one number a row for all ids: [N]."""
-        return all_gather_variable_rows(self.columns[name])
+        """Return a column with one number per row for all ids: [N]."""
+        return all_gather_variable_rows(self._columns[name])
 
     def pair_similarity(self) -> Tensor:
-        """Return the cosine between picture and sound of every pair in the bank, NaN where never visited: [N]."""
-        similarity = self.columns["pair_similarity"].masked_fill(self.columns["visits"] == 0, torch.nan)
+        """Return the cosine of the visual and the audio embedding of every pair, NaN for rows never updated: [N]."""
+        similarity = self._columns["pair_similarity"].masked_fill(self._columns["visits"] == 0, torch.nan)
         return all_gather_variable_rows(similarity)
 
-    def update(self, visitors: GlobalBatch, agreement: Tensor, shares: Tensor | None = None) -> None:
-        """Move rows towards new embeddings: normalise(m * old + (1 - m) * new), repeated ids averaged first.
+    def set_correspondence(self, correspondence: Tensor) -> None:
+        """Store the correspondence probabilities of all pairs: [N], the same on every rank."""
+        self._columns["correspondence"].copy_(correspondence[self.rows.start : self.rows.stop])
 
-        Embeddings that are not finite leave their rows as they are.
+    def update(self, global_batch: GlobalBatch, agreement: Tensor, category_probs: Tensor | None = None) -> None:
+        """Move rows toward new embeddings: normalize(m * old + (1 - m) * new), after averaging repeated ids.
+
+        Rows with embeddings that are not finite are left unchanged.
 
         Args:
-            visitors: embeddings of all ranks.
+            global_batch: embeddings of all ranks.
             agreement: [b] category agreement of this rank's batch.
-            shares: [b, 2, K] category shares of picture and sound, 0..1, scaled by the root of the pair's weight.
+            category_probs: [b, 2, K] visual and audio category probabilities, 0..1, scaled by the square root of the
+                weight of the pair.
         """
-        ids, owned = visitors.ids, self._owned(visitors.ids)
-        held = slice(None) if self.replicated else owned
-        sound = visitors.valid & torch.isfinite(visitors.visual.sum(1)) & torch.isfinite(visitors.audio.sum(1))
-        moved = RowUpdate(ids[held] - self.resident.start, sound[held])
-        pair = []
-        for name in _MODALITIES:
-            mean = moved.mean(getattr(visitors, name)[held])
-            rows = moved.change(self._resident[name], lambda old, mean=mean: F.normalize(self._mixed(old, mean), dim=1))
-            if self._rounded:
-                self._rounded[name][moved.rows] = rows.to(self.dtype)
-            pair.append(rows)
-        moved.change(self._resident["visits"], lambda old: old + 1)
-        moved.change(self._resident["pair_similarity"], lambda _old: (pair[0] * pair[1]).sum(1))
+        ids, visual, audio = global_batch.ids, global_batch.visual, global_batch.audio
+        owned = self.router.owned(ids)
+        resident = slice(None) if self.replicated else owned
+        valid = global_batch.valid & torch.isfinite(visual.sum(1)) & torch.isfinite(audio.sum(1))
+        embedding_update = self._embeddings.update(
+            ids[resident] - self.resident.start,
+            {"visual": visual[resident], "audio": audio[resident]},
+            valid[resident],
+        )
 
-        own = torch.cat([agreement[:, None]] + ([shares.flatten(1)] if shares is not None else []), dim=1)
-        own = self.scatter_to_owners(own.detach().float(), ids)
-        usable, same = sound[owned] & torch.isfinite(own.sum(1)), None if self.replicated else moved
-        touched = RowUpdate(ids[owned] - self.rows.start, usable, same)
-        mean = touched.mean(own)
-        touched.change(self.columns["category_agreement"], lambda old: self._mixed(old, mean[:, 0]))
-        if shares is not None:
-            new = mean[:, 1:].view(-1, *shares.shape[1:])
-            self.assignments.replace(touched.rows, new, touched.written, touched.first)
-
-    def _mixed(self, old: Tensor, new: Tensor) -> Tensor:
-        return self.momentum * old + (1 - self.momentum) * new
-
-    def set_correspondence(self, correspondence: Tensor) -> None:
-        """Store the correspondence of all pairs: [N], the same on every rank."""
-        self.columns["correspondence"].copy_(correspondence[self.rows.start : self.rows.stop])
+        values = [agreement[:, None]]
+        if category_probs is not None:
+            values.append(category_probs.flatten(1))
+        rows = self.router.scatter_to_owners(torch.cat(values, dim=1).detach().float(), ids)
+        same_rows = None if self.replicated else embedding_update
+        update = RowUpdate(ids[owned] - self.rows.start, valid[owned] & torch.isfinite(rows.sum(1)), same_rows)
+        mean = update.mean(rows)
+        update.apply(self._columns["category_agreement"], lambda old: moving_average(old, mean[:, 0], self.momentum))
+        if category_probs is not None:
+            mean_probs = mean[:, 1:].view(-1, *category_probs.shape[1:])
+            self.assignments.replace(update.rows, mean_probs, update.written, update.is_first)
 
     def state(self) -> dict[str, Tensor]:
-        """Return this rank's rows for a checkpoint, with the range of ids that they cover."""
-        found = {
-            name: column.to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, column in self.columns.items()
-        }
-        return found | {"range": torch.tensor([self.rows.start, self.rows.stop, self.num_samples])}
+        """Return CPU copies of the columns of this rank's rows for a checkpoint, with the range of their ids."""
+        return save_columns(self._columns, self.rows, self.num_samples)
 
     def restore(self, parts: Iterable[dict[str, Tensor]]) -> None:
-        """Take this rank's rows out of the parts that any number of ranks saved; reads no more of them than it needs.
+        """Restore this rank's rows from the states of any number of ranks; reads only the parts that it needs.
 
         Raises:
-            ValueError: where the parts do not cover this rank's rows.
+            ValueError: if the number of samples differs or the parts do not contain all rows of this rank.
         """
-        missing = torch.ones(len(self.resident), dtype=torch.bool)
-        for part in parts:
-            start, stop, total = part["range"].tolist()
-            if total != self.num_samples:
-                raise ValueError(f"the saved bank has {total} rows, this run has {self.num_samples} training samples")
-            for name, saved in part.items():
-                if name != "range":
-                    self._take(name, saved, start)
-            missing[max(0, start - self.resident.start) : max(0, stop - self.resident.start)] = False
-            if not missing.any():
-                break
-        if missing.any():
-            raise ValueError(f"the saved bank lacks {int(missing.sum())} of this rank's rows")
-        self._round()
+        restore_columns(parts, self.num_samples, self.resident, self._restored_column)
+        self._embeddings.refresh_keys()
         self.assignments.recount()
 
-    def _take(self, name: str, saved: Tensor, start: int) -> None:
-        """Copy what this rank holds of a saved column, whose first row has the id `start`."""
-        if name not in self.columns:
-            self.columns[name] = torch.zeros(len(self.rows), *saved.shape[1:], dtype=saved.dtype, device=self.device)
-        rows = self.resident if name in self._resident else self.rows
-        column = self._resident.get(name, self.columns[name])
-        low, high = max(start, rows.start), min(start + len(saved), rows.stop)
-        if low < high:
-            column[low - rows.start : high - rows.start].copy_(saved[low - start : high - start])
-
-
-@dataclass(frozen=True)
-class _Route:
-    """Where the rows of a batch have to go.
-
-    Attributes:
-        ids: [B] of all ranks, the batch.
-        owned: places in the batch of the ids that this rank owns.
-        of_rank: how many of those stand in the part of each rank.
-        order: [b] this rank's part of the batch, sorted by owner.
-        by_owner: how many of it each rank owns.
-    """
-
-    ids: Tensor
-    owned: Tensor
-    of_rank: list[int]
-    order: Tensor
-    by_owner: list[int]
+    def _restored_column(self, name: str, saved: Tensor) -> tuple[Tensor, range]:
+        """Return the column that a saved column is copied to, and the ids of its rows."""
+        if name in self._embeddings.columns:
+            return self._embeddings.columns[name], self.resident
+        return self.register_column(name, saved.shape[1:], saved.dtype), self.rows

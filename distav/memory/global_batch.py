@@ -1,6 +1,6 @@
-"""The embeddings of a batch of all ranks.
+"""Embeddings of the batch of all ranks.
 
-Legend: b batch of this rank, B of all ranks, D width.
+Legend: b samples of this rank, B of all ranks, D width.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,13 @@ from distav.distributed.collectives import all_gather_rows
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The embeddings of a batch, gathered from all ranks: queries of the loss, then the bank's new rows.
+    """Embeddings of the global batch, gathered from all ranks.
+
+    Used as queries of the contrastive losses and to update the memory bank.
 
     Attributes:
-        ids: [B] int64.
-        valid: [B] bool, whether the row carries a sample.
+        ids: [B] int64 sample ids.
+        valid: [B] bool, false for rows without a usable sample.
         visual, audio: [B, D] unit vectors, without gradient.
     """
 
@@ -28,14 +30,17 @@ class GlobalBatch:
 
     @staticmethod
     def gather(ids: Tensor, valid: Tensor, visual: Tensor, audio: Tensor) -> "GlobalBatch":
-        """Gather b rows of every rank in one collective; the bits of an id travel as two floats."""
+        """Gather the b rows of every rank in one collective; the bits of an id are sent as two floats."""
         dim = visual.shape[1]
-        bits = ids[:, None].contiguous().view(torch.float32)
+        id_bits = ids[:, None].contiguous().view(torch.float32)
         rows = all_gather_rows(
-            torch.cat([visual.detach().float(), audio.detach().float(), valid[:, None].float(), bits], 1)
+            torch.cat([visual.detach().float(), audio.detach().float(), valid[:, None].float(), id_bits], 1)
         )
-        # A clone is aligned; a single row counts as contiguous wherever it begins.
-        whole_ids = rows[:, 2 * dim + 1 :].clone(memory_format=torch.contiguous_format).view(torch.int64).squeeze(1)
+        # A clone starts at an aligned address; a single row counts as contiguous wherever it starts.
+        gathered_bits = rows[:, 2 * dim + 1 :].clone(memory_format=torch.contiguous_format)
         return GlobalBatch(
-            whole_ids, rows[:, 2 * dim] > 0, rows[:, :dim].contiguous(), rows[:, dim : 2 * dim].contiguous()
+            ids=gathered_bits.view(torch.int64).squeeze(1),
+            valid=rows[:, 2 * dim] > 0,
+            visual=rows[:, :dim].contiguous(),
+            audio=rows[:, dim : 2 * dim].contiguous(),
         )

@@ -25,7 +25,7 @@ def step(bank: Bank, seed: int) -> None:
     pair = [local_batch(unit(12, DIM, seed=seed + each)).requires_grad_() for each in (1, 2)]
     global_batch, ones = GlobalBatch.gather(ids, ids >= 0, *pair), torch.ones(len(ids))
     losses = instance_losses(bank, global_batch, *pair, 0.07, ones, SoftTargets("neighbor", 0.1, 0.1)).losses
-    category = category_loss(*torch.rand(2, len(ids), CATEGORIES), ones, 1.0, bank.assignments.columns())
+    category = category_loss(*torch.rand(2, len(ids), CATEGORIES), ones, 1.0, bank.assignments.gram_matrices())
     (weighted_mean(losses, ones) + category.contrast).backward()
     believed = bank.fetch(("correspondence", "category_agreement"), global_batch.ids)[0]
     bank.write("correspondence", believed / 2, global_batch.ids, global_batch.valid)
@@ -47,4 +47,4 @@ def waits_of_steps(replicated: bool) -> list[list[str]]:
 def test_ranks_wait_once_a_batch(replicated: bool):
     for steps in on_ranks(3, waits_of_steps, replicated):
         assert [len(waits) for waits in steps] == [1, 1], steps
-        assert "tolist" in steps[0][0] and "bank.py" in steps[0][0]
+        assert "tolist" in steps[0][0] and "row_router.py" in steps[0][0]

@@ -74,7 +74,7 @@ def losses_and_gradients(replicated: bool = False) -> dict[str, torch.Tensor]:
         loss_of = active_complementary_loss(softness, 5.0)
         apart = masked + drawn.losses(cross_entropy) + drawn.losses(loss_of) + batch.losses(loss_of)
         matching = matching + drawn.matching_probability() + batch.matching_probability()
-        category = category_loss(*logits, weights, 1.0, bank.assignments.columns(), 1.0)
+        category = category_loss(*logits, weights, 1.0, bank.assignments.gram_matrices(), 1.0)
         supervised = F.cross_entropy(out["logits"], ids % 5, reduction="none")
         total = total + weighted_mean(apart, weights) + weighted_mean(supervised, weights)
         total = total + category.contrast + category.imbalance + category.row_entropy
@@ -186,10 +186,10 @@ def bank_of_part(num: int) -> list[torch.Tensor]:
     global_batch = GlobalBatch.gather(mine, torch.ones_like(mine, dtype=torch.bool), visual, audio)
     losses = instance_losses(bank, global_batch, visual, audio, 0.1).losses
     bank.update(global_batch, mine.float())
-    bank.columns["wide"] = torch.arange(bank.rows.start, bank.rows.stop)[:, None].expand(-1, 3).float()
+    bank.store_column("wide", torch.arange(bank.rows.start, bank.rows.stop)[:, None].expand(-1, 3).float())
     fetched = bank.fetch(("category_agreement", "wide"), global_batch.ids)
     assert torch.equal(fetched[1], mine[:, None].expand(-1, 3).float())
-    delivered = bank.scatter_to_owners(mine, global_batch.ids)
+    delivered = bank.router.scatter_to_owners(mine, global_batch.ids)
     assert torch.equal(delivered, ids[(ids >= bank.rows.start) & (ids < bank.rows.stop)])
     return [
         all_gather_rows(losses),
@@ -218,7 +218,7 @@ def saved_and_restored(parts: list[dict[str, torch.Tensor]] | None, replicated: 
         ids, ones = torch.arange(6), torch.ones(6)
         global_batch = GlobalBatch.gather(ids, ones > 0, unit(6, DIM, seed=1), unit(6, DIM, seed=2))
         bank.update(global_batch, ones, torch.rand(6, 2, 2, generator=torch.Generator().manual_seed(0)))
-        bank.columns["votes"] = torch.ones(len(bank.rows), 2)
+        bank.store_column("votes", torch.ones(len(bank.rows), 2))
     return bank.state()
 
 

@@ -147,7 +147,7 @@ def test_a_step_does_not_wait_for_the_gpu():
                 each.losses(active_complementary_loss(ones / 2, 5.0)) + each.losses(cross_entropy), ones
             )
             rescale_matching_probability(each.matching_probability(), each.num_candidates(), 10)
-        category = category_loss(*logits, ones, 1.0, bank.assignments.columns())
+        category = category_loss(*logits, ones, 1.0, bank.assignments.gram_matrices())
         total = total + category.contrast + category.imbalance + category.row_entropy
         believed = bank.fetch(("correspondence",), global_batch.ids)[0]
         bank.write("correspondence", believed, global_batch.ids, global_batch.valid)
@@ -183,7 +183,7 @@ def test_updates_are_the_same_on_both():
     stored = there.columns["categories"].double()
     visual, audio = stored.unbind(1)
     assert torch.equal(there.assignments.gram, torch.stack([visual.T @ visual, visual.T @ audio, audio.T @ audio]))
-    assert int(there.assignments.assigned) == int(stored.flatten(1).any(1).sum())
+    assert int(there.assignments.num_assigned) == int(stored.flatten(1).any(1).sum())
     gram = there.assignments.gram.clone()
     there.assignments.recount()
     assert torch.equal(there.assignments.gram, gram)

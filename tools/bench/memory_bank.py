@@ -36,6 +36,7 @@ class MemoryBankBenchmark:
 
     def __init__(self, batch: int, rows: int, dim: int, device: torch.device, num_categories: int = 0):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.num_rows = rows
         self.bank = Bank(rows, dim, 0.5, device, seed=1, num_categories=num_categories, dtype=dtype)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randperm(rows, generator=generator)[:batch]
@@ -87,7 +88,7 @@ class MemoryBankBenchmark:
         probs = None
         if with_categories:
             logits = self.logits.clone().requires_grad_()
-            memory = self.bank.assignments.columns()
+            memory = self.bank.assignments.gram_matrices()
             category = category_loss(logits[0], logits[1], self.ones, 1.0, memory)
             loss = loss + category.contrast + category.imbalance + category.row_entropy
             probs, agreement = category.weighted_probs, category_agreement(category.weighted_probs)
@@ -152,7 +153,7 @@ def _compare_times(results: Results, setting: Setting, benchmark: MemoryBankBenc
     for soft_targets in ("bootstrapping", "swapped", "neighbor", "cycle"):
         candidates[f"loss + gradient, {soft_targets}"] = lambda name=soft_targets: benchmark.loss(name)
     seconds = setting.interleaved(candidates)
-    operations = 8 * len(benchmark.ids) * len(benchmark.bank) * benchmark.visual.shape[1] / 1e9
+    operations = 8 * len(benchmark.ids) * benchmark.num_rows * benchmark.visual.shape[1] / 1e9
     results.add_times(seconds, {name: (operations, "GFLOP/s") for name in products})
     fastest = [min(pair) for pair in zip(*(seconds[name] for name in products), strict=True)]
     plain = seconds["loss + gradient"]
@@ -285,6 +286,6 @@ def wire_bytes(benchmark: MemoryBankBenchmark) -> int:
     batch = len(benchmark.ids) * world_size
     gathered = (world_size - 1) * batch * (4 * (2 * dim + 1) + 8)
     partial = (world_size - 1) * batch * 2 * (dim + 1) * 4
-    owners = benchmark.bank.owner(all_gather_rows(benchmark.ids)).view(world_size, -1)
+    owners = benchmark.bank.router.owner(all_gather_rows(benchmark.ids)).view(world_size, -1)
     remote = int((owners != torch.arange(world_size)[:, None]).sum())
     return gathered + partial + remote * 2 * dim * 4

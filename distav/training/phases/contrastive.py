@@ -86,7 +86,7 @@ def contrastive_losses(run: Run, config: ContrastivePhase) -> Callable[[Batch, f
         global_batch = GlobalBatch.gather(batch.ids, batch.valid, outputs["visual"], outputs["audio"])
         losses, weights, pair_weights = instance_term(outputs, batch, global_batch, progress)
         instance = weighted_mean(losses, weights)
-        memory = bank.assignments.columns() if config.category_memory_weight else None
+        memory = bank.assignments.gram_matrices() if config.category_memory_weight else None
         category = category_loss(
             outputs["visual_categories"],
             outputs["audio_categories"],

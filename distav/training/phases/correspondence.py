@@ -31,7 +31,7 @@ class Refinement:
         self.run, self.config = run, config
         self.rule = _refinement_rule(config)
         if REFINED not in run.bank.columns:
-            run.bank.columns[REFINED] = torch.ones_like(run.bank.columns["correspondence"])
+            run.bank.store_column(REFINED, torch.ones_like(run.bank.columns["correspondence"]))
 
     def __call__(self, global_batch: GlobalBatch, matching: Tensor, num_candidates: Tensor | int) -> Tensor:
         """Update the averages with a batch's matching probabilities; return the trusted correspondence: [b].

@@ -71,7 +71,7 @@ def vote(run: Run, name: str, settings: LabelCorrectionPhase) -> Correction:
 def store_correction(run: Run, found: Correction) -> None:
     """Store the votes beside the bank's rows, where checkpoints and the next phases find them."""
     for name in ("held_out", "posterior", "audio_held_out", "audio_posterior", "correspondence"):
-        run.bank.columns[name] = getattr(found, name)
+        run.bank.store_column(name, getattr(found, name))
     state = run.state.correction or CorrectionState(found.has_signal)
     state.has_signal = found.has_signal
     if state.rate_log_likelihood is None and found.has_signal:

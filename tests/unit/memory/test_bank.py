@@ -297,7 +297,7 @@ def test_stored_categories_add_up_exactly():
     stored = bank.columns["categories"].double()
     visual, audio = stored.unbind(1)
     assert torch.equal(bank.assignments.gram, torch.stack([visual.T @ visual, visual.T @ audio, audio.T @ audio]))
-    gram, count = bank.assignments.columns()
+    gram, count = bank.assignments.gram_matrices()
     torch.testing.assert_close(gram[1].double(), visual.T @ audio / 127**2, rtol=1e-6, atol=1e-6)
     assert count == int(stored.flatten(1).any(1).sum())
 
@@ -314,7 +314,7 @@ def test_rows_begin_as_random_directions_and_count_as_unseen():
 def test_bank_state_goes_by_id_range():
     bank = filled_bank(10, 4)
     bank.update(visitors(torch.arange(4), unit(4, 4), unit(4, 4)), torch.ones(4), torch.rand(4, 2, 3))
-    bank.columns["votes"] = torch.rand(10, 3)
+    bank.store_column("votes", torch.rand(10, 3))
     state = bank.state()
     parts = [
         {key: (value[low:high] if key != "range" else torch.tensor([low, high, 10])) for key, value in state.items()}

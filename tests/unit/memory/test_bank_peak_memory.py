@@ -49,7 +49,7 @@ def test_an_update_does_not_wait(rounded: bool):
         bank.update(visitors, torch.ones(4), shares)
         bank.write("correspondence", torch.rand(4), visitors.ids, visitors.valid)
         bank.fetch(("visual", "correspondence"), visitors.ids)
-        bank.assignments.columns()
+        bank.assignments.gram_matrices()
     assert waits.found == []
 
 
@@ -88,7 +88,7 @@ def test_other_losses_do_not_wait():
             loss = loss + weighted_mean(each.losses(cross_entropy), torch.ones(4))
             loss.backward()
             rescale_matching_probability(each.matching_probability(), each.num_candidates(), 10)
-        category = category_loss(*logits, torch.rand(4), 1.0, bank.assignments.columns())
+        category = category_loss(*logits, torch.rand(4), 1.0, bank.assignments.gram_matrices())
         (category.contrast + category.imbalance + category.row_entropy).backward()
         bank.update(visitors, category_agreement(category.weighted_probs), category.weighted_probs)
         rescale_matching_probability(torch.rand(4), bank.num_samples, 10)
@@ -133,7 +133,7 @@ def test_a_forward_pass_on_a_gpu_mixes_no_devices_and_does_not_wait(
                 ),
                 "audio",
             )
-            category = category_loss(*logits, ones, 1.0, bank.assignments.columns())
+            category = category_loss(*logits, ones, 1.0, bank.assignments.gram_matrices())
             bank.write("correspondence", bank.fetch(("correspondence",), ids)[0], ids, visitors.valid)
             bank.update(visitors, category_agreement(category.weighted_probs), category.weighted_probs)
             bank.refresh()
@@ -185,7 +185,7 @@ def test_an_update_writes_each_row_once_and_no_other(repeats: bool, usable: str)
         visual, audio = bank.columns["categories"].double().unbind(1)
         gram = torch.stack([visual.T @ visual, visual.T @ audio, audio.T @ audio])
         assert torch.equal(bank.assignments.gram, gram)
-        assert bank.assignments.assigned == bank.columns["categories"].flatten(1).any(1).sum()
+        assert bank.assignments.num_assigned == bank.columns["categories"].flatten(1).any(1).sum()
 
 
 def test_a_batch_may_have_one_sample():

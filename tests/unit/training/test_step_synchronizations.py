@@ -33,7 +33,7 @@ def synchronizations(file: Path, *overrides: str) -> list[str]:
         _correct(run)
         name, phase = list(settings.phases.items())[-1]
         with Synchronizations(lambda: run.progress.step in (2, 3)) as waits:
-            PHASES[phase.kind](run, name, phase)
+            PHASES[type(phase)](run, name, phase)
     return waits.found
 
 
@@ -41,7 +41,7 @@ def _correct(run: Run) -> None:
     """Put corrected labels where a supervised phase looks for them."""
     size, classes = len(run.bank.rows), len(run.data.shards.classes)
     for name in ("posterior", "audio_posterior", "held_out", "audio_held_out"):
-        run.bank.columns[name] = torch.full((size, classes), 1 / classes)
+        run.bank.store_column(name, torch.full((size, classes), 1 / classes))
     run.state.correction = CorrectionState(has_signal=True)
 
 
