@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Measure distav beside its peers: what `bench.py --help` lists."""
+"""Benchmarks of distav against alternative implementations and baselines; see `bench.py --help`."""
 
 import sys
 from pathlib import Path
 
-# Started as a file, Python puts this folder first, where `bench` is this file's package under a second name.
+# Python puts this directory first in sys.path, where `bench` would be a second name of the package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tools.bench.command import main

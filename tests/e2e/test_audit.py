@@ -1,10 +1,9 @@
-"""The audit page in a real browser, and its decisions back in a training."""
+"""The audit page in a browser, and its decisions applied to a training."""
 
 import csv
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,59 +24,63 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if not CHROMIUM:
-        pytest.skip("no chromium here (Debian: apt-get install chromium)")
+        pytest.skip("chromium is not installed (Debian: apt-get install chromium)")
     with sync_playwright() as driver:
-        with driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as started:
-            yield started
+        with driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser:
+            yield browser
 
 
 @pytest.fixture(scope="module")
 def page_file(finished: tuple[Path, str], tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page of a run whose corrections were made known, so that both lists have entries."""
-    run = tmp_path_factory.mktemp("audited") / "tiny"
+    """The page of a run whose labels table is replaced by known values, so that both lists have entries."""
+    run = tmp_path_factory.mktemp("audit") / "tiny"
     shutil.copytree(finished[0], run)
     report = json.loads((run / "report.json").read_text())
     path = run / "labels" / f"{report['corrections'][-1]['phase']}.parquet"
     table, classes = pq.read_table(path), ShardedDataset.open(tiny_shards).classes
     given = table.column("given_label").to_pylist()
-    agreement = np.linspace(0.001, 0.999, len(table)).astype(np.float32)
+    self_confidence = np.linspace(0.001, 0.999, len(table)).astype(np.float32)
     correspondence = np.where(np.arange(len(table)) % 8 == 3, 0.1, 0.9).astype(np.float32)
-    corrected = [
-        classes[(classes.index(name) + 1) % len(classes)] if share < 0.4 else name
-        for name, share in zip(given, agreement, strict=True)
+    knn = [
+        classes[(classes.index(name) + 1) % len(classes)] if confidence < 0.4 else name
+        for name, confidence in zip(given, self_confidence, strict=True)
     ]
-    for name, values in (("self_confidence", agreement), ("correspondence", correspondence), ("knn_label", corrected)):
+    columns = {"self_confidence": self_confidence, "correspondence": correspondence, "knn_label": knn}
+    for name, values in columns.items():
         table = table.set_column(table.column_names.index(name), name, [values])
     write_table(path, table)
     assert main([str(run), "--neighbors", "3", "--shards", str(tiny_shards)]) == 0
     return run / "audit.html"
 
 
-def opened(browser: Browser, path: Path) -> tuple[Page, list[str]]:
-    page, said = browser.new_page(viewport={"width": 1300, "height": 800}), []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
+def open_page(browser: Browser, path: Path) -> tuple[Page, list[str]]:
+    """Open the page; the list collects console messages, errors and requests to the network."""
+    page, messages = browser.new_page(viewport={"width": 1300, "height": 800}), []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
     page.on(
         "request",
-        lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else said.append(request.url),
+        lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else messages.append(request.url),
     )
     page.goto(path.as_uri())
-    return page, said
+    return page, messages
 
 
-def test_problems_are_judged_by_keys_and_go_back_into_a_training(
+def test_issues_are_reviewed_with_keys_and_decisions_are_applied_to_a_training(
     browser: Browser, page_file: Path, tiny_shards: Path, tmp_path: Path
 ):
-    page, said = opened(browser, page_file)
+    page, messages = open_page(browser, page_file)
     assert page.locator(".row").first.inner_text().endswith("99.9 %")
     assert page.locator("nav button").all_inner_texts() == ["Labels 38", "Pairs 12", "Overview"]
-    first = page.locator(".row.chosen img").evaluate("each => [each.naturalWidth / each.naturalHeight, each.complete]")
-    assert first == [4, True]
-    page.wait_for_function("document.getElementById('sound').duration > 0.9")
+    strip = page.locator(".row.selected img").evaluate(
+        "image => [image.naturalWidth / image.naturalHeight, image.complete]"
+    )
+    assert strip == [4, True]
+    page.wait_for_function("document.getElementById('audio').duration > 0.9")
     assert page.locator(".near figure").count() == 6
     page.keyboard.press("a")
     page.keyboard.press("r")
-    named = page.locator(".verdict b").all_inner_texts()
+    named = page.locator(".question b").all_inner_texts()
     other = next(name for name in ShardedDataset.open(tiny_shards).classes if name not in named)
     page.select_option("#pick", label=other)
     page.keyboard.press("a")
@@ -89,63 +92,63 @@ def test_problems_are_judged_by_keys_and_go_back_into_a_training(
     page.select_option("[name=state]", "rejected")
     assert page.locator(".row").count() == 1
     assert page.locator("#decided").inner_text() == "6 decided"
-    with page.expect_download() as waiting:
+    with page.expect_download() as first:
         page.click("#save")
     decisions = tmp_path / "decisions.csv"
-    waiting.value.save_as(decisions)
+    first.value.save_as(decisions)
     rows = list(csv.DictReader(decisions.open()))
-    by_kind = [(each["label_decision"], each["pair_decision"], each["pair"]) for each in rows]
-    # Clip 3 has a problem of both kinds, and one row.
-    assert sorted(by_kind) == [
+    decided = [(row["label_decision"], row["pair_decision"], row["pair"]) for row in rows]
+    # Clip 3 has an issue of both kinds, and one row.
+    assert sorted(decided) == [
         ("", "rejected", "matched"),
         ("accepted", "", ""),
         ("accepted", "accepted", "mismatched"),
         ("other", "", ""),
         ("rejected", "", ""),
     ]
-    accepted = next(each for each in rows if each["label_decision"] == "accepted")
-    assert accepted["label"] == accepted["proposed"] != accepted["given"]
+    accepted = next(row for row in rows if row["label_decision"] == "accepted")
+    assert accepted["label"] == accepted["knn_label"] != accepted["given_label"]
     shards = ShardedDataset.open(tiny_shards)
     split = shards.split("train")
     before, after = load_labels(shards, split), load_labels(shards, split, str(decisions))
     changed = {str(key) for key in split.keys[before.given != after.given]}
-    assert changed == {each["key"] for each in rows if each["label"] not in ("", each["given"])} and len(changed) == 3
+    assert changed == {row["key"] for row in rows if row["label"] not in ("", row["given_label"])} and len(changed) == 3
 
     page.evaluate("localStorage.clear()")
     page.reload()
-    assert page.locator("#decided").inner_text() == "nothing decided yet"
+    assert page.locator("#decided").inner_text() == "no decisions"
     page.set_input_files("#load", str(decisions))
-    page.wait_for_function("document.getElementById('decided').textContent.startsWith('5 clips taken')")
-    page.evaluate("location.reload()")  # What was loaded is kept as what was decided is.
+    page.wait_for_function("document.getElementById('decided').textContent.startsWith('5 clips loaded')")
+    page.evaluate("location.reload()")  # Loaded decisions are stored like those made on the page.
     page.wait_for_function("document.getElementById('decided')?.textContent === '6 decided'")
     with page.expect_download() as again:
         page.click("#save")
     again.value.save_as(tmp_path / "again.csv")
     assert (tmp_path / "again.csv").read_text() == decisions.read_text()
-    # Decisions of another run's page go by their labels, and those on clips not shown here are kept.
+    # Decisions from another run's page are compared by label; those on clips that are not shown are kept.
     lines = decisions.read_text().splitlines()
-    foreign = next(line for line in lines if ",accepted,," in line).replace(",accepted,", ",rejected,", 1)
-    (tmp_path / "foreign.csv").write_text(
-        "\n".join([lines[0], foreign, "elsewhere,,mismatched,a,b,,accepted,file,0"]) + "\n"
+    other_run = next(line for line in lines if ",accepted,," in line).replace(",accepted,", ",rejected,", 1)
+    (tmp_path / "other_run.csv").write_text(
+        "\n".join([lines[0], other_run, "elsewhere,,mismatched,a,b,,accepted,file,0"]) + "\n"
     )
     page.evaluate("localStorage.clear()")
     page.reload()
-    page.set_input_files("#load", str(tmp_path / "foreign.csv"))
+    page.set_input_files("#load", str(tmp_path / "other_run.csv"))
     page.wait_for_function("document.getElementById('decided').textContent.includes('1 not on this page kept')")
     with page.expect_download() as third:
         page.click("#save")
     third.value.save_as(tmp_path / "third.csv")
-    kept = {each["key"]: each for each in csv.DictReader((tmp_path / "third.csv").open())}
+    kept = {row["key"]: row for row in csv.DictReader((tmp_path / "third.csv").open())}
     assert kept["elsewhere"]["pair"] == "mismatched" and len(kept) == 2
-    assert kept[foreign.split(",")[0]]["label"] == foreign.split(",")[1]
-    assert kept[foreign.split(",")[0]]["label_decision"] == "accepted"
+    assert kept[other_run.split(",")[0]]["label"] == other_run.split(",")[1]
+    assert kept[other_run.split(",")[0]]["label_decision"] == "accepted"
     page.keyboard.press("3")
     assert page.locator(".confusion td").first.is_visible() and page.locator(".bar").count() == len(shards.classes)
-    assert not said
+    assert not messages
 
 
-def test_filters_choose_by_class_and_probability(browser: Browser, page_file: Path):
-    page, said = opened(browser, page_file)
+def test_filters_select_by_class_and_probability(browser: Browser, page_file: Path):
+    page, messages = open_page(browser, page_file)
     name = page.locator("[name=given] option").nth(1).inner_text()
     page.select_option("[name=given]", label=name)
     shown = page.locator(".row .given").all_inner_texts()
@@ -153,13 +156,13 @@ def test_filters_choose_by_class_and_probability(browser: Browser, page_file: Pa
     page.select_option("[name=given]", label="any")
     page.fill("[name=low]", "0.9")
     scores = page.locator(".row .mark").all_inner_texts()
-    assert 0 < len(scores) < 38 and min(float(each.removesuffix(" %")) for each in scores) >= 90
+    assert 0 < len(scores) < 38 and min(float(score.removesuffix(" %")) for score in scores) >= 90
     page.fill("[name=text]", "no such clip")
     assert page.locator(".row").count() == 0 and "Nothing to show" in page.locator("#detail").inner_text()
-    assert not said
+    assert not messages
 
 
-def test_ten_thousand_problems_stay_fluid_and_names_are_no_markup(
+def test_ten_thousand_issues_scroll_quickly_and_names_are_not_markup(
     browser: Browser, page_file: Path, tiny_shards: Path, tmp_path: Path
 ):
     shards = ShardedDataset.open(tiny_shards)
@@ -168,25 +171,25 @@ def test_ten_thousand_problems_stay_fluid_and_names_are_no_markup(
     evil = "</script><img src=x onerror=alert(1)>"
     classes = [evil if name == shards.classes[0] else name for name in shards.classes]
     for name in ("given_label", "corrected_label", "knn_label"):
-        values = [evil if each == shards.classes[0] else each for each in table.column(name).to_pylist()]
+        values = [evil if label == shards.classes[0] else label for label in table.column(name).to_pylist()]
         table = table.set_column(table.column_names.index(name), name, [values])
     ids = np.arange(10_000) % len(split)
-    problems = Issues("label", ids, np.linspace(1, 0.5, len(ids)), len(ids))
-    near = {modality: (np.stack([ids, ids], 1), np.ones((len(ids), 2))) for modality in ("visual", "audio")}
-    found = json.loads((page_file.parent / "report.json").read_text())["corrections"][-1]
-    audit = Audit(evil, replace(split), classes, table, found, [problems], [near], {})
+    issues = Issues("label", ids, np.linspace(1, 0.5, len(ids)), len(ids))
+    neighbors = {modality: (np.stack([ids, ids], 1), np.ones((len(ids), 2))) for modality in ("visual", "audio")}
+    correction = json.loads((page_file.parent / "report.json").read_text())["corrections"][-1]
+    audit = Audit(evil, split, classes, table, correction, [issues], [neighbors], {})
     write_page(audit, tmp_path / "many.html", 48)
-    page, said = opened(browser, tmp_path / "many.html")
+    page, messages = open_page(browser, tmp_path / "many.html")
     assert page.locator("nav button").first.inner_text() == "Labels 10000"
-    # Ten jumps through the list, each drawn before the next.
-    took = page.evaluate("""async () => {
-        const list = document.getElementById("list"), began = performance.now();
+    # Scroll ten times through the list; each position is drawn before the next.
+    elapsed_ms = page.evaluate("""async () => {
+        const list = document.getElementById("list"), start = performance.now();
         for (let jump = 1; jump <= 10; jump++) {
             list.scrollTop = jump * list.scrollHeight / 11;
             await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
         }
-        return performance.now() - began;
+        return performance.now() - start;
     }""")
-    assert took < 5000
+    assert elapsed_ms < 5000
     assert page.locator(".row").count() < 40
-    assert page.title() == evil and not said
+    assert page.title() == evil and not messages

@@ -1,4 +1,4 @@
-"""The command line of tools/bench.py."""
+"""Command line of tools/bench.py."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,9 +15,10 @@ from distav.data.files import write_atomically
 from distav.data.preparation.encoding import CODECS
 from tools.bench.timing import Results, Setting
 
-_EPILOG = """Candidates take turns in one process with the same threads; ratios are medians over the rounds. One thread
-is timed by CPU time, more by the wall clock. exit status: 0 every bar is met; 3 one is missed; 1 or 2 it did not run.
-example: bench.py bank --json tools/results/memory_bank.json
+_EPILOG = """Candidates are timed alternately in one process with the same number of threads; ratios are medians over
+rounds. The clock is CPU time for one thread and wall time for more.
+exit status: 0 all thresholds passed; 3 a threshold failed; 1 or 2 the benchmark did not run.
+example: bench.py bank --json tools/results/bank.json
 example: bench.py neighbors --threads 2 --rows 20000"""
 
 
@@ -24,80 +26,82 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one benchmark; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        if options.command in _OTHERS:
-            _OTHERS[options.command](options)
+        if options.command in _UNTIMED:
+            _UNTIMED[options.command](options)
             return 0
-        results = _measured(options)
+        results = _measure(options)
     except UserError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
-        print(f"bench: {error.name} is missing; pip install 'distav[bench]' brings it.", file=sys.stderr)
+        print(f"bench: {error.name} is missing; install it with pip install 'distav[bench]'.", file=sys.stderr)
         return 1
     print(results.table())
     if options.json:
         results.save(options.json)
-    return 3 if any(ratio.get("met") is False for ratio in results.ratios.values()) else 0
+    return 3 if any(ratio.get("passed") is False for ratio in results.ratios.values()) else 0
 
 
 def _noise(options: argparse.Namespace) -> None:
     from tools.bench.noise import plots, results, runner, tables
 
     if options.json:
-        results.stored(options.json)  # A file that cannot take the figures is told before they are made.
-    made = runner.run(
-        options.digits, options.work, options.seeds, options.sets, options.experiments, options.max_parallel
+        results.load(options.json)  # Reports a file that cannot be extended before hours of training.
+    bench, jobs = runner.run(
+        options.digits, options.work, options.seeds, options.datasets, options.experiments, options.max_parallel
     )
-    found = {"rows": results.trainings(*made), "votes": results.votes(*made)}
+    records = {"rows": results.training_records(bench, jobs), "votes": results.vote_records(bench, jobs)}
     if options.json:
-        found = results.save(found, options.json)
-    print(*tables.every(found["rows"]), sep="\n\n")
+        records = results.save(records, options.json)
+    print(*tables.all_tables(records["rows"]), sep="\n\n")
     if options.json:
-        rows = {name: results.over_seeds(records) for name, records in found.items()}
-        plots.save(rows, options.json.with_suffix(".svg"))
+        plots.save({name: results.over_seeds(each) for name, each in records.items()}, options.json.with_suffix(".svg"))
 
 
 def _parsing(options: argparse.Namespace) -> None:
     from tools.bench import event_parsing
 
-    found = event_parsing.run(options.annotations, options.work, options.seeds, options.max_parallel)
-    print(event_parsing.table(found))
-    if options.json:
-        write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
+    results = event_parsing.run(options.annotations, options.work, options.seeds, options.max_parallel)
+    print(event_parsing.table(results))
+    _write_json(options.json, results)
 
 
 def _audit(options: argparse.Namespace) -> None:
     from tools.bench import audit
 
-    found = audit.run(options.runs)
-    print(audit.table(found))
-    if options.json:
-        write_atomically(options.json, (json.dumps(found, indent=1) + "\n").encode())
+    results = audit.run(options.runs)
+    print(audit.table(results))
+    _write_json(options.json, results)
+
+
+def _write_json(path: Path | None, results: dict[str, Any]) -> None:
+    if path:
+        write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
 
 
 def _tables(options: argparse.Namespace) -> None:
-    from tools.bench.markdown import write_section
+    from tools.bench.markdown import write_sections
 
-    write_section(options.readme, options.results)
-
-
-_OTHERS = {"noise": _noise, "parsing": _parsing, "audit": _audit, "tables": _tables}
-"""Commands that do not time candidates and have no bars."""
+    write_sections(options.out or options.results / "README.md", options.results)
 
 
-def _measured(options: argparse.Namespace) -> Results:
+_UNTIMED = {"noise": _noise, "parsing": _parsing, "audit": _audit, "tables": _tables}
+"""Commands that do not time candidates and have no thresholds."""
+
+
+def _measure(options: argparse.Namespace) -> Results:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda: PyTorch sees no GPU here; leave it out to measure on the CPU.")
+        raise UserError("--device=cuda: PyTorch finds no GPU; omit the option to measure on the CPU.")
     for key, value in vars(options).items():
         if isinstance(value, int) and value < 1:
-            raise UserError(f"--{key.replace('_', '-')}={value}: allowed: from 1 up.")
-    before = torch.get_num_threads()
+            raise UserError(f"--{key.replace('_', '-')}={value}: allowed: 1 or more.")
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
         return options.run(Setting(device, options.threads, options.rounds), options)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(num_threads)
 
 
 def _bank(setting: Setting, options: argparse.Namespace) -> Results:
@@ -110,7 +114,7 @@ def _neighbors(setting: Setting, options: argparse.Namespace) -> Results:
     from tools.bench import knn
 
     if not options.k < options.rows or not options.k < options.ring_rows:
-        raise UserError(f"--k={options.k}: allowed: below --rows and --ring-rows.")
+        raise UserError(f"--k={options.k}: allowed: less than --rows and --ring-rows.")
     return knn.run(setting, options.rows, options.dim, options.k, options.queries, options.ring_rows)
 
 
@@ -138,97 +142,111 @@ def _scaling(setting: Setting, options: argparse.Namespace) -> Results:
     return scaling.run(setting, options.batch, options.dim)
 
 
-_NUMBERS = {
-    "bank": (_bank, "the loss over the memory bank", {"batch": 1024, "rows": 32768, "dim": 128, "memory-rows": 65536,
-                                                      "shard-rows": 65536}),
-    "neighbors": (_neighbors, "exact nearest neighbours", {"rows": 50000, "dim": 128, "k": 200, "queries": 4096,
-                                                          "ring-rows": 20000}),
-    "shards": (_shards, "reading from tars", {"samples": 2000}),
-    "loader": (_loader, "batches end to end", {"clips": 384, "batch": 32}),
-    "step": (_step, "a training step", {"clips": 384}),
-    "scaling": (_scaling, "cost as memory_bank, batch and ranks grow", {"batch": 1024, "dim": 128}),
-}  # fmt: skip
+_TIMED = {
+    "bank": (
+        _bank,
+        "loss over the memory bank",
+        {"batch": 1024, "rows": 32768, "dim": 128, "memory-rows": 65536, "shard-rows": 65536},
+    ),
+    "neighbors": (
+        _neighbors,
+        "exact nearest-neighbor search",
+        {"rows": 50000, "dim": 128, "k": 200, "queries": 4096, "ring-rows": 20000},
+    ),
+    "shards": (_shards, "reading samples from tar files", {"samples": 2000}),
+    "loader": (_loader, "data loading end to end", {"clips": 384, "batch": 32}),
+    "step": (_step, "training step", {"clips": 384}),
+    "scaling": (_scaling, "cost for growing memory bank, batch and number of ranks", {"batch": 1024, "dim": 128}),
+}
+"""Timing benchmarks: function, help, and integer options with their defaults."""
 _THREADS = {"loader": 2}
-_MEANINGS = {
-    "batch": "samples of a step",
-    "rows": "samples of the bank or set",
-    "dim": "width of an embedding",
-    "memory-rows": "rows where memory is measured",
-    "shard-rows": "rows of the bank spread over 2 and 4 processes",
-    "ring-rows": "samples of the set spread over 2 and 4 processes",
-    "k": "neighbours",
-    "queries": "samples searched for, besides all of them",
-    "samples": "samples of the tar, 360 kB each",
-    "clips": "clips of the rendered set",
+_HELP = {
+    "batch": "samples per step",
+    "rows": "samples of the memory bank or the dataset",
+    "dim": "dimension of the embeddings",
+    "memory-rows": "samples of the memory bank for measuring memory",
+    "shard-rows": "samples of the memory bank sharded over 2 and 4 processes",
+    "ring-rows": "samples of the dataset sharded over 2 and 4 processes",
+    "k": "number of neighbors",
+    "queries": "number of queries, in addition to all samples",
+    "samples": "samples of the tar file, 360 kB each",
+    "clips": "clips of the synthetic dataset",
 }
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bench.py",
-        description="How fast distav is beside what one would use instead.",
+        description="Compare distav with alternative implementations and baseline methods.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (run, title, numbers) in _NUMBERS.items():
+    for name, (run, title, numbers) in _TIMED.items():
         command = commands.add_parser(name, help=title, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(run=run)
         for key, default in numbers.items():
-            command.add_argument(f"--{key}", type=int, default=default, help=_MEANINGS[key])
+            command.add_argument(f"--{key}", type=int, default=default, help=_HELP[key])
         if name == "step":
-            sizes = ("small", "vit-l", "r2plus1d_18")
-            command.add_argument("--towers", choices=sizes, default="small", help="size of the towers")
-            meaning = "samples of a step; None: 64, for vit-l 32, for r2plus1d_18 128"
-            command.add_argument("--batch", type=int, help=meaning)
-            meaning = "settings that replace those of the towers, such as data.frame_size=64"
-            command.add_argument("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help=meaning)
+            _add_step_options(command)
         if name == "loader":
             command.add_argument("--codec", choices=tuple(CODECS), default="mjpeg", help="codec of the clips")
-        _common(command, _THREADS.get(name, 1))
-    noise = commands.add_parser(
-        "noise",
-        help="accuracy under wrong labels and wrong pairs, beside simple baselines",
-        description="Train every method in every cell of the grid; what is done is kept, so a stopped run goes on.",
-    )
-    noise.add_argument("--digits", type=Path, required=True, help="folder with MNIST's test files and FSDD's tar")
-    noise.add_argument("--work", type=Path, default=Path("runs/noise"), help="folder for shards, runs and results")
-    noise.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of data, noise and training")
-    noise.add_argument("--sets", nargs="+", default=[], help="sets of the grid; all of them")
-    noise.add_argument("--experiments", nargs="+", default=[], help="which trainings: grid, ablations, pairs; all")
-    noise.add_argument(
-        "--max-parallel", type=int, default=os.cpu_count() or 1, help="trainings at a time, of one core each"
-    )
-    noise.add_argument(
-        "--json",
-        type=Path,
-        help="file for the figures as JSON, which adds to what it holds of other seeds; plots beside it as SVG",
-    )
-    parsing = commands.add_parser(
-        "parsing",
-        help="events heard and seen, learnt from weak and from harvested labels, on simulated features",
-        description="LLP's labels with simulated features; what is done is kept, so a stopped run goes on.",
-    )
-    parsing.add_argument("--annotations", type=Path, required=True, help="folder with LLP's published CSV files")
-    parsing.add_argument("--work", type=Path, default=Path("runs/parsing"), help="folder for shards, runs and results")
-    parsing.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of features and training")
-    parsing.add_argument("--max-parallel", type=int, default=1, help="trainings at a time, of one core each")
-    parsing.add_argument("--json", type=Path, help="file for the figures as JSON")
+        _add_timing_options(command, _THREADS.get(name, 1))
+    _add_noise_command(commands)
+    _add_parsing_command(commands)
     audit = commands.add_parser(
         "audit",
-        help="how many of the first problems of an audit page are problems, beside cleanlab's ranking",
-        description="Of finished runs on sets that know their true labels and pairs, such as those of `noise`.",
+        help="precision of the audit rankings, compared with cleanlab",
+        description="Evaluate finished runs on datasets with true labels and pairs, such as those of `noise`.",
     )
-    audit.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
-    audit.add_argument("--json", type=Path, help="file for the figures as JSON")
-    readme = commands.add_parser("tables", help="write the section of the README from the JSON files")
-    readme.add_argument("--results", type=Path, default=Path("tools/results"), help="folder of the JSON files")
-    readme.add_argument("--readme", type=Path, default=Path("README.md"), help="the file to change")
+    audit.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a finished run")
+    audit.add_argument("--json", type=Path, help="JSON file for the figures")
+    tables = commands.add_parser("tables", help="write the generated tables of tools/results/README.md")
+    tables.add_argument("--results", type=Path, default=Path("tools/results"), help="directory of the JSON files")
+    tables.add_argument("--out", type=Path, help="page whose generated sections are replaced (RESULTS/README.md)")
     return parser
 
 
-def _common(command: argparse.ArgumentParser, threads: int) -> None:
-    command.add_argument("--threads", type=int, default=threads, help="threads of every candidate")
-    command.add_argument("--rounds", type=int, default=5, help="rounds that count")
-    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
-    command.add_argument("--json", type=Path, help="file for everything as one JSON object")
+def _add_step_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--towers", choices=("small", "vit-l", "r2plus1d_18"), default="small", help="size of the towers")
+    add("--batch", type=int, help="samples per step; None: 64, 32 for vit-l, 128 for r2plus1d_18")
+    meaning = "settings that override those of the towers, such as data.frame_size=64"
+    add("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help=meaning)
+
+
+def _add_timing_options(command: argparse.ArgumentParser, threads: int) -> None:
+    command.add_argument("--threads", type=int, default=threads, help="number of threads of every candidate")
+    command.add_argument("--rounds", type=int, default=5, help="number of measured rounds")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device")
+    command.add_argument("--json", type=Path, help="JSON file for all results")
+
+
+def _add_noise_command(commands: Any) -> None:
+    add = commands.add_parser(
+        "noise",
+        help="accuracy under label noise and mismatched audio, compared with baselines",
+        description="Train every method in every cell of the grid. Finished trainings are kept, and a stopped run "
+        "resumes.",
+    ).add_argument
+    add("--digits", type=Path, required=True, help="directory with MNIST's test files and FSDD's tar file")
+    add("--work", type=Path, default=Path("runs/noise"), help="directory for shards, runs and results")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of data, noise and training")
+    add("--datasets", nargs="+", default=[], help="datasets of the grid (all)")
+    add("--experiments", nargs="+", default=[], help="grid, ablations, pairs (all)")
+    add("--max-parallel", type=int, default=os.cpu_count() or 1, help="parallel trainings, each on one core")
+    meaning = "JSON file to which the figures are added; plots are written beside it as SVG"
+    add("--json", type=Path, help=meaning)
+
+
+def _add_parsing_command(commands: Any) -> None:
+    add = commands.add_parser(
+        "parsing",
+        help="event parsing from weak labels and from pseudo-labels, on simulated features",
+        description="LLP's labels with simulated features. Finished trainings are kept, and a stopped run resumes.",
+    ).add_argument
+    add("--annotations", type=Path, required=True, help="directory with LLP's published CSV files")
+    add("--work", type=Path, default=Path("runs/parsing"), help="directory for shards, runs and results")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of features and training")
+    add("--max-parallel", type=int, default=1, help="parallel trainings, each on one core")
+    add("--json", type=Path, help="JSON file for the figures")

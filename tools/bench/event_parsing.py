@@ -1,9 +1,10 @@
-"""What harvested labels are worth: events parsed from weak labels, from one teacher a modality, and from fused teachers.
+"""Event parsing from weak labels, from pseudo-labels of one teacher per modality, and of fused teachers.
 
-LLP's labels are real; its features here are not: each second is the sum of a prototype of every event that is heard,
-or seen, in it, of a background that has no name, and of noise. Test and validation videos follow their annotations;
-training videos, which have classes alone, borrow for each class when it is heard and seen from a validation video.
-Legend: N videos, T seconds, C classes, D width.
+LLP's labels are real, but its features are simulated: each second is the sum of a prototype of every event that is
+audible or visible in it, of an unlabeled background, and of noise. Test and validation videos follow their annotations;
+training videos, which have only class labels, take the seconds of each class from a validation video.
+
+Legend: N videos, T seconds, C classes, D feature dimension, K backgrounds.
 """
 
 import json
@@ -33,26 +34,27 @@ from distav.training.environment import machine
 ROOT = Path(__file__).parents[2]
 WIDTH, BACKGROUNDS = 64, 15
 NOISE, TEACHER_NOISE = 0.3, 0.12
-"""Standard deviation of each number of a feature, and of a teacher's idea of a class; prototypes have length 1."""
-METHODS = {"HAN, weak labels": "", "VALOR, fused teachers": "fused", "VALOR, a teacher a modality": "each"}
+"""Standard deviation of the noise in each component of a feature and of a teacher's prototypes, which have norm 1."""
+METHODS = {"HAN, weak labels": "", "VALOR, fused teachers": "fused", "VALOR, one teacher per modality": "per_modality"}
+"""Methods and the pseudo-labels they learn from; empty for none."""
 SETTINGS = (
     "model.parser.width=128", "model.parser.heads=4", "model.parser.ffn_dim=256", "optim.lr=1e-3",
     "phases.parse.epochs=12", "run.device=cpu", "run.threads_per_rank=1", "run.log_every=156",
 )  # fmt: skip
-"""The network is small, since the features are."""
+"""The network is small, in proportion to the features."""
 
 
 @dataclass(frozen=True)
-class World:
-    """What sounds and pictures of each class are like: [2, C, D], and backgrounds [2, K, D]."""
+class FeatureSimulator:
+    """Simulates features from prototypes [2, C, D] of each class by modality, and from backgrounds [2, K, D]."""
 
     prototypes: np.ndarray
     backgrounds: np.ndarray
 
     @classmethod
-    def drawn(cls, rng: np.random.Generator) -> "World":
-        """Draw directions at random."""
-        return cls(_directions(rng, (2, len(CLASSES), WIDTH)), _directions(rng, (2, BACKGROUNDS, WIDTH)))
+    def random(cls, rng: np.random.Generator) -> "FeatureSimulator":
+        """Draw random prototypes and backgrounds."""
+        return cls(_unit_vectors(rng, (2, len(CLASSES), WIDTH)), _unit_vectors(rng, (2, BACKGROUNDS, WIDTH)))
 
     def features(self, events: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Return [N, 2, T, D] for events [N, 2, T, C]; half of the videos have a background for some seconds."""
@@ -65,59 +67,71 @@ class World:
         return (values + NOISE * rng.standard_normal(values.shape)).astype(np.float32)
 
 
-def _directions(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    drawn = rng.standard_normal(shape)
-    return (drawn / np.linalg.norm(drawn, axis=-1, keepdims=True)).astype(np.float32)
+def _unit_vectors(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    vectors = rng.standard_normal(shape)
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
 
 
 def training_events(weak: np.ndarray, annotated: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Give every class of a video the seconds that it has in some annotated video: [N, C] -> [N, 2, T, C].
+    """Return events [N, 2, T, C] in which every class of a video has the seconds of a random annotated video.
 
     Args:
         weak: [N, C] classes of the videos.
-        annotated: [M, 2, T, C] real events to borrow from.
-        rng: draws the video that is borrowed from.
+        annotated: [M, 2, T, C] annotated events.
+        rng: draws the annotated video.
     """
     events = np.zeros((len(weak), *annotated.shape[1:]), dtype=bool)
-    lenders = [np.flatnonzero(annotated[..., kind].any(axis=(1, 2))) for kind in range(weak.shape[1])]
-    for video, kind in np.argwhere(weak):
-        events[video, :, :, kind] = annotated[rng.choice(lenders[kind]), :, :, kind]
+    videos_of_class = [np.flatnonzero(annotated[..., label].any(axis=(1, 2))) for label in range(weak.shape[1])]
+    for video, label in np.argwhere(weak):
+        events[video, :, :, label] = annotated[rng.choice(videos_of_class[label]), :, :, label]
     return events
 
 
-def harvested(values: np.ndarray, world: World, weak: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Return what teachers say, filtered by the classes of the video: [N, 2, T, C] bool for `each` and `fused`.
+def pseudo_labels(
+    features: np.ndarray, simulator: FeatureSimulator, weak: np.ndarray, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Return pseudo-labels, filtered by the classes of the video: [N, 2, T, C] bool for `per_modality` and `fused`.
 
-    A teacher compares features with its own idea of each class, which is off by some noise. One of each modality knows
-    that modality alone; the fused one adds both, and says the same of both.
+    A teacher scores features with noisy prototypes of the classes. `per_modality` has one teacher for each modality;
+    `fused` adds the scores of both and predicts the same events for both.
+
+    Args:
+        features: [N, 2, T, D].
+        simulator: has the exact prototypes.
+        weak: [N, C] classes of the videos.
+        rng: draws the noise of the prototypes.
     """
-    ideas = world.prototypes + TEACHER_NOISE * rng.standard_normal(world.prototypes.shape).astype(np.float32)
-    scores = np.einsum("nstd,scd->nstc", values, ideas)
+    prototypes = simulator.prototypes + TEACHER_NOISE * rng.standard_normal(simulator.prototypes.shape).astype(
+        np.float32
+    )
+    scores = np.einsum("nstd,scd->nstc", features, prototypes)
     fused = np.broadcast_to(scores.sum(axis=1, keepdims=True), scores.shape)
-    return {name: (each > 0.5) & weak[:, None, None] for name, each in (("each", scores), ("fused", fused))}
+    all_scores = {"per_modality": scores, "fused": fused}
+    return {name: (teacher_scores > 0.5) & weak[:, None, None] for name, teacher_scores in all_scores.items()}
 
 
 def prepare(annotations: Path, work: Path, seed: int) -> Path:
-    """Make the set and the harvested tables of a seed, where they are not there yet; returns their folder.
+    """Create the dataset and the pseudo-labels of a seed, unless they exist; returns their directory.
 
     Raises:
-        UserError: for annotations that are missing or broken.
+        UserError: if annotations are missing or malformed.
     """
     folder = work / f"seed_{seed}"
-    if (folder / "harvest.json").exists():
+    if (folder / "pseudo_labels.json").exists():
         return folder
     rng = np.random.default_rng([seed, 11])
-    told = {split: read_llp(annotations, split) for split in VIDEOS}
-    world, events = World.drawn(rng), {}
+    videos = {split: read_llp(annotations, split) for split in VIDEOS}
+    simulator, events = FeatureSimulator.random(rng), {}
     for modality in MODALITIES:
         (folder / modality).mkdir(parents=True, exist_ok=True)
     for split in ("val", "test", "train"):
-        known = told[split].events
-        events[split] = training_events(told[split].weak, events["val"], rng) if known is None else known
-        values = world.features(events[split], rng)
-        for name, video in zip(told[split].names, values, strict=True):
-            for modality, each in zip(MODALITIES, video, strict=True):
-                np.save(folder / modality / f"{name}.npy", each)
+        annotated = videos[split].events
+        if annotated is None:
+            annotated = training_events(videos[split].weak, events["val"], rng)
+        events[split] = annotated
+        for name, features in zip(videos[split].names, simulator.features(annotated, rng), strict=True):
+            for modality, values in zip(MODALITIES, features, strict=True):
+                np.save(folder / modality / f"{name}.npy", values)
     streams = tuple(FeatureFolder(modality, f"{modality}_features", folder / modality) for modality in MODALITIES)
     build_dataset(
         LLPSource(annotations, features=streams),
@@ -125,37 +139,39 @@ def prepare(annotations: Path, work: Path, seed: int) -> Path:
         BuildConfig(Encoding(clip_s=DURATION_S)),
         2,
     )
-    _harvest(folder, world, dict(zip(told["train"].names, events["train"], strict=True)), rng)
+    _write_pseudo_labels(folder, simulator, dict(zip(videos["train"].names, events["train"], strict=True)), rng)
     return folder
 
 
-def _harvest(folder: Path, world: World, events: dict[str, np.ndarray], rng: np.random.Generator) -> None:
-    """Let teachers label the training videos, and note how right they are."""
+def _write_pseudo_labels(
+    folder: Path, simulator: FeatureSimulator, events: dict[str, np.ndarray], rng: np.random.Generator
+) -> None:
+    """Write the pseudo-labels of the training videos, and their scores."""
     shards = ShardedDataset.open(folder / "shards")
     split = shards.split("train")
     sources = split.columns["source"].tolist()
     values = np.stack([[np.load(folder / modality / f"{name}.npy") for modality in MODALITIES] for name in sources])
     weak, true = load_events(shards, split).weak, np.stack([events[name] for name in sources])
-    quality = {}
-    for name, each in harvested(values, world, weak, rng).items():
-        looked_at = np.ones(len(split), dtype=bool)
-        found = events_table("train", split.keys, split.columns["source"], shards.classes, each, looked_at)
-        write_table(folder / f"{name}.parquet", found)
-        quality[name] = event_metrics(each, true)["segment"]
-    write_atomically(folder / "harvest.json", (json.dumps(quality, indent=1) + "\n").encode())
+    scores = {}
+    for name, labels in pseudo_labels(values, simulator, weak, rng).items():
+        annotated = np.ones(len(split), dtype=bool)
+        table = events_table("train", split.keys, split.columns["source"], shards.classes, labels, annotated)
+        write_table(folder / f"{name}.parquet", table)
+        scores[name] = event_metrics(labels, true)["segment"]
+    write_atomically(folder / "pseudo_labels.json", (json.dumps(scores, indent=1) + "\n").encode())
 
 
 def run(annotations: Path, work: Path, seeds: Sequence[int], max_parallel: int) -> dict[str, Any]:
-    """Train every method on every seed, those left of an earlier call, and return the figures.
+    """Train every method with every seed, unless its result exists, and return all results.
 
     Raises:
-        UserError: for missing annotations, or a training that fails.
+        UserError: if annotations are missing or a training fails.
     """
     jobs = [(method, seed, prepare(annotations, work, seed)) for seed in seeds for method in METHODS]
     with ThreadPoolExecutor(max_parallel) as pool:
         rows = list(pool.map(lambda job: _train(*job), jobs))
-    quality = {seed: json.loads((work / f"seed_{seed}" / "harvest.json").read_text()) for seed in seeds}
-    return {"machine": machine(), "rows": rows, "harvested": quality}
+    scores = {seed: json.loads((work / f"seed_{seed}" / "pseudo_labels.json").read_text()) for seed in seeds}
+    return {"machine": machine(), "rows": rows, "pseudo_labels": scores}
 
 
 def _train(method: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -163,25 +179,27 @@ def _train(method: str, seed: int, folder: Path) -> dict[str, Any]:
     report = folder / "runs" / name / "report.json"
     if not report.exists():
         config = ROOT / "configs" / ("valor.yaml" if teachers else "han.yaml")
-        chosen = [f"phases.parse.pseudo_labels={folder / teachers}.parquet"] if teachers else []
+        overrides = [f"phases.parse.pseudo_labels={folder / teachers}.parquet"] if teachers else []
         command = [
             sys.executable, str(ROOT / "distav" / "train.py"), "--config", str(config), f"data.root={folder}/shards",
-            f"run.root={folder}/runs", f"run.name={name}", f"run.seed={seed}", *SETTINGS, *chosen,
+            f"run.root={folder}/runs", f"run.name={name}", f"run.seed={seed}", *SETTINGS, *overrides,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise UserError(f"{method}, seed {seed} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-        print(f"{method}, seed {seed}: done", flush=True)
+            raise UserError(
+                f"{method}, seed {seed}: training ended with status {done.returncode}:\n{done.stderr[-2000:]}"
+            )
+        print(f"{method}, seed {seed}: finished", flush=True)
     return {"method": method, "seed": seed, **json.loads(report.read_text())["events"]}
 
 
-def table(found: dict[str, Any]) -> str:
-    """Return the figures as a table: mean and standard deviation over the seeds."""
+def table(results: dict[str, Any]) -> str:
+    """Return the scores as a Markdown table: mean and standard deviation over seeds."""
     names = ("audio", "visual", "audio_visual", "type", "event")
     heads = [f"{level} {name}" for level in ("segment", "event") for name in ("A", "V", "AV", "Type@AV", "Event@AV")]
-    lines = ["| learnt from | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    lines = ["| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for method in METHODS:
-        rows = [row for row in found["rows"] if row["method"] == method]
+        rows = [row for row in results["rows"] if row["method"] == method]
         cells = [
             f"{np.mean(values):.1f} ± {np.std(values):.1f}"
             for level in ("segment", "event")
@@ -189,7 +207,10 @@ def table(found: dict[str, Any]) -> str:
             if (values := [row[level][name] for row in rows])
         ]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    for kind, said in (("fused", "the fused teacher's labels"), ("each", "the labels of a teacher a modality")):
-        means = [np.mean([seed[kind][name] for seed in found["harvested"].values()]) for name in names]
-        lines.append(f"| *{said}, training videos* | " + " | ".join(f"{mean:.1f}" for mean in means) + " | " * 5 + " |")
+    teachers = {"fused": "pseudo-labels, fused teachers", "per_modality": "pseudo-labels, one teacher per modality"}
+    for key, title in teachers.items():
+        means = [np.mean([scores[key][name] for scores in results["pseudo_labels"].values()]) for name in names]
+        lines.append(
+            f"| *{title}, training videos* | " + " | ".join(f"{mean:.1f}" for mean in means) + " | " * 5 + " |"
+        )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Batches from end to end, beside their slowest stage alone and beside webdataset with PyAV in a DataLoader."""
+"""Data loading end to end, compared with its slowest stage alone and with webdataset and PyAV in a DataLoader."""
 
 import io
 import sys
@@ -25,40 +25,41 @@ from tools.bench.timing import Results, Setting
 
 FRAMES, STRIDE, AUDIO_S = 8, 2, 1.0
 SIDES = {"cpu": (128, 112), "cuda": (256, 224)}
-"""Pixels of the short side of stored frames, and of the frames that are fed; NVDEC takes no smaller ones than 144."""
+"""Pixels of the short side of stored frames and of the model's frames; NVDEC requires at least 144."""
 STEP_OVER_LOADER = 1.25
+"""Duration of the simulated training step, relative to the loader's time per batch."""
 
 
-def make_clips(folder: Path, clips: int, codec: str = "mjpeg", short_side: int = 128) -> Split:
+def make_clips(directory: Path, clips: int, codec: str = "mjpeg", short_side: int = 128) -> Split:
     """Render a dataset of two-second clips of 16 frames."""
     build_dataset(
         SyntheticSource(train_clips=clips, test_clips=1),
-        folder,
+        directory,
         BuildConfig(Encoding(codec, fps=8, short_side=short_side, clip_s=2.0)),
         workers=torch.get_num_threads(),
     )
-    return ShardedDataset.open(folder).split("train")
+    return ShardedDataset.open(directory).split("train")
 
 
 def run(setting: Setting, clips: int, batch: int, codec: str = "mjpeg") -> Results:
-    """Measure the loader by the wall clock.
+    """Measure the loader in wall time.
 
     Args:
         setting: device, threads, rounds.
-        clips: clips of the set.
-        batch: clips of a batch.
+        clips: number of clips.
+        batch: clips per batch.
         codec: codec of the clips.
     """
     arguments = {"clips": clips, "batch": batch, "threads": setting.threads, "device": setting.device.type}
     stored, size = SIDES[setting.device.type]
     results = Results("loader", arguments | {"frames": f"{FRAMES} of 16, {stored} px {codec} -> {size} px"})
-    setting = Setting(setting.device, max(2, setting.threads), setting.rounds)  # by the wall clock in any case
+    setting = Setting(setting.device, max(2, setting.threads), setting.rounds)  # one thread would select CPU time
     data = DataConfig(num_frames=FRAMES, frame_stride=STRIDE, frame_size=size, audio_s=AUDIO_S)
     data.decode_threads = setting.threads
-    with tempfile.TemporaryDirectory(prefix="distav-bench-") as name:
-        split = make_clips(Path(name) / "set", clips, codec, stored)
-        number = len(split) // batch
-        plan = [(ids, 0) for ids in np.arange(number * batch).reshape(number, batch)]
+    with tempfile.TemporaryDirectory(prefix="distav-bench-") as directory:
+        split = make_clips(Path(directory) / "dataset", clips, codec, stored)
+        num_batches = len(split) // batch
+        plan = [(ids, 0) for ids in np.arange(num_batches * batch).reshape(num_batches, batch)]
         loader = Loader(split, data, AugmentConfig(), 0, batch, setting.device)
         stages = _Stages(split, data, plan, setting.device)
         peers = {
@@ -74,29 +75,31 @@ def run(setting: Setting, clips: int, batch: int, codec: str = "mjpeg") -> Resul
             for name, batches in peers.items()
         }
         seconds = setting.interleaved(candidates)
-        results.add_times(seconds, {each: (number * batch, "clips/s") for each in seconds})
-        read, decode, whole = (seconds[each] for each in list(seconds)[:3])
-        slowest = [max(pair) for pair in zip(read, decode, strict=True)]
-        results.add_ratio("clips/s of the loader / its slowest stage", (slowest, whole), ">= 0.9")
+        results.add_times(seconds, {candidate: (num_batches * batch, "clips/s") for candidate in seconds})
+        ours = seconds["loader"]
+        stage_seconds = seconds["reading and checking alone"], seconds["decoding and augmenting alone"]
+        slowest = [max(pair) for pair in zip(*stage_seconds, strict=True)]
+        results.add_ratio("clips/s, loader / its slowest stage", (slowest, ours), ">= 0.9")
         for name in peers:
             peer = seconds[f"webdataset + {name} in a DataLoader"]
-            bar = {"PyAV": ">= 1.3", "torchcodec": ">= 1"}[name] if codec == "mjpeg" else ""
-            results.add_ratio(f"clips/s of the loader / webdataset + {name}", (peer, whole), bar)
-        wait = _data_wait(loader, plan * 2, _step(setting.device, STEP_OVER_LOADER * float(np.median(whole)) / number))
-        results.add_ratio("data wait, share of a step of 1.25 batches' time", wait, "<= 0.02")
+            threshold = {"PyAV": ">= 1.3", "torchcodec": ">= 1"}[name] if codec == "mjpeg" else ""
+            results.add_ratio(f"clips/s, loader / webdataset + {name}", (peer, ours), threshold)
+        step = _simulated_step(setting.device, STEP_OVER_LOADER * float(np.median(ours)) / num_batches)
+        wait = _data_wait(loader, plan * 2, step)
+        results.add_ratio("data wait, fraction of a step of 1.25 batch times", wait, "<= 0.02")
         loader.close()
     return results
 
 
 class _Stages:
-    """The two stages of the loader, each with the input of the other at hand."""
+    """The two stages of the loader, each with its input in memory."""
 
     def __init__(self, split: Split, data: DataConfig, plan: list, device: torch.device):
         self.plan = plan
         self.reader = ShardReader(split)
-        self.graph = ClipPipeline(data, split, len(plan[0][0]), device)
-        viewer = ClipTransformSampler(split, data, AugmentConfig(), 0)
-        self.views = [[viewer.sample(int(sample), epoch) for sample in ids] for ids, epoch in plan]
+        self.pipeline = ClipPipeline(data, split, len(plan[0][0]), device)
+        sampler = ClipTransformSampler(split, data, AugmentConfig(), 0)
+        self.transforms = [[sampler.sample(int(sample), epoch) for sample in ids] for ids, epoch in plan]
         self.members = [[self.reader.read(int(sample)) for sample in ids] for ids, _ in plan]
 
     def read(self) -> None:
@@ -105,57 +108,57 @@ class _Stages:
                 self.reader.read(int(sample))
 
     def decode(self) -> None:
-        for members, views in zip(self.members, self.views, strict=True):
-            self.graph.run(members, views)
+        for members, transforms in zip(self.members, self.transforms, strict=True):
+            self.pipeline.run(members, transforms)
 
 
-def _step(device: torch.device, seconds: float) -> Callable[[], None]:
-    """Return a stand-in for a training step of that length, which leaves the processor to the loader.
+def _simulated_step(device: torch.device, seconds: float) -> Callable[[], None]:
+    """Return a function that takes as long as a training step and leaves the CPU to the loader.
 
-    On a GPU it queues matrix products, so that a loader which waits for queued work is found out.
+    On a GPU it enqueues matrix products, which reveals a loader that synchronizes with the GPU.
     """
     if device.type == "cpu":
         return lambda: time.sleep(seconds)
     factor = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
     product = torch.empty_like(factor)
 
-    def products(number: int) -> None:
-        for _ in range(number):
+    def multiply(repetitions: int) -> None:
+        for _ in range(repetitions):
             torch.mm(factor, factor, out=product)
 
-    products(20)
+    multiply(20)
     torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    products(200)
+    started = time.perf_counter()
+    multiply(200)
     torch.cuda.synchronize(device)
-    number = max(1, round(200 * seconds / (time.perf_counter() - began)))
-    return lambda: products(number)
+    repetitions = max(1, round(200 * seconds / (time.perf_counter() - started)))
+    return lambda: multiply(repetitions)
 
 
 def _data_wait(loader: Loader, plan: list, step: Callable[[], None]) -> float:
-    """Return the fraction of a step that is spent waiting for data, by comparison with a batch kept in memory."""
+    """Return the fraction of a step spent waiting for data, compared with steps on a batch in memory."""
 
-    def steps(batches: Iterator[Batch]) -> float:
+    def run_steps(batches: Iterator[Batch]) -> float:
         next(batches)
-        began = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(len(plan) - 1):
             step()
             next(batches)
         if loader.device.type == "cuda":
             torch.cuda.synchronize(loader.device)
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
     cached = next(iter(loader.batches(plan[:1])))
-    real, ideal = steps(loader.batches(plan)), steps(iter([cached] * len(plan)))
+    real, ideal = run_steps(loader.batches(plan)), run_steps(iter([cached] * len(plan)))
     return max(0.0, (real - ideal) / real)
 
 
 def _decoders() -> dict[str, str]:
-    """Return the decoders to compare with; torchcodec needs FFmpeg's libraries."""
+    """Return the decoders to compare with; torchcodec requires FFmpeg's libraries."""
     try:
         import torchcodec.decoders  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:
-        print(f"torchcodec is left out: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        print(f"torchcodec is not measured: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return {"PyAV": "pyav"}
     return {"PyAV": "pyav", "torchcodec": "torchcodec"}
 
@@ -166,26 +169,26 @@ def _exhaust(batches: Any) -> None:
 
 
 def _webdataset(split: Split, batch: int, decoder: str, workers: int, size: int) -> torch.utils.data.DataLoader:
-    """Build what one would write without distav: the same frames, crops of random size, a flip, and the sound."""
+    """Build an equivalent DataLoader without distav: the same frames, random resized crops, flips, and the audio."""
     from webdataset.compat import WebDataset
 
-    # One shard cannot be shared among workers, so each takes every n-th sample.
+    # With one shard, workers cannot split by shard, so each takes every n-th sample.
     shards = [str(path) for path in split.shards]
     dataset = WebDataset(shards, shardshuffle=False, nodesplitter=None, workersplitter=None)
     dataset: Any = dataset.compose(_every_nth)
-    dataset = dataset.map(_Decoded(decoder, split.sample_rate_hz, size)).batched(batch, partial=True)
+    dataset = dataset.map(_Decode(decoder, split.sample_rate_hz, size)).batched(batch, partial=True)
     return torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, persistent_workers=True)
 
 
 def _every_nth(samples: Iterator[dict]) -> Iterator[dict]:
     info = torch.utils.data.get_worker_info()
     step, first = (info.num_workers, info.id) if info else (1, 0)
-    for number, sample in enumerate(samples):
-        if number % step == first:
+    for index, sample in enumerate(samples):
+        if index % step == first:
             yield sample
 
 
-class _Decoded:
+class _Decode:
     """Decodes and augments one sample."""
 
     def __init__(self, decoder: str, sample_rate_hz: int, size: int):
@@ -197,32 +200,32 @@ class _Decoded:
 
         torch.set_num_threads(1)
         start = int(torch.randint(0, 16 - (FRAMES - 1) * STRIDE, ()))
-        wanted = [start + STRIDE * number for number in range(FRAMES)]
-        frames = (self._by_pyav if self.decoder == "pyav" else self._by_torchcodec)(
-            next(sample[key] for key in VIDEO_EXTENSIONS.values() if key in sample), wanted
+        numbers = [start + STRIDE * index for index in range(FRAMES)]
+        frames = (self._decode_pyav if self.decoder == "pyav" else self._decode_torchcodec)(
+            next(sample[key] for key in VIDEO_EXTENSIONS.values() if key in sample), numbers
         )
-        change = v2.Compose(
+        augment = v2.Compose(
             [v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4)]
         )
-        sound, _ = soundfile.read(io.BytesIO(sample["flac"]), dtype="float32")
-        return change(frames), torch.from_numpy(sound[: self.num_samples])
+        audio, _ = soundfile.read(io.BytesIO(sample["flac"]), dtype="float32")
+        return augment(frames), torch.from_numpy(audio[: self.num_samples])
 
     @staticmethod
-    def _by_pyav(video: bytes, wanted: list[int]) -> Tensor:
+    def _decode_pyav(video: bytes, numbers: list[int]) -> Tensor:
         import av
 
         frames = []
         with av.open(io.BytesIO(video), "r") as container:
             container.streams.video[0].codec_context.thread_count = 1
             for number, frame in enumerate(container.decode(video=0)):
-                if number in wanted:
+                if number in numbers:
                     frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
-                if number >= wanted[-1]:
+                if number >= numbers[-1]:
                     break
         return torch.stack(frames).permute(0, 3, 1, 2)
 
     @staticmethod
-    def _by_torchcodec(video: bytes, wanted: list[int]) -> Tensor:
+    def _decode_torchcodec(video: bytes, numbers: list[int]) -> Tensor:
         from torchcodec.decoders import VideoDecoder
 
-        return VideoDecoder(video, num_ffmpeg_threads=1).get_frames_at(wanted).data
+        return VideoDecoder(video, num_ffmpeg_threads=1).get_frames_at(numbers).data

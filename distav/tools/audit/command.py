@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from distav.config.cli import exit_with_error
 from distav.config.errors import UserError
 from distav.data.dataset import ShardedDataset, Split
-from distav.evaluation.embedding import Embeddings, Embedder
+from distav.evaluation.embedding import Embedder, Embeddings
 from distav.tools.audit.issues import label_issues, last_correction, neighbors_of, pair_issues
 from distav.tools.audit.page import Audit, write_page
 

@@ -1,60 +1,63 @@
 "use strict";
-// Decisions as CSV and back.
-// One line a clip: the label to use, and whether the pair is wrong. tools/make_shards.py and data.labels take it back.
-const COLUMNS = ["key", "label", "pair", "given", "proposed", "label_decision", "pair_decision", "source", "start_s"];
+// Decisions as CSV and back: one row per clip, with the label to use and whether the pair is mismatched.
+// tools/make_shards.py clean and data.label_overrides read this file.
+const COLUMNS = ["key", "label", "pair", "given_label", "knn_label", "label_decision", "pair_decision", "source", "start_s"];
 
-// Lines of a loaded file on clips that this page does not show.
-const carried = new Map();
+// Rows of a loaded file whose clips this page does not show; they are written again.
+const otherRows = new Map();
 
-function csv() {
-  const lines = new Map([...carried].map(([key, line]) => [key, { ...line }]));
-  for (let item = 0; item < items.clip.length; item++) {
-    const decision = decisionOf(item), clip = items.clip[item];
+function decisionsToCsv() {
+  const rows = new Map([...otherRows].map(([key, row]) => [key, { ...row }]));
+  for (let issue = 0; issue < issues.clip.length; issue++) {
+    const decision = decisionOf(issue), clip = issues.clip[issue];
     if (decision === undefined) continue;
-    const line = lines.get(clips.key[clip]) ?? { key: clips.key[clip], label: "", pair: "", given: classes[clips.given[clip]],
-      proposed: classes[clips.proposed[clip]], label_decision: "", pair_decision: "", source: clips.source[clip], start_s: clips.start_s[clip] };
-    if (items.kind[item] === "label") {
-      line.label_decision = Number.isInteger(decision) ? "other" : decision;
-      line.label = Number.isInteger(decision) ? classes[decision] : decision === "accepted" ? line.proposed : line.given;
+    const row = rows.get(clips.key[clip]) ?? { key: clips.key[clip], label: "", pair: "",
+      given_label: classes[clips.given_label[clip]], knn_label: classes[clips.knn_label[clip]],
+      label_decision: "", pair_decision: "", source: clips.source[clip], start_s: clips.start_s[clip] };
+    if (issues.kind[issue] === "label") {
+      row.label_decision = Number.isInteger(decision) ? "other" : decision;
+      row.label = Number.isInteger(decision) ? classes[decision] : decision === "accepted" ? row.knn_label : row.given_label;
     } else {
-      line.pair_decision = decision;
-      line.pair = decision === "accepted" ? "mismatched" : "matched";
+      row.pair_decision = decision;
+      row.pair = decision === "accepted" ? "mismatched" : "matched";
     }
-    lines.set(line.key, line);
+    rows.set(row.key, row);
   }
-  const quoted = (value) => /[",\r\n]|^\s|\s$/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : value;
-  return [COLUMNS, ...[...lines.values()].map((line) => COLUMNS.map((name) => quoted(line[name])))].map((line) => line.join(",") + "\n").join("");
+  const quote = (value) => /[",\r\n]|^\s|\s$/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : value;
+  const lines = [COLUMNS, ...[...rows.values()].map((row) => COLUMNS.map((name) => quote(row[name])))];
+  return lines.map((line) => line.join(",") + "\n").join("");
 }
 
-function parsed(text) {
-  const rows = [[]];
+function parseCsv(text) {
+  const lines = [[]];
   for (const [, quoted, plain, end] of text.matchAll(/(?:"((?:[^"]|"")*)"|([^,\r\n]*))(,|\r?\n|$)/g)) {
-    rows.at(-1).push(quoted === undefined ? plain : quoted.replaceAll('""', '"'));
+    lines.at(-1).push(quoted === undefined ? plain : quoted.replaceAll('""', '"'));
     if (end === "") break;
-    if (end !== ",") rows.push([]);
+    if (end !== ",") lines.push([]);
   }
-  const [head, ...body] = rows.filter((row) => row.length > 1);
-  return body.map((row) => Object.fromEntries(head.map((name, at) => [name, row[at]])));
+  const [head, ...body] = lines.filter((line) => line.length > 1);
+  return body.map((line) => Object.fromEntries(head.map((name, column) => [name, line[column]])));
 }
 
-// Take the lines of a file: by their labels, since a page of another run proposes other ones.
-function take(lines) {
-  const place = new Map(items.clip.map((clip, item) => [items.kind[item] + " " + clips.key[clip], clip]));
-  let taken = 0, unknown = 0;
-  for (const line of lines) {
-    const left = { ...line }, label = "label " + line.key, pair = "pair " + line.key, number = classes.indexOf(line.label);
-    if (line.label_decision && number < 0) unknown++;
-    if (line.label_decision && (place.has(label) || number < 0)) {
-      const clip = place.get(label);
-      if (number >= 0) decisions[label] = number === clips.proposed[clip] ? "accepted" : number === clips.given[clip] ? "rejected" : number;
-      left.label = left.label_decision = "";
+// Apply the rows of a file. Labels are compared by name, since the page of another run may propose other labels.
+function applyRows(rows) {
+  const clipOf = new Map(issues.clip.map((clip, issue) => [issues.kind[issue] + " " + clips.key[clip], clip]));
+  let applied = 0, unknown = 0;
+  for (const row of rows) {
+    const rest = { ...row }, labelKey = "label " + row.key, pairKey = "pair " + row.key, label = classes.indexOf(row.label);
+    if (row.label_decision && label < 0) unknown++;
+    if (row.label_decision && (clipOf.has(labelKey) || label < 0)) {
+      const clip = clipOf.get(labelKey);
+      if (label >= 0) decisions[labelKey] = label === clips.knn_label[clip] ? "accepted" : label === clips.given_label[clip] ? "rejected" : label;
+      rest.label = rest.label_decision = "";
     }
-    if (line.pair_decision && place.has(pair)) {
-      decisions[pair] = line.pair_decision;
-      left.pair = left.pair_decision = "";
+    if (row.pair_decision && clipOf.has(pairKey)) {
+      decisions[pairKey] = row.pair_decision;
+      rest.pair = rest.pair_decision = "";
     }
-    if (left.label_decision || left.pair_decision) carried.set(line.key, left); else taken++;
+    if (rest.label_decision || rest.pair_decision) otherRows.set(row.key, rest); else applied++;
   }
-  const parts = [`${taken} clips taken`, carried.size && `${carried.size} not on this page kept`, unknown && `${unknown} with unknown labels left out`];
+  const parts = [`${applied} clips loaded`, otherRows.size && `${otherRows.size} not on this page kept`,
+    unknown && `${unknown} with unknown labels ignored`];
   return parts.filter(Boolean).join(", ");
 }

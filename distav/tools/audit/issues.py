@@ -1,6 +1,6 @@
-"""What looks wrong in a set, ranked, each with the clips that it looks and sounds like.
+"""Ranked label issues and pair issues of a dataset, and the nearest neighbors of the listed clips.
 
-Legend: N training clips, p problems, k neighbours.
+Legend: N training clips, I issues, k neighbors.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 from distav.config.errors import UserError, format_list
 from distav.data.dataset import Split
 from distav.data.files import read_table
-from distav.evaluation.embedding import Embeddings, unit
+from distav.evaluation.embedding import Embeddings, normalize_rows
 from distav.memory.knn import LARGEST_K, nearest_neighbors
 
 COLUMNS = (
@@ -27,19 +27,20 @@ COLUMNS = (
     "self_confidence",
     "correspondence",
 )
+"""Columns of a labels table that the audit needs."""
 MISMATCH_THRESHOLD = 0.5
-"""Pairs that are less probable than this look wrong."""
+"""A pair is an issue if its correspondence probability is below this value."""
 
 
 @dataclass(frozen=True)
 class Issues:
-    """Clips that look wrong in one way, the surest first.
+    """Clips with an issue of one type, in order of decreasing score.
 
     Attributes:
         kind: `label` or `pair`.
-        ids: [p] int64.
-        scores: [p] how probable it is that they are wrong.
-        total: clips that look wrong in all.
+        ids: [I] int64 clips.
+        scores: [I] probabilities that the label or the pair is wrong.
+        total: number of clips with such an issue, including those that are not listed.
     """
 
     kind: str
@@ -47,72 +48,81 @@ class Issues:
     scores: np.ndarray
     total: int
 
-    def first(self, most: int) -> "Issues":
-        """Return the surest ones; all of them where `most` is 0."""
-        return Issues(self.kind, self.ids[: most or None], self.scores[: most or None], self.total)
+    def first(self, limit: int) -> "Issues":
+        """Return the first `limit` issues; all of them if `limit` is 0."""
+        return Issues(self.kind, self.ids[: limit or None], self.scores[: limit or None], self.total)
 
 
-def ranked(kind: str, scores: np.ndarray, wrong: np.ndarray) -> Issues:
-    """Rank what is said to be wrong by its scores, equal ones by id: [N] each."""
+def rank_issues(kind: str, scores: np.ndarray, is_issue: np.ndarray) -> Issues:
+    """Rank the clips with an issue by their scores [N], equal scores by id; `is_issue` is [N] bool."""
     order = np.argsort(-scores, kind="stable")
-    order = order[wrong[order]]
+    order = order[is_issue[order]]
     return Issues(kind, order, scores[order], len(order))
 
 
 def label_issues(table: pa.Table) -> Issues:
-    """Rank the clips whose neighbours voted for another label by how little of their votes went to the given one.
+    """Rank the clips whose k-NN label differs from the given label by one minus the self-confidence.
 
-    Some of these the correction leaves as they are, since most given labels are right; a person can tell.
+    The correction leaves some of these labels unchanged, since most given labels are right; a person can decide.
     """
-    agreement = table.column("self_confidence").to_numpy().astype(np.float64)
-    given, voted = (np.array(table.column(name).to_pylist()) for name in ("given_label", "knn_label"))
-    return ranked("label", 1 - agreement, given != voted)
+    self_confidence = table.column("self_confidence").to_numpy().astype(np.float64)
+    given, knn = (np.array(table.column(name).to_pylist()) for name in ("given_label", "knn_label"))
+    return rank_issues("label", 1 - self_confidence, given != knn)
 
 
 def pair_issues(table: pa.Table) -> Issues:
-    """Rank the clips whose sound and picture probably do not belong together."""
+    """Rank the clips whose audio probably belongs to other video by one minus the correspondence probability."""
     correspondence = table.column("correspondence").to_numpy().astype(np.float64)
-    return ranked("pair", 1 - correspondence, correspondence < MISMATCH_THRESHOLD)
+    return rank_issues("pair", 1 - correspondence, correspondence < MISMATCH_THRESHOLD)
 
 
-def corrections_of(run: Path, report: dict[str, Any], split: Split) -> pa.Table:
-    """Return the last table of labels that a run wrote.
+def last_correction(run: Path, report: dict[str, Any], split: Split) -> pa.Table:
+    """Return the labels table of a run's last label correction.
+
+    Args:
+        run: directory of the run.
+        report: its report.json.
+        split: training split of the dataset.
 
     Raises:
-        UserError: where it corrected nothing, or the table is not of this set.
+        UserError: if the run corrected no labels, or the table belongs to another dataset.
     """
     if not report.get("corrections"):
-        raise UserError(f"{run}: no phase of this run corrected labels; add one of kind correction, as in quickstart.")
+        raise UserError(
+            f"{run}: no phase of this run corrected labels; add one of kind: label_correction, as in "
+            "configs/quickstart.yaml."
+        )
     path = run / "labels" / f"{report['corrections'][-1]['phase']}.parquet"
     table = read_table(path)
-    if "voted" not in table.column_names and "corrected" in table.column_names:  # of a distav that told less
-        table = table.append_column("voted", table.column("corrected"))
     missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
-        raise UserError(f"{path}: lacks {format_list(missing)}; it is no table of a correction.")
+        raise UserError(f"{path}: missing columns {format_list(missing)}; this is not a table of a label correction.")
     if table.column("key").to_pylist() != split.keys.tolist():
-        raise UserError(f"{path}: its keys are not those of split {split.name} of {split.root}; give its own --shards.")
+        raise UserError(
+            f"{path}: its keys are not those of split {split.name} of {split.root}; specify the run's dataset with "
+            "--shards."
+        )
     return table
 
 
 def neighbors_of(embeddings: Embeddings, split: Split, ids: np.ndarray, k: int) -> dict[str, tuple[np.ndarray, ...]]:
-    """Find the clips that look, and those that sound, like others.
+    """Find the clips that are most similar to given clips in each modality.
 
     Args:
-        embeddings: of the whole split.
-        split: its clips; those of one video are not each other's neighbours.
-        ids: [p] whose neighbours are wanted.
-        k: how many.
+        embeddings: of all clips of the split.
+        split: the clips; clips of the same source video are excluded from each other's neighbors.
+        ids: [I] clips whose neighbors are searched.
+        k: number of neighbors.
 
     Returns:
-        By modality: ids [p, k], -1 where there are fewer, and cosines [p, k].
+        By modality: ids [I, k], -1 where there are fewer, and cosine similarities [I, k].
     """
     groups = torch.from_numpy(split.source_codes)
     k = min(k, len(split) - 1, LARGEST_K)
-    found = {}
+    neighbors = {}
     for modality in ("visual", "audio"):
-        rows = torch.from_numpy(unit(getattr(embeddings, modality)))
+        rows = torch.from_numpy(normalize_rows(getattr(embeddings, modality)))
         valid = torch.from_numpy(embeddings.valid) & (rows.norm(dim=1) > 0)
-        near, cosines = nearest_neighbors(rows, k, groups, valid, queries=torch.from_numpy(ids))
-        found[modality] = near.numpy(), cosines.numpy()
-    return found
+        neighbor_ids, cosines = nearest_neighbors(rows, k, groups, valid, queries=torch.from_numpy(ids))
+        neighbors[modality] = neighbor_ids.numpy(), cosines.numpy()
+    return neighbors

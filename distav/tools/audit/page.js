@@ -1,14 +1,15 @@
 "use strict";
-// The page reads its data from the document alone. Columns: `items` of problems, `clips` by place, `classes` by number.
+// The page reads its data from the document alone. `issues` and `clips` are tables by column; `issues.clip` is an index
+// into `clips`, and labels are indices into `classes`.
 const data = JSON.parse(document.getElementById("data").textContent);
-const { classes, clips, items } = data;
-const ROW = 72, SPARE = 6, KEPT = "distav-audit-" + data.digest;
-const KEYS = [["J / ↓", "next"], ["K / ↑", "previous"], ["A", "accept what is proposed"], ["R", "reject it: all is right"],
-  ["C", "choose another label"], ["U", "undo the last decision"], ["Space", "play the sound"], ["S", "save decisions"],
+const { classes, clips, issues } = data;
+const ROW_HEIGHT = 72, EXTRA_ROWS = 6, STORAGE_KEY = "distav-audit-" + data.digest;
+const KEYS = [["J / ↓", "next"], ["K / ↑", "previous"], ["A", "accept the proposed change"], ["R", "reject it and keep the given label or pair"],
+  ["C", "choose another label"], ["U", "undo the last decision"], ["Space", "play the audio"], ["S", "save decisions"],
   ["1 2 3", "labels, pairs, overview"]];
 const $ = (selector) => document.querySelector(selector);
-const past = [];
-let view = "label", shown = [], chosen = -1, decisions = {};
+const undoStack = [];
+let view = "label", shown = [], selected = -1, decisions = {};
 
 function make(tag, properties = {}, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
@@ -16,207 +17,225 @@ function make(tag, properties = {}, ...children) {
   return node;
 }
 
-function media(kind, clip) {
-  const held = document.getElementById(kind + clip);
-  return held ? `data:${kind === "f" ? "image/webp" : "audio/webm"};base64,${held.textContent}` : "";
+function mediaUrl(medium, clip) {
+  const element = document.getElementById(medium + clip);
+  return element ? `data:${medium === "frames" ? "image/webp" : "audio/webm"};base64,${element.textContent}` : "";
 }
 
-// A decision is "accepted", "rejected" or the number of another class.
-function decisionOf(item) { return decisions[items.kind[item] + " " + clips.key[items.clip[item]]]; }
+function decisionKey(issue) { return issues.kind[issue] + " " + clips.key[issues.clip[issue]]; }
 
-function stateOf(item) {
-  const decision = decisionOf(item);
+// A decision is "accepted", "rejected" or the index of another class.
+function decisionOf(issue) { return decisions[decisionKey(issue)]; }
+
+function stateOf(issue) {
+  const decision = decisionOf(issue);
   return decision === undefined ? "open" : decision === "rejected" ? "rejected" : "accepted";
 }
 
-function decide(item, decision) {
-  const key = items.kind[item] + " " + clips.key[items.clip[item]];
+function setDecision(issue, decision) {
+  const key = decisionKey(issue);
   if (decision === undefined) delete decisions[key]; else decisions[key] = decision;
-  keep();
-  count();
+  storeDecisions();
+  updateCounts();
 }
 
-function keep() {
-  try { localStorage.setItem(KEPT, JSON.stringify(decisions)); } catch { /* a page without storage still saves CSV */ }
+function storeDecisions() {
+  try { localStorage.setItem(STORAGE_KEY, JSON.stringify(decisions)); } catch { /* without storage, CSV can still be saved */ }
 }
 
-function count() {
-  const kinds = { label: 0, pair: 0 };
-  items.kind.forEach((kind) => kinds[kind]++);
-  document.querySelectorAll("nav span").forEach((span, at) => {
-    const kind = ["label", "pair"][at], all = data.found[kind];
-    span.textContent = kinds[kind] < all ? `${kinds[kind]} of ${all}` : all;
+function updateCounts() {
+  const listed = { label: 0, pair: 0 };
+  issues.kind.forEach((kind) => listed[kind]++);
+  document.querySelectorAll("nav span").forEach((span, index) => {
+    const kind = ["label", "pair"][index], total = data.totals[kind];
+    span.textContent = listed[kind] < total ? `${listed[kind]} of ${total}` : total;
   });
-  const number = Object.keys(decisions).length;
-  $("#decided").textContent = number ? `${number} decided` : "nothing decided yet";
+  const count = Object.keys(decisions).length;
+  $("#decided").textContent = count ? `${count} decided` : "no decisions";
 }
 
-function filtered() {
+function applyFilters() {
   const form = $("#filters").elements, text = form.text.value.toLowerCase();
   shown = [];
-  for (let item = 0; item < items.clip.length; item++) {
-    const clip = items.clip[item];
-    if (items.kind[item] === view
-      && (form.given.value === "" || clips.given[clip] === +form.given.value)
-      && (form.proposed.value === "" || clips.proposed[clip] === +form.proposed.value)
-      && items.score[item] >= +form.low.value && items.score[item] <= +(form.high.value || 1)
-      && (form.state.value === "" || form.state.value === stateOf(item))
-      && (!text || (clips.key[clip] + " " + clips.source[clip]).toLowerCase().includes(text))) shown.push(item);
+  for (let issue = 0; issue < issues.clip.length; issue++) {
+    const clip = issues.clip[issue];
+    if (issues.kind[issue] === view
+      && (form.given.value === "" || clips.given_label[clip] === +form.given.value)
+      && (form.proposed.value === "" || clips.knn_label[clip] === +form.proposed.value)
+      && issues.score[issue] >= +form.low.value && issues.score[issue] <= +(form.high.value || 1)
+      && (form.state.value === "" || form.state.value === stateOf(issue))
+      && (!text || (clips.key[clip] + " " + clips.source[clip]).toLowerCase().includes(text))) shown.push(issue);
   }
   $("#shown").textContent = `${shown.length} shown`;
-  $("#rows").style.height = shown.length * ROW + "px";
+  $("#rows").style.height = shown.length * ROW_HEIGHT + "px";
 }
 
-function draw() {
-  const list = $("#list"), first = Math.max(0, Math.floor(list.scrollTop / ROW) - SPARE);
-  const last = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW) + SPARE);
+function drawRows() {
+  const list = $("#list"), first = Math.max(0, Math.floor(list.scrollTop / ROW_HEIGHT) - EXTRA_ROWS);
+  const end = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW_HEIGHT) + EXTRA_ROWS);
   const rows = [];
-  for (let place = first; place < last; place++) rows.push(row(place));
+  for (let index = first; index < end; index++) rows.push(makeRow(index));
   $("#rows").replaceChildren(...rows);
 }
 
-function row(place) {
-  const item = shown[place], clip = items.clip[item], state = stateOf(item);
-  const words = items.kind[item] === "label"
-    ? [make("span", { className: "given", textContent: classes[clips.given[clip]] }), " → ",
-      make("span", { className: "proposed", textContent: classes[clips.proposed[clip]] })]
-    : [make("span", { textContent: classes[clips.proposed[clip]] }), " with foreign sound?"];
-  const node = make("div", { className: "row" + (place === chosen ? " chosen" : ""), role: "option" },
-    make("img", { src: media("f", clip), alt: "", decoding: "async" }),
-    make("div", {}, make("p", {}, ...words), make("p", { className: "dim", textContent: clips.source[clip] })),
-    make("span", { className: "mark " + state, textContent: state === "open" ? percent(items.score[item]) : state }));
-  node.style.top = place * ROW + "px";
-  node.dataset.place = place;
-  node.setAttribute("aria-selected", place === chosen);
+function makeRow(index) {
+  const issue = shown[index], clip = issues.clip[issue], state = stateOf(issue);
+  const title = issues.kind[issue] === "label"
+    ? [make("span", { className: "given", textContent: classes[clips.given_label[clip]] }), " → ",
+      make("span", { className: "proposed", textContent: classes[clips.knn_label[clip]] })]
+    : [make("span", { textContent: classes[clips.knn_label[clip]] }), " with mismatched audio?"];
+  const node = make("div", { className: "row" + (index === selected ? " selected" : ""), role: "option" },
+    make("img", { src: mediaUrl("frames", clip), alt: "", decoding: "async" }),
+    make("div", {}, make("p", {}, ...title), make("p", { className: "dim", textContent: clips.source[clip] })),
+    make("span", { className: "mark " + state, textContent: state === "open" ? percent(issues.score[issue]) : state }));
+  node.style.top = index * ROW_HEIGHT + "px";
+  node.dataset.index = index;
+  node.setAttribute("aria-selected", index === selected);
   return node;
 }
 
-function percent(share) {
-  const value = 100 * share;
+function percent(fraction) {
+  const value = 100 * fraction;
   return (value > 99.95 && value < 100 ? ">99.9" : value.toFixed(1)) + " %";
 }
 
-function choose(place) {
-  chosen = Math.max(shown.length ? 0 : -1, Math.min(shown.length - 1, place));
-  const list = $("#list"), top = chosen * ROW;
-  if (chosen >= 0 && top < list.scrollTop) list.scrollTop = top;
-  if (chosen >= 0 && top + ROW > list.scrollTop + list.clientHeight) list.scrollTop = top + ROW - list.clientHeight;
-  draw();
-  detail();
+function select(index) {
+  selected = Math.max(shown.length ? 0 : -1, Math.min(shown.length - 1, index));
+  const list = $("#list"), top = selected * ROW_HEIGHT;
+  if (selected >= 0 && top < list.scrollTop) list.scrollTop = top;
+  if (selected >= 0 && top + ROW_HEIGHT > list.scrollTop + list.clientHeight) list.scrollTop = top + ROW_HEIGHT - list.clientHeight;
+  drawRows();
+  drawDetail();
 }
 
-function detail() {
+function drawDetail() {
   const pane = $("#detail");
-  if (chosen < 0) return pane.replaceChildren(make("p", { className: "dim", textContent: "Nothing to show: no problem, or none that passes the filters." }));
-  const item = shown[chosen], clip = items.clip[item], isLabel = items.kind[item] === "label";
-  const wrong = percent(items.score[item]);
-  const verdict = isLabel
-    ? [`Given `, make("b", { className: "given", textContent: classes[clips.given[clip]] }), `, proposed `,
-      make("b", { className: "proposed", textContent: classes[clips.proposed[clip]] })]
-    : [`Does the sound belong to this `, make("b", { textContent: classes[clips.proposed[clip]] }), `?`];
-  const facts = (isLabel ? `By what its neighbours show, the given label is wrong with a probability of ${wrong}; the run took ${classes[clips.corrected[clip]]}. `
-    : `Sound and picture are a wrong pair with a probability of ${wrong}. Given label: ${classes[clips.given[clip]]}. `)
+  if (selected < 0) return pane.replaceChildren(make("p", { className: "dim", textContent: "Nothing to show: there are no issues, or none match the filters." }));
+  const issue = shown[selected], clip = issues.clip[issue], isLabel = issues.kind[issue] === "label";
+  const given = classes[clips.given_label[clip]], proposed = classes[clips.knn_label[clip]];
+  const question = isLabel
+    ? [`Given `, make("b", { className: "given", textContent: given }), `, proposed `, make("b", { className: "proposed", textContent: proposed })]
+    : [`Does the audio belong to this `, make("b", { textContent: proposed }), `?`];
+  const probability = percent(issues.score[issue]);
+  const facts = (isLabel ? `Probability that the given label is wrong, by held-out k-NN votes: ${probability}. The run's label: ${classes[clips.corrected_label[clip]]}. `
+    : `Probability that audio and video are mismatched: ${probability}. Given label: ${given}. `)
     + `${clips.key[clip]}, ${clips.source[clip]} from ${clips.start_s[clip]} s`;
-  const decision = decisionOf(item);
+  const audio = mediaUrl("audio", clip);
+  pane.replaceChildren(
+    make("img", { src: mediaUrl("frames", clip), alt: "four frames of the clip" }),
+    audio ? make("audio", { controls: true, src: audio, id: "audio" }) : make("p", { className: "dim", textContent: "The audio could not be read." }),
+    make("p", { className: "question" }, ...question), make("p", { className: "dim", textContent: facts }),
+    makeChoices(issue, isLabel),
+    ...makeNeighbors("Most similar video", issues.visual[issue], clip, false), ...makeNeighbors("Most similar audio", issues.audio[issue], clip, true));
+}
+
+function makeChoices(issue, isLabel) {
+  const decision = decisionOf(issue);
   const pick = make("select", { id: "pick" }, make("option", { value: "", textContent: "another label …" }),
-    ...classes.map((name, number) => make("option", { value: number, textContent: name })));
+    ...classes.map((name, index) => make("option", { value: index, textContent: name })));
   if (Number.isInteger(decision)) pick.value = decision;
-  pick.onchange = () => { if (pick.value !== "") act(+pick.value); };
-  const button = (word, key, value) => {
-    const node = make("button", { onclick: () => act(value) }, word + " ", make("kbd", { textContent: key }));
+  pick.onchange = () => { if (pick.value !== "") decide(+pick.value); };
+  const button = (text, key, value) => {
+    const node = make("button", { onclick: () => decide(value) }, text + " ", make("kbd", { textContent: key }));
     node.setAttribute("aria-pressed", decision === value);
     return node;
   };
-  const sound = media("a", clip);
-  pane.replaceChildren(
-    make("img", { src: media("f", clip), alt: "four frames of the clip" }),
-    sound ? make("audio", { controls: true, src: sound, id: "sound" }) : make("p", { className: "dim", textContent: "no sound could be read" }),
-    make("p", { className: "verdict" }, ...verdict), make("p", { className: "dim", textContent: facts }),
-    make("div", { className: "choices" }, button(isLabel ? "Accept" : "Wrong pair", "A", "accepted"),
-      button(isLabel ? "Keep given" : "Right pair", "R", "rejected"), ...(isLabel ? [pick] : []),
-      make("button", { onclick: undo, disabled: !past.length }, "Undo ", make("kbd", { textContent: "U" }))),
-    ...near("Pictures like this one", items.visual[item], clip, false), ...near("Sounds like this one", items.audio[item], clip, true));
+  return make("div", { className: "choices" }, button(isLabel ? "Accept" : "Mismatched", "A", "accepted"),
+    button(isLabel ? "Keep given" : "Matched", "R", "rejected"), ...(isLabel ? [pick] : []),
+    make("button", { onclick: undo, disabled: !undoStack.length }, "Undo ", make("kbd", { textContent: "U" })));
 }
 
-function near(title, found, clip, audible) {
-  const figures = found.map(([other, cosine]) => {
-    const given = classes[clips.given[other]], proposed = classes[clips.proposed[other]];
+function makeNeighbors(title, neighbors, clip, audible) {
+  const figures = neighbors.map(([neighbor, cosine]) => {
+    const given = classes[clips.given_label[neighbor]], proposed = classes[clips.knn_label[neighbor]];
     const name = given === proposed ? given : `${given} → ${proposed}`;
-    const kind = clips.proposed[other] === clips.proposed[clip] ? "proposed" : clips.proposed[other] === clips.given[clip] ? "given" : "";
+    const supports = clips.knn_label[neighbor] === clips.knn_label[clip] ? "proposed"
+      : clips.knn_label[neighbor] === clips.given_label[clip] ? "given" : "";
     const frame = make("i");
-    frame.style.backgroundImage = `url("${media("f", other)}")`;
-    const play = () => { const old = $("#other"); old?.remove(); const a = make("audio", { src: media("a", other), id: "other", hidden: true }); document.body.append(a); a.play(); };
-    return make("figure", { title: `${clips.key[other]}, cosine ${cosine.toFixed(2)}: ${name}` }, frame,
-      make("figcaption", { className: kind, textContent: name }),
+    frame.style.backgroundImage = `url("${mediaUrl("frames", neighbor)}")`;
+    const play = () => {
+      $("#neighbor-audio")?.remove();
+      const audio = make("audio", { src: mediaUrl("audio", neighbor), id: "neighbor-audio", hidden: true });
+      document.body.append(audio);
+      audio.play();
+    };
+    return make("figure", { title: `${clips.key[neighbor]}, cosine similarity ${cosine.toFixed(2)}: ${name}` }, frame,
+      make("figcaption", { className: supports, textContent: name }),
       ...(audible ? [make("button", { textContent: "play", onclick: play })] : []));
   });
   return [make("h2", { textContent: title }), make("div", { className: "near" }, ...figures)];
 }
 
-function act(decision) {
-  if (chosen < 0) return;
-  const before = shown.length, item = shown[chosen];
-  past.push([item, decisionOf(item)]);
-  decide(item, decision);
-  filtered();
-  choose(shown.length < before ? chosen : chosen + 1);
+function decide(decision) {
+  if (selected < 0) return;
+  const before = shown.length, issue = shown[selected];
+  undoStack.push([issue, decisionOf(issue)]);
+  setDecision(issue, decision);
+  applyFilters();
+  select(shown.length < before ? selected : selected + 1);
 }
 
 function undo() {
-  if (!past.length) return;
-  const [item, decision] = past.pop();
-  decide(item, decision);
-  show(items.kind[item]);
-  choose(shown.indexOf(item));
+  if (!undoStack.length) return;
+  const [issue, decision] = undoStack.pop();
+  setDecision(issue, decision);
+  showView(issues.kind[issue]);
+  select(shown.indexOf(issue));
 }
 
-function show(name) {
+function showView(name) {
   view = name;
-  document.querySelectorAll("nav button").forEach((each) => each.setAttribute("aria-selected", each.dataset.view === name));
+  document.querySelectorAll("nav button").forEach((button) => button.setAttribute("aria-selected", button.dataset.view === name));
   $("#review").hidden = name === "overview";
   $("#overview").hidden = name !== "overview";
-  if (name !== "overview") again();
+  if (name !== "overview") resetList();
 }
 
-function again() {
-  filtered();
+function resetList() {
+  applyFilters();
   $("#list").scrollTop = 0;
-  choose(0);
+  select(0);
 }
 
-function overview() {
-  const rate = (found) => found ? `${percent(found.estimate)} (${percent(found.ci95_low)} to ${percent(found.ci95_high)})` : "not known";
-  const facts = make("table", { className: "facts" }, ...data.facts.map(([name, value]) => make("tr", {}, make("td", { textContent: name }), make("td", { textContent: value }))),
-    make("tr", {}, make("td", { textContent: "labels that are wrong" }), make("td", { textContent: rate(data.noise.labels) })),
-    make("tr", {}, make("td", { textContent: "pairs that are wrong" }), make("td", { textContent: rate(data.noise.pairs) })));
-  const scale = (share) => `${100 * share}%`;
-  const rows = classes.map((name, number) => {
-    const found = data.noise.classes[name], bar = make("div", { className: "bar" });
-    if (found) {
+function makeTable(rows, properties = {}) {
+  return make("table", properties, ...rows.map((cells) => make("tr", {}, ...cells.map((text) => make("td", { textContent: text })))));
+}
+
+function formatRate(rate) {
+  return rate ? `${percent(rate.estimate)} (95 % interval ${percent(rate.ci95_low)} to ${percent(rate.ci95_high)})` : "unknown";
+}
+
+function drawOverview() {
+  const facts = makeTable([...data.facts, ["label noise rate", formatRate(data.rates.labels)],
+    ["pair mismatch rate", formatRate(data.rates.pairs)]], { className: "facts" });
+  const width = (fraction) => `${100 * fraction}%`;
+  const rows = classes.map((name, index) => {
+    const rate = data.rates.classes[name], bar = make("div", { className: "bar" });
+    if (rate) {
       bar.append(make("b"), make("s"));
-      bar.firstChild.style.width = scale(found.estimate);
-      Object.assign(bar.lastChild.style, { left: scale(found.ci95_low), width: scale(found.ci95_high - found.ci95_low) });
+      bar.firstChild.style.width = width(rate.estimate);
+      Object.assign(bar.lastChild.style, { left: width(rate.ci95_low), width: width(rate.ci95_high - rate.ci95_low) });
     }
-    return make("tr", {}, make("td", { textContent: name }), make("td", { textContent: data.counts.given[number] }),
-      make("td", { textContent: data.counts.corrected[number] }), make("td", { textContent: rate(found) }), make("td", {}, bar));
+    return make("tr", {}, make("td", { textContent: name }), make("td", { textContent: data.counts.given[index] }),
+      make("td", { textContent: data.counts.corrected[index] }), make("td", { textContent: formatRate(rate) }), make("td", {}, bar));
   });
-  const head = ["class", "given", "after correction", "wrong labels of this class (interval)", ""].map((name) => make("th", { textContent: name }));
-  $("#overview").append(make("h2", { textContent: "The set" }), facts, make("h2", { textContent: "Classes" }),
+  const head = ["class", "given labels", "corrected labels", "label noise rate of the class", ""].map((name) => make("th", { textContent: name }));
+  $("#overview").append(make("h2", { textContent: "Dataset" }), facts, make("h2", { textContent: "Classes" }),
     make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)),
-    make("h2", { textContent: "Given labels (rows) and what they were corrected to (columns)" }), confusion());
+    make("h2", { textContent: "Given labels (rows) and corrected labels (columns)" }), makeConfusion());
 }
 
-function confusion() {
+function makeConfusion() {
   if (classes.length > 60) {
-    const pairs = data.confusion.flatMap((row, a) => row.map((number, b) => [number, a, b])).filter(([number, a, b]) => number && a !== b);
-    pairs.sort((a, b) => b[0] - a[0]);
-    return make("table", {}, ...pairs.slice(0, 100).map(([number, a, b]) => make("tr", {}, make("td", { textContent: `${classes[a]} → ${classes[b]}` }), make("td", { textContent: number }))));
+    const pairs = data.confusion.flatMap((row, given) => row.map((count, corrected) => [count, given, corrected]));
+    const changes = pairs.filter(([count, given, corrected]) => count && given !== corrected).sort((a, b) => b[0] - a[0]);
+    return makeTable(changes.slice(0, 100).map(([count, given, corrected]) => [`${classes[given]} → ${classes[corrected]}`, count]));
   }
-  const body = data.confusion.map((row, a) => {
-    const total = row.reduce((sum, each) => sum + each, 0) || 1;
-    return make("tr", {}, make("th", { textContent: classes[a] }), ...row.map((number, b) => {
-      const cell = make("td", { textContent: number || "", title: `${classes[a]} → ${classes[b]}: ${number}` });
-      cell.style.background = `color-mix(in srgb, var(${a === b ? "--green" : "--red"}) ${Math.round(70 * Math.sqrt(number / total))}%, transparent)`;
+  const body = data.confusion.map((row, given) => {
+    const total = row.reduce((sum, count) => sum + count, 0) || 1;
+    return make("tr", {}, make("th", { textContent: classes[given] }), ...row.map((count, corrected) => {
+      const cell = make("td", { textContent: count || "", title: `${classes[given]} → ${classes[corrected]}: ${count}` });
+      cell.style.background = `color-mix(in srgb, var(${given === corrected ? "--green" : "--red"}) ${Math.round(70 * Math.sqrt(count / total))}%, transparent)`;
       return cell;
     }));
   });
@@ -224,24 +243,24 @@ function confusion() {
   return make("table", { className: "confusion" }, make("thead", {}, head), make("tbody", {}, ...body));
 }
 
-function save() {
-  const link = make("a", { href: URL.createObjectURL(new Blob([csv()], { type: "text/csv" })), download: "decisions.csv" });
+function saveDecisions() {
+  const link = make("a", { href: URL.createObjectURL(new Blob([decisionsToCsv()], { type: "text/csv" })), download: "decisions.csv" });
   link.click();
   URL.revokeObjectURL(link.href);
 }
 
-async function load(file) {
-  const said = take(parsed(await file.text()));
-  keep();
-  count();
-  show(view === "overview" ? "label" : view);
-  $("#decided").textContent = `${said} from ${file.name}`;
+async function loadDecisions(file) {
+  const summary = applyRows(parseCsv(await file.text()));
+  storeDecisions();
+  updateCounts();
+  showView(view === "overview" ? "label" : view);
+  $("#decided").textContent = `${summary} from ${file.name}`;
 }
 
-const ACTIONS = { j: () => choose(chosen + 1), arrowdown: () => choose(chosen + 1), k: () => choose(chosen - 1), arrowup: () => choose(chosen - 1),
-  a: () => act("accepted"), r: () => act("rejected"), u: undo, c: () => { const pick = $("#pick"); pick?.focus(); pick?.showPicker?.(); }, s: save,
-  " ": () => { const sound = $("#sound"); if (sound) sound.paused ? sound.play() : sound.pause(); },
-  1: () => show("label"), 2: () => show("pair"), 3: () => show("overview"), "?": () => $("#keys").showModal() };
+const ACTIONS = { j: () => select(selected + 1), arrowdown: () => select(selected + 1), k: () => select(selected - 1), arrowup: () => select(selected - 1),
+  a: () => decide("accepted"), r: () => decide("rejected"), u: undo, c: () => { const pick = $("#pick"); pick?.focus(); pick?.showPicker?.(); }, s: saveDecisions,
+  " ": () => { const audio = $("#audio"); if (audio) audio.paused ? audio.play() : audio.pause(); },
+  1: () => showView("label"), 2: () => showView("pair"), 3: () => showView("overview"), "?": () => $("#keys").showModal() };
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || $("#keys").open || event.target.matches("input, select")) return;
@@ -250,23 +269,23 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
   action();
 });
-document.querySelectorAll("nav button").forEach((each) => { each.onclick = () => show(each.dataset.view); });
-$("#list").addEventListener("scroll", () => requestAnimationFrame(draw), { passive: true });
-$("#rows").onclick = (event) => { const found = event.target.closest(".row"); if (found) choose(+found.dataset.place); };
-$("#filters").oninput = again;
+document.querySelectorAll("nav button").forEach((button) => { button.onclick = () => showView(button.dataset.view); });
+$("#list").addEventListener("scroll", () => requestAnimationFrame(drawRows), { passive: true });
+$("#rows").onclick = (event) => { const row = event.target.closest(".row"); if (row) select(+row.dataset.index); };
+$("#filters").oninput = resetList;
 $("#filters").onsubmit = (event) => event.preventDefault();
-$("#save").onclick = save;
-$("#load").onchange = (event) => { if (event.target.files[0]) load(event.target.files[0]); event.target.value = ""; };
+$("#save").onclick = saveDecisions;
+$("#load").onchange = (event) => { if (event.target.files[0]) loadDecisions(event.target.files[0]); event.target.value = ""; };
 $("#help").onclick = () => $("#keys").showModal();
-addEventListener("resize", draw);
+addEventListener("resize", drawRows);
 
-try { decisions = JSON.parse(localStorage.getItem(KEPT)) ?? {}; } catch { /* kept nowhere yet */ }
+try { decisions = JSON.parse(localStorage.getItem(STORAGE_KEY)) ?? {}; } catch { /* no stored decisions */ }
 document.title = $("h1").textContent = data.title;
 for (const name of ["given", "proposed"]) {
-  $(`#filters [name=${name}]`).append(make("option", { value: "", textContent: "any" }), ...classes.map((each, number) => make("option", { value: number, textContent: each })));
+  $(`#filters [name=${name}]`).append(make("option", { value: "", textContent: "any" }), ...classes.map((label, index) => make("option", { value: index, textContent: label })));
 }
-$("#keys").append(make("table", {}, ...KEYS.map(([key, what]) => make("tr", {}, make("td", {}, make("kbd", { textContent: key })), make("td", { textContent: what })))),
+$("#keys").append(make("table", {}, ...KEYS.map(([key, effect]) => make("tr", {}, make("td", {}, make("kbd", { textContent: key })), make("td", { textContent: effect })))),
   make("form", { method: "dialog" }, make("button", { textContent: "Close" })));
-count();
-overview();
-show("label");
+updateCounts();
+drawOverview();
+showView("label");

@@ -1,4 +1,4 @@
-"""One self-contained page: data, pictures and sounds inside it, no server and no network."""
+"""The audit page: one HTML file that contains its data, frames and audio, and needs no server and no network."""
 
 import base64
 import hashlib
@@ -19,128 +19,142 @@ from distav.data.files import temporary_path
 from distav.data.pipeline.decoding import decode_clip
 from distav.data.pipeline.reader import CorruptSampleError, DecodeError, ShardReader
 from distav.tools.audit.issues import Issues
-from distav.tools.audit.thumbnails import small_sound, strip
+from distav.tools.audit.thumbnails import encode_opus, encode_strip
 
 Neighbors = dict[str, tuple[np.ndarray, ...]]
-"""By modality: ids [p, k], -1 where there are fewer, and cosines [p, k]."""
+"""By modality: ids [I, k], -1 where there are fewer, and cosine similarities [I, k]."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What a page shows.
+    """Content of an audit page.
 
     Attributes:
-        title: of the page.
+        title: title of the page.
         split: the clips.
-        classes: their names.
-        table: what the last correction found of each clip.
-        found: correction's summary in report.json.
-        problems: lists of what looks wrong.
-        neighbors: of the clips of each list.
-        facts: further lines of the overview.
+        classes: class names.
+        table: labels table of the last label correction.
+        correction: summary of that correction in report.json.
+        issues: ranked issues of each type.
+        neighbors: neighbors of the clips of each list of issues.
+        facts: additional lines of the overview.
     """
 
     title: str
     split: Split
     classes: list[str]
     table: pa.Table
-    found: dict[str, Any]
+    correction: dict[str, Any]
     issues: list[Issues]
     neighbors: list[Neighbors]
     facts: dict[str, str]
 
-    def shown(self) -> np.ndarray:
-        """Return the ids of all clips on the page, problems and neighbours, in order."""
-        near = [ids.ravel() for each in self.neighbors for ids, _ in each.values()]
-        every = np.unique(np.concatenate([np.zeros(0, np.int64), *(each.ids for each in self.issues), *near]))
-        return every[every >= 0]
+    def clip_ids(self) -> np.ndarray:
+        """Return the sorted ids of all clips on the page, those with issues and their neighbors."""
+        neighbor_ids = [ids.ravel() for neighbors in self.neighbors for ids, _ in neighbors.values()]
+        issue_ids = [issues.ids for issues in self.issues]
+        ids = np.unique(np.concatenate([np.zeros(0, np.int64), *issue_ids, *neighbor_ids]))
+        return ids[ids >= 0]
 
 
 def write_page(audit: Audit, path: Path, height: int) -> None:
-    """Write the page so that it is either whole or not there.
+    """Write the page atomically.
 
     Args:
-        audit: what it shows.
+        audit: content of the page.
         path: the file.
-        height: of a frame, in pixels.
+        height: height of a frame in pixels.
     """
     names = ("page.html", "page.css", "decisions.js", "page.js")
     html, style, *scripts = (files("distav.tools.audit").joinpath(name).read_text() for name in names)
     before, after = html.split("<!--MEDIA-->")
-    # Names come from data: in JSON within HTML no tag may begin.
-    data = json.dumps(_data(audit), separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    # The data contains arbitrary names, which must not open a tag inside the script element.
+    data = json.dumps(_page_data(audit), separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     before = before.replace("/*STYLE*/", style).replace("/*DATA*/", data)
-    part = temporary_path(path)
-    with open(part, "w", encoding="utf-8") as file:
+    partial = temporary_path(path)
+    with open(partial, "w", encoding="utf-8") as file:
         file.write(before)
         for line in _media(audit, height):
             file.write(line)
         file.write(after.replace("/*SCRIPT*/", "\n".join(scripts)))
-    os.replace(part, path)
+    os.replace(partial, path)
 
 
 def _media(audit: Audit, height: int) -> Iterator[str]:
-    """Yield a script element that is none for every strip of frames and every sound."""
+    """Yield an inert script element for the frames and for the audio of every clip that can be decoded."""
     reader = ShardReader(audit.split)
     try:
-        for place, clip in enumerate(tqdm(audit.shown(), unit="clip", desc="pictures and sounds", mininterval=1)):
+        for index, sample in enumerate(tqdm(audit.clip_ids(), unit="clip", desc="encoding clips", mininterval=1)):
             try:
-                frames, sound = decode_clip(reader.read(int(clip)))
+                frames, audio = decode_clip(reader.read(int(sample)))
             except (CorruptSampleError, DecodeError):
                 continue
-            contents = {"f": strip(frames, height), "a": small_sound(sound, audit.split.sample_rate_hz)}
-            for kind, content in contents.items():
+            media = {
+                "frames": encode_strip(frames, height),
+                "audio": encode_opus(audio, audit.split.sample_rate_hz),
+            }
+            for medium, content in media.items():
                 text = base64.b64encode(content).decode()
-                yield f'<script type="text/plain" id="{kind}{place}">{text}</script>\n'
+                yield f'<script type="text/plain" id="{medium}{index}">{text}</script>\n'
     finally:
         reader.close()
 
 
-def _data(audit: Audit) -> dict[str, Any]:
-    clips = audit.shown()
-    number = {name: place for place, name in enumerate(audit.classes)}
-    given, proposed, corrected = (
-        np.array([number[name] for name in audit.table.column(column).to_pylist()], dtype=np.int64)
+def _page_data(audit: Audit) -> dict[str, Any]:
+    """Return the JSON object of the page; clips are referred to by their index among those shown."""
+    clip_ids = audit.clip_ids()
+    class_index = {name: index for index, name in enumerate(audit.classes)}
+    given, knn, corrected = (
+        np.array([class_index[name] for name in audit.table.column(column).to_pylist()], dtype=np.int64)
         for column in ("given_label", "knn_label", "corrected_label")
     )
-    counts = np.zeros((len(audit.classes),) * 2, dtype=np.int64)
-    np.add.at(counts, (given, corrected), 1)
+    confusion = np.zeros((len(audit.classes),) * 2, dtype=np.int64)
+    np.add.at(confusion, (given, corrected), 1)
     columns = audit.split.columns
-    items: dict[str, list[Any]] = {name: [] for name in ("kind", "clip", "score", "visual", "audio")}
-    for problems, near in zip(audit.issues, audit.neighbors, strict=True):
-        items["kind"] += [problems.kind] * len(problems.ids)
-        items["clip"] += np.searchsorted(clips, problems.ids).tolist()
-        items["score"] += problems.scores.tolist()
-        for modality, (ids, cosines) in near.items():
-            items[modality] += [
-                [[int(np.searchsorted(clips, one)), round(float(cosine), 4)] for one, cosine in row if one >= 0]
-                for row in (zip(*each, strict=True) for each in zip(ids, cosines, strict=True))
-            ]
-    by_class = audit.found["label_noise_rate_by_class"]
+    rates_by_class = audit.correction["label_noise_rate_by_class"]
     return {
         "title": audit.title,
         "digest": _digest(audit.table),
         "classes": audit.classes,
-        "found": {problems.kind: problems.total for problems in audit.issues},
+        "totals": {issues.kind: issues.total for issues in audit.issues},
         "facts": list(audit.facts.items()),
-        # Rates are known where votes said anything of the labels.
-        "noise": {
-            "labels": audit.found["label_noise"] if by_class else None,
-            "pairs": audit.found["pair_mismatch_rate"] if by_class else None,
-            "classes": by_class,
+        # Rates are estimated only if the votes carry information on the labels.
+        "rates": {
+            "labels": audit.correction["label_noise_rate"] if rates_by_class else None,
+            "pairs": audit.correction["pair_mismatch_rate"] if rates_by_class else None,
+            "classes": rates_by_class,
         },
-        "counts": {"given": counts.sum(1).tolist(), "corrected": counts.sum(0).tolist()},
-        "confusion": counts.tolist(),
+        "counts": {"given": confusion.sum(1).tolist(), "corrected": confusion.sum(0).tolist()},
+        "confusion": confusion.tolist(),
         "clips": {
-            "key": columns["key"][clips].tolist(),
-            "source": [str(each) for each in columns["source"][clips]],
-            "start_s": columns["start_s"][clips].tolist(),
-            "given": given[clips].tolist(),
-            "proposed": proposed[clips].tolist(),
-            "corrected": corrected[clips].tolist(),
+            "key": columns["key"][clip_ids].tolist(),
+            "source": [str(source) for source in columns["source"][clip_ids]],
+            "start_s": columns["start_s"][clip_ids].tolist(),
+            "given_label": given[clip_ids].tolist(),
+            "knn_label": knn[clip_ids].tolist(),
+            "corrected_label": corrected[clip_ids].tolist(),
         },
-        "items": items,
+        "issues": _issue_columns(audit, clip_ids),
     }
+
+
+def _issue_columns(audit: Audit, clip_ids: np.ndarray) -> dict[str, list[Any]]:
+    """Return the columns of the issues of all types, one after the other."""
+    columns: dict[str, list[Any]] = {name: [] for name in ("kind", "clip", "score", "visual", "audio")}
+    for issues, neighbors in zip(audit.issues, audit.neighbors, strict=True):
+        columns["kind"] += [issues.kind] * len(issues.ids)
+        columns["clip"] += np.searchsorted(clip_ids, issues.ids).tolist()
+        columns["score"] += issues.scores.tolist()
+        for modality, (ids, cosines) in neighbors.items():
+            for row_ids, row_cosines in zip(ids, cosines, strict=True):
+                columns[modality].append(
+                    [
+                        [int(np.searchsorted(clip_ids, neighbor)), round(float(cosine), 4)]
+                        for neighbor, cosine in zip(row_ids, row_cosines, strict=True)
+                        if neighbor >= 0
+                    ]
+                )
+    return columns
 
 
 def _digest(table: pa.Table) -> str:

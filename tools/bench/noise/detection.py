@@ -1,6 +1,6 @@
-"""How well wrong labels are found, beside cleanlab on the same features.
+"""Detection of wrong labels, compared with cleanlab on the same features.
 
-cleanlab gets what it asks for: class probabilities of a logistic regression on the towers' features, cross-validated.
+cleanlab receives cross-validated class probabilities of a logistic regression on the embeddings.
 """
 
 import json
@@ -17,52 +17,51 @@ from sklearn.preprocessing import StandardScaler
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset
 from distav.data.files import read_table, write_atomically
-from distav.evaluation.embedding import Embeddings, Encoders
+from distav.evaluation.embedding import Embedder, Embeddings
 
 
-def f1(found: np.ndarray, wrong: np.ndarray) -> float:
-    """Return the F1 score of samples said to be wrong, [N] bool twice, where some are."""
-    return 2 * float((found & wrong).sum()) / float(found.sum() + wrong.sum())
+def f1_score(detected: np.ndarray, wrong: np.ndarray) -> float:
+    """Return the F1 score of detected samples; both arguments are [N] bool and not all False."""
+    return 2 * float((detected & wrong).sum()) / float(detected.sum() + wrong.sum())
 
 
 def out_of_sample_pred_probs(embeddings: Embeddings, given: np.ndarray) -> np.ndarray:
-    """Return what cleanlab asks for, class probabilities of each sample's label by the others: [N, C].
+    """Return cross-validated class probabilities: [N, C].
 
     Args:
         embeddings: of all samples.
         given: [N] labels.
     """
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01))
-    inputs = np.concatenate([embeddings.visual, embeddings.audio], axis=1)
-    return np.asarray(cross_val_predict(classifier, inputs, given, cv=5, method="predict_proba"))
+    features = np.concatenate([embeddings.visual, embeddings.audio], axis=1)
+    return np.asarray(cross_val_predict(classifier, features, given, cv=5, method="predict_proba"))
 
 
 def compare(run: Path, shards: Path, given: Path, table: str) -> dict[str, float]:
-    """Compare what a run's correction calls wrong with what cleanlab does; writes `detection.json` in the run's folder.
+    """Compare the labels that a run changed with cleanlab's label issues, and write `detection.json` in the run.
 
     Args:
-        run: its folder, with the export.
-        shards: the set, which knows the true labels.
+        run: directory of the run, with its export.
+        shards: the dataset, with true labels.
         given: the table of given labels.
-        table: name of the correction.
+        table: name of the label correction.
 
     Returns:
-        F1 scores; nothing, and nothing is written, where no label is wrong.
+        F1 scores; {} if no label is wrong, in which case nothing is written.
     """
-    opened = ShardedDataset.open(shards)
-    split = opened.split("train")
-    labels = load_labels(opened, split, str(given))
-    truth = labels.given if labels.true is None else labels.true
-    wrong = labels.given != truth
+    dataset = ShardedDataset.open(shards)
+    split = dataset.split("train")
+    labels = load_labels(dataset, split, str(given))
+    true = labels.given if labels.true is None else labels.true
+    wrong = labels.given != true
     if not wrong.any():
         return {}
-    corrected = read_table(run / "labels" / f"{table}.parquet")
-    ours = np.array(corrected.column("given_label").to_pylist()) != np.array(
-        corrected.column("corrected_label").to_pylist()
-    )
-    embeddings = Encoders.open(run / "export", torch.device("cpu"), batch=128).of_clips(split)
-    chances = out_of_sample_pred_probs(embeddings, labels.given)
-    theirs = np.asarray(find_label_issues(labels.given, chances, n_jobs=1), dtype=bool)
-    found = {"f1": f1(ours, wrong), "f1_cleanlab": f1(theirs, wrong)}
-    write_atomically(run / "detection.json", (json.dumps(found) + "\n").encode())
-    return found
+    correction = read_table(run / "labels" / f"{table}.parquet")
+    columns = (np.array(correction.column(f"{name}_label").to_pylist()) for name in ("given", "corrected"))
+    changed = np.not_equal(*columns)
+    embeddings = Embedder.open(run / "export", torch.device("cpu"), batch_size=128).embed_clips(split)
+    pred_probs = out_of_sample_pred_probs(embeddings, labels.given)
+    issues = np.asarray(find_label_issues(labels.given, pred_probs, n_jobs=1), dtype=bool)
+    scores = {"f1": f1_score(changed, wrong), "f1_cleanlab": f1_score(issues, wrong)}
+    write_atomically(run / "detection.json", (json.dumps(scores) + "\n").encode())
+    return scores

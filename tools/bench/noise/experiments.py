@@ -1,4 +1,4 @@
-"""The grid of the noise benchmark: sets, noise rates, methods, ablations, and the trainings that they come to."""
+"""Experiments of the noise benchmark: datasets, noise rates, methods, ablations, and the trainings they consist of."""
 
 import re
 from dataclasses import dataclass
@@ -6,76 +6,88 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """A configuration under configs/, with changes, that may start from the phase 1 that others have had too."""
+    """A configuration under configs/ with overrides.
+
+    Attributes:
+        config: path of the configuration without suffix.
+        overrides: settings that replace those of the configuration.
+        shares_pretraining: whether its first phase is the recipe's contrastive phase, which is then trained once for
+            all methods of a dataset and seed.
+    """
 
     config: str
-    changes: tuple[str, ...] = ()
-    shares_phase_1: bool = False
+    overrides: tuple[str, ...] = ()
+    shares_pretraining: bool = False
 
 
 TRUE_LABELS = "true labels"
-"""The method that shows what could be reached, and that no other is compared with."""
+"""The method that is trained with true labels: an upper bound, which is not compared with the others."""
 
 METHODS = {
-    "distav": Method("avdigits", shares_phase_1=True),
-    "ce": Method("baselines/ce"),
-    "gce": Method("baselines/gce"),
-    "elr": Method("baselines/elr"),
+    "distav": Method("avdigits", shares_pretraining=True),
+    "CE": Method("baselines/ce"),
+    "GCE": Method("baselines/gce"),
+    "ELR": Method("baselines/elr"),
     TRUE_LABELS: Method("baselines/true_labels"),
-    "ce after contrast": Method("baselines/ce_after_contrast", shares_phase_1=True),
-    "contrast + probe": Method("baselines/contrast_probe", shares_phase_1=True),
-    "infonce + probe": Method("baselines/infonce_probe"),
-    "robust-xid + probe": Method("ravid"),
+    "contrastive + CE": Method("baselines/ce_after_contrast", shares_pretraining=True),
+    "contrastive + probe": Method("baselines/contrast_probe", shares_pretraining=True),
+    "InfoNCE + probe": Method("baselines/infonce_probe"),
+    "Robust-xID + probe": Method("ravid"),
 }
-SIMPLE = ("ce", "gce", "elr")
-"""The baselines that distav has to beat wherever they are asked for."""
+BASELINES = ("CE", "GCE", "ELR")
+"""The classification losses that distav is compared with in most cells."""
 
 
-def _contrast_alone(*changes: str) -> Method:
-    changes = ("temperature=0.3", "within_modal_weight=1", *changes)
-    return Method("baselines/infonce_probe", ("~phases.probe", *(f"phases.contrastive.{each}" for each in changes)))
+def _contrastive_only(*overrides: str) -> Method:
+    overrides = ("temperature=0.3", "within_modal_weight=1", *overrides)
+    settings = (f"phases.contrastive.{override}" for override in overrides)
+    return Method("baselines/infonce_probe", ("~phases.probe", *settings))
 
 
 PAIR_METHODS = {
-    "infonce, across alone": _contrast_alone("negatives_source=batch", "within_modal_weight=0"),
-    "infonce": _contrast_alone("negatives_source=batch"),
-    "weighted xid, cdf": _contrast_alone("correspondence_estimator=cdf"),
-    "weighted xid, gmm": _contrast_alone("correspondence_estimator=gmm"),
-    "crcl": Method("crcl", ("~phases.probe",)),
-    "true pairs": _contrast_alone(
+    "InfoNCE, cross-modal only": _contrastive_only("negatives_source=batch", "within_modal_weight=0"),
+    "InfoNCE": _contrastive_only("negatives_source=batch"),
+    "weighted xID, CDF": _contrastive_only("correspondence_estimator=cdf"),
+    "weighted xID, GMM": _contrastive_only("correspondence_estimator=gmm"),
+    "CRCL": Method("crcl", ("~phases.probe",)),
+    "true pairs": _contrastive_only(
         "negatives_source=batch", "correspondence_estimator=oracle", "min_pair_weight=0", "pair_weighting_start=0"
     ),
 }
-"""Ways to learn from mismatched pairs without labels; the last one knows which they are.
+"""Methods that learn from mismatched pairs without labels; the last one is given the true pairs.
 
-All but the first have terms within each modality, too."""
+All but the first have within-modal terms.
+"""
+TRUE_PAIRS = "true pairs"
 
 CORRECTIONS = ("correct_1", "correct_2", "correct_3", "labels")
+"""Label correction phases of the recipe."""
 NO_CATEGORIES = ("category_weight=0", "category_balance_weight=0", "category_entropy_weight=0")
 
 
-def _contrast(*changes: str) -> Method:
-    return Method("avdigits", tuple(f"phases.contrastive.{change}" for change in changes))
+def _contrastive(*overrides: str) -> Method:
+    return Method("avdigits", tuple(f"phases.contrastive.{override}" for override in overrides))
 
 
-def _votes(change: str) -> Method:
-    return Method("avdigits", tuple(f"phases.{phase}.{change}" for phase in CORRECTIONS), shares_phase_1=True)
+def _votes(override: str) -> Method:
+    overrides = tuple(f"phases.{phase}.{override}" for phase in CORRECTIONS)
+    return Method("avdigits", overrides, shares_pretraining=True)
 
 
-def _turns(*changes: str) -> Method:
-    return Method("avdigits", changes, shares_phase_1=True)
+def _rounds(*overrides: str) -> Method:
+    return Method("avdigits", overrides, shares_pretraining=True)
 
 
 ABLATIONS = {
-    "no phase 1": Method("avdigits", ("~phases.contrastive",)),
-    "no terms within a modality": _contrast("within_modal_weight=0"),
-    "no category loss": _contrast(*NO_CATEGORIES),
-    "no soft targets": _contrast("soft_targets=none"),
-    "pairs all believed": _contrast("correspondence_estimator=none"),
-    "pairs by cdf": _contrast("correspondence_estimator=cdf"),
-    "pairs by categories": _contrast("correspondence_estimator=category"),
-    "pairs by the truth": _contrast("correspondence_estimator=oracle"),
-    "complementary loss": _contrast(
+    "no contrastive pretraining": Method("avdigits", ("~phases.contrastive",)),
+    "no within-modal loss": _contrastive("within_modal_weight=0"),
+    "no category loss": _contrastive(*NO_CATEGORIES),
+    "no soft targets": _contrastive("soft_targets=none"),
+    "all pairs trusted": _contrastive("correspondence_estimator=none"),
+    "correspondence by CDF": _contrastive("correspondence_estimator=cdf"),
+    "correspondence by categories": _contrastive("correspondence_estimator=category"),
+    "oracle correspondence": _contrastive("correspondence_estimator=oracle"),
+    "active complementary loss": _contrastive(
         "loss=acl",
         "negatives_source=batch",
         "temperature=0.3",
@@ -85,83 +97,102 @@ ABLATIONS = {
         "full_trust_quantile=0.9",
     ),
     "no whitening": _votes("whitening_powers=[0.0]"),
-    "no second vote": _votes("second_round_neighbors=[0]"),
-    "k 20": _votes("num_neighbors=[20]"),
-    "no turns": _turns(
+    "no second voting round": _votes("second_round_neighbors=[0]"),
+    "20 neighbors": _votes("num_neighbors=[20]"),
+    "single round": _rounds(
         *(f"~phases.{phase}" for phase in ("learn_1", "correct_2", "learn_2", "correct_3")), "phases.learn_3.epochs=36"
     ),
-    "own labels in turns": _turns("phases.learn_1.targets=posterior", "phases.learn_2.targets=posterior"),
-    "cross-entropy last": _turns("phases.learn_3.loss=ce"),
+    "posterior targets in all rounds": _rounds("phases.learn_1.targets=posterior", "phases.learn_2.targets=posterior"),
+    "CE in the last phase": _rounds("phases.learn_3.loss=ce"),
 }
-"""The recipe with one component off or exchanged."""
+"""The recipe with one component removed or replaced."""
 
-PHASE_1 = "phase 1"
-MOST_PAIRS = 0.4
-"""The largest share of mismatched pairs."""
-SETS = {
+PRETRAINING = "contrastive pretraining"
+"""Name of the job that trains the shared contrastive phase."""
+MAX_MISMATCH_RATE = 0.4
+"""The largest rate of mismatched pairs in the grid."""
+DATASETS = {
     "easy": (),
-    "other classes": ("--cross-class-only",),
+    "cross-class audio": ("--cross-class-only",),
     "hard": ("--degrade",),
-    "speaker held out": ("--hold-out-speaker", "theo"),
+    "held-out speaker": ("--hold-out-speaker", "theo"),
 }
+"""Options of make_shards.py digits for each dataset."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the grid: a set, its label noise, and its share of mismatched pairs."""
+    """A cell of the grid.
 
-    set: str
-    labels: str
-    pairs: float
+    Attributes:
+        dataset: name of the dataset.
+        label_noise: type and rate, such as "symmetric:0.4"; empty for clean labels.
+        mismatch_rate: fraction of the training clips whose audio is swapped.
+    """
+
+    dataset: str
+    label_noise: str
+    mismatch_rate: float
 
     @property
     def name(self) -> str:
-        """A name for people and files."""
-        return f"{self.set}, {self.labels or 'right labels'}, pairs {self.pairs:g}"
+        """Name of the cell, from which file names are derived."""
+        return f"{self.dataset}, {self.label_noise or 'clean labels'}, pairs {self.mismatch_rate:g}"
+
+
+Experiment = list[tuple[Cell, tuple[str, ...]]]
+"""Cells with the methods that are trained there."""
 
 
 def file_name(text: str) -> str:
-    """Return a text as the name of a file or folder."""
-    return re.sub(r"[ :+]+", "-", text.replace(", ", "_"))
+    """Return a text as a file name: lower case, with `-` and `_` as separators."""
+    return re.sub(r"[ :+]+", "-", text.replace(", ", "_")).lower()
 
 
-def grid() -> list[tuple[Cell, tuple[str, ...]]]:
-    """Return every cell with the methods that are compared there."""
+def grid() -> Experiment:
+    """Return every cell of the grid with the methods that are compared there."""
     rates = ("symmetric:0.2", "symmetric:0.4", "symmetric:0.6")
-    found = [(Cell("easy", "symmetric:0.8", 0.4), tuple(METHODS))]
-    found += [(Cell("easy", "symmetric:0.8", 0.0), ("distav", *SIMPLE))]
-    found += [(Cell("easy", "asymmetric:0.4", 0.4), ("distav", *SIMPLE))]
-    found += [(Cell("easy", "", 0.0), ("distav", "ce", TRUE_LABELS))]
-    found += [
-        (Cell("hard", labels, pairs), ("distav", *SIMPLE))
-        for pairs in (0.4, 0.0)
-        for labels in ("symmetric:0.2", "symmetric:0.8", "symmetric:0.4", "symmetric:0.6")
+    cells: Experiment = [(Cell("easy", "symmetric:0.8", 0.4), tuple(METHODS))]
+    cells += [(Cell("easy", "symmetric:0.8", 0.0), ("distav", *BASELINES))]
+    cells += [(Cell("easy", "asymmetric:0.4", 0.4), ("distav", *BASELINES))]
+    cells += [(Cell("easy", "", 0.0), ("distav", "CE", TRUE_LABELS))]
+    cells += [
+        (Cell("hard", label_noise, mismatch_rate), ("distav", *BASELINES))
+        for mismatch_rate in (0.4, 0.0)
+        for label_noise in ("symmetric:0.2", "symmetric:0.8", "symmetric:0.4", "symmetric:0.6")
     ]
-    found += [(Cell("easy", labels, pairs), ("distav",)) for labels in rates for pairs in (0.0, 0.2, 0.4)]
-    found += [(Cell("speaker held out", "symmetric:0.6", 0.4), ("distav", *SIMPLE))]
-    return found
+    cells += [
+        (Cell("easy", label_noise, mismatch_rate), ("distav",))
+        for label_noise in rates
+        for mismatch_rate in (0.0, 0.2, 0.4)
+    ]
+    cells += [(Cell("held-out speaker", "symmetric:0.6", 0.4), ("distav", *BASELINES))]
+    return cells
 
 
-def ablations() -> list[tuple[Cell, tuple[str, ...]]]:
-    """Return the cells where components are taken off, with the whole recipe beside."""
-    return [(Cell(name, "symmetric:0.8", MOST_PAIRS), ("distav", *ABLATIONS)) for name in ("hard", "easy")]
+def ablations() -> Experiment:
+    """Return the cells of the ablations, each with the full recipe."""
+    return [(Cell(name, "symmetric:0.8", MAX_MISMATCH_RATE), ("distav", *ABLATIONS)) for name in ("hard", "easy")]
 
 
-def pairs() -> list[tuple[Cell, tuple[str, ...]]]:
-    """Return the cells where sounds come from clips of other classes, with the ways to learn from them.
+def pairs() -> Experiment:
+    """Return the cells with audio from clips of other classes and no labels, with the methods for mismatched pairs.
 
-    Where no pair is wrong, knowing which are wrong changes nothing, and is left out.
+    Without mismatched pairs, the true pairs are the given ones, and that method is omitted.
     """
-    told_nothing = tuple(each for each in PAIR_METHODS if each != "true pairs")
+    without_truth = tuple(method for method in PAIR_METHODS if method != TRUE_PAIRS)
     return [
-        (Cell("other classes", "", rate), tuple(PAIR_METHODS) if rate else told_nothing)
+        (Cell("cross-class audio", "", rate), tuple(PAIR_METHODS) if rate else without_truth)
         for rate in (0.0, 0.2, 0.4, 0.6, 0.8)
     ]
 
 
+EXPERIMENTS = {"grid": grid, "ablations": ablations, "pairs": pairs}
+
+
 @dataclass(frozen=True)
 class Job:
-    """One training: a method in a cell with a seed; or the phase 1 that several start from."""
+    """One training: a method in a cell with a seed, or the contrastive phase that several methods share."""
 
     cell: Cell
     method: str
@@ -169,17 +200,17 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Name of its run folder and of its result."""
+        """Name of its run directory and of its result."""
         return file_name(f"{self.cell.name}, {self.method}, seed {self.seed}")
 
     @property
-    def phase_1(self) -> "Job | None":
-        """The job that it starts from."""
-        if self.method == PHASE_1 or not self.settings.shares_phase_1:
+    def pretraining(self) -> "Job | None":
+        """The job whose checkpoint it starts from; None if it trains all phases itself."""
+        if self.method == PRETRAINING or not self.settings.shares_pretraining:
             return None
-        return Job(Cell(self.cell.set, "", self.cell.pairs), PHASE_1, self.seed)
+        return Job(Cell(self.cell.dataset, "", self.cell.mismatch_rate), PRETRAINING, self.seed)
 
     @property
     def settings(self) -> Method:
-        """What its method is."""
+        """Configuration of its method."""
         return (METHODS | ABLATIONS | PAIR_METHODS)[self.method]

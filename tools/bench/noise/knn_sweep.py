@@ -13,7 +13,7 @@ import torch
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset
 from distav.data.preparation.noise_injection import LabelNoise, flip_labels
-from distav.evaluation.embedding import Encoders
+from distav.evaluation.embedding import Embedder
 from distav.noise.calibration import VoteCalibrator
 from distav.noise.knn_vote import NeighborGraph, pca_whiten
 from distav.noise.label_correction import VoteSearchSpace
@@ -39,7 +39,7 @@ def sweep(run: Path, shards: Path, noises: Sequence[str], seed: int) -> list[dic
     opened = ShardedDataset.open(shards)
     split = opened.split("train")
     labels, num_classes = load_labels(opened, split), len(opened.classes)
-    pictures = Encoders.open(run / "export", torch.device("cpu"), batch=128).of_clips(split).visual
+    pictures = Embedder.open(run / "export", torch.device("cpu"), batch_size=128).embed_clips(split).visual
     everyone = torch.ones(len(split), dtype=torch.bool)
     directions = pca_whiten(torch.from_numpy(pictures), everyone, VoteSearchSpace().num_components, WHITENING)
     groups = torch.from_numpy(split.source_codes)
@@ -58,6 +58,12 @@ def sweep(run: Path, shards: Path, noises: Sequence[str], seed: int) -> list[dic
                 right = (votes.argmax(1).numpy() == labels.given).mean()
                 gain = judges.calibrate(votes, None).per_sample - judges.prior_log_likelihood()
                 found.append(
-                    {"labels": noise, "k": k, "second": voters, "right": 100 * float(right), "nats": float(gain)}
+                    {
+                        "label_noise": noise,
+                        "k": k,
+                        "second_round_neighbors": voters,
+                        "label_accuracy": 100 * float(right),
+                        "log_likelihood_gain": float(gain),
+                    }
                 )
     return found
