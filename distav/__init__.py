@@ -1,4 +1,4 @@
-"""distav: audio-visual training that survives wrong labels and mismatched sound."""
+"""distav: audio-visual training on video with noisy labels and mismatched audio."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ __all__ = ["__version__", "load_encoders"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what takes torch when it is first asked for."""
+    """Import `load_encoders` on first use, since it imports torch."""
     if name == "load_encoders":
         from distav.models.pretrained import load_encoders
 

@@ -38,7 +38,7 @@ from distav.distributed.collectives import (
     shard_range,
 )
 from distav.distributed.process_group import World, process_group
-from distav.evaluation.embedding import Encoders
+from distav.evaluation.embedding import Embedder
 from distav.evaluation.metrics import retrieval
 from distav.evaluation.probing import LinearProbe, knn_class_probs
 from distav.models.pretrained import input_config, model_config
@@ -108,7 +108,7 @@ def _scores(options: argparse.Namespace, world: World) -> dict[str, Any]:
     shards = ShardedDataset.open(options.shards)
     if shards.multi_label:
         raise UserError(f"{shards.location}: its clips have several classes each; these scores are for one class a clip.")
-    encoders = Encoders.open(options.export, world.device, options.batch_size)
+    encoders = Embedder.open(options.export, world.device, options.batch_size)
     splits = shards.split(options.train_split, "--train-split"), shards.split(options.test_split, "--test-split")
     learnt, asked = load_labels(shards, splits[0], options.labels), load_labels(shards, splits[1])
     truth = asked.given if asked.true is None else asked.true
@@ -127,15 +127,15 @@ def _scores(options: argparse.Namespace, world: World) -> dict[str, Any]:
     return found
 
 
-def _embedded(encoders: Encoders, split: Split, classes: Tensor) -> Embedded:
+def _embedded(encoders: Embedder, split: Split, classes: Tensor) -> Embedded:
     rows = shard_range(len(split))
-    some = encoders.of_clips(split, torch.arange(rows.start, rows.stop).numpy())
+    some = encoders.embed_clips(split, torch.arange(rows.start, rows.stop).numpy())
 
     def whole(rows: Any) -> Tensor:
         return all_gather_variable_rows(torch.from_numpy(rows).to(encoders.device))
 
     there = whole(some.valid.astype("float32")) > 0
-    named = {"visual": some.visual, "audio": some.audio, "both": some.both()}
+    named = {"visual": some.visual, "audio": some.audio, "both": some.joint_features()}
     groups = torch.from_numpy(split.source_codes).to(encoders.device)
     return Embedded(
         {name: whole(each)[there] for name, each in named.items()},
@@ -168,7 +168,7 @@ def _probe(train: Embedded, test: Embedded, num_classes: int) -> dict[str, float
 
 def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: World) -> dict[str, Any]:
     # Imported late: DeepSpeed takes seconds.
-    from distav.config.validation import check
+    from distav.config.validation import validate
     from distav.training.phases.registry import run_remaining
     from distav.training.report import write_report
     from distav.training.run import open_run
@@ -193,7 +193,7 @@ def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: 
         optim=OptimConfig(global_batch=options.global_batch, lr=options.lr),
         phases={"fine_tune": SupervisedPhase(epochs=options.epochs, targets=Targets.given, tower_lr_scale=0.3)},
     )
-    check(settings)
+    validate(settings)
     with open_run(settings, world) as run:
         run_remaining(run)
         write_report(run)

@@ -40,13 +40,13 @@ class Embeddings:
     valid: np.ndarray
 
     @classmethod
-    def joined(cls, parts: Iterable["Embeddings"]) -> "Embeddings":
+    def concatenate(cls, parts: Iterable["Embeddings"]) -> "Embeddings":
         """Return the rows of several parts after each other."""
         parts = list(parts)
         return cls(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)))
 
     @classmethod
-    def of_table(cls, table: pa.Table) -> "Embeddings":
+    def from_table(cls, table: pa.Table) -> "Embeddings":
         """Return what `table` put into a table; it holds no logits."""
         names = ("visual", "audio", "visual_embedding", "audio_embedding")
         columns = [table.column(name).combine_chunks() for name in names]
@@ -56,38 +56,38 @@ class Embeddings:
             values[valid] = column.flatten().to_numpy().reshape(-1, values.shape[1])
         return cls(*rows, logits=np.zeros((len(table), 0), np.float32), valid=valid)
 
-    def both(self) -> np.ndarray:
+    def joint_features(self) -> np.ndarray:
         """Return features of both modalities side by side, each of length 1 where it is not all zero: [n, 2 E]."""
-        return np.concatenate([unit(self.visual), unit(self.audio)], axis=1)
+        return np.concatenate([normalize_rows(self.visual), normalize_rows(self.audio)], axis=1)
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
+def normalize_rows(rows: np.ndarray) -> np.ndarray:
     """Return rows of length 1: [n, E] float32; those all zero stay."""
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 @dataclass(frozen=True)
-class Encoders:
+class Embedder:
     """An exported network on a device, ready to embed."""
 
     model: AVModel
     description: dict[str, Any]
     device: torch.device
-    batch: int = 32
+    batch_size: int = 32
 
     @classmethod
-    def open(cls, export: Path, device: torch.device, batch: int = 32) -> "Encoders":
+    def open(cls, export: Path, device: torch.device, batch_size: int = 32) -> "Embedder":
         """Load a network.
 
         Raises:
             UserError: where the folder holds none, or one that takes no clips.
         """
-        if batch < 1:
-            raise UserError(f"--batch-size={batch}: allowed: from 1 up.")
+        if batch_size < 1:
+            raise UserError(f"--batch-size={batch_size}: allowed: from 1 up.")
         model, description = load_encoders(export)
-        return cls(model.to(device), description, device, batch)
+        return cls(model.to(device), description, device, batch_size)
 
-    def of_clips(self, split: Split, ids: np.ndarray | None = None) -> Embeddings:
+    def embed_clips(self, split: Split, ids: np.ndarray | None = None) -> Embeddings:
         """Embed the middle of clips of a set.
 
         Args:
@@ -99,9 +99,9 @@ class Encoders:
         """
         ids = np.arange(len(split)) if ids is None else ids
         self._check(split)
-        count = max(1, -(-len(ids) // self.batch))  # A rank without clips learns the widths by a batch of padding.
-        loader = Loader(split, input_config(self.description), None, 0, self.batch, self.device)
-        plan = padded_batches(ids, self.batch, count)
+        count = max(1, -(-len(ids) // self.batch_size))  # A rank without clips learns the widths by a batch of padding.
+        loader = Loader(split, input_config(self.description), None, 0, self.batch_size, self.device)
+        plan = padded_batches(ids, self.batch_size, count)
 
         def batches() -> Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]]:
             for some, batch in zip(plan, loader.batches((ids, 0) for ids in plan), strict=True):
@@ -112,7 +112,7 @@ class Encoders:
         finally:
             loader.close()
 
-    def of_arrays(self, frames: np.ndarray, sound: np.ndarray) -> Embeddings:
+    def embed_arrays(self, frames: np.ndarray, sound: np.ndarray) -> Embeddings:
         """Embed clips that are in memory.
 
         Args:
@@ -132,8 +132,8 @@ class Encoders:
             )
 
         def batches() -> Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]]:
-            for start in range(0, len(frames), self.batch):
-                part = slice(start, start + self.batch)
+            for start in range(0, len(frames), self.batch_size):
+                part = slice(start, start + self.batch_size)
                 media = [torch.from_numpy(np.ascontiguousarray(each[part])).to(self.device) for each in (frames, sound)]
                 there = np.ones(len(media[0]), dtype=bool)
                 yield media[0], media[1].float(), there, there
@@ -163,10 +163,10 @@ class Encoders:
                 outputs = self.model(frames, sound, seeds)
                 rows = (outputs[name].float().cpu().numpy() * valid[:, None] for name in names)
                 parts.append(Embeddings(*(each[real] for each in (*rows, valid))))
-        return Embeddings.joined(parts)
+        return Embeddings.concatenate(parts)
 
 
-def table(embeddings: Embeddings, columns: dict[str, Any]) -> pa.Table:
+def to_table(embeddings: Embeddings, columns: dict[str, Any]) -> pa.Table:
     """Return embeddings as a table, a row a clip; null where it could not be read.
 
     Args:

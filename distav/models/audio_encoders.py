@@ -1,160 +1,188 @@
-"""Audio towers: waveform in, one feature vector a clip out; the log-mel front end is part of the tower.
+"""Audio towers: waveform to one feature vector per clip. The log-mel front end is part of the tower.
 
 Legend: B clips, N audio samples, F mel bins, L mel frames, E feature width.
 """
+
+from typing import ClassVar
 
 import torch
 import torchaudio.functional as AF
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
 
-from distav.config.schema import AudioConfig, DataConfig
+from distav.config.model import AudioConfig
+from distav.config.registry import Registry
+from distav.config.schema import DataConfig
 from distav.distributed.rng import uniform
-from distav.models.layers import GlobalBatchNorm, run
-from distav.models.vit import SIZES, TokenEncoder, unknown_tower
+from distav.models.layers import GlobalBatchNorm, apply_blocks
+from distav.models.vit import VIT_SIZES, TokenEncoder
 
-BANDS = 4
-"""Bands of frequency that the small tower pools over time."""
+NUM_BANDS = 4
+"""Frequency bands in which SmallConv pools over time."""
 
 MASK_STREAM = 1
-"""Stream of a sample's random numbers that masks its spectrogram."""
-
-
-def build_audio(settings: AudioConfig, data: DataConfig, sample_rate_hz: int, recompute: bool) -> "AudioTower":
-    """Return the tower that the settings name, for sound of the length that the data settings name.
-
-    Raises:
-        UserError: for an unknown tower.
-    """
-    front = LogMel(settings, sample_rate_hz)
-    if settings.name == "small_conv":
-        return AudioTower(front, settings, SmallConv(settings.width, recompute))
-    if settings.name == "avid_conv":
-        return AudioTower(front, settings, AvidConv(recompute))
-    if settings.name in SIZES:
-        num_frames = front.num_frames(round(data.audio_s * sample_rate_hz))
-        return AudioTower(front, settings, SpectrogramViT(settings, num_frames, recompute))
-    raise unknown_tower("model.audio.name", settings.name, ("small_conv", "avid_conv"))
+"""Stream of a sample's random numbers for its spectrogram masks."""
 
 
 class LogMel(nn.Module):
-    """Log-mel spectrogram with zero mean and unit variance in each clip, always computed in float32.
+    """Log-mel spectrogram with zero mean and unit variance per clip, always computed in float32.
 
-    Window and filter bank are made where they are needed and not kept as buffers, so that casting the model to
-    bfloat16 leaves them alone.
+    Window and filter bank are cached per device and are not buffers, so that a cast of the model to bfloat16 does not
+    affect them.
     """
 
-    def __init__(self, settings: AudioConfig, sample_rate_hz: int):
+    def __init__(self, config: AudioConfig, sample_rate_hz: int):
         super().__init__()
-        self.sample_rate_hz, self.num_mels = sample_rate_hz, settings.num_mels
-        self.window = max(2, round(settings.window_ms * sample_rate_hz / 1000))
-        self.hop = max(1, round(settings.hop_ms * sample_rate_hz / 1000))
+        self.sample_rate_hz, self.num_mels = sample_rate_hz, config.num_mels
+        self.window = max(2, round(config.window_ms * sample_rate_hz / 1000))
+        self.hop = max(1, round(config.hop_ms * sample_rate_hz / 1000))
         self.num_fft = 1 << (self.window - 1).bit_length()
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def num_frames(self, num_samples: int) -> int:
-        """Return the frames L of so many audio samples."""
+        """Return the number L of spectrogram frames for a number of audio samples."""
         return 1 + num_samples // self.hop
 
-    def forward(self, sound: Tensor) -> Tensor:
-        """Turn sound [B, N] into [B, F, L] float32."""
-        if sound.device not in self._tables:
-            bins = self.num_fft // 2 + 1
-            top = self.sample_rate_hz / 2
-            banks = AF.melscale_fbanks(bins, 0.0, top, self.num_mels, self.sample_rate_hz)
-            self._tables[sound.device] = torch.hann_window(self.window).to(sound.device), banks.to(sound.device)
-        window, banks = self._tables[sound.device]
-        power = AF.spectrogram(sound.float(), 0, window, self.num_fft, self.hop, self.window, 2.0, False)
+    def forward(self, audio: Tensor) -> Tensor:
+        """Compute the spectrogram [B, F, L] float32 of audio [B, N]."""
+        if audio.device not in self._tables:
+            num_bins = self.num_fft // 2 + 1
+            banks = AF.melscale_fbanks(num_bins, 0.0, self.sample_rate_hz / 2, self.num_mels, self.sample_rate_hz)
+            self._tables[audio.device] = torch.hann_window(self.window).to(audio.device), banks.to(audio.device)
+        window, banks = self._tables[audio.device]
+        power = AF.spectrogram(audio.float(), 0, window, self.num_fft, self.hop, self.window, 2.0, False)
         level = torch.log(torch.einsum("bfl,fm->bml", power, banks) + 1e-5)
         mean, std = level.mean((1, 2), keepdim=True), level.std((1, 2), keepdim=True)
         return (level - mean) / (std + 1e-3)
 
 
-class AudioTower(nn.Module):
-    """Front end, spectrogram masking in training, and encoder."""
+class AudioEncoder(nn.Module):
+    """Base class of the networks in `AUDIO_TOWERS`.
 
-    def __init__(self, front: LogMel, settings: AudioConfig, net: "SmallConv | AvidConv | SpectrogramViT"):
+    A subclass creates its layers in a constructor with the same arguments, sets `feature_dim` there, and defines
+    `forward(mel)`: log-mel spectrograms [B, 1, F, L] in, features [B, E] out. It takes its options from `config`; with
+    `activation_checkpointing`, it recomputes activations in the backward pass (`distav.models.layers.apply_blocks`).
+
+    Attributes:
+        feature_dim: width E of the features.
+        supports_segments: whether spectrograms may have fewer than `num_frames` frames. Event parsing needs this, since
+            it encodes single segments.
+    """
+
+    supports_segments: ClassVar[bool] = False
+    feature_dim: int
+
+    def __init__(self, config: AudioConfig, num_frames: int, activation_checkpointing: bool):
         super().__init__()
-        self.front, self.net = front, net
-        self.mask_mels, self.mask_time = settings.mask_mels, settings.mask_time
-        self.feature_dim = net.feature_dim
-
-    def forward(self, sound: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """Encode sound [B, N] float32 in [-1, 1] to [B, E]; seeds [B] int64 draw the masks in training."""
-        mel = self.front(sound)
-        if self.training and seeds is not None:
-            mel = self._masked(mel, seeds)
-        return self.net(mel[:, None].to(next(self.net.parameters()).dtype))
-
-    def _masked(self, mel: Tensor, seeds: Tensor) -> Tensor:
-        """Blank one band and one stretch of each spectrogram (SpecAugment, Park et al. 2019)."""
-        draws = uniform(seeds, MASK_STREAM, 4)
-        for dim, share, first in ((1, self.mask_mels, 0), (2, self.mask_time, 2)):
-            size = mel.shape[dim]
-            length = draws[:, first] * share * size
-            start = draws[:, first + 1] * (size - length)
-            place = torch.arange(size, device=mel.device)
-            blank = (place >= start[:, None]) & (place < (start + length)[:, None])
-            mel = mel.masked_fill(blank[:, :, None] if dim == 1 else blank[:, None, :], 0.0)
-        return mel
+        self.activation_checkpointing = activation_checkpointing
 
 
-def _conv(inside: int, outside: int, stride: int, kernel: int = 3) -> list[nn.Module]:
-    conv = nn.Conv2d(inside, outside, kernel, stride, kernel // 2, bias=False)
-    return [conv, GlobalBatchNorm(outside), nn.ReLU(inplace=True)]
+def _conv_layer(in_channels: int, out_channels: int, stride: int, kernel: int = 3) -> list[nn.Module]:
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
+    return [conv, GlobalBatchNorm(out_channels), nn.ReLU(inplace=True)]
 
 
-class SmallConv(nn.Module):
-    """Four convolutions, then the mean and the maximum over time in a few bands, for short sounds on a CPU."""
+class SmallConv(AudioEncoder):
+    """Four convolutions, then the mean and the maximum over time in a few bands, for short audio on a CPU."""
 
-    def __init__(self, width: int, recompute: bool):
-        super().__init__()
+    supports_segments = True
+
+    def __init__(self, config: AudioConfig, num_frames: int, activation_checkpointing: bool):
+        super().__init__(config, num_frames, activation_checkpointing)
+        width = config.width
         self.feature_dim = 8 * width
-        self.recompute = recompute
-        widths = (1, width, 2 * width, 4 * width, 4 * width)
+        channels = (1, width, 2 * width, 4 * width, 4 * width)
         self.stages = nn.ModuleList(
-            nn.Sequential(*_conv(inside, outside, 2)) for inside, outside in zip(widths, widths[1:], strict=False)
+            nn.Sequential(*_conv_layer(in_channels, out_channels, 2))
+            for in_channels, out_channels in zip(channels, channels[1:], strict=False)
         )
-        self.gather = nn.Linear(2 * BANDS * widths[-1], self.feature_dim)
+        self.project = nn.Linear(2 * NUM_BANDS * channels[-1], self.feature_dim)
 
     def forward(self, mel: Tensor) -> Tensor:
         """Encode [B, 1, F, L] to [B, E]."""
-        x = run(self.stages, mel, self.recompute)
-        pooled = [pool(x, (BANDS, 1)).flatten(1) for pool in (adaptive_avg_pool2d, adaptive_max_pool2d)]
-        return self.gather(torch.cat(pooled, dim=1))
+        x = apply_blocks(self.stages, mel, self.activation_checkpointing)
+        pooled = [pool(x, (NUM_BANDS, 1)).flatten(1) for pool in (adaptive_avg_pool2d, adaptive_max_pool2d)]
+        return self.project(torch.cat(pooled, dim=1))
 
 
-class AvidConv(nn.Module):
+class AvidConv(AudioEncoder):
     """AVID's 2-D network: a wide convolution and four blocks of two (Morgado et al. 2021, audio encoder)."""
 
-    def __init__(self, recompute: bool):
-        super().__init__()
+    supports_segments = True
+
+    def __init__(self, config: AudioConfig, num_frames: int, activation_checkpointing: bool):
+        super().__init__(config, num_frames, activation_checkpointing)
         self.feature_dim = 512
-        self.recompute = recompute
-        widths = (64, 64, 128, 256, 512)
-        blocks = [nn.Sequential(*_conv(1, 64, 2, kernel=7))]
-        for inside, outside, stride in zip(widths, widths[1:], (2, 2, 2, 1), strict=False):
-            blocks.append(nn.Sequential(*_conv(inside, outside, stride), *_conv(outside, outside, 1)))
+        channels = (64, 64, 128, 256, 512)
+        blocks = [nn.Sequential(*_conv_layer(1, 64, 2, kernel=7))]
+        for in_channels, out_channels, stride in zip(channels, channels[1:], (2, 2, 2, 1), strict=False):
+            first = _conv_layer(in_channels, out_channels, stride)
+            blocks.append(nn.Sequential(*first, *_conv_layer(out_channels, out_channels, 1)))
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, mel: Tensor) -> Tensor:
         """Encode [B, 1, F, L] to [B, E]."""
-        return run(self.blocks, mel, self.recompute).amax((2, 3))
+        return apply_blocks(self.blocks, mel, self.activation_checkpointing).amax((2, 3))
 
 
-class SpectrogramViT(nn.Module):
+class SpectrogramViT(AudioEncoder):
     """A ViT over patches of the spectrogram (Gong et al. 2021)."""
 
-    def __init__(self, settings: AudioConfig, num_frames: int, recompute: bool):
-        super().__init__()
-        self.patch = settings.patch
-        rows, columns = -(-settings.num_mels // self.patch), -(-num_frames // self.patch)
-        self.encoder = TokenEncoder(settings.name, rows * columns, recompute)
+    def __init__(self, config: AudioConfig, num_frames: int, activation_checkpointing: bool):
+        super().__init__(config, num_frames, activation_checkpointing)
+        self.patch = config.patch
+        rows, columns = -(-config.num_mels // self.patch), -(-num_frames // self.patch)
+        self.encoder = TokenEncoder(config.name, rows * columns, activation_checkpointing)
         self.feature_dim = self.encoder.feature_dim
         self.embed = nn.Conv2d(1, self.feature_dim, self.patch, self.patch)
 
     def forward(self, mel: Tensor) -> Tensor:
-        """Encode [B, 1, F, L] to [B, E]; the edges are filled up to whole patches."""
-        spare = [-size % self.patch for size in mel.shape[2:]]
-        mel = nn.functional.pad(mel, (0, spare[1], 0, spare[0]))
+        """Encode [B, 1, F, L], padded to a multiple of the patch size, to [B, E]."""
+        num_rows, num_columns = (-size % self.patch for size in mel.shape[2:])
+        mel = nn.functional.pad(mel, (0, num_columns, 0, num_rows))
         return self.encoder(self.embed(mel).flatten(2).transpose(1, 2))
+
+
+AUDIO_TOWERS: Registry[type[AudioEncoder]] = Registry(
+    "model.audio.name",
+    "distav.audio_towers",
+    {"small_conv": SmallConv, "avid_conv": AvidConv, **dict.fromkeys(VIT_SIZES, SpectrogramViT)},
+)
+"""Networks that `model.audio.name` selects."""
+
+
+class AudioTower(nn.Module):
+    """Log-mel front end, spectrogram masking in training, and the encoder that the configuration selects.
+
+    Raises:
+        UserError: for an unknown encoder.
+    """
+
+    lr_group = "towers"
+
+    def __init__(self, config: AudioConfig, data: DataConfig, sample_rate_hz: int, activation_checkpointing: bool):
+        super().__init__()
+        self.front_end = LogMel(config, sample_rate_hz)
+        num_frames = self.front_end.num_frames(round(data.audio_s * sample_rate_hz))
+        self.net = AUDIO_TOWERS.select(config.name)(config, num_frames, activation_checkpointing)
+        self.mask_mels, self.mask_time = config.mask_mels, config.mask_time
+        self.feature_dim = self.net.feature_dim
+
+    def forward(self, audio: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Encode audio [B, N] float32 in [-1, 1] to [B, E]; `seeds` [B] int64 are those of the masks in training."""
+        mel = self.front_end(audio)
+        if self.training and seeds is not None:
+            mel = self._mask(mel, seeds)
+        return self.net(mel[:, None].to(next(self.net.parameters()).dtype))
+
+    def _mask(self, mel: Tensor, seeds: Tensor) -> Tensor:
+        """Mask one frequency band and one time interval of each spectrogram (SpecAugment, Park et al. 2019)."""
+        draws = uniform(seeds, MASK_STREAM, 4)
+        for dim, fraction, first in ((1, self.mask_mels, 0), (2, self.mask_time, 2)):
+            size = mel.shape[dim]
+            length = draws[:, first] * fraction * size
+            start = draws[:, first + 1] * (size - length)
+            position = torch.arange(size, device=mel.device)
+            masked = (position >= start[:, None]) & (position < (start + length)[:, None])
+            mel = mel.masked_fill(masked[:, :, None] if dim == 1 else masked[:, None, :], 0.0)
+        return mel

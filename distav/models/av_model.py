@@ -1,111 +1,152 @@
-"""The whole network: two towers and their heads.
+"""The network: two towers and their heads.
 
 Legend: B clips, E tower width, D embedding width, K categories, C classes.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distav.config.schema import DataConfig, ModelConfig
-from distav.models.audio_encoders import build_audio
+from distav.config.errors import UserError
+from distav.config.model import ModelConfig
+from distav.config.registry import Registry
+from distav.config.schema import DataConfig
+from distav.models.audio_encoders import AUDIO_TOWERS, AudioTower
 from distav.models.event_parser import TokenSpec, build_parser
 from distav.models.heads import CategoryHead, Classifiers, Projection
-from distav.models.visual_encoders import build_visual
+from distav.models.visual_encoders import VISUAL_TOWERS, VisualTower
 
-HEADS = (
-    "project_visual",
-    "project_audio",
-    "categorise_visual",
-    "categorise_audio",
-    "classify",
-    "log_temperature",
-    "parse",
-)
-TEMPERATURE, TEMPERATURE_MIN = 0.07, 0.01
+INITIAL_TEMPERATURE, MIN_TEMPERATURE = 0.07, 0.01
+
+
+def check_towers(config: ModelConfig, parses_clips: bool = False) -> None:
+    """Check the names of both towers; building the model checks them too, but only after the data has been opened.
+
+    Args:
+        config: settings of the model.
+        parses_clips: whether a phase of kind parsing passes single segments of clips to the towers.
+
+    Raises:
+        UserError: for an unknown tower, or one that does not support segments where it has to.
+    """
+    _check_tower(VISUAL_TOWERS, config.visual.name, parses_clips)
+    _check_tower(AUDIO_TOWERS, config.audio.name, parses_clips)
+
+
+def _check_tower(towers: Registry[Any], name: str, parses_clips: bool) -> None:
+    tower = towers.select(name)
+    if parses_clips and not tower.supports_segments:
+        allowed = [other for other in towers if towers[other].supports_segments]
+        raise UserError(
+            f"{towers.key}={name}: allowed: {', '.join(allowed)}, since a phase of kind parsing encodes single "
+            "segments of a clip."
+        )
 
 
 class AVModel(nn.Module):
-    """Audio and visual towers with projection, category and classifier heads; and, over segments, an event parser."""
+    """Audio and visual towers with projection, category and classifier heads, and optionally an event parser.
+
+    Args:
+        config: settings of towers and heads.
+        data: settings of the clips.
+        sample_rate_hz: sample rate of the audio.
+        num_classes: C.
+        num_segments: segments of a clip for event parsing; 0 for no event parser.
+
+    Raises:
+        UserError: for an unknown tower, or one that does not support the clips or their segments.
+    """
 
     def __init__(
-        self, settings: ModelConfig, data: DataConfig, sample_rate_hz: int, num_classes: int, segments: int = 0
+        self, config: ModelConfig, data: DataConfig, sample_rate_hz: int, num_classes: int, num_segments: int = 0
     ):
         super().__init__()
-        recompute = settings.activation_checkpointing
-        self.visual = build_visual(settings.visual, data, recompute)
-        self.audio = build_audio(settings.audio, data, sample_rate_hz, recompute)
-        widths = self.visual.feature_dim, self.audio.feature_dim
-        hidden = settings.hidden_dim
-        num_categories = settings.num_categories or num_classes
-        self.project_visual = Projection(widths[0], hidden, settings.embed_dim)
-        self.project_audio = Projection(widths[1], hidden, settings.embed_dim)
-        self.categorise_visual = CategoryHead(widths[0], hidden, num_categories)
-        self.categorise_audio = CategoryHead(widths[1], hidden, num_categories)
-        self.classify = Classifiers(*widths, num_classes, settings.dropout)
-        self.segments = segments
-        if segments:
-            seen, heard = (TokenSpec(name, width) for name, width in zip(("visual", "audio"), widths, strict=True))
-            self.parse = build_parser(settings.parser, [heard], [seen], num_classes, segments)
-        if settings.learnable_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor([math.log(TEMPERATURE)]))
+        check_towers(config, num_segments > 0)
+        self.visual = VisualTower(config.visual, data, config.activation_checkpointing)
+        self.audio = AudioTower(config.audio, data, sample_rate_hz, config.activation_checkpointing)
+        visual_dim, audio_dim = self.visual.feature_dim, self.audio.feature_dim
+        num_categories = config.num_categories or num_classes
+        self.project_visual = Projection(visual_dim, config.hidden_dim, config.embed_dim)
+        self.project_audio = Projection(audio_dim, config.hidden_dim, config.embed_dim)
+        self.categorize_visual = CategoryHead(visual_dim, config.hidden_dim, num_categories)
+        self.categorize_audio = CategoryHead(audio_dim, config.hidden_dim, num_categories)
+        self.classify = Classifiers(visual_dim, audio_dim, num_classes, config.dropout)
+        self.segments = num_segments
+        if num_segments:
+            audio_tokens, visual_tokens = [TokenSpec("audio", audio_dim)], [TokenSpec("visual", visual_dim)]
+            self.parse = build_parser(config.parser, audio_tokens, visual_tokens, num_classes, num_segments)
+        if config.learnable_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor([math.log(INITIAL_TEMPERATURE)]))
 
     def forward(self, frames: Tensor, audio: Tensor, seeds: Tensor, parse: bool = False) -> dict[str, Tensor]:
-        """Run towers and heads; or, to `parse`, the towers on each segment of the clip and the event parser.
+        """Run towers and heads; with `parse`, run the towers on each segment of the clip and then the event parser.
 
         Args:
             frames: [B, T, H, W, 3] uint8.
             audio: [B, N] float32 in [-1, 1].
-            seeds: [B] int64, the random numbers of masks and dropout.
+            seeds: [B] int64, seeds of masks and dropout.
+            parse: whether to parse events.
 
         Returns:
             visual_features, audio_features [B, E]; visual, audio [B, D] unit vectors; visual_categories,
-            audio_categories [B, K] logits; logits, visual_logits, audio_logits [B, C]; and, where it is learnt, the
-            temperature of the instance loss, a number. To `parse`: what `distav.models.event_parser.Parsed` holds.
+            audio_categories [B, K] logits; logits, visual_logits, audio_logits [B, C]; and, if it is learned, the
+            temperature of the instance loss, a scalar. With `parse`: the fields of
+            `distav.models.event_parser.Parsed`.
         """
         if parse:
-            return self._parsed(frames, audio, seeds)
-        visual, audio = self.visual(frames), self.audio(audio, seeds)
-        both, by_picture, by_sound = self.classify(visual, audio, seeds)
-        learnt = {}
-        if hasattr(self, "log_temperature"):
-            learnt["temperature"] = self.log_temperature.clamp(math.log(TEMPERATURE_MIN), 0.0).exp().squeeze(0)
-        return {
-            "visual_features": visual,
-            "audio_features": audio,
-            "visual": self.project_visual(visual),
-            "audio": self.project_audio(audio),
-            "visual_categories": self.categorise_visual(visual),
-            "audio_categories": self.categorise_audio(audio),
-            "logits": both,
-            "visual_logits": by_picture,
-            "audio_logits": by_sound,
-            **learnt,
+            return self._parse_segments(frames, audio, seeds)
+        visual_features, audio_features = self.visual(frames), self.audio(audio, seeds)
+        logits, visual_logits, audio_logits = self.classify(visual_features, audio_features, seeds)
+        outputs = {
+            "visual_features": visual_features,
+            "audio_features": audio_features,
+            "visual": self.project_visual(visual_features),
+            "audio": self.project_audio(audio_features),
+            "visual_categories": self.categorize_visual(visual_features),
+            "audio_categories": self.categorize_audio(audio_features),
+            "logits": logits,
+            "visual_logits": visual_logits,
+            "audio_logits": audio_logits,
         }
+        if hasattr(self, "log_temperature"):
+            outputs["temperature"] = self.log_temperature.clamp(math.log(MIN_TEMPERATURE), 0.0).exp().squeeze(0)
+        return outputs
 
-    def _parsed(self, frames: Tensor, sound: Tensor, seeds: Tensor) -> dict[str, Tensor]:
-        clips, each = len(frames), sound.shape[1] // self.segments
+    def _parse_segments(self, frames: Tensor, audio: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+        num_clips, segment_length = len(frames), audio.shape[1] // self.segments
         frames = frames.unflatten(1, (self.segments, -1)).flatten(0, 1)
-        sound = sound[:, : each * self.segments].reshape(clips * self.segments, each)
-        places = torch.arange(self.segments, device=seeds.device)
-        visual = self.visual(frames).unflatten(0, (clips, -1))
-        audio = self.audio(sound, (seeds[:, None] + places).flatten()).unflatten(0, (clips, -1))
-        return self.parse([audio], [visual], seeds)._asdict()
+        audio = audio[:, : segment_length * self.segments].reshape(num_clips * self.segments, segment_length)
+        segment_seeds = (seeds[:, None] + torch.arange(self.segments, device=seeds.device)).flatten()
+        visual_features = self.visual(frames).unflatten(0, (num_clips, -1))
+        audio_features = self.audio(audio, segment_seeds).unflatten(0, (num_clips, -1))
+        return self.parse([audio_features], [visual_features], seeds)._asdict()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Split parameters into towers and heads, with weight decay for matrices and kernels alone.
+    """Group the parameters of a model by learning rate and weight decay, for the optimizer.
 
-    Each group carries `part`: "towers" or "heads", by which a phase sets its learning rate.
+    Parameters inside a module with `lr_group = "towers"` are towers, all the rest are heads. So a new head trains at
+    the learning rate of heads without further declaration. Matrices and kernels have weight decay, vectors have none.
+
+    Returns:
+        Parameter groups with `params`, `weight_decay` and `lr_group` ("towers" or "heads"), by which a phase sets its
+        learning rates.
     """
+    tower_parameters = {
+        id(parameter)
+        for module in model.modules()
+        if getattr(module, "lr_group", "heads") == "towers"
+        for parameter in module.parameters()
+    }
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        part = "heads" if name.split(".")[0] in HEADS else "towers"
-        # Names and not dims, since ZeRO-3 leaves only empty vectors of the parameters here.
-        decayed = name.endswith("weight") and len(getattr(parameter, "ds_shape", parameter.shape)) > 1
-        groups.setdefault((part, decayed), []).append(parameter)
+        lr_group = "towers" if id(parameter) in tower_parameters else "heads"
+        # Decided by name and not by number of dimensions: with ZeRO-3, parameters here are empty vectors.
+        decays = name.endswith("weight") and len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        groups.setdefault((lr_group, decays), []).append(parameter)
     return [
-        {"params": members, "part": part, "weight_decay": weight_decay if decayed else 0.0}
-        for (part, decayed), members in groups.items()
+        {"params": parameters, "lr_group": lr_group, "weight_decay": weight_decay if decays else 0.0}
+        for (lr_group, decays), parameters in groups.items()
     ]

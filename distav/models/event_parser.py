@@ -1,4 +1,4 @@
-"""The hybrid attention network that parses a video into events heard and seen (HAN; Tian et al. 2020; VALOR's sizes).
+"""The hybrid attention network for audio-visual event parsing (HAN, Tian et al. 2020; sizes: VALOR, Lai et al. 2023).
 
 Legend: B videos, T segments, E width, C classes, S steps of a feature stream.
 """
@@ -10,22 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distav.config.schema import ParserConfig
-from distav.data.modalities import MODALITIES
-from distav.data.modalities import FeatureStream as Features
+from distav.config.model import ParserConfig
+from distav.data.modalities import FeatureStream
 from distav.models.layers import SeededDropout
 
 _DROPOUT_STREAM = 100
-"""First of the streams of a sample's random numbers that drop entries here."""
+"""First stream of a sample's random numbers for the dropout of this network."""
 
 
 class TokenSpec(NamedTuple):
-    """Features that a frozen network gave of one modality.
+    """Shape of a feature stream: a sequence of vectors, or a grid of tokens.
 
     Attributes:
-        name: of the feature, as in the shards.
-        dim: width.
-        grid: rows and columns of a token map, such as (2, 32) of CLAP's; None for a sequence.
+        name: name of the stream in the dataset.
+        dim: width of a vector.
+        grid: rows and columns of a token grid, such as (2, 32) of CLAP; None for a sequence.
     """
 
     name: str
@@ -34,12 +33,12 @@ class TokenSpec(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """What the network says of videos.
+    """Predicted events of videos; axis 1 is in the order of `distav.data.modalities.MODALITIES`.
 
     Attributes:
-        segments: [B, 2, T, C] logits of each class, heard and seen in each segment.
+        segments: [B, 2, T, C] logits of each class in each modality and segment.
         video: [B, C] probability that the class occurs.
-        modality: [B, 2, C] probability that it is heard, and seen.
+        modality: [B, 2, C] probability that the class occurs in the modality.
     """
 
     segments: Tensor
@@ -48,34 +47,37 @@ class Parsed(NamedTuple):
 
 
 class SegmentEmbedding(nn.Module):
-    """One modality's streams, brought to T segments and one width: each is projected and averaged over its steps."""
+    """Embeddings of T segments from all streams of one modality; each stream is projected and averaged over steps."""
 
-    _MAP_STEPS = 1024
+    _GRID_STEPS = 1024
 
     def __init__(self, streams: Sequence[TokenSpec], width: int, segments: int):
         super().__init__()
         self.streams, self.segments = tuple(streams), segments
-        self.project = nn.ModuleList(nn.Linear(each.dim, width) for each in streams)
+        self.project = nn.ModuleList(nn.Linear(stream.dim, width) for stream in streams)
         self.join = nn.Linear(width * len(streams), width) if len(streams) > 1 else nn.Identity()
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Embed [B, S, dim] of every stream: [B, T, E]."""
-        parts = [self._embed(*each) for each in zip(self.streams, self.project, features, strict=True)]
-        return self.join(torch.cat(parts, dim=2))
+        """Embed all streams, each [B, S, dim], to [B, T, E]."""
+        embedded = [
+            self._embed(stream, project, values)
+            for stream, project, values in zip(self.streams, self.project, features, strict=True)
+        ]
+        return self.join(torch.cat(embedded, dim=2))
 
     def _embed(self, stream: TokenSpec, project: nn.Module, values: Tensor) -> Tensor:
         if stream.grid is None:
             steps = project(values)
-        else:  # VALOR++: the map is stretched in time, projected, and averaged over its rows.
+        else:  # VALOR++: the grid is interpolated in time, projected, and averaged over its rows.
             rows, columns = stream.grid
             grid = values.transpose(1, 2).unflatten(2, (rows, columns))
-            grid = F.interpolate(grid.float(), (rows, self._MAP_STEPS), mode="bicubic").to(values.dtype)
+            grid = F.interpolate(grid.float(), (rows, self._GRID_STEPS), mode="bicubic").to(values.dtype)
             steps = project(grid.permute(0, 2, 3, 1)).mean(dim=1)
         return F.adaptive_avg_pool1d(steps.transpose(1, 2), self.segments).transpose(1, 2)
 
 
-class _Unbiased(nn.Linear):
-    """A linear layer whose bias begins at zero."""
+class _ZeroBiasLinear(nn.Linear):
+    """A linear layer with a bias that is initialized to zero."""
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -83,10 +85,11 @@ class _Unbiased(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Attention with several heads, whose dropout hangs on each sample's seed.
+    """Multi-head attention with dropout that depends on each sample's seed.
 
-    The weights of queries, keys and values are its own and not a layer's, since ZeRO-3 gathers what the module has that
-    is called; and they are set up before its end, at which ZeRO-3 spreads them.
+    The weights of queries, keys and values belong to this module and not to a layer inside it, since ZeRO-3 gathers the
+    parameters of the module whose forward pass runs. They are initialized in the constructor, since ZeRO-3 partitions
+    them at its end.
     """
 
     def __init__(self, width: int, heads: int, dropout: float, stream: int):
@@ -94,49 +97,57 @@ class Attention(nn.Module):
         self.heads = heads
         self.project_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(3 * width, width)))
         self.project_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out = _Unbiased(width, width)
+        self.out = _ZeroBiasLinear(width, width)
         self.drop = SeededDropout(dropout, stream)
 
     def forward(self, queries: Tensor, keys: Tensor, seeds: Tensor) -> Tensor:
         """Let queries [B, T, E] attend to keys [B, T, E]."""
-        by_query, by_key = (F.linear(each, self.project_weight, self.project_bias) for each in (queries, keys))
         width = queries.shape[2]
-        q, k, v = by_query[..., :width], by_key[..., width : 2 * width], by_key[..., 2 * width :]
-        q, k, v = (each.unflatten(2, (self.heads, -1)).transpose(1, 2) for each in (q, k, v))
-        shares = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)
-        shares = self.drop(shares.flatten(1), seeds).view_as(shares)
-        return self.out((shares @ v).transpose(1, 2).flatten(2))
+        projected_queries = F.linear(queries, self.project_weight, self.project_bias)
+        projected_keys = F.linear(keys, self.project_weight, self.project_bias)
+        q = self._split_heads(projected_queries[..., :width])
+        k = self._split_heads(projected_keys[..., width : 2 * width])
+        v = self._split_heads(projected_keys[..., 2 * width :])
+        weights = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)
+        weights = self.drop(weights.flatten(1), seeds).view_as(weights)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+    def _split_heads(self, values: Tensor) -> Tensor:
+        return values.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 class HybridLayer(nn.Module):
-    """Every segment attends to its own modality and to the other; both modalities share the weights."""
+    """Self-attention within one modality plus cross-attention to the other, and a feed-forward network.
 
-    def __init__(self, width: int, heads: int, ffn_dim: int, dropout: float, number: int):
+    Both modalities use the same weights.
+    """
+
+    def __init__(self, width: int, heads: int, ffn_dim: int, dropout: float, index: int):
         super().__init__()
-        first = _DROPOUT_STREAM + 10 * number
-        self.own = Attention(width, heads, dropout, first)
-        self.other = Attention(width, heads, dropout, first + 1)
+        first_stream = _DROPOUT_STREAM + 10 * index
+        self.self_attention = Attention(width, heads, dropout, first_stream)
+        self.cross_attention = Attention(width, heads, dropout, first_stream + 1)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.inside, self.outside = nn.Linear(width, ffn_dim), nn.Linear(ffn_dim, width)
-        self.drops = nn.ModuleList(SeededDropout(dropout, first + 2 + place) for place in range(4))
+        self.linear1, self.linear2 = nn.Linear(width, ffn_dim), nn.Linear(ffn_dim, width)
+        self.drops = nn.ModuleList(SeededDropout(dropout, first_stream + 2 + offset) for offset in range(4))
 
     def forward(self, x: Tensor, other: Tensor, seeds: Tensor) -> Tensor:
-        """Update one modality by itself and the other: [B, T, E] twice -> [B, T, E]; normalised after each sum."""
-        crossed, own = self.other(x, other, seeds), self.own(x, x, seeds)
-        x = self.norms[0](x + self._drop(0, crossed, seeds) + self._drop(1, own, seeds))
-        hidden = self._drop(2, F.relu(self.inside(x)), seeds)
-        return self.norms[1](x + self._drop(3, self.outside(hidden), seeds))
+        """Update a modality [B, T, E] with itself and the other [B, T, E]; each sum is followed by a normalization."""
+        cross_attended, self_attended = self.cross_attention(x, other, seeds), self.self_attention(x, x, seeds)
+        x = self.norms[0](x + self._drop(0, cross_attended, seeds) + self._drop(1, self_attended, seeds))
+        hidden = self._drop(2, F.relu(self.linear1(x)), seeds)
+        return self.norms[1](x + self._drop(3, self.linear2(hidden), seeds))
 
-    def _drop(self, place: int, values: Tensor, seeds: Tensor) -> Tensor:
-        return self.drops[place](values.flatten(1), seeds).view_as(values)
+    def _drop(self, index: int, values: Tensor, seeds: Tensor) -> Tensor:
+        return self.drops[index](values.flatten(1), seeds).view_as(values)
 
 
 class AttentivePooling(nn.Module):
-    """Probabilities of segments, pooled over time and modality by learnt weights.
+    """Segment probabilities, pooled over time and modalities with learned weights.
 
-    As published, weights are normalised over time for each modality and over modalities for each segment, and their
-    product adds up to anything between 0 and 2; probabilities are cut off at 1. With `joint` they are one softmax over
-    both, and nothing is cut off.
+    As published, weights are normalized over time in each modality and over modalities in each segment. The sum of
+    their products lies between 0 and 2, and probabilities are clamped to 1. With `joint`, one softmax over time and
+    modalities normalizes the weights, and nothing is clamped.
     """
 
     _EDGE = 1e-7
@@ -150,21 +161,22 @@ class AttentivePooling(nn.Module):
     def forward(self, embedded: Tensor) -> Parsed:
         """Pool [B, 2, T, E]."""
         segments = self.classify(embedded).float()
-        by_time, by_modality = self.weigh_time(embedded).float(), self.weigh_modality(embedded).float()
-        shares, over_time = segments.sigmoid(), by_time.softmax(dim=2)
+        time_logits, modality_logits = self.weigh_time(embedded).float(), self.weigh_modality(embedded).float()
+        probs, time_weights = segments.sigmoid(), time_logits.softmax(dim=2)
         if self.joint:
-            weights = (by_time + by_modality).flatten(1, 2).softmax(dim=1).view_as(shares)
+            weights = (time_logits + modality_logits).flatten(1, 2).softmax(dim=1).view_as(probs)
         else:
-            weights = over_time * by_modality.softmax(dim=1)
-        video = (weights * shares).sum(dim=(1, 2)).clamp(self._EDGE, 1 - self._EDGE)
-        modality = (over_time * shares).sum(dim=2).clamp(self._EDGE, 1 - self._EDGE)
+            weights = time_weights * modality_logits.softmax(dim=1)
+        video = (weights * probs).sum(dim=(1, 2)).clamp(self._EDGE, 1 - self._EDGE)
+        modality = (time_weights * probs).sum(dim=2).clamp(self._EDGE, 1 - self._EDGE)
         return Parsed(segments, video, modality)
 
 
 class EventParser(nn.Module):
-    """Embeddings of segments, layers of hybrid attention, attentive pooling.
+    """Segment embeddings, layers of hybrid attention, attentive pooling.
 
-    VALOR's code lets pictures attend to sounds that the same layer has updated; HAN's lets both attend to what came in.
+    With `sequential_update`, as in the code of VALOR, visual segments attend to the audio segments that the same layer
+    has updated. Otherwise, as in HAN, both modalities attend to the inputs of the layer.
     """
 
     def __init__(
@@ -185,7 +197,7 @@ class EventParser(nn.Module):
         super().__init__()
         self.embed_audio = SegmentEmbedding(audio, width, segments)
         self.embed_visual = SegmentEmbedding(visual, width, segments)
-        self.layers = nn.ModuleList(HybridLayer(width, heads, ffn_dim, dropout, number) for number in range(depth))
+        self.layers = nn.ModuleList(HybridLayer(width, heads, ffn_dim, dropout, index) for index in range(depth))
         self.pool = AttentivePooling(width, num_classes, joint_pooling)
         self.sequential_update = sequential_update
 
@@ -193,57 +205,69 @@ class EventParser(nn.Module):
         """Parse videos.
 
         Args:
-            audio, visual: [B, S, dim] of every stream.
-            seeds: [B] int64, the random numbers of dropout.
+            audio, visual: [B, S, dim] features of each stream.
+            seeds: [B] int64, seeds of dropout.
         """
-        heard, seen = self.embed_audio(audio), self.embed_visual(visual)
+        audio_segments, visual_segments = self.embed_audio(audio), self.embed_visual(visual)
         for layer in self.layers:
-            before = heard
-            heard = layer(heard, seen, seeds)
-            seen = layer(seen, heard if self.sequential_update else before, seeds)
-        return self.pool(torch.stack([heard, seen], dim=1))
+            updated_audio = layer(audio_segments, visual_segments, seeds)
+            keys = updated_audio if self.sequential_update else audio_segments
+            visual_segments = layer(visual_segments, keys, seeds)
+            audio_segments = updated_audio
+        return self.pool(torch.stack([audio_segments, visual_segments], dim=1))
 
 
 def build_parser(
-    settings: ParserConfig, audio: Sequence[TokenSpec], visual: Sequence[TokenSpec], num_classes: int, segments: int
+    config: ParserConfig, audio: Sequence[TokenSpec], visual: Sequence[TokenSpec], num_classes: int, segments: int
 ) -> EventParser:
-    """Return the parser that the settings name."""
+    """Return the event parser that the configuration describes."""
     return EventParser(
         audio,
         visual,
         num_classes,
         segments=segments,
-        width=settings.width,
-        depth=settings.depth,
-        heads=settings.heads,
-        ffn_dim=settings.ffn_dim,
-        dropout=settings.dropout,
-        sequential_update=settings.sequential_update,
-        joint_pooling=settings.joint_pooling,
+        width=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        ffn_dim=config.ffn_dim,
+        dropout=config.dropout,
+        sequential_update=config.sequential_update,
+        joint_pooling=config.joint_pooling,
     )
 
 
 class FeatureParser(nn.Module):
-    """The event parser over features that are stored in place of clips."""
+    """The event parser on datasets that store features and not clips."""
 
-    def __init__(self, settings: ParserConfig, streams: Mapping[str, Features], segments: int, num_classes: int):
+    def __init__(self, config: ParserConfig, streams: Mapping[str, FeatureStream], segments: int, num_classes: int):
         super().__init__()
         self.segments = segments
-        self.modalities = [
-            [name for name, each in streams.items() if each.modality == modality] for modality in MODALITIES
-        ]
-        heard, seen = (
-            [TokenSpec(name, streams[name].dim, _grid(settings, name)) for name in names] for names in self.modalities
-        )
-        self.parse = build_parser(settings, heard, seen, num_classes, segments)
+        self.audio_streams = _token_specs(config, streams, "audio")
+        self.visual_streams = _token_specs(config, streams, "visual")
+        self.parse = build_parser(config, self.audio_streams, self.visual_streams, num_classes, segments)
 
     def forward(self, seeds: Tensor, parse: bool = True, **features: Tensor) -> dict[str, Tensor]:
-        """Parse streams [B, steps, dim] by name; returns what `Parsed` holds."""
+        """Parse events.
+
+        Args:
+            seeds: [B] int64, seeds of dropout.
+            parse: accepted since `AVModel` has it; this network always parses.
+            features: [B, steps, dim] by name of the stream.
+
+        Returns:
+            The fields of `Parsed`.
+        """
         dtype = next(self.parameters()).dtype
-        audio, visual = ([features[name].to(dtype) for name in names] for names in self.modalities)
+        audio = [features[stream.name].to(dtype) for stream in self.audio_streams]
+        visual = [features[stream.name].to(dtype) for stream in self.visual_streams]
         return self.parse(audio, visual, seeds)._asdict()
 
 
-def _grid(settings: ParserConfig, name: str) -> tuple[int, int] | None:
-    rows_and_columns = settings.token_grids.get(name)
-    return (rows_and_columns[0], rows_and_columns[1]) if rows_and_columns else None
+def _token_specs(config: ParserConfig, streams: Mapping[str, FeatureStream], modality: str) -> list[TokenSpec]:
+    """Return the shapes of all streams of a modality."""
+    specs: list[TokenSpec] = []
+    for name, stream in streams.items():
+        if stream.modality == modality:
+            grid = config.token_grids.get(name)
+            specs.append(TokenSpec(name, stream.dim, (grid[0], grid[1]) if grid else None))
+    return specs

@@ -1,4 +1,4 @@
-"""Heads on top of the towers: projections, categories, classifiers.
+"""Heads of the towers: projections, categories, classifiers.
 
 Legend: B clips, E tower width, D embedding width, K categories, C classes.
 """
@@ -10,27 +10,27 @@ from torch import Tensor, nn
 from distav.models.layers import GlobalBatchNorm, SeededDropout
 
 DROPOUT_STREAM = 2
-"""First of the streams of a sample's random numbers that drop features."""
+"""First stream of a sample's random numbers for the dropout of its features."""
 
 
-def _layers(*widths: int) -> nn.Sequential:
-    """Linear layers with ReLU between, behind a normalisation over the global batch.
+def _mlp(*widths: int) -> nn.Sequential:
+    """Return linear layers with ReLU in between, preceded by a normalization over the global batch.
 
-    Tower outputs are mostly positive and much alike at first. Unless their common part is taken away, the embeddings of
-    all samples start as one, and rows of the bank differ by nothing but their age.
+    Tower outputs are mostly positive and nearly identical at initialization. Without the normalization, the embeddings
+    of all samples start at the same point, and rows of the memory bank differ by their age alone.
     """
     layers: list[nn.Module] = [GlobalBatchNorm(widths[0])]
-    for inside, outside in zip(widths, widths[1:], strict=False):
-        layers += [nn.Linear(inside, outside), nn.ReLU()]
+    for in_dim, out_dim in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(in_dim, out_dim), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
 class Projection(nn.Module):
-    """Three layers to unit length (AVID section 3, which has no normalisation before them)."""
+    """Three layers and normalization to unit length (AVID section 3, which has no normalization before the layers)."""
 
-    def __init__(self, inside: int, hidden: int, outside: int):
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int):
         super().__init__()
-        self.layers = _layers(inside, hidden, hidden, outside).append(GlobalBatchNorm(outside))
+        self.layers = _mlp(in_dim, hidden_dim, hidden_dim, out_dim).append(GlobalBatchNorm(out_dim))
 
     def forward(self, features: Tensor) -> Tensor:
         """Project [B, E] to unit vectors [B, D] float32."""
@@ -38,11 +38,11 @@ class Projection(nn.Module):
 
 
 class CategoryHead(nn.Module):
-    """Two layers to K category logits; each modality has its own (Li et al. 2021 share one between like views)."""
+    """Two layers to K category logits; each modality has its own head (Li et al. 2021 use one for both views)."""
 
-    def __init__(self, inside: int, hidden: int, num_categories: int):
+    def __init__(self, in_dim: int, hidden_dim: int, num_categories: int):
         super().__init__()
-        self.layers = _layers(inside, hidden, num_categories)
+        self.layers = _mlp(in_dim, hidden_dim, num_categories)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits [B, K] float32."""
@@ -50,7 +50,7 @@ class CategoryHead(nn.Module):
 
 
 class Classifiers(nn.Module):
-    """A classifier over both features, and one for each modality that serves where sound and picture differ."""
+    """A classifier on the features of both modalities, and one per modality for mismatched pairs."""
 
     def __init__(self, visual_dim: int, audio_dim: int, num_classes: int, dropout: float):
         super().__init__()
@@ -61,7 +61,7 @@ class Classifiers(nn.Module):
         self.drop_audio = SeededDropout(dropout, DROPOUT_STREAM + 1)
 
     def forward(self, visual: Tensor, audio: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits over both, visual and audio features, each [B, C] float32."""
+        """Return logits from both, visual and audio features, each [B, C] float32."""
         visual, audio = self.drop_visual(visual, seeds), self.drop_audio(audio, seeds)
         both = self.both(torch.cat([visual, audio], dim=1))
         return both.float(), self.visual(visual).float(), self.audio(audio).float()

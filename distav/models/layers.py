@@ -1,4 +1,4 @@
-"""Layers whose result does not depend on how the batch is cut into ranks.
+"""Layers whose result does not depend on the number of ranks that divide a batch.
 
 Legend: B rows of this rank, C channels.
 """
@@ -17,11 +17,11 @@ from distav.distributed.collectives import all_gather_rows, all_reduce_sum_, get
 from distav.distributed.rng import uniform
 
 _recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
-"""Whether activations are being computed a second time; running statistics have counted the batch then."""
+"""Whether activations are being recomputed; the running statistics already include the batch then."""
 
 
-class _GlobalNormalise(torch.autograd.Function):
-    """Batch normalisation over the rows of all ranks: one exchange of statistics forward, one of sums backward."""
+class _GlobalNormalize(torch.autograd.Function):
+    """Batch normalization over the rows of all ranks, with one collective in each of the two passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,25 +32,25 @@ class _GlobalNormalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, var)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
-        given = mean.to(weight.dtype), var.to(weight.dtype)
-        return F.batch_norm(x, *given, weight, bias, False, 0.0, eps), mean, var
+        out = F.batch_norm(x, mean.to(weight.dtype), var.to(weight.dtype), weight, bias, False, 0.0, eps)
+        return out, mean, var
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, var = ctx.saved_tensors
         shape, dims = [1, -1] + [1] * (x.dim() - 2), [0, *range(2, x.dim())]
         rstd = (var + ctx.eps).rsqrt()
-        grad, centred = gradients[0].float(), x.float() - mean.view(shape)
-        bias_grad, weight_grad = grad.sum(dims), (grad * centred).sum(dims) * rstd
+        grad, centered = gradients[0].float(), x.float() - mean.view(shape)
+        bias_grad, weight_grad = grad.sum(dims), (grad * centered).sum(dims) * rstd
         count = x.numel() // x.shape[1] * get_world_size()
-        of_bias, of_weight = all_reduce_sum_(torch.stack([bias_grad, weight_grad])) / count
-        grad_x = (grad - of_bias.view(shape)).addcmul_(centred, (of_weight * rstd).view(shape), value=-1)
+        mean_bias_grad, mean_weight_grad = all_reduce_sum_(torch.stack([bias_grad, weight_grad])) / count
+        grad_x = (grad - mean_bias_grad.view(shape)).addcmul_(centered, (mean_weight_grad * rstd).view(shape), value=-1)
         grad_x = grad_x.mul_((weight.float() * rstd).view(shape)).to(x.dtype)
         return grad_x, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None
 
 
-class _FusedGlobalNormalise(torch.autograd.Function):
-    """`_GlobalNormalise` by the CUDA kernels of PyTorch's SyncBatchNorm, which accumulate in float32.
+class _FusedGlobalNormalize(torch.autograd.Function):
+    """`_GlobalNormalize` with the CUDA kernels of PyTorch's SyncBatchNorm, which accumulate in float32.
 
     Device memory traffic of one bfloat16 element is 22 bytes with recomputation: a forward pass moves 6 (the statistics
     read 2, the normalization reads 2 and writes 2), and there are two; the backward pass moves 10 (the sums read 4, the
@@ -61,8 +61,8 @@ class _FusedGlobalNormalise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         x = x.contiguous(memory_format=_memory_format(x))
         means, invstds = all_gather_rows(torch.stack(torch.batch_norm_stats(x, eps))[None]).unbind(1)
-        # All ranks have the same number of elements, so counts of one give the same result; the kernel sums counts in
-        # 32 bits, which the true ones overflow at some hundred ranks. The first argument sets the type of the counts.
+        # All ranks have the same number of elements, so counts of one give the same result. The kernel sums counts in
+        # 32 bits, and true counts overflow at several hundred ranks. The first argument sets the type of the counts.
         counts = torch.ones(len(means), device=x.device)
         mean, invstd = torch.batch_norm_gather_stats_with_counts(means, means, invstds, None, None, 0.0, eps, counts)
         ctx.save_for_backward(x, weight, mean, invstd)
@@ -76,17 +76,17 @@ class _FusedGlobalNormalise(torch.autograd.Function):
         x, weight, mean, invstd = ctx.saved_tensors
         # With a layout other than the input's, every kernel would copy the gradient.
         grad, scale = gradients[0].contiguous(memory_format=_memory_format(x)), weight.float()
-        of_bias, of_weight, weight_grad, bias_grad = torch.batch_norm_backward_reduce(
+        sum_grad, sum_product, weight_grad, bias_grad = torch.batch_norm_backward_reduce(
             grad, x, mean, invstd, scale, True, True, True
         )
-        of_bias, of_weight = all_reduce_sum_(torch.stack([of_bias, of_weight]))
+        sum_grad, sum_product = all_reduce_sum_(torch.stack([sum_grad, sum_product]))
         counts = torch.full((get_world_size(),), x.numel() // x.shape[1], dtype=torch.int32, device=x.device)
-        grad_x = torch.batch_norm_backward_elemt(grad, x, mean, invstd, scale, of_bias, of_weight, counts)
+        grad_x = torch.batch_norm_backward_elemt(grad, x, mean, invstd, scale, sum_grad, sum_product, counts)
         return grad_x, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    """Return the memory format that a tensor has already, channels last or contiguous."""
+    """Return the memory format of a tensor: channels last or contiguous."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
     return last if x.is_contiguous(memory_format=last) else torch.contiguous_format
 
@@ -94,21 +94,24 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and variance of each channel of [B, C, ...] float32.
 
-    Each sample's part is summed in float32, the parts in float64; on a CPU that takes a seventh of `var_mean`'s time.
+    Sums of each sample are in float32, sums over samples in float64. On a CPU that takes a seventh of the time of
+    `torch.var_mean`.
     """
-    each = x.flatten(2) if x.dim() > 2 else x[:, :, None]
-    count = each.shape[0] * each.shape[2]
-    mean = each.sum(2).double().sum(0) / count
-    square = torch.linalg.vecdot(each, each).double().sum(0) / count
+    samples = x.flatten(2) if x.dim() > 2 else x[:, :, None]
+    count = samples.shape[0] * samples.shape[2]
+    mean = samples.sum(2).double().sum(0) / count
+    square = torch.linalg.vecdot(samples, samples).double().sum(0) / count
     return mean.float(), (square - mean**2).clamp_min(0).float()
 
 
 class GlobalBatchNorm(nn.Module):
-    """Batch normalisation whose statistics are those of the global batch, on CPUs as on GPUs.
+    """Batch normalization with the statistics of the global batch, on CPUs and GPUs.
 
-    On a GPU the kernels of PyTorch's SyncBatchNorm compute it. On a CPU PyTorch's own is not used in training even on
-    one rank: its sums over 10^5 values are off by 10^-4, and training makes another run of that. All ranks bring
-    batches of one size. Running statistics stay in float32 whatever the model is cast to.
+    It differs from `torch.nn.SyncBatchNorm` as follows. It also runs on a CPU, where it is used in training even with
+    one rank: sums of `torch.nn.BatchNorm` over 10^5 values have errors of 10^-4, which change the course of training.
+    All ranks must have batches of the same size. Running statistics stay in float32 when the model is cast, keep the
+    previous value of a channel with statistics that are not finite, and count a batch once under activation
+    checkpointing.
     """
 
     running_mean: Tensor
@@ -119,7 +122,7 @@ class GlobalBatchNorm(nn.Module):
         self.eps, self.momentum = eps, momentum
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
-        # Cast, since what is made under ZeRO-3 is made in the precision of training.
+        # Under ZeRO-3, new tensors have the precision of training.
         self.register_buffer("running_mean", torch.zeros(channels).float())
         self.register_buffer("running_var", torch.ones(channels).float())
 
@@ -129,17 +132,17 @@ class GlobalBatchNorm(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [B, C, ...] per channel."""
+        """Normalize [B, C, ...] per channel."""
         if not self.training:
             weight, bias = self.weight.float(), self.bias.float()
             return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
-        normalize = _FusedGlobalNormalise if x.is_cuda else _GlobalNormalise
+        normalize = _FusedGlobalNormalize if x.is_cuda else _GlobalNormalize
         out, mean, var = normalize.apply(x, self.weight, self.bias, self.eps)  # pyright: ignore[reportGeneralTypeIssues]
         if _recomputing.get():
             return out
         count = x.numel() // x.shape[1] * get_world_size()
         with torch.no_grad():
-            finite = torch.isfinite(mean) & torch.isfinite(var)  # One bad batch must not stay in them for ever.
+            finite = torch.isfinite(mean) & torch.isfinite(var)  # Running statistics never recover from NaN.
             var = var * count / max(1, count - 1)
             self.running_mean.lerp_(torch.where(finite, mean, self.running_mean), self.momentum)
             self.running_var.lerp_(torch.where(finite, var, self.running_var), self.momentum)
@@ -147,14 +150,14 @@ class GlobalBatchNorm(nn.Module):
 
 
 class SeededDropout(nn.Module):
-    """Dropout whose mask hangs on the seed of each row."""
+    """Dropout with a mask that depends on the seed of each row alone."""
 
     def __init__(self, rate: float, stream: int):
         super().__init__()
         self.rate, self.stream = rate, stream
 
     def forward(self, x: Tensor, seeds: Tensor) -> Tensor:
-        """Drop entries of [B, C] with the seeds [B] int64; nothing in evaluation."""
+        """Apply dropout to [B, C] in training, with the seeds [B] int64; the identity in evaluation."""
         if not self.training or not self.rate:
             return x
         kept = uniform(seeds, self.stream, x.shape[1]) >= self.rate
@@ -162,7 +165,7 @@ class SeededDropout(nn.Module):
 
 
 def with_global_batch_norm(module: nn.Module) -> nn.Module:
-    """Replace every batch normalisation of a network by the global one."""
+    """Replace every batch normalization inside a module by `GlobalBatchNorm`, and return the module."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             setattr(module, name, GlobalBatchNorm(child.num_features, child.eps, child.momentum or 0.1))
@@ -180,15 +183,15 @@ def _recomputation() -> Iterator[None]:
         _recomputing.reset(token)
 
 
-def _contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+def _checkpoint_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
     return contextlib.nullcontext(), _recomputation()
 
 
-def run(blocks: Iterable[nn.Module], x: Tensor, recompute: bool) -> Tensor:
-    """Apply blocks in turn; with `recompute`, their activations are computed again in the backward pass."""
+def apply_blocks(blocks: Iterable[nn.Module], x: Tensor, activation_checkpointing: bool) -> Tensor:
+    """Apply blocks one after the other; with checkpointing, the backward pass recomputes the activations in them."""
     for block in blocks:
-        if recompute and torch.is_grad_enabled():
-            x = cast(Tensor, checkpoint(block, x, use_reentrant=False, context_fn=_contexts))
+        if activation_checkpointing and torch.is_grad_enabled():
+            x = cast(Tensor, checkpoint(block, x, use_reentrant=False, context_fn=_checkpoint_contexts))
         else:
             x = block(x)
     return x

@@ -1,4 +1,4 @@
-"""Exported networks, loaded for use elsewhere: torch, torchvision, torchaudio and safetensors are all it takes."""
+"""Loading of exported networks; it needs torch, torchvision, torchaudio and safetensors alone."""
 
 import json
 from pathlib import Path
@@ -9,30 +9,34 @@ import safetensors.torch
 from torch import Tensor
 
 from distav.config.errors import UserError
-from distav.config.schema import AudioConfig, DataConfig, ModelConfig, ParserConfig, VisualConfig
+from distav.config.model import AudioConfig, ModelConfig, ParserConfig, VisualConfig
+from distav.config.schema import DataConfig
 from distav.data.modalities import FeatureStream
 from distav.models.av_model import AVModel
 from distav.models.event_parser import FeatureParser
 
+EXPORT_FORMAT = 2
+"""Version of the files in an `export/` directory: names of settings and of weights."""
+
 
 def load_encoders(folder: str | Path) -> tuple[AVModel, dict[str, Any]]:
-    """Load an exported network for use elsewhere, in evaluation mode.
+    """Load exported encoders in evaluation mode.
 
     Args:
-        folder: an `export/` folder.
+        folder: an `export/` directory.
 
     Returns:
-        The model, whose towers are `.visual` (frames [B, T, H, W, 3] uint8) and `.audio` (sound [B, N] float32), and
-        its description with the input that it expects and the names of its classes.
+        The model, with the towers `.visual` (frames [B, T, H, W, 3] uint8) and `.audio` (audio [B, N] float32), and its
+        description, with the input format and the names of the classes.
 
     Raises:
-        UserError: where the folder holds no export.
+        UserError: if the directory holds no export of encoders in the current format.
     """
-    description = _description(Path(folder))
+    description = _load_description(Path(folder))
     inputs = description["input"]
     if "num_frames" not in inputs:
-        raise UserError(f"{folder} holds an event parser over features, and no encoders; load it by load_parser.")
-    num_classes, segments = len(description["classes"]), description.get("segments", 0)
+        raise UserError(f"{folder} holds an event parser over features and no encoders; use load_parser.")
+    num_classes, segments = len(description["classes"]), description["segments"]
     model = AVModel(
         model_config(description), input_config(description), inputs["sample_rate_hz"], num_classes, segments
     )
@@ -41,62 +45,74 @@ def load_encoders(folder: str | Path) -> tuple[AVModel, dict[str, Any]]:
 
 
 def load_weights(folder: str | Path) -> dict[str, Tensor]:
-    """Return the weights of an `export/` folder by name.
+    """Return the weights of an `export/` directory by name.
 
     Raises:
-        UserError: where it holds no export.
+        UserError: if it holds no export in the current format.
     """
-    _description(Path(folder))
+    _load_description(Path(folder))
     path = Path(folder) / "model.safetensors"
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again.") from None
+        raise UserError(f"{path} is corrupt ({error}); copy it again.") from None
 
 
 def model_config(description: dict[str, Any]) -> ModelConfig:
-    """Return the settings of an exported network's towers and heads."""
-    chosen, parts = description["model"], {"visual": VisualConfig, "audio": AudioConfig, "parser": ParserConfig}
-    # Exports of distav before it parsed events have no parser.
-    return ModelConfig(**{**chosen, **{name: kind(**chosen.get(name, {})) for name, kind in parts.items()}})
+    """Return the settings of the towers and heads of an exported network."""
+    settings = description["model"]
+    return ModelConfig(
+        **{
+            **settings,
+            "visual": VisualConfig(**settings["visual"]),
+            "audio": AudioConfig(**settings["audio"]),
+            "parser": ParserConfig(**settings["parser"]),
+        }
+    )
 
 
 def input_config(description: dict[str, Any]) -> DataConfig:
-    """Return the settings by which clips are brought to what an exported network is fed."""
+    """Return the settings by which clips are converted to the input format of an exported network."""
     names = ("num_frames", "frame_stride", "frame_size", "squash", "audio_s")
-    return DataConfig(**{name: description["input"][name] for name in names if name in description["input"]})
+    return DataConfig(**{name: description["input"][name] for name in names})
 
 
 def load_parser(folder: str | Path) -> tuple[FeatureParser, dict[str, Any]]:
-    """Load an exported event parser over features for use elsewhere, in evaluation mode.
+    """Load an exported event parser over features in evaluation mode.
 
     Args:
-        folder: an `export/` folder.
+        folder: an `export/` directory.
 
     Returns:
-        The model, fed each stream [B, steps, dim] by name and `seeds` [B] int64, and its description with the streams
-        that it expects and the names of its classes.
+        The model, which takes each stream [B, steps, dim] by name and `seeds` [B] int64, and its description, with the
+        streams and the names of the classes.
 
     Raises:
-        UserError: where the folder holds no such export.
+        UserError: if the directory holds no export of an event parser in the current format.
     """
-    description = _description(Path(folder))
+    description = _load_description(Path(folder))
     if "num_frames" in description["input"]:
-        raise UserError(f"{folder} holds encoders of clips; load them by load_encoders.")
-    streams = {name: FeatureStream(**each) for name, each in description["input"].items()}
-    settings = ParserConfig(**description["model"]["parser"])
-    model = FeatureParser(settings, streams, description["segments"], len(description["classes"]))
+        raise UserError(f"{folder} holds encoders of clips; use load_encoders.")
+    streams = {name: FeatureStream(**stream) for name, stream in description["input"].items()}
+    config = ParserConfig(**description["model"]["parser"])
+    model = FeatureParser(config, streams, description["segments"], len(description["classes"]))
     model.load_state_dict(load_weights(folder))
     return model.eval(), description
 
 
-def _description(folder: Path) -> dict[str, Any]:
+def _load_description(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file() or not (folder / "model.safetensors").is_file():
         raise UserError(
             f"{folder} holds no export; expected model.safetensors and config.json, as in runs/NAME/export."
         )
     try:
-        return json.loads(path.read_text())
+        description: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again.") from None
+        raise UserError(f"{path} is corrupt ({error}); copy it again.") from None
+    if description.get("format") != EXPORT_FORMAT:
+        raise UserError(
+            f"{path} has export format {description.get('format')}; this version of distav loads format "
+            f"{EXPORT_FORMAT}. Export the network with this version, or load it with the version that exported it."
+        )
+    return description

@@ -36,7 +36,7 @@ from distav.data.preparation.sources import MediaFiles
 from distav.data.storage.object_store import is_url
 from distav.distributed.collectives import barrier, broadcast, run_on_main_rank
 from distav.distributed.process_group import World, process_group
-from distav.evaluation.embedding import Embeddings, Encoders, table
+from distav.evaluation.embedding import Embedder, Embeddings, to_table
 
 CHUNK = 1024
 """Clips of one file."""
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         with process_group(options.device, options.timeout_s, options.threads) as world:
-            encoders = Encoders.open(options.export, world.device, options.batch_size)
+            encoders = Embedder.open(options.export, world.device, options.batch_size)
             work = options.out / WORK
             path = Path(options.input).expanduser()
             if path.suffix == ".npz":
@@ -132,16 +132,16 @@ def _claim(options: argparse.Namespace, facts: dict[str, Any]) -> None:
     write_atomically(path, text.encode())
 
 
-def _of_arrays(encoders: Encoders, frames: np.ndarray, sound: np.ndarray, ids: np.ndarray) -> Rows:
+def _of_arrays(encoders: Embedder, frames: np.ndarray, sound: np.ndarray, ids: np.ndarray) -> Rows:
     keys = np.array([f"arrays-{number:09d}" for number in ids], dtype=object)
     columns = {"key": keys, "source": keys, "start_s": np.zeros(len(ids)), "split": ["arrays"] * len(ids)}
-    return columns, encoders.of_arrays(frames[ids], sound[ids])
+    return columns, encoders.embed_arrays(frames[ids], sound[ids])
 
 
-def _of_split(encoders: Encoders, split: Split) -> Callable[[np.ndarray], Rows]:
+def _of_split(encoders: Embedder, split: Split) -> Callable[[np.ndarray], Rows]:
     def rows(ids: np.ndarray) -> Rows:
         columns = {name: split.columns[name][ids] for name in ("key", "source", "start_s")}
-        return {**columns, "split": [split.name] * len(ids)}, encoders.of_clips(split, ids)
+        return {**columns, "split": [split.name] * len(ids)}, encoders.embed_clips(split, ids)
 
     return rows
 
@@ -163,7 +163,7 @@ def _embed(out: Path, parts: list[tuple[str, int, Callable[[np.ndarray], Rows]]]
         if number % world.world_size == world.rank:
             columns, found = rows(ids)
             unread += int((~found.valid).sum())
-            write_table(path, table(found, columns), scratch=out / WORK)
+            write_table(path, to_table(found, columns), scratch=out / WORK)
         bar.update()
     bar.close()
     if unread:

@@ -161,7 +161,6 @@ def test_towers_learn_from_clips_end_to_end(ave: Path, tmp_path: Path):
         (("data.audio_s=1.0",), "data.audio_s=1: event parsing needs the audio of the complete clip; set it to 10"),
         (("data.num_frames=8",), "data.num_frames=8 and data.frame_stride=4"),
         (("phases.parse.pseudo_labels=gone.parquet",), "phases.parse.pseudo_labels=gone.parquet: no such file"),
-        (("model.audio.name=vit_tiny",), "model.audio.name=vit_tiny is not possible; allowed: a convolutional tower"),
         (("model.parser.heads=3",), "model.parser.heads=3: allowed: a divisor of"),
     ],
 )

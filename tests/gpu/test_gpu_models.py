@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from distav.config.schema import DataConfig, VisualConfig
-from distav.models.layers import GlobalBatchNorm, _FusedGlobalNormalise, _GlobalNormalise
-from distav.models.visual_encoders import build_visual
+from distav.config.model import VisualConfig
+from distav.config.schema import DataConfig
+from distav.models.layers import GlobalBatchNorm, _FusedGlobalNormalize, _GlobalNormalize
+from distav.models.visual_encoders import VisualTower
 from tests.conftest import make_shards
 from tests.helpers.launch import ROOT, TINY, tiny_config
 from tests.helpers.normalization import normalized
@@ -40,10 +41,10 @@ def test_the_fused_normalization_follows_the_plain_one(dtype: torch.dtype, param
     x = (torch.randn(size, generator=generator) * 3 + 10).to(dtype)
     grad = torch.randn(size, generator=generator).to(dtype)
     weight, bias = torch.randn(2, size[1], generator=generator).to(parameters)
-    oracle = normalized(_GlobalNormalise, x.float(), weight.float(), bias.float(), grad.float())
+    oracle = normalized(_GlobalNormalize, x.float(), weight.float(), bias.float(), grad.float())
     x = x.cuda().contiguous(memory_format=layout)
     # The gradient comes in the other layout, as it may after a mean or a sum.
-    fused = normalized(_FusedGlobalNormalise, x, weight.cuda(), bias.cuda(), grad.cuda())
+    fused = normalized(_FusedGlobalNormalize, x, weight.cuda(), bias.cuda(), grad.cuda())
     assert fused[0].is_contiguous(memory_format=layout) and fused[3].is_contiguous(memory_format=layout)
     kinds = (dtype, torch.float32, torch.float32, dtype, parameters, parameters)
     for ours, theirs, kind in zip(fused, oracle, kinds, strict=True):
@@ -87,17 +88,17 @@ def test_normalization_in_training_keeps_the_input_and_the_output_alone():
 
 
 def test_frames_are_normalized_alike():
-    tower = build_visual(VisualConfig("small_conv"), DataConfig(), False)
+    tower = VisualTower(VisualConfig("small_conv"), DataConfig(), False)
     frames = torch.randint(0, 256, (4, 3, 20, 24, 3), dtype=torch.uint8)
     for dtype in BOTH:
-        ours, theirs = tower._normalized(frames.cuda(), dtype), tower._normalized(frames, dtype)
+        ours, theirs = tower._normalize(frames.cuda(), dtype), tower._normalize(frames, dtype)
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
 
 
 def trained(name: str, device: str, dtype: torch.dtype, recompute: bool) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     data = DataConfig(num_frames=4, frame_size=64)
-    tower = build_visual(VisualConfig(name), data, recompute).to(device, dtype)
+    tower = VisualTower(VisualConfig(name), data, recompute).to(device, dtype)
     frames = torch.randint(0, 256, (8, 4, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     wanted = torch.randn(8, tower.feature_dim, generator=torch.Generator().manual_seed(1))
     features = tower(frames.to(device))

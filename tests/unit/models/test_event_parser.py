@@ -1,4 +1,4 @@
-"""The event parser and its losses against PyTorch's own parts."""
+"""The event parser and its losses against PyTorch's layers and losses."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def published_attention(ours: Attention, width: int, heads: int) -> nn.Multihead
 
 
 @pytest.mark.parametrize("heads", [1, 8])
-def test_attention_is_pytorchs(heads: int):
+def test_attention_equals_that_of_pytorch(heads: int):
     ours = Attention(32, heads, 0.1, 5).eval()
     nn.init.normal_(ours.project_bias)
     x, y = rand(3, 10, 32), rand(3, 10, 32, seed=1)
@@ -43,38 +43,39 @@ def test_attention_is_pytorchs(heads: int):
     torch.testing.assert_close(ours(x, y, SEEDS), expected)
 
 
-def test_a_layer_is_the_published_one():
+def test_a_layer_equals_the_published_one():
     layer = HybridLayer(32, 4, 64, 0.1, 0).eval()
     x, y = rand(3, 10, 32), rand(3, 10, 32, seed=1)
-    own, other = published_attention(layer.own, 32, 4), published_attention(layer.other, 32, 4)
-    expected = layer.norms[0](x + other(x, y, y)[0] + own(x, x, x)[0])
-    expected = layer.norms[1](expected + layer.outside(layer.inside(expected).relu()))
+    self_attention = published_attention(layer.self_attention, 32, 4)
+    cross_attention = published_attention(layer.cross_attention, 32, 4)
+    expected = layer.norms[0](x + cross_attention(x, y, y)[0] + self_attention(x, x, x)[0])
+    expected = layer.norms[1](expected + layer.linear2(layer.linear1(expected).relu()))
     torch.testing.assert_close(layer(x, y, SEEDS), expected)
 
 
 @pytest.mark.parametrize("sequential_update", [False, True])
-def test_pictures_attend_to_sounds_as_they_came_or_as_they_became(sequential_update: bool):
+def test_visual_segments_attend_to_the_input_or_to_updated_audio(sequential_update: bool):
     net = EventParser(*VALOR, 25, width=32, depth=2, heads=4, ffn_dim=64, sequential_update=sequential_update).eval()
     audio, visual = features()
-    heard, seen = net.embed_audio(audio), net.embed_visual(visual)
+    audio_segments, visual_segments = net.embed_audio(audio), net.embed_visual(visual)
     for layer in net.layers:
-        updated = layer(heard, seen, SEEDS)
-        seen = layer(seen, updated if sequential_update else heard, SEEDS)
-        heard = updated
-    expected = net.pool(torch.stack([heard, seen], 1))
+        updated = layer(audio_segments, visual_segments, SEEDS)
+        visual_segments = layer(visual_segments, updated if sequential_update else audio_segments, SEEDS)
+        audio_segments = updated
+    expected = net.pool(torch.stack([audio_segments, visual_segments], 1))
     for ours, theirs in zip(net(audio, visual, SEEDS), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert expected.segments.shape == (3, 2, 10, 25) and expected.modality.shape == (3, 2, 25)
 
 
-def test_published_pooling_weights_add_up_to_anything_and_joint_ones_to_one():
+def test_joint_pooling_weights_have_the_sum_one_and_published_ones_do_not():
     sums = {}
     for joint in (False, True):
         pool = AttentivePooling(8, 5, joint)
         nn.init.zeros_(pool.classify.weight)
         nn.init.constant_(pool.classify.bias, -3.0)
-        for seed, each in enumerate((pool.weigh_time, pool.weigh_modality)):
-            each.weight.data = 3 * rand(5, 8, seed=seed)
+        for seed, layer in enumerate((pool.weigh_time, pool.weigh_modality)):
+            layer.weight.data = 3 * rand(5, 8, seed=seed)
         parsed = pool(rand(4, 2, 10, 8))
         sums[joint] = parsed.video / torch.sigmoid(torch.tensor(-3.0))
         torch.testing.assert_close(parsed.modality / torch.sigmoid(torch.tensor(-3.0)), torch.ones(4, 2, 5))
@@ -82,14 +83,14 @@ def test_published_pooling_weights_add_up_to_anything_and_joint_ones_to_one():
     assert sums[False].min() < 0.8 and sums[False].max() > 1.2
 
 
-def test_streams_come_to_segments_by_their_means():
+def test_streams_are_averaged_over_the_steps_of_each_segment():
     embedding = SegmentEmbedding([TokenSpec("a", 6)], 4, 10)
     steps = rand(2, 80, 6)
     expected = embedding.project[0](steps).unflatten(1, (10, 8)).mean(2)
     torch.testing.assert_close(embedding([steps]), expected)
 
 
-def test_a_token_map_is_stretched_in_time_and_averaged_over_its_rows():
+def test_a_token_grid_is_interpolated_in_time_and_averaged_over_its_rows():
     embedding = SegmentEmbedding([TokenSpec("clap", 6, (2, 32))], 4, 10)
     tokens = rand(2, 64, 6)
     grid = tokens.view(2, 2, 32, 6).permute(0, 3, 1, 2)
@@ -98,58 +99,58 @@ def test_a_token_map_is_stretched_in_time_and_averaged_over_its_rows():
     torch.testing.assert_close(embedding([tokens]), expected)
 
 
-def test_dropout_hangs_on_the_sample_alone():
+def test_dropout_depends_on_the_sample_alone():
     net = EventParser(*VALOR, 25, width=32, heads=4, ffn_dim=64, dropout=0.5).train()
     audio, visual = features()
-    whole = net(audio, visual, SEEDS).segments
-    part = net([each[1:] for each in audio], [each[1:] for each in visual], SEEDS[1:]).segments
-    torch.testing.assert_close(whole[1:], part)
-    assert not torch.allclose(whole, net(audio, visual, SEEDS + 9).segments)
+    batch = net(audio, visual, SEEDS).segments
+    part = net([stream[1:] for stream in audio], [stream[1:] for stream in visual], SEEDS[1:]).segments
+    torch.testing.assert_close(batch[1:], part)
+    assert not torch.allclose(batch, net(audio, visual, SEEDS + 9).segments)
 
 
-def test_every_parameter_learns():
+def test_every_parameter_has_a_gradient():
     net = EventParser(*VALOR, 25, width=32, depth=2, heads=4, ffn_dim=64)
     parsed = net(*features(), SEEDS)
     weak = torch.rand(3, 25) > 0.5
     loss = video_losses(parsed.video, weak) + modality_losses(parsed.modality, weak)
     (loss + segment_losses(parsed.segments, torch.rand(3, 2, 10, 25) > 0.5)).sum().backward()
-    assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in net.parameters())
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in net.parameters())
 
 
-def test_losses_are_the_published_means():
+def test_losses_equal_the_published_means():
     weak, probability = torch.tensor([[1.0, 0.0]]), torch.tensor([[[0.8, 0.3], [0.6, 0.1]]])
     bce = F.binary_cross_entropy
-    heard, seen = probability[0]
-    torch.testing.assert_close(video_losses(probability[:, 0], weak), bce(heard, weak[0])[None])
-    expected = bce(heard, weak[0]) + bce(seen, 0.9 * weak[0] + 0.05)
+    audio, visual = probability[0]
+    torch.testing.assert_close(video_losses(probability[:, 0], weak), bce(audio, weak[0])[None])
+    expected = bce(audio, weak[0]) + bce(visual, 0.9 * weak[0] + 0.05)
     torch.testing.assert_close(modality_losses(probability, weak), expected[None])
-    logits, harvested = rand(2, 2, 10, 5), torch.rand(2, 2, 10, 5) > 0.7
-    each = [
-        sum(F.binary_cross_entropy_with_logits(logits[n, m], harvested[n, m].float()) for m in range(2))
+    logits, pseudo_labels = rand(2, 2, 10, 5), torch.rand(2, 2, 10, 5) > 0.7
+    expected = [
+        sum(F.binary_cross_entropy_with_logits(logits[n, m], pseudo_labels[n, m].float()) for m in range(2))
         for n in range(2)
     ]
-    torch.testing.assert_close(segment_losses(logits, harvested), torch.stack(each))  # type: ignore[arg-type]
+    torch.testing.assert_close(segment_losses(logits, pseudo_labels), torch.stack(expected))  # type: ignore[arg-type]
 
 
-def test_binary_cross_entropy_and_its_gradient_are_pytorchs_at_the_ends_too():
+def test_binary_cross_entropy_and_its_gradient_equal_those_of_pytorch_also_at_the_ends():
     values = torch.tensor([0.0, 1e-44, 1e-30, 1e-7, 0.3, 0.5, 1 - 1e-7, 1.0])
     probability = values.repeat(3, 1).requires_grad_()
     target = torch.tensor([0.0, 0.05, 1.0])[:, None].expand_as(probability)
-    found = []
-    for each in (
+    results = []
+    for losses in (
         binary_cross_entropy(probability, target),
         F.binary_cross_entropy(probability, target, reduction="none"),
     ):
-        gradient = torch.autograd.grad(each.sum(), probability)[0]
-        assert torch.isfinite(each).all() and torch.isfinite(gradient).all()
-        found.append((each.detach(), gradient))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-7)
-    assert float(found[0][0][2, 0]) == 100
+        gradient = torch.autograd.grad(losses.sum(), probability)[0]
+        assert torch.isfinite(losses).all() and torch.isfinite(gradient).all()
+        results.append((losses.detach(), gradient))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
+    assert float(results[0][0][2, 0]) == 100
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, -0.1, 1.1])
-def test_what_is_no_probability_makes_the_loss_nan_where_it_is(wrong: float):
-    """PyTorch raises on a CPU, and on a GPU ends every later operation of the process."""
+def test_an_invalid_probability_makes_the_loss_of_its_sample_nan(wrong: float):
+    """PyTorch raises on a CPU; on a GPU it aborts, and every later operation of the process fails."""
     probability, weak = torch.full((3, 2, 4), 0.4), torch.ones(3, 4)
     probability[1, 0, 2] = wrong
     probability.requires_grad_()

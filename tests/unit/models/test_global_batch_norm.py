@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distav.models.layers import GlobalBatchNorm, _FusedGlobalNormalise, _GlobalNormalise, run
+from distav.models.layers import GlobalBatchNorm, _FusedGlobalNormalize, _GlobalNormalize, apply_blocks
 from tests.helpers.normalization import normalized
 from tests.helpers.on_gpu import OnGPU
 from tests.helpers.spawn import on_ranks
@@ -117,9 +117,9 @@ def inputs(dtype: torch.dtype, shape: tuple[int, ...] = (6, 5, 3, 4, 2)) -> tupl
 def test_the_fused_path_follows_the_plain_one(dtype: torch.dtype, parameters: torch.dtype, layout: str):
     x, weight, bias, grad = inputs(dtype)
     weight, bias = weight.to(parameters), bias.to(parameters)
-    oracle = normalized(_GlobalNormalise, x.float(), weight.float(), bias.float(), grad.float())
+    oracle = normalized(_GlobalNormalize, x.float(), weight.float(), bias.float(), grad.float())
     x = x.contiguous(memory_format=LAYOUTS[layout])
-    fused = normalized(_FusedGlobalNormalise, x, weight, bias, grad)
+    fused = normalized(_FusedGlobalNormalize, x, weight, bias, grad)
     assert fused[0].stride() == fused[3].stride() == x.stride()
     types = [dtype, FLOAT, FLOAT, dtype, parameters, parameters]
     for ours, theirs, kind in zip(fused, oracle, types, strict=True):
@@ -131,7 +131,7 @@ def test_the_fused_path_follows_the_plain_one(dtype: torch.dtype, parameters: to
 def test_features_without_places_are_normalized_alike():
     given = inputs(FLOAT, (6, 5))
     for ours, theirs in zip(
-        normalized(_FusedGlobalNormalise, *given), normalized(_GlobalNormalise, *given), strict=True
+        normalized(_FusedGlobalNormalize, *given), normalized(_GlobalNormalize, *given), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -140,7 +140,7 @@ def test_only_the_input_is_saved_at_its_size():
     x, weight, bias, _ = inputs(torch.bfloat16)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each):
-        _FusedGlobalNormalise.apply(x.requires_grad_(), weight, bias, 1e-5)
+        _FusedGlobalNormalize.apply(x.requires_grad_(), weight, bias, 1e-5)
     assert [each.data_ptr() for each in saved if each.numel() > x.shape[1]] == [x.data_ptr()]
 
 
@@ -148,13 +148,13 @@ def on_each_rank(dtype: torch.dtype) -> list[Tensor]:
     library, _ = cpu_operators()
     x, weight, bias, grad = inputs(dtype)
     mine = slice(3 * torch.distributed.get_rank(), 3 * torch.distributed.get_rank() + 3)
-    found = normalized(_FusedGlobalNormalise, x[mine], weight, bias, grad[mine])
+    found = normalized(_FusedGlobalNormalize, x[mine], weight, bias, grad[mine])
     library._destroy()
     return found
 
 
 def test_two_ranks_normalize_over_the_batch_of_both():
-    whole = normalized(_GlobalNormalise, *inputs(FLOAT))
+    whole = normalized(_GlobalNormalize, *inputs(FLOAT))
     first, second = on_ranks(2, on_each_rank, FLOAT)
     together = [torch.cat([first[at], second[at]]) if at in (0, 3) else first[at] for at in range(4)]
     together += [first[at] + second[at] for at in (4, 5)]
@@ -169,7 +169,7 @@ def test_running_statistics_count_a_batch_once_and_no_batch_that_is_not_finite(o
 
     def train(x: Tensor) -> None:
         x = x.clone().requires_grad_()
-        run([layer], x.as_subclass(OnGPU) if on_gpu else x, True).sum().backward()
+        apply_blocks([layer], x.as_subclass(OnGPU) if on_gpu else x, True).sum().backward()
 
     train(x)
     assert called.count("batch_norm_stats") == 2 * on_gpu and called.count("batch_norm_backward_elemt") == on_gpu

@@ -22,6 +22,7 @@ class Net(nn.Module):
     def __init__(self, depth: int):
         super().__init__()
         self.visual = nn.Sequential(*[nn.Linear(5, 5) for _ in range(depth)])
+        self.visual.lr_group = "towers"
         self.classify = nn.Linear(5, 3)
 
     def forward(self, frames: Tensor, seeds: Tensor) -> dict[str, Tensor]:
