@@ -102,8 +102,8 @@ def _print_summary(result: BuildResult, out: Path, part: ChunkSubset | None) -> 
         next_step = "; rerun without --part to write the dataset" if complete else ""
         print(
             f"{out}: part {part.index}/{part.count} complete, {clips or 'no'} clips encoded{rate}, "
-            f"{result.rejected} candidates rejected; {result.encoded_chunks} of {result.num_chunks} chunks of all parts "
-            f"complete{next_step}"
+            f"{result.rejected} candidates rejected; {result.encoded_chunks} of {result.num_chunks} chunks of all "
+            f"parts complete{next_step}"
         )
         return
     details = f"; reasons in {out / 'rejected.csv'}" if result.rejected else ""

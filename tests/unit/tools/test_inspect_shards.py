@@ -206,9 +206,7 @@ def test_features_are_counted_and_not_shown(tmp_path: Path, capsys: pytest.Captu
     streams = tuple(
         FeatureFolder(modality, name, tmp_path / "llp" / name) for name, (modality, _, _) in STREAMS.items()
     )
-    build_dataset(
-        LLPSource(tmp_path / "llp", None, streams), tmp_path / "set", BuildConfig(Encoding(clip_s=10)), 1
-    )
+    build_dataset(LLPSource(tmp_path / "llp", None, streams), tmp_path / "set", BuildConfig(Encoding(clip_s=10)), 1)
     train = figures(tmp_path / "set")["splits"]["train"]
     assert train["decoded"]["blank"] == [] and 0.1 < train["decoded"]["rms"]["res152"]["mean"] < 2
     assert sum(each["clips"] for each in train["classes"].values()) == 24 + 2 * 24
