@@ -110,7 +110,7 @@ class SampledNegatives(_Negatives):
                 leaf = scores.detach().requires_grad_()
                 losses = score_loss(leaf, self.own)
                 factors = torch.autograd.grad(losses.sum(), leaf)[0]
-            by_query = factors[:, :1] * self.rows[candidate] + self.sampled.sums(factors[:, 1:], candidate)
+            by_query = factors[:, :1] * self.rows[candidate] + self.sampled.weighted_sums(factors[:, 1:], candidate)
             total = total + attach_gradient(self.queries[query], self.temperature, losses.detach(), by_query / tau)
         return total
 
@@ -128,7 +128,7 @@ def noise_contrastive(partition: Partition) -> ScoreLoss:
 
     def score_loss(scores: Tensor, _own: Tensor) -> Tensor:
         negatives = scores[:, 1:]
-        logits = scores - math.log(negatives.shape[1] * partition.take(negatives.detach()))
+        logits = scores - math.log(negatives.shape[1] * partition.get_or_estimate(negatives.detach()))
         return F.softplus(-logits[:, 0]) + F.softplus(logits[:, 1:]).sum(1)
 
     return score_loss

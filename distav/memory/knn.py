@@ -1,8 +1,8 @@
-"""Exact nearest neighbours among features that are sharded over ranks by id.
+"""Exact nearest neighbors among features that are sharded over ranks by id.
 
-Queries stay where they are. Keys come to them: all at once where they fit, or shard by shard round the ring of ranks,
-one step ahead of the search.
-Legend: N samples, n samples of this rank, D width, k neighbours.
+Queries stay on their rank. Keys are gathered from all ranks at once if they fit, or else passed shard by shard around
+the ring of ranks, one step ahead of the search.
+Legend: N samples, n samples of this rank, q queries, b queries of a block, D width, k neighbors, p pairs.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import functools
 import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,12 +23,14 @@ from distav.distributed.collectives import (
     shard_range,
 )
 from distav.memory.key_shard import KeyShard, Tiling, Workspace
-from distav.memory.reservoir import EMPTY, unpacked_ids, unpacked_scores
+from distav.memory.packing import EMPTY, unpack_ids, unpack_scores
 from distav.memory.top_k import exact_top_k
 
-LARGEST_K = 2048
+MAX_K = 2048
 GATHER_BELOW_BYTES = 2**30
-"""Up to this size every rank takes all keys at once: the bound of a query is then found once and not in each shard."""
+"""Size of all keys up to which they are gathered: the bound of a query is then found once instead of in each shard."""
+
+_MAX_LISTED_IDS = 5
 
 
 def nearest_neighbors(
@@ -40,76 +43,114 @@ def nearest_neighbors(
     tiling: Tiling | None = None,
     gather_below_bytes: int = GATHER_BELOW_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """Find the k samples of largest dot product for each of this rank's samples.
+    """Return the k samples with the largest dot product for each of this rank's samples.
 
-    A sample is never its own neighbour, nor is any of its group (clips of one source video carry the same wrong
-    label). Equal similarities are ordered by id. A similarity does not depend on how the work is cut, so every number
-    of ranks finds the same neighbours. On a GPU a first pass in 16 bits leaves out what its rounding error cannot bring
-    back; the rest is scored in full.
+    A sample is not its own neighbor, nor is any sample of its group (clips of one source video have the same label
+    error). Equal similarities are ordered by id. A similarity does not depend on the tiling, so any number of ranks
+    returns the same neighbors. On a GPU, a first pass in 16 bits rules out keys that cannot be neighbors whatever its
+    rounding error; the remaining keys are scored in full precision.
 
     Args:
-        features: [n, D] of this rank's ids, `row_range(N)`.
-        k: neighbours wanted, at most 2048 and below N.
+        features: [n, D] of this rank's ids, `shard_range(N)`.
+        k: number of neighbors, at most 2048 and below N.
         groups: [N] int64 group of every sample, the same on every rank.
-        valid: [N] bool, whether a sample has features at all.
-        queries: [q] int64 ids of this rank to search for; all of them where None.
-        tiling: how the search is cut; by the device where None.
-        gather_below_bytes: size of all keys up to which they are gathered; above it they go round the ring.
+        valid: [N] bool, whether a sample has features.
+        queries: [q] int64 ids of this rank to search for; all of its ids if None.
+        tiling: sizes of the search; chosen by device if None.
+        gather_below_bytes: size of all keys up to which they are gathered; larger ones are passed around the ring.
 
     Returns:
-        ids [q, k] int64, -1 where a sample has fewer, and similarities [q, k] float32, 0 there.
+        ids [q, k] int64, -1 where a sample has fewer neighbors, and similarities [q, k] float32, 0 there.
 
     Raises:
-        ValueError: where k is out of range, a query belongs to another rank, or features of valid samples are not
-            finite or all zero; on every rank alike.
+        ValueError: if k is out of range, a query belongs to another rank, or features of valid samples are not finite
+            or all zero; on all ranks alike.
     """
     num_samples, device = len(groups), features.device
     own = shard_range(num_samples)
-    if not 1 <= k <= min(LARGEST_K, num_samples - 1):
-        allowed = f"1 to {min(LARGEST_K, num_samples - 1)}"
-        raise ValueError(f"k={k} neighbours among {num_samples} samples; allowed: {allowed}")
+    if not 1 <= k <= min(MAX_K, num_samples - 1):
+        allowed = f"1 to {min(MAX_K, num_samples - 1)}"
+        raise ValueError(f"k={k} neighbors among {num_samples} samples; allowed: {allowed}")
     features = features.detach().float().contiguous()
-    largest = _largest_length(features, valid[own.start : own.stop], own.start)
-    places = torch.arange(len(own), device=device) if queries is None else queries - own.start
-    if len(places) and (int(places.min()) < 0 or int(places.max()) >= len(own)):
+    max_norm = _check_features(features, valid[own.start : own.stop], own.start)
+    index = torch.arange(len(own), device=device) if queries is None else queries - own.start
+    if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(own)):
         raise ValueError(f"queries must be ids of this rank, {own.start} to {own.stop - 1}")
     tiling = tiling or Tiling.for_device(device)
     sorted_groups, order = groups.sort(stable=True)
-    best = torch.full((len(places), k), EMPTY, device=device)
-    spaces: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
+    best = torch.full((len(index), k), EMPTY, device=device)
+    first = True
+    with _worker_pool(device) as (num_workers, map_blocks), _float32_accumulation():
+        workspaces: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
+        for _ in range(num_workers):
+            workspaces.put(Workspace(tiling, device))
+        search = _Search(features, index, groups[own.start + index], sorted_groups, order, best, workspaces)
+        for first_id, keys in _key_shards(features, num_samples, gather_below_bytes):
+            valid_index = valid[first_id : first_id + len(keys)].nonzero().squeeze(1)
+            if len(valid_index):
+                shard = KeyShard.build(keys, first_id, valid_index, max_norm, tiling)
+                search.search_shard(shard, first, tiling.queries, map_blocks)
+                first = False
+    found = best != EMPTY
+    return unpack_ids(best).masked_fill(~found, -1), unpack_scores(best).masked_fill(~found, 0.0)
 
-    def search(rows: Tensor, shard: KeyShard, first: bool, guess: bool) -> Tensor:
-        asked, before = places[rows], best[rows]
-        barred = shard.excluded(*_same_group(groups[own.start + asked], sorted_groups, order))
-        space = spaces.get()
+
+@dataclass(frozen=True)
+class _Search:
+    """State of a search.
+
+    Attributes:
+        features: [n, D] of this rank.
+        index: [q] row of each query in `features`.
+        groups: [q] group of each query.
+        sorted_groups: [N] groups of all samples in ascending order.
+        order: [N] ids of all samples, sorted by group.
+        best: [q, k] packed best keys of the shards searched so far; updated in place.
+        workspaces: one for each worker.
+    """
+
+    features: Tensor
+    index: Tensor
+    groups: Tensor
+    sorted_groups: Tensor
+    order: Tensor
+    best: Tensor
+    workspaces: queue.SimpleQueue[Workspace]
+
+    def search_shard(
+        self, shard: KeyShard, first: bool, block_size: int, map_blocks: Callable[..., Iterator[Tensor]]
+    ) -> None:
+        """Merge the neighbors in a shard into `best`.
+
+        All queries are searched with estimated bounds, then those whose estimate was too high without.
+        """
+        rows = torch.arange(len(self.index), device=self.index.device)
+        for estimate_bound in (True, False):
+            if len(rows):
+                search_block = functools.partial(
+                    self._search_block, shard=shard, first=first, estimate_bound=estimate_bound
+                )
+                rows = rows[torch.cat(list(map_blocks(search_block, rows.split(block_size))))]
+
+    def _search_block(self, rows: Tensor, shard: KeyShard, first: bool, estimate_bound: bool) -> Tensor:
+        """Search for the queries `rows` [b]; return which of them have to be searched again: [b] bool."""
+        best = self.best[rows]
+        excluded = shard.excluded_scores(*_same_group_pairs(self.groups[rows], self.sorted_groups, self.order))
+        workspace = self.workspaces.get()
         try:
-            found, again = exact_top_k(features[asked], shard, before, barred, space, first=first, estimate_bound=guess)
+            merged, again = exact_top_k(
+                *(self.features[self.index[rows]], shard, best, excluded, workspace),
+                first=first,
+                estimate_bound=estimate_bound,
+            )
         finally:
-            spaces.put(space)
-        best[rows] = torch.where(again[:, None], before, found)
+            self.workspaces.put(workspace)
+        self.best[rows] = torch.where(again[:, None], best, merged)
         return again
 
-    first = True
-    with _workers(device) as (workers, mapped), _sums_in_float32():
-        for _ in range(workers):
-            spaces.put(Workspace(tiling, device))
-        for first_id, keys in _keys(features, num_samples, gather_below_bytes):
-            usable = valid[first_id : first_id + len(keys)].nonzero().squeeze(1)
-            if not len(usable):
-                continue
-            shard = KeyShard.of(keys, first_id, usable, largest, tiling)
-            rows = torch.arange(len(places), device=device)
-            for guess in (True, False):
-                if len(rows):
-                    block = functools.partial(search, shard=shard, first=first, guess=guess)
-                    rows = rows[torch.cat(list(mapped(block, rows.split(tiling.queries))))]
-            first = False
-    seen = best != EMPTY
-    return unpacked_ids(best).masked_fill(~seen, -1), unpacked_scores(best).masked_fill(~seen, 0.0)
 
-
-def _keys(features: Tensor, num_samples: int, gather_below_bytes: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield the features of all ranks in one or more parts, each with the id of its first row."""
+def _key_shards(features: Tensor, num_samples: int, gather_below_bytes: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield the features of all ranks in one or more shards, each with the id of its first row."""
     if num_samples * features.shape[1] * features.element_size() <= gather_below_bytes:
         yield 0, all_gather_variable_rows(features)
         return
@@ -118,38 +159,53 @@ def _keys(features: Tensor, num_samples: int, gather_below_bytes: int) -> Iterat
         yield shard_range(num_samples, owner).start, keys
 
 
-def _largest_length(features: Tensor, valid: Tensor, first_id: int) -> float:
-    """Return the largest length of a feature on any rank; refuse those that say nothing, on all ranks at once."""
-    length = features.norm(dim=1)
-    wrong = {"not finite": valid & ~torch.isfinite(length), "all zero": valid & (length == 0)}
-    largest = float(length[valid].amax()) if valid.any() else 0.0
-    firsts = {reason: (bad.nonzero().squeeze(1)[:5] + first_id).tolist() for reason, bad in wrong.items()}
-    told = all_gather_objects((largest, firsts))
-    for reason in wrong:
-        ids = sum((firsts[reason] for _, firsts in told), [])
+def _check_features(features: Tensor, valid: Tensor, first_id: int) -> float:
+    """Return the largest norm of a valid feature on any rank.
+
+    Raises:
+        ValueError: if a valid feature on any rank is not finite or all zero.
+    """
+    norms = features.norm(dim=1)
+    max_norm = float(norms[valid].amax()) if valid.any() else 0.0
+    invalid = {"not finite": valid & ~torch.isfinite(norms), "all zero": valid & (norms == 0)}
+    invalid_ids = {
+        reason: (mask.nonzero().squeeze(1)[:_MAX_LISTED_IDS] + first_id).tolist() for reason, mask in invalid.items()
+    }
+    gathered = all_gather_objects((max_norm, invalid_ids))
+    for reason in invalid:
+        ids = [sample for _, ids_of_rank in gathered for sample in ids_of_rank[reason]]
         if ids:
             raise ValueError(
-                f"features of samples {', '.join(map(str, ids[:5]))} are {reason}, so they have no neighbours; "
-                "leave them out with valid=False"
+                f"features of samples {', '.join(map(str, ids[:_MAX_LISTED_IDS]))} are {reason}, so they have no "
+                "neighbors; leave them out with valid=False"
             )
-    return max(largest for largest, _ in told)
+    return max(norm for norm, _ in gathered)
 
 
-def _same_group(mine: Tensor, sorted_groups: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows and ids of all pairs of one group: groups [b] of the queries -> [p], [p]."""
-    low = torch.searchsorted(sorted_groups, mine)
-    counts = torch.searchsorted(sorted_groups, mine, right=True) - low
-    row = torch.repeat_interleave(torch.arange(len(mine), device=mine.device), counts)
-    within = torch.arange(len(row), device=mine.device) - (counts.cumsum(0) - counts)[row]
-    return row, order[low[row] + within]
+def _same_group_pairs(groups: Tensor, sorted_groups: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Return all pairs of a query and a sample of its group.
+
+    Args:
+        groups: [b] group of each query.
+        sorted_groups: [N] groups of all samples in ascending order.
+        order: [N] ids of all samples, sorted by group.
+
+    Returns:
+        Query [p], an index into `groups`, and id [p] of each pair.
+    """
+    low = torch.searchsorted(sorted_groups, groups)
+    counts = torch.searchsorted(sorted_groups, groups, right=True) - low
+    row = torch.repeat_interleave(torch.arange(len(groups), device=groups.device), counts)
+    offset = torch.arange(len(row), device=groups.device) - (counts.cumsum(0) - counts)[row]
+    return row, order[low[row] + offset]
 
 
 @contextlib.contextmanager
-def _workers(device: torch.device) -> Iterator[tuple[int, Callable[..., Iterator[Tensor]]]]:
-    """Yield the number of workers and what maps a function over blocks.
+def _worker_pool(device: torch.device) -> Iterator[tuple[int, Callable[..., Iterator[Tensor]]]]:
+    """Yield the number of workers, and a function that maps another over blocks of queries.
 
-    On a CPU each worker runs on one thread: blocks in parallel waste less than the parts of one block. On a GPU the
-    calling thread works alone, since its current device and stream are not those of a new thread.
+    On a CPU, each worker uses one thread: parallel blocks scale better than the parallel parts of one block. On a GPU,
+    the calling thread is the only worker, since a new thread has another current device and stream.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
@@ -164,10 +220,10 @@ def _workers(device: torch.device) -> Iterator[tuple[int, Callable[..., Iterator
 
 
 @contextlib.contextmanager
-def _sums_in_float32() -> Iterator[None]:
-    """Let no product of 16-bit matrices on a GPU add parts up in 16 bits, which the bound on its error leaves out."""
+def _float32_accumulation() -> Iterator[None]:
+    """Sum products of 16-bit matrices in float32 on a GPU; the error bound does not cover sums in 16 bits."""
     matmul = torch.backends.cuda.matmul
-    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("fp16", "bf16")]
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("fp16", "bf16")]
     before = [(getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names]
     for name in names:
         setattr(matmul, name, False)

@@ -1,7 +1,7 @@
-"""Drawn rows of the bank instead of all (AVID; Morgado et al. 2021a), for comparison with the exact softmax.
+"""Rows of the memory bank sampled as negatives (AVID; Morgado et al. 2021a), the alternative to the exact softmax.
 
-Owners score the drawn rows and average them; scores and averages travel, rows do not.
-Legend: b queries of this rank, B of all ranks, M negatives, D width.
+The owners of the sampled rows compute the scores and the averages; these are exchanged, the rows are not.
+Legend: b samples of this rank, B of all ranks, M negatives, D width.
 """
 
 from dataclasses import dataclass
@@ -13,76 +13,83 @@ from distav.distributed.collectives import all_gather_rows, all_reduce_sum_, all
 from distav.distributed.rng import sample_seeds, uniform
 from distav.memory.bank import Bank
 
-_QUERIES = 128
-"""Queries whose drawn rows are looked up at a time."""
+_QUERIES_PER_TILE = 128
+"""Queries whose sampled rows are read at a time."""
+_RNG_STREAM = 3
 
 
 @dataclass
 class Partition:
-    """The constant Z of noise-contrastive estimation: the mean of exp(score) over the first negatives ever drawn.
+    """The constant Z of noise-contrastive estimation: the mean of exp(score) over the first negatives of the run.
 
-    It is taken once, for both directions, and kept for the whole run (AVID's `avg_exp_score`).
+    It is estimated once, for both directions, and kept for the complete run (`avg_exp_score` in AVID's code).
     """
 
     value: float | None = None
 
-    def take(self, logits: Tensor) -> float:
-        """Return Z, from these scores [b, M] of all ranks where it is not known yet."""
+    def get_or_estimate(self, logits: Tensor) -> float:
+        """Return Z; the first call estimates it from the scores [b, M] of all ranks."""
         if self.value is None:
             self.value = float(all_reduce_sum_(logits.exp().sum().double())) / (get_world_size() * logits.numel())
         return self.value
 
 
-def drawn_ids(ids: Tensor, number: int, num_samples: int, seed: int, step: int) -> Tensor:
-    """Draw ids with replacement from all but a sample's own: [B] -> [B, M] int64.
+def sample_negative_ids(ids: Tensor, num_negatives: int, num_samples: int, seed: int, step: int) -> Tensor:
+    """Sample ids with replacement, for each sample from all ids but its own: [B] -> [B, M] int64.
 
-    They hang on (seed, step, id), so every number of ranks draws the same.
+    They depend on (seed, step, id) alone, so they are the same on any number of ranks.
     """
-    high, low = uniform(sample_seeds(seed, step, ids), 3, 2 * number).double().chunk(2, dim=1)
+    high, low = uniform(sample_seeds(seed, step, ids), _RNG_STREAM, 2 * num_negatives).double().chunk(2, dim=1)
     other = ((high + low / 2**24) * (num_samples - 1)).long().clamp_max(num_samples - 2)
     return other + (other >= ids[:, None])
 
 
 @dataclass(frozen=True)
 class NegativeSampling:
-    """Which rows are drawn: `number` for each sample, by a seed, anew at each step."""
+    """Number of negatives per sample, and the seed and the step that determine them."""
 
-    number: int
+    num_negatives: int
     seed: int
     step: int
 
 
 class SampledRows:
-    """The rows drawn for the samples of a batch, wherever they are kept; both modalities' are of the same ids."""
+    """The rows sampled for a batch, on the ranks that own them; both modalities use the same ids."""
 
-    def __init__(self, bank: Bank, ids: Tensor, draw: NegativeSampling):
-        """Take the ids of the batch of all ranks, [B]."""
+    def __init__(self, bank: Bank, ids: Tensor, sampling: NegativeSampling):
+        """Sample rows for the batch of all ranks, ids [B]."""
         self.bank = bank
-        place = drawn_ids(ids, draw.number, bank.num_samples, draw.seed, draw.step) - bank.rows.start
-        self._own = (place >= 0) & (place < len(bank.rows))
-        self._place = place.masked_fill(~self._own, 0)
+        sampled = sample_negative_ids(ids, sampling.num_negatives, bank.num_samples, sampling.seed, sampling.step)
+        index = sampled - bank.rows.start
+        self._is_owned = (index >= 0) & (index < len(bank.rows))
+        self._index = index.masked_fill(~self._is_owned, 0)
 
     def products(self, queries: Tensor, modality: str) -> Tensor:
-        """Return the products of the batch's queries with their drawn rows: [B, D] of all ranks -> [b, M]."""
+        """Return the dot products of the queries with their sampled rows: [B, D] of all ranks -> [b, M]."""
         column = self.bank.columns[modality]
         if not len(column):
-            return _sum_for_own(torch.zeros_like(self._own, dtype=torch.float32))
-        parts = [torch.einsum("bd,bmd->bm", queries[some], column[self._place[some]]) for some in _slices(len(queries))]
-        return _sum_for_own(torch.cat(parts).masked_fill(~self._own, 0.0))
+            return _sum_over_ranks(torch.zeros_like(self._is_owned, dtype=torch.float32))
+        products = [
+            torch.einsum("bd,bmd->bm", queries[tile], column[self._index[tile]]) for tile in _query_tiles(len(queries))
+        ]
+        return _sum_over_ranks(torch.cat(products).masked_fill(~self._is_owned, 0.0))
 
-    def sums(self, factors: Tensor, modality: str) -> Tensor:
-        """Return the sums of the drawn rows times factors: [b, M] -> [b, D]."""
-        column, every = self.bank.columns[modality], all_gather_rows(factors).masked_fill(~self._own, 0.0)
+    def weighted_sums(self, weights: Tensor, modality: str) -> Tensor:
+        """Return the sum of the sampled rows of each sample, multiplied by weights: [b, M] -> [b, D]."""
+        column = self.bank.columns[modality]
+        weights = all_gather_rows(weights).masked_fill(~self._is_owned, 0.0)
         if not len(column):
-            return _sum_for_own(every.new_zeros(len(every), column.shape[1]))
-        parts = [torch.einsum("bm,bmd->bd", every[some], column[self._place[some]]) for some in _slices(len(every))]
-        return _sum_for_own(torch.cat(parts))
+            return _sum_over_ranks(weights.new_zeros(len(weights), column.shape[1]))
+        sums = [
+            torch.einsum("bm,bmd->bd", weights[tile], column[self._index[tile]]) for tile in _query_tiles(len(weights))
+        ]
+        return _sum_over_ranks(torch.cat(sums))
 
 
-def _slices(number: int) -> list[slice]:
-    return [slice(start, start + _QUERIES) for start in range(0, number, _QUERIES)]
+def _query_tiles(num_queries: int) -> list[slice]:
+    return [slice(start, start + _QUERIES_PER_TILE) for start in range(0, num_queries, _QUERIES_PER_TILE)]
 
 
-def _sum_for_own(parts: Tensor) -> Tensor:
-    """Add up what every rank found for this rank's queries: [B, ...] -> [b, ...]."""
+def _sum_over_ranks(parts: Tensor) -> Tensor:
+    """Sum what all ranks computed for this rank's samples: [B, ...] -> [b, ...]."""
     return all_to_all_rows(parts).view(get_world_size(), -1, *parts.shape[1:]).sum(0)

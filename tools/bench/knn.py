@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distav.distributed.collectives import all_gather_variable_rows, shard_range
+from distav.memory.coarse_top_k import dot_products
 from distav.memory.knn import GATHER_BELOW_BYTES, nearest_neighbors
-from distav.memory.top_k import dot_products
 from tools.bench.multiprocess import cpu_seconds, run_on_ranks
 from tools.bench.timing import Results, Setting
 

@@ -15,7 +15,7 @@ from distav.config.errors import UserError, format_list
 from distav.data.dataset import Split
 from distav.data.files import read_table
 from distav.evaluation.embedding import Embeddings, normalize_rows
-from distav.memory.knn import LARGEST_K, nearest_neighbors
+from distav.memory.knn import MAX_K, nearest_neighbors
 
 COLUMNS = (
     "id",
@@ -118,7 +118,7 @@ def neighbors_of(embeddings: Embeddings, split: Split, ids: np.ndarray, k: int) 
         By modality: ids [I, k], -1 where there are fewer, and cosine similarities [I, k].
     """
     groups = torch.from_numpy(split.source_codes)
-    k = min(k, len(split) - 1, LARGEST_K)
+    k = min(k, len(split) - 1, MAX_K)
     neighbors = {}
     for modality in ("visual", "audio"):
         rows = torch.from_numpy(normalize_rows(getattr(embeddings, modality)))

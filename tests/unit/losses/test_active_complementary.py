@@ -12,7 +12,7 @@ from distav.losses.active_complementary import active_complementary_loss, rescal
 from distav.losses.info_nce import InBatchNegatives, SampledNegatives, cross_entropy
 from distav.memory.bank import Bank
 from distav.memory.global_batch import GlobalBatch
-from distav.memory.negative_sampling import NegativeSampling, drawn_ids
+from distav.memory.negative_sampling import NegativeSampling, sample_negative_ids
 from distav.noise.correspondence import SelfRefinement
 
 TAU, LAMBDA = 0.05, 5.0
@@ -66,7 +66,7 @@ def test_the_gradient_over_the_batch_is_that_of_finite_differences():
 def test_the_loss_over_drawn_rows_is_the_published_one_with_its_gradient():
     bank, ids = Bank(200, 8, 0.5, torch.device("cpu"), seed=3), torch.tensor([4, 90, 17])
     believed = torch.tensor([0.0, 0.4, 1.0])
-    drawn = drawn_ids(ids, 31, 200, seed=1, step=5)
+    drawn = sample_negative_ids(ids, 31, 200, seed=1, step=5)
     found, expected, gradients = None, torch.zeros(3), []
     for ours in (True, False):
         visual, audio = unit(3, 8, 5).requires_grad_(), unit(3, 8, 6).requires_grad_()
