@@ -19,6 +19,7 @@ from distav.config.cli import exit_with_error
 from distav.config.errors import UserError
 from distav.config.schema import Config
 from distav.distributed.signals import EXIT_INTERRUPTED, Interrupted
+from distav.training.validation import validate_names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         config = loading.load(options.config, options.overrides)
+        validate_names(config)
         if options.print_config:
             print(loading.to_yaml(config), end="")
             return 0

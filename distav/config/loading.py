@@ -103,7 +103,7 @@ def _to_config(tree: DictConfig) -> Config:
     sections = {section.name: OmegaConf.to_object(tree[section.name]) for section in dataclasses.fields(Config)}
     phases = cast(dict[str, PhaseConfig], sections["phases"])
     for name, phase in phases.items():
-        if PHASE_KINDS.get(phase.kind) is not type(phase):
+        if PHASE_KINDS.get(getattr(phase, "kind", "")) is not type(phase):
             raise UserError(f"phases.{name}.kind cannot be overridden; change it in the file.")
     return Config(**cast(dict[str, Any], sections))
 

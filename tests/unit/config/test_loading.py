@@ -64,6 +64,7 @@ def test_the_zero_stage_is_the_devices_unless_a_number_is_given(file: Path):
         ("deepspeed.zero_stage=4", ["deepspeed.zero_stage=4", "0, 1, 2, 3 or null"]),
         ("deepspeed.zero_stage=auto", ["deepspeed.zero_stage", "'auto'", "Integer"]),
         ("phases.learn.temperature=0", ["phases.learn.temperature=0", "above 0"]),
+        ("+phases.more={kind: supervised}", ["phases.more.kind cannot be overridden"]),
         ("optim.lr", ["key=value"]),
         ("optim.lr=[", ["optim.lr=["]),
     ],
