@@ -1,6 +1,6 @@
-"""How many of the labels that neighbours elect are right, by the number of neighbours, and what likelihood says of it.
+"""Accuracy and log-likelihood of k-NN votes by the number of neighbors.
 
-The votes are those of the first correction: among pictures, after phase 1, at the middle of its other settings.
+The votes are visual votes of a first label correction, after phase 1, with its other settings at medium values.
 """
 
 from collections.abc import Sequence
@@ -16,54 +16,49 @@ from distav.data.preparation.noise_injection import LabelNoise, flip_labels
 from distav.evaluation.embedding import Embedder
 from distav.noise.calibration import VoteCalibrator
 from distav.noise.knn_vote import NeighborGraph, pca_whiten
-from distav.noise.label_correction import VoteSearchSpace
+from distav.noise.vote_search import VoteSearchSpace
 
-NEIGHBORS = (5, 10, 20, 50, 100, 200, 400, 800)
-SECOND = 20
-TEMPERATURE, WHITENING = 0.2, 0.5
+NUM_NEIGHBORS = (5, 10, 20, 50, 100, 200, 400, 800)
+SECOND_ROUND_NEIGHBORS = 20
+TEMPERATURE, WHITENING_POWER = 0.2, 0.5
 
 
 def sweep(run: Path, shards: Path, noises: Sequence[str], seed: int) -> list[dict[str, Any]]:
-    """Vote on a set's labels under each noise with each number of neighbours.
+    """Vote on the labels of a dataset under each label noise with each number of neighbors.
 
     Args:
-        run: folder of a training of phase 1, with the export.
-        shards: the set, with right labels given.
+        run: directory of a run of phase 1, with its export.
+        shards: dataset with correct given labels.
         noises: label noises such as "symmetric:0.8".
-        seed: of the flips; those of the benchmark's tables for the same seed.
+        seed: seed of the flips, the same as for the benchmark's tables.
 
     Returns:
-        For each noise, k, and one vote or two: share of labels right, and log-likelihood of the given labels over
-        that of their frequencies, in nats a clip.
+        For each noise, k, and one voting round or two: percentage of correct labels, and the log-likelihood gain over
+        the class frequencies in nats per clip.
     """
-    opened = ShardedDataset.open(shards)
-    split = opened.split("train")
-    labels, num_classes = load_labels(opened, split), len(opened.classes)
-    pictures = Embedder.open(run / "export", torch.device("cpu"), batch_size=128).embed_clips(split).visual
-    everyone = torch.ones(len(split), dtype=torch.bool)
-    directions = pca_whiten(torch.from_numpy(pictures), everyone, VoteSearchSpace().num_components, WHITENING)
+    dataset = ShardedDataset.open(shards)
+    split = dataset.split("train")
+    labels, num_classes = load_labels(dataset, split), len(dataset.classes)
+    features = Embedder.open(run / "export", torch.device("cpu"), batch_size=128).embed_clips(split).visual
+    valid = torch.ones(len(split), dtype=torch.bool)
+    num_components = VoteSearchSpace().num_components
+    whitened = pca_whiten(torch.from_numpy(features), valid, num_components, WHITENING_POWER)
     groups = torch.from_numpy(split.source_codes)
-    near = NeighborGraph(directions, min(max(NEIGHBORS), len(split) - 1), groups, everyone)
-    found = []
+    graph = NeighborGraph(whitened, min(max(NUM_NEIGHBORS), len(split) - 1), groups, valid)
+    rows = []
     for noise in noises:
-        flips = LabelNoise.parse(noise)
-        assert flips is not None
-        drawn = np.random.default_rng([seed, 7])
-        given = torch.from_numpy(flip_labels(labels.given, num_classes, flips, drawn))
-        judges = VoteCalibrator(given, num_classes, everyone)
-        for k in (each for each in NEIGHBORS if each < len(split)):
-            election = near.vote(given, num_classes, k, TEMPERATURE)
-            for voters in (each for each in (0, SECOND) if each <= k):
-                votes = election.second_round(given, voters) if voters else election.shares
-                right = (votes.argmax(1).numpy() == labels.given).mean()
-                gain = judges.calibrate(votes, None).per_sample - judges.prior_log_likelihood()
-                found.append(
-                    {
-                        "label_noise": noise,
-                        "k": k,
-                        "second_round_neighbors": voters,
-                        "label_accuracy": 100 * float(right),
-                        "log_likelihood_gain": float(gain),
-                    }
+        label_noise = LabelNoise.parse(noise)
+        assert label_noise is not None
+        rng = np.random.default_rng([seed, 7])
+        given = torch.from_numpy(flip_labels(labels.given, num_classes, label_noise, rng))
+        calibrator = VoteCalibrator(given, num_classes, valid)
+        for k in (k for k in NUM_NEIGHBORS if k < len(split)):
+            vote = graph.vote(given, num_classes, k, TEMPERATURE)
+            for voters in (voters for voters in (0, SECOND_ROUND_NEIGHBORS) if voters <= k):
+                votes = vote.second_round(given, voters) if voters else vote.probs
+                accuracy = (votes.argmax(1).numpy() == labels.given).mean()
+                gain = calibrator.calibrate(votes).per_sample - calibrator.prior_log_likelihood()
+                rows.append(
+                    {"labels": noise, "k": k, "second": voters, "right": 100 * float(accuracy), "nats": float(gain)}
                 )
-    return found
+    return rows
