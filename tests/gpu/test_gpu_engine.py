@@ -38,7 +38,7 @@ def run(script: str, *arguments: object) -> str:
 STEPS = """
 import warnings
 import torch
-from tests.unit.training.test_deepspeed_engine import new_engine, step
+from tests.helpers.engine import new_engine, step
 from distav.distributed.process_group import process_group
 
 with process_group("gpu", 60, 1) as world:

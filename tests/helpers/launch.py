@@ -25,6 +25,9 @@ phases:
 """
 
 
+FREQUENT_SAVES = ("run.checkpoint_every=1", "run.timeout_s=6", "run.device=cpu", "monitor.media_clips=0")
+
+
 def environment() -> dict[str, str]:
     """The environment of a launch: our interpreter's tools first, and the accelerator that the run chooses."""
     ours = {"PATH": f"{DEEPSPEED.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
@@ -66,6 +69,18 @@ def train(
             said, good = team.said(), statuses == [0] * ranks
     assert good == (status == 0), said[-6000:]
     return said
+
+
+def arguments(folder: Path, shards: Path, *overrides: str) -> list[str]:
+    """Arguments of train.py for a tiny run in a folder that saves after each step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    roots = [f"data.root={shards}", f"run.root={folder}"]
+    return ["--config", str(tiny_config(folder)), *roots, *FREQUENT_SAVES, *overrides]
+
+
+def losses_by_step(run: Path) -> dict[int, float]:
+    """The loss of each logged step of a run; of a step that was repeated, the last one."""
+    return {record["step"]: record["train/loss"] for record in records(run) if "train/loss" in record}
 
 
 def losses(run: Path) -> list[float]:

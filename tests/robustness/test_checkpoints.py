@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from distav.data.integrity import MANIFEST
-from tests.helpers.launch import records
+from tests.helpers.launch import arguments, records
 from tests.helpers.team import Team, fingerprint, last_checkpoint, run_whole
-from tests.robustness.test_kills import arguments
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from distav.data.pipeline.reader import CorruptSampleError, ShardReader
 from distav.data.storage.tar import members_by_key
 from distav.tools.inspect_shards.command import main
 from tests.conftest import ROOT, make_shards
+from tests.helpers.launch import arguments
 from tests.helpers.team import Team, run_whole
-from tests.robustness.test_kills import arguments
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ FAULTS = {
     ),
     "labels for unknown ids": (
         lambda root: _rewrite(root, "labels.parquet", lambda table: pa.concat_tables([table, table.slice(0, 1)])),
-        "or ids in disorder",
+        "or ids in the wrong order",
     ),
     "a member that pickles": (lambda root: _planted(root, "train-000000095.pkl"), "has an unknown extension"),
     "a member outside": (lambda root: _planted(root, "../evil.json"), "is not of the form key.extension"),
@@ -163,7 +163,7 @@ def test_verify_finds(shards: Path, fault: str):
 def test_verify_takes_a_table_of_labels_along(shards: Path, tmp_path: Path):
     (tmp_path / "mine.csv").write_text("id,label\n3,disc+tone\n96,disc+tone\n")
     status, said = inspect(shards, "--labels", str(tmp_path / "mine.csv"))
-    assert status == 2 and "1 rows name samples that split train does not have: 96" in said
+    assert status == 2 and "1 of 2 rows refer to samples that split train of" in said and "does not have: 96" in said
 
 
 def test_a_shard_damaged_while_the_run_is_on_costs_its_samples_on_all_ranks_alike(shards: Path, tmp_path: Path):

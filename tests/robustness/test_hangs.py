@@ -15,9 +15,8 @@ from torch.distributed.flight_recorder.components.loader import read_dump
 
 from distav.distributed.signals import EXIT_INTERRUPTED
 from distav.distributed.watchdog import EXIT_WATCHDOG
-from tests.helpers.launch import command, environment
+from tests.helpers.launch import arguments, command, environment
 from tests.helpers.team import Team, run_whole
-from tests.robustness.test_kills import arguments
 
 TIMEOUT_S = 6
 

@@ -10,15 +10,8 @@ import numpy as np
 import pytest
 
 from distav.distributed.signals import EXIT_INTERRUPTED as ASKED
-from tests.helpers.launch import records, tiny_config
+from tests.helpers.launch import arguments, losses_by_step, records
 from tests.helpers.team import Team, fingerprint, run_whole
-
-QUICK = ("run.checkpoint_every=1", "run.timeout_s=6", "run.device=cpu", "monitor.media_clips=0")
-
-
-def arguments(folder: Path, shards: Path, *more: str) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    return ["--config", str(tiny_config(folder)), f"data.root={shards}", f"run.root={folder}", *QUICK, *more]
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +19,6 @@ def unbroken(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("unbroken")
     run_whole(2, arguments(folder, tiny_shards), folder / "logs")
     return folder / "tiny"
-
-
-def losses_by_step(run: Path) -> dict[int, float]:
-    return {each["step"]: each["train/loss"] for each in records(run) if "train/loss" in each}
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.long)])

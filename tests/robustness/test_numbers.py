@@ -7,9 +7,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.helpers.launch import records
+from tests.helpers.launch import arguments, losses_by_step, records
 from tests.helpers.team import Team, last_checkpoint, run_whole
-from tests.robustness.test_kills import arguments, losses_by_step
 
 
 def _poison(steps: range, where: str) -> None:
@@ -67,7 +66,9 @@ def test_too_many_steps_in_a_row_stop_the_run_with_the_reason(tiny_shards: Path,
     given = arguments(tmp_path, tiny_shards, "run.max_consecutive_skipped_steps=3")
     team = Team(2, given, tmp_path / "logs", nan_from_3_on)
     assert team.end() == [1, 1]
-    assert "3 steps in a row of phase contrastive were skipped, the limit run.max_consecutive_skipped_steps" in team.said()
+    assert (
+        "3 steps in a row of phase contrastive were skipped, the limit run.max_consecutive_skipped_steps" in team.said()
+    )
     run_whole(2, given, tmp_path / "again")  # The last checkpoint is sound.
 
 

@@ -8,9 +8,8 @@ import torch
 
 from tests.e2e.test_parsing import arguments
 from tests.helpers.events import llp_shards, write_llp
-from tests.helpers.launch import records
+from tests.helpers.launch import losses_by_step, records
 from tests.helpers.team import Team, last_checkpoint
-from tests.robustness.test_kills import losses_by_step
 
 
 def nan_at_3_and_14(rank: int) -> None:
