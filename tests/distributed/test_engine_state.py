@@ -1,4 +1,4 @@
-"""Weights and optimiser state go on at any number of ranks and any ZeRO stage, in float32 and in bfloat16."""
+"""Weights and optimizer state are restored at any world size and ZeRO stage, in float32 and in bfloat16."""
 
 import itertools
 from pathlib import Path
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from distav.config.schema import Config, Precision
-from distav.data.pipeline.loader import Batch
 from distav.distributed.collectives import all_gather_objects, get_rank, get_world_size, local_batch
 from distav.distributed.process_group import World
 from distav.memory.bank import Bank
@@ -16,24 +15,23 @@ from distav.models.layers import GlobalBatchNorm
 from distav.training.checkpoint.manager import CheckpointManager
 from distav.training.engine.deepspeed_engine import Engine
 from distav.training.run_state import Progress, RunState
+from tests.helpers.engine import media_batch
 from tests.helpers.spawn import on_ranks
 
-STAGES, PRECISIONS, HALF, BATCH = (0, 1, 2, 3), tuple(Precision[name] for name in ("fp32", "bf16")), 3, 12
+STAGES, PRECISIONS, STEPS, BATCH = (0, 1, 2, 3), tuple(Precision[name] for name in ("fp32", "bf16")), 3, 12
 State = dict[str, Tensor]
 
 
 class Net(nn.Module):
-    """Sizes that no number of ranks divides, and parts of both learning rates."""
+    """A network with buffers, and with parameters whose sizes no world size divides."""
 
     def __init__(self):
         super().__init__()
         self.visual = nn.Sequential(nn.Linear(5, 7, bias=False), GlobalBatchNorm(7), nn.ReLU())
-        self.visual.lr_group = "towers"
         self.classify = nn.Linear(7, 3)
 
-    def forward(self, frames: Tensor, audio: Tensor, seeds: Tensor) -> dict[str, Tensor]:
-        logits = self.classify(self.visual(frames.to(self.classify.weight.dtype)))
-        return {"logits": logits}
+    def forward(self, frames: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.classify(self.visual(frames.to(self.classify.weight.dtype)))}
 
 
 def new_engine(stage: int, precision: Precision) -> Engine:
@@ -43,104 +41,109 @@ def new_engine(stage: int, precision: Precision) -> Engine:
     return Engine(Net, settings, World(get_rank(), get_world_size(), 0, torch.device("cpu")))
 
 
-def learn(engine: Engine, first: int, last: int) -> None:
+def train_steps(engine: Engine, first: int, last: int) -> None:
     for number in range(first, last):
-        x = torch.randn(BATCH, 5, generator=torch.Generator().manual_seed(number))
-        none = torch.zeros(0, dtype=torch.int64)
-        out = engine(Batch(none, none.bool(), none, {"frames": local_batch(x), "audio": none.float()}))
-        engine.backward((out["logits"].float() - 1).square().mean())
+        frames = torch.randn(BATCH, 5, generator=torch.Generator().manual_seed(number))
+        outputs = engine(media_batch(frames=local_batch(frames)))
+        engine.backward((outputs["logits"].float() - 1).square().mean())
         engine.step()
 
 
-def whole(engine: Engine) -> State:
-    """Every master weight and every value of the optimiser's state, whatever rank holds it."""
+def full_state(engine: Engine) -> State:
+    """All master weights, buffers and optimizer state, joined over the ranks."""
     tensors, steps = engine.state()
-    parts: dict[str, dict[int, Tensor]] = {}
-    for each in all_gather_objects(tensors):
-        for name, values in each.items():
-            key, _, start = name.rpartition("/")
-            parts.setdefault(key, {})[int(start)] = values
-    joined = {key: torch.cat([each[start] for start in sorted(each)]) for key, each in parts.items()}
-    return joined | {"steps": torch.tensor(steps)}
+    ranges: dict[str, dict[int, Tensor]] = {}
+    for rank_tensors in all_gather_objects(tensors):
+        for key, values in rank_tensors.items():
+            name, _, start = key.rpartition("/")
+            ranges.setdefault(name, {})[int(start)] = values
+    state = {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in ranges.items()}
+    return state | {"steps": torch.tensor(steps)}
 
 
-def place(folder: str, stage: int, precision: Precision) -> tuple[CheckpointManager, Bank]:
+def checkpoints_and_bank(folder: str, stage: int, precision: Precision) -> tuple[CheckpointManager, Bank]:
     return CheckpointManager(Path(folder) / f"{stage}-{precision.name}", 2), Bank(10, 4, 0.5, torch.device("cpu"))
 
 
-def save_at_half(folder: str) -> dict[tuple, tuple[State, State]]:
-    """Return the states at the half and at the end, by stage and precision."""
-    found = {}
+def save_and_continue(folder: str) -> dict[tuple, tuple[State, State]]:
+    """Save after half of the steps; returns the states when saved and at the end, by stage and precision."""
+    states = {}
     for stage, precision in itertools.product(STAGES, PRECISIONS):
         engine = new_engine(stage, precision)
-        learn(engine, 0, HALF)
-        checkpoints, bank = place(folder, stage, precision)
-        assert not checkpoints.save(Progress(total_steps=HALF), engine, bank, RunState())
+        train_steps(engine, 0, STEPS)
+        checkpoints, bank = checkpoints_and_bank(folder, stage, precision)
+        assert not checkpoints.save(Progress(total_steps=STEPS), engine, bank, RunState())
         assert not checkpoints.wait()
-        half = whole(engine)
-        learn(engine, HALF, 2 * HALF)
-        found[stage, precision] = half, whole(engine)
-    return found
+        saved = full_state(engine)
+        train_steps(engine, STEPS, 2 * STEPS)
+        states[stage, precision] = saved, full_state(engine)
+    return states
 
 
-def go_on(folder: str, pairs: list[tuple[int, int]]) -> dict[tuple, tuple[State, State]]:
-    """Take up what `save_at_half` saved; return the states at once and at the end, by stages and precision."""
-    found = {}
-    for (saved, stage), precision in itertools.product(pairs, PRECISIONS):
+def restore_and_continue(folder: str, pairs: list[tuple[int, int]]) -> dict[tuple, tuple[State, State]]:
+    """Restore what `save_and_continue` saved; returns the states when restored and at the end.
+
+    Args:
+        folder: directory of the checkpoints.
+        pairs: stage of the checkpoint and stage of the engine.
+    """
+    states = {}
+    for (saved_stage, stage), precision in itertools.product(pairs, PRECISIONS):
         engine = new_engine(stage, precision)
-        checkpoints, bank = place(folder, saved, precision)
+        checkpoints, bank = checkpoints_and_bank(folder, saved_stage, precision)
         assert checkpoints.restore(engine, bank, print)
-        half = whole(engine)
-        learn(engine, HALF, 2 * HALF)
-        found[saved, stage, precision] = half, whole(engine)
-    return found
+        restored = full_state(engine)
+        train_steps(engine, STEPS, 2 * STEPS)
+        states[saved_stage, stage, precision] = restored, full_state(engine)
+    return states
 
 
-def learn_again() -> dict[tuple, tuple[State, State]]:
-    """Return the states after learning from a restart, and from a new engine that begins with the same weights."""
-    found = {}
+def train_after_reinitialization() -> dict[tuple, tuple[State, State]]:
+    """Return the states after training a reinitialized engine, and a new engine with the same initial weights."""
+    states = {}
     for stage, precision in itertools.product(STAGES, PRECISIONS):
         engine = new_engine(stage, precision)
-        learn(engine, 0, HALF)
+        train_steps(engine, 0, STEPS)
         engine.reinitialize(0)
-        restarted = whole(engine)
-        untaught = new_engine(stage, precision)
-        untaught.reinitialize(0)
-        for name, value in whole(untaught).items():
-            assert torch.equal(restarted[name], value), name
-        learn(engine, 0, HALF)
-        afresh = new_engine(stage, precision)
-        afresh.restore(lambda name, start, size, of=restarted: of[name][start : start + size], 0, [])
-        learn(afresh, 0, HALF)
-        found[stage, precision] = whole(engine), whole(afresh)
-    return found
+        initial = full_state(engine)
+        untrained = new_engine(stage, precision)
+        untrained.reinitialize(0)
+        for name, values in full_state(untrained).items():
+            assert torch.equal(initial[name], values), name
+        train_steps(engine, 0, STEPS)
+        reference = new_engine(stage, precision)
+        reference.restore(lambda name, start, size, initial=initial: initial[name][start : start + size], 0, [])
+        train_steps(reference, 0, STEPS)
+        states[stage, precision] = full_state(engine), full_state(reference)
+    return states
 
 
 @pytest.mark.long
-def test_a_restart_leaves_nothing_of_what_was_learnt():
-    for (stage, precision), (again, afresh) in on_ranks(2, learn_again, timeout_s=120)[0].items():
-        assert again.keys() == afresh.keys() and again["steps"] == HALF
-        for name, value in afresh.items():
-            assert torch.equal(again[name], value), f"{name} at stage {stage}, {precision.name}"
+def test_reinitialized_engine_equals_a_new_one():
+    for (stage, precision), (state, expected) in on_ranks(2, train_after_reinitialization, timeout_s=120)[0].items():
+        assert state.keys() == expected.keys() and state["steps"] == STEPS
+        for name, values in expected.items():
+            assert torch.equal(state[name], values), f"{name} at stage {stage}, {precision.name}"
 
 
-def test_states_go_on_at_any_number_of_ranks_and_any_zero_stage(tmp_path: Path):
-    reference = on_ranks(2, save_at_half, str(tmp_path), timeout_s=120)[0]
-    same = [(stage, stage) for stage in STAGES]
-    others = [(stage, (stage + 1) % len(STAGES)) for stage in STAGES]
-    for ranks, pairs in ((1, same), (2, same + others), (3, same)):
-        found = on_ranks(ranks, go_on, str(tmp_path), pairs, timeout_s=120)[0]
-        for (saved, stage, precision), (half, end) in found.items():
-            where = f"saved on 2 ranks at stage {saved}, taken up on {ranks} at {stage}, {precision.name}"
-            expected_half, expected_end = reference[saved, precision]
-            assert half.keys() == expected_half.keys(), where
-            assert {"weight/visual.0.weight", "exp_avg_sq/classify.bias", "buffer/visual.1.running_var"} < half.keys()
-            for name, value in expected_half.items():
-                assert torch.equal(half[name], value), f"{name}, {where}"
-            for name, value in expected_end.items():
-                if ranks == 2 and saved == stage:
-                    assert torch.equal(end[name], value), f"{name} at the end, {where}"
-                else:  # Sums over ranks round differently, in bfloat16 to 8 bits.
-                    close = 1e-6 if precision is Precision.fp32 else 3e-2
-                    off = (end[name].double() - value.double()).norm() / value.double().norm().clamp_min(1e-3)
-                    assert off < close, f"{name} at the end is off by {off}, {where}"
+def test_state_is_restored_at_any_world_size_and_zero_stage(tmp_path: Path):
+    reference = on_ranks(2, save_and_continue, str(tmp_path), timeout_s=120)[0]
+    same_stage = [(stage, stage) for stage in STAGES]
+    other_stage = [(stage, (stage + 1) % len(STAGES)) for stage in STAGES]
+    for ranks, pairs in ((1, same_stage), (2, same_stage + other_stage), (3, same_stage)):
+        states = on_ranks(ranks, restore_and_continue, str(tmp_path), pairs, timeout_s=120)[0]
+        for (saved_stage, stage, precision), (restored, end) in states.items():
+            case = f"saved on 2 ranks at stage {saved_stage}, restored on {ranks} at {stage}, {precision.name}"
+            expected_restored, expected_end = reference[saved_stage, precision]
+            assert restored.keys() == expected_restored.keys(), case
+            names = {"weight/visual.0.weight", "exp_avg_sq/classify.bias", "buffer/visual.1.running_var"}
+            assert names < restored.keys()
+            for name, values in expected_restored.items():
+                assert torch.equal(restored[name], values), f"{name}, {case}"
+            for name, values in expected_end.items():
+                if ranks == 2 and saved_stage == stage:
+                    assert torch.equal(end[name], values), f"{name} at the end, {case}"
+                else:  # Sums over ranks are rounded differently; bfloat16 has 8 bits.
+                    tolerance = 1e-6 if precision is Precision.fp32 else 3e-2
+                    error = (end[name].double() - values.double()).norm() / values.double().norm().clamp_min(1e-3)
+                    assert error < tolerance, f"{name} at the end differs by {error}, {case}"

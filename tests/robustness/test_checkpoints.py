@@ -1,4 +1,4 @@
-"""A checkpoint is whole, or it is recognised and passed over; a save that fails costs nothing but itself."""
+"""Corrupt checkpoints are detected and set aside; a save that fails does not end the run."""
 
 import contextlib
 import json
@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from distav.data.integrity import MANIFEST
+from distav.training.checkpoint.manager import CheckpointManager
 from tests.helpers.launch import arguments, records
 from tests.helpers.team import Team, fingerprint, last_checkpoint, run_whole
 
 
 @pytest.fixture(scope="module")
 def halfway(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two ranks with two whole checkpoints of phase 1."""
+    """A run of two ranks, stopped in phase 1, with two valid checkpoints."""
     folder = tmp_path_factory.mktemp("halfway")
     team = Team(2, arguments(folder, tiny_shards), folder / "logs")
     team.wait_for(lambda: "step 6/12 phase=contrastive" in team.said())
@@ -28,52 +29,51 @@ def halfway(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def undamaged(halfway: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, gone on to its end."""
-    folder = tmp_path_factory.mktemp("undamaged")
-    copied(halfway, folder)
+def uninterrupted(halfway: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, resumed and finished without damage."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    copy_of(halfway, folder)
     run_whole(2, arguments(folder, tiny_shards), folder / "logs")
     return folder / "tiny"
 
 
-def copied(halfway: Path, tmp_path: Path) -> Path:
+def copy_of(halfway: Path, tmp_path: Path) -> Path:
+    """Copy a run; returns the directory of its checkpoints."""
     shutil.copytree(halfway / "tiny", tmp_path / "tiny")
     return tmp_path / "tiny" / "checkpoints"
 
 
-def test_a_checkpoint_has_a_seal_and_nothing_that_runs(halfway: Path):
-    where = last_checkpoint(halfway / "tiny")
-    names = {each.name for each in where.iterdir()}
-    files = json.loads((where / MANIFEST).read_text())["files"]
+def test_checkpoint_has_a_manifest_and_no_executable_content(halfway: Path):
+    checkpoint = last_checkpoint(halfway / "tiny")
+    names = {path.name for path in checkpoint.iterdir()}
+    files = json.loads((checkpoint / MANIFEST).read_text())["files"]
     assert names == set(files) | {MANIFEST}
     assert {Path(name).suffix for name in names} == {".safetensors", ".json"}
 
 
-def test_a_flipped_byte_in_any_file_is_found_and_the_one_before_taken(halfway: Path, tiny_shards: Path, tmp_path: Path):
-    from distav.training.checkpoint.manager import CheckpointManager
-
-    names = sorted(each.name for each in last_checkpoint(halfway / "tiny").iterdir())
+def test_flipped_bit_is_detected_in_each_file(halfway: Path, tmp_path: Path):
+    names = sorted(path.name for path in last_checkpoint(halfway / "tiny").iterdir())
     for name in names:
-        for place in ("first", "middle", "last"):
-            checkpoints = copied(halfway, tmp_path / name / place)
+        for position in ("first", "middle", "last"):
+            checkpoints = copy_of(halfway, tmp_path / name / position)
             path = last_checkpoint(checkpoints.parent) / name
             content = bytearray(path.read_bytes())
-            at = {"first": 0, "middle": len(content) // 2, "last": len(content) - 1}[place]
-            content[at] ^= 0x10
+            offset = {"first": 0, "middle": len(content) // 2, "last": len(content) - 1}[position]
+            content[offset] ^= 0x10
             path.write_bytes(content)
-            fault = CheckpointManager(checkpoints, 2).verify(path.parent)
-            assert fault and name in fault, (name, place, fault)
+            error = CheckpointManager(checkpoints, 2).verify(path.parent)
+            assert error and name in error, (name, position, error)
 
 
 @pytest.mark.parametrize(
     "damage",
-    ["altered", *(pytest.param(each, marks=pytest.mark.long) for each in ("truncated", "missing", "no manifest"))],
+    ["altered", *(pytest.param(name, marks=pytest.mark.long) for name in ("truncated", "missing", "no manifest"))],
 )
-def test_a_damaged_checkpoint_is_named_and_passed_over(
-    halfway: Path, undamaged: Path, tiny_shards: Path, tmp_path: Path, damage: str
+def test_corrupt_checkpoint_is_set_aside_and_the_previous_one_used(
+    halfway: Path, uninterrupted: Path, tiny_shards: Path, tmp_path: Path, damage: str
 ):
-    checkpoints = copied(halfway, tmp_path)
-    newest, before = sorted(checkpoints.glob("step-*"))[::-1]
+    checkpoints = copy_of(halfway, tmp_path)
+    newest, previous = sorted(checkpoints.glob("step-*"))[::-1]
     path = newest / ("bank-00001.safetensors" if damage != "no manifest" else MANIFEST)
     if damage == "altered":
         content = bytearray(path.read_bytes())
@@ -85,22 +85,21 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
         path.unlink()
     team = run_whole(2, arguments(tmp_path, tiny_shards), tmp_path / "logs")
     assert f"checkpoint {newest.name}: {path.name}" in team.said()
-    assert f"resuming in phase contrastive after step {int(before.name[5:14])}" in team.said()
+    assert f"resuming in phase contrastive after step {int(previous.name[5:14])}" in team.said()
     assert (checkpoints / f".broken-{newest.name}").is_dir()
-    assert fingerprint(tmp_path / "tiny") == fingerprint(undamaged)
+    assert fingerprint(tmp_path / "tiny") == fingerprint(uninterrupted)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(
-    halfway: Path, tiny_shards: Path, tmp_path: Path
-):
-    for each in copied(halfway, tmp_path).glob("step-*"):
-        (each / "state.json").write_text("{}")
+def test_run_without_a_valid_checkpoint_does_not_start_over(halfway: Path, tiny_shards: Path, tmp_path: Path):
+    for checkpoint in copy_of(halfway, tmp_path).glob("step-*"):
+        (checkpoint / "state.json").write_text("{}")
     team = Team(1, arguments(tmp_path, tiny_shards), tmp_path / "logs")
     assert team.end() == [1] and "No valid checkpoint in" in team.said()
     assert len(list((tmp_path / "tiny" / "checkpoints").glob("step-*"))) == 2
 
 
 def fill(disk: Path) -> None:
+    """Write to a disk until it is full."""
     with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
         while file.write(bytes(4096)):
             pass
@@ -109,19 +108,18 @@ def fill(disk: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 16 MiB."""
-    where = tmp_path / "disk"
-    where.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(where)], capture_output=True, text=True, check=False
-    )
-    if made.returncode:
-        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
-    yield where
-    subprocess.run(["umount", "-l", str(where)], check=False)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
+    mount = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mount.returncode:
+        pytest.skip(f"a file system cannot be mounted: {mount.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
 @pytest.mark.parametrize("fault", ["full", pytest.param("read-only", marks=pytest.mark.long)])
-def test_a_save_that_fails_is_told_and_the_next_one_succeeds(
+def test_failed_save_is_logged_and_the_next_one_succeeds(
     tiny_shards: Path, tmp_path: Path, small_disk: Path, fault: str
 ):
     given = arguments(tmp_path, tiny_shards, "run.checkpoint_every=2")
@@ -132,21 +130,21 @@ def test_a_save_that_fails_is_told_and_the_next_one_succeeds(
     else:
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     team = Team(2, given, tmp_path / "logs")
-    told = "No space left on device" if fault == "full" else "Read-only file system"
+    reason = "No space left on device" if fault == "full" else "Read-only file system"
     team.wait_for(lambda: "Failed to write a checkpoint" in team.said())
-    assert told in team.said()
+    assert reason in team.said()
     if fault == "full":
         (small_disk / "filler").unlink()
     else:
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     assert team.end() == [0, 0], team.said()[-6000:]
     assert last_checkpoint(tmp_path / "tiny").name.startswith("step-000000020-003")
-    steps = [each["step"] for each in records(tmp_path / "tiny") if "train/loss" in each]
+    steps = [record["step"] for record in records(tmp_path / "tiny") if "train/loss" in record]
     assert steps == list(range(1, 21))
 
 
 @pytest.mark.long
-def test_a_run_that_could_not_save_its_end_says_so(tiny_shards: Path, tmp_path: Path, small_disk: Path):
+def test_failure_of_the_final_save_ends_the_run_with_an_error(tiny_shards: Path, tmp_path: Path, small_disk: Path):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "checkpoints").symlink_to(small_disk)
     fill(small_disk)
