@@ -1,18 +1,19 @@
-"""What votes are worth and how noisy labels are, told from the given labels alone.
+"""Calibration and comparison of held-out votes, from the given labels alone.
 
-A vote of which a sample's own label had no part is held-out evidence on that label. Let a vote v be sharpened to
-p = softmax(b log v), and let labels be wrong at rate e, class c then being taken for y with probability D(c, y). The
-given labels y have
+A held-out vote does not depend on the sample's own label, so that label is evidence on the vote. With an inverse
+temperature b, a vote v becomes the class probabilities p = softmax(b log v). Let labels be wrong at rate e, and let
+class c be labeled y != c with probability D(c, y). The given labels y then have the log-likelihood
 
     log L(e, b) = sum_i log[ (1 - e) p_i(y_i) + e sum_c p_i(c) D(c, y_i) ]
 
-D is even, 1 / (C - 1) for every other class, unless mistakes seen among the elected classes explain the labels far
-better.
+D is uniform, 1 / (C - 1) for all other classes, unless the errors counted against the predicted classes explain the
+labels much better.
 
-Votes that know nothing gain nothing by any b; of two votes the one with more to say of the labels has the larger
-maximum. That chooses among neighbourhoods, features and temperatures, calibrates the winner, and estimates the rate,
-with no true label in sight.
-Legend: N samples, n samples of this rank, t of them at a time, C classes, R rates, S sharpness values.
+Votes without class information gain nothing at any b, and of two votes the more informative one has the larger maximum.
+The likelihood therefore selects features, neighborhoods and temperatures, calibrates the selected vote and estimates
+the noise rate, without true labels.
+Legend: N samples, n samples of this rank, t samples of a tile, C classes, R rates, S inverse temperatures, M members of
+the ensemble.
 """
 
 import itertools
@@ -23,38 +24,42 @@ import torch
 from torch import Tensor
 
 from distav.distributed.collectives import all_reduce_sum_, broadcast
-from distav.noise.noise_rate import MATRIX_PRIOR, rates, uniform_transition_matrix
-from distav.noise.tiling import in_tiles, normalized, tiles
+from distav.noise.noise_rate import MATRIX_PRIOR, candidate_rates, uniform_transition_matrix
+from distav.noise.probabilities import normalize_likelihood, normalize_rows, row_entropy
+from distav.noise.tiling import map_tiles, tiles
 
 MIN_PROBABILITY = 1e-12
-"""Least probability of a label; sixteen of these multiplied are still a number."""
+"""Lower bound of the probability of a label; a product of sixteen of them is still a normal number."""
 INVERSE_TEMPERATURES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.5, 7.0)
 PSEUDO_COUNT = 20.0
-"""A vote counts as so many, with one more spread over all classes: a class without votes is not ruled out."""
-PARTS, STRENGTHS = 4, (0.5, 1.0, 1.5)
-"""Weights of experts are tried in quarters of these sums; the sharpness of what they come to is calibrated anew."""
-MIN_WEIGHT = 1e-4
-"""An expert that gives a class less counts as if it gave so much."""
-NEGLIGIBLE = 1e-12
-"""Sharpness values of less weight are left out of an average."""
+"""Weight of a vote relative to one uniform vote that is added to it, so that no class has probability 0."""
+WEIGHT_DIVISIONS = 4
+"""Each sum of the ensemble weights is distributed over the members in steps of this fraction."""
+WEIGHT_SUMS = (0.5, 1.0, 1.5)
+"""Candidate sums of the ensemble weights; the temperature of the combined probabilities is calibrated afterwards."""
+MIN_MEMBER_PROBABILITY = 1e-4
+"""Lower bound of the class probabilities of a member of the ensemble."""
+NEGLIGIBLE_WEIGHT = 1e-12
+"""Inverse temperatures of less weight are left out of an average."""
 MAX_CALIBRATION_SAMPLES = 20_000
-"""Samples on which votes are compared; more say no more."""
+"""Samples on which votes are compared; more samples do not change the selection."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the given labels say of a vote.
+    """Fit of a vote to the given labels.
 
     Attributes:
-        likelihood: [R, S] log-likelihood of the given labels, the prior on the rate included.
-        confusion: [C, C] D, how wrong labels of each class are spread; rows add up to 1, the diagonal is 0.
-        uneven: whether D says that classes are mistaken for particular others.
-        per_sample: its maximum over the number of judges, in nats.
-        entropy: mean entropy of the calibrated shares, in nats.
-        judges: how many samples it was computed on.
+        log_likelihood: [R, S] log-likelihood of the given labels, including the prior of the rate.
+        error_distribution: [C, C] D, the distribution of the wrong labels of each class; rows have sum 1, the diagonal
+            is 0.
+        is_asymmetric: whether D is class-dependent rather than uniform.
+        per_sample: maximum of the log-likelihood divided by the number of samples, in nats.
+        entropy: mean entropy of the calibrated probabilities, in nats.
+        num_samples: number of samples used.
     """
 
-    likelihood: Tensor
+    log_likelihood: Tensor
     error_distribution: Tensor
     is_asymmetric: bool
     per_sample: float
@@ -63,194 +68,199 @@ class Calibration:
 
     @property
     def rate_log_likelihood(self) -> Tensor:
-        """Log-likelihood of each rate, whatever the sharpness: [R], its largest value 0."""
-        by_rate = self.likelihood.logsumexp(1)
+        """Log-likelihood of each rate, marginalized over the inverse temperature: [R], maximum 0."""
+        by_rate = self.log_likelihood.logsumexp(1)
         return by_rate - by_rate.max()
 
-    def inverse_temperature(self, votes: Tensor) -> Tensor:
-        """Return calibrated class shares, averaged over what the sharpness may be: [n, C] -> [n, C]."""
-        weights = temperature_weights(self.likelihood)
-        return in_tiles(votes.shape[1], lambda some: blended(some, weights), votes)
+    def calibrate(self, votes: Tensor) -> Tensor:
+        """Return calibrated class probabilities, averaged over the inverse temperature: [n, C] -> [n, C]."""
+        weights = temperature_weights(self.log_likelihood)
+        return map_tiles(votes.shape[1], lambda rows: average_over_temperatures(rows, weights), votes)
 
 
-def temperature_scaled(votes: Tensor, at: Iterable[int] = range(len(INVERSE_TEMPERATURES))) -> Iterator[Tensor]:
-    """Yield votes at each sharpness, softmax(b log v): [t, C] -> S times [t, C].
+def temperature_scaled(votes: Tensor, indices: Iterable[int] = range(len(INVERSE_TEMPERATURES))) -> Iterator[Tensor]:
+    """Yield softmax(b log v) for each inverse temperature b: [t, C] -> S times [t, C].
 
-    One vote spread over all classes is added first.
+    A uniform vote is added first, see `PSEUDO_COUNT`.
 
     Args:
         votes: [t, C].
-        at: places in `SHARPNESS`; all of them by default.
+        indices: positions in `INVERSE_TEMPERATURES`; default: all.
     """
     logs = ((PSEUDO_COUNT * votes + 1 / votes.shape[1]) / (PSEUDO_COUNT + 1)).log_()
-    for place in at:
-        yield (INVERSE_TEMPERATURES[place] * logs).softmax(1)
+    for index in indices:
+        yield (INVERSE_TEMPERATURES[index] * logs).softmax(1)
 
 
-def blended(votes: Tensor, weights: Mapping[int, float]) -> Tensor:
-    """Average votes over sharpness values, by their places in `SHARPNESS` with weights: [t, C] -> [t, C]."""
-    return sum(
-        (weight * each for weight, each in zip(weights.values(), temperature_scaled(votes, weights), strict=True)),
-        torch.zeros_like(votes),
-    )
-
-
-def temperature_weights(likelihood: Tensor) -> dict[int, float]:
-    """Return how likely each sharpness is, whatever the rate, without those that have next to no weight.
+def average_over_temperatures(votes: Tensor, weights: Mapping[int, float]) -> Tensor:
+    """Return the weighted average of the temperature-scaled votes: [t, C] -> [t, C].
 
     Args:
-        likelihood: [R, S] log-likelihood.
+        votes: [t, C].
+        weights: weights by position in `INVERSE_TEMPERATURES`.
+    """
+    average = torch.zeros_like(votes)
+    for weight, probs in zip(weights.values(), temperature_scaled(votes, weights), strict=True):
+        average = average + weight * probs
+    return average
+
+
+def temperature_weights(log_likelihood: Tensor) -> dict[int, float]:
+    """Return the posterior of the inverse temperatures, marginalized over the rate, without negligible ones.
+
+    Args:
+        log_likelihood: [R, S].
 
     Returns:
-        Weights by the place in `SHARPNESS`; they add up to 1.
+        Weights by position in `INVERSE_TEMPERATURES`.
     """
-    mass = (likelihood - likelihood.max()).exp().sum(0)
-    return {place: weight for place, weight in enumerate((mass / mass.sum()).tolist()) if weight > NEGLIGIBLE}
+    weights = enumerate(normalize_likelihood(log_likelihood, marginalized_dim=0).tolist())
+    return {index: weight for index, weight in weights if weight > NEGLIGIBLE_WEIGHT}
 
 
 class VoteCalibrator:
-    """The samples whose given labels judge votes: all, or an even part of them where they are many.
+    """Calibrates votes on the given labels of all samples, or of a regular subset of a large dataset.
 
-    Each rank judges by its own samples, some of them at a time; what comes of it is added up over ranks.
+    Each rank processes its own samples in tiles; the sums are reduced over all ranks.
     """
 
-    def __init__(self, own: Tensor, num_classes: int, usable: Tensor):
-        """Take part of this rank's samples.
+    def __init__(self, labels: Tensor, num_classes: int, usable: Tensor):
+        """Select this rank's calibration samples.
 
         Args:
-            own: [n] int64 given labels.
+            labels: [n] int64 given labels of this rank.
             num_classes: C.
-            usable: [n] bool, samples that may judge.
+            usable: [n] bool, samples that may be selected.
         """
         self.num_classes = num_classes
         stride = max(1, -(-int(all_reduce_sum_(usable.sum().double())) // MAX_CALIBRATION_SAMPLES))
-        self.chosen = usable.nonzero().squeeze(1)[::stride]
-        self.labels = own[self.chosen]
-        self.counts = all_reduce_sum_(torch.bincount(self.labels, minlength=num_classes).double())
-        self.number = max(1, int(self.counts.sum()))
-        self.even, self.rates = (
-            uniform_transition_matrix(1.0, num_classes).to(self.counts),
-            rates(num_classes).to(own.device),
-        )
+        self.samples = usable.nonzero().squeeze(1)[::stride]
+        self.labels = labels[self.samples]
+        self.class_counts = all_reduce_sum_(torch.bincount(self.labels, minlength=num_classes).double())
+        self.num_samples = max(1, int(self.class_counts.sum()))
+        self.uniform_errors = uniform_transition_matrix(1.0, num_classes).to(self.class_counts)
+        self.rates = candidate_rates(num_classes).to(labels.device)
 
     def _tiles(self, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield places [t] and given labels [t] of some of this rank's judges at a time."""
-        for part in tiles(len(self.chosen), width, self.chosen.device):
-            yield self.chosen[part], self.labels[part]
+        """Yield the row numbers [t] and given labels [t] of this rank's calibration samples in tiles."""
+        for part in tiles(len(self.samples), width, self.samples.device):
+            yield self.samples[part], self.labels[part]
 
-    def calibrate(self, votes: Tensor, prior: Tensor | None = None) -> Calibration:
-        """Compare votes with the given labels.
+    def calibrate(self, votes: Tensor, rate_prior: Tensor | None = None) -> Calibration:
+        """Fit votes to the given labels.
 
         Args:
-            votes: [n, C] of this rank, each without a part of the sample's own label.
-            prior: [R] log-probability of the rates, from votes judged before.
+            votes: [n, C] held-out votes of this rank.
+            rate_prior: [R] log-probability of the rates, from votes calibrated before.
         """
-        at = self.rates
-        confusions = [self.even, self._confusion(votes)]
-        by_label = [each.T.contiguous() for each in confusions]
-        likelihoods = self.counts.new_zeros(len(confusions), len(at), len(INVERSE_TEMPERATURES))
-        for rows, labels in self._tiles(max(self.num_classes, len(at))):
-            mistaken = [each[labels] for each in by_label]
-            for column, shares in enumerate(temperature_scaled(votes[rows].double())):
-                for likelihood, wrong in zip(likelihoods, mistaken, strict=True):
-                    likelihood[:, column] += _log_product(_mixed(shares, labels, wrong, at))
+        error_distributions = [self.uniform_errors, self._error_distribution(votes)]
+        by_label = [errors.T.contiguous() for errors in error_distributions]
+        likelihoods = self.class_counts.new_zeros(2, len(self.rates), len(INVERSE_TEMPERATURES))
+        for rows, labels in self._tiles(max(self.num_classes, len(self.rates))):
+            label_errors = [errors[labels] for errors in by_label]
+            for column, probs in enumerate(temperature_scaled(votes[rows].double())):
+                for likelihood, errors in zip(likelihoods, label_errors, strict=True):
+                    likelihood[:, column] += _sum_of_logs(_label_probability(probs, labels, errors, self.rates))
         all_reduce_sum_(likelihoods)
-        if prior is not None:
-            likelihoods += prior[:, None]
-        even, seen = likelihoods.amax((1, 2)).tolist()
-        # As many free numbers would gain half a nat each by chance.
-        uneven = seen - even > self.num_classes * (self.num_classes - 1)
-        likelihood = likelihoods[int(uneven)].clone()
-        entropy = self._entropy(votes, temperature_weights(likelihood))
-        per_sample = (seen if uneven else even) / self.number
-        return Calibration(likelihood, confusions[int(uneven)], uneven, per_sample, entropy, self.number)
+        if rate_prior is not None:
+            likelihoods += rate_prior[:, None]
+        symmetric, asymmetric = likelihoods.amax((1, 2)).tolist()
+        # By chance, C (C - 1) free parameters gain half a nat each.
+        is_asymmetric = asymmetric - symmetric > self.num_classes * (self.num_classes - 1)
+        likelihood = likelihoods[int(is_asymmetric)].clone()
+        return Calibration(
+            log_likelihood=likelihood,
+            error_distribution=error_distributions[int(is_asymmetric)],
+            is_asymmetric=is_asymmetric,
+            per_sample=(asymmetric if is_asymmetric else symmetric) / self.num_samples,
+            entropy=self._mean_entropy(votes, temperature_weights(likelihood)),
+            num_samples=self.num_samples,
+        )
 
-    def _confusion(self, votes: Tensor) -> Tensor:
-        """Return how the labels of each elected class are spread over the others, drawn towards evenness: [C, C]."""
-        counts = torch.zeros_like(self.even)
+    def _error_distribution(self, votes: Tensor) -> Tensor:
+        """Return D counted against the predicted classes, with a uniform prior of `MATRIX_PRIOR` samples: [C, C]."""
+        counts = torch.zeros_like(self.uniform_errors)
         for rows, labels in self._tiles(self.num_classes):
-            elected = votes[rows].argmax(1)
-            counts.index_put_((elected, labels), torch.ones_like(labels, dtype=counts.dtype), accumulate=True)
-        counts = (all_reduce_sum_(counts) + MATRIX_PRIOR * self.even).fill_diagonal_(0.0)
-        return normalized(counts)
+            predicted = votes[rows].argmax(1)
+            counts.index_put_((predicted, labels), torch.ones_like(labels, dtype=counts.dtype), accumulate=True)
+        return normalize_rows((all_reduce_sum_(counts) + MATRIX_PRIOR * self.uniform_errors).fill_diagonal_(0.0))
 
-    def _entropy(self, votes: Tensor, weights: Mapping[int, float]) -> float:
-        """Return the mean entropy of calibrated votes, in nats."""
-        total = self.counts.new_zeros(())
+    def _mean_entropy(self, votes: Tensor, weights: Mapping[int, float]) -> float:
+        """Return the mean entropy of the calibrated votes, in nats."""
+        total = self.class_counts.new_zeros(())
         for rows, _ in self._tiles(self.num_classes):
-            total += entropies(blended(votes[rows].double(), weights)).sum()
-        return float(all_reduce_sum_(total)) / self.number
+            total += row_entropy(average_over_temperatures(votes[rows].double(), weights)).sum()
+        return float(all_reduce_sum_(total)) / self.num_samples
 
     def prior_log_likelihood(self) -> float:
-        """Return the mean log-likelihood of the labels where nothing is known but how frequent each is."""
-        shares = (self.counts + 1) / (self.counts.sum() + self.num_classes)
-        return float(self.counts @ shares.log()) / self.number
+        """Return the mean log-likelihood of the given labels under the class frequencies, in nats per sample."""
+        frequencies = (self.class_counts + 1) / (self.class_counts.sum() + self.num_classes)
+        return float(self.class_counts @ frequencies.log()) / self.num_samples
 
     def fit_ensemble(
-        self, experts: Sequence[Tensor], confusion: Tensor, rate: float | None = None
+        self, members: Sequence[Tensor], error_distribution: Tensor, rate: float | None = None
     ) -> tuple[Tensor, list[float]]:
-        """Weigh calibrated shares by what they add: softmax(sum_m w_m log p_m), w averaged over what it may be.
+        """Combine calibrated probabilities as a weighted product, softmax(sum_m w_m log p_m).
 
-        Where most labels are wrong, they say little of w, and its likeliest value leaves out what others have to say.
+        The weights w are averaged over their likelihood. If most labels are wrong, the labels determine w poorly, and
+        its most likely value leaves out informative members.
 
         Args:
-            experts: [n, C] each.
-            confusion: [C, C] D.
-            rate: the noise rate, or None where it is not known.
+            members: M tables [n, C].
+            error_distribution: [C, C] D.
+            rate: noise rate; None averages over the candidate rates.
 
         Returns:
-            [n, C] pooled shares, and the weights.
+            [n, C] combined probabilities, and the M weights.
         """
-        at = self.rates[::5] if rate is None else self.counts.new_tensor([rate])
-        tried = self.counts.new_tensor(list(_weightings(len(experts))))
-        likelihood, by_label = self.counts.new_zeros(len(tried), len(at)), confusion.T.contiguous()
-        for rows, labels in self._tiles(len(experts) * self.num_classes):
-            logs = torch.stack([each[rows].double().clamp_min_(MIN_WEIGHT).log_() for each in experts])
-            mistaken = by_label[labels]
-            for place, weights in enumerate(tried):
-                shares = torch.einsum("m,mtc->tc", weights, logs).softmax(1)
-                likelihood[place] += _log_product(_mixed(shares, labels, mistaken, at))
-        averaged: list[float] = broadcast((all_reduce_sum_(likelihood).logsumexp(1).softmax(0) @ tried).tolist())
+        rates = self.rates[::5] if rate is None else self.class_counts.new_tensor([rate])
+        candidates = self.class_counts.new_tensor(list(_candidate_weights(len(members))))
+        likelihood, by_label = (
+            self.class_counts.new_zeros(len(candidates), len(rates)),
+            error_distribution.T.contiguous(),
+        )
+        for rows, labels in self._tiles(len(members) * self.num_classes):
+            logs = torch.stack([probs[rows].double().clamp_min_(MIN_MEMBER_PROBABILITY).log_() for probs in members])
+            label_errors = by_label[labels]
+            for index, candidate in enumerate(candidates):
+                probs = torch.einsum("m,mtc->tc", candidate, logs).softmax(1)
+                likelihood[index] += _sum_of_logs(_label_probability(probs, labels, label_errors, rates))
+        posterior = all_reduce_sum_(likelihood).logsumexp(1).softmax(0)
+        weights: list[float] = broadcast((posterior @ candidates).tolist())
 
-        def product(*some: Tensor) -> Tensor:
-            logs = (weight * each.clamp_min(MIN_WEIGHT).log_() for weight, each in zip(averaged, some, strict=True))
-            return sum(logs, torch.zeros_like(some[0])).softmax(1)
+        def product(*tables: Tensor) -> Tensor:
+            logs = torch.zeros_like(tables[0])
+            for weight, probs in zip(weights, tables, strict=True):
+                logs = logs + weight * probs.clamp_min(MIN_MEMBER_PROBABILITY).log_()
+            return logs.softmax(1)
 
-        return in_tiles(self.num_classes, product, *experts), averaged
-
-
-def entropies(shares: Tensor) -> Tensor:
-    """Return the entropy of each row in nats: [t, C] -> [t]."""
-    return -(shares * shares.clamp_min(1e-30).log_()).sum(1)
-
-
-def _weightings(experts: int) -> Iterator[list[float]]:
-    """Yield the weights that are tried: every way to deal out so many parts, at each strength."""
-    for dealt in itertools.combinations_with_replacement(range(experts), PARTS):
-        for strength in STRENGTHS:
-            yield [strength * dealt.count(expert) / PARTS for expert in range(experts)]
+        return map_tiles(self.num_classes, product, *members), weights
 
 
-def _mixed(shares: Tensor, labels: Tensor, mistaken: Tensor, at: Tensor) -> Tensor:
-    """Return the probability of given labels at each rate.
+def _candidate_weights(num_members: int) -> Iterator[list[float]]:
+    """Yield the candidate weights: each distribution of `WEIGHT_DIVISIONS` equal parts, at each of `WEIGHT_SUMS`."""
+    for parts in itertools.combinations_with_replacement(range(num_members), WEIGHT_DIVISIONS):
+        for weight_sum in WEIGHT_SUMS:
+            yield [weight_sum * parts.count(member) / WEIGHT_DIVISIONS for member in range(num_members)]
+
+
+def _label_probability(probs: Tensor, labels: Tensor, label_errors: Tensor, rates: Tensor) -> Tensor:
+    """Return the probability of the given labels at each rate, at least `MIN_PROBABILITY`: [R, t].
 
     Args:
-        shares: [J, C].
-        labels: [J].
-        mistaken: [J, C] D(c, y_i) of every class c.
-        at: [R] rates.
-
-    Returns:
-        [R, J], at least `RAREST`.
+        probs: [t, C].
+        labels: [t].
+        label_errors: [t, C] D(c, y_i) of each class c.
+        rates: [R].
     """
-    right, wrong = shares.gather(1, labels[:, None]).squeeze(1), (shares * mistaken).sum(1)
-    return torch.lerp(right, wrong, at[:, None]).clamp_min_(MIN_PROBABILITY)
+    correct, wrong = probs.gather(1, labels[:, None]).squeeze(1), (probs * label_errors).sum(1)
+    return torch.lerp(correct, wrong, rates[:, None]).clamp_min_(MIN_PROBABILITY)
 
 
-def _log_product(probabilities: Tensor) -> Tensor:
-    """Return the sum of logarithms of [R, J] float64 over J; sixteen are multiplied before one logarithm is taken."""
+def _sum_of_logs(probabilities: Tensor) -> Tensor:
+    """Return the sum of logarithms over t of [R, t] float64: one logarithm per product of sixteen factors."""
     product, rest = probabilities.tensor_split([probabilities.shape[1] // 16 * 16], dim=1)
     for _ in range(4):
-        one, other = product.chunk(2, dim=1)
-        product = one * other
+        first, second = product.chunk(2, dim=1)
+        product = first * second
     return product.log_().sum(1) + rest.log().sum(1)

@@ -1,12 +1,13 @@
-"""Whether sound and picture show the same class, told from what each is believed to show.
+"""Correspondence probability of a pair from the class probabilities of its two modalities.
 
-Let p(c) be the shares of a picture, q(c) those of its sound, evidence gained apart. If they belong together, the ratio
-of the evidence to chance is r = C sum_c p(c) q(c); if not, it is 1. With a share m of mismatched pairs the likelihood
-of a pair is (1 - m) r + m, and it belongs together with probability (1 - m) r / ((1 - m) r + m).
-A sound of the same class from elsewhere counts as belonging: no class label is wronged by it.
-Blunt votes and many mismatches look alike: either makes sure pictures and their sounds agree less than fully. So the
-share of mismatches is asked of the most decided votes, and which pairs these are of the votes that agree most.
-Legend: n samples of this rank, C classes, R rates, S sharpness values.
+Let p(c) be the class probabilities of the frames and q(c) those of the audio, from independent evidence. If both show
+the same class, the likelihood ratio of the pair against chance is r = C sum_c p(c) q(c); if not, it is 1. At a mismatch
+rate m, the likelihood of a pair is (1 - m) r + m, and its correspondence probability is (1 - m) r / ((1 - m) r + m).
+Audio of the same class from another clip counts as matching: the class label is correct for both modalities.
+Diffuse votes and a high mismatch rate are confounded, because either lowers the agreement of confident predictions. The
+mismatch rate is therefore estimated from the vote of least entropy, and the correspondence of each pair from the vote
+that agrees most.
+Legend: n samples of this rank, C classes, R rates, S inverse temperatures.
 """
 
 from dataclasses import dataclass
@@ -15,140 +16,164 @@ import torch
 from torch import Tensor
 
 from distav.distributed.collectives import all_reduce_sum_
-from distav.noise.calibration import INVERSE_TEMPERATURES, blended, entropies, temperature_scaled, temperature_weights
-from distav.noise.noise_rate import RateEstimate, estimate_rate, rates
-from distav.noise.tiling import normalized, tiles
+from distav.noise.calibration import (
+    INVERSE_TEMPERATURES,
+    average_over_temperatures,
+    temperature_scaled,
+    temperature_weights,
+)
+from distav.noise.noise_rate import RateEstimate, candidate_rates, estimate_rate
+from distav.noise.probabilities import normalize_likelihood, normalize_rows, row_entropy
+from distav.noise.tiling import tiles
+
+MIN_TEMPERATURE_WEIGHT, MIN_RATE_WEIGHT = 1e-4, 1e-5
+"""Inverse temperatures and mismatch rates of less posterior weight are left out of averages over them."""
 
 
 @dataclass(frozen=True)
 class ClassAgreement:
-    """How far votes for the sounds agree with what the pictures show.
+    """Agreement of an audio vote with the class probabilities of the frames.
 
     Attributes:
-        votes: [n, C] for the sounds.
-        likelihood: [R, S] log-likelihood of the pairs, by the share of mismatched ones and the sharpness of the votes.
-        per_sample: its maximum over the number of pairs, in nats.
-        entropy: mean entropy of the calibrated votes, in nats.
+        log_likelihood: [R, S] log-likelihood of the pairs by mismatch rate and inverse temperature of the vote.
+        per_sample: maximum of the log-likelihood divided by the number of pairs, in nats.
+        entropy: mean entropy of the calibrated vote, in nats.
     """
 
-    votes: Tensor
-    likelihood: Tensor
+    log_likelihood: Tensor
     per_sample: float
     entropy: float
 
     @property
     def rate_log_likelihood(self) -> Tensor:
-        """Log-likelihood of each share of mismatched pairs, whatever the sharpness: [R]."""
-        return self.likelihood.logsumexp(1)
+        """Log-likelihood of each mismatch rate, marginalized over the inverse temperature: [R]."""
+        return self.log_likelihood.logsumexp(1)
 
 
 @dataclass(frozen=True)
 class PairPosterior:
-    """What two modalities say of each other.
+    """Posterior of the pairs given the class probabilities of both modalities.
 
     Attributes:
-        correspondence: [n] probability that both show one class.
-        shares: [n, C] calibrated shares of the sound.
-        rate: share of mismatched pairs by the shape of the agreement; see `checked_rate`.
+        correspondence: [n] probability that both modalities show the same class.
+        audio_probs: [n, C] calibrated class probabilities of the audio.
+        mismatch_rate: mismatch rate from the agreement alone; see `reconcile_pair_rate`.
     """
 
     correspondence: Tensor
-    shares: Tensor
+    audio_probs: Tensor
     mismatch_rate: RateEstimate
 
 
-def class_agreement(picture: Tensor, votes: Tensor, usable: Tensor) -> ClassAgreement:
-    """Compare votes for the sounds with the pictures at every sharpness and share of mismatched pairs.
+def class_agreement(visual_probs: Tensor, audio_votes: Tensor, usable: Tensor) -> ClassAgreement:
+    """Return the likelihood of the pairs at each mismatch rate and inverse temperature of the audio vote.
 
     Args:
-        picture: [n, C] calibrated shares of the pictures.
-        votes: [n, C] votes for the sounds.
-        usable: [n] bool; the others do not judge.
+        visual_probs: [n, C] calibrated class probabilities of the frames.
+        audio_votes: [n, C] votes on the class of the audio.
+        usable: [n] bool; other samples are ignored.
     """
-    at, num_classes = rates(picture.shape[1]).to(picture.device)[:, None], picture.shape[1]
-    likelihood = at.new_zeros(len(at), len(INVERSE_TEMPERATURES))
-    for part in tiles(len(votes), max(num_classes, len(at)), votes.device):
-        for column, each in enumerate(temperature_scaled(votes[part])):
-            ratio = _ratio(picture[part], each).double().where(usable[part], 1.0)
-            likelihood[:, column] += ((1 - at) * ratio + at).log_().sum(1)
+    num_classes = visual_probs.shape[1]
+    rates = candidate_rates(num_classes).to(visual_probs.device)[:, None]
+    likelihood = rates.new_zeros(len(rates), len(INVERSE_TEMPERATURES))
+    for part in tiles(len(audio_votes), max(num_classes, len(rates)), audio_votes.device):
+        for column, audio_probs in enumerate(temperature_scaled(audio_votes[part])):
+            ratio = _likelihood_ratio(visual_probs[part], audio_probs).double().where(usable[part], 1.0)
+            likelihood[:, column] += ((1 - rates) * ratio + rates).log_().sum(1)
     weights = temperature_weights(all_reduce_sum_(likelihood))
-    entropy = at.new_zeros(())
-    for part in tiles(len(votes), num_classes, votes.device):
-        entropy += entropies(blended(votes[part], weights)).double() @ usable[part].double()
-    count, entropy, best = torch.stack(
+    entropy = rates.new_zeros(())
+    for part in tiles(len(audio_votes), num_classes, audio_votes.device):
+        row_entropies = row_entropy(average_over_temperatures(audio_votes[part], weights))
+        entropy += row_entropies.double() @ usable[part].double()
+    count, entropy, maximum = torch.stack(
         [*all_reduce_sum_(torch.stack([usable.sum().double(), entropy])), likelihood.max()]
     ).tolist()
     count = max(1.0, count)
-    return ClassAgreement(votes, likelihood, best / count, entropy / count)
+    return ClassAgreement(likelihood, maximum / count, entropy / count)
 
 
-def pair_posterior(picture: Tensor, agreed: ClassAgreement, evidence: Tensor, usable: Tensor) -> PairPosterior:
-    """Tell which pairs belong together, averaged over what the share of mismatched ones and the sharpness may be.
+def pair_posterior(
+    visual_probs: Tensor, audio_votes: Tensor, agreement: ClassAgreement, rate_log_likelihood: Tensor, usable: Tensor
+) -> PairPosterior:
+    """Return the posterior of each pair, averaged over the mismatch rate and the inverse temperature.
 
     Args:
-        picture: [n, C] calibrated shares of the pictures.
-        agreed: what votes for the sounds have come to.
-        evidence: [R] log-likelihood of the share of mismatched pairs.
-        usable: [n] bool; the others count as pairs.
+        visual_probs: [n, C] calibrated class probabilities of the frames.
+        audio_votes: [n, C] votes on the class of the audio.
+        agreement: result of `class_agreement` for these two.
+        rate_log_likelihood: [R] log-likelihood of the mismatch rate, which replaces the one of `agreement`.
+        usable: [n] bool; other samples get a correspondence probability of 1.
     """
-    at = rates(picture.shape[1]).to(picture.device)
-    likelihood = agreed.likelihood - agreed.rate_log_likelihood[:, None] + evidence[:, None]
-    mass = _mass(likelihood).to(picture.dtype)
-    weights = enumerate(torch.stack([each.sum() for each in mass.unbind(1)]).tolist())
-    used = {column: weight for column, weight in weights if weight > 1e-4}
-    averaged, ratios = torch.empty_like(picture), [torch.empty_like(picture[:, 0]) for _ in used]
-    for part in tiles(len(picture), picture.shape[1], picture.device):
-        shares = torch.zeros_like(picture[part])
-        for ratio, weight, each in zip(
-            ratios, used.values(), temperature_scaled(agreed.votes[part], used), strict=True
-        ):
-            shares += weight * each
-            ratio[part] = _ratio(picture[part], each)
-        averaged[part] = normalized(shares)
-    correspondence = torch.zeros_like(picture[:, 0])
-    for ratio, by_rate in zip(ratios, mass[:, list(used)].T.tolist(), strict=True):
-        for share, mismatched in zip(by_rate, at.tolist(), strict=True):
-            if share > 1e-5:
-                together = (1 - mismatched) * ratio
-                correspondence += share * together / (together + mismatched).clamp_min(1e-12)
+    num_classes = visual_probs.shape[1]
+    by_rate = agreement.rate_log_likelihood
+    log_likelihood = agreement.log_likelihood - by_rate[:, None] + rate_log_likelihood[:, None]
+    posterior = normalize_likelihood(log_likelihood).to(visual_probs.dtype)
+    totals = enumerate(torch.stack([column.sum() for column in posterior.unbind(1)]).tolist())
+    weights = {index: weight for index, weight in totals if weight > MIN_TEMPERATURE_WEIGHT}
+    averaged, ratios = torch.empty_like(visual_probs), visual_probs.new_empty(len(weights), len(visual_probs))
+    for part in tiles(len(visual_probs), num_classes, visual_probs.device):
+        total = torch.zeros_like(visual_probs[part])
+        scaled = temperature_scaled(audio_votes[part], weights)
+        for ratio, weight, audio_probs in zip(ratios, weights.values(), scaled, strict=True):
+            total += weight * audio_probs
+            ratio[part] = _likelihood_ratio(visual_probs[part], audio_probs)
+        averaged[part] = normalize_rows(total)
+    correspondence = _correspondence(ratios, posterior[:, list(weights)], candidate_rates(num_classes))
     correspondence = torch.where(usable, correspondence.clamp(0, 1), torch.ones_like(correspondence))
-    return PairPosterior(correspondence, averaged, estimate_rate(evidence, at))
+    return PairPosterior(correspondence, averaged, estimate_rate(rate_log_likelihood, num_classes))
 
 
-def _ratio(picture: Tensor, sound: Tensor) -> Tensor:
-    return picture.shape[1] * (picture * sound).sum(1)
+def _likelihood_ratio(visual_probs: Tensor, audio_probs: Tensor) -> Tensor:
+    """Return r of each pair: [t, C] twice -> [t]."""
+    return visual_probs.shape[1] * (visual_probs * audio_probs).sum(1)
 
 
-def _mass(likelihood: Tensor) -> Tensor:
-    mass = (likelihood - likelihood.max()).exp()
-    return mass / mass.sum()
-
-
-def reconcile_pair_rate(shaped: RateEstimate, seen: Tensor, heard: Tensor, num_classes: int) -> RateEstimate:
-    """Hold the rate of mismatched pairs against how much better pictures foretell labels than sounds do.
-
-    Agreement tells the rate by how it grows with the sureness of votes, of which shape little is known. Labels tell it
-    by another way. Where labels are wrong for a share e
-    given what is seen, they are for t = e + m (1 - e - e / (C - 1)) given what is heard. The rate is brought within
-    the interval that follows, and the interval of both spans the two. That holds for labels that are taken for any
-    other alike.
+def _correspondence(ratios: Tensor, posterior: Tensor, rates: Tensor) -> Tensor:
+    """Return the correspondence probabilities, averaged over the posterior: [n].
 
     Args:
-        shaped: the rate by agreement.
-        seen, heard: [R] log-likelihood of e and of t, over `rates(C)`.
+        ratios: [T, n] likelihood ratios at T inverse temperatures.
+        posterior: [R, T] of mismatch rates and inverse temperatures.
+        rates: [R] mismatch rates.
+    """
+    correspondence = ratios.new_zeros(ratios.shape[1])
+    for ratio, by_rate in zip(ratios, posterior.T.tolist(), strict=True):
+        for weight, rate in zip(by_rate, rates.tolist(), strict=True):
+            if weight > MIN_RATE_WEIGHT:
+                matching = (1 - rate) * ratio
+                correspondence += weight * matching / (matching + rate).clamp_min(1e-12)
+    return correspondence
+
+
+def reconcile_pair_rate(
+    rate: RateEstimate, visual_rate_log_likelihood: Tensor, audio_rate_log_likelihood: Tensor, num_classes: int
+) -> RateEstimate:
+    """Restrict the mismatch rate to what the label-noise rates of the two modalities imply.
+
+    The agreement determines the mismatch rate m by how it grows with the confidence of the votes, which is modeled only
+    roughly. The labels determine it independently: if they are wrong at rate e given the frames, they are wrong at rate
+    t = e + m (1 - e - e / (C - 1)) given the audio. The estimate is moved into the 95 % interval that follows, and the
+    interval of the result spans both. This holds for symmetric label noise.
+
+    Args:
+        rate: mismatch rate from the agreement.
+        visual_rate_log_likelihood: [R] log-likelihood of e, over `candidate_rates(C)`.
+        audio_rate_log_likelihood: [R] log-likelihood of t, over the same rates.
         num_classes: C.
     """
-    at = rates(num_classes).to(seen.device)
-    gain = 1 - at - at / (num_classes - 1)
-    place = (at[None, :] + at[:, None] * gain[None, :]) / at[-1] * (len(at) - 1)  # [R of m, R of e]
-    below = place.floor().long().clamp(0, len(at) - 2)
-    expected = torch.lerp(heard[below], heard[below + 1], (place - below).clamp(0, 1))
-    told = estimate_rate((expected + seen[None, :]).logsumexp(1), at)
-    inside = min(max(shaped.estimate, told.ci95_low), told.ci95_high)
-    return RateEstimate(inside, shaped.ci95_low, shaped.ci95_high).spanning(told)
+    rates = candidate_rates(num_classes).to(visual_rate_log_likelihood.device)
+    gain = 1 - rates - rates / (num_classes - 1)
+    position = (rates[None, :] + rates[:, None] * gain[None, :]) / rates[-1] * (len(rates) - 1)  # [R of m, R of e]
+    below = position.floor().long().clamp(0, len(rates) - 2)
+    interpolated = torch.lerp(
+        audio_rate_log_likelihood[below], audio_rate_log_likelihood[below + 1], (position - below).clamp(0, 1)
+    )
+    from_labels = estimate_rate((interpolated + visual_rate_log_likelihood[None, :]).logsumexp(1), num_classes)
+    restricted = min(max(rate.estimate, from_labels.ci95_low), from_labels.ci95_high)
+    return RateEstimate(restricted, rate.ci95_low, rate.ci95_high).spanning(from_labels)
 
 
-def gate_by_correspondence(shares: Tensor, correspondence: Tensor) -> Tensor:
-    """Return evidence from the other modality, in doubt chance: c C p + (1 - c), [n, C]."""
+def gate_by_correspondence(probs: Tensor, correspondence: Tensor) -> Tensor:
+    """Return c C p + (1 - c), the likelihood ratio of each class from the other modality: [n, C]; 1 where c is 0."""
     c = correspondence[:, None]
-    return c * shares.shape[1] * shares + 1 - c
+    return c * probs.shape[1] * probs + 1 - c

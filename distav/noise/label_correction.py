@@ -1,66 +1,51 @@
-"""Label correction: what a sample's neighbours say that it shows, and how far to believe them.
+"""Label correction with a calibrated ensemble of held-out k-NN votes.
 
-Every choice (features, whitening, neighbours, temperature, one vote or two, one modality or both) is made by how well
-held-out votes foretell the given labels (`distav.noise.calibration`); true labels are never asked.
-Legend: N samples, n samples of this rank, C classes, E feature width.
+Every choice (features, whitening, number of neighbors, temperature, voting rounds, modality) maximizes the likelihood
+of the given labels under held-out votes (`distav.noise.calibration`); true labels are never used.
+Legend: N samples, n samples of this rank, t samples of a tile, C classes, E feature width, R noise rates, M members of
+the ensemble.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import all_gather_variable_rows, local_shard
+from distav.distributed.collectives import local_shard
 from distav.noise.calibration import VoteCalibrator
-from distav.noise.class_agreement import gate_by_correspondence, reconcile_pair_rate
-from distav.noise.noise_rate import RateEstimate, class_rates, estimate_rate, estimate_transition_matrix, rates
-from distav.noise.tiling import in_tiles, normalized
-from distav.noise.vote_search import (
-    FeatureSpace,
-    VoteSearchSpace,
-    VoteTask,
-    joint_features,
-    select_audio_vote,
-    select_label_vote,
+from distav.noise.noise_rate import (
+    RateEstimate,
+    candidate_rates,
+    class_rates,
+    estimate_rate,
+    estimate_transition_matrix,
 )
-
-
-@dataclass(frozen=True)
-class CorrectionPrior:
-    """What earlier corrections leave to a later one.
-
-    Later features were trained on votes that every label had a small part in, so of the noise rate the first correction
-    knows best, and none is surer than it was.
-
-    Attributes:
-        held_out: [n, C] what the last one held out, one more voice.
-        evidence, told: [R] of the first; see `Correction`.
-    """
-
-    held_out: Tensor
-    rate_log_likelihood: Tensor
-    rate_log_likelihood_credible: Tensor
+from distav.noise.tiling import map_tiles
+from distav.noise.vote_ensemble import CorrectionPrior, fuse, vote_ensemble
+from distav.noise.vote_search import FeatureSpace, VoteSearchSpace, VoteTask
 
 
 @dataclass(frozen=True)
 class Correction:
-    """What the votes say of this rank's samples.
+    """Corrected labels of this rank's samples, and the noise estimates.
 
     Attributes:
-        held_out: [n, C] class shares in which the sample's own label had no part; where votes know nothing, the label.
-        posterior: [n, C] with the own label weighed by how often labels are wrong.
-        audio_held_out, audio_posterior: [n, C] the same for the class of the sound, its own where a pair is mismatched.
-        correspondence: [n] probability that sound and picture show one class.
-        evidence: [R] log-likelihood of the noise rates, the prior of a correction to come.
-        told: [R] the same over all ways to vote that do about as well, which tells how sure a rate is.
-        label_rate: share of wrong labels.
-        noise_matrix: [C, C + 1] how each class is labelled, P(given | true), and in the last column its samples.
-        pair_rate: share of mismatched pairs.
-        nats: by how much the votes make the labels likelier than their frequencies do.
-        has_signal: whether that is enough to believe them.
-        chosen: the votes that won, by what they vote on, with weights.
+        held_out: [n, C] class probabilities that do not depend on the sample's own label; the given label where there
+            are no votes or no signal.
+        posterior: [n, C] class probabilities given the own label too, by the noise model.
+        audio_held_out, audio_posterior: [n, C] the same for the class of the audio, which differs in a mismatched pair.
+        correspondence: [n] probability that audio and frames show the same class.
+        rate_log_likelihood: [R] log-likelihood of the noise rates, the prior of later corrections.
+        rate_log_likelihood_credible: [R] the same over all configurations that predict the labels about as well, for
+            the interval of the noise rate.
+        label_rate: label-noise rate.
+        transition_matrix: [C, C + 1] P(given | true), and the estimated number of samples of each class in the last
+            column.
+        pair_rate: mismatch rate of the pairs.
+        log_likelihood_gain: gain of the best vote over the class frequencies in predicting the given labels, in nats.
+        has_signal: whether the gain exceeds `min_log_likelihood_gain`.
+        selected_votes: configuration of each vote, and the weights of the ensemble.
     """
 
     held_out: Tensor
@@ -79,7 +64,7 @@ class Correction:
 
     @property
     def class_rates(self) -> list[RateEstimate]:
-        """Share of wrong labels of each class."""
+        """Label-noise rate of each class."""
         return class_rates(self.transition_matrix, self.label_rate)
 
 
@@ -93,150 +78,118 @@ def correct_labels(
     prior: CorrectionPrior | None = None,
     teachers: tuple[Tensor, Tensor] | None = None,
 ) -> Correction:
-    """Vote on the class of each sample among its neighbours in feature space.
+    """Correct labels with a calibrated ensemble of held-out k-NN votes.
 
-    Pictures vote among pictures on the given labels. Sounds vote among sounds on what their pictures were found to
-    show, so that each sound gets a class of its own; how far both agree tells mismatched pairs. Pictures vote again, on
-    what the sounds of their neighbours were found to be: a group of pictures that wrong labels have outvoted is put
-    right by its sounds. Clips vote in both modalities together. All are pooled by what each adds.
+    The ensemble has these members:
 
-    At most M + 2 tables [n, C] float32 are held at a time, where M votes are pooled that are no arguments.
+    - ``visual``: visual neighbors vote with the given labels.
+    - ``fused``: the visual vote times the audio vote, gated by the correspondence probability. Audio neighbors vote
+      with the classes of the visual vote, so that the audio gets a class of its own.
+    - ``cross_modal``: visual neighbors vote with the audio classes. Corrects visual clusters in which wrong labels form
+      a majority.
+    - ``joint``: neighbors in the concatenated space vote with the given labels; audio is scaled by the correspondence
+      probability.
+    - ``previous``, ``visual_teacher``, ``audio_teacher``: the previous correction and the teachers, where given.
+
+    Members are calibrated on the given labels and combined as a weighted product; the weights are averaged over their
+    likelihood. If the votes predict the given labels no better than class frequencies do
+    (``min_log_likelihood_gain``), the labels are returned unchanged.
+
+    At most M + 2 tables [n, C] float32 are held at a time, without the arguments.
 
     Args:
-        spaces: features of this rank's ids, `row_range(N)`.
+        spaces: features of this rank's samples, `shard_range(N)`.
         given: [N] int64 labels.
         num_classes: C.
         groups: [N] int64; samples of one group do not vote for each other.
-        valid: [N] bool; samples without features neither vote nor are voted on, they keep their label.
-        voting: the votes to choose among.
-        before: what earlier corrections found.
-        teachers: what networks that were shown no label hold picture and sound for, [n, C] each: two more voices, and
-            another way to tell what a sound is.
+        valid: [N] bool; samples without features do not vote and keep their label.
+        search_space: configurations of the votes.
+        prior: results of earlier corrections.
+        teachers: class probabilities [n, C] of frames and audio from networks that were trained without the labels:
+            two members of the ensemble, and another candidate for the audio vote.
     """
-    own, present = local_shard(given), local_shard(valid)
-    fitting = fitting_neighbors(search_space.num_neighbors, len(given), num_classes)
-    search_space = replace(
-        search_space,
-        num_neighbors=fitting,
-        second_round_neighbors=[each for each in search_space.second_round_neighbors if each <= max(fitting)] or [0],
-    )
-    judges = VoteCalibrator(own, num_classes, present)
-    problem = VoteTask(given, own, num_classes, groups, valid, present, search_space, judges)
-    likelihood_before = prior.rate_log_likelihood if prior else None
+    local_labels, present = local_shard(given), local_shard(valid)
+    search_space = feasible_search_space(search_space, len(given), num_classes)
+    calibrator = VoteCalibrator(local_labels, num_classes, present)
+    task = VoteTask(given, local_labels, num_classes, groups, valid, present, search_space, calibrator)
+    combined, ensemble = vote_ensemble(task, spaces, prior, teachers)
 
-    by_sight, pictures = select_label_vote(problem, spaces, lambda space: space.visual, likelihood_before)
-    seen = by_sight.calibration
-    rate = _rate(seen.rate_log_likelihood, num_classes)
-    shown, _ = estimate_transition_matrix(pictures, own, rate.estimate, seen.error_distribution)
-    pairing, heard_name, heard = select_audio_vote(problem, spaces, shown, teachers[1] if teachers else None)
-    del shown
-    sounds, correspondence = pairing.shares, pairing.correspondence
-    heard_as = sounds.argmax(1)
-    across = replace(problem, given=all_gather_variable_rows(heard_as), own=heard_as)
-    # Neighbours are searched anew: kept for every kind of features, they would take several times the memory.
-    by_hearing, hearing = select_label_vote(across, spaces, lambda space: space.visual, likelihood_before)
-    by_both, both = select_label_vote(
-        problem, spaces, partial(joint_features, problem, correspondence), likelihood_before
+    calibration = calibrator.calibrate(combined, (prior or ensemble).rate_log_likelihood)
+    held_out = calibration.calibrate(combined)
+    del combined
+    credible = (prior or ensemble).rate_log_likelihood_credible
+    label_rate = estimate_rate(calibration.rate_log_likelihood, num_classes).spanning(
+        estimate_rate(credible, num_classes)
     )
-    joint = by_both.calibration
-
-    fused = in_tiles(num_classes, _joined, pictures, sounds, correspondence)
-    experts = {"fused": fused, "joint": both, "pictures": pictures, "across": hearing}
-    del fused, both, pictures, hearing
-    if prior:
-        experts["before"] = prior.held_out
-    asked = [judges.calibrate(each, likelihood_before) for each in teachers or ()]
-    if teachers:
-        picture, sound = (
-            calibration.inverse_temperature(each) for calibration, each in zip(asked, teachers, strict=True)
-        )
-        experts["teacher of pictures"] = picture
-        experts["teacher of sounds"] = in_tiles(num_classes, _alone, sound, correspondence)
-        del picture, sound
-    pooled, weights = judges.fit_ensemble(
-        list(experts.values()), seen.error_distribution, rate.estimate if prior else None
+    posterior, matrix = estimate_transition_matrix(
+        held_out, local_labels, label_rate.estimate, calibration.error_distribution
     )
-    pooled_as = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(experts, weights, strict=True))
-    experts.clear()
-    voices = [
-        (seen, by_sight.rate_log_likelihood_credible),
-        (joint, by_both.rate_log_likelihood_credible),
-        *((each, each.rate_log_likelihood) for each in asked),
-    ]
-    soundest, told = min(voices, key=lambda voice: _width(_rate(voice[0].rate_log_likelihood, num_classes)))
-    told = prior.rate_log_likelihood_credible if prior else told
-    outcome = judges.calibrate(pooled, soundest.rate_log_likelihood if likelihood_before is None else likelihood_before)
-    held_out = outcome.inverse_temperature(pooled)
-    del pooled
-    label_rate = _rate(outcome.rate_log_likelihood, num_classes).spanning(_rate(told, num_classes))
-    posterior, matrix = estimate_transition_matrix(held_out, own, label_rate.estimate, outcome.error_distribution)
-    # The class of the sound: its own votes, and the picture's as far as they belong together.
-    by_ear = [in_tiles(num_classes, _joined, sounds, each, correspondence) for each in (held_out, posterior)]
-    nats = (
-        max(each.per_sample for each in (seen, joint, *asked)) - judges.prior_log_likelihood()
-    ) * outcome.num_samples
-
-    pair_rate = pairing.mismatch_rate
-    if not seen.is_asymmetric:
-        pair_rate = reconcile_pair_rate(pair_rate, seen.rate_log_likelihood, heard, num_classes)
-    has_signal = nats > search_space.min_log_likelihood_gain
-    if not has_signal:
-        present = torch.zeros_like(present)
-    shares = [held_out, posterior, *by_ear]
-    for each in shares:
-        _keep_labels(each, own, ~present)
+    correspondence = ensemble.correspondence
+    audio_held_out, audio_posterior = (
+        map_tiles(num_classes, fuse, ensemble.audio_probs, probs, correspondence) for probs in (held_out, posterior)
+    )
+    gain = (ensemble.per_sample - calibrator.prior_log_likelihood()) * calibration.num_samples
+    has_signal = gain > search_space.min_log_likelihood_gain
+    corrected = present if has_signal else torch.zeros_like(present)
+    for probs in (held_out, posterior, audio_held_out, audio_posterior):
+        _restore_labels(probs, local_labels, ~corrected)
     return Correction(
-        *shares,
-        correspondence=torch.where(present, correspondence, torch.ones_like(correspondence)),
-        rate_log_likelihood=outcome.rate_log_likelihood,
-        rate_log_likelihood_credible=told,
+        held_out=held_out,
+        posterior=posterior,
+        audio_held_out=audio_held_out,
+        audio_posterior=audio_posterior,
+        correspondence=torch.where(corrected, correspondence, torch.ones_like(correspondence)),
+        rate_log_likelihood=calibration.rate_log_likelihood,
+        rate_log_likelihood_credible=credible,
         label_rate=label_rate,
         transition_matrix=matrix,
-        pair_rate=pair_rate,
-        log_likelihood_gain=nats,
+        pair_rate=ensemble.pair_rate,
+        log_likelihood_gain=gain,
         has_signal=has_signal,
-        selected_votes={
-            "pictures": by_sight.name,
-            "sounds": heard_name,
-            "joint": by_both.name,
-            "across": by_hearing.name,
-            "pooled": pooled_as,
-        },
+        selected_votes=ensemble.selected_votes,
     )
 
 
-def fitting_neighbors(neighbors: Sequence[int], num_samples: int, num_classes: int) -> list[int]:
-    """Return the numbers of neighbours that a set allows; a small one tries halves of the fewest too.
+def feasible_search_space(search_space: VoteSearchSpace, num_samples: int, num_classes: int) -> VoteSearchSpace:
+    """Return the search space restricted to numbers of neighbors that the dataset has."""
+    num_neighbors = feasible_num_neighbors(search_space.num_neighbors, num_samples, num_classes)
+    second_round = [k for k in search_space.second_round_neighbors if k <= max(num_neighbors)]
+    return replace(search_space, num_neighbors=num_neighbors, second_round_neighbors=second_round or [0])
 
-    Halves are added until half a class of average size has as many: more of them come from other classes.
+
+def feasible_num_neighbors(num_neighbors: Sequence[int], num_samples: int, num_classes: int) -> list[int]:
+    """Return the numbers of neighbors below the number of samples; for small datasets, smaller ones are added.
+
+    The smallest is halved until it is at most half the average class size, because more neighbors belong to other
+    classes.
     """
-    fitting = [k for k in neighbors if k < num_samples]
-    while fitting and min(fitting) > max(2, num_samples / (2 * num_classes)):
-        fitting.insert(0, min(fitting) // 2)
-    return fitting
+    feasible = [k for k in num_neighbors if k < num_samples]
+    while feasible and min(feasible) > max(2, num_samples / (2 * num_classes)):
+        feasible.insert(0, min(feasible) // 2)
+    return feasible
 
 
 def identity_correction(given: Tensor, num_classes: int) -> Correction:
-    """Return the correction that leaves all labels and pairs as they are and tells nothing of the noise.
+    """Return the correction that leaves labels and pairs unchanged and does not estimate the noise.
 
     Args:
         given: [N] int64 labels.
         num_classes: C.
     """
-    own = local_shard(given)
-    kept = torch.zeros(len(own), num_classes, device=given.device).scatter_(1, own[:, None], 1.0)
-    evidence = torch.zeros_like(rates(num_classes), device=given.device)
-    rate = _rate(evidence, num_classes)
+    labels = local_shard(given)
+    probs = torch.zeros(len(labels), num_classes, device=given.device).scatter_(1, labels[:, None], 1.0)
+    log_likelihood = torch.zeros_like(candidate_rates(num_classes), device=given.device)
+    rate = estimate_rate(log_likelihood, num_classes)
     return Correction(
-        held_out=kept,
-        posterior=kept.clone(),
-        audio_held_out=kept.clone(),
-        audio_posterior=kept.clone(),
-        correspondence=torch.ones_like(kept[:, 0]),
-        rate_log_likelihood=evidence,
-        rate_log_likelihood_credible=evidence,
+        held_out=probs,
+        posterior=probs.clone(),
+        audio_held_out=probs.clone(),
+        audio_posterior=probs.clone(),
+        correspondence=torch.ones_like(probs[:, 0]),
+        rate_log_likelihood=log_likelihood,
+        rate_log_likelihood_credible=log_likelihood,
         label_rate=rate,
-        transition_matrix=kept.new_zeros(num_classes, num_classes + 1),
+        transition_matrix=probs.new_zeros(num_classes, num_classes + 1),
         pair_rate=rate,
         log_likelihood_gain=0.0,
         has_signal=False,
@@ -244,26 +197,8 @@ def identity_correction(given: Tensor, num_classes: int) -> Correction:
     )
 
 
-def _rate(evidence: Tensor, num_classes: int) -> RateEstimate:
-    return estimate_rate(evidence, rates(num_classes).to(evidence.device))
-
-
-def _width(rate: RateEstimate) -> float:
-    return rate.ci95_high - rate.ci95_low
-
-
-def _joined(shares: Tensor, other: Tensor, correspondence: Tensor) -> Tensor:
-    """Return shares of one modality with those of the other as far as both belong together: [t, C]."""
-    return normalized((shares * gate_by_correspondence(other, correspondence)).clamp_min_(1e-30))
-
-
-def _alone(other: Tensor, correspondence: Tensor) -> Tensor:
-    """Return what shares of the other modality say of one, in doubt nothing: [t, C]."""
-    return normalized(gate_by_correspondence(other, correspondence))
-
-
-def _keep_labels(shares: Tensor, own: Tensor, kept: Tensor) -> None:
-    """Give some samples their labels back, in place: [n, C] shares, [n] labels, [n] bool."""
-    rows = kept.nonzero().squeeze(1)
-    shares[rows] = 0.0
-    shares[rows, own[rows]] = 1.0
+def _restore_labels(probs: Tensor, labels: Tensor, restored: Tensor) -> None:
+    """Set the probabilities of selected samples to their given labels, in place: [n, C], [n], [n] bool."""
+    rows = restored.nonzero().squeeze(1)
+    probs[rows] = 0.0
+    probs[rows, labels[rows]] = 1.0

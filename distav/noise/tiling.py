@@ -1,4 +1,4 @@
-"""Work on tables of many rows, some rows at a time, so that temporary results stay small.
+"""Row-wise computation in tiles, which keeps temporary results small.
 
 Legend: n rows, t rows of a tile.
 """
@@ -8,44 +8,39 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-TILE_NUMBERS = {"cpu": 2**17, "cuda": 2**22}
-"""Numbers in a tile, by device: few enough for the second-level cache, enough to outweigh the call of an operator."""
+TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**22}
+"""Elements of a tile by device type: few enough for the L2 cache, enough to outweigh the launch of an operator."""
 
 
-def tiles(rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Yield the slices that cut a table into tiles; at least one, which is empty where there are no rows.
+def tiles(num_rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Yield the slices that cut a table into tiles. A table without rows has one empty tile.
 
     Args:
-        rows: n.
-        width: numbers in the widest row that is computed.
-        device: where it is computed.
+        num_rows: n.
+        width: elements of the widest row that is computed.
+        device: device of the computation.
     """
-    size = max(1, TILE_NUMBERS[device.type] // max(1, width))
-    for start in range(0, max(1, rows), size):
-        yield slice(start, min(start + size, rows))
+    size = max(1, TILE_ELEMENTS[device.type] // max(1, width))
+    for start in range(0, max(1, num_rows), size):
+        yield slice(start, min(start + size, num_rows))
 
 
-def in_tiles(width: int, compute: Callable[..., Tensor], *columns: Tensor) -> Tensor:
-    """Compute a table from others, row by row, without temporary results of its size.
+def map_tiles(width: int, compute: Callable[..., Tensor], *columns: Tensor) -> Tensor:
+    """Compute a table row by row from other tables, without temporary results of its size.
 
     Args:
-        width: numbers in the widest row that is computed.
+        width: elements of the widest row that is computed.
         compute: takes the same t rows of each column and returns t rows.
         columns: [n, ...] each.
 
     Returns:
-        [n, ...] what `compute` returned.
+        [n, ...] the concatenated results of `compute`.
     """
-    found: Tensor | None = None
+    result: Tensor | None = None
     for part in tiles(len(columns[0]), width, columns[0].device):
-        some = compute(*(each[part] for each in columns))
-        if found is None:
-            found = some.new_empty(len(columns[0]), *some.shape[1:])
-        found[part] = some
-    assert found is not None
-    return found
-
-
-def normalized(table: Tensor) -> Tensor:
-    """Scale rows so that each adds up to 1: [t, C] -> [t, C]."""
-    return table / table.sum(1, keepdim=True)
+        rows = compute(*(column[part] for column in columns))
+        if result is None:
+            result = rows.new_empty(len(columns[0]), *rows.shape[1:])
+        result[part] = rows
+    assert result is not None
+    return result

@@ -1,4 +1,4 @@
-"""Votes take few tables [n, C] at a time, each measured in a process of its own by the peak of its memory."""
+"""Peak memory of votes in tables [n, C], each measured in its own process."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -14,124 +14,131 @@ from distav.noise import calibration
 from distav.noise.calibration import VoteCalibrator
 from distav.noise.class_agreement import class_agreement, pair_posterior
 from distav.noise.knn_vote import NeighborGraph, pca_whiten
-from distav.noise.label_correction import CorrectionPrior, FeatureSpace, VoteSearchSpace, correct_labels
+from distav.noise.label_correction import CorrectionPrior, correct_labels
 from distav.noise.noise_rate import estimate_transition_matrix, uniform_transition_matrix
+from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
 
-CLASSES = 700
-BESIDE = 16 * 2**20 + 8 * CLASSES**2 * 8
-"""Bytes of the temporary results of one tile, and of some [C, C] float64 matrices."""
+NUM_CLASSES = 700
+OVERHEAD = 16 * 2**20 + 8 * NUM_CLASSES**2 * 8
+"""Bytes of the temporary results of a tile and of a few [C, C] float64 matrices."""
 
 
-def resident(name: str) -> int:
-    """A size from the kernel's account of this process, in bytes."""
+def read_status(name: str) -> int:
+    """Return a size from the kernel's status of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 
-def growth(work: Callable[[], object]) -> int:
-    """By how many bytes the peak of this process grows while something is done."""
-    Path("/proc/self/clear_refs").write_text("5")  # The peak starts again from here.
-    before = resident("VmRSS")
+def peak_growth(work: Callable[[], object]) -> int:
+    """Return by how many bytes the peak of this process grows during some work."""
+    Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
+    before = read_status("VmRSS")
     work()
-    return resident("VmHWM") - before
+    return read_status("VmHWM") - before
 
 
-def apart(function: Callable[..., Any], *arguments: object) -> Any:
+def in_own_process(function: Callable[..., Any], *arguments: object) -> Any:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
-def shares(num: int, seed: int) -> Tensor:
-    """Votes of little certainty: [num, C], rows add up to 1."""
-    found = torch.rand(num, CLASSES, generator=torch.Generator().manual_seed(seed))
-    found.pow_(4)
-    return found.div_(found.sum(1, keepdim=True))
+def draw_probs(num_samples: int, seed: int) -> Tensor:
+    """Return diffuse votes: [num_samples, C], rows have sum 1."""
+    probs = torch.rand(num_samples, NUM_CLASSES, generator=torch.Generator().manual_seed(seed))
+    probs.pow_(4)
+    return probs.div_(probs.sum(1, keepdim=True))
 
 
-def functions(num: int) -> dict[str, tuple[int, Callable[[], object]]]:
-    """The functions that take whole tables, by name, with the number of tables that each returns."""
-    labels, every = torch.arange(num) % CLASSES, torch.ones(num, dtype=torch.bool)
-    pictures, votes, even = shares(num, 0), shares(num, 1), uniform_transition_matrix(1.0, CLASSES).double()
-    judges = VoteCalibrator(labels, CLASSES, every)
-    calibration, agreed = judges.calibrate(votes), class_agreement(pictures, votes, every)
-    features = torch.randn(num, 4, generator=torch.Generator().manual_seed(2))
-    near = NeighborGraph(features, 10, torch.arange(num), every)
-    election = near.vote(labels, CLASSES, 10, 0.2)
+def functions(num_samples: int) -> dict[str, tuple[int, Callable[[], object]]]:
+    """Return the functions of complete tables by name, each with the number of tables that it returns."""
+    labels, valid = torch.arange(num_samples) % NUM_CLASSES, torch.ones(num_samples, dtype=torch.bool)
+    visual, votes = draw_probs(num_samples, 0), draw_probs(num_samples, 1)
+    errors = uniform_transition_matrix(1.0, NUM_CLASSES).double()
+    calibrator = VoteCalibrator(labels, NUM_CLASSES, valid)
+    fitted, agreement = calibrator.calibrate(votes), class_agreement(visual, votes, valid)
+    features = torch.randn(num_samples, 4, generator=torch.Generator().manual_seed(2))
+    graph = NeighborGraph(features, 10, torch.arange(num_samples), valid)
+    vote = graph.vote(labels, NUM_CLASSES, 10, 0.2)
     return {
-        "agreement": (0, lambda: class_agreement(pictures, votes, every)),
-        "pair_evidence": (1, lambda: pair_posterior(pictures, agreed, agreed.rate_log_likelihood, every)),
-        "calibrate": (0, lambda: judges.calibrate(votes)),
-        "sharpened": (1, lambda: calibration.inverse_temperature(votes)),
-        "pool": (1, lambda: judges.fit_ensemble([pictures, votes], even)),
-        "noise_matrix": (1, lambda: estimate_transition_matrix(votes, labels, 0.4, even, 2)),
-        "election": (1, lambda: near.vote(labels, CLASSES, 10, 0.2)),
-        "second_vote": (1, lambda: election.second_round(labels, 10)),
+        "class_agreement": (0, lambda: class_agreement(visual, votes, valid)),
+        "pair_posterior": (1, lambda: pair_posterior(visual, votes, agreement, agreement.rate_log_likelihood, valid)),
+        "VoteCalibrator.calibrate": (0, lambda: calibrator.calibrate(votes)),
+        "Calibration.calibrate": (1, lambda: fitted.calibrate(votes)),
+        "fit_ensemble": (1, lambda: calibrator.fit_ensemble([visual, votes], errors)),
+        "estimate_transition_matrix": (1, lambda: estimate_transition_matrix(votes, labels, 0.4, errors, 2)),
+        "vote": (1, lambda: graph.vote(labels, NUM_CLASSES, 10, 0.2)),
+        "second_round": (1, lambda: vote.second_round(labels, 10)),
     }
 
 
-def of_functions(num: int) -> dict[str, tuple[int, int]]:
-    """Tables returned, and by how many bytes the peak grows, of each function."""
+def measure_functions(num_samples: int) -> dict[str, tuple[int, int]]:
+    """Return the number of tables that each function returns, and its peak growth in bytes."""
     torch.set_num_threads(1)
     for _, work in functions(50).values():
-        work()  # What the libraries allocate once.
-    return {name: (returned, growth(work)) for name, (returned, work) in functions(num).items()}
+        work()  # One-time allocations of the libraries.
+    return {name: (num_tables, peak_growth(work)) for name, (num_tables, work) in functions(num_samples).items()}
 
 
-@pytest.mark.parametrize("num", [12_500, pytest.param(250_000, marks=pytest.mark.long)])
-def test_functions_take_little_more_than_the_table_that_they_return(num: int):
-    """Peak above the arguments <= 1.3 x the tables returned + what is beside."""
-    table = num * CLASSES * 4
-    grown = apart(of_functions, num)
-    too_much = {
-        name: f"{grown / table:.2f} tables"
-        for name, (returned, grown) in grown.items()
-        if grown > 1.3 * returned * table + BESIDE
+@pytest.mark.parametrize("num_samples", [12_500, pytest.param(250_000, marks=pytest.mark.long)])
+def test_functions_take_little_more_memory_than_the_table_that_they_return(num_samples: int):
+    """Peak above the arguments <= 1.3 x returned tables + overhead."""
+    table = num_samples * NUM_CLASSES * 4
+    measured = in_own_process(measure_functions, num_samples)
+    assert len(measured) == 8
+    exceeding = {
+        name: f"{growth / table:.2f} tables"
+        for name, (num_tables, growth) in measured.items()
+        if growth > 1.3 * num_tables * table + OVERHEAD
     }
-    assert not too_much
+    assert not exceeding
 
 
-def of_features(num: int) -> int:
-    every, features = torch.ones(num, dtype=torch.bool), torch.randn(num, 512)
-    pca_whiten(features[:1000], every[:1000], 48, 0.5)
-    return growth(lambda: pca_whiten(features, every, 48, 0.5))
+def measure_whitening(num_samples: int) -> int:
+    valid, features = torch.ones(num_samples, dtype=torch.bool), torch.randn(num_samples, 512)
+    pca_whiten(features[:1000], valid[:1000], 48, 0.5)
+    return peak_growth(lambda: pca_whiten(features, valid, 48, 0.5))
 
 
-def test_features_are_standardised_without_copies_of_them():
-    """Peak above the features <= the result + what is beside, for which float64 copies are too large by far."""
-    assert apart(of_features, 100_000) <= 1.1 * 100_000 * 48 * 4 + BESIDE
+def test_features_are_whitened_without_copies():
+    """Peak above the features <= result + overhead; a float64 copy would be far larger."""
+    assert in_own_process(measure_whitening, 100_000) <= 1.1 * 100_000 * 48 * 4 + OVERHEAD
 
 
-def of_correction(num: int, again: bool) -> int:
+def measure_correction(num_samples: int, with_prior: bool) -> int:
     torch.set_num_threads(1)
-    voting, grown = VoteSearchSpace((8,), (0, 8), (0.2,), (0.0,), 16), 0
-    calibration.MAX_CALIBRATION_SAMPLES = 1000  # Time goes with the judges; memory hardly does.
-    for size in (1000, num):
+    search_space, growth = VoteSearchSpace((8,), (0, 8), (0.2,), (0.0,), 16), 0
+    calibration.MAX_CALIBRATION_SAMPLES = 1000  # Limits the run time; memory hardly depends on it.
+    for size in (1000, num_samples):
         generator = torch.Generator().manual_seed(1)
-        true = torch.arange(size) % CLASSES
+        true = torch.arange(size) % NUM_CLASSES
         visual, audio = (
-            4 * torch.randn(CLASSES, 16, generator=generator)[true] + torch.randn(size, 16, generator=generator)
+            4 * torch.randn(NUM_CLASSES, 16, generator=generator)[true] + torch.randn(size, 16, generator=generator)
             for _ in range(2)
         )
-        given = torch.where(torch.rand(size, generator=generator) < 0.3, (true + 1) % CLASSES, true)
-        problem = given, CLASSES, torch.arange(size), torch.ones(size, dtype=torch.bool)
-        more = ()
-        if again:
-            uneven = torch.zeros(91, dtype=torch.float64)
-            more = CorrectionPrior(shares(size, 1), uneven, uneven), (shares(size, 2), shares(size, 3))
-        grown = growth(partial(correct_labels, [FeatureSpace("rows", visual, audio)], *problem, voting, *more))
-    return grown
+        given = torch.where(torch.rand(size, generator=generator) < 0.3, (true + 1) % NUM_CLASSES, true)
+        dataset = given, NUM_CLASSES, torch.arange(size), torch.ones(size, dtype=torch.bool)
+        optional = ()
+        if with_prior:
+            log_likelihood = torch.zeros(91, dtype=torch.float64)
+            prior = CorrectionPrior(draw_probs(size, 1), log_likelihood, log_likelihood)
+            optional = prior, (draw_probs(size, 2), draw_probs(size, 3))
+        spaces = [FeatureSpace("rows", visual, audio)]
+        growth = peak_growth(partial(correct_labels, spaces, *dataset, search_space, *optional))
+    return growth
 
 
-@pytest.mark.parametrize(("num", "again"), [(12_500, False), pytest.param(20_000, True, marks=pytest.mark.long)])
-def test_a_correction_holds_the_tables_of_its_ensemble_and_two_more(num: int, again: bool):
-    """Peak above the arguments <= M + 2 tables + what is beside.
+@pytest.mark.parametrize(
+    ("num_samples", "with_prior"), [(12_500, False), pytest.param(20_000, True, marks=pytest.mark.long)]
+)
+def test_correction_holds_the_members_of_its_ensemble_and_two_more_tables(num_samples: int, with_prior: bool):
+    """Peak above the arguments <= M + 2 tables + overhead.
 
-    M are the members of the ensemble that are no arguments: 4, and 2 of teachers. With them the shares of the sounds
-    are held, and what the members are pooled to; of the 4 tables returned all but the first are made when members are
-    gone. Beside are a tile, [C, C] matrices, 2 of them for each of 2 ways to vote, and k neighbours of each sample,
-    with 44 bytes that the search takes for each.
+    M is the number of members that are not arguments: 4, and 2 for teachers. Beside them, the class probabilities of
+    the audio and the combined probabilities are held; of the 4 returned tables, all but the first are computed after
+    the members are released. The overhead has a tile, [C, C] matrices, 2 for each of 2 configurations, and k neighbors
+    per sample, with 44 bytes per neighbor for the search.
     """
-    members, table = 6 if again else 4, num * CLASSES * 4
-    allowed = (members + 2) * table + BESIDE + 2 * 2 * CLASSES**2 * 8 + num * 8 * 44
-    grown = apart(of_correction, num, again)
-    assert grown <= allowed, f"{grown / table:.2f} tables, allowed {allowed / table:.2f}"
+    num_members, table = 6 if with_prior else 4, num_samples * NUM_CLASSES * 4
+    allowed = (num_members + 2) * table + OVERHEAD + 2 * 2 * NUM_CLASSES**2 * 8 + num_samples * 8 * 44
+    growth = in_own_process(measure_correction, num_samples, with_prior)
+    assert growth <= allowed, f"{growth / table:.2f} tables, allowed {allowed / table:.2f}"
