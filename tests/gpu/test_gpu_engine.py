@@ -1,4 +1,4 @@
-"""DeepSpeed on a GPU, and off it on a machine that has one; what the watch sees of NCCL."""
+"""DeepSpeed on a GPU, and on the CPU of a GPU machine; the watchdog with NCCL collectives."""
 
 import subprocess
 import sys
@@ -15,24 +15,24 @@ from tests.helpers.launch import ROOT, environment, losses, tiny_config, train
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize(("device", "told"), [("cpu", "on cpu, ZeRO stage 0"), ("gpu", "on cuda, ZeRO stage 1")])
-def test_a_run_trains_on_its_device_at_that_devices_stage(device: str, told: str, tmp_path: Path):
+@pytest.mark.parametrize(("device", "reported"), [("cpu", "on cpu, ZeRO stage 0"), ("gpu", "on cuda, ZeRO stage 1")])
+def test_run_uses_its_device_and_the_default_zero_stage(device: str, reported: str, tmp_path: Path):
     make_shards("synthetic", tmp_path / "set", "--train-clips=96", "--test-clips=24", "--short-side=160",
                 "--codec=h264")  # fmt: skip
     config = tiny_config(tmp_path)
-    said = train(config, f"data.root={tmp_path / 'set'}", f"run.root={tmp_path}", f"run.device={device}", launcher=True)
-    assert f"1 rank(s) {told}, phases" in said
+    overrides = f"data.root={tmp_path / 'set'}", f"run.root={tmp_path}", f"run.device={device}"
+    assert f"1 rank(s) {reported}, phases" in train(config, *overrides, launcher=True)
     assert len(losses(tmp_path / "tiny")) == 20 and np.isfinite(losses(tmp_path / "tiny")).all()
 
 
 def run(script: str, *arguments: object) -> str:
-    """Run a script in a process of its own, since DeepSpeed serves one device in each."""
+    """Run a script in a new process, because DeepSpeed uses one device per process; returns its output."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(
+    finished = subprocess.run(
         command, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=180, check=False
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return finished.stdout
 
 
 STEPS = """
@@ -44,23 +44,24 @@ from distav.distributed.process_group import process_group
 with process_group("gpu", 60, 1) as world:
     for depth in (1, 9):
         engine = new_engine(None, "auto", depth, world)
-        assert engine.stage == 1 and all(each.is_cuda for each in engine.model.parameters())
-        assert {each.dtype for each in engine.model.parameters()} == {torch.bfloat16}
+        parameters = list(engine.model.parameters())
+        assert engine.stage == 1 and all(parameter.is_cuda for parameter in parameters)
+        assert {parameter.dtype for parameter in parameters} == {torch.bfloat16}
         for _ in range(4):
             norm = step(engine)
         assert norm.is_cuda and float(norm) > 0 and not engine.skipped
         torch.cuda.set_sync_debug_mode("warn")
-        with warnings.catch_warnings(record=True) as waits:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             step(engine)
         torch.cuda.set_sync_debug_mode("default")
-        print("waits:", sum("synchronizing CUDA operation" in str(each.message) for each in waits))
+        print("waits:", sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
         step(engine, float("nan"))
         assert engine.skipped
 """
 
 
-def test_a_step_waits_for_the_gpu_as_often_for_many_parameters_as_for_few():
+def test_number_of_gpu_synchronizations_in_a_step_does_not_depend_on_the_number_of_parameters():
     few, many = [line for line in run(STEPS).splitlines() if line.startswith("waits:")]
     assert few == many, (few, many)
 
@@ -79,7 +80,7 @@ with process_group("gpu", 60, 1) as world:
     torch.cuda.synchronize()
     time.sleep(1)
     assert not CollectiveCounts.read().in_progress
-    torch.cuda._sleep(8_000_000_000)  # 4 s or so
+    torch.cuda._sleep(8_000_000_000)  # about 4 s
     dist.all_reduce(rows)
     time.sleep(0.5)
     before = CollectiveCounts.read()
@@ -101,7 +102,7 @@ with process_group("gpu", 60, 1) as world:
 """
 
 
-def test_the_watch_sees_a_collective_that_waits_on_the_gpu_alone(tmp_path: Path):
+def test_watchdog_detects_a_collective_that_waits_on_the_gpu(tmp_path: Path):
     run(NCCL, tmp_path)
     entries: list = read_dump("rank_", str(tmp_path / "nccl" / "rank_0"))["entries"]  # pyright: ignore[reportAssignmentType]
-    assert [each["state"] == "completed" for each in entries] == [True, False]
+    assert [entry["state"] == "completed" for entry in entries] == [True, False]
