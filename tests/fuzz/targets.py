@@ -1,4 +1,4 @@
-"""What reads bytes that others wrote: each takes any bytes and ends with a value or with a typed error."""
+"""Fuzzing targets: the parsers of files that others wrote; each accepts any bytes or raises an expected error."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from distav.data.preparation.encoding import Encoding, encode_video
 from distav.data.storage.tar import members_by_key
 from distav.tools.inspect_shards.verify import sample_json
 
-TYPED = (UserError, DecodeError, integrity.CorruptFileError)
+EXPECTED_ERRORS = (UserError, DecodeError, integrity.CorruptFileError)
 CLASSES = ["cat", "dog"]
 
 
@@ -49,9 +49,9 @@ def _index() -> bytes:
         for field in schema
         if not pa.types.is_string(field.type)
     }
-    words = {"split": ["train"] * 3, "key": ["a", "b", "c"], "source": ["x", "x", "y"]}
     rows["id"] = np.arange(3)
-    return _parquet(pa.table({**rows, **words}).select(schema.names).cast(schema))
+    text = {"split": ["train"] * 3, "key": ["a", "b", "c"], "source": ["x", "x", "y"]}
+    return _parquet(pa.table({**rows, **text}).select(schema.names).cast(schema))
 
 
 def _labels() -> bytes:
@@ -72,7 +72,7 @@ def _events() -> bytes:
     return _parquet(pa.Table.from_pylist([row], schema=EVENTS_SCHEMA))
 
 
-def _several_labels() -> bytes:
+def _multi_labels() -> bytes:
     return _parquet(pa.table({"split": ["train"] * 3, "id": [0, 1, 2], "label": [["cat"], ["dog", "cat"], []]}))
 
 
@@ -93,11 +93,12 @@ def _tar() -> bytes:
     return sink.getvalue()
 
 
-def _set(folder: Path, **files: bytes) -> Path:
+def _dataset(folder: Path, **files: bytes) -> Path:
     content = {"manifest.json": _manifest(), "index.parquet": _index(), "labels.parquet": _labels(),
                "train-000000.tar": b"1234"}  # fmt: skip
-    for name, each in (content | {name.replace("_", "."): each for name, each in files.items()}).items():
-        (folder / name).write_bytes(each)
+    content |= {name.replace("_", "."): file for name, file in files.items()}
+    for name, file in content.items():
+        (folder / name).write_bytes(file)
     return folder
 
 
@@ -107,23 +108,23 @@ def tar(content: bytes, folder: Path) -> None:
 
 
 def manifest(content: bytes, folder: Path) -> None:
-    shards = ShardedDataset.open(_set(folder, manifest_json=content))
+    shards = ShardedDataset.open(_dataset(folder, manifest_json=content))
     for name in shards.manifest["splits"]:
         shards.split(name)
 
 
 def index(content: bytes, folder: Path) -> None:
-    split = ShardedDataset.open(_set(folder, index_parquet=content)).split("train")
+    split = ShardedDataset.open(_dataset(folder, index_parquet=content)).split("train")
     assert len(split) == len(split.keys) and len(split.source_codes) == len(split)
 
 
 def labels(content: bytes, folder: Path) -> None:
-    shards = ShardedDataset.open(_set(folder, labels_parquet=content))
+    shards = ShardedDataset.open(_dataset(folder, labels_parquet=content))
     load_labels(shards, shards.split("train"))
 
 
 def _table(content: bytes, folder: Path, name: str) -> None:
-    shards = ShardedDataset.open(_set(folder))
+    shards = ShardedDataset.open(_dataset(folder))
     (folder / name).write_bytes(content)
     load_labels(shards, shards.split("train"), str(folder / name))
 
@@ -137,14 +138,14 @@ def label_parquet(content: bytes, folder: Path) -> None:
 
 
 def events(content: bytes, folder: Path) -> None:
-    shards = ShardedDataset.open(_set(folder))
+    shards = ShardedDataset.open(_dataset(folder))
     (folder / "events.parquet").write_bytes(content)
-    read_events(folder / "events.parquet", "harvested", shards.split("train"), CLASSES, np.ones((3, 2), bool))
+    read_events(folder / "events.parquet", "key", shards.split("train"), CLASSES, np.ones((3, 2), bool))
 
 
 def weak_labels(content: bytes, folder: Path) -> None:
-    several = json.loads(_manifest()) | {"multi_label": True}
-    shards = ShardedDataset.open(_set(folder, labels_parquet=content, manifest_json=json.dumps(several).encode()))
+    multi_label = json.dumps(json.loads(_manifest()) | {"multi_label": True}).encode()
+    shards = ShardedDataset.open(_dataset(folder, labels_parquet=content, manifest_json=multi_label))
     load_events(shards, shards.split("train"))
 
 
@@ -169,7 +170,7 @@ def checkpoint_manifest(content: bytes, folder: Path) -> None:
     integrity.parse_manifest(content)
 
 
-def _sealed() -> bytes:
+def _checkpoint_manifest() -> bytes:
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "state.json").write_bytes(b"{}")
         integrity.write_manifest(Path(name), {"state.json": integrity.file_entry(Path(name) / "state.json")})
@@ -184,19 +185,19 @@ TARGETS: dict[str, tuple[Callable[[bytes, Path], None], bytes]] = {
     "label_csv": (label_csv, b"id,label\n0,cat\n1,dog\n"),
     "label_parquet": (label_parquet, _labels()),
     "events": (events, _events()),
-    "weak_labels": (weak_labels, _several_labels()),
+    "weak_labels": (weak_labels, _multi_labels()),
     "avi": (avi, _avi()),
     "features": (features, _features()),
     "sample": (sample, b'{"id": 3, "source": "x"}'),
-    "checkpoint_manifest": (checkpoint_manifest, _sealed()),
+    "checkpoint_manifest": (checkpoint_manifest, _checkpoint_manifest()),
 }
-"""By name: what reads, and bytes that it reads well."""
+"""Targets by name, each with a valid input."""
 
 
-def feed(name: str, content: bytes) -> None:
-    """Give bytes to a target; anything but a value or a typed error comes out as it is."""
+def run_target(name: str, content: bytes) -> None:
+    """Run a target on any bytes; passes on unexpected errors."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             TARGETS[name][0](content, Path(folder))
-        except TYPED:
+        except EXPECTED_ERRORS:
             return

@@ -16,7 +16,7 @@ DATA = DataConfig(num_frames=3, frame_stride=2, frame_size=112, audio_s=0.5)
 
 
 @pytest.mark.parametrize("codec", ["mjpeg", "h264"])
-def test_loading_does_not_wait_for_queued_training(codec: str, tmp_path: Path):
+def test_loading_does_not_wait_for_queued_training_steps(codec: str, tmp_path: Path):
     make_shards("synthetic", tmp_path, "--train-clips=16", "--test-clips=1", f"--codec={codec}", "--short-side=160")
     device = torch.device("cuda", 0)
     loader = Loader(ShardedDataset.open(tmp_path).split("train"), DATA, AugmentConfig(), 0, 16, device)
@@ -33,11 +33,11 @@ def test_loading_does_not_wait_for_queued_training(codec: str, tmp_path: Path):
         assert torch.equal(values, expected.media[name])
 
 
-def test_a_bad_clip_is_masked(tmp_path: Path):
+def test_undecodable_clip_is_masked(tmp_path: Path):
     make_shards("synthetic", tmp_path, "--train-clips=8", "--test-clips=1", "--codec=mjpeg", "--short-side=160")
     loader = Loader(ShardedDataset.open(tmp_path).split("train"), DATA, None, 0, 8, torch.device("cuda", 0))
     read = loader._read
     loader._read = lambda sample: read(sample) | {"video": b"none" * 99} if sample == 5 else read(sample)  # type: ignore
     batch = loader.load(np.arange(8), 0)
-    assert batch.valid.tolist() == [number != 5 for number in range(8)]
+    assert batch.valid.tolist() == [row != 5 for row in range(8)]
     assert list(loader.quarantine.reasons) == [5]

@@ -1,4 +1,4 @@
-"""The annotations of AVE (Audio-Visual Event localization; Tian et al. 2018): one event a video, both heard and seen.
+"""Annotations of AVE (Audio-Visual Event localization; Tian et al. 2018): one audible and visible event per video.
 
 Legend: N videos, T segments of one second, C classes.
 """
@@ -16,13 +16,13 @@ HEADER = "Category&VideoID&Quality&StartTime&EndTime"
 
 @dataclass(frozen=True)
 class AVEAnnotations:
-    """The set, in the order of its file.
+    """All annotated videos, in the order of the file.
 
     Attributes:
-        names: YouTube ids; a few occur twice, with other events.
-        classes: names of the events, sorted.
-        weak: [N] int64, the event of each video.
-        segments: [N, T] int64, the event of each second, C where there is none (background).
+        names: YouTube ids; a few occur twice, with different events.
+        classes: event classes, sorted by name.
+        weak: [N] int64, class of the event of each video.
+        segments: [N, T] int64, class of each second; C where there is no event (background).
     """
 
     names: list[str]
@@ -32,10 +32,10 @@ class AVEAnnotations:
 
 
 def read_ave(path: Path) -> AVEAnnotations:
-    """Read `Annotations.txt` as published, with or without its header.
+    """Read the published `Annotations.txt`, with or without its header.
 
     Raises:
-        UserError: for a missing file, or a line that is none of AVE's, with its number.
+        UserError: for a missing file, or a line that does not have AVE's format.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give AVE's Annotations.txt.")
@@ -43,13 +43,20 @@ def read_ave(path: Path) -> AVEAnnotations:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line == HEADER:
             continue
-        parts = line.split("&")
-        if len(parts) != 5 or not (parts[3] + parts[4]).isdigit() or not 0 <= int(parts[3]) <= int(parts[4]) <= DURATION_S:
-            raise UserError(f"{path}, line {number}: '{line[:80]}' is not of the form {HEADER}, with seconds up to 10.")
-        rows.append((parts[1], parts[0], int(parts[3]), int(parts[4])))
+        fields = line.split("&")
+        if len(fields) != 5 or not _is_interval(*fields[3:]):
+            raise UserError(
+                f"{path}, line {number}: '{line[:80]}' is not of the form {HEADER} with whole seconds from 0 to "
+                f"{DURATION_S}."
+            )
+        rows.append((fields[1], fields[0], int(fields[3]), int(fields[4])))
     classes = sorted({row[1] for row in rows})
     weak = np.array([classes.index(row[1]) for row in rows], dtype=np.int64)
     segments = np.full((len(rows), DURATION_S), len(classes), dtype=np.int64)
-    for number, (_, _, first, end) in enumerate(rows):
-        segments[number, first:end] = weak[number]
+    for row, (_, _, start, end) in enumerate(rows):
+        segments[row, start:end] = weak[row]
     return AVEAnnotations([row[0] for row in rows], classes, weak, segments)
+
+
+def _is_interval(start: str, end: str) -> bool:
+    return start.isdecimal() and end.isdecimal() and 0 <= int(start) <= int(end) <= DURATION_S

@@ -1,4 +1,4 @@
-"""What is heard and what is seen, second by second: weak labels of whole clips, and events with beginning and end.
+"""Event annotations: weak labels of complete clips, and audible and visible events with start and end.
 
 Legend: N samples, T segments of one second, C classes.
 """
@@ -27,17 +27,19 @@ EVENTS_SCHEMA = pa.schema(
         ("end_s", pa.int32()),
     ]
 )
+"""Schema of events.parquet: one row per event of one modality, from `start_s` up to and excluding `end_s`."""
 
 
 @dataclass(frozen=True)
 class EventLabels:
-    """What one split says of events.
+    """Event annotations of one split.
 
     Attributes:
-        classes: their names.
-        weak: [N, C] bool, the classes of a clip, be they heard or seen.
-        events: [N, 2, T, C] bool, when they are heard and seen; None where nobody told. Only evaluation reads it.
-        segments: T.
+        classes: class names.
+        weak: [N, C] bool, classes of a clip, audible or visible.
+        events: [N, 2, T, C] bool, events per modality and second; None if the split is not annotated. Used by
+            evaluation only.
+        num_segments: T.
     """
 
     classes: list[str]
@@ -47,15 +49,15 @@ class EventLabels:
 
 
 def load_events(shards: ShardedDataset, split: Split, override: str = "") -> EventLabels:
-    """Read the classes of every clip of a split, one or several each, and its events where they are known.
+    """Read the classes of every clip of a split and, if it is annotated, its events.
 
     Args:
-        shards: the set.
+        shards: the dataset.
         split: its split.
-        override: a table used in place of the given labels, as for `load_labels`; empty for none.
+        override: table that replaces given labels, see `load_labels`; empty: none.
 
     Raises:
-        UserError: for labels outside the classes of the set, or a table that is broken.
+        UserError: for unknown classes or an invalid table.
     """
     weak = np.zeros((len(split), len(shards.classes)), dtype=bool)
     if shards.multi_label:
@@ -66,12 +68,13 @@ def load_events(shards: ShardedDataset, split: Split, override: str = "") -> Eve
     segments, events = num_segments(split), None
     if split.name in shards.manifest.get("annotated_splits", ()):
         table = shards.table(EVENTS, split.name)
-        events, _ = _events_of(table, np.arange(len(table)), shards.classes, len(split), segments, shards.root / EVENTS)
+        rows = np.arange(len(table))
+        events, _ = _events_array(table, rows, shards.classes, len(split), segments, shards.root / EVENTS)
     return EventLabels(shards.classes, weak, events, segments)
 
 
 def num_segments(split: Split) -> int:
-    """Return T, the whole seconds of a sample; all of a set last equally long."""
+    """Return T, the duration of a sample in whole seconds; all samples of a dataset have the same duration."""
     return max(1, round(float(split.columns["duration_s"][0])))
 
 
@@ -83,31 +86,34 @@ def events_table(
     events: np.ndarray,
     annotated: np.ndarray | None = None,
 ) -> pa.Table:
-    """Return one row for each unbroken stretch of an event.
+    """Return a table with the schema `EVENTS_SCHEMA`, one row per uninterrupted event.
 
     Args:
-        split: its name.
-        keys, sources: [N] of the samples.
-        classes: C names.
+        split: name of the split.
+        keys: [N] keys of the samples.
+        sources: [N] sources of the samples.
+        classes: C class names.
         events: [N, 2, T, C] bool.
-        looked_at: [N] bool; those without any event get a row that says so, without modality and label.
+        annotated: [N] bool; annotated samples without events get one row without modality and label. None: no such
+            rows.
     """
-    rows = events.transpose(0, 1, 3, 2)
-    edges = np.diff(np.pad(rows.astype(np.int8), ((0, 0), (0, 0), (0, 0), (1, 1))), axis=3)
-    sample, modality, kind, start = (edges == 1).nonzero()
+    by_class = events.transpose(0, 1, 3, 2).astype(np.int8)
+    edges = np.diff(np.pad(by_class, ((0, 0), (0, 0), (0, 0), (1, 1))), axis=3)
+    sample, modality, class_index, start = (edges == 1).nonzero()
     end = (edges == -1).nonzero()[3]
-    names, labels = np.array(MODALITIES, dtype=object)[modality], np.array(classes, dtype=object)[kind]
+    modalities, labels = np.array(MODALITIES, dtype=object)[modality], np.array(classes, dtype=object)[class_index]
     if annotated is not None:
         empty = np.flatnonzero(annotated & ~events.any(axis=(1, 2, 3)))
-        nothing = np.full(len(empty), None)
-        sample, names, labels = (np.append(*both) for both in ((sample, empty), (names, nothing), (labels, nothing)))
-        start, end = (np.append(each, np.zeros(len(empty), np.int64)) for each in (start, end))
+        nulls, zeros = np.full(len(empty), None), np.zeros(len(empty), np.int64)
+        sample = np.append(sample, empty)
+        modalities, labels = np.append(modalities, nulls), np.append(labels, nulls)
+        start, end = np.append(start, zeros), np.append(end, zeros)
     columns = {
         "split": [split] * len(sample),
         "id": sample,
         "key": keys[sample],
         "source": sources[sample],
-        "modality": pa.array(names.tolist(), pa.string()),
+        "modality": pa.array(modalities.tolist(), pa.string()),
         "label": pa.array(labels.tolist(), pa.string()),
         "start_s": start,
         "end_s": end,
@@ -116,23 +122,25 @@ def events_table(
 
 
 def read_events(path: Path, key: str, split: Split, classes: list[str], weak: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Read a person's or a teacher's table of events for a split.
+    """Read an annotator's or a teacher's table of events for a split.
 
-    A clip without a row was not looked at; one with a row without label was, and nothing happens in it. A table made
-    for another set of the same videos, of clips where this one has features, is joined by `source`.
+    A clip without a row is not annotated; a clip with one row without label is annotated and has no events. A table
+    made for another dataset of the same videos (e.g. clips instead of features) is matched by `source`.
 
     Args:
-        path: a Parquet table with the columns of `EVENTS_SCHEMA`, `key` and, where ids are this set's, `source` aside.
-        key: the setting that names it.
-        split: whose rows are read.
-        classes: C names.
-        weak: [N, C] bool, the classes of its clips, by which clips of one source are told apart.
+        path: Parquet table with the columns of `EVENTS_SCHEMA`; `key` is optional, and so is `source` if the ids are
+            those of this dataset.
+        key: setting that names the table, for error messages.
+        split: the split whose rows are read.
+        classes: C class names.
+        weak: [N, C] bool, classes of the clips, which distinguish clips of the same source.
 
     Returns:
-        [N, 2, T, C] bool, and which clips were looked at, [N] bool.
+        Events [N, 2, T, C] bool, and the annotated clips [N] bool.
 
     Raises:
-        UserError: for a missing file or column, no row of the split, or a row that does not fit it.
+        UserError: for a missing file or column, a table without rows of the split, or an invalid row; rows count from
+            1.
     """
     what = f"{key}={path}"
     if not path.is_file():
@@ -141,65 +149,73 @@ def read_events(path: Path, key: str, split: Split, classes: list[str], weak: np
     missing = [name for name in EVENTS_SCHEMA.names if name not in (*table.column_names, "key", "source")]
     if missing:
         raise UserError(
-            f"{what}: column '{missing[0]}' is missing; a table of events has {format_list(EVENTS_SCHEMA.names)}."
+            f"{what}: column '{missing[0]}' is missing; a table of events has the columns "
+            f"{format_list(EVENTS_SCHEMA.names)}."
         )
     splits = table.column("split").to_numpy(zero_copy_only=False)
     rows = np.flatnonzero(splits == split.name)
     if not len(rows):
         raise UserError(
-            f"{what}: has no row of the split {split.name}, but of {format_list(sorted(set(map(str, splits))))}."
+            f"{what}: no rows of split {split.name}; its rows belong to {format_list(sorted(set(map(str, splits))))}."
         )
     table = table.take(rows)
     if "source" in table.column_names:
-        table, rows = _joined(table, rows, split, classes, weak, what)
-    return _events_of(table, rows, classes, len(split), num_segments(split), what)
+        table, rows = _match_sources(table, rows, split, classes, weak, what)
+    return _events_array(table, rows, classes, len(split), num_segments(split), what)
 
 
-def _joined(
+def _match_sources(
     table: pa.Table, rows: np.ndarray, split: Split, classes: list[str], weak: np.ndarray, what: str
 ) -> tuple[pa.Table, np.ndarray]:
-    """Return the table with this split's ids, without the videos that the split does not have, and its rows."""
+    """Return the rows whose source is in this split, with this split's ids, and their row numbers.
+
+    If all ids and sources match already, the table is returned unchanged. A row whose source has several clips belongs
+    to those whose weak labels include its class.
+    """
     sources = split.columns["source"].tolist()
-    ids, named, labels = (table.column(name).to_pylist() for name in ("id", "source", "label"))
+    ids, row_sources = table.column("id").to_pylist(), table.column("source").to_pylist()
     if all(
-        isinstance(at, int) and 0 <= at < len(sources) and sources[at] == name
-        for at, name in zip(ids, named, strict=True)
+        isinstance(sample, int) and 0 <= sample < len(sources) and sources[sample] == source
+        for sample, source in zip(ids, row_sources, strict=True)
     ):
         return table, rows
-    places: dict[str, list[int]] = {}
-    for number, name in enumerate(sources):
-        places.setdefault(name, []).append(number)
-    kept, found = [], []
-    for row, (name, label) in enumerate(zip(named, labels, strict=True)):
-        of_it = places.get(name, [])
-        if len(of_it) > 1 and label in classes:
-            of_it = [number for number in of_it if weak[number, classes.index(label)]]
-        kept += [row] * len(of_it)
-        found += of_it
-    if not kept:
+    samples_of: dict[str, list[int]] = {}
+    for sample, source in enumerate(sources):
+        samples_of.setdefault(source, []).append(sample)
+    matched_rows: list[int] = []
+    matched_ids: list[int] = []
+    for row, (source, label) in enumerate(zip(row_sources, table.column("label").to_pylist(), strict=True)):
+        samples = samples_of.get(source, [])
+        if len(samples) > 1 and label in classes:
+            samples = [sample for sample in samples if weak[sample, classes.index(label)]]
+        matched_rows += [row] * len(samples)
+        matched_ids += samples
+    if not matched_rows:
         raise UserError(
-            f"{what}: no row names a video of {split.root}; where the table holds this set's ids, leave out `source`."
+            f"{what}: no row has a source of {split.root}; if the ids are those of this dataset, remove the column "
+            "`source`."
         )
-    column = pa.array(found, pa.int64())
-    return table.take(kept).set_column(table.column_names.index("id"), "id", column), rows[kept]
+    column = pa.array(matched_ids, pa.int64())
+    matched = table.take(matched_rows).set_column(table.column_names.index("id"), "id", column)
+    return matched, rows[matched_rows]
 
 
-def _events_of(
+def _events_array(
     table: pa.Table, rows: np.ndarray, classes: list[str], num_samples: int, segments: int, what: object
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the events of a table, [N, 2, T, C] bool, and which clips it has rows of, [N] bool.
+    """Return the events of a table, [N, 2, T, C] bool, and the samples that it has rows of, [N] bool.
 
     Raises:
-        UserError: for a row of no sample, modality, class or second of the set.
+        UserError: for an unknown id, modality or class, or an invalid time; names the row by its number in `rows`.
     """
     events = np.zeros((num_samples, len(MODALITIES), segments, len(classes)), dtype=bool)
-    looked_at = np.zeros(num_samples, dtype=bool)
-    columns = (table.column(name).to_pylist() for name in ("id", "modality", "label", "start_s", "end_s"))
+    annotated = np.zeros(num_samples, dtype=bool)
+    columns = [table.column(name).to_pylist() for name in ("id", "modality", "label", "start_s", "end_s")]
     for row, sample, modality, label, start, end in zip(rows.tolist(), *columns, strict=True):
-        where = f"{what}, row {row}"
+        where = f"{what}, row {row + 1}"
         if not isinstance(sample, int) or not 0 <= sample < num_samples:
             raise UserError(f"{where}: id {sample}; allowed: whole numbers from 0 to {num_samples - 1}.")
-        looked_at[sample] = True
+        annotated[sample] = True
         if label is None and modality is None:
             continue
         if modality not in MODALITIES:
@@ -209,6 +225,9 @@ def _events_of(
                 f"{where}: unknown class '{label}'; allowed: {format_list(classes)}.{did_you_mean(label, classes)}"
             )
         if not (isinstance(start, int) and isinstance(end, int) and 0 <= start <= end <= segments):
-            raise UserError(f"{where}: from {start} to {end} s; allowed: whole seconds from 0 to {segments}.")
+            raise UserError(
+                f"{where}: start_s {start}, end_s {end}; allowed: whole seconds from 0 to {segments}, start_s not "
+                "after end_s."
+            )
         events[sample, MODALITIES.index(modality), start:end, classes.index(label)] = True
-    return events, looked_at
+    return events, annotated

@@ -1,8 +1,10 @@
-"""Label tables: the given labels, tables a person brings, and the truth (for evaluation alone)."""
+"""Label tables: given labels, tables that replace them, and true labels (for evaluation only)."""
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +17,14 @@ from distav.data.files import check_column_names, read_table
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels of one split.
+    """Labels of one split.
 
     Attributes:
-        given: [N] int64 class numbers, possibly wrong.
-        true: [N] int64, or None where the set carries no truth. Only evaluation reads it.
-        pair_id: [N] int64 id of the clip whose sound each clip carries, or None. Only evaluation reads it.
+        classes: class names.
+        given: [N] int64 class indices, possibly wrong.
+        true: [N] int64 class indices; None if the dataset does not store them. Used by evaluation only.
+        pair_id: [N] int64, id of the clip from which the audio of each clip was taken, or None. Used by evaluation
+            only.
     """
 
     classes: list[str]
@@ -29,136 +33,170 @@ class Labels:
     pair_id: np.ndarray | None = None
 
     def mismatched(self) -> np.ndarray | None:
-        """Which pairs are wrong for recognition: [N] bool, sound of another true class; None without truth."""
+        """Mismatched pairs, [N] bool: clips whose audio has another true class; None if pairs are not known."""
         if self.pair_id is None:
             return None
-        truth = self.given if self.true is None else self.true
-        return truth[self.pair_id] != truth
+        true = self.given if self.true is None else self.true
+        return true[self.pair_id] != true
 
 
 def load_labels(shards: ShardedDataset, split: Split, override: str = "") -> Labels:
-    """Read the labels of a split, and replace the given ones by a user's table where one is named.
+    """Read the labels of a split; a user's table may replace given labels.
+
+    In a multi-label dataset, every combination of classes becomes one class.
 
     Args:
-        shards: the set.
+        shards: the dataset.
         split: its split.
-        override: path of a .parquet or .csv table with `id` or `key` and `label`; empty for none, as it has to be
-            in a set whose clips have several classes, of which every combination is one here.
+        override: .parquet or .csv table with `id` or `key`, and `label` or `corrected_label`; empty: none. Must be
+            empty for a multi-label dataset.
 
     Raises:
-        UserError: for labels outside the classes of the set, ids or keys it does not have, or a broken table.
+        UserError: for unknown classes, ids or keys, or an invalid table.
     """
     if shards.multi_label:
         if override:
             raise UserError(
-                f"data.label_overrides={override}: clips of {shards.root} have several classes each; leave it empty."
+                f"data.label_overrides={override}: clips of {shards.location} may have several classes; leave it empty."
             )
-        return _combinations(shards, split)
+        return _combination_labels(shards, split)
     path = shards.root / "labels.parquet"
-    table = _own_table(shards, split)
+    table = _stored_labels(shards, split)
 
-    def numbers(name: str) -> np.ndarray | None:
-        if name not in table.column_names or table.column(name).null_count:
+    def indices(column: str) -> np.ndarray | None:
+        if column not in table.column_names or table.column(column).null_count:
             return None
-        return class_indices(table.column(name).to_pylist(), shards.classes, path)
+        return class_indices(table.column(column).to_pylist(), shards.classes, path)
 
-    given = numbers("label")
+    given = indices("label")
     if given is None:
-        raise UserError(f"{path}: column 'label' is missing or has gaps.")
-    pair = table.column("pair_id").to_numpy() if "pair_id" in table.column_names else None
+        raise UserError(f"{path}: column 'label' is missing or incomplete; make the dataset again.")
     if override:
-        given = _apply(Path(override), split, shards.classes, given)
-    return Labels(shards.classes, given, numbers("true_label"), pair)
+        given = _replace_labels(Path(override), split, shards.classes, given)
+    return Labels(shards.classes, given, indices("true_label"), _pair_ids(table))
 
 
-def _own_table(shards: ShardedDataset, split: Split) -> pa.Table:
-    """Return the set's table of labels for a split, with a row for each of its ids, in order."""
+def _stored_labels(shards: ShardedDataset, split: Split) -> pa.Table:
+    """Return the rows of labels.parquet for a split, one per id, in order."""
     path = shards.root / "labels.parquet"
     table = shards.table("labels.parquet", split.name)
     if "id" not in table.column_names or not pa.types.is_integer(table.schema.field("id").type):
-        raise UserError(f"{path}: column 'id' is missing or does not hold whole numbers.")
+        raise UserError(f"{path}: column 'id' is missing or not of integer type; make the dataset again.")
     ids = table.column("id").to_numpy()
     if not np.array_equal(ids, np.arange(len(split))):
         raise UserError(
-            f"{path}: split {split.name} has {len(ids)} labels for {len(split)} samples, or ids in disorder."
+            f"{path}: split {split.name} has {len(ids)} labels for {len(split)} samples, or ids in the wrong order; "
+            "make the dataset again."
         )
     return table
 
 
+def _pair_ids(table: pa.Table) -> np.ndarray | None:
+    return table.column("pair_id").to_numpy() if "pair_id" in table.column_names else None
+
+
 def multi_labels(shards: ShardedDataset, split: Split) -> list[list[str]]:
-    """Return the classes of every clip of a set whose clips may have several.
+    """Return the class names of every clip of a multi-label dataset.
 
     Raises:
-        UserError: where the set's table does not hold a list for each clip.
+        UserError: if labels.parquet does not store lists.
     """
-    table = _own_table(shards, split)
+    table = _stored_labels(shards, split)
     if "label" not in table.column_names or not pa.types.is_list(table.schema.field("label").type):
         raise UserError(
-            f"{shards.root / 'labels.parquet'}: column 'label' is missing or does not hold lists of classes."
+            f"{shards.root / 'labels.parquet'}: column 'label' is missing or does not contain lists of classes; make "
+            "the dataset again."
         )
-    return [each or [] for each in table.column("label").to_pylist()]
+    return [names or [] for names in table.column("label").to_pylist()]
 
 
-def _combinations(shards: ShardedDataset, split: Split) -> Labels:
-    """Take every combination of classes that occurs for a class of its own."""
-    names = [", ".join(sorted(map(str, each))) for each in multi_labels(shards, split)]
-    classes, given = np.unique(np.array(names, dtype=object), return_inverse=True)
-    table = _own_table(shards, split)
-    pair = table.column("pair_id").to_numpy() if "pair_id" in table.column_names else None
-    return Labels([str(each) for each in classes], given.astype(np.int64), None, pair)
+def _combination_labels(shards: ShardedDataset, split: Split) -> Labels:
+    """Return labels in which every occurring combination of classes is one class."""
+    combinations = [", ".join(sorted(map(str, names))) for names in multi_labels(shards, split)]
+    classes, given = np.unique(np.array(combinations, dtype=object), return_inverse=True)
+    pair_id = _pair_ids(_stored_labels(shards, split))
+    return Labels([str(name) for name in classes], given.astype(np.int64), None, pair_id)
 
 
-def _apply(path: Path, split: Split, classes: list[str], given: np.ndarray) -> np.ndarray:
+def _replace_labels(path: Path, split: Split, classes: list[str], given: np.ndarray) -> np.ndarray:
+    """Return the given labels after applying a user's table; rows without a label change nothing."""
+    what = f"data.label_overrides={path}"
     if not path.is_file():
-        raise UserError(f"data.label_overrides={path}: no such file.")
+        raise UserError(f"{what}: no such file.")
     try:
         table = read_csv(path) if path.suffix == ".csv" else read_table(path)
-        names = table.column_names
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"data.label_overrides={path} cannot be read as csv: {str(error).splitlines()[0]}") from None
-    name = next((each for each in ("corrected_label", "label") if each in names), None)
-    if name is None or not {"id", "key"} & set(names):
-        raise UserError(f"data.label_overrides={path}: needs `id` or `key`, and `label`; found: {format_list(names)}.")
-    if "key" in names:
-        row_of = {key: row for row, key in enumerate(split.keys.tolist())}
-        wanted = table.column("key").to_pylist()
-        unknown = [key for key in wanted if key not in row_of]
-        rows = [row_of.get(key, 0) for key in wanted]
-    else:
-        rows = table.column("id").to_pylist()
-        unknown = [row for row in rows if not isinstance(row, int) or not 0 <= row < len(split)]
-    if unknown:
-        raise UserError(
-            f"data.label_overrides={path}: {len(unknown)} rows name samples that split {split.name} does not have: "
-            f"{format_list(unknown, 3)}. Take a table made for this set."
-        )
-    replaced, names = given.copy(), table.column(name).to_pylist()
-    told = [row for row, label in enumerate(names) if label not in (None, "")]  # Without a label, the given one stays.
-    replaced[np.asarray(rows, dtype=np.int64)[told]] = class_indices([names[row] for row in told], classes, path)
+        raise UserError(f"{what} cannot be read as CSV: {str(error).splitlines()[0]}") from None
+    names = table.column_names
+    label_column = next((name for name in ("corrected_label", "label") if name in names), None)
+    if label_column is None or not {"id", "key"} & set(names):
+        raise UserError(f"{what}: needs `id` or `key`, and `label`; found: {format_list(names)}.")
+    id_column = "key" if "key" in names else "id"
+    ids = sample_ids(table.column(id_column).to_pylist(), id_column, split, what)
+    labels = table.column(label_column).to_pylist()
+    labeled = [row for row, label in enumerate(labels) if label not in (None, "")]
+    replaced = given.copy()
+    replaced[np.asarray(ids, dtype=np.int64)[labeled]] = class_indices([labels[row] for row in labeled], classes, path)
     return replaced
 
 
+def sample_ids(values: Sequence[Any], column: str, split: Split, what: str) -> list[int]:
+    """Return the ids of the samples that the rows of a table refer to.
+
+    Args:
+        values: keys or ids, one per row.
+        column: name of the column, `key` or `id`.
+        split: the split of the samples.
+        what: the table, for error messages, e.g. `data.label_overrides=labels.csv`.
+
+    Raises:
+        UserError: for a sample that the split does not have, or that occurs in more than one row; rows count from 1.
+    """
+    if column == "key":
+        id_of = {key: sample for sample, key in enumerate(split.keys.tolist())}
+        ids = [id_of.get(value) if isinstance(value, str) else None for value in values]
+    else:
+        ids = [value if isinstance(value, int) and 0 <= value < len(split) else None for value in values]
+    unknown = [value for value, sample in zip(values, ids, strict=True) if sample is None]
+    if unknown:
+        raise UserError(
+            f"{what}: {len(unknown)} of {len(values)} rows refer to samples that split {split.name} of {split.root} "
+            f"does not have: {format_list(unknown, 3)}. Use a table made for this dataset."
+        )
+    rows_of: dict[int, list[int]] = {}
+    known = [sample for sample in ids if sample is not None]
+    for row, sample in enumerate(known, start=1):
+        rows_of.setdefault(sample, []).append(row)
+    for rows in rows_of.values():
+        if len(rows) > 1:
+            raise UserError(
+                f"{what}: {column} '{values[rows[0] - 1]}' occurs in {len(rows)} rows: {format_list(rows)}; keep one."
+            )
+    return known
+
+
 def read_csv(path: Path) -> pa.Table:
-    """Read a table whose columns are text, numbers in `id` excepted: a class may be named 7, or null."""
+    """Read a CSV table; `id` is an integer, every other column text, since a class may be named 7 or null."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         names = next(csv.reader(file), [])
     types = {name: pa.int64() if name == "id" else pa.string() for name in names}
-    return check_column_names(pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(column_types=types)))
+    options = pyarrow.csv.ConvertOptions(column_types=types)
+    return check_column_names(pyarrow.csv.read_csv(path, convert_options=options))
 
 
-def class_indices(names: list[str], classes: list[str], path: Path) -> np.ndarray:
-    """Return the numbers of classes by name: [N] int64.
+def class_indices(names: Sequence[Any], classes: list[str], path: Path) -> np.ndarray:
+    """Return the indices of classes by name, [N] int64.
 
     Raises:
-        UserError: for a name that is none of the classes, with the file that holds it.
+        UserError: for an unknown class; the message names the file `path`.
     """
-    number = {name: position for position, name in enumerate(classes)}
-    unknown = sorted({str(name) for name in names if name not in number})
+    index = {name: number for number, name in enumerate(classes)}
+    unknown = sorted({str(name) for name in names if not isinstance(name, str) or name not in index})
     if unknown:
         raise UserError(
             f"{path}: unknown class '{unknown[0]}'; allowed: {format_list(classes)}.{did_you_mean(unknown[0], classes)}"
         )
-    return np.array([number[name] for name in names], dtype=np.int64)
+    return np.array([index[name] for name in names], dtype=np.int64)
 
 
 def correction_table(
@@ -170,16 +208,16 @@ def correction_table(
     self_confidence: np.ndarray,
     correspondence: np.ndarray,
 ) -> pa.Table:
-    """Return what a correction phase learned, one row a sample: the table a person opens to clean the set.
+    """Return the table of a label-correction phase, one row per sample, by which a user reviews the dataset.
 
     Args:
         split: the split.
         labels: its given labels.
-        corrected: [N] int64 classes, the given label and the votes taken together.
-        voted: [N] int64 classes by the votes alone.
+        corrected: [N] int64 classes after correction.
+        knn_labels: [N] int64 classes predicted by the k-NN votes.
         confidence: [N] float32 probability of the corrected class.
-        agreement: [N] float32 share of the votes for the given class.
-        correspondence: [N] float32 estimated probability that sound and picture belong together.
+        self_confidence: [N] float32 probability of the given class under held-out votes.
+        correspondence: [N] float32 probability that audio and video show the same class.
     """
     names = np.array(labels.classes, dtype=object)
     return pa.table(

@@ -1,14 +1,15 @@
-"""What teachers said of every second, kept as it came: scores in files of some samples each, beside what was asked.
+"""Scores of teachers for every second and class, in files of `CHUNK` samples, and the probabilities computed from them.
 
-Legend: N samples, T segments, C classes.
+Legend: N samples, T segments of one second, C classes.
 """
 
 import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,26 +19,44 @@ from distav.data.dataset import ShardedDataset, Split
 from distav.data.modalities import MODALITIES
 
 CHUNK = 256
-"""Samples whose scores are one file."""
+"""Samples per score file."""
 
 
 def metadata_file(folder: Path) -> Path:
-    """Return the file that says of which set and captions the scores are."""
+    """Return the path of the file that records the dataset and the teachers of the scores in a directory."""
     return folder / "scores" / "about.json"
 
 
+def score_metadata(
+    shards: ShardedDataset, teachers: Mapping[str, tuple[str, Sequence[str], Sequence[str]]]
+) -> dict[str, Any]:
+    """Return the content of `metadata_file`, JSON values.
+
+    Args:
+        shards: the dataset.
+        teachers: checkpoint, classes and captions of the teacher of each modality.
+    """
+    return {
+        "dataset": manifest_digest(shards),
+        "teachers": {
+            modality: {"checkpoint": checkpoint, "classes": list(classes), "captions": list(captions)}
+            for modality, (checkpoint, classes, captions) in teachers.items()
+        },
+    }
+
+
 def score_file(folder: Path, split: str, chunk: int) -> Path:
-    """Return the file of some samples' scores."""
+    """Return the path of the scores of one chunk."""
     return folder / "scores" / f"{split}-{chunk:06d}.npz"
 
 
 def score_files(folder: Path, split: Split) -> list[Path]:
-    """Return the files of a whole split's scores, by chunk."""
+    """Return the paths of all score files of a split, by chunk."""
     return [score_file(folder, split.name, chunk) for chunk in range(-(-len(split) // CHUNK))]
 
 
 def write_scores(path: Path, audio: np.ndarray, visual: np.ndarray) -> None:
-    """Write scores, [n, T, C] float32 each, so that the file is either whole or not there."""
+    """Write the scores of one chunk, [n, T, C] float32 per modality, so that the file is never incomplete."""
     part = path.with_suffix(".part")
     with open(part, "wb") as file:
         np.savez(file, audio=audio, visual=visual)
@@ -45,78 +64,101 @@ def write_scores(path: Path, audio: np.ndarray, visual: np.ndarray) -> None:
 
 
 def manifest_digest(shards: ShardedDataset) -> str:
-    """Return a digest of the manifest, by which scores know their set."""
+    """Return the SHA-256 of a dataset's manifest, which identifies the dataset."""
     return hashlib.sha256(json.dumps(shards.manifest, sort_keys=True).encode()).hexdigest()
 
 
 def check_scores(folder: Path, key: str, shards: ShardedDataset, split: Split) -> list[int]:
-    """Make sure that a folder holds all scores of a split; returns the place of each of the set's classes in them.
+    """Verify that a directory contains all scores of a split.
 
     Args:
-        folder: what tools/pseudo_label.py wrote.
-        key: the setting that names it.
-        shards: the set.
-        split: whose scores are wanted.
+        folder: directory written by tools/pseudo_label.py.
+        key: setting that names it, for error messages.
+        shards: the dataset.
+        split: its split.
+
+    Returns:
+        For each class of the dataset, its index in the scores.
 
     Raises:
-        UserError: where a file is missing, or scores are of another set or classes.
+        UserError: if a file is missing, or if the scores belong to another dataset or to other classes.
     """
     try:
-        about = json.loads(metadata_file(folder).read_bytes())
-        asked, digest = about["asked"]["audio"][1], about["set"]
+        metadata = json.loads(metadata_file(folder).read_bytes())
+        scored_classes, dataset = metadata["teachers"]["audio"]["classes"], metadata["dataset"]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        raise UserError(f"{key}={folder}: holds no scores; give a folder that tools/pseudo_label.py wrote.") from None
-    if digest != manifest_digest(shards):
-        raise UserError(f"{key}={folder}: holds scores of another set than {shards.location}; harvest this one.")
-    missing = [name for name in shards.classes if name not in asked]
+        raise UserError(
+            f"{key}={folder}: contains no scores; give a directory that tools/pseudo_label.py wrote."
+        ) from None
+    if dataset != manifest_digest(shards):
+        raise UserError(
+            f"{key}={folder}: contains scores of a dataset other than {shards.location}; run tools/pseudo_label.py on "
+            "this one."
+        )
+    missing = [name for name in shards.classes if name not in scored_classes]
     if missing:
-        raise UserError(f"{key}={folder}: its teachers were not asked for {format_list(missing)}.")
-    gone = [path for path in score_files(folder, split) if not path.exists()]
-    if gone:
-        raise UserError(f"{key}={folder}: {gone[0].name} is missing; run tools/pseudo_label.py again, and it goes on.")
-    return [asked.index(name) for name in shards.classes]
+        raise UserError(
+            f"{key}={folder}: contains no scores for {format_list(missing)}; add prompts for these classes and run "
+            "tools/pseudo_label.py again."
+        )
+    absent = [path for path in score_files(folder, split) if not path.exists()]
+    if absent:
+        raise UserError(
+            f"{key}={folder}: {absent[0].name} is missing; run tools/pseudo_label.py again to complete the scores."
+        )
+    return [scored_classes.index(name) for name in shards.classes]
 
 
 def read_scores(folder: Path, key: str, shards: ShardedDataset, split: Split) -> np.ndarray:
-    """Return the scores of a split, [N, 2, T, C] float32, by the classes of the set; NaN where a clip was unreadable.
+    """Return the scores of a split, [N, 2, T, C] float32, with the classes of the dataset; NaN for unreadable clips.
 
     See `check_scores` for the arguments.
 
     Raises:
-        UserError: where a file is missing or is not what was written, or scores are of another set or classes.
+        UserError: if a file is missing or invalid, or if the scores belong to another dataset or to other classes.
     """
     return np.concatenate(list(_chunks(folder, key, shards, split)))
 
 
 def read_teacher_probs(folder: Path, key: str, shards: ShardedDataset, split: Split) -> np.ndarray:
-    """Return what teachers hold every clip for, [N, 2, C] float32: `clip_shares` of what `read_scores` reads."""
+    """Return the class probabilities of the teachers, [N, 2, C] float32: `clip_probs` of the scores of a split.
+
+    See `read_scores` for arguments and errors.
+    """
     return np.concatenate([clip_probs(scores) for scores in _chunks(folder, key, shards, split)])
 
 
 def _chunks(folder: Path, key: str, shards: ShardedDataset, split: Split) -> Iterator[np.ndarray]:
-    places = check_scores(folder, key, shards, split)
+    """Yield the scores of each chunk, [n, 2, T, C] float32."""
+    indices = check_scores(folder, key, shards, split)
     for chunk, path in enumerate(score_files(folder, split)):
         rows = min(CHUNK, len(split) - chunk * CHUNK)
         try:
             with np.load(path, allow_pickle=False) as file:
-                both = np.stack([file[modality] for modality in MODALITIES], axis=1)
+                scores = np.stack([file[modality] for modality in MODALITIES], axis=1)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"{path} cannot be read ({error}); delete it and run tools/pseudo_label.py again."
             ) from None
         expected = (rows, len(MODALITIES), num_segments(split))
-        if both.shape[:3] != expected or both.ndim != 4 or both.shape[3] <= max(places) or both.dtype != np.float32:
+        if (
+            scores.shape[:3] != expected
+            or scores.ndim != 4
+            or scores.shape[3] <= max(indices)
+            or scores.dtype != np.float32
+        ):
             raise UserError(
-                f"{path} holds {both.dtype} of shape {both.shape}, expected float32 of {expected} and classes."
+                f"{path} contains {scores.dtype} of shape {scores.shape}, expected float32 of shape "
+                f"{(*expected, 'classes')}; delete it and run tools/pseudo_label.py again."
             )
-        yield both[..., places]
+        yield scores[..., indices]
 
 
 def clip_probs(scores: np.ndarray) -> np.ndarray:
-    """Return what teachers hold a whole clip for: softmax over classes of the mean score, [N, 2, T, C] -> [N, 2, C].
+    """Return class probabilities of clips: softmax over classes of the mean score, [N, 2, T, C] -> [N, 2, C] float32.
 
-    Scores are logits, as the teachers were trained with them. A clip without scores is held for anything.
+    Scores are logits of the teachers. A clip without scores gets equal probabilities for all classes.
     """
     logits = np.nan_to_num(scores).mean(axis=2)
-    shares = np.exp(logits - logits.max(axis=2, keepdims=True))
-    return (shares / shares.sum(axis=2, keepdims=True)).astype(np.float32)
+    probs = np.exp(logits - logits.max(axis=2, keepdims=True))
+    return (probs / probs.sum(axis=2, keepdims=True)).astype(np.float32)

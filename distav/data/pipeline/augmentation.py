@@ -1,4 +1,7 @@
-"""What is done to a clip on its way to the towers: drawn from (seed, epoch, id) alone, or fixed for evaluation."""
+"""Random or fixed transforms of clips: crop, flip, colors, start frame, audio shift and gain.
+
+A random transform is a function of (seed, epoch, id) only.
+"""
 
 from dataclasses import dataclass
 
@@ -10,15 +13,15 @@ from distav.data.dataset import Split
 
 @dataclass(frozen=True)
 class ClipTransform:
-    """How one clip is looked at.
+    """Transform of one clip.
 
     Attributes:
-        start_frame: first stored frame fed to the visual tower.
-        crop: [4] float32 top, left, bottom, right as shares of height and width.
-        flip: whether left and right are exchanged.
-        colour: [4] float32 factors of brightness, contrast and saturation, and a hue turn in degrees.
-        audio_start: first audio sample; may lie before the beginning, where there is silence.
-        gain: factor on the amplitude.
+        start_frame: first stored frame.
+        crop: [4] float32 top, left, bottom, right as fractions of height and width.
+        flip: whether frames are mirrored horizontally.
+        color: [4] float32 factors of brightness, contrast and saturation, and a rotation of the hue in degrees.
+        audio_start: first audio sample; negative for silence before the beginning of the clip.
+        gain: factor of the amplitude.
         size: stored height and width in pixels.
     """
 
@@ -31,62 +34,70 @@ class ClipTransform:
     size: tuple[int, int]
 
 
-_WHOLE = np.array([0, 0, 1, 1], np.float32)
+_FULL_FRAME = np.array([0, 0, 1, 1], np.float32)
 
 
 class ClipTransformSampler:
-    """Draws a view for each sample."""
+    """Samples a transform for each clip.
+
+    Args:
+        split: the split of the clips.
+        data: number, stride and size of frames, and length of the audio.
+        augment: ranges of the random transforms; None: fixed transforms without augmentation.
+        seed: seed of the run.
+    """
 
     def __init__(self, split: Split, data: DataConfig, augment: AugmentConfig | None, seed: int):
         self.split, self.data, self.augment, self.seed = split, data, augment, seed
         self.span = (data.num_frames - 1) * data.frame_stride + 1
+        """Stored frames from the first to the last selected one."""
 
     def sample(self, sample: int, epoch: int) -> ClipTransform:
-        """Return the view of a sample in an epoch; without augmentation, the middle of the clip."""
+        """Return the transform of a clip in an epoch; without augmentation, the center of the clip."""
         columns = self.split.columns
         slack = max(0, int(columns["frames"][sample]) - self.span)
-        height, width = int(columns["height"][sample]), int(columns["width"][sample])
+        size = int(columns["height"][sample]), int(columns["width"][sample])
         if self.augment is None:
-            start = slack // 2
-            colour = np.array([1, 1, 1, 0], np.float32)
-            crop = _WHOLE if self.data.squash else _centre(height, width)
-            return ClipTransform(
-                start, crop, False, colour, self._audio_start(sample, start, 0.0), 1.0, (height, width)
-            )
-        rng, change = np.random.default_rng([self.seed, 5, epoch, sample]), self.augment
+            return self._fixed(sample, slack // 2, size)
+        rng, augment = np.random.default_rng([self.seed, 5, epoch, sample]), self.augment
         start = int(rng.integers(0, slack + 1))
-        crop = _random_crop(height, width, change, rng)
-        strengths = np.array([change.brightness, change.contrast, change.saturation, 180 * change.hue])
-        colour = (np.array([1, 1, 1, 0]) + strengths * rng.uniform(-1, 1, 4)).astype(np.float32)
-        shift = change.audio_shift_s * rng.uniform(-1, 1)
-        gain = 1 + change.gain * rng.uniform(-1, 1)
-        flip = bool(rng.uniform() < change.flip_prob)
-        return ClipTransform(start, crop, flip, colour, self._audio_start(sample, start, shift), gain, (height, width))
+        crop = _random_crop(*size, augment, rng)
+        strengths = np.array([augment.brightness, augment.contrast, augment.saturation, 180 * augment.hue])
+        color = (np.array([1, 1, 1, 0]) + strengths * rng.uniform(-1, 1, 4)).astype(np.float32)
+        shift = augment.audio_shift_s * rng.uniform(-1, 1)
+        gain = 1 + augment.gain * rng.uniform(-1, 1)
+        flip = bool(rng.uniform() < augment.flip_prob)
+        return ClipTransform(start, crop, flip, color, self._audio_start(sample, start, shift), gain, size)
 
-    def _audio_start(self, sample: int, start_frame: int, audio_shift_s: float) -> int:
-        """Centre the sound on the frames, kept inside the clip where it can be, then shift it."""
+    def _fixed(self, sample: int, start: int, size: tuple[int, int]) -> ClipTransform:
+        color = np.array([1, 1, 1, 0], np.float32)
+        crop = _FULL_FRAME if self.data.squash else _center_crop(*size)
+        return ClipTransform(start, crop, False, color, self._audio_start(sample, start, 0.0), 1.0, size)
+
+    def _audio_start(self, sample: int, start_frame: int, shift_s: float) -> int:
+        """Center the audio on the frames, move it inside the clip if it fits, then shift it."""
         duration = float(self.split.columns["duration_s"][sample])
-        middle = (start_frame + self.span / 2) / self.split.fps
-        room = max(0.0, duration - self.data.audio_s)
-        begin = min(max(0.0, middle - self.data.audio_s / 2), room)
-        return round((begin + audio_shift_s) * self.split.sample_rate_hz)
+        center = (start_frame + self.span / 2) / self.split.fps
+        latest = max(0.0, duration - self.data.audio_s)
+        start = min(max(0.0, center - self.data.audio_s / 2), latest)
+        return round((start + shift_s) * self.split.sample_rate_hz)
 
 
-def _centre(height: int, width: int) -> np.ndarray:
-    """Return the largest square in the middle."""
+def _center_crop(height: int, width: int) -> np.ndarray:
+    """Return the largest centered square."""
     side = min(height, width)
     top, left = (height - side) / 2 / height, (width - side) / 2 / width
     return np.array([top, left, 1 - top, 1 - left], np.float32)
 
 
-def _random_crop(height: int, width: int, change: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
-    """Draw a crop of random area and aspect; ten tries, then the centre."""
+def _random_crop(height: int, width: int, augment: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
+    """Return a crop of random area and aspect ratio; after ten failed attempts, the center crop."""
     for _ in range(10):
-        area = rng.uniform(change.crop_area_min, 1) * height * width
-        aspect = np.exp(rng.uniform(-1, 1) * np.log(change.crop_aspect_max))
+        area = rng.uniform(augment.crop_area_min, 1) * height * width
+        aspect = np.exp(rng.uniform(-1, 1) * np.log(augment.crop_aspect_max))
         crop_width, crop_height = np.sqrt(area * aspect), np.sqrt(area / aspect)
         top, left = rng.uniform() * (height - crop_height), rng.uniform() * (width - crop_width)
         if crop_width <= width and crop_height <= height:
             box = [top / height, left / width, (top + crop_height) / height, (left + crop_width) / width]
             return np.array(box, np.float32)
-    return _centre(height, width)
+    return _center_crop(height, width)

@@ -1,11 +1,10 @@
-"""Clips decoded and augmented by DALI, on a GPU or on the CPU.
+"""Decoding and augmentation of clips by DALI, on a GPU or on the CPU.
 
 Legend: B clips, T frames, H W pixels, S side of the output in pixels, N audio samples.
 """
 
 import itertools
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,26 +22,29 @@ from distav.data.dataset import Split
 from distav.data.pipeline.augmentation import ClipTransform
 from distav.data.pipeline.avi import jpeg_frames
 from distav.data.pipeline.color import change_colors
+from distav.data.pipeline.dali_errors import DeviceError, dali_reason, is_device_failure, is_out_of_memory
 from distav.data.pipeline.decoder_selection import Decoder, select_decoder
 from distav.data.pipeline.decoding import decode_frames
 from distav.data.pipeline.reader import DecodeError, Members
 
 log = logging.getLogger("distav")
 
-_TRIED = 3
-"""Clips that NVDEC is tried on."""
+_NVDEC_TEST_CLIPS = 3
+"""Clips on which NVDEC is tested before it is used."""
 _FLOAT, _INT32, _UINT8 = types.DALIDataType.FLOAT, types.DALIDataType.INT32, types.DALIDataType.UINT8
 
 
-class DeviceError(RuntimeError):
-    """The device failed while it decoded a batch; no clip is to blame."""
-
-
 class ClipPipeline:
-    """Decodes batches of clips and applies their views."""
+    """Decodes batches of clips and applies their transforms.
+
+    Args:
+        data: number, stride and size of frames, and length of the audio.
+        split: the split of the clips.
+        batch: largest batch.
+        device: device of the outputs; decoding uses the GPU if it is one.
+    """
 
     def __init__(self, data: DataConfig, split: Split, batch: int, device: torch.device):
-        """Prepare for batches of up to B clips of one split."""
         self.data, self.split, self.batch, self.device = data, split, batch, device
         self.num_audio_samples = round(data.audio_s * split.sample_rate_hz)
         self.on_gpu = device.type == "cuda"
@@ -51,127 +53,109 @@ class ClipPipeline:
             "frames": ((data.num_frames, data.frame_size, data.frame_size, 3), torch.uint8),
             "audio": ((self.num_audio_samples,), torch.float32),
         }
-        """Shape and dtype of a sample of each output."""
-        self._nvdec_tried = not (self.route.decoder is Decoder.video and self.route.on_gpu)
+        """Shape and dtype of one sample of each output."""
+        self._nvdec_tested = not (self.route.decoder is Decoder.video and self.route.on_gpu)
         self._pipelines: dict[str, Pipeline] = {}
-        # On a GPU training leaves this process's threads to decoding; their number is the rank's share of the cores.
+        # With a GPU, decoding may use all of this rank's cores; on a CPU, training uses them.
         self._threads = data.decode_threads or (torch.get_num_threads() if self.on_gpu else 1)
         self._pool = ThreadPoolExecutor(self._threads, "decoder")
 
-    def run(self, members: Sequence[Members], views: Sequence[ClipTransform]) -> dict[str, Tensor]:
+    def run(self, members: Sequence[Members], transforms: Sequence[ClipTransform]) -> dict[str, Tensor]:
         """Decode a batch.
 
         Args:
-            members: up to B samples as read.
-            views: a view of each.
+            members: members of up to B clips, as stored.
+            transforms: transform of each clip.
 
         Returns:
-            `frames` [B, T, S, S, 3] uint8 and `sound` [B, N] float32 in [-1, 1], on the graph's device; the work on a
-            GPU is in its current stream.
+            `frames` [B, T, S, S, 3] uint8 and `audio` [B, N] float32 in [-1, 1], on the device of the pipeline; on a
+            GPU, in its current stream.
 
         Raises:
-            DecodeError: where any sample of the batch cannot be decoded.
-            DeviceError: where the device failed.
+            DecodeError: if any clip of the batch cannot be decoded.
+            DeviceError: if the device failed.
         """
         try:
-            if not self._nvdec_tried:
-                self._try_nvdec(members[:_TRIED], views[:_TRIED])
-            frames = self._frames([each["video"] for each in members], views)
-            return {"frames": frames, "audio": self._sound([each["audio"] for each in members], views)}
+            if not self._nvdec_tested:
+                self._test_nvdec(members[:_NVDEC_TEST_CLIPS], transforms[:_NVDEC_TEST_CLIPS])
+            frames = self._decode_frames([clip["video"] for clip in members], transforms)
+            return {"frames": frames, "audio": self._decode_audio([clip["audio"] for clip in members], transforms)}
         except (ValueError, IndexError, av.error.FFmpegError) as error:
             raise DecodeError(dali_reason(str(error))) from None
 
-    def _try_nvdec(self, members: Sequence[Members], views: Sequence[ClipTransform]) -> None:
-        """Decode a few clips; where NVDEC decodes none that FFmpeg decodes, FFmpeg decodes all from now on."""
+    def _test_nvdec(self, members: Sequence[Members], transforms: Sequence[ClipTransform]) -> None:
+        """Decode a few clips; if NVDEC decodes none of those that FFmpeg decodes, switch to decoding on the CPU."""
         reason = ""
-        for member, view in zip(members, views, strict=True):
+        for clip, transform in zip(members, transforms, strict=True):
             try:
-                self._frames([member["video"]], [view])
+                self._decode_frames([clip["video"]], [transform])
                 break
             except (DecodeError, DeviceError) as error:
-                if _out_of_memory(str(error)):
+                if is_out_of_memory(str(error)):
                     raise
                 reason = str(error)
-                decode_frames(member["video"], self._wanted(view))
+                decode_frames(clip["video"], self._frame_numbers(transform))
         else:
             self.route = select_decoder(self.split.codec, False, self.split.sides)
             log.warning(
-                f"NVDEC does not decode the {self.split.codec} clips of {self.split.root} ({reason}), so they are "
-                "decoded on the CPU, which is slower. In a container, set NVIDIA_DRIVER_CAPABILITIES to include video."
+                f"NVDEC cannot decode the {self.split.codec} clips of {self.split.root} ({reason}); decoding them on "
+                "the CPU, which is slower. In a container, NVIDIA_DRIVER_CAPABILITIES must include video."
             )
-        self._nvdec_tried = True
+        self._nvdec_tested = True
 
-    def _frames(self, videos: Sequence[bytes], views: Sequence[ClipTransform]) -> Tensor:
-        """Return augmented frames: [B, T, S, S, 3] uint8."""
-        decoder, num_frames = self.route.decoder, self.data.num_frames
-        crops = np.stack([view.crop for view in views])
-        colors = np.stack([view.color for view in views])
-        flips = np.array([view.flip for view in views], np.int32)
-        if decoder is Decoder.jpeg:
-            bands, crops = _bands(views, crops, self.data.frame_size)
-            images = [jpeg_frames(video, self._wanted(view)) for video, view in zip(videos, views, strict=True)]
-            fed: dict[str, Any] = {"video": list(itertools.chain.from_iterable(images))}
-            fed |= {"band": np.repeat(bands, num_frames, axis=0), "crop": np.repeat(crops, num_frames, axis=0)}
-            fed |= {"flip": np.repeat(flips, num_frames)}
-        elif decoder is Decoder.pyav:
-            fed = {
-                "video": list(self._pool.map(decode_frames, videos, map(self._wanted, views))),
-                "crop": crops,
-                "flip": flips,
-            }
-        else:
-            fed = {"video": [np.frombuffer(each, np.uint8) for each in videos], "crop": crops, "flip": flips}
-            fed |= {"start_frame": np.array([view.start_frame for view in views], np.int32)}
+    def _decode_frames(self, videos: Sequence[bytes], transforms: Sequence[ClipTransform]) -> Tensor:
+        """Return augmented frames, [B, T, S, S, 3] uint8."""
+        inputs = self._frame_inputs(videos, transforms)
+        colors = np.stack([transform.color for transform in transforms])
         if self.on_gpu:
-            fed["color"] = np.repeat(colors, len(fed["flip"]) // len(views), axis=0)
-        frames = self._run("frames", self._frame_graph, fed).view(len(videos), *self.shapes["frames"][0])
+            inputs["color"] = np.repeat(colors, len(inputs["flip"]) // len(transforms), axis=0)
+        frames = self._run("frames", self._frame_graph, inputs).view(len(videos), *self.shapes["frames"][0])
         if not self.on_gpu:
-            parts = zip(*(np.array_split(each, self._threads) for each in (frames.numpy(), colors)), strict=True)
-            list(self._pool.map(lambda part: change_colors(*part), parts))
+            frame_parts = np.array_split(frames.numpy(), self._threads)
+            list(self._pool.map(change_colors, frame_parts, np.array_split(colors, self._threads)))
         return frames
 
-    def _sound(self, contents: Sequence[bytes], views: Sequence[ClipTransform]) -> Tensor:
-        """Return the audio of each view: [B, N] float32, silence past either end of a clip."""
-        fed = {
-            "audio": [np.frombuffer(each, np.uint8) for each in contents],
-            "start": np.array([view.audio_start for view in views], np.int32),
-            "gain": np.array([view.gain for view in views], np.float32),
+    def _frame_inputs(self, videos: Sequence[bytes], transforms: Sequence[ClipTransform]) -> dict[str, Any]:
+        """Return the inputs of the frame graph, one row per clip, or per frame for the image decoder."""
+        num_frames = self.data.num_frames
+        crops = np.stack([transform.crop for transform in transforms])
+        flips = np.array([transform.flip for transform in transforms], np.int32)
+        if self.route.decoder is Decoder.jpeg:
+            bands, crops = _bands(transforms, crops, self.data.frame_size)
+            images = map(jpeg_frames, videos, map(self._frame_numbers, transforms))
+            return {
+                "video": list(itertools.chain.from_iterable(images)),
+                "band": np.repeat(bands, num_frames, axis=0),
+                "crop": np.repeat(crops, num_frames, axis=0),
+                "flip": np.repeat(flips, num_frames),
+            }
+        if self.route.decoder is Decoder.pyav:
+            decoded = self._pool.map(decode_frames, videos, map(self._frame_numbers, transforms))
+            return {"video": list(decoded), "crop": crops, "flip": flips}
+        return {
+            "video": [np.frombuffer(video, np.uint8) for video in videos],
+            "crop": crops,
+            "flip": flips,
+            "start_frame": np.array([transform.start_frame for transform in transforms], np.int32),
         }
-        return self._run("audio", self._sound_graph, fed)
+
+    def _decode_audio(self, contents: Sequence[bytes], transforms: Sequence[ClipTransform]) -> Tensor:
+        """Return the audio of each transform, [B, N] float32; silence before and after the clip."""
+        inputs = {
+            "audio": [np.frombuffer(content, np.uint8) for content in contents],
+            "start": np.array([transform.audio_start for transform in transforms], np.int32),
+            "gain": np.array([transform.gain for transform in transforms], np.float32),
+        }
+        return self._run("audio", self._audio_graph, inputs)
 
     def _frame_graph(self) -> Any:
+        """Define decoding, cropping, resizing, color change (on a GPU) and flipping."""
         size, crop = self.data.frame_size, fn.external_source(name="crop", ndim=1, dtype=_FLOAT)
-        route, backend = self.route, "mixed" if self.route.on_gpu else "cpu"
-        if route.decoder is Decoder.pyav:
-            frames = fn.external_source(name="video", ndim=4, dtype=_UINT8, layout="FHWC")
-        else:
-            content = fn.external_source(name="video", ndim=1, dtype=_UINT8)
-            if route.decoder is Decoder.jpeg:
-                band = fn.external_source(name="band", ndim=1, dtype=_INT32)
-                frames = fn.decoders.image_slice(
-                    content,
-                    device=backend,
-                    start=band[0:1],
-                    end=band[1:2],
-                    axis_names="H",
-                    jpeg_fancy_upsampling=True,
-                )
-            else:
-                frames = fn.decoders.video(
-                    content,
-                    device=backend,
-                    start_frame=fn.external_source(name="start_frame", ndim=0, dtype=_INT32),
-                    sequence_length=self.data.num_frames,
-                    stride=self.data.frame_stride,
-                    pad_mode="edge",
-                )
-        if self.on_gpu and not route.on_gpu:
-            frames = frames.gpu()  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
         frames = fn.resize(
-            frames,
+            self._decoding_graph(),
             roi_start=crop[0:2],
             roi_end=crop[2:4],
-            roi_relative=route.decoder is not Decoder.jpeg,
+            roi_relative=self.route.decoder is not Decoder.jpeg,
             size=[size, size],
             interp_type=types.DALIInterpType.INTERP_LINEAR,
             antialias=True,
@@ -188,30 +172,57 @@ class ClipPipeline:
         flip = fn.external_source(name="flip", ndim=0, dtype=_INT32)
         return fn.flip(frames, horizontal=flip)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
-    def _sound_graph(self) -> Any:
+    def _decoding_graph(self) -> Any:
+        """Define the decoded frames, on the device of the outputs."""
+        route, backend = self.route, "mixed" if self.route.on_gpu else "cpu"
+        if route.decoder is Decoder.pyav:
+            frames: Any = fn.external_source(name="video", ndim=4, dtype=_UINT8, layout="FHWC")
+        elif route.decoder is Decoder.jpeg:
+            band = fn.external_source(name="band", ndim=1, dtype=_INT32)
+            frames = fn.decoders.image_slice(
+                fn.external_source(name="video", ndim=1, dtype=_UINT8),
+                device=backend,
+                start=band[0:1],
+                end=band[1:2],
+                axis_names="H",
+                jpeg_fancy_upsampling=True,
+            )
+        else:
+            frames = fn.decoders.video(
+                fn.external_source(name="video", ndim=1, dtype=_UINT8),
+                device=backend,
+                start_frame=fn.external_source(name="start_frame", ndim=0, dtype=_INT32),
+                sequence_length=self.data.num_frames,
+                stride=self.data.frame_stride,
+                pad_mode="edge",
+            )
+        return frames.gpu() if self.on_gpu and not route.on_gpu else frames
+
+    def _audio_graph(self) -> Any:
+        """Define decoding, slicing and gain of the audio."""
         content = fn.external_source(name="audio", ndim=1, dtype=_UINT8)
-        sound, _ = fn.decoders.audio(content, dtype=_FLOAT, downmix=True)
+        waveform, _ = fn.decoders.audio(content, dtype=_FLOAT, downmix=True)
         start = fn.external_source(name="start", ndim=0, dtype=_INT32)
         gain = fn.external_source(name="gain", ndim=0, dtype=_FLOAT)
-        sound = fn.slice(sound, start, self.num_audio_samples, axes=[0], out_of_bounds_policy="pad") * gain
-        return sound.gpu() if self.on_gpu else sound
+        waveform = fn.slice(waveform, start, self.num_audio_samples, axes=[0], out_of_bounds_policy="pad") * gain
+        return waveform.gpu() if self.on_gpu else waveform
 
-    def _run(self, name: str, graph: Callable[[], Any], fed: Mapping[str, Any]) -> Tensor:
-        """Run a pipeline, building it where there is none; one that failed is not valid any more."""
+    def _run(self, name: str, graph: Callable[[], Any], inputs: Mapping[str, Any]) -> Tensor:
+        """Run a DALI pipeline; builds it on first use and after a failure, which invalidates it."""
         try:
             if name not in self._pipelines:
-                flattened = name == "frames" and self.route.decoder is Decoder.jpeg
-                self._pipelines[name] = self._build(graph, self.batch * (self.data.num_frames if flattened else 1))
+                per_frame = name == "frames" and self.route.decoder is Decoder.jpeg
+                self._pipelines[name] = self._build(graph, self.batch * (self.data.num_frames if per_frame else 1))
             pipeline = self._pipelines[name]
-            for source, values in fed.items():
+            for source, values in inputs.items():
                 pipeline.feed_input(source, values)
-            return self._tensor(pipeline.run()[0])
+            return self._to_tensor(pipeline.run()[0])
         except Exception as error:
             self._pipelines.pop(name, None)
             reason = dali_reason(str(error))
-            if self._is_device_fault(reason):
-                advice = "look at nvidia-smi and give the same command again"
-                if _out_of_memory(reason):
+            if is_device_failure(reason, self.device):
+                advice = "check nvidia-smi and rerun the same command to resume"
+                if is_out_of_memory(reason):
                     advice = "lower optim.global_batch or raise optim.gradient_accumulation_steps"
                 raise DeviceError(f"decoding on {self.device} failed: {reason}; {advice}.") from None
             if isinstance(error, RuntimeError | ValueError | IndexError):
@@ -232,65 +243,36 @@ class ClipPipeline:
         pipeline.build()
         return pipeline
 
-    def _tensor(self, output: Any) -> Tensor:
-        """Copy DALI's output, whose memory the next run reuses."""
+    def _to_tensor(self, output: Any) -> Tensor:
+        """Copy DALI's output, because the next run reuses its memory."""
         if not self.on_gpu:
-            return torch.from_numpy(output.as_array())  # A copy already.
+            return torch.from_numpy(output.as_array())  # `as_array` copies.
         copy = torch.from_dlpack(output.as_tensor()).clone()
-        torch.cuda.current_stream(self.device).synchronize()  # DALI's next run is in a stream of its own.
+        torch.cuda.current_stream(self.device).synchronize()  # DALI's next run uses another stream.
         return copy
 
-    def _is_device_fault(self, reason: str) -> bool:
-        """Whether a failure is the device's: out of memory, or one after which a GPU does not answer."""
-        if _out_of_memory(reason):
-            return True
-        if not self.on_gpu or "libnvcuvid" in reason:
-            return bool(re.search(r"CUDA|cuda[A-Z]|libnvcuvid|libcuda", reason))
-        try:
-            torch.cuda.current_stream(self.device).synchronize()
-        except RuntimeError:
-            return True
-        return False
-
-    def _wanted(self, view: ClipTransform) -> list[int]:
-        return [view.start_frame + number * self.data.frame_stride for number in range(self.data.num_frames)]
+    def _frame_numbers(self, transform: ClipTransform) -> list[int]:
+        return [transform.start_frame + number * self.data.frame_stride for number in range(self.data.num_frames)]
 
 
-def _bands(views: Sequence[ClipTransform], crops: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows of pixels that the crops need, and the crops in pixels of the decoded bands.
+def _bands(transforms: Sequence[ClipTransform], crops: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pixel rows that the crops need, and the crops in pixels of the decoded bands.
 
-    A JPEG image is coded row by row: decoding fewer columns saves nothing. The margin is what the antialiasing filter
-    reads beyond a crop.
+    A JPEG image is coded row by row, so decoding fewer columns saves nothing. The margin is what the antialiasing
+    filter reads beyond a crop.
 
     Args:
-        views: B views.
+        transforms: B transforms.
         crops: [B, 4] top, left, bottom, right as fractions of height and width.
         size: S.
 
     Returns:
         [B, 2] int32 first row and the row after the last, and [B, 4] float32.
     """
-    height, width = np.array([view.size for view in views]).T
+    height, width = np.array([transform.size for transform in transforms]).T
     top, left, bottom, right = (crops * np.stack([height, width, height, width], axis=1)).T
     margin = np.maximum(1, (bottom - top) / size) + 2
     first = np.maximum(0, np.floor(top - margin))
     last = np.minimum(height, np.ceil(bottom + margin))
     bands = np.stack([first, last], axis=1).astype(np.int32)
     return bands, np.stack([top - first, left, bottom - first, right], axis=1).astype(np.float32)
-
-
-def dali_reason(message: str) -> str:
-    """Return what happened from a message of DALI: the first line after "encountered:"."""
-    said = message.partition("encountered:")[2] or message
-    lines = [line.strip() for line in said.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(("Critical error in pipeline", "Current pipeline"))]
-    return lines[0] if lines else "the decoder gave no reason"
-
-
-def _out_of_memory(reason: str) -> bool:
-    return bool(
-        re.search(
-            r"out of memory|allocation failed|OUT_OF_MEMORY|MemoryAllocation|bad_alloc|nvImageCodec failure: '#5'",
-            reason,
-        )
-    )

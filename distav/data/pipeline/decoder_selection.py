@@ -1,45 +1,45 @@
-"""Which decoder serves the video of a dataset.
+"""Selection of the video decoder.
 
 | codec | on a CPU | on a GPU |
 |---|---|---|
 | MJPEG | `jpeg`: libjpeg-turbo | `jpeg`: nvJPEG |
-| VP9 | `video`: FFmpeg inside DALI | `video`: NVDEC, or as on a CPU where NVDEC does not take the size |
-| H.264 | `pyav`: FFmpeg inside PyAV | `video`: NVDEC, or as on a CPU where NVDEC does not take the size |
+| VP9 | `video`: FFmpeg inside DALI | `video`: NVDEC, or as on a CPU if NVDEC does not support the frame size |
+| H.264 | `pyav`: FFmpeg inside PyAV | `video`: NVDEC, or as on a CPU if NVDEC does not support the frame size |
 """
 
 from dataclasses import dataclass
 from enum import Enum
 
 NVDEC_SIDES = (144, 4096)
-"""Shortest and longest side in pixels that NVDEC decodes of VP9 (from 128) and H.264 (up to 4096) alike."""
+"""Shortest and longest side in pixels that NVDEC decodes for both VP9 (from 128) and H.264 (up to 4096)."""
 
 
 class Decoder(Enum):
-    """What decodes the video of a clip."""
+    """Decoder of the video of a clip."""
 
     jpeg = "jpeg"
     """DALI's image decoder, frame by frame."""
     video = "video"
     """DALI's video decoder."""
     pyav = "pyav"
-    """PyAV, on the CPU, ahead of the graph."""
+    """PyAV on the CPU, before the DALI pipeline."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """How video is decoded, and whether a GPU does it."""
+    """A decoder, and whether it runs on a GPU."""
 
     decoder: Decoder
     on_gpu: bool
 
 
 def select_decoder(codec: str, on_gpu: bool, sides: tuple[int, int]) -> Route:
-    """Return how video of a codec is decoded.
+    """Return the decoder for the video of a dataset.
 
     Args:
         codec: mjpeg, vp9 or h264.
-        on_gpu: whether there is a GPU to decode on.
-        sides: shortest and longest side of any frame in pixels.
+        on_gpu: whether a GPU is available for decoding.
+        sides: shortest and longest side of all frames, in pixels.
     """
     if codec == "mjpeg":
         return Route(Decoder.jpeg, on_gpu)

@@ -1,4 +1,4 @@
-"""Features of frozen networks, read from `.npy` members: plain numbers of the shape that the set says, or nothing."""
+"""Features of frozen networks in `.npy` members: float16 or float32 arrays of the shape that the manifest states."""
 
 import io
 from tokenize import TokenError
@@ -8,49 +8,50 @@ import numpy as np
 from distav.data.modalities import FeatureStream
 from distav.data.pipeline.reader import DecodeError
 
-KINDS = ("<f2", "<f4")
+DTYPES = ("<f2", "<f4")
 """float16 and float32."""
 
 
 def encode_features(values: np.ndarray) -> bytes:
-    """Return [steps, dim] as the content of a `.npy` member."""
+    """Return features [steps, dim] as the content of a `.npy` member."""
     sink = io.BytesIO()
     np.lib.format.write_array(sink, np.ascontiguousarray(values), version=(1, 0), allow_pickle=False)
     return sink.getvalue()
 
 
 def read_header(content: bytes) -> tuple[tuple[int, ...], str, int]:
-    """Return shape and kind of number of a `.npy` file, and where its numbers begin.
+    """Return the shape and dtype of a `.npy` file, and the offset of its data in bytes.
 
     Args:
-        content: the file, or as much of its beginning as holds the header.
+        content: the file, or at least its header.
 
     Raises:
-        DecodeError: where there is none, or numbers are of another kind or order than rows of float16 or float32.
+        DecodeError: if there is no valid header, or the array is not float16 or float32 in row-major order.
     """
     file = io.BytesIO(content)
     try:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, by_columns, kind = read(file)
+        shape, column_major, dtype = read(file)
     except (ValueError, KeyError, SyntaxError, TokenError, EOFError, RecursionError, MemoryError):
-        raise DecodeError("no .npy file, or its header is broken") from None
-    if kind.str not in KINDS or by_columns:
-        raise DecodeError(f"numbers of kind {kind.str}{' by columns' * by_columns}; allowed: float16, float32, by rows")
-    return shape, kind.str, file.tell()
+        raise DecodeError("not a .npy file, or its header is corrupt") from None
+    if dtype.str not in DTYPES or column_major:
+        order = " in column-major order" if column_major else ""
+        raise DecodeError(f"dtype {dtype.str}{order}; allowed: float16 or float32 in row-major order")
+    return shape, dtype.str, file.tell()
 
 
 def decode_features(content: bytes, stream: FeatureStream) -> np.ndarray:
-    """Return the features of a member: [steps, dim] float32.
+    """Return the features of a member, [steps, dim] float32.
 
     Raises:
-        DecodeError: for anything but finite numbers of the stream's shape.
+        DecodeError: if the shape is not that of the stream, or if values are not finite.
     """
-    shape, kind, start = read_header(content)
+    shape, dtype, offset = read_header(content)
     expected = (stream.steps, stream.dim)
-    if shape != expected or len(content) - start != np.dtype(kind).itemsize * stream.steps * stream.dim:
-        raise DecodeError(f"features of shape {shape} in {len(content) - start} bytes; expected {expected}")
-    values = np.frombuffer(content, kind, offset=start).reshape(expected).astype(np.float32)
+    if shape != expected or len(content) - offset != np.dtype(dtype).itemsize * stream.steps * stream.dim:
+        raise DecodeError(f"features of shape {shape} in {len(content) - offset} bytes; expected {expected}")
+    values = np.frombuffer(content, dtype, offset=offset).reshape(expected).astype(np.float32)
     if not np.isfinite(values).all():
-        raise DecodeError("features that are not finite")
+        raise DecodeError("features are not finite")
     return values

@@ -1,7 +1,7 @@
-"""Batches from shards: members read and checked, clips decoded and augmented by the DALI graph.
+"""Batches of one rank: reads and verifies the members of samples, and decodes them ahead of training.
 
-A sample that cannot be used becomes a masked row, counted and named; the batch never gets shorter, so ranks never
-wait for one another. Legend: b rows of this rank, T frames, H W pixels, N audio samples.
+A sample that cannot be read or decoded is quarantined: its row is masked and its reason recorded. Batches always keep
+their length, so that ranks stay in step. Legend: b rows of this rank, T frames, H W pixels, N audio samples.
 """
 
 import queue
@@ -26,25 +26,25 @@ from distav.data.pipeline.sampler import PADDING, Ids
 from distav.data.storage.object_store import CONNECTIONS
 from distav.distributed.rng import sample_seeds
 
-_MOST_REFUSED = 64
-"""Samples of one batch that may be refused, where most of those tried so far are, before loading is given up."""
+_MAX_UNDECODABLE = 64
+"""Undecodable samples of a batch up to which loading continues although they outnumber the decoded ones."""
 
 
-def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return a CPU tensor on a device; a copy to a GPU goes through pinned memory and does not wait."""
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device; a copy to a GPU is asynchronous, from pinned memory."""
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass
 class Batch:
-    """One rank's part of a batch.
+    """The part of a batch that one rank processes.
 
     Attributes:
-        ids: [b] int64; where `valid` is false the row carries no sample.
-        valid: [b] bool.
-        seeds: [b] int64 that make a sample's own random numbers inside the model.
-        media: what the model is fed by name: `frames` [b, T, H, W, 3] uint8 and `sound` [b, N] float32 in [-1, 1] of
-            clips; or the set's streams of features, [b, steps, dim] float32.
+        ids: [b] int64; meaningless in rows that are not valid.
+        valid: [b] bool, rows that contain a sample.
+        seeds: [b] int64, seeds of the random numbers that the model draws for each sample.
+        media: inputs of the model by name: `frames` [b, T, H, W, 3] uint8 and `audio` [b, N] float32 in [-1, 1] of
+            clips; or the feature streams of the dataset, [b, steps, dim] float32.
     """
 
     ids: Tensor
@@ -55,36 +55,57 @@ class Batch:
 
 @dataclass
 class Quarantine:
-    """Samples of one split that could not be used on this rank: {id: reason}."""
+    """Samples of one split that this rank could not read or decode: {id: reason}."""
 
     reasons: dict[int, str] = field(default_factory=dict)
 
 
+@dataclass
+class _DecodedRows:
+    """Rows of a batch that were decoded together, with their media."""
+
+    rows: list[int]
+    media: dict[str, Tensor]
+
+
 class FeatureCollator:
-    """Puts batches of features together."""
+    """Decodes and stacks batches of features.
+
+    Args:
+        streams: feature streams by name.
+        batch: largest batch.
+        device: device of the outputs.
+    """
 
     def __init__(self, streams: dict[str, FeatureStream], batch: int, device: torch.device):
         self.streams, self.batch, self.device = streams, batch, device
         self.shapes = {name: ((stream.steps, stream.dim), torch.float32) for name, stream in streams.items()}
-        """Shape and dtype of a sample of each output."""
+        """Shape and dtype of one sample of each output."""
 
-    def run(self, members: Sequence[Members], views: Sequence[object] = ()) -> dict[str, Tensor]:
-        """Return the streams of one batch, [B, steps, dim] float32 each; views are for clips.
+    def run(self, members: Sequence[Members], transforms: Sequence[object] = ()) -> dict[str, Tensor]:
+        """Return the streams of a batch, [B, steps, dim] float32 each; features have no transforms.
 
         Raises:
-            DecodeError: where any sample's features are none of its streams'.
+            DecodeError: if the features of any sample are invalid.
         """
-        del views
-        return {
-            name: on_device(
-                torch.from_numpy(np.stack([decode_features(each[name], stream) for each in members])), self.device
-            )
-            for name, stream in self.streams.items()
-        }
+        media = {}
+        for name, stream in self.streams.items():
+            values = np.stack([decode_features(sample[name], stream) for sample in members])
+            media[name] = to_device(torch.from_numpy(values), self.device)
+        return media
 
 
 class Loader:
-    """Reads one split for one rank."""
+    """Loads the batches of one split for one rank.
+
+    Args:
+        split: the split.
+        data: number, stride and size of frames, length of the audio, and prefetching.
+        augment: ranges of the random transforms; None: no augmentation.
+        seed: seed of the run.
+        batch: largest batch.
+        device: device of the batches.
+    """
 
     def __init__(
         self,
@@ -106,21 +127,21 @@ class Loader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def close(self) -> None:
-        """Close the shard files, and read nothing ahead any more."""
+        """Close the shard files and stop reading ahead."""
         if self._pool:
             self._pool.shutdown(wait=False, cancel_futures=True)
         self.reader.close()
 
     def batches(self, plan: Iterable[tuple[Ids, int]]) -> Iterator[Batch]:
-        """Yield a batch for each (ids, epoch), decoded ahead in a thread.
+        """Yield a batch for each (ids, epoch); a thread decodes up to `data.prefetch` batches ahead.
 
         Raises:
-            UserError: where a shard cannot be read any more.
+            RuntimeError: if most samples of a batch cannot be decoded, or the device fails.
         """
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=self.data.prefetch)
         stop = threading.Event()
 
-        def offer(item: Batch | BaseException | None) -> None:
+        def put(item: Batch | BaseException | None) -> None:
             while not stop.is_set():
                 try:
                     ready.put(item, timeout=0.2)
@@ -133,10 +154,10 @@ class Loader:
                 for ids, epoch, members in self._read_ahead(plan):
                     if stop.is_set():
                         return
-                    offer(self._batch(ids, epoch, list(members)))
-                offer(None)
-            except BaseException as error:  # noqa: BLE001  # handed to the thread that waits for the batch
-                offer(error)
+                    put(self._decode_batch(ids, epoch, list(members)))
+                put(None)
+            except BaseException as error:  # noqa: BLE001  # Raised in the consuming thread.
+                put(error)
 
         thread = threading.Thread(target=produce, name="loader", daemon=True)
         thread.start()
@@ -144,107 +165,106 @@ class Loader:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                yield self._handed_over(item)
+                yield self._record_stream(item)
         finally:
             stop.set()
             thread.join()
 
     def load(self, ids: Ids, epoch: int) -> Batch:
-        """Read, check and decode one batch."""
-        return self._handed_over(self._batch(ids, epoch, list(self._members(ids))))
+        """Return one batch, read and decoded in the calling thread."""
+        return self._record_stream(self._decode_batch(ids, epoch, list(self._members(ids))))
 
     def _read_ahead(self, plan: Iterable[tuple[Ids, int]]) -> Iterator[tuple[Ids, int, Iterator[Members | None]]]:
-        """Yield what is to be loaded with its members; from afar those of the next batches are under way by then."""
+        """Yield each (ids, epoch) with its members; from a remote dataset, the next batches are requested by then."""
         ahead = self.data.prefetch if self._pool else 0
-        under_way: deque[tuple[Ids, int, Iterator[Members | None]]] = deque()
+        requested: deque[tuple[Ids, int, Iterator[Members | None]]] = deque()
         for ids, epoch in plan:
-            under_way.append((ids, epoch, self._members(ids)))
-            if len(under_way) > ahead:
-                yield under_way.popleft()
-        yield from under_way
+            requested.append((ids, epoch, self._members(ids)))
+            if len(requested) > ahead:
+                yield requested.popleft()
+        yield from requested
 
     def _members(self, ids: Ids) -> Iterator[Members | None]:
-        """Return the members of each sample; None where there are none to use."""
+        """Return the members of each sample, None for padding and quarantined samples."""
         return (self._pool.map if self._pool else map)(self._read, ids.tolist())
 
-    def _batch(self, ids: Ids, epoch: int, members: list[Members | None]) -> Batch:
-        """Decode one batch; on a GPU in a stream of its own, so that it does not wait for queued training."""
-        views = [self.transform_sampler.sample(max(0, int(sample)), epoch) for sample in ids] if self.transform_sampler else [None] * len(ids)
+    def _read(self, sample: int) -> Members | None:
+        """Return the members of a sample; None for padding and for samples in quarantine, also those put there now."""
+        if sample == PADDING or sample in self.quarantine.reasons:
+            return None
+        try:
+            return self.reader.read(sample)
+        except CorruptSampleError as error:
+            self.quarantine.reasons[sample] = str(error)
+            return None
+
+    def _decode_batch(self, ids: Ids, epoch: int, members: list[Members | None]) -> Batch:
+        """Decode a batch; on a GPU in a stream of its own, so that it does not wait for queued training steps."""
+        transforms = [None] * len(ids)
+        if self.transform_sampler:
+            transforms = [self.transform_sampler.sample(max(0, int(sample)), epoch) for sample in ids]
         with torch.cuda.stream(self._stream):
-            media = self._decode(ids, members, views)
-            valid = torch.tensor([each is not None for each in members])
+            decoded = self._decode_valid(ids, members, transforms)
+            valid = torch.zeros(len(ids), dtype=torch.bool)
+            valid[[row for part in decoded for row in part.rows]] = True
             batch = Batch(
-                ids=on_device(torch.from_numpy(np.maximum(ids, 0)), self.device),
-                valid=on_device(valid, self.device),
-                seeds=on_device(sample_seeds(self.seed, epoch, torch.from_numpy(ids)), self.device),
-                media=media,
+                ids=to_device(torch.from_numpy(np.maximum(ids, 0)), self.device),
+                valid=to_device(valid, self.device),
+                seeds=to_device(sample_seeds(self.seed, epoch, torch.from_numpy(ids)), self.device),
+                media=self._assemble(decoded, len(ids)),
             )
         if self._stream:
             self._stream.synchronize()
         return batch
 
-    def _handed_over(self, batch: Batch) -> Batch:
-        """Return a batch whose memory is not used again before the caller's stream is done with it."""
-        if self._stream:
-            for each in (batch.ids, batch.valid, batch.seeds, *batch.media.values()):
-                each.record_stream(torch.cuda.current_stream(self.device))
-        return batch
+    def _decode_valid(self, ids: Ids, members: list[Members | None], transforms: list) -> list[_DecodedRows]:
+        """Decode the rows that have members, in as many parts as it takes to exclude undecodable ones.
 
-    def _decode(self, ids: Ids, members: list[Members | None], views: list) -> dict[str, Tensor]:
-        """Decode a batch; a sample that is refused is taken out of `members`.
-
-        Rows without a sample repeat one that was decoded, or are zero where none was.
+        If a part cannot be decoded, its halves are decoded separately: one bad sample among b costs 2 log2(b) smaller
+        decodes. A single undecodable sample is quarantined.
         """
-        rows = [(row, each) for row, each in enumerate(members) if each is not None]
-        decoded = self._decode_rows(ids, rows, views)
-        if len(decoded) == 1 and len(decoded[0][0]) == len(members):
-            return decoded[0][1]
-        places = [row for rows, _ in decoded for row in rows]
-        for row in set(range(len(members))) - set(places):
-            members[row] = None
+        decoded: list[_DecodedRows] = []
+        valid = [row for row, sample in enumerate(members) if sample is not None]
+        pending, num_undecodable = [valid] if valid else [], 0
+        while pending:
+            rows = pending.pop()
+            try:
+                media = self.pipeline.run([members[row] for row in rows], [transforms[row] for row in rows])  # pyright: ignore
+                decoded.append(_DecodedRows(rows, media))
+            except DecodeError as error:
+                if len(rows) > 1:
+                    middle = len(rows) // 2
+                    pending += [rows[middle:], rows[:middle]]
+                    continue
+                num_undecodable += 1
+                self.quarantine.reasons[int(ids[rows[0]])] = f"not decodable: {error}"
+                if num_undecodable > max(_MAX_UNDECODABLE, sum(len(part.rows) for part in decoded)):
+                    raise RuntimeError(
+                        f"{num_undecodable} samples of one batch of split {self.split.name} cannot be decoded; last "
+                        f"error: {error}. Inspect the split with tools/inspect_shards.py stats."
+                    ) from None
+        return decoded
+
+    def _assemble(self, decoded: list[_DecodedRows], num_rows: int) -> dict[str, Tensor]:
+        """Return the media of a batch from its decoded parts.
+
+        Masked rows repeat a decoded sample, or are zero if there is none.
+        """
+        if len(decoded) == 1 and len(decoded[0].rows) == num_rows:
+            return decoded[0].media
+        rows = torch.tensor([row for part in decoded for row in part.rows], dtype=torch.int64)
         media = {}
         for name, (shape, dtype) in self.pipeline.shapes.items():
-            media[name] = torch.zeros(len(members), *shape, dtype=dtype, device=self.device)
+            media[name] = torch.zeros(num_rows, *shape, dtype=dtype, device=self.device)
             if decoded:
-                media[name][:] = decoded[0][1][name][0]
-                values = torch.cat([each[name] for _, each in decoded])
-                media[name].index_copy_(0, on_device(torch.tensor(places), self.device), values)
+                media[name][:] = decoded[0].media[name][0]
+                values = torch.cat([part.media[name] for part in decoded])
+                media[name].index_copy_(0, to_device(rows, self.device), values)
         return media
 
-    def _decode_rows(
-        self, ids: Ids, rows: list[tuple[int, Members]], views: list
-    ) -> list[tuple[list[int], dict[str, Tensor]]]:
-        """Return what rows of a batch decode to, in as many parts as it takes to leave out those that are refused.
-
-        Halves of a refused batch are tried on their own: one bad sample among b costs 2 log2(b) smaller decodes.
-        """
-        done: list[tuple[list[int], dict[str, Tensor]]] = []
-        waiting, refused = [rows] if rows else [], 0
-        while waiting:
-            part = waiting.pop()
-            places = [row for row, _ in part]
-            try:
-                done.append((places, self.pipeline.run([each for _, each in part], [views[row] for row in places])))
-            except DecodeError as error:
-                if len(part) > 1:
-                    middle = len(part) // 2
-                    waiting += [part[middle:], part[:middle]]
-                    continue
-                refused += 1
-                self.quarantine.reasons[int(ids[places[0]])] = f"not decodable: {error}"
-                if refused > max(_MOST_REFUSED, sum(len(each) for each, _ in done)):
-                    raise RuntimeError(
-                        f"{refused} samples of one batch of split {self.split.name} cannot be decoded, the last of "
-                        f"them for this reason: {error}. Look at the split with tools/inspect_shards.py stats."
-                    ) from None
-        return done
-
-    def _read(self, sample: int) -> Members | None:
-        """Read the members of a sample; None for padding, and with an entry in the quarantine for damaged ones."""
-        if sample == PADDING or sample in self.quarantine.reasons:
-            return None
-        try:
-            return self.reader.read(sample)
-        except CorruptSampleError as reason:
-            self.quarantine.reasons[sample] = str(reason)
-            return None
+    def _record_stream(self, batch: Batch) -> Batch:
+        """Return a batch whose memory is not reused before the caller's stream has finished with it."""
+        if self._stream:
+            for values in (batch.ids, batch.valid, batch.seeds, *batch.media.values()):
+                values.record_stream(torch.cuda.current_stream(self.device))
+        return batch

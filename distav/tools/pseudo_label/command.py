@@ -1,25 +1,27 @@
-"""Harvest labels: what is heard and what is seen in each second, by a teacher for each modality (VALOR, Lai et al. 2023).
+"""Pseudo-label events: audio and visual events of each second, predicted by teachers (VALOR, Lai et al. 2023).
 
 tools/pseudo_label.py shards/llp_clips --prompts configs/teachers/llp.yaml --out labels/llp
 deepspeed --num_gpus 8 tools/pseudo_label.py shards/llp_clips --prompts configs/teachers/llp.yaml --out labels/llp
 
-Teachers score every second once, and scores are kept in OUT/scores; the same command goes on after a kill, and with
-other thresholds in the file of prompts it makes the tables anew without asking them again. An event is told where the
-score is above its threshold and the clip's own label has the class. OUT goes into
-phases.NAME.harvested; OUT/quality.json says how right it is where people watched and listened.
+A teacher for each modality scores every second. An event is predicted where the score exceeds the threshold of a class
+that the label of the clip contains. The scores are kept in OUT/scores: rerun the same command to resume after an
+interruption, or with other thresholds to write new tables without running the teachers again.
+
+OUT is the value of `phases.NAME.pseudo_labels`. OUT/quality.json has the accuracy on the splits with annotated events.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from distav.config.cli import add_rank_options, exit_with_error
 from distav.config.errors import UserError, format_list
@@ -28,41 +30,45 @@ from distav.data.annotations.events import events_table, load_events, num_segmen
 from distav.data.annotations.teacher_scores import (
     CHUNK,
     metadata_file,
-    manifest_digest,
     read_scores,
-    score_file,
     score_files,
+    score_metadata,
     write_scores,
 )
 from distav.data.dataset import ShardedDataset, Split
-from distav.data.files import write_atomically, write_table
+from distav.data.files import claim_dir, write_atomically, write_table
 from distav.data.modalities import MODALITIES
-from distav.data.pipeline.loader import Loader
+from distav.data.pipeline.loader import Batch, Loader
 from distav.data.pipeline.sampler import padded_batches
-from distav.distributed.collectives import barrier, broadcast, run_on_main_rank
+from distav.distributed.collectives import barrier, run_on_main_rank
 from distav.distributed.process_group import World, process_group
 from distav.evaluation.event_metrics import event_metrics
+from distav.evaluation.inference import iter_outputs
+from distav.tools.chunks import iter_rank_chunks, missing_chunks
 from distav.tools.pseudo_label.prompts import Prompts, read_prompts
-from distav.tools.pseudo_label.teachers import CLAPTeacher, CLIPTeacher, Teacher
+from distav.tools.pseudo_label.teachers import TEACHERS, Teacher
+
+MEDIA = {"audio": "audio", "visual": "frames"}
+"""Name of each modality in the media of a batch."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+    """Run the command and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
         if options.batch_size < 1:
-            raise UserError(f"--batch-size={options.batch_size}: allowed: from 1 up.")
+            raise UserError(f"--batch-size={options.batch_size}: has to be 1 or more.")
         shards = ShardedDataset.open(options.shards, cache_mib=DataConfig().cache_mib)
         prompts = read_prompts(options.prompts)
-        order = _check(shards, prompts, options.prompts)
+        _check_teachers(prompts, options.prompts)
+        class_indices = _class_indices(shards, prompts, options.prompts)
         splits = [shards.split(name, "--splits") for name in options.splits or shards.manifest["splits"]]
         with process_group(options.device, options.timeout_s, options.threads) as world:
-            out = options.out
-            run_on_main_rank(lambda: _claim(out, shards, prompts))
+            run_on_main_rank(lambda: _claim(options.out, shards, prompts))
             for split in splits:
-                _score(split, prompts, out, options.batch_size, world)
+                _score(split, prompts, options.out, options.batch_size, world)
             barrier()
-            run_on_main_rank(lambda: _tell(shards, prompts, order, out))
+            run_on_main_rank(lambda: _write_events(shards, prompts, class_indices, options.out))
     except UserError as error:
         return exit_with_error(error, "pseudo_label")
     return 0
@@ -73,109 +79,150 @@ def _parser() -> argparse.ArgumentParser:
         prog="pseudo_label.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("shards", metavar="SHARDS", help="the folder or URL of a set of clips")
-    add("--prompts", type=Path, required=True, metavar="FILE", help="teachers, captions and thresholds of each class")
-    add("--out", type=Path, required=True, metavar="OUT", help="folder for scores and tables")
-    add("--splits", nargs="+", default=[], metavar="NAME", help="splits to label; all of them")
+    add("shards", metavar="SHARDS", help="directory or URL of a dataset of clips")
+    add("--prompts", type=Path, required=True, metavar="FILE", help="teachers, captions and thresholds (YAML)")
+    add("--out", type=Path, required=True, metavar="OUT", help="directory of scores and tables")
+    add("--splits", nargs="+", default=[], metavar="NAME", help="splits to label (default: all)")
     add_rank_options(parser, 8, "scored")
     return parser
 
 
-def _check(shards: ShardedDataset, prompts: dict[str, Prompts], path: Path) -> list[int]:
-    """Return the place of each of the set's classes among the prompts."""
+def _check_teachers(prompts: dict[str, Prompts], path: Path) -> None:
+    """Check that the prompts file names a registered teacher of each modality.
+
+    Raises:
+        UserError: if it does not.
+    """
+    for modality, entry in prompts.items():
+        teacher = TEACHERS.select(entry.teacher, f"{path}: {modality}.teacher")
+        if teacher.modality != modality:
+            allowed = [name for name in TEACHERS if TEACHERS[name].modality == modality]
+            raise UserError(
+                f"{path}: {modality}.teacher={entry.teacher}: scores the modality '{teacher.modality}'; allowed: "
+                f"{format_list(allowed)}."
+            )
+
+
+def _class_indices(shards: ShardedDataset, prompts: dict[str, Prompts], path: Path) -> list[int]:
+    """Return the index in the prompts of each class of the dataset.
+
+    Raises:
+        UserError: if the dataset cannot be scored, or if it has a class without prompts.
+    """
     if shards.streams:
-        raise UserError(f"{shards.location} holds features; teachers look at clips and listen to them.")
+        raise UserError(f"{shards.location}: a dataset of features; teachers need a dataset of clips.")
     fps = float(shards.manifest["fps"])
     if fps != max(1, round(fps)):
         raise UserError(
-            f"{shards.location} stores {fps:g} frames a second, so that seconds have no frame of their own; make it with "
-            "a whole number of --fps."
+            f"{shards.location}: {fps:g} frames per second; teachers need an integer frame rate. Build the dataset "
+            "again with another --fps."
         )
-    asked = prompts[MODALITIES[0]].classes
-    missing = [name for name in shards.classes if name not in asked]
+    prompt_classes = prompts[MODALITIES[0]].classes
+    missing = [name for name in shards.classes if name not in prompt_classes]
     if missing:
         raise UserError(
-            f"{path}: has no prompts for {format_list(missing)} of {shards.location}; add them under classes, with a caption "
-            "and a threshold for each modality."
+            f"{path}: no prompts for the classes {format_list(missing)} of {shards.location}; add them under "
+            "`classes`, with a caption and a threshold for each modality."
         )
-    return [asked.index(name) for name in shards.classes]
+    return [prompt_classes.index(name) for name in shards.classes]
 
 
 def _claim(out: Path, shards: ShardedDataset, prompts: dict[str, Prompts]) -> None:
-    """Make sure that the scores in a folder, if any, are of this set and these captions."""
-    asked = {modality: [each.checkpoint, each.classes, each.captions] for modality, each in prompts.items()}
-    text = json.dumps({"set": manifest_digest(shards), "asked": asked}, indent=1, sort_keys=True)
-    path = metadata_file(out)
-    if path.exists() and path.read_text() != text:
-        raise UserError(f"{out} holds scores of another set, or for other captions; choose another --out or delete it.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.encode())
+    """Check that the scores in OUT, if any, are of this dataset, these teachers and these captions."""
+    entries = {modality: (entry.checkpoint, entry.classes, entry.captions) for modality, entry in prompts.items()}
+    metadata = score_metadata(shards, entries)
+    for modality, entry in prompts.items():
+        metadata["teachers"][modality]["teacher"] = entry.teacher
+    claim_dir(
+        metadata_file(out),
+        metadata,
+        f"{out} contains scores of another dataset, by other teachers or for other captions",
+        "choose another --out or delete it",
+    )
 
 
-def _score(split: Split, prompts: dict[str, Prompts], out: Path, batch: int, world: World) -> None:
-    """Let teachers score what they have not scored yet; ranks take chunks in turn."""
-    todo = broadcast([chunk for chunk, path in enumerate(score_files(out, split)) if not path.exists()])
-    if todo:
-        segments = num_segments(split)
-        audio = CLAPTeacher(prompts["audio"], world.device, split.sample_rate_hz, segments)
-        visual = CLIPTeacher(prompts["visual"], world.device)
-        data = DataConfig(
-            num_frames=segments, frame_stride=round(split.fps), frame_size=visual.frame_size, squash=True,
-            audio_s=float(segments),
-        )  # fmt: skip
-        loader = Loader(split, data, None, 0, batch, world.device)
-        bar = tqdm(total=len(todo), unit="chunk", desc=f"{split.name}, {CHUNK} clips each", disable=not world.is_main)
-        for number, chunk in enumerate(todo):
-            if number % world.world_size == world.rank:
-                ids = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, len(split)))
-                _score_chunk(loader, ids, {"audio": audio, "visual": visual}, out, chunk)
-            bar.update()
-        bar.close()
-        loader.close()
+def _score(split: Split, prompts: dict[str, Prompts], out: Path, batch_size: int, world: World) -> None:
+    """Write the score files of a split that do not exist yet."""
+    paths = score_files(out, split)
+    missing = missing_chunks(paths)
+    if not missing:
+        return
+    teachers = {
+        modality: TEACHERS[entry.teacher].from_prompts(entry, split, world.device)
+        for modality, entry in prompts.items()
+    }
+    segments = num_segments(split)
+    data = DataConfig(
+        num_frames=segments,
+        frame_stride=round(split.fps),
+        frame_size=teachers["visual"].frame_size,
+        squash=True,
+        audio_s=float(segments),
+    )
+    with closing(Loader(split, data, None, 0, batch_size, world.device)) as loader:
+        for chunk in iter_rank_chunks(missing, world, f"{split.name}, {CHUNK} clips each"):
+            ids = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, len(split)))
+            scores = _score_clips(loader, ids, batch_size, teachers)
+            write_scores(paths[chunk], scores["audio"], scores["visual"])
 
 
-def _score_chunk(loader: Loader, ids: np.ndarray, teachers: dict[str, Teacher], out: Path, chunk: int) -> None:
-    """Score some samples and write their file; NaN where one could not be read."""
-    found: dict[str, list[np.ndarray]] = {modality: [] for modality in MODALITIES}
-    size = loader.pipeline.batch
-    plan = padded_batches(ids, size, -(-len(ids) // size))
-    for batch in loader.batches((some, 0) for some in plan):
-        media = {"audio": batch.media["audio"], "visual": batch.media["frames"]}
-        for modality, teacher in teachers.items():
-            scores = teacher.scores(media[modality])
-            found[modality].append(scores.masked_fill(~batch.valid[:, None, None], torch.nan).cpu().numpy())
-    whole = {modality: np.concatenate(parts)[: len(ids)] for modality, parts in found.items()}
-    write_scores(score_file(out, loader.split.name, chunk), whole["audio"], whole["visual"])
+def _score_clips(
+    loader: Loader, ids: np.ndarray, batch_size: int, teachers: dict[str, Teacher]
+) -> dict[str, np.ndarray]:
+    """Return the scores of clips by modality, [n, T, C] float32; NaN for clips that cannot be read."""
+
+    def forward(batch: Batch) -> dict[str, Tensor]:
+        return {modality: teacher.scores(batch.media[MEDIA[modality]]) for modality, teacher in teachers.items()}
+
+    scores: dict[str, list[np.ndarray]] = {modality: [] for modality in teachers}
+    batches = padded_batches(ids, batch_size, -(-len(ids) // batch_size))
+    for _, batch, outputs in iter_outputs(forward, loader, batches):
+        for modality, output in outputs.items():
+            masked = output.masked_fill(~batch.valid[:, None, None], torch.nan)
+            scores[modality].append(masked.cpu().numpy())
+    return {modality: np.concatenate(parts)[: len(ids)] for modality, parts in scores.items()}
 
 
-def _tell(shards: ShardedDataset, prompts: dict[str, Prompts], order: list[int], out: Path) -> None:
-    """Write the events that pass their thresholds and the clips' own labels, and how right they are.
-
-    Splits are told of that were scored in this call or in an earlier one.
-    """
-    thresholds = np.stack([prompts[modality].thresholds[order] for modality in MODALITIES])[None, :, None, :]
-    tables, quality = [], dict[str, Any]()
+def _write_events(shards: ShardedDataset, prompts: dict[str, Prompts], class_indices: list[int], out: Path) -> None:
+    """Write the predicted events of all splits whose scores are complete, and their accuracy."""
+    thresholds = np.stack([prompts[modality].thresholds[class_indices] for modality in MODALITIES])[None, :, None, :]
+    tables: list[pa.Table] = []
+    quality: dict[str, Any] = {}
     for name in shards.manifest["splits"]:
         split = shards.split(name, "--splits")
         if not all(path.exists() for path in score_files(out, split)):
             continue
-        known = load_events(shards, split)
+        labels = load_events(shards, split)
         scores = read_scores(out, "--out", shards, split)
-        looked_at = np.isfinite(scores).all(axis=(1, 2, 3)).reshape(-1)
-        if missed := int((~looked_at).sum()):
-            print(f"{split.name}: {missed} clips could not be read; no event is told of them", file=sys.stderr)
-        told = (scores > thresholds) & known.weak[:, None, None]
-        sources = split.columns["source"]
-        tables.append(events_table(split.name, split.keys, sources, shards.classes, told, looked_at))
-        share = 100 * told.any(axis=2).mean(axis=(0, 2)) / max(1e-9, known.weak.mean())
-        line = f"{split.name}: of the classes of {len(split)} clips {share[0]:.1f} % are heard, {share[1]:.1f} % seen"
-        if known.events is not None:
-            quality[split.name] = event_metrics(told, known.events)
-            seconds = quality[split.name]["segment"]
-            line += f"; beside what people say: A {seconds['audio']:.1f}, V {seconds['visual']:.1f}, "
-            line += f"Type@AV {seconds['type']:.1f}, Event@AV {seconds['event']:.1f}"
-        print(line)
+        scored = np.isfinite(scores).all(axis=(1, 2, 3)).reshape(-1)
+        if not scored.all():
+            unreadable = int((~scored).sum())
+            print(f"{name}: {unreadable} clips could not be read; they get no pseudo-labels", file=sys.stderr)
+        predicted = (scores > thresholds) & labels.weak[:, None, None]
+        tables.append(
+            events_table(name, split.keys, split.columns["source"], shards.classes, predicted, annotated=scored)
+        )
+        if labels.events is not None:
+            quality[name] = event_metrics(predicted, labels.events)
+        print(_summary(name, predicted, labels.weak, quality.get(name)))
     write_table(out / "events.parquet", pa.concat_tables(tables))
     write_atomically(out / "quality.json", (json.dumps(quality, indent=1) + "\n").encode())
-    count = sum(len(each) - each.column("label").null_count for each in tables)
+    count = sum(len(table) - table.column("label").null_count for table in tables)
     print(f"{out / 'events.parquet'}: {count} events")
+
+
+def _summary(
+    split_name: str, predicted: np.ndarray, weak: np.ndarray, metrics: dict[str, dict[str, float]] | None
+) -> str:
+    """Return the fraction of the labels with events in each modality and, if known, the segment F-scores."""
+    audio, visual = 100 * predicted.any(axis=2).mean(axis=(0, 2)) / max(1e-9, weak.mean())
+    text = (
+        f"{split_name}: {len(weak)} clips; {audio:.1f} % of their labels have audio events, {visual:.1f} % visual ones"
+    )
+    if metrics:
+        scores = metrics["segment"]
+        text += (
+            f"; segment F-scores: audio {scores['audio']:.1f}, visual {scores['visual']:.1f}, "
+            f"Type@AV {scores['type']:.1f}, Event@AV {scores['event']:.1f}"
+        )
+    return text

@@ -31,21 +31,21 @@ def llp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str,
     return folder / "raw", folder / "shards", truth
 
 
-def test_a_set_of_features_holds_what_was_told(llp: tuple[Path, Path, dict[str, np.ndarray]]):
+def test_dataset_of_features_stores_features_and_annotations(llp: tuple[Path, Path, dict[str, np.ndarray]]):
     raw, root, truth = llp
     shards = ShardedDataset.open(root)
     assert shards.classes == list(CLASSES) and shards.multi_label
     assert shards.streams == {name: FeatureStream(*each) for name, each in STREAMS.items()}
     for name, count in SIZES.items():
         split = shards.split(name)
-        told = load_events(shards, split)
-        assert len(split) == count and told.num_segments == 10
+        labels = load_events(shards, split)
+        assert len(split) == count and labels.num_segments == 10
         expected = np.stack([truth[source] for source in split.columns["source"]])
-        assert np.array_equal(told.weak, expected.any(axis=(1, 2)))
+        assert np.array_equal(labels.weak, expected.any(axis=(1, 2)))
         if name == "train":
-            assert told.events is None
+            assert labels.events is None
         else:
-            assert told.events is not None and np.array_equal(told.events, expected)
+            assert labels.events is not None and np.array_equal(labels.events, expected)
     assert list(verify(root)) == []
     split = shards.split("train")
     loader = Loader(split, DataConfig(), None, 0, 5, torch.device("cpu"))
@@ -57,16 +57,18 @@ def test_a_set_of_features_holds_what_was_told(llp: tuple[Path, Path, dict[str, 
         assert np.array_equal(batch.media[name][2].numpy(), stored)
 
 
-def test_combinations_of_classes_are_classes_where_one_is_needed(llp: tuple[Path, Path, dict[str, np.ndarray]]):
+def test_combinations_of_classes_become_single_classes(llp: tuple[Path, Path, dict[str, np.ndarray]]):
     shards = ShardedDataset.open(llp[1])
     split = shards.split("train")
     labels, weak = load_labels(shards, split), load_events(shards, split).weak
-    for one in range(len(split)):
-        for other in range(one):
-            assert (labels.given[one] == labels.given[other]) == np.array_equal(weak[one], weak[other])
+    for sample in range(len(split)):
+        for other in range(sample):
+            assert (labels.given[sample] == labels.given[other]) == np.array_equal(weak[sample], weak[other])
 
 
-def test_altered_features_are_masked_and_named(llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path):
+def test_altered_features_are_quarantined_and_found_by_verify(
+    llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path
+):
     for path in llp[1].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     split = ShardedDataset.open(tmp_path).split("train")
@@ -78,10 +80,10 @@ def test_altered_features_are_masked_and_named(llp: tuple[Path, Path, dict[str, 
     batch = loader.load(np.array([0, 1, 2]), 0)
     assert batch.valid.tolist() == [True, False, True]
     assert loader.quarantine.reasons == {1: "vggish altered in train-000000.tar: CRC-32 differs"}
-    assert any("train-000000001" in fault and "vggish altered" in fault for fault in verify(tmp_path))
+    assert any("train-000000001" in error and "vggish altered" in error for error in verify(tmp_path))
 
 
-def test_missing_and_broken_features_are_rejected_by_name(tmp_path: Path):
+def test_missing_and_invalid_features_are_rejected_with_the_reason(tmp_path: Path):
     write_llp(tmp_path)
     (tmp_path / "vggish" / "v0-00000003.npy").unlink()
     np.save(tmp_path / "vggish" / "v0-00000004.npy", np.zeros((9, 8), np.float32))
@@ -89,14 +91,14 @@ def test_missing_and_broken_features_are_rejected_by_name(tmp_path: Path):
     np.save(tmp_path / "res152" / "v0-00000006.npy", np.array([{}], dtype=object), allow_pickle=True)
     llp_shards(tmp_path, tmp_path / "shards", status=3)
     rows = (tmp_path / "shards" / "rejected.csv").read_text().splitlines()[1:]
-    told = {row[:11]: row for row in rows}
-    assert set(told) == {f"v0-0000000{number}" for number in (3, 4, 5, 6)}
+    rejected = {row[:11]: row for row in rows}
+    assert set(rejected) == {f"v0-0000000{number}" for number in (3, 4, 5, 6)}
     for number, reason in ((3, "missing: no file"), (4, "(9, 8)"), (5, "not finite"), (6, "|O")):
-        assert reason in told[f"v0-0000000{number}"]
+        assert reason in rejected[f"v0-0000000{number}"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ((), "give either --videos DIR, or --features"),
         (("--features=audio:vggish={}/vggish",), "no stream of the modality 'visual'"),
@@ -109,13 +111,15 @@ def test_missing_and_broken_features_are_rejected_by_name(tmp_path: Path):
         (("--features=audio:a={}/vggish", "--features=visual:a={}/res152"), "two streams are named 'a'"),
     ],
 )
-def test_wrong_arguments_are_named(arguments: tuple[str, ...], told: str, tmp_path: Path):
+def test_invalid_arguments_are_reported(arguments: tuple[str, ...], message: str, tmp_path: Path):
     write_llp(tmp_path)
-    done = make_shards("llp", tmp_path, tmp_path / "out", *(each.format(tmp_path) for each in arguments), status=1)
-    assert told in done.stderr and "Traceback" not in done.stderr
+    done = make_shards(
+        "llp", tmp_path, tmp_path / "out", *(argument.format(tmp_path) for argument in arguments), status=1
+    )
+    assert message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_events_come_back_from_their_table(llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path):
+def test_events_are_restored_from_their_table(llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path):
     shards = ShardedDataset.open(llp[1])
     split = shards.split("train")
     events = np.random.default_rng(1).uniform(size=(len(split), 2, 10, 25)) < 0.3
@@ -124,35 +128,35 @@ def test_events_come_back_from_their_table(llp: tuple[Path, Path, dict[str, np.n
     )
     table = tmp_path / "events.parquet"
     weak = events.any(axis=(1, 2))
-    found, looked_at = read_events(table, "harvested", split, shards.classes, weak)
-    assert np.array_equal(found, events) and looked_at.all()
-    # Another set of some of the same videos, in another order.
+    restored, annotated = read_events(table, "key", split, shards.classes, weak)
+    assert np.array_equal(restored, events) and annotated.all()
+    # Another dataset with a subset of the videos, in another order.
     kept = np.random.default_rng(2).permutation(len(split))[:30]
     columns = {name: column[kept] for name, column in split.columns.items()}
     other = replace(split, columns=columns | {"id": np.arange(30)})
-    found, looked_at = read_events(table, "harvested", other, shards.classes, weak[kept])
-    assert np.array_equal(found, events[kept]) and looked_at.all()
-    strange = replace(split, columns=split.columns | {"source": split.columns["source"] + "x"})
-    with pytest.raises(UserError, match="no row names a video of"):
-        read_events(table, "harvested", strange, shards.classes, weak)
-    with pytest.raises(UserError, match="has no row of the split test, but of train"):
-        read_events(table, "harvested", shards.split("test"), shards.classes, weak)
+    restored, annotated = read_events(table, "key", other, shards.classes, weak[kept])
+    assert np.array_equal(restored, events[kept]) and annotated.all()
+    unrelated = replace(split, columns=split.columns | {"source": split.columns["source"] + "x"})
+    with pytest.raises(UserError, match="no row has a source of"):
+        read_events(table, "key", unrelated, shards.classes, weak)
+    with pytest.raises(UserError, match="no rows of split test; its rows belong to train"):
+        read_events(table, "key", shards.split("test"), shards.classes, weak)
 
 
-def test_a_clip_without_a_row_was_not_looked_at(llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path):
+def test_clip_without_a_row_is_not_annotated(llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path):
     shards = ShardedDataset.open(llp[1])
     split = shards.split("train")
     events = np.random.default_rng(1).uniform(size=(len(split), 2, 10, 25)) < 0.01
     events[:4] = False
-    looked_at = np.arange(len(split)) % 2 == 0
-    events[~looked_at] = False
-    table = events_table("train", split.keys, split.columns["source"], shards.classes, events, looked_at)
+    annotated = np.arange(len(split)) % 2 == 0
+    events[~annotated] = False
+    table = events_table("train", split.keys, split.columns["source"], shards.classes, events, annotated)
     pq.write_table(table, tmp_path / "events.parquet")
-    found = read_events(tmp_path / "events.parquet", "x", split, shards.classes, events.any(axis=(1, 2)))
-    assert np.array_equal(found[0], events) and np.array_equal(found[1], looked_at)
+    restored = read_events(tmp_path / "events.parquet", "key", split, shards.classes, events.any(axis=(1, 2)))
+    assert np.array_equal(restored[0], events) and np.array_equal(restored[1], annotated)
 
 
-def test_clips_of_one_video_are_told_apart_by_their_classes(
+def test_clips_of_one_video_are_distinguished_by_their_classes(
     llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path
 ):
     shards = ShardedDataset.open(llp[1])
@@ -162,57 +166,69 @@ def test_clips_of_one_video_are_told_apart_by_their_classes(
     weak = np.zeros((len(split), 25), dtype=bool)
     weak[3, 1] = weak[5, 2] = True
     other = replace(split, columns=split.columns | {"source": sources})
-    rows = [{"split": "train", "id": 0, "source": "twice", "modality": "audio", "label": CLASSES[kind], "start_s": kind,
-             "end_s": 9} for kind in (1, 2)]  # fmt: skip
+    rows = [
+        {
+            "split": "train",
+            "id": 0,
+            "source": "twice",
+            "modality": "audio",
+            "label": CLASSES[index],
+            "start_s": index,
+            "end_s": 9,
+        }
+        for index in (1, 2)
+    ]
     schema = pa.schema([field for field in EVENTS_SCHEMA if field.name != "key"])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "events.parquet")
-    events, looked_at = read_events(tmp_path / "events.parquet", "x", other, shards.classes, weak)
-    assert np.flatnonzero(looked_at).tolist() == [3, 5]
+    events, annotated = read_events(tmp_path / "events.parquet", "key", other, shards.classes, weak)
+    assert np.flatnonzero(annotated).tolist() == [3, 5]
     assert events[3, 0, 1:9, 1].all() and events[5, 0, 2:9, 2].all() and events.sum() == 15
 
 
-KNOWN = pa.schema([field for field in EVENTS_SCHEMA if field.name not in ("key", "source")])
+MATCHED_BY_ID = pa.schema([field for field in EVENTS_SCHEMA if field.name not in ("key", "source")])
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        ({"id": 48}, "row 0: id 48; allowed: whole numbers from 0 to 47"),
+        ({"id": 48}, "row 1: id 48; allowed: whole numbers from 0 to 47"),
         ({"modality": "smell"}, "modality 'smell'; allowed: audio, visual"),
-        ({"end_s": 11}, "from 2 to 11 s; allowed: whole seconds from 0 to 10"),
-        ({"start_s": None}, "from None to 5 s"),
+        ({"end_s": 11}, "start_s 2, end_s 11; allowed: whole seconds from 0 to 10"),
+        ({"start_s": None}, "start_s None, end_s 5"),
         ({"label": "Dig"}, "unknown class 'Dig'.*Did you mean 'Dog'"),
     ],
 )
-def test_rows_that_do_not_fit_are_named(
-    change: dict[str, object], told: str, llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path
+def test_invalid_rows_are_reported(
+    change: dict[str, object], message: str, llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path
 ):
     row = {"split": "train", "id": 3, "modality": "audio", "label": "Dog", "start_s": 2, "end_s": 5}
-    pq.write_table(pa.Table.from_pylist([row | change], schema=KNOWN), tmp_path / "events.parquet")
+    pq.write_table(pa.Table.from_pylist([row | change], schema=MATCHED_BY_ID), tmp_path / "events.parquet")
     shards = ShardedDataset.open(llp[1])
-    with pytest.raises(UserError, match=told):
-        read_events(tmp_path / "events.parquet", "x", shards.split("train"), shards.classes, np.zeros((48, 25), bool))
+    with pytest.raises(UserError, match=message):
+        read_events(tmp_path / "events.parquet", "key", shards.split("train"), shards.classes, np.zeros((48, 25), bool))
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
-        (np.zeros((3, 2), np.float64), "kind <f8"),
+        (np.zeros((3, 2), np.float64), "dtype <f8"),
         (np.zeros((2, 3), np.float32), "expected \\(3, 2\\)"),
         (np.full((3, 2), np.inf, np.float32), "not finite"),
     ],
 )
-def test_features_of_another_kind_are_refused(values: np.ndarray, told: str):
+def test_invalid_features_are_rejected(values: np.ndarray, message: str):
     assert decode_features(encode_features(np.ones((3, 2), np.float16)), FeatureStream("audio", 3, 2)).sum() == 6
-    with pytest.raises(DecodeError, match=told):
+    with pytest.raises(DecodeError, match=message):
         decode_features(encode_features(values), FeatureStream("audio", 3, 2))
     with pytest.raises(DecodeError, match="bytes; expected"):
         decode_features(encode_features(np.ones((3, 2), np.float32))[:-1], FeatureStream("audio", 3, 2))
 
 
-def test_a_manifest_with_strange_streams_is_refused(llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path):
+def test_manifest_with_an_invalid_stream_name_is_rejected(
+    llp: tuple[Path, Path, dict[str, np.ndarray]], tmp_path: Path
+):
     manifest = json.loads((llp[1] / "manifest.json").read_text())
     manifest["streams"]["../x"] = manifest["streams"].pop("vggish")
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"stream '../x' has no plain name"):
+    with pytest.raises(UserError, match=r"stream '../x' must have a plain name"):
         ShardedDataset.open(tmp_path)

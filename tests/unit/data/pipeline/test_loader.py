@@ -9,7 +9,6 @@ import torch
 
 from distav.config.errors import UserError
 from distav.config.schema import AugmentConfig, DataConfig
-from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.augmentation import ClipTransformSampler
 from distav.data.pipeline.decoder_selection import Decoder
@@ -27,47 +26,49 @@ def loader(root: Path, batch: int, augment: AugmentConfig | None = None, split: 
 
 @pytest.fixture
 def copied(tiny_shards: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_shards, tmp_path / "set"))
+    return Path(shutil.copytree(tiny_shards, tmp_path / "dataset"))
 
 
-def test_a_view_of_a_sample_is_the_same_in_any_batch(tiny_shards: Path):
-    whole = loader(tiny_shards, 6, AugmentConfig()).load(np.arange(6), epoch=3)
+def test_augmented_sample_is_the_same_in_any_batch(tiny_shards: Path):
+    full = loader(tiny_shards, 6, AugmentConfig()).load(np.arange(6), epoch=3)
     part = loader(tiny_shards, 2, AugmentConfig()).load(np.array([4, 1]), epoch=3)
-    assert torch.equal(whole.seeds[[4, 1]], part.seeds)
-    for name, fed in part.media.items():
-        assert torch.equal(whole.media[name][[4, 1]], fed)
+    assert torch.equal(full.seeds[[4, 1]], part.seeds)
+    for name, values in part.media.items():
+        assert torch.equal(full.media[name][[4, 1]], values)
     later = loader(tiny_shards, 6, AugmentConfig()).load(np.arange(6), epoch=4)
-    frames, sound = whole.media["frames"], whole.media["audio"]
-    assert not torch.equal(frames, later.media["frames"]) and not torch.equal(whole.seeds, later.seeds)
+    frames, audio = full.media["frames"], full.media["audio"]
+    assert not torch.equal(frames, later.media["frames"]) and not torch.equal(full.seeds, later.seeds)
     assert frames.shape == (6, 3, 24, 24, 3) and frames.dtype == torch.uint8
-    assert sound.shape == (6, 4000) and 0.01 < sound.abs().max() <= 1.1
+    assert audio.shape == (6, 4000) and 0.01 < audio.abs().max() <= 1.1
 
 
-def test_views_stay_within_their_bounds(tiny_shards: Path):
+def test_transforms_stay_within_their_limits(tiny_shards: Path):
     split = ShardedDataset.open(tiny_shards).split("train")
-    viewer = ClipTransformSampler(split, DATA, AugmentConfig(audio_shift_s=0.3, crop_area_min=0.3), 0)
-    plain = ClipTransformSampler(split, DATA, None, 0)
-    views = [viewer.sample(sample, epoch) for sample in range(40) for epoch in range(5)]
-    assert all(0 <= view.start_frame <= 3 for view in views)
-    assert all((view.crop >= 0).all() and (view.crop <= 1).all() for view in views)
-    areas = [(view.crop[2] - view.crop[0]) * (view.crop[3] - view.crop[1]) for view in views]
+    sampler = ClipTransformSampler(split, DATA, AugmentConfig(audio_shift_s=0.3, crop_area_min=0.3), 0)
+    transforms = [sampler.sample(sample, epoch) for sample in range(40) for epoch in range(5)]
+    crops = [transform.crop for transform in transforms]
+    assert all(0 <= transform.start_frame <= 3 for transform in transforms)
+    assert all((crop >= 0).all() and (crop <= 1).all() for crop in crops)
+    areas = [(crop[2] - crop[0]) * (crop[3] - crop[1]) for crop in crops]
     assert min(areas) > 0.29 and max(areas) > 0.8
-    assert 0.3 < np.mean([view.flip for view in views]) < 0.7
-    for view in views:
-        centred = (view.start_frame + 2.5) / 8 - 0.25
-        kept_inside = min(max(centred, 0), 0.5)
-        assert abs(view.audio_start / 8000 - kept_inside) <= 0.3 + 1e-3
-    wide = ClipTransformSampler(
-        replace(split, columns=split.columns | {"width": split.columns["width"] * 2}), DATA, None, 0
-    )
-    assert wide.sample(0, 0).crop.tolist() == [0, 0.25, 1, 0.75]
-    squashed = ClipTransformSampler(wide.split, replace(DATA, squash=True), None, 0)
+    assert 0.3 < np.mean([transform.flip for transform in transforms]) < 0.7
+    for transform in transforms:
+        centered = (transform.start_frame + 2.5) / 8 - 0.25
+        inside = min(max(centered, 0), 0.5)
+        assert abs(transform.audio_start / 8000 - inside) <= 0.3 + 1e-3
+
+
+def test_without_augmentation_the_center_of_a_clip_is_used(tiny_shards: Path):
+    split = ShardedDataset.open(tiny_shards).split("train")
+    center = ClipTransformSampler(split, DATA, None, 0).sample(0, 9)
+    assert (center.start_frame, center.flip, center.gain) == (1, False, 1.0)
+    wide = replace(split, columns=split.columns | {"width": split.columns["width"] * 2})
+    assert ClipTransformSampler(wide, DATA, None, 0).sample(0, 0).crop.tolist() == [0, 0.25, 1, 0.75]
+    squashed = ClipTransformSampler(wide, replace(DATA, squash=True), None, 0)
     assert squashed.sample(0, 0).crop.tolist() == [0, 0, 1, 1]
-    middle = plain.sample(0, 9)
-    assert (middle.start_frame, middle.flip, middle.gain) == (1, False, 1.0)
 
 
-def test_the_graph_gives_what_pyav_and_soundfile_give(tiny_shards: Path):
+def test_pipeline_equals_pyav_and_soundfile(tiny_shards: Path):
     import io
 
     import av
@@ -80,58 +81,58 @@ def test_the_graph_gives_what_pyav_and_soundfile_give(tiny_shards: Path):
     with av.open(io.BytesIO(member["video"])) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     expected = np.stack([frames[1], frames[3], frames[5]]).astype(int)
-    shown = batch.media["frames"][0].numpy().astype(int)
-    assert np.abs(shown - expected).mean() < 4  # chroma is upsampled differently
-    sound, _ = soundfile.read(io.BytesIO(member["audio"]), dtype="float32")
+    decoded = batch.media["frames"][0].numpy().astype(int)
+    assert np.abs(decoded - expected).mean() < 4  # Chroma is upsampled differently.
+    waveform, _ = soundfile.read(io.BytesIO(member["audio"]), dtype="float32")
     start = reader.transform_sampler.sample(5, 0).audio_start
-    np.testing.assert_allclose(batch.media["audio"][0].numpy(), sound[start : start + 4000], atol=1e-4)
+    np.testing.assert_allclose(batch.media["audio"][0].numpy(), waveform[start : start + 4000], atol=1e-4)
 
 
-def test_a_shift_past_the_end_is_silence(tiny_shards: Path):
+def test_audio_before_the_beginning_of_a_clip_is_silence(tiny_shards: Path):
     reader = loader(tiny_shards, 1)
-    member, view = reader._read(0), reader.transform_sampler.sample(0, 0)
-    assert member is not None
-    object.__setattr__(view, "audio_start", -1000)
-    sound = reader.pipeline.run([member], [view])["audio"]
-    assert (sound[0, :1000] == 0).all() and sound[0, 1000:].abs().max() > 0
+    members = reader._read(0)
+    assert members is not None and reader.transform_sampler is not None
+    transform = replace(reader.transform_sampler.sample(0, 0), audio_start=-1000)
+    audio = reader.pipeline.run([members], [transform])["audio"]
+    assert (audio[0, :1000] == 0).all() and audio[0, 1000:].abs().max() > 0
 
 
-def damage(root: Path, sample: int, kind: str) -> None:
+def damage(root: Path, sample: int, member: str) -> None:
     split = ShardedDataset.open(root).split("train")
     shard = split.shards[int(split.columns["shard"][sample])]
     content = bytearray(shard.read_bytes())
-    content[int(split.columns[f"{kind}_offset"][sample]) + 200] ^= 0x10
+    content[int(split.columns[f"{member}_offset"][sample]) + 200] ^= 0x10
     shard.write_bytes(content)
 
 
-def test_an_altered_member_is_masked_and_named_and_harms_no_other(copied: Path):
+def test_altered_members_are_quarantined_without_changing_other_samples(copied: Path):
     clean = loader(copied, 4).load(np.arange(4), 0)
     damage(copied, 2, "video")
     damage(copied, 3, "audio")
     reader = loader(copied, 4)
     batch = reader.load(np.arange(4), 0)
     assert batch.valid.tolist() == [True, True, False, False]
-    for name, fed in batch.media.items():
-        assert torch.equal(fed[:2], clean.media[name][:2])
+    for name, values in batch.media.items():
+        assert torch.equal(values[:2], clean.media[name][:2])
     assert set(reader.quarantine.reasons) == {2, 3}
     assert "video altered in train-000000.tar" in reader.quarantine.reasons[2]
     assert "audio altered" in reader.quarantine.reasons[3]
 
 
-def test_a_batch_of_bad_samples_alone_keeps_its_length(copied: Path):
+def test_batch_of_corrupt_samples_keeps_its_length(copied: Path):
     damage(copied, 0, "video")
     damage(copied, 1, "video")
     batch = loader(copied, 2).load(np.arange(2), 0)
     assert batch.valid.tolist() == [False, False] and batch.media["frames"].shape[0] == 2
 
 
-def test_a_clip_that_dali_refuses_is_found_out_and_masked(copied: Path):
+def test_clip_that_dali_cannot_decode_is_quarantined(copied: Path):
     reader = loader(copied, 3)
-    whole = reader._read
+    original = reader._read
 
     def read(sample: int):
-        member = whole(sample)
-        return member | {"video": b"no video at all" * 20} if sample == 1 else member
+        members = original(sample)
+        return members | {"video": b"no video at all" * 20} if sample == 1 else members
 
     reader._read = read  # type: ignore[method-assign]
     batch = reader.load(np.array([0, 1, 2]), 0)
@@ -140,7 +141,7 @@ def test_a_clip_that_dali_refuses_is_found_out_and_masked(copied: Path):
     assert reader.load(np.array([0, 2, 3]), 0).valid.all()
 
 
-def test_a_shard_that_goes_away_is_named(copied: Path):
+def test_samples_of_a_deleted_shard_are_quarantined(copied: Path):
     reader = loader(copied, 2)
     (copied / "train-000001.tar").unlink()
     batch = reader.load(np.array([0, 50]), 0)
@@ -148,13 +149,13 @@ def test_a_shard_that_goes_away_is_named(copied: Path):
     assert "train-000001.tar" in reader.quarantine.reasons[50]
 
 
-def test_padding_is_masked_and_not_bad(tiny_shards: Path):
+def test_padding_is_masked_but_not_quarantined(tiny_shards: Path):
     reader = loader(tiny_shards, 3)
     assert reader.load(np.array([3, PADDING, PADDING]), 0).valid.tolist() == [True, False, False]
     assert not reader.quarantine.reasons
 
 
-def test_batches_come_in_order_and_errors_reach_the_caller(tiny_shards: Path):
+def test_batches_are_ordered_and_errors_reach_the_caller(tiny_shards: Path):
     reader = loader(tiny_shards, 2)
     plan = [(np.array([2 * number, 2 * number + 1]), 0) for number in range(5)]
     assert [batch.ids.tolist() for batch in reader.batches(plan)] == [ids.tolist() for ids, _ in plan]
@@ -163,7 +164,7 @@ def test_batches_come_in_order_and_errors_reach_the_caller(tiny_shards: Path):
 
 
 @pytest.mark.parametrize("codec", [pytest.param("vp9", marks=pytest.mark.long), "h264"])
-def test_other_codecs_go_through_the_same_graph(codec: str, tmp_path: Path):
+def test_codecs_give_similar_frames(codec: str, tmp_path: Path):
     for name in ("mjpeg", codec):
         make_shards(
             "synthetic", tmp_path / name, "--train-clips=6", "--test-clips=1", f"--codec={name}", "--short-side=32"
@@ -171,9 +172,9 @@ def test_other_codecs_go_through_the_same_graph(codec: str, tmp_path: Path):
     first, second = (loader(tmp_path / name, 6) for name in ("mjpeg", codec))
     assert second.pipeline.route.decoder is (Decoder.pyav if codec == "h264" else Decoder.video)
     ids = np.arange(6)
-    one, other = (each.load(ids, 0).media["frames"].int() for each in (first, second))
-    assert second.load(ids, 0).valid.all()
-    assert (one - other).abs().float().mean() < 12
+    expected, batch = first.load(ids, 0), second.load(ids, 0)
+    assert batch.valid.all()
+    assert (expected.media["frames"].int() - batch.media["frames"].int()).abs().float().mean() < 12
 
 
 def test_webdataset_reads_the_shards(tiny_shards: Path):
@@ -202,7 +203,7 @@ def test_dali_reads_the_shards_by_their_index(tiny_shards: Path):
     assert [json.loads(bytes(facts.at(row)))["id"] for row in range(4)] == [0, 1, 2, 3]
 
 
-def test_broken_sets_are_named(copied: Path, tmp_path: Path):
+def test_invalid_datasets_are_reported(copied: Path, tmp_path: Path):
     with pytest.raises(UserError, match="no manifest.json"):
         ShardedDataset.open(tmp_path)
     shards = ShardedDataset.open(copied)
@@ -212,26 +213,6 @@ def test_broken_sets_are_named(copied: Path, tmp_path: Path):
     tar.write_bytes(tar.read_bytes()[:-1024])
     with pytest.raises(UserError, match=r"train-000001.tar: \d+ bytes, expected"):
         shards.split("train")
-    (copied / "index.parquet").write_bytes(b"nonsense")
+    (copied / "index.parquet").write_bytes(b"invalid!")
     with pytest.raises(UserError, match="index.parquet has 8 bytes"):
         shards.split("test")
-
-
-def test_a_users_labels_replace_the_given_ones(tiny_shards: Path, tmp_path: Path):
-    shards = ShardedDataset.open(tiny_shards)
-    split = shards.split("train")
-    given = load_labels(shards, split).given
-    table = tmp_path / "mine.csv"
-    table.write_text("key,label\ntrain-000000003,disc+tone\n")
-    replaced = load_labels(shards, split, str(table)).given
-    assert shards.classes[replaced[3]] == "disc+tone"
-    assert np.array_equal(np.delete(replaced, 3), np.delete(given, 3))
-    table.write_text("key,label\ntrain-000000003,disk+tone\n")
-    with pytest.raises(UserError, match=r"unknown class 'disk\+tone'.*'disc\+tone'"):
-        load_labels(shards, split, str(table))
-    table.write_text("id,label\n999,disc+tone\n")
-    with pytest.raises(UserError, match="999"):
-        load_labels(shards, split, str(table))
-    table.write_text("name,label\nx,y\n")
-    with pytest.raises(UserError, match="needs `id` or `key`"):
-        load_labels(shards, split, str(table))

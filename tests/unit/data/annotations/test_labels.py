@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from distav.config.errors import UserError
+from distav.data.annotations.labels import load_labels
+from distav.data.dataset import ShardedDataset, Split
+
+KEYS = ["train-000000003", "train-000000004"]
+
+
+@pytest.fixture(scope="module")
+def shards(tiny_shards: Path) -> ShardedDataset:
+    return ShardedDataset.open(tiny_shards)
+
+
+@pytest.fixture(scope="module")
+def split(shards: ShardedDataset) -> Split:
+    return shards.split("train")
+
+
+def test_override_replaces_given_labels_of_its_rows(shards: ShardedDataset, split: Split, tmp_path: Path):
+    given = load_labels(shards, split).given
+    (tmp_path / "labels.csv").write_text(f"key,label\n{KEYS[0]},disc+tone\n{KEYS[1]},\n")
+    replaced = load_labels(shards, split, str(tmp_path / "labels.csv")).given
+    assert shards.classes[replaced[3]] == "disc+tone"
+    assert np.array_equal(np.delete(replaced, 3), np.delete(given, 3))
+
+
+def test_corrected_labels_take_precedence_over_labels(shards: ShardedDataset, split: Split, tmp_path: Path):
+    columns = {"id": [3], "label": [shards.classes[0]], "corrected_label": [shards.classes[1]]}
+    pq.write_table(pa.table(columns), tmp_path / "labels.parquet")
+    assert load_labels(shards, split, str(tmp_path / "labels.parquet")).given[3] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"key,label\n{KEYS[0]},disk+tone\n", r"unknown class 'disk\+tone'.*'disc\+tone'"),
+        ("id,label\n999,disc+tone\n", "1 of 1 rows refer to samples that split train of .* does not have: 999"),
+        ("key,label\nclip,disc+tone\n", "does not have: clip"),
+        ("name,label\nx,y\n", "needs `id` or `key`"),
+        ("id,label,label\n3,a,b\n", "more than one column is named 'label'"),
+        (
+            f"key,label\n{KEYS[0]},disc+tone\n{KEYS[1]},disc+tone\n{KEYS[0]},bars+tone\n{KEYS[0]},disc+tone\n",
+            f"key '{KEYS[0]}' occurs in 3 rows: 1, 3, 4; keep one",
+        ),
+        ("id,label\n7,disc+tone\n7,disc+tone\n", "id '7' occurs in 2 rows: 1, 2; keep one"),
+    ],
+)
+def test_invalid_override_is_reported(shards: ShardedDataset, split: Split, tmp_path: Path, content: str, message: str):
+    (tmp_path / "labels.csv").write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_labels(shards, split, str(tmp_path / "labels.csv"))
+    assert "labels.csv" in str(error.value)
+
+
+@pytest.mark.parametrize(("column", "values"), [("label", [["disc+tone"]]), ("key", [[KEYS[0]]])])
+def test_override_with_lists_is_reported(
+    shards: ShardedDataset, split: Split, tmp_path: Path, column: str, values: list
+):
+    columns = {"key": [KEYS[0]], "label": ["disc+tone"]} | {column: values}
+    pq.write_table(pa.table(columns), tmp_path / "labels.parquet")
+    with pytest.raises(UserError, match="unknown class|does not have"):
+        load_labels(shards, split, str(tmp_path / "labels.parquet"))
