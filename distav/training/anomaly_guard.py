@@ -50,7 +50,7 @@ class AnomalyGuard:
             reason = f"the loss is not finite on {len(ids)} clips, {format_list(run.data.train.keys[ids])}"
         if run.world.is_main:
             run.logger.warn(f"phase={self.name} step {run.progress.step} skipped: {reason}")
-        if self._consecutive_skips >= run.settings.run.max_consecutive_skipped_steps:
+        if self._consecutive_skips >= run.config.run.max_consecutive_skipped_steps:
             raise UserError(
                 f"{self._consecutive_skips} steps in a row of phase {self.name} were skipped, the limit "
                 f"run.max_consecutive_skipped_steps: {reason}. The weights and the last checkpoint are valid. Lower "
@@ -63,7 +63,7 @@ class AnomalyGuard:
         Args:
             losses: one scalar per micro-batch.
         """
-        factor = self.run.settings.optim.loss_spike_factor
+        factor = self.run.config.optim.loss_spike_factor
         if not factor or self.run.engine.skipped:
             return False
         loss = float(all_reduce_sum_(torch.stack(list(losses)).mean()) / get_world_size())
@@ -101,7 +101,7 @@ def roll_back(run: Run) -> None:
     if not run.roll_back():
         run.logger.warn("No checkpoint of this phase to roll back to; training continues.")
         return
-    run.progress.skipped_batches += spike_step - run.progress.step + run.settings.optim.loss_spike_skip_batches
+    run.progress.skipped_batches += spike_step - run.progress.step + run.config.optim.loss_spike_skip_batches
     run.logger.info(
         f"rolled back to step {run.progress.step}; {run.progress.skipped_batches} batches of this phase skipped so far"
     )

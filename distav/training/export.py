@@ -32,10 +32,10 @@ def export(run: Run, weights: dict[str, Tensor], report: dict[str, Any]) -> None
 
 
 def _description(run: Run) -> dict[str, Any]:
-    split, data = run.data.train, run.settings.data
+    split, data = run.data.train, run.config.data
     description = {
         "format": EXPORT_FORMAT,
-        "model": dataclasses.asdict(run.settings.model),
+        "model": dataclasses.asdict(run.config.model),
         "segments": run.engine.model.segments,
         "classes": run.data.shards.classes,
     }
@@ -61,14 +61,14 @@ def _model_card(run: Run, inputs: dict[str, Any], report: dict[str, Any]) -> str
     data = run.data
     figures = json.dumps({name: report[name] for name in _CARD_FIGURES if name in report}, indent=1)
     title, input_lines, usage = _parser_card(run) if data.train.streams else _encoder_card(run, inputs)
-    return f"""# {run.settings.run.name}
+    return f"""# {run.config.run.name}
 
 {title}
 
 - Data: `{Path(data.shards.location).name}`, {len(data.train)} training clips, {len(data.shards.classes)} classes.
 {input_lines}
 - Noise: {_noise_estimates(report)}.
-- Phases: {", ".join(run.settings.phases)}.
+- Phases: {", ".join(run.config.phases)}.
 
 Metrics:
 
@@ -90,7 +90,7 @@ def _parser_card(run: Run) -> tuple[str, str, str]:
 
 
 def _encoder_card(run: Run, inputs: dict[str, Any]) -> tuple[str, str, str]:
-    model = run.settings.model
+    model = run.config.model
     input_lines = f"""- Towers: visual `{model.visual.name}`, audio `{model.audio.name}`.
 - Input: {inputs["num_frames"]} frames of {inputs["frame_size"]} x {inputs["frame_size"]} pixels, uint8, every
   {inputs["frame_stride"]} frames at {inputs["fps"]:g} fps; {inputs["audio_s"]:g} s of mono audio at

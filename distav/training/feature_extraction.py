@@ -44,7 +44,7 @@ def extract_features(run: Run) -> tuple[list[FeatureSpace], Tensor]:
                 bank.register_column(column, values.shape[1:])[rows] = values[real]
             done[rows] = torch.where(batch.valid[real], _VALID, _INVALID).to(done.dtype)
             run.progress.extracted_batches += 1
-            if run.progress.extracted_batches % run.settings.run.checkpoint_every == 0:
+            if run.progress.extracted_batches % run.config.run.checkpoint_every == 0:
                 run.save()
             run.stop_if_requested()
     valid = bank.pop_column(_DONE) == _VALID

@@ -42,7 +42,7 @@ def evaluate_clips(run: Run) -> dict[str, Any] | None:
             embeddings.append((outputs["visual"][valid], outputs["audio"][valid], targets[batch.ids[valid]]))
     *correct, count = all_reduce_sum_(hits).tolist()
     accuracy = {}
-    if any(isinstance(phase, SupervisedPhase) for phase in run.settings.phases.values()):
+    if any(isinstance(phase, SupervisedPhase) for phase in run.config.phases.values()):
         accuracy = {name: value / max(1.0, count) for name, value in zip(_CLASSIFIERS, correct, strict=True)}
     visual, audio, classes = (torch.cat(column) for column in zip(*embeddings, strict=True))
     return accuracy | retrieval(visual, audio, classes)

@@ -81,7 +81,7 @@ class TrainingLoop:
                 if not self._step(step, batches):
                     return False
                 if run.progress.step < self.total_steps:
-                    if run.progress.step % run.settings.run.checkpoint_every == 0:
+                    if run.progress.step % run.config.run.checkpoint_every == 0:
                         run.save()
                     run.stop_if_requested()
         finally:
@@ -102,7 +102,7 @@ class TrainingLoop:
 
     def _step(self, step: int, batches: Iterator[Batch]) -> bool:
         """Do one optimizer step and log it; returns False if its loss is a spike."""
-        run, optim = self.run, self.run.settings.optim
+        run, optim = self.run, self.run.config.optim
         factor = lr_factor((step + 1) / self.total_steps, optim.warmup_fraction, optim.min_lr_fraction)
         run.engine.set_lr(self.tower_lr * factor, self.head_lr * factor)
         micro_batches, grad_norm = self._accumulate(step, batches)
@@ -116,9 +116,9 @@ class TrainingLoop:
         else:
             self.guard.record_success()
             self.logger.add(losses)
-        if run.progress.step % run.settings.run.log_every == 0 or run.progress.step == self.total_steps:
+        if run.progress.step % run.config.run.log_every == 0 or run.progress.step == self.total_steps:
             self.logger.log(self.head_lr * factor, grad_norm)
-        if (run.progress.total_steps - 1) % run.settings.monitor.media_every == 0:
+        if (run.progress.total_steps - 1) % run.config.monitor.media_every == 0:
             log_inputs(run, micro_batches[-1][0])
         return True
 
@@ -126,7 +126,7 @@ class TrainingLoop:
         """Accumulate the gradients of a step and update the weights; returns its micro-batches and gradient norm."""
         engine, grad_norm = self.run.engine, torch.zeros(())
         micro_batches: MicroBatches = []
-        for _ in range(self.run.settings.optim.gradient_accumulation_steps):
+        for _ in range(self.run.config.optim.gradient_accumulation_steps):
             wait_started = time.monotonic()
             batch = next(batches)
             self.logger.data_wait_s += time.monotonic() - wait_started

@@ -16,7 +16,7 @@ _MAX_INTERVAL_WIDTH = 0.5
 
 def write_report(run: Run) -> None:
     """Evaluate on the test split, export the network, write report.json and print the summary; all ranks call this."""
-    parses_events = [isinstance(phase, EventParsingPhase) for phase in run.settings.phases.values()]
+    parses_events = [isinstance(phase, EventParsingPhase) for phase in run.config.phases.values()]
     test = None if all(parses_events) else final_evaluation.evaluate_clips(run)
     events = final_evaluation.evaluate_events(run) if any(parses_events) else None
     weights = run.engine.full_state_dict()

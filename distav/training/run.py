@@ -38,7 +38,7 @@ class Run:
     """A run in progress, as the phases see it.
 
     Attributes:
-        settings: config of the run.
+        config: config of the run.
         world: rank, world size and device.
         folder: the run directory.
         data: training and test split with their labels.
@@ -52,7 +52,7 @@ class Run:
         state: what phases leave to later ones and to the report.
     """
 
-    settings: Config
+    config: Config
     world: World
     folder: Path
     data: DataModule
@@ -69,19 +69,19 @@ class Run:
     @property
     def micro_batch(self) -> int:
         """Number of samples of this rank in a micro-batch."""
-        optim = self.settings.optim
+        optim = self.config.optim
         return micro_batch_size(optim.global_batch, optim.gradient_accumulation_steps, self.world.world_size)
 
     def sampler(self, phase: int) -> GlobalBatchSampler:
         """Return the sampler of a phase, given by its number."""
-        settings, sizes = self.settings, self.data.train.shard_sizes
-        seed = settings.run.seed * 1000 + phase
+        config, sizes = self.config, self.data.train.shard_sizes
+        seed = config.run.seed * 1000 + phase
         return GlobalBatchSampler(
             sizes,
             seed,
-            settings.data.shuffle_block_shards,
-            settings.optim.global_batch,
-            settings.optim.gradient_accumulation_steps,
+            config.data.shuffle_block_shards,
+            config.optim.global_batch,
+            config.optim.gradient_accumulation_steps,
         )
 
     def start_phase_timer(self, reset: bool = False) -> None:
@@ -139,7 +139,7 @@ class Run:
 
     def reinitialize(self) -> None:
         """Reinitialize the weights and the bank embeddings; corrected labels and correspondence estimates are kept."""
-        self.engine.reinitialize(self.settings.run.seed * 1000 + self.progress.phase)
+        self.engine.reinitialize(self.config.run.seed * 1000 + self.progress.phase)
         self.bank.reinitialize()
         self.state.nce_partition = None
         self.state.given_labels_learned = False
@@ -168,7 +168,7 @@ class Run:
         Raises:
             UserError: if they exceed `data.max_quarantined_fraction`; names the first of them.
         """
-        reasons, max_fraction = self.quarantined_samples(), self.settings.data.max_quarantined_fraction
+        reasons, max_fraction = self.quarantined_samples(), self.config.data.max_quarantined_fraction
         self.loader.quarantine.reasons.update(reasons)
         if len(reasons) > max_fraction * len(self.data.train):
             first = "; ".join(f"{self.data.train.keys[sample]}: {why}" for sample, why in list(reasons.items())[:3])
@@ -189,8 +189,8 @@ class Run:
             quarantine: records samples that cannot be read; a new one by default.
             options: passed to the network's forward.
         """
-        settings = self.settings
-        loader = Loader(split, settings.data, None, settings.run.seed, self.micro_batch, self.world.device)
+        config = self.config
+        loader = Loader(split, config.data, None, config.run.seed, self.micro_batch, self.world.device)
         loader.quarantine = quarantine or loader.quarantine
         self.engine.train(False)
         try:
@@ -201,54 +201,54 @@ class Run:
 
 
 @contextmanager
-def open_run(settings: Config, world: World) -> Iterator[Run]:
+def open_run(config: Config, world: World) -> Iterator[Run]:
     """Open a run: a new one, or one restored from its last checkpoint.
 
     Raises:
-        UserError: if settings and data are inconsistent, or the run directory belongs to another run.
+        UserError: if config and data are inconsistent, or the run directory belongs to another run.
     """
-    data = DataModule.open(settings)
-    folder = Path(settings.run.root) / settings.run.name
+    data = DataModule.open(config)
+    folder = Path(config.run.root) / config.run.name
     with ExitStack() as stack:
-        stack.enter_context(lock_run_dir(folder, settings, world))
+        stack.enter_context(lock_run_dir(folder, config, world))
         set_record_dir(folder / "logs" / "collectives")
         logger = MetricLogger(folder, world)
         stack.callback(logger.close)
-        engine = Engine(lambda: _build_model(settings, data), settings, world)
-        bank = _build_bank(settings, world, len(data.train), len(data.shards.classes))
-        checkpoints = CheckpointManager(folder / "checkpoints", settings.run.keep_checkpoints)
-        progress, state = checkpoints.restore(engine, bank, logger.warn) or _initialize(engine, settings, logger)
-        micro = micro_batch_size(
-            settings.optim.global_batch, settings.optim.gradient_accumulation_steps, world.world_size
+        engine = Engine(lambda: _build_model(config, data), config, world)
+        bank = _build_bank(config, world, len(data.train), len(data.shards.classes))
+        checkpoints = CheckpointManager(folder / "checkpoints", config.run.keep_checkpoints)
+        progress, state = checkpoints.restore(engine, bank, logger.warn) or _initialize(engine, config, logger)
+        micro_batch = micro_batch_size(
+            config.optim.global_batch, config.optim.gradient_accumulation_steps, world.world_size
         )
-        loader = Loader(data.train, settings.data, settings.augment, settings.run.seed, micro, world.device)
+        loader = Loader(data.train, config.data, config.augment, config.run.seed, micro_batch, world.device)
         stack.callback(loader.close)
         loader.quarantine.reasons |= state.quarantined
         shutdown = stack.enter_context(handle_signals())
-        run = Run(settings, world, folder, data, logger, engine, bank, loader, checkpoints, shutdown, progress, state)
+        run = Run(config, world, folder, data, logger, engine, bank, loader, checkpoints, shutdown, progress, state)
         _log_startup(run)
         yield run
         run.finish_saving()
 
 
-def _build_model(settings: Config, data: DataModule) -> AVModel | FeatureParser:
+def _build_model(config: Config, data: DataModule) -> AVModel | FeatureParser:
     num_classes, segments = len(data.shards.classes), num_segments(data.train)
     if data.train.streams:
-        return FeatureParser(settings.model.parser, data.train.streams, segments, num_classes)
-    parses = any(isinstance(phase, EventParsingPhase) for phase in settings.phases.values())
+        return FeatureParser(config.model.parser, data.train.streams, segments, num_classes)
+    parses_events = any(isinstance(phase, EventParsingPhase) for phase in config.phases.values())
     rate = data.train.sample_rate_hz
-    return AVModel(settings.model, settings.data, rate, num_classes, segments if parses else 0)
+    return AVModel(config.model, config.data, rate, num_classes, segments if parses_events else 0)
 
 
-def _initialize(engine: Engine, settings: Config, logger: MetricLogger) -> tuple[Progress, RunState]:
+def _initialize(engine: Engine, config: Config, logger: MetricLogger) -> tuple[Progress, RunState]:
     """Return progress and state of a new run; loads the weights of `model.pretrained`, if set."""
-    source = settings.model.pretrained
+    source = config.model.pretrained
     if source:
         try:
             weights = load_weights(Path(source).expanduser())
         except UserError as error:
             raise UserError(f"model.pretrained={source}: {error}") from None
-        loaded = engine.reinitialize(settings.run.seed, weights)
+        loaded = engine.reinitialize(config.run.seed, weights)
         if not loaded:
             raise UserError(
                 f"model.pretrained={source}: none of its weights fits this network; use its `model` settings."
@@ -258,32 +258,32 @@ def _initialize(engine: Engine, settings: Config, logger: MetricLogger) -> tuple
     return Progress(), RunState()
 
 
-def _build_bank(settings: Config, world: World, num_samples: int, num_classes: int) -> Bank:
-    size = 2 * num_samples * settings.model.embed_dim * 4
-    contrastive = [phase for phase in settings.phases.values() if isinstance(phase, ContrastivePhase)]
-    remembers = any(phase.category_memory_weight for phase in contrastive)
+def _build_bank(config: Config, world: World, num_samples: int, num_classes: int) -> Bank:
+    num_bytes = 2 * num_samples * config.model.embed_dim * 4
+    contrastive = [phase for phase in config.phases.values() if isinstance(phase, ContrastivePhase)]
+    uses_category_memory = any(phase.category_memory_weight for phase in contrastive)
     return Bank(
         num_samples,
-        settings.model.embed_dim,
-        settings.memory_bank.momentum,
+        config.model.embed_dim,
+        config.memory_bank.momentum,
         world.device,
-        settings.run.seed,
-        num_categories=(settings.model.num_categories or num_classes) if remembers else 0,
-        replicated=size <= settings.memory_bank.replicate_below_mib * 2**20,
-        dtype=torch.bfloat16 if world.device.type == "cuda" and trains_in_bf16(settings, world) else torch.float32,
+        config.run.seed,
+        num_categories=(config.model.num_categories or num_classes) if uses_category_memory else 0,
+        replicated=num_bytes <= config.memory_bank.replicate_below_mib * 2**20,
+        dtype=torch.bfloat16 if world.device.type == "cuda" and trains_in_bf16(config, world) else torch.float32,
     )
 
 
 def _log_startup(run: Run) -> None:
-    data, settings = run.data, run.settings
+    data, config = run.data, run.config
     num_parameters = sum(getattr(each, "ds_numel", each.numel()) for each in run.engine.model.parameters())
     run.logger.info(
         f"{run.folder}: {len(data.train)} training clips, {len(data.shards.classes)} classes, "
         f"{num_parameters / 1e6:.1f}M parameters, {run.world.world_size} rank(s) on {run.world.device.type}, "
-        f"ZeRO stage {run.engine.stage}, phases: {', '.join(settings.phases)}"
+        f"ZeRO stage {run.engine.stage}, phases: {', '.join(config.phases)}"
     )
-    if run.progress.phase == len(settings.phases):
+    if run.progress.phase == len(config.phases):
         run.logger.info("all phases are finished; writing the report")
     elif run.progress.total_steps or run.progress.phase:
-        phase = list(settings.phases)[run.progress.phase]
+        phase = list(config.phases)[run.progress.phase]
         run.logger.info(f"resuming in phase {phase} after step {run.progress.step}")

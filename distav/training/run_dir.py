@@ -49,38 +49,38 @@ RESUMABLE_CHANGES = (
 
 
 @contextlib.contextmanager
-def lock_run_dir(folder: Path, settings: Config, world: World) -> Iterator[None]:
+def lock_run_dir(folder: Path, config: Config, world: World) -> Iterator[None]:
     """Create the run directory, or check that it belongs to this run, and lock it; called by all ranks.
 
     Raises:
         UserError: on all ranks, if it belongs to another run, is locked by another process, or cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        error = broadcast(_prepare(folder, settings, world, stack) if get_rank() == 0 else None)
+        error = broadcast(_prepare(folder, config, world, stack) if get_rank() == 0 else None)
         if error:
             raise UserError(error)
         barrier()
         yield
 
 
-def _prepare(folder: Path, settings: Config, world: World, stack: contextlib.ExitStack) -> str | None:
+def _prepare(folder: Path, config: Config, world: World, stack: contextlib.ExitStack) -> str | None:
     """Lock the directory and write config.yaml and environment.json; returns an error message or None."""
-    config_file, config = folder / "config.yaml", loading.to_yaml(settings)
+    config_file, config_yaml = folder / "config.yaml", loading.to_yaml(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _lock(stack.enter_context(open(folder / "lock", "a+")), folder)
-        difference = _first_difference(config_file.read_text(), config) if config_file.exists() else ""
+        difference = _first_difference(config_file.read_text(), config_yaml) if config_file.exists() else ""
         if difference:
             return (
                 f"{folder} holds a run with other settings ({difference}). Choose another run.name, or delete the "
                 "directory to start over."
             )
-        write_atomically(config_file, config.encode())
+        write_atomically(config_file, config_yaml.encode())
         write_atomically(folder / "environment.json", json.dumps(_environment(world), indent=1).encode())
     except UserError as error:
         return str(error)
     except OSError as error:
-        return f"run.root={settings.run.root}: {folder} cannot be written: {error.strerror}."
+        return f"run.root={config.run.root}: {folder} cannot be written: {error.strerror}."
     return None
 
 

@@ -14,7 +14,7 @@ from distav.training.run import Run
 
 def log_inputs(run: Run, batch: Batch) -> None:
     """Log the first clips of a batch to TensorBoard, as the network receives them."""
-    num_clips = run.settings.monitor.media_clips
+    num_clips = run.config.monitor.media_clips
     if run.world.is_main and num_clips and "frames" in batch.media:
         frames, audio = (batch.media[name][:num_clips] for name in ("frames", "audio"))
         # Calling the module itself would run ZeRO-3's hooks, which wait for all ranks.
@@ -53,12 +53,12 @@ class StepLogger:
             return
         losses = self._mean_losses()
         elapsed_s = max(time.monotonic() - self._line_started, 1e-9)
-        steps = len(self._losses) / run.settings.optim.gradient_accumulation_steps
+        steps = len(self._losses) / run.config.optim.gradient_accumulation_steps
         scalars = {
             **{f"train/{name}": value for name, value in losses.items()},
             "train/lr": lr,
             "train/grad_norm": norm,
-            "time/clips_per_s": steps * run.settings.optim.global_batch / elapsed_s,
+            "time/clips_per_s": steps * run.config.optim.global_batch / elapsed_s,
             "time/data_wait_pct": 100 * self.data_wait_s / elapsed_s,
             "memory/peak_gib": peak_memory_gib(run.world.device),
             "data/quarantined_samples": len(run.enforce_quarantine_limit()),

@@ -30,17 +30,17 @@ DERIVED_KEYS = (
 """Keys of the DeepSpeed config that follow from other settings and are not allowed in `deepspeed.extra`."""
 
 
-def deepspeed_config(settings: Config, world: World) -> dict[str, Any]:
+def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
     """Return the DeepSpeed config of a run.
 
     Raises:
         UserError: if the global batch cannot be divided among the ranks, or `deepspeed.extra` has a derived key.
     """
-    optim, extra = settings.optim, settings.deepspeed.extra
+    optim, extra = config.optim, config.deepspeed.extra
     for key in DERIVED_KEYS:
         if key in extra:
             raise UserError(f"deepspeed.extra.{key} follows from `optim`; set optim.* instead.")
-    config: dict[str, Any] = {
+    derived: dict[str, Any] = {
         "train_batch_size": optim.global_batch,
         "train_micro_batch_size_per_gpu": micro_batch_size(
             optim.global_batch, optim.gradient_accumulation_steps, world.world_size
@@ -50,24 +50,24 @@ def deepspeed_config(settings: Config, world: World) -> dict[str, Any]:
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": _zero_stage(settings, world)},
-        "bf16": {"enabled": trains_in_bf16(settings, world)},
+        "zero_optimization": {"stage": _zero_stage(config, world)},
+        "bf16": {"enabled": trains_in_bf16(config, world)},
         "timers": {"throughput": {"enabled": False}},  # It synchronizes the device twice per micro-batch.
     }
     for key, value in extra.items():
-        is_section = isinstance(value, dict) and isinstance(config.get(key), dict)
-        config[key] = {**config[key], **value} if is_section else value
-    return config
+        is_section = isinstance(value, dict) and isinstance(derived.get(key), dict)
+        derived[key] = {**derived[key], **value} if is_section else value
+    return derived
 
 
-def trains_in_bf16(settings: Config, world: World) -> bool:
+def trains_in_bf16(config: Config, world: World) -> bool:
     """Return whether the model computes in bfloat16."""
-    precision = settings.deepspeed.precision
+    precision = config.deepspeed.precision
     return precision is Precision.bf16 or (precision is Precision.auto and world.device.type == "cuda")
 
 
-def _zero_stage(settings: Config, world: World) -> int:
-    stage = settings.deepspeed.zero_stage
+def _zero_stage(config: Config, world: World) -> int:
+    stage = config.deepspeed.zero_stage
     return int(world.device.type == "cuda") if stage is None else stage
 
 
@@ -107,9 +107,9 @@ class Engine:
         skipped: whether the last step left the weights unchanged because a gradient was not finite.
     """
 
-    def __init__(self, build_model: Callable[[], nn.Module], settings: Config, world: World):
+    def __init__(self, build_model: Callable[[], nn.Module], config: Config, world: World):
         # The import takes seconds and selects the accelerator, so it must come after `_set_accelerator`.
-        _set_accelerator(world.device, settings.run.device)
+        _set_accelerator(world.device, config.run.device)
         import deepspeed
         from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
         from deepspeed.utils import logger
@@ -119,14 +119,14 @@ class Engine:
             ZERO_SUPPORTED_OPTIMIZERS.append(_AdamW)
         # This op serves inference only; building it needs a compiler and takes half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.config = deepspeed_config(settings, world)
+        self.config = deepspeed_config(config, world)
         deepspeed.init_distributed(dist_init_required=False)
         self.stage = int(self.config["zero_optimization"]["stage"])
-        torch.manual_seed(settings.run.seed)
+        torch.manual_seed(config.run.seed)
         sharded = deepspeed.zero.Init(config_dict_or_path=self.config) if self.stage == 3 else contextlib.nullcontext()
         with sharded:
             model = build_model()
-        optim = settings.optim
+        optim = config.optim
         self._adamw = _AdamW(parameter_groups(model, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2))
         self.skipped = False
         self._build_model = build_model

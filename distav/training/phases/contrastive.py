@@ -36,7 +36,7 @@ def run_contrastive(run: Run, name: str, config: ContrastivePhase) -> None:
         monitor.log(progress)
         estimate_correspondence(run, config, store=progress >= config.pair_weighting_start)
 
-    rate = run.settings.optim.lr * config.lr_scale
+    rate = run.config.optim.lr * config.lr_scale
     train(run, name, config.epochs, (rate, rate), monitored_losses, begin_epoch, reinitialize=config.reinitialize)
     monitor.log(1.0)
     summarize_correspondence(run, name, config)
@@ -58,7 +58,7 @@ class _CategoryMonitor:
         """Log the steps since the last call; warnings begin after twice the warm-up of the loss."""
         if self.terms and self.config.category_weight:
             contrast, imbalance = torch.stack(self.terms).mean(0).tolist()
-            num_categories = self.run.settings.model.num_categories or len(self.run.data.shards.classes)
+            num_categories = self.run.config.model.num_categories or len(self.run.data.shards.classes)
             used = effective_num_categories(imbalance, num_categories)
             self.run.logger.log_metrics(self.run.progress.total_steps, {"categories/effective_number": used})
             collapse = detect_category_collapse(contrast, imbalance, num_categories)

@@ -37,5 +37,5 @@ def run_parsing(run: Run, name: str, config: EventParsingPhase) -> None:
         means = {term: weighted_mean(values, present) for term, values in losses.items()}
         return {"loss": torch.stack(list(means.values())).sum(), **means}
 
-    rate = run.settings.optim.lr * config.lr_scale
+    rate = run.config.optim.lr * config.lr_scale
     train(run, name, config.epochs, (rate * config.tower_lr_scale, rate), losses_of)

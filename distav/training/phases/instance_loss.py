@@ -39,7 +39,7 @@ class InstanceTerm:
         self.run, self.config = run, config
         self.partition = Partition(run.state.nce_partition)
         self.refinement = Refinement(run, config) if config.correspondence_estimator is Estimator.scc else None
-        self.objective = select_objective(config)(config, run.bank, run.settings.run.seed, self.partition)
+        self.objective = select_objective(config)(config, run.bank, run.config.run.seed, self.partition)
 
     def __call__(
         self, outputs: dict[str, Tensor], batch: Batch, global_batch: GlobalBatch, progress: float

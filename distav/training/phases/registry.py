@@ -54,15 +54,15 @@ def phase_function(name: str, config: Any) -> PhaseFunction:
 
 def run_remaining(run: Run) -> None:
     """Run all phases from the current one on, and save a checkpoint after each."""
-    functions = {name: phase_function(name, config) for name, config in run.settings.phases.items()}
-    for number, (name, config) in enumerate(run.settings.phases.items()):
+    functions = {name: phase_function(name, config) for name, config in run.config.phases.items()}
+    for number, (name, config) in enumerate(run.config.phases.items()):
         if number < run.progress.phase:
             continue
         run.start_phase_timer()
         set_stage(name)
         functions[name](run, name, config)
         seconds, steps = run.seconds_in_phase(), run.progress.step
-        clips = steps * run.settings.optim.global_batch or len(run.data.train)
+        clips = steps * run.config.optim.global_batch or len(run.data.train)
         entry = {
             "name": name,
             "kind": config.kind,

@@ -60,7 +60,7 @@ def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
             losses["loss"] = losses["loss"] + config.instance_weight * losses["instance"]
         return losses
 
-    rate = run.settings.optim.lr * config.lr_scale
+    rate = run.config.optim.lr * config.lr_scale
     train(run, name, config.epochs, (rate * config.tower_lr_scale, rate), losses_of)
 
 
