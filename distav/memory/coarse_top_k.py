@@ -2,7 +2,7 @@
 
 The bound of a query is lowered by the largest possible rounding error of a 16-bit score, and the keys that pass it
 are scored again in float64. Large tiles keep the time of the operators small beside the products: an H100 multiplies
-a tile of 4,096 queries and 65,536 keys in some 300 microseconds and launches an operator in 5.
+a tile of 4,096 queries and 65,536 keys in about 300 microseconds and launches an operator in 5.
 Legend: b queries, m valid keys, D width, k wanted, T tiles of w keys, p pairs.
 """
 

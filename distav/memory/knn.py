@@ -91,8 +91,8 @@ def nearest_neighbors(
                 shard = KeyShard.build(keys, first_id, valid_index, max_norm, tiling)
                 search.search_shard(shard, first, tiling.queries, map_blocks)
                 first = False
-    found = best != EMPTY
-    return unpack_ids(best).masked_fill(~found, -1), unpack_scores(best).masked_fill(~found, 0.0)
+    exists = best != EMPTY
+    return unpack_ids(best).masked_fill(~exists, -1), unpack_scores(best).masked_fill(~exists, 0.0)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which attention back end is chosen, what the log says of it, and how often FlexAttention is compiled."""
+"""Selection of the attention backend, what the log reports about it, and how often FlexAttention is compiled."""
 
 import functools
 import logging
@@ -6,33 +6,28 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
-from distav.memory import attention_backends
+from distav.memory import attention_backends, fused_attention
 from distav.memory.attention import AttentionInputs, reference_attention, tiled_attention
 from distav.memory.attention_backends import BACKENDS, AttentionBackend, select_backend
-from distav.memory.softmax import attend
+from tests.helpers.bank import unit
 
-FLEX = next(each for each in BACKENDS if each.name == "flex")
-
-
-def unit(*shape: int, seed: int = 0) -> Tensor:
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+FLEX = next(backend for backend in BACKENDS if backend.name == "flex")
 
 
 @pytest.fixture
-def said() -> Iterator[list[logging.LogRecord]]:
-    """What the library's logger is told, with back ends tried and chosen as if for the first time."""
+def log_records() -> Iterator[list[logging.LogRecord]]:
+    """Records of the distav logger; self-tests and selections of earlier tests are forgotten."""
 
-    class Keep(logging.Handler):
+    class Recorder(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             records.append(record)
 
     records: list[logging.LogRecord] = []
-    logger, handler = logging.getLogger("distav"), Keep()
+    logger, handler = logging.getLogger("distav"), Recorder()
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -44,132 +39,149 @@ def said() -> Iterator[list[logging.LogRecord]]:
 
 
 @pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
-    """Counts what is compiled, for a CPU and without a compiler of C++."""
-    counts = CompileCounterWithBackend("aot_eager")
+def compile_counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+    """Counts compilations; compiles for a CPU without a C++ compiler."""
+    counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
-    attention_backends._compiled_flex.cache_clear()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counts))
-    yield counts
-    attention_backends._compiled_flex.cache_clear()
+    fused_attention._compiled_flex.cache_clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    yield counter
+    fused_attention._compiled_flex.cache_clear()
 
 
-@pytest.mark.parametrize("excluded", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("with_exclude", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
 def test_flex_attention_is_compiled_once_for_all_temperatures(
-    biased: bool, excluded: bool, counter: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
+    with_bias: bool, with_exclude: bool, compile_counter: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(attention_backends, "_num_parts", lambda queries, num_keys: num_keys // 100)
-    temperatures = [0.02 + 0.01 * each for each in range(14)]
+    monkeypatch.setattr(fused_attention, "_num_parts", lambda queries, num_keys: num_keys // 100)
+    temperatures = [0.02 + 0.01 * number for number in range(14)]
     for number, temperature in enumerate([*temperatures, torch.tensor(0.5), torch.tensor(0.6)]):
-        num_queries, num_keys = 20 + number % 3, 300 + 41 * number  # with rows left over, in 3 to 9 parts
+        num_queries, num_keys = 20 + number % 3, 300 + 41 * number  # 3 to 9 parts and a remainder
         queries, keys, values = unit(num_queries, 16), unit(num_keys, 16, seed=1), unit(num_keys, 16, seed=2)
-        bias = torch.linspace(-2, 2, num_keys) if biased else None
-        exclude = torch.randint(-1, num_keys, (num_queries, 1)) if excluded else None
+        bias = torch.linspace(-2, 2, num_keys) if with_bias else None
+        exclude = torch.randint(-1, num_keys, (num_queries, 1)) if with_exclude else None
         if exclude is not None:
-            exclude[0] = num_keys - 1  # among those left over
-        asked = AttentionInputs(queries, keys, values, 1 / temperature, bias, exclude)
-        for ours, expected in zip(FLEX.run(asked), reference_attention(asked), strict=True):
-            torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-4)
-    assert counter.frame_count == 1
+            exclude[0] = num_keys - 1  # a key of the remainder
+        inputs = AttentionInputs(queries, keys, values, 1 / temperature, bias, exclude)
+        for actual, expected in zip(FLEX.run(inputs), reference_attention(inputs), strict=True):
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+    assert compile_counter.frame_count == 1
 
 
-@pytest.mark.parametrize("back_end", ["flash-cpu", "tiles"])
-def test_a_temperature_on_the_device_is_a_temperature(back_end: str):
-    queries, keys = unit(20, 16), unit(2500, 16, seed=1)
-    found = attend(queries, keys, keys, torch.tensor(0.07), backend=back_end)
-    for ours, expected in zip(found, attend(queries, keys, keys, 0.07, backend=back_end), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("num_rows", [1, 1000, 2600])
+@pytest.mark.parametrize("with_bias_and_exclude", [False, True])
+def test_flex_attention_supports_bias_and_excluded_keys(
+    num_rows: int, with_bias_and_exclude: bool, monkeypatch: pytest.MonkeyPatch
+):
+    # The same function as on a GPU, but not compiled.
+    monkeypatch.setattr(fused_attention, "_compiled_flex", lambda: fused_attention._flex_attention)
+    queries, keys, values = unit(20, 16), unit(num_rows, 16, seed=1), unit(num_rows, 16, seed=2)
+    bias = torch.linspace(-2, 2, num_rows) if with_bias_and_exclude else None
+    exclude = torch.randint(-1, num_rows, (20, 2)) if with_bias_and_exclude and num_rows > 1 else None
+    inputs = AttentionInputs(queries, keys, values, 8.0, bias, exclude)
+    for actual, expected in zip(FLEX.run(inputs), reference_attention(inputs), strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
 
 
-def on_gpu(
+def gpu_inputs(
     num_keys: int = 100,
     width: int = 64,
     offset: int = 0,
     values_width: int = 0,
     *,
-    biased: bool = False,
-    excluded: bool = False,
+    with_bias: bool = False,
+    with_exclude: bool = False,
 ) -> AttentionInputs:
-    """What could be asked of a GPU, without one."""
+    """Inputs on a GPU that need none: they have a device and a shape but no values."""
     with FakeTensorMode():
         numbers = torch.empty(offset + num_keys * width, dtype=torch.bfloat16, device="cuda")
         keys = numbers[offset:].view(num_keys, width)
         queries = torch.empty(30, width, device="cuda")
-        bias = torch.empty(num_keys, device="cuda") if biased else None
-        exclude = torch.empty(30, 1, dtype=torch.int64, device="cuda") if excluded else None
+        bias = torch.empty(num_keys, device="cuda") if with_bias else None
+        exclude = torch.empty(30, 1, dtype=torch.int64, device="cuda") if with_exclude else None
         values = torch.empty(num_keys, values_width, device="cuda") if values_width else keys
         return AttentionInputs(queries, keys, values, 10.0, bias, exclude)
 
 
-GPU = ["cudnn", "flash", "flex"]
+GPU_BACKENDS = ["cudnn", "flash", "flex"]
 
 
 @pytest.mark.parametrize(
-    ("asked", "able", "reason"),
+    ("arguments", "supported", "reason"),
     [
-        ({}, GPU, ""),
-        ({"num_keys": 2}, GPU, ""),
-        ({"num_keys": 1}, ["flash", "flex"], "takes no fewer than 2 keys"),
-        ({"num_keys": 0}, [], "takes no fewer than 2 keys"),
-        ({"width": 136}, ["flash", "flex"], "takes widths from 8 to 128 in steps of 8"),
+        ({}, GPU_BACKENDS, ""),
+        ({"num_keys": 2}, GPU_BACKENDS, ""),
+        ({"num_keys": 1}, ["flash", "flex"], "needs at least 2 keys"),
+        ({"num_keys": 0}, [], "needs at least 2 keys"),
+        ({"width": 136}, ["flash", "flex"], "needs a width from 8 to 128 in steps of 8"),
         ({"width": 8}, ["cudnn", "flash"], ""),
-        ({"width": 60}, [], "takes widths from 8 to 128 in steps of 8"),
-        ({"offset": 8}, GPU, ""),
-        ({"offset": 4}, [], "takes only rows that begin at multiples of 16 bytes"),
-        ({"biased": True}, ["flex"], "takes no bias"),
-        ({"excluded": True}, ["flex"], "takes no excluded keys"),
-        ({"values_width": 32}, [], "takes values only as wide as keys"),
+        ({"width": 60}, [], "needs a width from 8 to 128 in steps of 8"),
+        ({"offset": 8}, GPU_BACKENDS, ""),
+        ({"offset": 4}, [], "needs rows aligned to 16 bytes"),
+        ({"with_bias": True}, ["flex"], "does not support a bias"),
+        ({"with_exclude": True}, ["flex"], "does not support excluded keys"),
+        ({"values_width": 32}, [], "needs values as wide as the keys"),
     ],
     ids=str,
 )
-def test_back_ends_of_a_gpu_are_asked_only_for_what_they_can_do(asked: dict, able: list[str], reason: str):
-    problem = on_gpu(**asked)
-    assert [each.name for each in BACKENDS if each.supports(problem)] == [*able, "tiles"]
-    assert BACKENDS[0].unsupported_reason(problem) == reason
+def test_gpu_backends_are_used_for_supported_inputs_only(arguments: dict, supported: list[str], reason: str):
+    inputs = gpu_inputs(**arguments)
+    assert [backend.name for backend in BACKENDS if backend.supports(inputs)] == [*supported, "tiles"]
+    assert BACKENDS[0].unsupported_reason(inputs) == reason
 
 
-@pytest.mark.parametrize(("num_keys", "able"), [(5, ["flash-cpu", "tiles"]), (0, ["tiles"])])
-def test_a_cpu_has_its_own(num_keys: int, able: list[str]):
-    problem = AttentionInputs(unit(3, 8), unit(num_keys, 8), unit(num_keys, 8), 1.0)
-    assert [each.name for each in BACKENDS if each.supports(problem)] == able
-    assert BACKENDS[0].unsupported_reason(problem) == "needs cuda"
+@pytest.mark.parametrize(("num_keys", "supported"), [(5, ["flash-cpu", "tiles"]), (0, ["tiles"])])
+def test_a_cpu_uses_cpu_backends(num_keys: int, supported: list[str]):
+    inputs = AttentionInputs(unit(3, 8), unit(num_keys, 8), unit(num_keys, 8), 1.0)
+    assert [backend.name for backend in BACKENDS if backend.supports(inputs)] == supported
+    assert BACKENDS[0].unsupported_reason(inputs) == "needs cuda"
 
 
-def test_the_log_says_once_which_back_end_serves_and_why(said: list[logging.LogRecord]):
+def test_the_fused_operator_is_selected_and_tiles_for_excluded_keys():
+    rows = unit(40, 16)
+    assert select_backend(AttentionInputs(rows, rows, rows, 1.0, torch.zeros(40))).name == "flash-cpu"
+    exclude = torch.zeros(40, 1, dtype=torch.long)
+    assert select_backend(AttentionInputs(rows, rows, rows, 1.0, None, exclude)).name == "tiles"
+
+
+def test_the_log_reports_the_selected_backend_once(log_records: list[logging.LogRecord]):
     rows, bias = unit(40, 16), torch.zeros(40)
     for _ in range(3):
         select_backend(AttentionInputs(rows, rows, rows, 1.0, bias))
         select_backend(AttentionInputs(rows[:7], rows[:30], rows[:30], 5.0, bias[:30]))
     select_backend(AttentionInputs(rows, rows, rows, 1.0, None, torch.zeros(40, 1, dtype=torch.int64)))
-    assert [each.getMessage() for each in said] == [
-        "attention (cpu, float32, width 16, bias): flash-cpu; cudnn needs cuda; flash needs cuda; flex needs cuda",
-        "attention (cpu, float32, width 16, 1 excluded): tiles; cudnn needs cuda; flash needs cuda; flex needs cuda; "
-        "flash-cpu takes no excluded keys",
+    not_used = "; not used: cudnn (needs cuda), flash (needs cuda), flex (needs cuda)"
+    assert [record.getMessage() for record in log_records] == [
+        f"attention backend 'flash-cpu' selected for cpu, float32, width 16, bias{not_used}",
+        f"attention backend 'tiles' selected for cpu, float32, width 16, 1 excluded{not_used}, "
+        "flash-cpu (does not support excluded keys)",
     ]
-    assert all(each.levelno == logging.INFO for each in said)
+    assert all(record.levelno == logging.INFO for record in log_records)
 
 
-def test_the_log_warns_of_a_back_end_that_fails_its_probe(
-    said: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+def test_backends_that_fail_their_self_test_are_logged_and_not_used(
+    log_records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
 ):
-    def not_a_number(asked: AttentionInputs) -> tuple[Tensor, Tensor]:
-        lse, out = tiled_attention(asked)
+    def not_a_number(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        lse, out = tiled_attention(inputs)
         return lse, out * torch.nan
 
-    wrong = AttentionBackend("wrong", lambda asked: tuple(2 * each for each in tiled_attention(asked)), "cpu")  # type: ignore[arg-type]
-    broken = AttentionBackend("broken", lambda asked: asked.no_such_operator, "cpu")  # type: ignore[attr-defined]
-    monkeypatch.setattr(
-        attention_backends,
-        "BACK_ENDS",
-        (wrong, broken, AttentionBackend("undefined", not_a_number, "cpu"), *attention_backends.BACKENDS[-1:]),
-    )
+    wrong = AttentionBackend("wrong", lambda inputs: tuple(2 * part for part in tiled_attention(inputs)), "cpu")  # type: ignore[arg-type]
+    broken = AttentionBackend("broken", lambda inputs: inputs.no_such_operator, "cpu")  # type: ignore[attr-defined]
+    undefined = AttentionBackend("undefined", not_a_number, "cpu")
     rows = unit(40, 16)
+    monkeypatch.setattr(attention_backends, "BACKENDS", (wrong, broken, undefined, BACKENDS[-1]))
     for _ in range(3):
         assert select_backend(AttentionInputs(rows, rows, rows, 1.0)).name == "tiles"
-    warnings = [each.getMessage() for each in said if each.levelno == logging.WARNING]
-    assert len(warnings) == 3 and len(said) == 4
-    assert "back end wrong failed its probe on cpu, width 16: lse off by" in warnings[0]
-    assert "broken failed" in warnings[1] and "AttributeError: 'Asked' object has no attribute" in warnings[1]
-    assert "average by nan" in warnings[2]
-    assert said[-1].getMessage().startswith("attention (cpu, float32, width 16): tiles; wrong lse off by")
+    warnings = [record.getMessage() for record in log_records if record.levelno == logging.WARNING]
+    assert len(warnings) == 3 and len(log_records) == 4
+    prefix = "attention backend 'wrong' failed its self-test on cpu with width 16 and will not be used: lse error "
+    assert warnings[0].startswith(prefix)
+    assert "'broken' failed" in warnings[1]
+    assert "AttributeError: 'AttentionInputs' object has no attribute 'no_such_operator'" in warnings[1]
+    assert "output error nan" in warnings[2]
+    selected = "attention backend 'tiles' selected for cpu, float32, width 16; not used: wrong (lse error "
+    assert log_records[-1].getMessage().startswith(selected)
+    monkeypatch.setattr(attention_backends, "BACKENDS", (wrong, broken, *BACKENDS))
+    assert select_backend(AttentionInputs(rows, rows, rows, 1.0)).name == "flash-cpu"
