@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from distav.config.phases import EventParsingPhase
@@ -39,7 +40,8 @@ def write_report(run: Run) -> None:
     ]
     export(run, weights, report)
     write_atomically(run.folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
-    run.logger.info(format_summary(run, report))
+    has_signal = run.state.correction is not None and run.state.correction.has_signal
+    run.logger.info(format_summary(report, run.folder, len(run.data.shards.classes), has_signal))
 
 
 def _training_figures(run: Run) -> dict[str, Any]:
@@ -63,22 +65,29 @@ def _training_figures(run: Run) -> dict[str, Any]:
     return report
 
 
-def format_summary(run: Run, report: dict[str, Any]) -> str:
-    """Return the summary that is printed at the end of a run."""
+def format_summary(report: dict[str, Any], folder: Path, num_classes: int, has_signal: bool) -> str:
+    """Return the summary that is printed at the end of a run.
+
+    Args:
+        report: content of report.json.
+        folder: the run directory.
+        num_classes: number of classes of the dataset.
+        has_signal: whether the last label correction found a signal in its votes; false without a correction.
+    """
     seconds = sum(phase["seconds"] for phase in report["phases"])
     corrections = report.get("corrections", [])
-    entries = [*_label_entries(report), *_test_entries(run, report)]
+    entries = [*_label_entries(report), *_test_entries(report, num_classes)]
     if corrections:
-        has_signal = run.state.correction is not None and run.state.correction.has_signal
         entries += _noise_entries(corrections[-1], has_signal)
-    if report["quarantined_samples"]:
-        entries.append(("Quarantine", f"{len(report['quarantined_samples'])} clips could not be read or decoded"))
+    if quarantined := len(report["quarantined_samples"]):
+        clips = "1 clip" if quarantined == 1 else f"{quarantined} clips"
+        entries.append(("Quarantine", f"{clips} could not be read or decoded"))
     if corrections:
-        entries.append(("Label file", f"{run.folder / 'labels' / corrections[-1]['phase']}.parquet"))
+        entries.append(("Label file", f"{folder / 'labels' / corrections[-1]['phase']}.parquet"))
     entries += [
-        ("Network", f"{run.folder / 'export'}"),
-        ("Metrics", f"tensorboard --logdir {run.folder}"),
-        ("Report", f"{run.folder / 'report.json'}"),
+        ("Network", f"{folder / 'export'}"),
+        ("Metrics", f"tensorboard --logdir {folder}"),
+        ("Report", f"{folder / 'report.json'}"),
     ]
     lines = ["", f"Done: {report['samples']} training clips, {seconds:.0f} s of training."]
     lines += [f"  {name + ':':<12}{text}" for name, text in entries]
@@ -103,12 +112,12 @@ def _label_entries(report: dict[str, Any]) -> list[tuple[str, str]]:
     return entries
 
 
-def _test_entries(run: Run, report: dict[str, Any]) -> list[tuple[str, str]]:
+def _test_entries(report: dict[str, Any], num_classes: int) -> list[tuple[str, str]]:
     entries, test = [], report.get("test") or {}
     if "top1" in test:
         text = (
             f"top-1 {_percent(test['top1'])} (video and audio), {_percent(test['top1_visual'])} (video only), "
-            f"{_percent(test['top1_audio'])} (audio only); chance {_percent(1 / len(run.data.shards.classes))}"
+            f"{_percent(test['top1_audio'])} (audio only); chance {_percent(1 / num_classes)}"
         )
         entries.append(("Test", text))
     if "rsum" in test:

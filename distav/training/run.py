@@ -276,7 +276,7 @@ def _build_bank(config: Config, world: World, num_samples: int, num_classes: int
 
 def _log_startup(run: Run) -> None:
     data, config = run.data, run.config
-    num_parameters = sum(getattr(each, "ds_numel", each.numel()) for each in run.engine.model.parameters())
+    num_parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in run.engine.model.parameters())
     run.logger.info(
         f"{run.folder}: {len(data.train)} training clips, {len(data.shards.classes)} classes, "
         f"{num_parameters / 1e6:.1f}M parameters, {run.world.world_size} rank(s) on {run.world.device.type}, "

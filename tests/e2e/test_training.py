@@ -108,10 +108,10 @@ def test_exported_encoders_reproduce_the_test_accuracy(finished: tuple[Path, str
 def test_finished_run_is_not_repeated(finished: tuple[Path, str], tiny_shards: Path):
     run, _ = finished
     before = len(losses(run))
-    given = (run.parent / "tiny.yaml", f"data.root={tiny_shards}", f"run.root={run.parent}")
-    output = train(*given)
+    options = (run.parent / "tiny.yaml", f"data.root={tiny_shards}", f"run.root={run.parent}")
+    output = train(*options)
     assert "Done: 96 training clips" in output and len(losses(run)) == before
-    output = train(*given, "optim.lr=0.5", status=1)
+    output = train(*options, "optim.lr=0.5", status=1)
     assert "other settings" in output and "requested: optim.lr=0.5" in output
 
 
@@ -230,7 +230,8 @@ def test_corrupt_clips_are_quarantined_up_to_the_limit(tiny_shards: Path, tmp_pa
         content[int(split.columns["video_offset"][sample]) + 300] ^= 1
     split.shards[0].write_bytes(content)
     arguments = (tiny_config(tmp_path), f"data.root={damaged}")
-    train(*arguments, f"run.root={tmp_path}", "data.max_quarantined_fraction=0.05", ranks=2)
+    output = train(*arguments, f"run.root={tmp_path}", "data.max_quarantined_fraction=0.05", ranks=2)
+    assert "Quarantine: 2 clips" in output
     report = json.loads((tmp_path / "tiny" / "report.json").read_text())
     assert [sample["id"] for sample in report["quarantined_samples"]] == [3, 11]
     assert all("CRC-32" in sample["reason"] for sample in report["quarantined_samples"])

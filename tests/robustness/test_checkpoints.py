@@ -122,14 +122,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_failed_save_is_logged_and_the_next_one_succeeds(
     tiny_shards: Path, tmp_path: Path, small_disk: Path, fault: str
 ):
-    given = arguments(tmp_path, tiny_shards, "run.checkpoint_every=2")
+    options = arguments(tmp_path, tiny_shards, "run.checkpoint_every=2")
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "checkpoints").symlink_to(small_disk)
     if fault == "full":
         fill(small_disk)
     else:
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    team = Team(2, given, tmp_path / "logs")
+    team = Team(2, options, tmp_path / "logs")
     reason = "No space left on device" if fault == "full" else "Read-only file system"
     team.wait_for(lambda: "Failed to write a checkpoint" in team.said())
     assert reason in team.said()

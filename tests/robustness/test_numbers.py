@@ -44,8 +44,8 @@ def nan_from_step_3(rank: int) -> None:
 
 @pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.long) for stage in (2, 3))])
 def test_non_finite_step_is_skipped_and_leaves_no_trace(tiny_shards: Path, tmp_path: Path, stage: int):
-    given = arguments(tmp_path, tiny_shards, f"deepspeed.zero_stage={stage}")
-    team = Team(2, given, tmp_path / "logs", nan_at_steps_3_and_14)
+    options = arguments(tmp_path, tiny_shards, f"deepspeed.zero_stage={stage}")
+    team = Team(2, options, tmp_path / "logs", nan_at_steps_3_and_14)
     assert team.end() == [0, 0], team.said()[-6000:]
     output = team.logs[0].read_text()
     assert re.search(r"phase=contrastive step 3 skipped: the loss is not finite on 24 clips, \w+", output)
@@ -60,12 +60,12 @@ def test_non_finite_step_is_skipped_and_leaves_no_trace(tiny_shards: Path, tmp_p
 
 @pytest.mark.long
 def test_too_many_consecutive_skipped_steps_end_the_run(tiny_shards: Path, tmp_path: Path):
-    given = arguments(tmp_path, tiny_shards, "run.max_consecutive_skipped_steps=3")
-    team = Team(2, given, tmp_path / "logs", nan_from_step_3)
+    options = arguments(tmp_path, tiny_shards, "run.max_consecutive_skipped_steps=3")
+    team = Team(2, options, tmp_path / "logs", nan_from_step_3)
     assert team.end() == [1, 1]
     message = "3 steps in a row of phase contrastive were skipped, the limit run.max_consecutive_skipped_steps"
     assert message in team.said()
-    run_whole(2, given, tmp_path / "again")  # The last checkpoint is valid.
+    run_whole(2, options, tmp_path / "again")  # The last checkpoint is valid.
 
 
 def spike_at_step_30(rank: int) -> None:
@@ -91,7 +91,7 @@ def spike_at_step_30(rank: int) -> None:
 
 @pytest.mark.long
 def test_loss_spike_rolls_the_run_back_and_skips_batches(tiny_shards: Path, tmp_path: Path):
-    given = arguments(
+    options = arguments(
         tmp_path,
         tiny_shards,
         "run.checkpoint_every=8",
@@ -99,7 +99,7 @@ def test_loss_spike_rolls_the_run_back_and_skips_batches(tiny_shards: Path, tmp_
         "optim.loss_spike_factor=5",
         "optim.loss_spike_skip_batches=4",
     )
-    team = Team(2, given, tmp_path / "logs", spike_at_step_30)
+    team = Team(2, options, tmp_path / "logs", spike_at_step_30)
     assert team.end() == [0, 0], team.said()[-6000:]
     output = team.logs[0].read_text()
     assert "step 30: loss" in output and "exceeds optim.loss_spike_factor=5 times the median" in output
