@@ -1,12 +1,15 @@
 """Summary, table and log lines of a label correction."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from distav.data.annotations.labels import correction_table
+from distav.data.annotations.labels import Labels, correction_table
 from distav.data.files import write_table
-from distav.distributed.collectives import all_gather_variable_rows, shard_range
+from distav.distributed.collectives import all_gather_variable_rows, local_shard
 from distav.evaluation.metrics import (
     NOISE_KINDS,
     auroc,
@@ -16,85 +19,157 @@ from distav.evaluation.metrics import (
     noise_kinds,
 )
 from distav.noise.label_correction import Correction
+from distav.training.phases.correspondence import MISMATCH_THRESHOLD
 from distav.training.run import Run
 
 
-def summarize_correction(run: Run, name: str, found: Correction) -> None:
-    """Write the table and tell what was found, beside the truth where the set knows it."""
-    labels, split = run.data.labels, run.data.train
-    own = shard_range(len(split))
-    given = torch.from_numpy(labels.given).to(run.world.device)[own.start : own.stop, None]
-    corrected = all_gather_variable_rows(found.posterior.argmax(1)).cpu().numpy()
-    voted = all_gather_variable_rows(found.held_out.argmax(1)).cpu().numpy()
-    confidence = all_gather_variable_rows(found.posterior.amax(1)).cpu().numpy()
-    agreement = all_gather_variable_rows(found.held_out.gather(1, given).squeeze(1)).cpu().numpy()
+@dataclass(frozen=True)
+class CorrectionResult:
+    """Result of a correction for the samples of all ranks.
+
+    Attributes:
+        corrected: [N] int64 classes after correction.
+        knn_labels: [N] int64 classes predicted by the held-out votes.
+        confidence: [N] float32 probability of the corrected class.
+        self_confidence: [N] float32 probability of the given class under held-out votes.
+        correspondence: [N] float32 correspondence probability.
+        calibration_errors: expected calibration errors of the class probabilities; empty without true labels.
+    """
+
+    corrected: np.ndarray
+    knn_labels: np.ndarray
+    confidence: np.ndarray
+    self_confidence: np.ndarray
+    correspondence: np.ndarray
+    calibration_errors: dict[str, float]
+
+
+def gather_result(run: Run, correction: Correction) -> CorrectionResult:
+    """Gather the result of a correction from all ranks."""
+    labels = run.data.labels
+    given = local_shard(torch.from_numpy(labels.given)).to(run.world.device)[:, None]
+    corrected, knn_labels, confidence, self_confidence = (
+        all_gather_variable_rows(values).cpu().numpy()
+        for values in (
+            correction.posterior.argmax(1),
+            correction.held_out.argmax(1),
+            correction.posterior.amax(1),
+            correction.held_out.gather(1, given).squeeze(1),
+        )
+    )
     correspondence = run.bank.gather_column("correspondence").cpu().numpy()
-    step, changed = run.progress.total_steps, float((corrected != labels.given).mean())
-    by_class = zip(labels.classes, found.class_rates, strict=True) if found.has_signal else ()
-    summary = {
-        "phase": name,
-        "log_likelihood_gain": round(found.log_likelihood_gain, 1),
-        "selected_votes": found.selected_votes,
-        "changed_fraction": changed,
-        "label_noise_rate": found.label_rate.as_dict(),
-        "label_noise_rate_by_class": {each: rate.as_dict() for each, rate in by_class},
-        "pair_mismatch_rate": found.pair_rate.as_dict(),
-    }
-    record: dict[str, float | str] = {
-        "phase": name,
-        "labels/changed_fraction": changed,
-        "labels/noise_rate": found.label_rate.estimate,
-        "correspondence/mismatch_rate": found.pair_rate.estimate,
-    }
-    told = ""
+    errors = {}
     if labels.true is not None:
-        accuracy = label_accuracy(labels.given, corrected, labels.true)
-        accuracy |= {
-            f"ece_{each}": calibration_error(getattr(found, each), labels.true) for each in ("held_out", "posterior")
+        errors = {
+            "ece_held_out": calibration_error(correction.held_out, labels.true),
+            "ece_posterior": calibration_error(correction.posterior, labels.true),
         }
-        record |= {f"labels/{key}": value for key, value in accuracy.items() if value is not None}
-        summary["label_accuracy"] = accuracy
-        right = [100 * float((each == labels.true).mean()) for each in (corrected, labels.given)]
-        told = f", right for {right[0]:.1f} % (given: {right[1]:.1f} %)"
-    wrong = labels.mismatched()
-    if wrong is not None and wrong.any() and labels.pair_id is not None:
-        swapped = labels.pair_id != np.arange(len(split))
-        record["correspondence/auroc"] = auroc(correspondence, ~wrong)
+    return CorrectionResult(corrected, knn_labels, confidence, self_confidence, correspondence, errors)
+
+
+def build_summary(name: str, labels: Labels, correction: Correction, result: CorrectionResult) -> dict[str, Any]:
+    """Return the entry of a correction in report.json, with metrics against the ground truth of the dataset."""
+    class_rates = zip(labels.classes, correction.class_rates, strict=True) if correction.has_signal else ()
+    summary: dict[str, Any] = {
+        "phase": name,
+        "log_likelihood_gain": round(correction.log_likelihood_gain, 1),
+        "selected_votes": correction.selected_votes,
+        "changed_fraction": float((result.corrected != labels.given).mean()),
+        "label_noise_rate": correction.label_rate.as_dict(),
+        "label_noise_rate_by_class": {label: rate.as_dict() for label, rate in class_rates},
+        "pair_mismatch_rate": correction.pair_rate.as_dict(),
+    }
+    if labels.true is not None:
+        accuracy = label_accuracy(labels.given, result.corrected, labels.true)
+        summary["label_accuracy"] = accuracy | result.calibration_errors
+    mismatched = labels.mismatched()
+    if mismatched is not None and mismatched.any() and labels.pair_id is not None:
+        swapped = labels.pair_id != np.arange(len(mismatched))
         summary["pair_auroc"] = {
-            "other_class": auroc(correspondence, ~wrong),
-            "swapped": auroc(correspondence, ~swapped),
+            "other_class": auroc(result.correspondence, ~mismatched),
+            "swapped": auroc(result.correspondence, ~swapped),
         }
         if labels.true is not None:
-            kinds = noise_kinds(labels.given != labels.true, wrong)
-            told_kinds = noise_kinds(corrected != labels.given, correspondence < 0.5)
-            summary["noise_confusion"] = confusion(kinds, told_kinds, NOISE_KINDS)
-            run.logger.confusion("noise/true_vs_predicted", kinds, told_kinds, NOISE_KINDS, step)
-    run.state.report.corrections.append(summary)
-    if run.world.is_main:
-        table = correction_table(split, labels, corrected, voted, confidence, agreement, correspondence)
-        (run.folder / "labels").mkdir(exist_ok=True)
-        write_table(run.folder / "labels" / f"{name}.parquet", table)
-    run.logger.log_metrics(step, record)
-    run.logger.confusion("labels/given_vs_corrected", labels.given, corrected, labels.classes, step)
-    run.logger.histogram("labels/confidence", torch.from_numpy(np.ascontiguousarray(confidence)), step)
-    noise = "label noise {estimate:.0%} ({ci95_low:.0%} to {ci95_high:.0%})".format(**found.label_rate.as_dict())
-    if found.has_signal:
-        share = f"{100 * changed:.1f} % of clips"
-        run.logger.info(f"phase={name} corrected labels differ from the given ones for {share}{told}; {noise}")
-    else:
-        run.logger.info(
-            f"phase={name} neighbours say nothing of the labels ({found.log_likelihood_gain:.1f} nats over all clips), so the given "
-            "ones stay, and the next training takes them with a loss that bears wrong ones"
-        )
+            summary["noise_confusion"] = confusion(*_noise_kinds(labels, mismatched, result), NOISE_KINDS)
+    return summary
 
 
-def calibration_error(shares: Tensor, true: np.ndarray) -> float:
-    """Return the calibration error over all ranks, of which each sends its largest shares and not whole rows.
+def _noise_kinds(labels: Labels, mismatched: np.ndarray, result: CorrectionResult) -> tuple[np.ndarray, np.ndarray]:
+    """Return the true and the predicted noise kind of each sample: [N] int64 twice."""
+    true = noise_kinds(labels.given != labels.true, mismatched)
+    return true, noise_kinds(result.corrected != labels.given, result.correspondence < MISMATCH_THRESHOLD)
+
+
+def write_labels_table(run: Run, name: str, result: CorrectionResult) -> None:
+    """Write `labels/<phase>.parquet`: the corrected labels and the scores of all samples."""
+    table = correction_table(
+        run.data.train,
+        run.data.labels,
+        result.corrected,
+        result.knn_labels,
+        result.confidence,
+        result.self_confidence,
+        result.correspondence,
+    )
+    (run.folder / "labels").mkdir(exist_ok=True)
+    write_table(run.folder / "labels" / f"{name}.parquet", table)
+
+
+def log_correction(
+    run: Run, correction: Correction, result: CorrectionResult, summary: dict[str, Any], min_gain: float
+) -> None:
+    """Log the metrics, confusion matrices and result of a correction.
 
     Args:
-        shares: [n, C] of this rank.
-        true: [N] class numbers of all.
+        run: the run.
+        correction: result of this rank.
+        result: result of all ranks.
+        summary: result of `build_summary`.
+        min_gain: log-likelihood gain below which labels are kept, in nats.
     """
-    confidence, told = (all_gather_variable_rows(each).cpu().numpy() for each in shares.max(1))
-    largest_first = np.stack([confidence, np.zeros_like(confidence)], axis=1)
-    return expected_calibration_error(largest_first, np.where(told == true, 0, 1))
+    labels, step = run.data.labels, run.progress.total_steps
+    metrics: dict[str, float | str] = {
+        "phase": summary["phase"],
+        "labels/changed_fraction": summary["changed_fraction"],
+        "labels/noise_rate": correction.label_rate.estimate,
+        "correspondence/mismatch_rate": correction.pair_rate.estimate,
+    }
+    accuracy = summary.get("label_accuracy", {})
+    metrics |= {f"labels/{key}": value for key, value in accuracy.items() if value is not None}
+    if "pair_auroc" in summary:
+        metrics["correspondence/auroc"] = summary["pair_auroc"]["other_class"]
+    run.logger.log_metrics(step, metrics)
+    mismatched = labels.mismatched()
+    if "noise_confusion" in summary and mismatched is not None:
+        true, predicted = _noise_kinds(labels, mismatched, result)
+        run.logger.confusion("noise/true_vs_predicted", true, predicted, NOISE_KINDS, step)
+    run.logger.confusion("labels/given_vs_corrected", labels.given, result.corrected, labels.classes, step)
+    run.logger.histogram("labels/confidence", torch.from_numpy(np.ascontiguousarray(result.confidence)), step)
+    run.logger.info(_log_line(summary, correction.has_signal, min_gain))
+
+
+def _log_line(summary: dict[str, Any], has_signal: bool, min_gain: float) -> str:
+    if not has_signal:
+        return (
+            f"phase={summary['phase']} k-NN votes carry no label signal (log-likelihood gain "
+            f"{summary['log_likelihood_gain']:.1f} nats, threshold {min_gain}); keeping the given labels. The next "
+            "supervised phase will use generalized cross-entropy."
+        )
+    accuracy, rate = summary.get("label_accuracy"), summary["label_noise_rate"]
+    improvement = f" (accuracy {accuracy['given']:.1%} -> {accuracy['corrected']:.1%})" if accuracy else ""
+    return (
+        f"phase={summary['phase']} changed {summary['changed_fraction']:.1%} of the labels{improvement}; "
+        f"label noise rate {rate['estimate']:.0%} (95 % interval {rate['ci95_low']:.0%} to {rate['ci95_high']:.0%})"
+    )
+
+
+def calibration_error(probs: Tensor, true: np.ndarray) -> float:
+    """Return the expected calibration error over all ranks; each rank sends its confidences rather than the table.
+
+    Args:
+        probs: [n, C] of this rank.
+        true: [N] true classes of all ranks.
+    """
+    confidence, predicted = (all_gather_variable_rows(values).cpu().numpy() for values in probs.max(1))
+    two_classes = np.stack([confidence, np.zeros_like(confidence)], axis=1)
+    return expected_calibration_error(two_classes, np.where(predicted == true, 0, 1))

@@ -1,80 +1,109 @@
-"""Between trainings: clean features of every clip, exact neighbours over all ranks, and a vote on every label."""
-
-from dataclasses import fields
+"""Label correction phase: extracts the features of all clips and corrects the labels with k-NN votes."""
 
 import torch
+from torch import Tensor
 
 from distav.config.phases import LabelCorrectionPhase
 from distav.data.modalities import MODALITIES
-from distav.distributed.collectives import all_gather_variable_rows, shard_range
-from distav.noise.label_correction import (
-    Correction,
-    CorrectionPrior,
-    VoteSearchSpace,
-    correct_labels,
-    identity_correction,
-)
+from distav.distributed.collectives import all_gather_variable_rows, local_shard
+from distav.noise.label_correction import Correction, CorrectionPrior, correct_labels, identity_correction
+from distav.noise.vote_search import VoteSearchSpace
 from distav.training.feature_extraction import extract_features
-from distav.training.phases.correction_summary import summarize_correction
+from distav.training.phases.correction_summary import build_summary, gather_result, log_correction, write_labels_table
 from distav.training.run import Run
 from distav.training.run_state import CorrectionState
 
 
-def run_correction(run: Run, name: str, settings: LabelCorrectionPhase) -> None:
-    """Vote on every label, keep the votes beside the bank, and write the table `labels/<phase>.parquet`."""
-    before = run.state.correction
-    if run.state.given_labels_learned and before is not None and not before.has_signal:
-        # Such features hold the given labels, right and wrong; votes among them would only repeat these.
-        if settings.pseudo_labels and run.world.is_main:
-            run.logger.warn(
-                f"phase={name} its teachers are not heard, since given labels were learnt after a correction that knew "
-                "nothing; let them vote in that one"
-            )
-        given = torch.from_numpy(run.data.labels.given).to(run.world.device)
-        found = identity_correction(given, len(run.data.labels.classes))
-    else:
-        first = before is None or before.rate_log_likelihood is None
-        if run.state.given_labels_learned and first and run.world.is_main:
-            run.logger.warn(
-                f"phase={name} votes among features that have learnt the given labels agree with them more than they "
-                "should, and tell too little noise; put a correction before the first training on labels"
-            )
-        found = vote(run, name, settings)
-    store_correction(run, found)
-    summarize_correction(run, name, found)
+def run_correction(run: Run, name: str, config: LabelCorrectionPhase) -> None:
+    """Correct the labels, store the result in the memory bank, and write the table `labels/<phase>.parquet`."""
+    correction = compute_correction(run, name, config)
+    store_correction(run, correction)
+    result = gather_result(run, correction)
+    summary = build_summary(name, run.data.labels, correction, result)
+    run.state.report.corrections.append(summary)
+    if run.world.is_main:
+        write_labels_table(run, name, result)
+    log_correction(run, correction, result, summary, config.min_log_likelihood_gain)
 
 
-def vote(run: Run, name: str, settings: LabelCorrectionPhase) -> Correction:
-    """Extract features and let neighbours vote, and teachers where they were asked."""
+def compute_correction(run: Run, name: str, config: LabelCorrectionPhase) -> Correction:
+    """Extract the features and correct the labels; labels are kept if the features only reproduce the given labels."""
+    labels, previous = run.data.labels, run.state.correction
+    given = torch.from_numpy(labels.given).to(run.world.device)
+    if run.state.given_labels_learned:
+        if previous is not None and not previous.has_signal:
+            if config.pseudo_labels:
+                _warn(
+                    run,
+                    f"phase={name} the teachers of pseudo_labels={config.pseudo_labels} are not used, because a phase "
+                    "trained on the given labels after a correction without label signal. Set pseudo_labels in the "
+                    "phase of that correction.",
+                )
+            # A vote in features that were trained on the given labels would reproduce the wrong ones.
+            return identity_correction(given, len(labels.classes))
+        if previous is None or previous.rate_log_likelihood is None:
+            _warn(
+                run,
+                f"phase={name} the features were trained on the given labels: their votes reproduce wrong labels, and "
+                "the noise rate is underestimated. Add a label_correction phase before the first supervised phase on "
+                "given labels.",
+            )
     spaces, present = extract_features(run)
     run.enforce_quarantine_limit()
-    labels, split, device = run.data.labels, run.data.train, run.world.device
-    valid = all_gather_variable_rows(present.float()) > 0
-    voting = VoteSearchSpace(**{each.name: getattr(settings, each.name) for each in fields(VoteSearchSpace)})
-    given = torch.from_numpy(labels.given).to(device)
-    groups = torch.from_numpy(split.source_codes).to(device)
-    before, state = None, run.state.correction
-    if state is not None and state.has_signal:
-        before = CorrectionPrior(
-            run.bank.columns["held_out"],
-            torch.tensor(state.rate_log_likelihood, dtype=torch.float64, device=device),
-            torch.tensor(state.rate_log_likelihood_credible, dtype=torch.float64, device=device),
-        )
-    teachers, held = None, run.data.teacher_probs(name, settings)
-    if held is not None:
-        own = shard_range(len(split))
-        shares = torch.from_numpy(held[own.start : own.stop]).to(device)
-        teachers = shares[:, MODALITIES.index("visual")], shares[:, MODALITIES.index("audio")]
-    return correct_labels(spaces, given, len(labels.classes), groups, valid, voting, before, teachers)
+    return correct_labels(
+        spaces,
+        given,
+        len(labels.classes),
+        groups=torch.from_numpy(run.data.train.source_codes).to(run.world.device),
+        valid=all_gather_variable_rows(present.float()) > 0,
+        search_space=VoteSearchSpace(
+            num_neighbors=config.num_neighbors,
+            second_round_neighbors=config.second_round_neighbors,
+            vote_temperatures=config.vote_temperatures,
+            whitening_powers=config.whitening_powers,
+            num_components=config.num_components,
+            min_log_likelihood_gain=config.min_log_likelihood_gain,
+        ),
+        prior=_correction_prior(run),
+        teachers=_teacher_probs(run, name, config),
+    )
 
 
-def store_correction(run: Run, found: Correction) -> None:
-    """Store the votes beside the bank's rows, where checkpoints and the next phases find them."""
+def _warn(run: Run, text: str) -> None:
+    if run.world.is_main:
+        run.logger.warn(text)
+
+
+def _correction_prior(run: Run) -> CorrectionPrior | None:
+    """Return the results of earlier corrections; None if the last one had no signal."""
+    state, device = run.state.correction, run.world.device
+    if state is None or not state.has_signal:
+        return None
+    return CorrectionPrior(
+        held_out=run.bank.columns["held_out"],
+        rate_log_likelihood=torch.tensor(state.rate_log_likelihood, dtype=torch.float64, device=device),
+        rate_log_likelihood_credible=torch.tensor(
+            state.rate_log_likelihood_credible, dtype=torch.float64, device=device
+        ),
+    )
+
+
+def _teacher_probs(run: Run, name: str, config: LabelCorrectionPhase) -> tuple[Tensor, Tensor] | None:
+    """Return the class probabilities of the visual and the audio teacher for this rank's samples: [n, C] each."""
+    scores = run.data.teacher_probs(name, config)
+    if scores is None:
+        return None
+    probs = local_shard(torch.from_numpy(scores)).to(run.world.device)
+    return probs[:, MODALITIES.index("visual")], probs[:, MODALITIES.index("audio")]
+
+
+def store_correction(run: Run, correction: Correction) -> None:
+    """Store the result in the memory bank and the run state, for checkpoints and later phases."""
     for name in ("held_out", "posterior", "audio_held_out", "audio_posterior", "correspondence"):
-        run.bank.store_column(name, getattr(found, name))
-    state = run.state.correction or CorrectionState(found.has_signal)
-    state.has_signal = found.has_signal
-    if state.rate_log_likelihood is None and found.has_signal:
-        state.rate_log_likelihood = found.rate_log_likelihood.tolist()
-        state.rate_log_likelihood_credible = found.rate_log_likelihood_credible.tolist()
+        run.bank.store_column(name, getattr(correction, name))
+    state = run.state.correction or CorrectionState(correction.has_signal)
+    state.has_signal = correction.has_signal
+    if state.rate_log_likelihood is None and correction.has_signal:
+        state.rate_log_likelihood = correction.rate_log_likelihood.tolist()
+        state.rate_log_likelihood_credible = correction.rate_log_likelihood_credible.tolist()
     run.state.correction = state
