@@ -22,7 +22,7 @@ from distav.tools.embed import main as embed
 from distav.tools.inspect_shards import command as inspecting
 from distav.tools.pseudo_label import command as harvest
 from tests.fuzz.targets import TARGETS
-from tests.gpu.proof import PARTS
+from tests.gpu.parts import PARTS
 from tests.helpers.launch import ROOT
 from tools.bench import command as bench
 

@@ -1,4 +1,4 @@
-"""Parts of the proof that no other program of the project does: facts, the quickstart twice, ten steps at full size."""
+"""Parts of the GPU verification that no other program covers: facts, quickstart on two devices, steps of full size."""
 
 import argparse
 import base64
@@ -22,18 +22,18 @@ from distav.training.environment import machine
 from tests.helpers.launch import DEEPSPEED, ROOT, command, environment
 
 PACKAGES = ("torchvision", "torchaudio", "triton", "transformers", "pyarrow", "pytest")
-"""Versions to know besides those that the benchmarks write."""
+"""Packages whose versions are recorded in addition to those of the benchmarks."""
 DALI = "nvidia-dali-cuda130"
 WARM_UP = 1
-"""Steps before those that are timed."""
+"""Steps before the timed ones."""
 
 
 def facts(file: Path, device: str) -> int:
-    """Write versions, the state of the GPU, and whether the libraries of DALI are those of its wheel."""
+    """Write versions, the state of the GPU, and whether DALI's libraries are those of its wheel."""
     print(_output("nvidia-smi"))
-    found = machine()
-    found["versions"] |= {name: version for name in PACKAGES if (version := _version(name))}
-    found |= {
+    info = machine()
+    info["versions"] |= {name: version for name in PACKAGES if (version := _version(name))}
+    info |= {
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
@@ -42,35 +42,35 @@ def facts(file: Path, device: str) -> int:
     }
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        found |= {
+        info |= {
             "capability": list(torch.cuda.get_device_capability()),
             "gpu_free_gib": round(free / 2**30, 2),
             "gpu_total_gib": round(total / 2**30, 2),
             "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
-    _save(file, {}, machine=found)
-    print(json.dumps(found, indent=1))
-    if not found["deepspeed_launcher"]:
-        print(f"{DEEPSPEED} is missing: put DeepSpeed's launcher beside the interpreter")
+    _save(file, {}, machine=info)
+    print(json.dumps(info, indent=1))
+    if not info["deepspeed_launcher"]:
+        print(f"{DEEPSPEED} is missing; install DeepSpeed's launcher beside the interpreter")
         return 1
-    if device == "cuda" and not found["gpu"]:
-        print("PyTorch sees no GPU")
+    if device == "cuda" and not info["gpu"]:
+        print("PyTorch finds no GPU")
         return 1
     return 0
 
 
 def _dali() -> dict[str, Any]:
-    """Return DALI's version and place, and which of its libraries are not as its wheel has them."""
+    """Return DALI's version and location, and which of its libraries differ from those of its wheel."""
     wheel = metadata.distribution(DALI)
     altered = []
-    for each in wheel.files or []:
-        if each.name.startswith("libdali") and each.hash:
-            with open(str(each.locate()), "rb") as content:
-                digest = hashlib.file_digest(content, each.hash.mode).digest()
-            if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != each.hash.value:
-                altered.append(each.name)
-    kind = f"reduced ({', '.join(altered)})" if altered else "as published"
-    return {"version": wheel.version, "path": str(wheel.locate_file("nvidia/dali")), "libraries": kind}
+    for path in wheel.files or []:
+        if path.name.startswith("libdali") and path.hash:
+            with open(str(path.locate()), "rb") as library:
+                digest = hashlib.file_digest(library, path.hash.mode).digest()
+            if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != path.hash.value:
+                altered.append(path.name)
+    state = f"reduced ({', '.join(altered)})" if altered else "as published"
+    return {"version": wheel.version, "path": str(wheel.locate_file("nvidia/dali")), "libraries": state}
 
 
 def _version(name: str) -> str | None:
@@ -81,7 +81,7 @@ def _version(name: str) -> str | None:
 
 
 def _output(*words: str) -> str | None:
-    """Return what a program prints; None where it is missing or fails."""
+    """Return the output of a program; None if it is missing or fails."""
     try:
         return subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -89,9 +89,10 @@ def _output(*words: str) -> str | None:
 
 
 def quickstart(file: Path, device: str) -> int:
-    """Train the quickstart on the device in bf16 at ZeRO 1 and, beside it, on the CPU in fp32 at ZeRO 0; compare.
+    """Train the quickstart on the GPU in bf16 with ZeRO 1 and on the CPU in fp32 with ZeRO 0, and compare the results.
 
-    Frames are of 160 pixels, which a GPU decodes. On a CPU both trainings are on the CPU in fp32, and short.
+    Both run at the same time. Frames have 160 pixels, which a GPU can decode. In the rehearsal both trainings are short
+    and run on the CPU in fp32.
     """
     small = device == "cpu"
     cores = len(os.sched_getaffinity(0))
@@ -106,54 +107,57 @@ def quickstart(file: Path, device: str) -> int:
     }
     with tempfile.TemporaryDirectory(prefix="distav-quickstart-") as name:
         folder = Path(name)
-        _render(folder / "set", clips, "--label-noise=symmetric:0.4", f"--short-side={side}")
-        started = {}
-        for place, stage in (("run", 1), ("reference", 0)):
+        _render(folder / "dataset", clips, "--label-noise=symmetric:0.4", f"--short-side={side}")
+        processes = {}
+        for training, stage in (("run", 1), ("reference", 0)):
             words = command(
-                ROOT / "configs" / "quickstart.yaml", f"data.root={folder / 'set'}", "data.synthetic.enabled=false",
-                f"run.root={folder / place}", f"deepspeed.zero_stage={stage}", *runs[place], *threads,
+                ROOT / "configs" / "quickstart.yaml", f"data.root={folder / 'dataset'}", "data.synthetic.enabled=false",
+                f"run.root={folder / training}", f"deepspeed.zero_stage={stage}", *runs[training], *threads,
                 *(short if small else ()),
             )  # fmt: skip
-            with file.with_name(f"{file.stem}-{place}.log").open("w") as log:
-                started[place] = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=log, stderr=log)
-        both = list(started.values())
-        while None in (statuses := [process.poll() for process in both]) and not any(statuses):
+            with file.with_name(f"{file.stem}-{training}.log").open("w") as log:
+                processes[training] = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=log, stderr=log)
+        while None in (statuses := [process.poll() for process in processes.values()]) and not any(statuses):
             time.sleep(0.2)
-        if any(statuses):  # One has failed, so there is nothing to compare the other with.
-            for process in psutil.Process().children(recursive=True):  # The launcher would leave its rank.
+        if any(statuses):  # One training failed, so the other cannot be compared.
+            for process in psutil.Process().children(
+                recursive=True
+            ):  # The launcher alone would leave its rank running.
                 process.kill()
-            statuses = [process.wait() for process in both]
+            statuses = [process.wait() for process in processes.values()]
             print(f"exit statuses {statuses}: see {file.stem}-run.log and {file.stem}-reference.log")
             return 1
-        reports = {place: json.loads((folder / place / "quickstart" / "report.json").read_text()) for place in runs}
-    found = {place: _learned(report) for place, report in reports.items()}
+        reports = {
+            training: json.loads((folder / training / "quickstart" / "report.json").read_text()) for training in runs
+        }
+    results = {training: _results(report) for training, report in reports.items()}
     values = {}
-    for figure, value in found["run"].items():
-        values |= {figure: value, f"{figure}, reference": found["reference"][figure]}
-        if figure in ("labels right", "noise rate", "top-1"):
-            values[f"{figure}, difference"] = abs(value - found["reference"][figure])
-    values["noise rate, error"] = abs(found["run"]["noise rate"] - 0.4)
+    for figure, value in results["run"].items():
+        values |= {figure: value, f"{figure}, reference": results["reference"][figure]}
+        if figure in ("label accuracy", "noise rate", "top-1"):
+            values[f"{figure}, difference"] = abs(value - results["reference"][figure])
+    values["noise rate, error"] = abs(results["run"]["noise rate"] - 0.4)
     _save(file, values, reports=reports)
     print(*(f"{figure}: {value:.4g}" for figure, value in values.items()), sep="\n")
     return 0
 
 
-def _learned(report: Mapping[str, Any]) -> dict[str, float]:
+def _results(report: Mapping[str, Any]) -> dict[str, float]:
     seconds = {f"seconds of {phase['name']}": phase["seconds"] for phase in report["phases"]}
     return {
-        "labels right": report["label_accuracy"]["corrected"],
+        "label accuracy": report["label_accuracy"]["corrected"],
         "noise rate": report["corrections"][-1]["label_noise_rate"]["estimate"],
         "top-1": report["test"]["top1"],
-        "clips skipped": len(report["quarantined_samples"]),
+        "quarantined clips": len(report["quarantined_samples"]),
         **seconds,
     }
 
 
 def multinode(file: Path, device: str) -> int:
-    """Train some steps of the first phase of configs/multinode.yaml at its 128 clips a GPU, decoded from shards.
+    """Train some steps of the first phase of configs/multinode.yaml with its 128 clips per GPU, decoded from shards.
 
-    Writes memory, clips/s and the share of the measured rate of a matrix product; out of memory, where and for how
-    much.
+    Writes memory, clips/s and the rate relative to a matrix product; if memory is insufficient, the line and the size
+    of the failed allocation.
     """
     small = device == "cpu"
     clips, steps, encoding, reduced = 128, 10, ("--short-side=256", "--clip-s=4"), ()
@@ -161,29 +165,29 @@ def multinode(file: Path, device: str) -> int:
         clips, steps, encoding = 2, 2, ("--short-side=48", "--clip-s=1")
         reduced = "data.num_frames=2", "data.frame_size=32", "data.audio_s=0.5", "data.decode_threads=1"
     with tempfile.TemporaryDirectory(prefix="distav-multinode-") as name:
-        folder, found = Path(name), dict[str, Any]()
-        _render(folder / "set", (clips, 1), "--codec=h264", "--fps=16", "--sample-rate=24000", *encoding)
+        folder, results = Path(name), dict[str, Any]()
+        _render(folder / "dataset", (clips, 1), "--codec=h264", "--fps=16", "--sample-rate=24000", *encoding)
         overrides = [
-            f"data.root={folder / 'set'}", f"run.root={folder}", f"run.device={'cpu' if small else 'gpu'}",
+            f"data.root={folder / 'dataset'}", f"run.root={folder}", f"run.device={'cpu' if small else 'gpu'}",
             f"optim.global_batch={clips}", "run.threads_per_rank=2", *reduced,
         ]  # fmt: skip
         try:
-            _train(overrides, clips, steps, found)
+            _train(overrides, clips, steps, results)
         except torch.OutOfMemoryError as error:
             frames = traceback.extract_tb(error.__traceback__)
-            last = [each for each in frames if each.filename.startswith((str(ROOT / "distav"), __file__))][-1]
-            found["out of memory"] = f"{last.filename}:{last.lineno} ({last.line}): {str(error).splitlines()[0]}"
+            last = [frame for frame in frames if frame.filename.startswith((str(ROOT / "distav"), __file__))][-1]
+            results["out of memory"] = f"{last.filename}:{last.lineno} ({last.line}): {str(error).splitlines()[0]}"
             traceback.print_exc()
             print(torch.cuda.memory_summary())
     if device == "cuda":
-        found["peak memory allocated, GiB"] = torch.cuda.max_memory_allocated() / 2**30
-        found["peak memory reserved, GiB"] = torch.cuda.max_memory_reserved() / 2**30
-    _save(file, {name: value for name, value in found.items() if isinstance(value, int | float)}, found=found)
-    print(*(f"{name}: {value}" for name, value in found.items()), sep="\n")
-    return 1 if "out of memory" in found or found["clips skipped"] else 0
+        results["peak memory allocated, GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        results["peak memory reserved, GiB"] = torch.cuda.max_memory_reserved() / 2**30
+    _save(file, {name: value for name, value in results.items() if isinstance(value, int | float)}, results=results)
+    print(*(f"{name}: {value}" for name, value in results.items()), sep="\n")
+    return 1 if "out of memory" in results or results["quarantined clips"] else 0
 
 
-def _train(overrides: list[str], clips: int, steps: int, found: dict[str, Any]) -> None:
+def _train(overrides: list[str], clips: int, steps: int, results: dict[str, Any]) -> None:
     from distav.distributed.process_group import process_group
     from distav.training.phases.contrastive import contrastive_losses
     from distav.training.run import open_run
@@ -197,28 +201,28 @@ def _train(overrides: list[str], clips: int, steps: int, found: dict[str, Any]) 
         open_run(settings, world) as run,
     ):
         on_gpu = world.device.type == "cuda"
-        losses, order = contrastive_losses(run, phase), run.sampler(0)
-        batches = run.loader.batches((order.batch(0), epoch) for epoch in range(WARM_UP + steps))
+        losses, sampler = contrastive_losses(run, phase), run.sampler(0)
+        batches = run.loader.batches((sampler.batch(0), epoch) for epoch in range(WARM_UP + steps))
         run.engine.train()
         run.engine.set_lr(1e-5, 1e-5)
-        waited = began = 0.0
+        waited = started = 0.0
         for step in range(WARM_UP + steps):
             if step == WARM_UP:
-                waited, began = 0.0, _now(on_gpu)
-            asked = time.perf_counter()
+                waited, started = 0.0, _now(on_gpu)
+            requested = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - requested
             run.engine.backward(losses(batch, 0.5)["loss"])
             run.engine.step()
-            found |= {"steps": step + 1, "clips skipped": len(run.loader.quarantine.reasons)}
-        seconds = (_now(on_gpu) - began) / steps
-        classes, sample_rate_hz = len(run.data.shards.classes), run.data.train.sample_rate_hz
-        operations = count_operations(settings, sample_rate_hz, classes, batch)
+            results |= {"steps": step + 1, "quarantined clips": len(run.loader.quarantine.reasons)}
+        seconds = (_now(on_gpu) - started) / steps
+        num_classes, sample_rate_hz = len(run.data.shards.classes), run.data.train.sample_rate_hz
+        operations = count_operations(settings, sample_rate_hz, num_classes, batch)
         rate = matmul_rate(Setting(world.device, 2, 10), world.device)
-        found |= {
+        results |= {
             "clips/s": clips / seconds,
             "seconds of a step": seconds,
-            "data wait, share of a step": waited / steps / seconds,
+            "data wait, fraction of a step": waited / steps / seconds,
             "operations of a step, TFLOP": operations / 1e12,
             "rate of a matrix product, TFLOP/s": rate / 1e12,
             "rate of a step / rate of a matrix product": operations / seconds / rate,
@@ -226,7 +230,7 @@ def _train(overrides: list[str], clips: int, steps: int, found: dict[str, Any]) 
 
 
 def _now(on_gpu: bool) -> float:
-    """Return seconds, after the GPU has finished its work."""
+    """Return the time in seconds after synchronizing the GPU."""
     if on_gpu:
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -234,24 +238,24 @@ def _now(on_gpu: bool) -> float:
 
 def _render(folder: Path, clips: tuple[int, int], *options: str) -> None:
     words = [sys.executable, str(ROOT / "tools" / "make_shards.py"), "synthetic", str(folder), *options]
-    began = time.perf_counter()
+    started = time.perf_counter()
     subprocess.run([*words, f"--train-clips={clips[0]}", f"--test-clips={clips[1]}"], check=True)
-    print(f"clips rendered in {time.perf_counter() - began:.1f} s", flush=True)
+    print(f"clips rendered in {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def _save(file: Path, values: Mapping[str, float], **more: Any) -> None:
-    """Write figures in the form of tools/bench.py, and what else there is to know."""
+    """Write figures in the format of tools/bench.py, and additional information."""
     figures = {name: {"value": value} for name, value in values.items()}
     file.write_text(json.dumps({"figures": figures, **more}, indent=1) + "\n")
 
 
 def main() -> int:
     """Run one of the scripts; returns the exit status."""
-    scripts = {each.__name__: each for each in (facts, quickstart, multinode)}
+    scripts = {script.__name__: script for script in (facts, quickstart, multinode)}
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.scripts", description=__doc__)
     parser.add_argument("script", choices=tuple(scripts))
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu takes small sizes")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: small sizes")
     options = parser.parse_args()
     return scripts[options.script](options.json.resolve(), options.device)
 

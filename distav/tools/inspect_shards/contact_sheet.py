@@ -1,4 +1,4 @@
-"""A contact sheet: some clips of a split in one picture, each with frames, sound, key and label."""
+"""A contact sheet: one image with frames, audio, key and label of some clips of a split."""
 
 from pathlib import Path
 from typing import Any
@@ -12,100 +12,105 @@ from distav.data.pipeline.decoding import decode_clip
 from distav.data.pipeline.reader import CorruptSampleError, DecodeError, ShardReader
 from distav.tools.inspect_shards.drawing import Cell, draw
 from distav.tools.inspect_shards.measurements import measure_clip
-from distav.tools.inspect_shards.text_table import WIDTH, cut, table
+from distav.tools.inspect_shards.text_table import LINE_WIDTH, format_table, truncate
 
-FRAMES = 4
-MOST_CLIPS = 400
-"""More make a picture that hardly any program opens."""
-_MOST_CELL = 28
+DEFAULT_FRAMES = 4
+MAX_CLIPS = 400
+"""Hardly any program opens the image of more clips."""
+_MAX_CELL_WIDTH = 28
 
 
-def show(
-    root: str | Path, name: str, clips: int, seed: int, frames: int, kind: str, keys: list[str], out: Path
+def preview(
+    root: str | Path, split_name: str, clips: int, seed: int, frames: int, label: str, keys: list[str], out: Path
 ) -> bool:
     """Draw a contact sheet of some clips of a split, and print them as a table.
 
     Args:
-        root: the set.
-        name: of the split.
-        clips: how many are drawn by chance, where no keys are given.
-        seed: of that chance.
-        frames: shown of each clip, at even distances.
-        kind: a class, whose clips alone are shown; empty for all.
-        keys: of the clips to show; empty for some by chance.
-        out: the picture to write.
+        root: the dataset.
+        split_name: name of the split.
+        clips: number of randomly selected clips, if no keys are specified.
+        seed: seed of the selection.
+        frames: number of evenly spaced frames per clip.
+        label: class from which clips are selected; empty for all.
+        keys: keys of the clips to show; empty for a random selection.
+        out: PNG file to write.
 
     Returns:
-        Whether all of them could be read and decoded.
+        Whether all clips could be read and decoded.
 
     Raises:
-        UserError: for a set of features, or a split, class or key that it does not have.
+        UserError: for a dataset of features, and for a split, class or key that the dataset does not have.
     """
     shards = ShardedDataset.open(root)
     if shards.streams:
         raise UserError(
-            f"{root} holds features, {format_list(shards.streams)}: nothing to see or hear; `stats` counts them."
+            f"{root}: a dataset of features ({format_list(shards.streams)}) has no frames or audio to preview; "
+            "use `stats` instead."
         )
     if out.suffix.lower() != ".png":
-        raise UserError(f"--out={out}: has to end in .png.")
-    split = shards.split(name, "--split")
+        raise UserError(f"--out={out}: the file name must end in .png.")
+    split = shards.split(split_name, "--split")
     labels = _labels(shards, split)
-    chosen = _by_keys(split, keys) if keys else _by_chance(shards, split, labels, kind, clips, seed)
-    if len(chosen) > MOST_CLIPS:
-        raise UserError(f"{len(chosen)} clips are too many for one picture; allowed: up to {MOST_CLIPS}.")
+    samples = _samples_of(split, keys) if keys else _random_samples(shards, split, labels, label, clips, seed)
+    if len(samples) > MAX_CLIPS:
+        raise UserError(f"{len(samples)} clips are too many for one image; allowed: at most {MAX_CLIPS}.")
     reader = ShardReader(split)
-    cells = [_cell(reader, sample, labels[sample]) for sample in chosen]
+    cells = [_cell(reader, sample, labels[sample]) for sample in samples]
     reader.close()
     draw(cells, frames).save(out)
-    rows = [_row(split, *each) for each in zip(chosen, cells, strict=True)]
-    print(table(("key", "label", "source", "start, s", "size", "note"), rows, _MOST_CELL))
-    faults = [cell for cell in cells if cell.frames is None]
-    for cell in faults:
-        print(cut(f"{cell.key}: {cell.note}", WIDTH))
-    print(f"{out}: {len(cells)} of {len(split)} clips of {name}")
-    return not faults
+    rows = [_row(split, sample, cell) for sample, cell in zip(samples, cells, strict=True)]
+    print(format_table(("key", "label", "source", "start, s", "size", "note"), rows, _MAX_CELL_WIDTH))
+    faulty = [cell for cell in cells if cell.frames is None]
+    for cell in faulty:
+        print(truncate(f"{cell.key}: {cell.note}", LINE_WIDTH))
+    print(f"{out}: {len(cells)} of {len(split)} clips of {split_name}")
+    return not faulty
 
 
 def _labels(shards: ShardedDataset, split: Split) -> list[list[str]]:
+    """Return the class names of each clip."""
     if shards.multi_label:
         return multi_labels(shards, split)
     labels = load_labels(shards, split)
-    return [[labels.classes[number]] for number in labels.given]
+    return [[labels.classes[label]] for label in labels.given]
 
 
-def _by_keys(split: Split, keys: list[str]) -> list[int]:
-    place = {key: number for number, key in enumerate(split.keys.tolist())}
-    unknown = [key for key in keys if key not in place]
+def _samples_of(split: Split, keys: list[str]) -> list[int]:
+    sample_of = {key: sample for sample, key in enumerate(split.keys.tolist())}
+    unknown = [key for key in keys if key not in sample_of]
     if unknown:
         raise UserError(
             f"--keys {unknown[0]}: not in split {split.name} of {split.root}, which has {format_list(split.keys, 3)}; "
-            "give another --split or key."
+            "specify another --split or key."
         )
-    return [place[key] for key in keys]
+    return [sample_of[key] for key in keys]
 
 
-def _by_chance(
-    shards: ShardedDataset, split: Split, labels: list[list[str]], kind: str, clips: int, seed: int
+def _random_samples(
+    shards: ShardedDataset, split: Split, labels: list[list[str]], label: str, clips: int, seed: int
 ) -> list[int]:
-    if kind and kind not in shards.classes:
-        raise UserError(f"--class={kind}: allowed: {format_list(shards.classes)}.{did_you_mean(kind, shards.classes)}")
-    among = [number for number, names in enumerate(labels) if not kind or kind in names]
-    if not among:
-        raise UserError(f"--class={kind}: no clip of {split.name} has this label; give another --class or --split.")
-    drawn = np.random.default_rng(seed).choice(among, min(clips, len(among)), replace=False)
-    return np.sort(drawn).tolist()
+    """Return the sorted ids of randomly selected clips, of one class if `label` is not empty."""
+    if label and label not in shards.classes:
+        raise UserError(
+            f"--class={label}: allowed: {format_list(shards.classes)}.{did_you_mean(label, shards.classes)}"
+        )
+    candidates = [sample for sample, names in enumerate(labels) if not label or label in names]
+    if not candidates:
+        raise UserError(f"--class={label}: no clip of {split.name} has this label; specify another --class or --split.")
+    selected = np.random.default_rng(seed).choice(candidates, min(clips, len(candidates)), replace=False)
+    return np.sort(selected).tolist()
 
 
 def _cell(reader: ShardReader, sample: int, names: list[str]) -> Cell:
     split = reader.split
     key, label = str(split.keys[sample]), ", ".join(names)
     try:
-        frames, sound = decode_clip(reader.read(sample))
+        frames, audio = decode_clip(reader.read(sample))
     except (CorruptSampleError, DecodeError) as reason:
         return Cell(key, label, str(reason))
-    seen = measure_clip(frames, sound, split.sample_rate_hz)
-    traits = [trait for trait in ("silent", "black", "still") if seen[trait]]
-    return Cell(key, label, ", ".join([f"peak {seen['peak_dbfs']:.0f} dBFS", *traits]), frames, sound)
+    measured = measure_clip(frames, audio, split.sample_rate_hz)
+    traits = [trait for trait in ("silent", "black", "still") if measured[trait]]
+    return Cell(key, label, ", ".join([f"peak {measured['peak_dbfs']:.0f} dBFS", *traits]), frames, audio)
 
 
 def _row(split: Split, sample: int, cell: Cell) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
-"""The drawing of a contact sheet with Pillow.
+"""Drawing of a contact sheet with Pillow.
 
-Legend: T frames, H W pixels, N audio samples. All lengths are pixels.
+Legend: T frames, H W pixels, N audio samples. All lengths are in pixels.
 """
 
 from collections.abc import Sequence
@@ -10,111 +10,121 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from distav.tools.inspect_shards.text_table import printable
-from distav.tools.inspect_shards.text_table import width as width_of
+from distav.tools.inspect_shards.text_table import display_width, printable
 
 FRAME = (128, 96)
-"""Width and height of the field in which a frame stands."""
+"""Width and height of the box of a frame."""
 TEXT, WAVE, PAD, GAP = 36, 36, 8, 10
-"""Height of the two lines of text, and of a waveform; room inside a cell, and between cells."""
-WIDEST = 1800
-GROUND, CARD, INK, FAINT, SOUND, FAULT = "#e4e7eb", "#ffffff", "#1f2933", "#7b8794", "#2f6fb0", "#b3261e"
+"""Height of the two lines of text and of a waveform; padding within a cell and gap between cells."""
+MAX_WIDTH = 1800
+"""Largest width of a sheet with more than one column."""
+BACKGROUND, CARD, INK, FAINT, WAVE_COLOR, FAULT = "#e4e7eb", "#ffffff", "#1f2933", "#7b8794", "#2f6fb0", "#b3261e"
 FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf")
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "DroidSansFallbackFull.ttf", "wqy-microhei.ttc")
-"""Fonts of many scripts, and of East Asian ones, where the system has them; Pillow's own is Latin."""
+"""Fonts for many scripts and for East Asian ones, if installed; Pillow's default font has Latin glyphs only."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One clip of a sheet: frames [T, H, W, 3] uint8 and sound [N] float32; None where it cannot be decoded."""
+    """One clip of a sheet.
+
+    Attributes:
+        key: key of the clip.
+        label: class names of the clip.
+        note: shown beside the key: properties of the audio, or why the clip cannot be decoded.
+        frames: [T, H, W, 3] uint8; None if the clip cannot be decoded.
+        audio: [N] float32; None if the clip cannot be decoded.
+    """
 
     key: str
     label: str
     note: str
-    """What is told beside the key: of the sound, or why the clip cannot be decoded."""
     frames: np.ndarray | None = None
-    sound: np.ndarray | None = None
+    audio: np.ndarray | None = None
 
 
 def cell_size(frames: int) -> tuple[int, int]:
-    """Return width and height of a cell with so many frames."""
+    """Return width and height of a cell with a number of frames."""
     return frames * FRAME[0] + 2 * PAD, TEXT + FRAME[1] + WAVE + 3 * PAD
 
 
-def places(count: int, frames: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
-    """Return the size of a sheet of so many cells, and where the upper left corner of each is."""
+def layout(count: int, frames: int) -> tuple[tuple[int, int], list[tuple[int, int]]]:
+    """Return the size of a sheet with `count` cells, and the upper left corner of each cell."""
     width, height = cell_size(frames)
-    columns = max(1, min(count, (WIDEST - GAP) // (width + GAP)))
+    columns = max(1, min(count, (MAX_WIDTH - GAP) // (width + GAP)))
     rows = -(-count // columns)
     corners = [
-        (GAP + number % columns * (width + GAP), GAP + number // columns * (height + GAP)) for number in range(count)
+        (GAP + index % columns * (width + GAP), GAP + index // columns * (height + GAP)) for index in range(count)
     ]
     return (GAP + columns * (width + GAP), GAP + rows * (height + GAP)), corners
 
 
 def draw(cells: Sequence[Cell], frames: int) -> Image.Image:
-    """Return the sheet of some clips, so many frames of each."""
-    size, corners = places(len(cells), frames)
-    sheet = Image.new("RGB", size, GROUND)
+    """Return the sheet of some clips, with a number of frames for each."""
+    size, corners = layout(len(cells), frames)
+    sheet = Image.new("RGB", size, BACKGROUND)
     for cell, corner in zip(cells, corners, strict=True):
-        sheet.paste(_card(cell, frames), corner)
+        sheet.paste(_draw_cell(cell, frames), corner)
     return sheet
 
 
-def _card(cell: Cell, frames: int) -> Image.Image:
+def _draw_cell(cell: Cell, frames: int) -> Image.Image:
     width, height = cell_size(frames)
     card = Image.new("RGB", (width, height), CARD)
     pen = ImageDraw.Draw(card)
-    inside = width - 2 * PAD
-    whole = cell.frames is not None
-    _write(pen, (PAD, PAD - 2), cell.label, inside, 15, INK)
-    _write(pen, (PAD, PAD + TEXT // 2 - 1), f"{cell.key}   {cell.note}", inside, 12, FAINT if whole else FAULT)
+    inner_width = width - 2 * PAD
+    note_color = FAULT if cell.frames is None else FAINT
+    _draw_text(pen, (PAD, PAD - 2), cell.label, inner_width, 15, INK)
+    _draw_text(pen, (PAD, PAD + TEXT // 2 - 1), f"{cell.key}   {cell.note}", inner_width, 12, note_color)
     top = PAD + TEXT
-    if cell.frames is not None and cell.sound is not None:
-        shown = np.linspace(0, len(cell.frames) - 1, frames).round().astype(int)
-        for place, number in enumerate(shown):
-            picture = _fitted(cell.frames[number])
-            left = PAD + place * FRAME[0] + (FRAME[0] - picture.width) // 2
-            card.paste(picture, (left, top + (FRAME[1] - picture.height) // 2))
-        _wave(pen, cell.sound, (PAD, top + FRAME[1] + PAD, inside, WAVE))
+    if cell.frames is not None and cell.audio is not None:
+        numbers = np.linspace(0, len(cell.frames) - 1, frames).round().astype(int)
+        for index, number in enumerate(numbers):
+            image = _resize(cell.frames[number])
+            left = PAD + index * FRAME[0] + (FRAME[0] - image.width) // 2
+            card.paste(image, (left, top + (FRAME[1] - image.height) // 2))
+        _draw_waveform(pen, cell.audio, (PAD, top + FRAME[1] + PAD, inner_width, WAVE))
     else:
         pen.line((PAD, top, width - PAD, height - PAD), FAULT)
         pen.line((PAD, height - PAD, width - PAD, top), FAULT)
     return card
 
 
-def _fitted(frame: np.ndarray) -> Image.Image:
-    """Return a frame as large as its field allows; small ones keep their pixels apart."""
+def _resize(frame: np.ndarray) -> Image.Image:
+    """Return a frame scaled to its box; strongly enlarged frames show their pixels."""
     height, width = frame.shape[:2]
-    room = FRAME[0] - 4, FRAME[1]
-    scale = min(room[0] / width, room[1] / height)
-    way = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS
-    return Image.fromarray(frame).resize((max(1, round(width * scale)), max(1, round(height * scale))), way)
+    box = FRAME[0] - 4, FRAME[1]
+    scale = min(box[0] / width, box[1] / height)
+    resampling = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return Image.fromarray(frame).resize(size, resampling)
 
 
-def _wave(pen: ImageDraw.ImageDraw, sound: np.ndarray, box: tuple[int, int, int, int]) -> None:
-    """Draw least and greatest of each column's samples, as high as the box where the sound is loudest."""
+def _draw_waveform(pen: ImageDraw.ImageDraw, audio: np.ndarray, box: tuple[int, int, int, int]) -> None:
+    """Draw minimum and maximum of the samples of each column, scaled so that the peak fills the box."""
     left, top, width, height = box
     middle = top + height / 2
     pen.line((left, middle, left + width, middle), FAINT)
-    edges = np.linspace(0, len(sound), width + 1).astype(int)
-    scale = (height / 2 - 1) / max(float(np.abs(sound).max(initial=0.0)), 1e-3)
-    for column, (first, last) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        piece = sound[first : max(last, first + 1)]
-        if len(piece):
-            ends = middle - float(piece.max()) * scale, middle - float(piece.min()) * scale
-            pen.line((left + column, ends[0], left + column, ends[1]), SOUND)
+    edges = np.linspace(0, len(audio), width + 1).astype(int)
+    scale = (height / 2 - 1) / max(float(np.abs(audio).max(initial=0.0)), 1e-3)
+    for column, (first, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        samples = audio[first : max(end, first + 1)]
+        if len(samples):
+            ends = middle - float(samples.max()) * scale, middle - float(samples.min()) * scale
+            pen.line((left + column, ends[0], left + column, ends[1]), WAVE_COLOR)
 
 
-def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int, size: int, ink: str) -> None:
-    """Write one line, cut where it would run over."""
+def _draw_text(
+    pen: ImageDraw.ImageDraw, position: tuple[int, int], text: str, width: int, size: int, color: str
+) -> None:
+    """Draw one line of text, truncated to a width."""
     text = printable(text)[:400]
-    font = _font(size, width_of(text) > len(text))
+    font = _font(size, display_width(text) > len(text))
     if font.getlength(text) > width:
         while text and font.getlength(text + "...") > width:
             text = text[:-1]
         text += "..."
-    pen.text(place, text, ink, font)
+    pen.text(position, text, color, font)
 
 
 @lru_cache

@@ -1,49 +1,49 @@
-"""Tables for people: columns that line up whatever their text is, and no line that runs over."""
+"""Plain-text tables whose columns are aligned for any text, and whose lines have a limited width."""
 
 import unicodedata
 from collections.abc import Sequence
 
-WIDTH = 120
+LINE_WIDTH = 120
 """Columns of a line."""
 
 
 def printable(text: object) -> str:
-    """Return text without what would move a terminal's cursor or change its colours."""
-    return "".join(each if each.isprintable() else "\ufffd" for each in str(text))
+    """Return text in which characters that control a terminal are replaced."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in str(text))
 
 
-def width(text: str) -> int:
-    """Return how many columns of a terminal text takes."""
-    wide = sum(unicodedata.east_asian_width(each) in "WF" for each in text)
-    return len(text) + wide - sum(unicodedata.combining(each) > 0 for each in text)
+def display_width(text: str) -> int:
+    """Return the number of terminal columns that a text occupies."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
 
 
-def cut(text: object, most: int) -> str:
-    """Return text in at most so many columns, with ... for what was left out."""
+def truncate(text: object, max_width: int) -> str:
+    """Return text in at most `max_width` columns, ending in ... if it was truncated."""
     shown = printable(text)
-    if width(shown) <= most:
+    if display_width(shown) <= max_width:
         return shown
-    while shown and width(shown) > most - 3:
+    while shown and display_width(shown) > max_width - 3:
         shown = shown[:-1]
     return shown + "..."
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]], most: int = 48) -> str:
-    """Return a table as text: the first column to the left, numbers to the right.
+def format_table(head: Sequence[str], rows: Sequence[Sequence[object]], max_width: int = 48) -> str:
+    """Return a table as text, in which columns of numbers are right-aligned.
 
     Args:
         head: names of the columns.
-        rows: cells; numbers with a fraction are shown with one digit of it.
-        most: columns that a cell may take.
+        rows: cells; floats are shown with one decimal.
+        max_width: largest width of a cell.
     """
-    cells = [[cut(f"{each:.1f}" if isinstance(each, float) else each, most) for each in row] for row in rows]
-    numbers = [all(isinstance(row[place], int | float) for row in rows) for place in range(len(head))]
-    wide = [max(map(width, column)) for column in zip(head, *cells, strict=True)]
+    cells = [[truncate(f"{cell:.1f}" if isinstance(cell, float) else cell, max_width) for cell in row] for row in rows]
+    is_number = [all(isinstance(row[column], int | float) for row in rows) for column in range(len(head))]
+    widths = [max(map(display_width, column)) for column in zip(head, *cells, strict=True)]
     lines = []
     for row in [list(head), *cells]:
         padded = [
-            " " * (size - width(cell)) + cell if right else cell + " " * (size - width(cell))
-            for cell, size, right in zip(row, wide, numbers, strict=True)
+            " " * (width - display_width(cell)) + cell if right else cell + " " * (width - display_width(cell))
+            for cell, width, right in zip(row, widths, is_number, strict=True)
         ]
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Whether a set is what was written: every file, member, index entry and label, checked before a run relies on it."""
+"""Verification of a dataset: every file, member, index entry and label is compared with the manifest."""
 
 import contextlib
 import hashlib
@@ -16,39 +16,39 @@ from distav.data.dataset import ShardedDataset, Split
 from distav.data.pipeline.reader import CorruptSampleError, ShardReader
 from distav.data.storage.errors import ObjectNotFoundError, StorageError
 from distav.data.storage.object_store import ObjectStore
-from distav.data.storage.tar import members_by_key, dali_index
+from distav.data.storage.tar import dali_index, members_by_key
 
-_MOST_JSON = 1 << 20
+_MAX_JSON_BYTES = 1 << 20
 
 
 def verify(root: str | Path, labels: str = "") -> Iterator[str]:
-    """Yield what is wrong with a set, a line each, which names the file and the sample.
+    """Yield the faults of a dataset, one line each with the file and the sample.
 
     Args:
-        root: the folder, or the URL: shards are then copied here one by one.
-        labels: a table of labels to be used with it; empty for none.
+        root: directory or URL of the dataset; remote shards are downloaded one at a time.
+        labels: table of labels to check for use with the training split; empty for none.
 
     Raises:
-        UserError: where nothing can be checked, as the manifest is missing or damaged.
+        UserError: if the manifest is missing or damaged, so that nothing can be checked.
     """
     shards = ShardedDataset.open(root)
-    named: set[str] = set()
+    listed: set[str] = set()
     for name, content in shards.manifest["splits"].items():
-        named |= {each["name"] for each in content["shards"]}
+        listed |= {shard["name"] for shard in content["shards"]}
         try:
             split = shards.split(name)
-            yield from _labels(shards, split, labels if name == "train" else "")
+            yield from _label_faults(shards, split, labels if name == "train" else "")
         except UserError as error:
             yield str(error)
             continue
-        yield from _copied(shards, split) if split.remote else _content(shards, split)
-    there = (shards.remote.listing or ()) if shards.remote else (path.name for path in shards.root.glob("*.tar"))
-    for name in sorted(there):
-        if name.endswith(".tar") and name not in named:
-            yield f"{shards.location}/{name}: manifest.json does not name this shard"
+        yield from _remote_faults(shards, split) if split.remote else _shard_faults(shards, split)
+    names = (shards.remote.listing or ()) if shards.remote else (path.name for path in shards.root.glob("*.tar"))
+    for name in sorted(names):
+        if name.endswith(".tar") and name not in listed:
+            yield f"{shards.location}/{name}: this shard is not listed in manifest.json"
 
 
-def _labels(shards: ShardedDataset, split: Split, table: str) -> Iterator[str]:
+def _label_faults(shards: ShardedDataset, split: Split, table: str) -> Iterator[str]:
     try:
         if shards.multi_label or split.name in shards.manifest.get("annotated_splits", ()):
             load_events(shards, split)
@@ -58,30 +58,30 @@ def _labels(shards: ShardedDataset, split: Split, table: str) -> Iterator[str]:
         yield str(error)
 
 
-def _copied(shards: ShardedDataset, split: Split) -> Iterator[str]:
-    """Check a remote split as a local one, of which one shard is here at a time."""
+def _remote_faults(shards: ShardedDataset, split: Split) -> Iterator[str]:
+    """Check a remote split as a local one, of which one shard is downloaded at a time."""
     with tempfile.TemporaryDirectory(prefix="distav-verify-") as folder:
-        here = replace(split, remote=None, shards=[Path(folder, path.name) for path in split.shards])
-        for fault in _content(shards, here, split.remote):
+        local = replace(split, remote=None, shards=[Path(folder, path.name) for path in split.shards])
+        for fault in _shard_faults(shards, local, split.remote):
             yield fault.replace(folder, shards.location)
 
 
-def _content(shards: ShardedDataset, split: Split, remote: ObjectStore | None = None) -> Iterator[str]:
-    digests = [each.get("sha256") for each in shards.manifest["splits"][split.name]["shards"]]
-    first = 0
+def _shard_faults(shards: ShardedDataset, split: Split, remote: ObjectStore | None = None) -> Iterator[str]:
+    digests = [shard.get("sha256") for shard in shards.manifest["splits"][split.name]["shards"]]
+    first_id = 0
     for number, path in enumerate(split.shards):
-        ids = range(first, first + split.shard_sizes[number])
-        first = ids.stop
+        ids = range(first_id, first_id + split.shard_sizes[number])
+        first_id = ids.stop
         try:
-            with _fetched(remote, path), contextlib.closing(ShardReader(split)) as reader:
-                yield from _whole(split, reader, number, path, ids, digests[number])
-        except StorageError as fault:
-            yield f"{path}: {fault.reason}"
+            with _downloaded(remote, path), contextlib.closing(ShardReader(split)) as reader:
+                yield from _file_faults(split, reader, number, path, ids, digests[number])
+        except StorageError as error:
+            yield f"{path}: {error.reason}"
 
 
 @contextlib.contextmanager
-def _fetched(remote: ObjectStore | None, shard: Path) -> Iterator[None]:
-    """Have a remote shard and its index here for a while."""
+def _downloaded(remote: ObjectStore | None, shard: Path) -> Iterator[None]:
+    """Context in which a remote shard and its index are stored locally; does nothing for local shards."""
     index = shard.with_suffix(".idx")
     try:
         if remote:
@@ -94,86 +94,92 @@ def _fetched(remote: ObjectStore | None, shard: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _whole(split: Split, reader: ShardReader, number: int, path: Path, ids: range, digest: str | None) -> Iterator[str]:
+def _file_faults(
+    split: Split, reader: ShardReader, number: int, path: Path, ids: range, digest: str | None
+) -> Iterator[str]:
+    """Yield the faults of a shard's samples; its SHA-256 is compared only if there are none."""
     faults = 0
-    for fault in _shard(split, reader, number, path, ids):
+    for fault in _sample_faults(split, reader, number, path, ids):
         faults += 1
         yield fault
     with open(path, "rb") as file:
         if not faults and digest not in (None, hashlib.file_digest(file, "sha256").hexdigest()):
-            yield f"{path} was altered, its SHA-256 is not that of manifest.json"
+            yield f"{path}: the SHA-256 differs from manifest.json; the file was altered"
 
 
-def _shard(split: Split, reader: ShardReader, number: int, path: Path, ids: range) -> Iterator[str]:
+def _sample_faults(split: Split, reader: ShardReader, number: int, path: Path, ids: range) -> Iterator[str]:
     try:
-        there = members_by_key(path)
+        members = members_by_key(path)
     except UserError as error:
         yield str(error)
-        there = None
-    if there is not None:
+        members = None
+    if members is not None:
         keys = {str(split.keys[sample]) for sample in ids}
-        for key in sorted(set(there) - keys):
+        for key in sorted(set(members) - keys):
             yield f"{path}: '{key}' is not in index.parquet"
-        yield from _dali_index(path, there)
+        yield from _index_faults(path, members)
     for sample in ids:
         key = str(split.keys[sample])
         if int(split.columns["shard"][sample]) != number:
-            yield f"index.parquet: '{key}' is not in the shard where its id would have it"
-        elif there is not None:
-            yield from _members(split, path, sample, key, _by_extension(there.get(key, [])))
+            yield f"index.parquet: '{key}' is listed in another shard than its id implies"
+        elif members is not None:
+            yield from _member_faults(split, path, sample, key, _by_extension(members.get(key, [])))
         try:
             reader.read(sample)
         except CorruptSampleError as reason:
             yield f"{path}: '{key}': {reason}"
 
 
-def _by_extension(parts: list[tuple[str, int, int]]) -> dict[str, tuple[int, int]]:
-    """Return offset and bytes of the members of a sample by extension."""
-    return {extension: (offset, size) for extension, offset, size in parts}
+def _by_extension(members: list[tuple[str, int, int]]) -> dict[str, tuple[int, int]]:
+    """Return offset and size in bytes of a sample's members by extension."""
+    return {extension: (offset, size) for extension, offset, size in members}
 
 
-def _members(split: Split, path: Path, sample: int, key: str, there: dict[str, tuple[int, int]]) -> Iterator[str]:
+def _member_faults(
+    split: Split, path: Path, sample: int, key: str, members: dict[str, tuple[int, int]]
+) -> Iterator[str]:
     columns = split.columns
     expected = split.members
-    for kind, extension in expected.items():
-        said = int(columns[f"{kind}_offset"][sample]), int(columns[f"{kind}_bytes"][sample])
-        if there.get(extension) != said:
-            yield f"{path}: '{key}.{extension}': offset and bytes {said} in index.parquet, {there.get(extension)} here"
-    for extension in sorted(set(there) - {*expected.values(), "json"}):
-        yield f"{path}: '{key}.{extension}' does not belong to a sample of this set"
-    if "json" not in there:
+    for name, extension in expected.items():
+        indexed = int(columns[f"{name}_offset"][sample]), int(columns[f"{name}_bytes"][sample])
+        actual = members.get(extension)
+        if actual != indexed:
+            yield f"{path}: '{key}.{extension}': offset and bytes are {actual}, but {indexed} in index.parquet"
+    for extension in sorted(set(members) - {*expected.values(), "json"}):
+        yield f"{path}: '{key}.{extension}' is not a member of this dataset's samples"
+    if "json" not in members:
         yield f"{path}: '{key}.json' is missing"
         return
-    offset, size = there["json"]
+    offset, size = members["json"]
     with open(path, "rb") as file:
         file.seek(offset)
         try:
-            sample_json(file.read(min(size, _MOST_JSON + 1)))
+            sample_json(file.read(min(size, _MAX_JSON_BYTES + 1)))
         except UserError as error:
             yield f"{path}: '{key}.json': {error}"
 
 
 def sample_json(content: bytes) -> dict[str, Any]:
-    """Return what a sample's JSON says.
+    """Return the JSON object of a sample.
 
     Raises:
-        UserError: where it is no JSON object of at most 1 MiB.
+        UserError: if the content is not a JSON object of at most 1 MiB.
     """
     try:
-        found = json.loads(content) if len(content) <= _MOST_JSON else None
+        value = json.loads(content) if len(content) <= _MAX_JSON_BYTES else None
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"no JSON object of at most {_MOST_JSON} bytes")
-    return found
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"not a JSON object of at most {_MAX_JSON_BYTES} bytes")
+    return value
 
 
-def _dali_index(path: Path, there: dict[str, list[tuple[str, int, int]]]) -> Iterator[str]:
+def _index_faults(path: Path, members: dict[str, list[tuple[str, int, int]]]) -> Iterator[str]:
     index = path.with_suffix(".idx")
     try:
-        said = index.read_bytes()
+        content = index.read_bytes()
     except OSError as error:
         yield f"{index}: {error.strerror}"
         return
-    if said != dali_index(there):
-        yield f"{index} does not describe {path.name}; write it anew with DALI's wds2idx"
+    if content != dali_index(members):
+        yield f"{index}: does not match {path.name}; create it again with DALI's wds2idx"

@@ -158,7 +158,7 @@ def test_verify_reads_a_url(store: Bucket, s3: str, tiny_shards: Path, tmp_path:
     status, output = inspect(s3)  # pyright: ignore[reportArgumentType]
     assert status == 2 and "3 faults" in output, output
     assert f"{s3}/train-000001.tar: 'train-000000040': video altered" in output
-    assert f"{s3}/train-000009.tar: manifest.json does not name this shard" in output
+    assert f"{s3}/train-000009.tar: this shard is not listed in manifest.json" in output
     assert f"{s3}/test-000000.idx: No such file" in output
 
 
