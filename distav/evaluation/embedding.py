@@ -1,9 +1,9 @@
-"""What an exported network makes of clips: features of its towers and their projections.
+"""Embeddings of clips by an exported network: features of the towers and their projections.
 
 Legend: n clips, E tower width, D embedding width, C classes.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,24 @@ from torch import Tensor
 
 from distav.config.errors import UserError
 from distav.data.dataset import Split
-from distav.data.pipeline.loader import Loader
+from distav.data.pipeline.loader import Batch, Loader
 from distav.data.pipeline.sampler import PADDING, padded_batches
+from distav.evaluation.inference import iter_outputs
 from distav.models.av_model import AVModel
 from distav.models.pretrained import input_config, load_encoders
+
+COLUMNS = ("visual", "audio", "visual_embedding", "audio_embedding")
+"""Arrays of embeddings that a table stores."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What a network makes of some clips.
+    """Outputs of a network for n clips.
 
     Attributes:
         visual, audio: [n, E] float32 features of the towers.
-        visual_embedding, audio_embedding: [n, D] float32 unit vectors, comparable with each other.
-        logits: [n, C] float32 of the classifier over both; noise where the run trained none.
+        visual_embedding, audio_embedding: [n, D] float32 unit vectors in a common space.
+        logits: [n, C] float32 of the classifier on both modalities; meaningless if the run did not train it.
         valid: [n] bool, whether the clip could be read; the other rows are zero.
     """
 
@@ -41,34 +45,40 @@ class Embeddings:
 
     @classmethod
     def concatenate(cls, parts: Iterable["Embeddings"]) -> "Embeddings":
-        """Return the rows of several parts after each other."""
+        """Return the rows of all parts, one part after the other."""
         parts = list(parts)
-        return cls(*(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)))
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     @classmethod
     def from_table(cls, table: pa.Table) -> "Embeddings":
-        """Return what `table` put into a table; it holds no logits."""
-        names = ("visual", "audio", "visual_embedding", "audio_embedding")
-        columns = [table.column(name).combine_chunks() for name in names]
+        """Return the embeddings in a table of `to_table`, which has no logits."""
+        columns = [table.column(name).combine_chunks() for name in COLUMNS]
         valid = columns[0].is_valid().to_numpy(zero_copy_only=False)
-        rows = [np.zeros((len(table), each.type.list_size), np.float32) for each in columns]
-        for values, column in zip(rows, columns, strict=True):
+        arrays = [np.zeros((len(table), column.type.list_size), np.float32) for column in columns]
+        for values, column in zip(arrays, columns, strict=True):
             values[valid] = column.flatten().to_numpy().reshape(-1, values.shape[1])
-        return cls(*rows, logits=np.zeros((len(table), 0), np.float32), valid=valid)
+        return cls(*arrays, logits=np.zeros((len(table), 0), np.float32), valid=valid)
 
     def joint_features(self) -> np.ndarray:
-        """Return features of both modalities side by side, each of length 1 where it is not all zero: [n, 2 E]."""
+        """Return the concatenated features of both modalities, each normalized to unit length: [n, 2 E]."""
         return np.concatenate([normalize_rows(self.visual), normalize_rows(self.audio)], axis=1)
 
 
 def normalize_rows(rows: np.ndarray) -> np.ndarray:
-    """Return rows of length 1: [n, E] float32; those all zero stay."""
+    """Return rows of unit length: [n, E] float32; rows that are zero stay zero."""
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 @dataclass(frozen=True)
 class Embedder:
-    """An exported network on a device, ready to embed."""
+    """An exported network on a device that embeds clips.
+
+    Attributes:
+        model: the network in evaluation mode.
+        description: its `config.json`.
+        device: device of the network.
+        batch_size: clips per batch.
+    """
 
     model: AVModel
     description: dict[str, Any]
@@ -77,107 +87,106 @@ class Embedder:
 
     @classmethod
     def open(cls, export: Path, device: torch.device, batch_size: int = 32) -> "Embedder":
-        """Load a network.
+        """Load an exported network.
 
         Raises:
-            UserError: where the folder holds none, or one that takes no clips.
+            UserError: if the directory holds no export, or that of a network that takes features and not clips.
         """
         if batch_size < 1:
-            raise UserError(f"--batch-size={batch_size}: allowed: from 1 up.")
+            raise UserError(f"--batch-size={batch_size}: allowed: 1 or more.")
         model, description = load_encoders(export)
         return cls(model.to(device), description, device, batch_size)
 
     def embed_clips(self, split: Split, ids: np.ndarray | None = None) -> Embeddings:
-        """Embed the middle of clips of a set.
+        """Embed the middle of each clip.
 
         Args:
-            split: where they lie.
-            ids: [n] which; all of them where None.
+            split: split of a dataset.
+            ids: [n] rows of the split; all of them if None.
 
         Raises:
-            UserError: where the set has features in place of clips, or other rates than the network learnt from.
+            UserError: if the dataset stores features, or has other rates than those the network was trained on.
         """
         ids = np.arange(len(split)) if ids is None else ids
-        self._check(split)
-        count = max(1, -(-len(ids) // self.batch_size))  # A rank without clips learns the widths by a batch of padding.
+        self._check_split(split)
+        # At least one batch, of padding alone: a rank without clips needs the widths of the embeddings.
+        num_batches = max(1, -(-len(ids) // self.batch_size))
+        batches = padded_batches(ids, self.batch_size, num_batches)
         loader = Loader(split, input_config(self.description), None, 0, self.batch_size, self.device)
-        plan = padded_batches(ids, self.batch_size, count)
 
-        def batches() -> Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]]:
-            for some, batch in zip(plan, loader.batches((ids, 0) for ids in plan), strict=True):
-                yield batch.media["frames"], batch.media["audio"], batch.valid.cpu().numpy(), some != PADDING
+        def embed(batch: Batch) -> Embeddings:
+            return self._embed(batch.media["frames"], batch.media["audio"], batch.valid.cpu().numpy())
 
         try:
-            return self._embedded(batches)
+            outputs = iter_outputs(embed, loader, batches)
+            return Embeddings.concatenate(_select(part, rows != PADDING) for rows, _, part in outputs)
         finally:
             loader.close()
 
-    def embed_arrays(self, frames: np.ndarray, sound: np.ndarray) -> Embeddings:
-        """Embed clips that are in memory.
+    def embed_arrays(self, frames: np.ndarray, audio: np.ndarray) -> Embeddings:
+        """Embed clips in memory.
 
         Args:
             frames: [n, T, H, W, 3] uint8, or float32 from 0 to 255.
-            sound: [n, N] float32 in [-1, 1].
+            audio: [n, N] float32 in [-1, 1].
 
         Raises:
-            UserError: where shapes are not those that the network takes.
+            UserError: if the network takes other shapes.
         """
-        takes, data = self.description["input"], input_config(self.description)
+        sample_rate_hz, data = self.description["input"]["sample_rate_hz"], input_config(self.description)
         shape = (data.num_frames, data.frame_size, data.frame_size, 3)
-        length = round(data.audio_s * takes["sample_rate_hz"])
-        if frames.shape[1:] != shape or sound.shape[1:] != (length,) or len(frames) != len(sound):
+        length = round(data.audio_s * sample_rate_hz)
+        if frames.shape[1:] != shape or audio.shape[1:] != (length,) or len(frames) != len(audio):
             raise UserError(
-                f"frames of shape {frames.shape} and sound of shape {sound.shape}; the network takes "
-                f"[n, {', '.join(map(str, shape))}] and [n, {length}], the latter at {takes['sample_rate_hz']} Hz."
+                f"frames have shape {frames.shape} and audio has shape {audio.shape}; the network takes "
+                f"[n, {', '.join(map(str, shape))}] and [n, {length}], the latter at {sample_rate_hz} Hz."
             )
+        parts: list[Embeddings] = []
+        for start in range(0, len(frames), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            batch_frames = torch.from_numpy(np.ascontiguousarray(frames[rows])).to(self.device)
+            batch_audio = torch.from_numpy(np.ascontiguousarray(audio[rows])).to(self.device)
+            parts.append(self._embed(batch_frames, batch_audio.float(), np.ones(len(batch_frames), dtype=bool)))
+        return Embeddings.concatenate(parts)
 
-        def batches() -> Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]]:
-            for start in range(0, len(frames), self.batch_size):
-                part = slice(start, start + self.batch_size)
-                media = [torch.from_numpy(np.ascontiguousarray(each[part])).to(self.device) for each in (frames, sound)]
-                there = np.ones(len(media[0]), dtype=bool)
-                yield media[0], media[1].float(), there, there
-
-        return self._embedded(batches)
-
-    def _check(self, split: Split) -> None:
-        takes = self.description["input"]
+    def _check_split(self, split: Split) -> None:
+        inputs = self.description["input"]
         if split.streams:
-            raise UserError(f"{split.root} holds features in place of clips.")
+            raise UserError(f"{split.root} stores features; the network takes clips.")
         if not len(split):
             raise UserError(f"{split.root}: split {split.name} has no clips.")
-        for name, has in (("fps", split.fps), ("sample_rate_hz", split.sample_rate_hz)):
-            if has != takes[name]:
+        for name, value in (("fps", split.fps), ("sample_rate_hz", split.sample_rate_hz)):
+            if value != inputs[name]:
                 raise UserError(
-                    f"{split.root} has {name}={has:g}, the network learnt from {takes[name]:g}; make the set anew with "
-                    f"--fps {takes['fps']:g} --sample-rate {takes['sample_rate_hz']}."
+                    f"{split.root} has {name}={value:g}, the network was trained on {inputs[name]:g}. Rebuild the "
+                    f"dataset with --fps {inputs['fps']:g} --sample-rate {inputs['sample_rate_hz']}."
                 )
 
-    def _embedded(self, batches: Callable[[], Iterator[tuple[Tensor, Tensor, np.ndarray, np.ndarray]]]) -> Embeddings:
-        """Embed batches of frames, sound, what is valid, and what is no padding."""
+    def _embed(self, frames: Tensor, audio: Tensor, valid: np.ndarray) -> Embeddings:
+        """Embed a batch; rows that are not valid are zero."""
         names = ("visual_features", "audio_features", "visual", "audio", "logits")
-        parts: list[Embeddings] = []
+        seeds = torch.zeros(len(frames), dtype=torch.int64, device=self.device)
         with torch.no_grad():
-            for frames, sound, valid, real in batches():
-                seeds = torch.zeros(len(frames), dtype=torch.int64, device=self.device)
-                outputs = self.model(frames, sound, seeds)
-                rows = (outputs[name].float().cpu().numpy() * valid[:, None] for name in names)
-                parts.append(Embeddings(*(each[real] for each in (*rows, valid))))
-        return Embeddings.concatenate(parts)
+            outputs = self.model(frames, audio, seeds)
+        arrays = [outputs[name].float().cpu().numpy() * valid[:, None] for name in names]
+        return Embeddings(*arrays, valid=valid)
+
+
+def _select(embeddings: Embeddings, rows: np.ndarray) -> Embeddings:
+    return Embeddings(*(getattr(embeddings, field.name)[rows] for field in fields(Embeddings)))
 
 
 def to_table(embeddings: Embeddings, columns: dict[str, Any]) -> pa.Table:
-    """Return embeddings as a table, a row a clip; null where it could not be read.
+    """Return embeddings as a table with a row per clip, null if the clip could not be read.
 
     Args:
         embeddings: of n clips.
-        columns: what else is known of them, [n] each.
+        columns: further columns, [n] each.
     """
-    names = ("visual", "audio", "visual_embedding", "audio_embedding")
-    found = {name: _lists(getattr(embeddings, name), embeddings.valid) for name in names}
-    return pa.table({**columns, **found})
+    lists = {name: _list_array(getattr(embeddings, name), embeddings.valid) for name in COLUMNS}
+    return pa.table({**columns, **lists})
 
 
-def _lists(rows: np.ndarray, valid: np.ndarray) -> pa.Array:
+def _list_array(rows: np.ndarray, valid: np.ndarray) -> pa.Array:
     values = pa.array(np.ascontiguousarray(rows, dtype=np.float32).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(values, rows.shape[1], mask=pa.array(~valid))

@@ -1,4 +1,4 @@
-"""Scores of audio-visual events, as LLP (Tian et al. 2020) and AVE (Tian et al. 2018) define them.
+"""Metrics of audio-visual events as LLP (Tian et al. 2020) and AVE (Tian et al. 2018) define them.
 
 Legend: N videos, T segments of one second, C classes.
 """
@@ -8,73 +8,78 @@ import numpy as np
 Counts = tuple[np.ndarray, np.ndarray, np.ndarray]
 """True positives, false positives and false negatives, each [N, C]."""
 
-OVERLAP = 0.5
-"""Intersection over union from which two events are the same."""
+MIN_IOU = 0.5
+"""Intersection over union from which a predicted event matches a target event."""
 
 
 def event_metrics(predicted: np.ndarray, target: np.ndarray) -> dict[str, dict[str, float]]:
-    """Score which events are heard and seen, and when.
+    """Compute F1 scores of predicted events, per segment and per event.
 
-    A video's score is the mean F1 over the classes that occur in it, told or true, and 1 where none does; a score is
-    the mean over the videos. That is no macro F1 over the set.
+    The score of a video is the mean F1 over the classes that are predicted or present in it, and 1 if there are none.
+    The result is the mean over videos, which differs from macro F1 over the dataset.
 
     Args:
-        told, true: [N, 2, T, C] bool, heard first, then seen.
+        predicted, target: [N, 2, T, C] bool; axis 1 is in the order of `distav.data.modalities.MODALITIES`.
 
     Returns:
-        For `segment`, which compares seconds, and `event`, which compares unbroken stretches: `audio`, `visual`,
-        `audio_visual` (heard and seen at once), `type` (Type@AV, the mean of these three) and `event` (Event@AV, F1 of
-        the counts of heard and seen together), in percent.
+        For `segment`, which compares seconds, and `event`, which compares contiguous events: `audio`, `visual`,
+        `audio_visual` (audible and visible in the same second), `type` (Type@AV, the mean of these three) and `event`
+        (Event@AV, F1 of the summed counts of both modalities), in percent.
 
     Raises:
-        ValueError: where the shapes differ.
+        ValueError: if the shapes differ.
     """
     if predicted.shape != target.shape or predicted.ndim != 4 or predicted.shape[1] != 2:
         raise ValueError(
-            f"told {predicted.shape} and true {target.shape} have to be [videos, 2, segments, classes] alike"
+            f"predicted {predicted.shape} and target {target.shape} must have the same shape "
+            "[videos, 2, segments, classes]"
         )
-    kinds = [
+    pairs = [
         (predicted[:, 0], target[:, 0]),
         (predicted[:, 1], target[:, 1]),
         (predicted.all(axis=1), target.all(axis=1)),
     ]
-    found = {}
+    metrics: dict[str, dict[str, float]] = {}
     for level, count in (("segment", _count_segments), ("event", _count_events)):
-        audio, visual, both = (count(*kind) for kind in kinds)
-        scores = [_score(each) for each in (audio, visual, both)]
-        together = tuple(heard + seen for heard, seen in zip(audio, visual, strict=True))
-        names = ("audio", "visual", "audio_visual", "type", "event")
-        values = (*scores, sum(scores) / 3, _score(together))  # pyright: ignore[reportArgumentType]
-        found[level] = dict(zip(names, values, strict=True))
-    return found
+        audio, visual, audio_visual = (count(*pair) for pair in pairs)
+        scores = [_mean_f1(audio), _mean_f1(visual), _mean_f1(audio_visual)]
+        summed = (audio[0] + visual[0], audio[1] + visual[1], audio[2] + visual[2])
+        metrics[level] = {
+            "audio": scores[0],
+            "visual": scores[1],
+            "audio_visual": scores[2],
+            "type": sum(scores) / 3,
+            "event": _mean_f1(summed),
+        }
+    return metrics
 
 
 def segment_accuracy(predicted: np.ndarray, target: np.ndarray) -> float:
-    """Return the share of segments whose event, or background, is right, in percent: [N, T] int64 twice."""
+    """Return the fraction of segments with the correct event or background, in percent: [N, T] int64 twice."""
     return 100 * float((predicted == target).mean())
 
 
-def predicted_events(heard: np.ndarray, seen: np.ndarray, threshold: float = 0.5) -> np.ndarray:
-    """Return the event of each segment: the likeliest one to be heard and seen, background where none is likely.
+def predicted_events(audio: np.ndarray, visual: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    """Return the most probable audio-visual event of each segment, or background if none is probable.
 
     Args:
-        heard, seen: [N, T, C] probabilities, or whether it is so.
-        threshold: smallest product of both that is an event.
+        audio, visual: [N, T, C] probabilities that a class is audible and visible, or bool.
+        threshold: minimum product of both probabilities for an event.
 
     Returns:
-        [N, T] int64, C for background.
+        [N, T] int64 class numbers, C for background.
     """
-    both = heard * seen
-    return np.where(both.max(axis=2) >= threshold, both.argmax(axis=2), both.shape[2])
+    product = audio * visual
+    return np.where(product.max(axis=2) >= threshold, product.argmax(axis=2), product.shape[2])
 
 
-def _score(counts: Counts) -> float:
-    hit, wrong, missed = counts
-    total = 2 * hit + wrong + missed
+def _mean_f1(counts: Counts) -> float:
+    true_positives, false_positives, false_negatives = counts
+    total = 2 * true_positives + false_positives + false_negatives
     occurs = total > 0
-    f1 = np.divide(2 * hit, total, out=np.zeros(total.shape), where=occurs)
-    classes = occurs.sum(axis=1)
-    videos = np.where(classes > 0, f1.sum(axis=1) / np.maximum(classes, 1), 1.0)
+    f1 = np.divide(2 * true_positives, total, out=np.zeros(total.shape), where=occurs)
+    num_classes = occurs.sum(axis=1)
+    videos = np.where(num_classes > 0, f1.sum(axis=1) / np.maximum(num_classes, 1), 1.0)
     return 100 * float(videos.mean())
 
 
@@ -84,21 +89,23 @@ def _count_segments(predicted: np.ndarray, target: np.ndarray) -> Counts:
 
 
 def _count_events(predicted: np.ndarray, target: np.ndarray) -> Counts:
-    """Compare [N, T, C] event by event; no two events share a match, since each needs half of both."""
-    (ours, lengths), (theirs, true_lengths) = _events(predicted), _events(target)
-    both = (ours >= 0) & (theirs >= 0)
-    pairs, shared = np.unique(np.stack([ours[both], theirs[both]]), axis=1, return_counts=True)
-    union = lengths[pairs[0]] + true_lengths[pairs[1]] - shared
-    matched = pairs[0][shared >= OVERLAP * union]
+    """Compare [N, T, C] event by event. A match is unique, since it covers at least half of both events."""
+    (predicted_ids, predicted_lengths), (target_ids, target_lengths) = _events(predicted), _events(target)
+    both = (predicted_ids >= 0) & (target_ids >= 0)
+    pairs, overlap = np.unique(np.stack([predicted_ids[both], target_ids[both]]), axis=1, return_counts=True)
+    union = predicted_lengths[pairs[0]] + target_lengths[pairs[1]] - overlap
+    matched = pairs[0][overlap >= MIN_IOU * union]
     shape = predicted.shape[0], predicted.shape[2]
-    row_of = np.zeros(len(lengths), dtype=np.int64)
-    row_of[ours[ours >= 0]] = np.broadcast_to(np.arange(shape[0] * shape[1])[:, None], ours.shape)[ours >= 0]
-    hit = np.bincount(row_of[matched], minlength=shape[0] * shape[1]).reshape(shape)
-    return hit, _starts(predicted).sum(axis=1) - hit, _starts(target).sum(axis=1) - hit
+    num_rows, inside = shape[0] * shape[1], predicted_ids >= 0
+    row_of = np.zeros(len(predicted_lengths), dtype=np.int64)
+    row_of[predicted_ids[inside]] = np.broadcast_to(np.arange(num_rows)[:, None], predicted_ids.shape)[inside]
+    true_positives = np.bincount(row_of[matched], minlength=num_rows).reshape(shape)
+    num_predicted, num_target = _starts(predicted).sum(axis=1), _starts(target).sum(axis=1)
+    return true_positives, num_predicted - true_positives, num_target - true_positives
 
 
 def _events(present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number the unbroken stretches of [N, T, C]: their numbers [N * C, T], -1 outside, and their lengths."""
+    """Number the contiguous events in [N, T, C]; return the numbers [N * C, T], -1 outside, and the lengths."""
     rows = present.transpose(0, 2, 1).reshape(-1, present.shape[1])
     starts = _starts(present).transpose(0, 2, 1).reshape(rows.shape)
     numbers = np.where(rows, starts.ravel().cumsum().reshape(rows.shape) - 1, -1)
@@ -106,7 +113,7 @@ def _events(present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _starts(present: np.ndarray) -> np.ndarray:
-    """Where events of [N, T, C] begin."""
+    """Return whether an event in [N, T, C] starts at this segment."""
     before = np.zeros_like(present)
     before[:, 1:] = present[:, :-1]
     return present & ~before

@@ -1,4 +1,4 @@
-"""Scores of what was told beside what is true, and of features: tensors and arrays in, numbers out."""
+"""Metrics of labels, correspondence and features: tensors and arrays in, numbers out."""
 
 from typing import Any
 
@@ -9,13 +9,16 @@ from torch import Tensor
 
 from distav.distributed.collectives import all_gather_rows, all_gather_variable_rows, all_reduce_sum_, get_rank
 
-RECALLED = (1, 5, 10)
-_SCORES = 2**24
-"""Scores of retrieval that are ranked at a time."""
+RECALL_RANKS = (1, 5, 10)
+_BLOCK_SCORES = 2**24
+"""Retrieval scores that are ranked at a time."""
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Return the probability that a positive scores above a negative, ties counted half; NaN without both kinds."""
+    """Return the area under the ROC curve, where ties count half.
+
+    It is the probability that a positive has a higher score than a negative; NaN without positives or negatives.
+    """
     num_positive, num_negative = int(positive.sum()), int((~positive).sum())
     if not num_positive or not num_negative:
         return float("nan")
@@ -24,37 +27,37 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def label_accuracy(given: np.ndarray, corrected: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
-    """Return how many labels are right before and after correction, and what it did to wrong and to right ones.
+    """Return the accuracy of labels before and after correction, and the effect on wrong and right labels.
 
     Args:
         given, corrected, true: [N] class numbers.
 
     Returns:
-        Shares: `given` and `corrected` right of all; `wrong_labels_fixed` of the wrong given ones; `right_labels_broken` of
-        the right given ones. None where there are no such labels.
+        Fractions: `given` and `corrected`, right labels of all; `wrong_labels_fixed` of the wrong given labels;
+        `right_labels_broken` of the right given labels. None if there are no such labels.
     """
     wrong = given != true
-    right_now = corrected == true
+    corrected_right = corrected == true
     return {
         "given": float((~wrong).mean()),
-        "corrected": float(right_now.mean()),
-        "wrong_labels_fixed": float(right_now[wrong].mean()) if wrong.any() else None,
-        "right_labels_broken": float((~right_now[~wrong]).mean()) if (~wrong).any() else None,
+        "corrected": float(corrected_right.mean()),
+        "wrong_labels_fixed": float(corrected_right[wrong].mean()) if wrong.any() else None,
+        "right_labels_broken": float((~corrected_right[~wrong]).mean()) if (~wrong).any() else None,
     }
 
 
-def expected_calibration_error(shares: np.ndarray, true: np.ndarray, bins: int = 15) -> float:
+def expected_calibration_error(probs: np.ndarray, true: np.ndarray, bins: int = 15) -> float:
     """Return the mean gap between confidence and accuracy over bins of equal width (Guo et al. 2017, equation 3).
 
     Args:
-        shares: [N, C] class shares.
+        probs: [N, C] class probabilities.
         true: [N] class numbers.
-        bins: of the confidence.
+        bins: number of bins of the confidence.
     """
-    confidence, right = shares.max(axis=1), shares.argmax(axis=1) == true
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
-    count = np.bincount(which, minlength=bins)
-    gap = np.abs(np.bincount(which, right - confidence, minlength=bins))
+    confidence, right = probs.max(axis=1), probs.argmax(axis=1) == true
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
+    gap = np.abs(np.bincount(bin_of, right - confidence, minlength=bins))
     return float(gap[count > 0].sum() / len(true))
 
 
@@ -62,16 +65,16 @@ NOISE_KINDS = ["right", "wrong label", "wrong pair", "both wrong"]
 
 
 def noise_kinds(wrong_label: np.ndarray, wrong_pair: np.ndarray) -> np.ndarray:
-    """Return each sample's place in `NOISE_KINDS`: [N] bool twice -> [N] int64."""
+    """Return the index in `NOISE_KINDS` of each sample: [N] bool twice -> [N] int64."""
     return wrong_label.astype(np.int64) + 2 * wrong_pair
 
 
 def confusion(target: np.ndarray, predicted: np.ndarray, kinds: list[str]) -> dict[str, Any]:
-    """Return how often each kind was taken for each: rows are what is, columns what was told.
+    """Return a confusion matrix with the names of its rows and columns; rows are targets, columns predictions.
 
     Args:
-        true, told: [N] int64 places in `kinds`.
-        kinds: their names.
+        target, predicted: [N] int64 indices in `kinds`.
+        kinds: names of rows and columns.
     """
     counts = np.zeros((len(kinds), len(kinds)), dtype=np.int64)
     np.add.at(counts, (target, predicted), 1)
@@ -79,39 +82,53 @@ def confusion(target: np.ndarray, predicted: np.ndarray, kinds: list[str]) -> di
 
 
 def retrieval(visual: Tensor, audio: Tensor, classes: Tensor) -> dict[str, float]:
-    """Return how well pictures find sounds among all, and sounds pictures; exact, every rank asks for its own part.
+    """Compute exact cross-modal retrieval metrics over the clips of all ranks.
 
-    Keys are ranked by cosine, equal ones by their place. Recalls are for the one sound, or picture, of the same clip;
-    average precision is for all of the same class.
+    Keys are ranked by cosine similarity, and by index where it is equal. For recall, the key of the same clip is
+    relevant; for average precision, all keys of the same class are.
 
     Args:
         visual, audio: [n, D] unit vectors of this rank's clips.
         classes: [n] their classes.
 
     Returns:
-        For both directions, video to audio (`v2a_`) and audio to video (`a2v_`): `recall@1`, `@5`, `@10` and `map` (mean average precision); and
-        `rsum`, the sum of all recalls in percent, as the literature gives it. Empty without clips.
+        For both directions, video to audio (`v2a_`) and audio to video (`a2v_`): `recall@1`, `@5`, `@10` and `map`
+        (mean average precision) as fractions; and `rsum`, the sum of all recalls in percent, as in the literature.
+        Empty without clips.
     """
     first = all_gather_rows(torch.tensor([len(visual)], device=visual.device))[: get_rank()].sum()
-    every = {"visual": all_gather_variable_rows(visual.float()), "audio": all_gather_variable_rows(audio.float())}
-    kinds = all_gather_variable_rows(classes)
-    if not len(kinds):
+    visual_keys, audio_keys = all_gather_variable_rows(visual.float()), all_gather_variable_rows(audio.float())
+    all_classes = all_gather_variable_rows(classes)
+    if not len(all_classes):
         return {}
-    found: dict[str, float] = {}
-    block = max(1, _SCORES // len(kinds))
-    for direction, queries, answering in (("v2a", visual, "audio"), ("a2v", audio, "visual")):
-        totals = torch.zeros(len(RECALLED) + 1, dtype=torch.float64, device=visual.device)
-        for start in range(0, len(queries), block):
-            some = queries[start : start + block].float()
-            itself = torch.arange(start, start + len(some), device=some.device) + first
-            order = (some @ every[answering].T).sort(dim=1, descending=True, stable=True).indices
-            place = (order == itself[:, None]).float().argmax(1)
-            relevant = (kinds[order] == kinds[itself][:, None]).double()
-            precision = relevant.cumsum(1) / torch.arange(1, len(kinds) + 1, device=some.device)
-            totals[:-1] += torch.stack([(place < k).sum() for k in RECALLED])
-            totals[-1] += ((precision * relevant).sum(1) / relevant.sum(1)).sum()
-        shares = (all_reduce_sum_(totals) / len(kinds)).tolist()
-        found |= {f"{direction}_recall@{k}": share for k, share in zip(RECALLED, shares, strict=False)}
-        found[f"{direction}_map"] = shares[-1]
-    found["rsum"] = 100 * sum(value for key, value in found.items() if "recall" in key)
-    return found
+    metrics: dict[str, float] = {}
+    for direction, queries, keys in (("v2a", visual, audio_keys), ("a2v", audio, visual_keys)):
+        totals = _retrieval_totals(queries, keys, all_classes, first)
+        *recalls, mean_precision = (all_reduce_sum_(totals) / len(all_classes)).tolist()
+        metrics |= {f"{direction}_recall@{k}": recall for k, recall in zip(RECALL_RANKS, recalls, strict=True)}
+        metrics[f"{direction}_map"] = mean_precision
+    metrics["rsum"] = 100 * sum(value for key, value in metrics.items() if "recall" in key)
+    return metrics
+
+
+def _retrieval_totals(queries: Tensor, keys: Tensor, classes: Tensor, first: Tensor) -> Tensor:
+    """Return sums over queries of the recalls and of average precision: [4] float64.
+
+    Args:
+        queries: [n, D] of this rank.
+        keys: [N, D] of all ranks.
+        classes: [N] classes of the keys.
+        first: index in the keys of this rank's first clip.
+    """
+    totals = torch.zeros(len(RECALL_RANKS) + 1, dtype=torch.float64, device=queries.device)
+    block = max(1, _BLOCK_SCORES // len(classes))
+    for start in range(0, len(queries), block):
+        rows = queries[start : start + block].float()
+        own = torch.arange(start, start + len(rows), device=rows.device) + first
+        order = (rows @ keys.T).sort(dim=1, descending=True, stable=True).indices
+        rank_of_own = (order == own[:, None]).float().argmax(1)
+        relevant = (classes[order] == classes[own][:, None]).double()
+        precision = relevant.cumsum(1) / torch.arange(1, len(classes) + 1, device=rows.device)
+        totals[:-1] += torch.stack([(rank_of_own < k).sum() for k in RECALL_RANKS])
+        totals[-1] += ((precision * relevant).sum(1) / relevant.sum(1)).sum()
+    return totals

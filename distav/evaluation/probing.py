@@ -1,6 +1,6 @@
-"""What frozen features are worth: weighted nearest neighbours and a linear probe.
+"""Probes of frozen features: weighted k-NN and logistic regression.
 
-Legend: N training clips, m others, E width, C classes.
+Legend: N training clips, m test clips, E width, C classes.
 """
 
 import torch
@@ -8,85 +8,97 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Weights of the squared length of a probe's coefficients, tried on a fifth of the training clips."""
-_HELD_OUT = 5
-_SCORES = 2**24
+"""Candidate L2 penalties of a linear probe."""
+_FOLDS = 5
+"""One fold of this number is held out to select the penalty."""
+_BLOCK_SCORES = 2**24
 """Similarities that are ranked at a time."""
 
 
 def knn_class_probs(
     keys: Tensor, classes: Tensor, queries: Tensor, num_classes: int, k: int = 20, temperature: float = 0.07
 ) -> Tensor:
-    """Return the votes of the k nearest, weighed by exp(cosine / temperature) (Wu et al. 2018, section 3.4).
+    """Return the votes of the k nearest neighbors, weighted by exp(cosine / temperature) (Wu et al. 2018, section 3.4).
 
     Args:
-        keys: [N, E] features; those all zero vote for nobody.
-        classes: [N] their classes.
-        queries: [m, E] features that are voted on.
+        keys: [N, E] features; rows that are zero have no vote.
+        classes: [N] classes of the keys.
+        queries: [m, E] features.
         num_classes: C.
-        k: neighbours, at most N.
+        k: number of neighbors, at most N.
         temperature: of the weights.
 
     Returns:
-        [m, C] votes.
+        [m, C] votes; the weight of the nearest neighbor is 1.
     """
-    there = keys.norm(dim=1) > 0
-    keys, classes = F.normalize(keys[there].float(), dim=1), classes[there]
+    present = keys.norm(dim=1) > 0
+    keys, classes = F.normalize(keys[present].float(), dim=1), classes[present]
     votes = torch.zeros(len(queries), num_classes, device=queries.device)
-    block = max(1, _SCORES // max(1, len(keys)))
+    block = max(1, _BLOCK_SCORES // max(1, len(keys)))
     for start in range(0, len(queries), block):
-        asked = F.normalize(queries[start : start + block].float(), dim=1)
-        nearest = (asked @ keys.T).topk(min(k, len(keys)), dim=1)
-        # The largest weight is 1, so that none overflows.
+        rows = F.normalize(queries[start : start + block].float(), dim=1)
+        nearest = (rows @ keys.T).topk(min(k, len(keys)), dim=1)
+        # Relative to the largest weight, so that none overflows.
         weights = ((nearest.values - nearest.values[:, :1]) / temperature).exp()
         votes[start : start + block].scatter_add_(1, classes[nearest.indices], weights)
     return votes
 
 
 class LinearProbe:
-    """Multinomial logistic regression on standardised features, by L-BFGS; its penalty is chosen on held-out clips."""
+    """Multinomial logistic regression on standardized features, fitted by L-BFGS.
+
+    The L2 penalty is selected on a held-out fifth of the clips; all clips then fit the probe.
+
+    Attributes:
+        penalty: selected weight of the squared norm of the coefficients.
+        coefficients: [E + 1, C], the last row is the bias.
+    """
 
     def __init__(self, features: Tensor, classes: Tensor, num_classes: int, groups: Tensor):
-        """Fit.
+        """Fit the probe.
 
         Args:
             features: [N, E].
             classes: [N].
             num_classes: C.
-            groups: [N] clips of one group, such as those of one video, are held out together.
+            groups: [N] group of each clip, such as its video; a group is held out as a unit.
         """
         self.mean, self.std = features.mean(0), features.std(0) + 1e-6
         self.num_classes = num_classes
-        inputs = self._standard(features)
-        held = _shuffled(groups) % _HELD_OUT == 0
+        inputs = self._standardize(features)
+        held_out = _shuffled(groups) % _FOLDS == 0
         self.penalty = PENALTIES[-1]
-        if held.any() and not held.all():
-            found = [self._fit(inputs[~held], classes[~held], penalty) for penalty in PENALTIES]
-            losses = [float(F.cross_entropy(_logits(inputs[held], each), classes[held])) for each in found]
+        if held_out.any() and not held_out.all():
+            candidates = [self._fit(inputs[~held_out], classes[~held_out], penalty) for penalty in PENALTIES]
+            losses = [
+                float(F.cross_entropy(_logits(inputs[held_out], coefficients), classes[held_out]))
+                for coefficients in candidates
+            ]
             self.penalty = PENALTIES[losses.index(min(losses))]
         self.coefficients = self._fit(inputs, classes, self.penalty)
 
     def __call__(self, features: Tensor) -> Tensor:
         """Return logits: [m, E] -> [m, C]."""
-        return _logits(self._standard(features), self.coefficients)
+        return _logits(self._standardize(features), self.coefficients)
 
-    def _standard(self, features: Tensor) -> Tensor:
+    def _standardize(self, features: Tensor) -> Tensor:
         return (features - self.mean) / self.std
 
     def _fit(self, inputs: Tensor, classes: Tensor, penalty: float) -> Tensor:
-        """Return coefficients and offsets, [E + 1, C]."""
-        found = torch.zeros(inputs.shape[1] + 1, self.num_classes, device=inputs.device, requires_grad=True)
-        solver = torch.optim.LBFGS([found], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
+        """Return the coefficients, [E + 1, C]."""
+        coefficients = torch.zeros(inputs.shape[1] + 1, self.num_classes, device=inputs.device, requires_grad=True)
+        optimizer = torch.optim.LBFGS([coefficients], max_iter=200, history_size=20, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
-            solver.zero_grad()
-            value = F.cross_entropy(_logits(inputs, found), classes) + penalty * found[:-1].square().sum()
+            optimizer.zero_grad()
+            cross_entropy = F.cross_entropy(_logits(inputs, coefficients), classes)
+            value = cross_entropy + penalty * coefficients[:-1].square().sum()
             value.backward()
             return value
 
         with torch.enable_grad():
-            solver.step(loss)  # pyright: ignore[reportArgumentType]
-        return found.detach()
+            optimizer.step(loss)  # pyright: ignore[reportArgumentType]
+        return coefficients.detach()
 
 
 def _logits(inputs: Tensor, coefficients: Tensor) -> Tensor:
@@ -94,6 +106,6 @@ def _logits(inputs: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def _shuffled(groups: Tensor) -> Tensor:
-    """Return numbers that are the same within a group and otherwise in no order: [N] int64."""
-    places = torch.randperm(int(groups.max()) + 1, generator=torch.Generator().manual_seed(0))
-    return places.to(groups.device)[groups]
+    """Return a random number of each group, the same for all of its clips: [N] int64."""
+    numbers = torch.randperm(int(groups.max()) + 1, generator=torch.Generator().manual_seed(0))
+    return numbers.to(groups.device)[groups]
