@@ -153,7 +153,7 @@ def iter_votes(
         del vote
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScoredConfig:
     """A configuration and the fit of its votes to the given labels."""
 
