@@ -134,7 +134,10 @@ def self_test(backend: AttentionBackend, device: torch.device, width: int, with_
     if failure:
         log.warning(
             "attention backend '%s' failed its self-test on %s with width %d and will not be used: %s",
-            *(backend.name, device, width, failure),
+            backend.name,
+            device,
+            width,
+            failure,
         )
     return failure
 

@@ -219,7 +219,10 @@ def kernels_for(device: torch.device, width: int) -> ModuleType | None:
     except Exception as error:  # noqa: BLE001  # Triton may raise anything where it cannot compile
         log.warning(
             "k-NN search on %s with width %d uses PyTorch operators instead of Triton kernels, which is slower: %s: %s",
-            *(device, width, type(error).__name__, error),
+            device,
+            width,
+            type(error).__name__,
+            error,
         )
         return None
     return kernels

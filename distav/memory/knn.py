@@ -134,14 +134,12 @@ class _Search:
 
     def _search_block(self, rows: Tensor, shard: KeyShard, first: bool, estimate_bound: bool) -> Tensor:
         """Search for the queries `rows` [b]; return which of them have to be searched again: [b] bool."""
-        best = self.best[rows]
+        queries, best = self.features[self.index[rows]], self.best[rows]
         excluded = shard.excluded_scores(*_same_group_pairs(self.groups[rows], self.sorted_groups, self.order))
         workspace = self.workspaces.get()
         try:
             merged, again = exact_top_k(
-                *(self.features[self.index[rows]], shard, best, excluded, workspace),
-                first=first,
-                estimate_bound=estimate_bound,
+                queries, shard, best, excluded, workspace, first=first, estimate_bound=estimate_bound
             )
         finally:
             self.workspaces.put(workspace)
