@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Embed clips by an exported network, into Parquet: `embed.py --help`."""
+"""Embed clips with an exported network and write Parquet tables: `embed.py --help`."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make WebDataset shards from raw clips: `make_shards.py videos|csv|digits|synthetic|llp|ave|cleaned --help`."""
+"""Build a dataset of WebDataset shards from raw clips, or clean one: `make_shards.py --help`."""
 
 import sys
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Let teachers label what is heard and seen in each second of a set: `pseudo_label.py --help`."""
+"""Predict audio and visual events of each second with teachers: `pseudo_label.py --help`."""
 
 import sys
 

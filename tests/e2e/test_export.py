@@ -1,4 +1,4 @@
-"""What a run leaves behind is used elsewhere: loaded bare, embedding clips, scored on sets, trained on."""
+"""Uses of an exported network: loading without the other dependencies, embedding, evaluation, further training."""
 
 import json
 import shutil
@@ -12,12 +12,14 @@ import pytest
 import safetensors.torch
 import torch
 
+from distav.config.errors import UserError
 from distav.config.loading import load
 from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Batch
 from distav.distributed.process_group import process_group
 from distav.evaluate import main as evaluate
 from distav.evaluation.embedding import Embedder, Embeddings
+from distav.models.pretrained import load_encoders, load_parser, load_weights
 from distav.tools.embed import main as embed
 from distav.training.run import open_run
 from tests.helpers.launch import tiny_config, train
@@ -27,58 +29,58 @@ CPU = torch.device("cpu")
 BARE = """
 import sys
 
-class Refused:
+class Blocked:
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]
         third_party = {"nvidia", "deepspeed", "hydra", "omegaconf", "webdataset", "pyarrow", "av", "soundfile", "scipy",
                        "tqdm", "tensorboard", "isal", "transformers", "fsspec", "pandas", "sklearn"}
         if top in third_party:
-            raise ImportError(f"{name} is not to be had here")
+            raise ImportError(f"{name} is not installed")
 
 import torch, torchaudio, torchvision
-for name in [each for each in sys.modules if each.split(".")[0] in ("fsspec",)]:
+for name in [module for module in sys.modules if module.split(".")[0] == "fsspec"]:
     del sys.modules[name]
-sys.meta_path.insert(0, Refused())
+sys.meta_path.insert(0, Blocked())
 import distav
 from safetensors.torch import load_file, save_file
 
 model, description = distav.load_encoders(sys.argv[1])
-given = load_file(sys.argv[2])
+inputs = load_file(sys.argv[2])
 with torch.no_grad():
-    save_file({"visual": model.visual(given["frames"]), "audio": model.audio(given["sound"])}, sys.argv[3])
+    save_file({"visual": model.visual(inputs["frames"]), "audio": model.audio(inputs["audio"])}, sys.argv[3])
 """
 
 
-def _in_the_training_graph(run: str, given: str, found: str) -> None:
-    """Feed a batch to the engine of a run that has ended."""
-    settings = load(Path(run) / "config.yaml", [f"run.root={Path(run).parent}"])
-    with process_group("cpu", 60, 1) as world, open_run(settings, world) as going:
-        media = safetensors.torch.load_file(given)
+def _run_training_graph(run: str, inputs: str, outputs: str) -> None:
+    """Write the features that the engine of a finished run computes."""
+    config = load(Path(run) / "config.yaml", [f"run.root={Path(run).parent}"])
+    with process_group("cpu", 60, 1) as world, open_run(config, world) as resumed:
+        media = safetensors.torch.load_file(inputs)
         ids = torch.arange(len(media["frames"]))
-        going.engine.train(False)
+        resumed.engine.train(False)
         with torch.no_grad():
-            outputs = going.engine(Batch(ids, ids >= 0, ids, media))
+            features = resumed.engine(Batch(ids, ids >= 0, ids, media))
         safetensors.torch.save_file(
-            {"visual": outputs["visual_features"].float(), "audio": outputs["audio_features"].float()}, found
+            {"visual": features["visual_features"].float(), "audio": features["audio_features"].float()}, outputs
         )
 
 
-def test_towers_run_bare_and_give_what_the_training_graph_gives(finished: tuple[Path, str], tmp_path: Path):
+def test_towers_without_other_dependencies_equal_the_training_graph(finished: tuple[Path, str], tmp_path: Path):
     run = tmp_path / "tiny"
     shutil.copytree(finished[0], run)
     generator = torch.Generator().manual_seed(0)
-    given = {
+    inputs = {
         "frames": torch.rand(6, 2, 16, 16, 3, generator=generator) * 255,
-        "sound": torch.rand(6, 4000, generator=generator) * 2 - 1,
+        "audio": torch.rand(6, 4000, generator=generator) * 2 - 1,
     }
-    safetensors.torch.save_file(given, tmp_path / "given.safetensors")
+    safetensors.torch.save_file(inputs, tmp_path / "inputs.safetensors")
     script = tmp_path / "bare.py"
     script.write_text(BARE)
-    arguments = [str(run / "export"), str(tmp_path / "given.safetensors"), str(tmp_path / "bare.safetensors")]
-    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    arguments = [str(run / "export"), str(tmp_path / "inputs.safetensors"), str(tmp_path / "bare.safetensors")]
+    result = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
     graph = tmp_path / "graph.safetensors"
-    rank = context.Process(target=_in_the_training_graph, args=(str(run), arguments[1], str(graph)))
+    rank = context.Process(target=_run_training_graph, args=(str(run), arguments[1], str(graph)))
     rank.start()
     rank.join(60)
     assert rank.exitcode == 0
@@ -88,7 +90,7 @@ def test_towers_run_bare_and_give_what_the_training_graph_gives(finished: tuple[
         torch.testing.assert_close(bare[tower], trained[tower], atol=1e-5, rtol=1e-5)
 
 
-def test_the_card_tells_data_noise_and_scores(finished: tuple[Path, str], tiny_shards: Path):
+def test_the_model_card_names_data_noise_and_metrics(finished: tuple[Path, str], tiny_shards: Path):
     card = (finished[0] / "export" / "README.md").read_text()
     report = json.loads((finished[0] / "report.json").read_text())
     assert f"`{tiny_shards.name}`, 96 training clips" in card and "distav.load_encoders" in card
@@ -96,24 +98,24 @@ def test_the_card_tells_data_noise_and_scores(finished: tuple[Path, str], tiny_s
     assert str(report["test"]["top1"]) in card
 
 
-def test_a_set_is_embedded_to_the_same_bytes_by_any_number_of_ranks(
+def test_embeddings_of_a_dataset_are_the_same_bytes_for_any_number_of_ranks(
     finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     export, out = finished[0] / "export", tmp_path / "out"
-    shutil.copytree(tiny_shards, tmp_path / "set")
-    shards = ShardedDataset.open(tmp_path / "set")
+    shutil.copytree(tiny_shards, tmp_path / "dataset")
+    shards = ShardedDataset.open(tmp_path / "dataset")
     split = shards.split("train")
     with open(split.shards[0], "r+b") as shard:
         shard.seek(int(split.columns["video_offset"][7]) + 5)
         shard.write(b"\xff\x00\xff")
-    arguments = [str(export), str(tmp_path / "set"), "--device", "cpu", "--batch-size", "8"]
+    arguments = [str(export), str(tmp_path / "dataset"), "--device", "cpu", "--batch-size", "8"]
     run_whole(2, [*arguments, "--out", str(out)], tmp_path / "log", module="distav.tools.embed")
     assert embed([*arguments, "--out", str(tmp_path / "alone"), "--threads", "1"]) == 0
     for path in sorted(out.iterdir()):
         assert path.read_bytes() == (tmp_path / "alone" / path.name).read_bytes(), path.name
     table = pq.read_table(out)
     assert len(table) == 120 and set(table.column("split").to_pylist()) == {"train", "test"}
-    rows = table.filter([each == "train" for each in table.column("split").to_pylist()])
+    rows = table.filter([name == "train" for name in table.column("split").to_pylist()])
     assert rows.column("key").to_pylist() == split.keys.tolist()
     assert [row for row, value in enumerate(rows.column("visual").to_pylist()) if value is None] == [7]
     direct = Embedder.open(export, CPU, 8).embed_clips(split)
@@ -122,7 +124,7 @@ def test_a_set_is_embedded_to_the_same_bytes_by_any_number_of_ranks(
     for name in ("visual", "audio", "visual_embedding", "audio_embedding"):
         np.testing.assert_allclose(getattr(read, name), getattr(direct, name), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(direct.visual_embedding[direct.valid], axis=1), 1, atol=1e-5)
-    # What is there is not made again; another network's embeddings are not mixed in.
+    # Existing files are kept; embeddings of another batch size are rejected.
     (out / "test-000000.parquet").unlink()
     kept = (out / "train-000000.parquet").stat().st_mtime_ns
     assert embed([*arguments, "--out", str(out), "--threads", "1"]) == 0
@@ -131,13 +133,13 @@ def test_a_set_is_embedded_to_the_same_bytes_by_any_number_of_ranks(
     assert embed([*arguments[:-1], "4", "--out", str(out)]) == 1
 
 
-def test_files_and_arrays_are_embedded_as_shards_are(
+def test_files_and_arrays_are_embedded_like_shards(
     finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     import av
 
     export = finished[0] / "export"
-    media = tmp_path / "media" / "deep"
+    media = tmp_path / "media" / "nested"
     media.mkdir(parents=True)
     rng = np.random.default_rng(0)
     with av.open(str(media / "one.mp4"), "w") as container:
@@ -146,24 +148,24 @@ def test_files_and_arrays_are_embedded_as_shards_are(
         for _ in range(60):
             frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8), format="rgb24")
             container.mux(video.encode(frame))  # pyright: ignore[reportAttributeAccessIssue]
-        sound = av.AudioFrame.from_ndarray(
+        audio_frame = av.AudioFrame.from_ndarray(
             rng.normal(0, 0.1, (1, 2 * 22050 + 11025)).astype(np.float32), format="fltp", layout="mono"
         )
-        sound.sample_rate = 22050
-        container.mux(audio.encode(sound))  # pyright: ignore[reportAttributeAccessIssue]
+        audio_frame.sample_rate = 22050
+        container.mux(audio.encode(audio_frame))  # pyright: ignore[reportAttributeAccessIssue]
         for stream in (video, audio):
             container.mux(stream.encode())  # pyright: ignore[reportAttributeAccessIssue]
     (media / "note.txt").write_text("no video")
     assert embed([str(export), str(tmp_path / "media"), "--out", str(tmp_path / "files"), "--device", "cpu"]) == 0
     table = pq.read_table(tmp_path / "files")
-    assert table.column("source").to_pylist() == ["deep/one.mp4"] * 2
+    assert table.column("source").to_pylist() == ["nested/one.mp4"] * 2
     assert table.column("start_s").to_pylist() == [0.0, 1.0] and not table.column("visual").null_count
     assert "note.txt" in (tmp_path / "files" / "_rejected.csv").read_text()
     assert not (tmp_path / "files" / ".work").exists()
 
     frames = rng.integers(0, 255, (5, 2, 16, 16, 3), dtype=np.uint8)
-    sound = rng.normal(0, 0.1, (5, 4000)).astype(np.float32)
-    np.savez(tmp_path / "clips.npz", frames=frames, sound=sound)
+    audio = rng.normal(0, 0.1, (5, 4000)).astype(np.float32)
+    np.savez(tmp_path / "clips.npz", frames=frames, audio=audio)
     assert embed([str(export), str(tmp_path / "clips.npz"), "--out", str(tmp_path / "arrays"), "--device", "cpu"]) == 0
     table = pq.read_table(tmp_path / "arrays")
     model = Embedder.open(export, CPU).model
@@ -171,32 +173,31 @@ def test_files_and_arrays_are_embedded_as_shards_are(
         expected = model.visual(torch.from_numpy(frames)).numpy()
     np.testing.assert_allclose(np.array(table.column("visual").to_pylist()), expected, atol=1e-5)
 
-    np.savez(tmp_path / "wrong.npz", frames=frames[:, :1], sound=sound)
-    np.savez(tmp_path / "uneven.npz", frames=frames, sound=sound[:4])
+    np.savez(tmp_path / "wrong.npz", frames=frames[:, :1], audio=audio)
+    np.savez(tmp_path / "uneven.npz", frames=frames, audio=audio[:4])
     (tmp_path / "empty").mkdir()
-    for given, told in (
+    for name, message in (
         ("wrong.npz", "the network takes [n, 2, 16, 16, 3]"),
-        ("uneven.npz", "`sound` (4, 4000)"),
-        ("none.npz", "needs arrays `frames` and `sound`"),
-        ("empty", "no media files"),
+        ("uneven.npz", "`audio` (4, 4000)"),
+        ("none.npz", "has to contain the arrays `frames` and `audio`"),
+        ("empty", "contains neither the manifest.json of a dataset nor media files"),
     ):
-        assert embed([str(export), str(tmp_path / given), "--out", str(tmp_path / f"{given}.out")]) == 1
-        assert told in capsys.readouterr().err
+        assert embed([str(export), str(tmp_path / name), "--out", str(tmp_path / f"{name}.out")]) == 1
+        assert message in capsys.readouterr().err
 
 
-def test_scores_are_the_same_on_any_number_of_ranks(
+def test_metrics_are_the_same_for_any_number_of_ranks(
     finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     arguments = [str(finished[0] / "export"), str(tiny_shards), "--device", "cpu"]
     assert evaluate([*arguments, "--json", str(tmp_path / "one.json"), "--threads", "1"]) == 0
     run_whole(2, [*arguments, "--json", str(tmp_path / "two.json")], tmp_path / "log", module="distav.evaluate")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert one.keys() == {"knn", "probe", "retrieval"} and one["knn"].keys() == {"visual", "audio", "both"}
-    for name, scores in one.items():
-        assert two[name] == pytest.approx(scores, abs=1e-6)
-    assert all(0 <= value <= 1 for name in ("knn", "probe") for value in one[name].values())
-    said = capsys.readouterr().out
-    assert f"both {100 * one['knn']['both']:.1f} %" in said
+    assert one.keys() == {"knn", "linear_probe", "retrieval"} and one["knn"].keys() == {"visual", "audio", "both"}
+    for name, values in one.items():
+        assert two[name] == pytest.approx(values, abs=1e-6)
+    assert all(0 <= value <= 1 for name in ("knn", "linear_probe") for value in one[name].values())
+    assert f"both {100 * one['knn']['both']:.1f} %" in capsys.readouterr().out
     assert evaluate([*arguments, "--train-split", "trian"]) == 1
     assert "Did you mean 'train'?" in capsys.readouterr().err
 
@@ -210,29 +211,39 @@ model: {embed_dim: 16, hidden_dim: 32, visual: {width: 8}, audio: {width: 8, num
 optim: {global_batch: 24, lr: 1e-9}
 phases: {learn: {kind: supervised, epochs: 1, targets: given}}
 """
-    where = (f"data.root={tiny_shards}", f"run.root={tmp_path}", f"model.pretrained={export}")
+    common = (f"data.root={tiny_shards}", f"run.root={tmp_path}", f"model.pretrained={export}")
     for stage in (0, 3):
-        said = train(
-            tiny_config(tmp_path, text), *where, f"deepspeed.zero_stage={stage}", f"run.name=at_{stage}", ranks=2
+        output = train(
+            tiny_config(tmp_path, text), *common, f"deepspeed.zero_stage={stage}", f"run.name=at_{stage}", ranks=2
         )
-        assert f"initialized from {export}\n" in said
+        assert f"initialized from {export}\n" in output
         weights = safetensors.torch.load_file(tmp_path / f"at_{stage}" / "export" / "model.safetensors")
         before = safetensors.torch.load_file(export / "model.safetensors")
-        learnt = [name for name in before if name.endswith("weight")]
-        for name in learnt:
+        weight_names = [name for name in before if name.endswith("weight")]
+        for name in weight_names:
             torch.testing.assert_close(weights[name], before[name], atol=1e-5, rtol=1e-4)
-    said = train(tiny_config(tmp_path, text), *where, "model.embed_dim=8", "run.name=other")
-    assert "all but project_audio, project_visual" in said
-    said = train(tiny_config(tmp_path, text), *where[:2], "model.pretrained=nowhere", "run.name=third", status=1)
-    assert "nowhere holds no export" in said
+    output = train(tiny_config(tmp_path, text), *common, "model.embed_dim=8", "run.name=other")
+    assert "all but project_audio, project_visual" in output
+    output = train(tiny_config(tmp_path, text), *common[:2], "model.pretrained=nowhere", "run.name=third", status=1)
+    assert "nowhere holds no export" in output
 
 
-def test_fine_tuning_is_a_run_of_its_own(finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path):
+def test_fine_tuning_writes_its_own_run(finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path):
     out = tmp_path / "runs" / "tuned"
     arguments = [str(finished[0] / "export"), str(tiny_shards), "--tasks", "fine_tune", "--out", str(out)]
     options = ["--epochs", "2", "--global-batch", "24", "--device", "cpu", "--json", str(tmp_path / "tuned.json")]
     run_whole(1, [*arguments, *options], tmp_path / "log", module="distav.evaluate")
-    scores = json.loads((tmp_path / "tuned.json").read_text())["fine_tune"]
+    metrics = json.loads((tmp_path / "tuned.json").read_text())["fine_tune"]
     report = json.loads((out / "report.json").read_text())
-    assert scores == report["test"] and report["phases"][0]["steps"] == 8
+    assert metrics == report["test"] and report["phases"][0]["steps"] == 8
     assert (out / "export" / "model.safetensors").is_file()
+
+
+def test_an_export_in_an_older_format_is_rejected(finished: tuple[Path, str], tmp_path: Path):
+    export = tmp_path / "export"
+    shutil.copytree(finished[0] / "export", export)
+    description = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps({**description, "format": 1}))
+    for read in (load_encoders, load_parser, load_weights):
+        with pytest.raises(UserError, match="config.json has export format 1; this version of distav loads format 2"):
+            read(export)

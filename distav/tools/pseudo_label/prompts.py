@@ -1,4 +1,4 @@
-"""What teachers are asked of each class, and from which score on they are believed."""
+"""Prompts files: the teacher of each modality, and a caption and a threshold for each class."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +13,17 @@ from distav.data.modalities import MODALITIES
 
 @dataclass(frozen=True)
 class Prompts:
-    """One teacher's.
+    """Teacher and prompts of one modality.
 
     Attributes:
-        checkpoint: a folder, or a name on the hub.
-        classes: C names, in the order of their numbers.
-        captions: C texts.
-        thresholds: [C] float32; a score above it is an event.
+        teacher: name of the teacher in `distav.tools.pseudo_label.teachers.TEACHERS`.
+        checkpoint: directory, or name on the Hugging Face hub.
+        classes: C class names, in the order of the file.
+        captions: C captions.
+        thresholds: [C] float32; a second with a higher score has the event.
     """
 
+    teacher: str
     checkpoint: str
     classes: list[str]
     captions: list[str]
@@ -29,39 +31,47 @@ class Prompts:
 
 
 def read_prompts(path: Path) -> dict[str, Prompts]:
-    """Read the prompts of both modalities, `audio` and `visual`, from a YAML file such as configs/teachers/llp.yaml.
+    """Return the prompts of both modalities, `audio` and `visual`, from a YAML file such as configs/teachers/llp.yaml.
 
     Raises:
-        UserError: for a missing file or anything that is missing or of another kind in it, by its place.
+        UserError: for a missing file, or a key that is missing or has a value of the wrong type.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; configs/teachers has some.")
+        raise UserError(f"{path}: no such file; see configs/teachers for examples.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from None
-    classes = _part(content, "classes", dict, path)
+        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+    classes = _get(content, "classes", dict, path)
     if not classes:
-        raise UserError(f"{path}: classes is empty; give at least one.")
-    found = {}
+        raise UserError(f"{path}: classes is empty; add at least one class.")
+    prompts = {}
     for modality in MODALITIES:
-        teacher = _part(content, modality, dict, path)
-        template = _part(teacher, "template", str, path, f"{modality}.")
+        section = _get(content, modality, dict, path)
+        template = _get(section, "template", str, path, f"{modality}.")
         if template.count("{}") != 1:
-            raise UserError(f"{path}: {modality}.template='{template}' has to hold {{}} once, where the class goes.")
+            raise UserError(
+                f"{path}: {modality}.template='{template}' has to contain {{}} once, as the placeholder of the class."
+            )
         captions, thresholds = [], []
-        for name, words in classes.items():
-            where = f"classes.{name}."
-            captions.append(template.replace("{}", _part(words, modality, str, path, where)))
-            thresholds.append(_part(words, f"{modality}_threshold", (int, float), path, where))
-        checkpoint = _part(teacher, "checkpoint", str, path, f"{modality}.")
-        found[modality] = Prompts(checkpoint, list(map(str, classes)), captions, np.array(thresholds, dtype=np.float32))
-    return found
+        for name, entry in classes.items():
+            prefix = f"classes.{name}."
+            captions.append(template.replace("{}", _get(entry, modality, str, path, prefix)))
+            thresholds.append(_get(entry, f"{modality}_threshold", (int, float), path, prefix))
+        prompts[modality] = Prompts(
+            teacher=_get(section, "teacher", str, path, f"{modality}."),
+            checkpoint=_get(section, "checkpoint", str, path, f"{modality}."),
+            classes=[str(name) for name in classes],
+            captions=captions,
+            thresholds=np.array(thresholds, dtype=np.float32),
+        )
+    return prompts
 
 
-def _part(content: Any, key: str, kind: type | tuple[type, ...], path: Path, where: str = "") -> Any:
-    value = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        kinds = [each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,))]
-        raise UserError(f"{path}: {where}{key} is missing or not of the kind {format_list(kinds)}.")
+def _get(mapping: Any, key: str, types: type | tuple[type, ...], path: Path, prefix: str = "") -> Any:
+    """Return a value of a mapping, or raise a UserError that names the key and the allowed types."""
+    value = mapping.get(key) if isinstance(mapping, dict) else None
+    if not isinstance(value, types) or isinstance(value, bool):
+        names = [allowed.__name__ for allowed in (types if isinstance(types, tuple) else (types,))]
+        raise UserError(f"{path}: {prefix}{key} is missing or has the wrong type; allowed: {format_list(names)}.")
     return value

@@ -10,10 +10,11 @@ from tests.conftest import ROOT
 LLP = ROOT / "configs" / "teachers" / "llp.yaml"
 
 
-def test_the_published_prompts_and_thresholds():
+def test_llp_prompts_and_thresholds_are_those_of_valor():
     prompts = read_prompts(LLP)
     assert prompts["audio"].classes == prompts["visual"].classes == list(CLASSES)
     visual, audio = prompts["visual"], prompts["audio"]
+    assert (visual.teacher, audio.teacher) == ("clip", "clap")
     assert visual.captions[0] == "A photo of people talking." and visual.captions[14] == "A photo of a vaccum cleaner."
     assert audio.captions[5] == "This is a sound of frying (food)"
     assert audio.captions[12] == "This is a sound of chicken, rooster"
@@ -22,18 +23,19 @@ def test_the_published_prompts_and_thresholds():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        (("template: \"A photo of {}.\"", "template: A photo."), "visual.template='A photo.' has to hold {} once"),
-        (("visual_threshold: 20", "visual_threshold: high"), "classes.Speech.visual_threshold is missing or not of"),
-        (("audio:\n", "sound:\n"), "audio is missing or not of the kind dict"),
-        (("classes:", "classes: {}\nothers:"), "classes is empty"),
-        (("visual:", "visual: ["), "is not valid YAML"),
+        (("template: \"A photo of {}.\"", "template: A photo."), "visual.template='A photo.' has to contain {} once"),
+        (("visual_threshold: 20", "visual_threshold: high"), "classes.Speech.visual_threshold is missing or has"),
+        (("audio:\n", "voice:\n"), "audio is missing or has the wrong type; allowed: dict"),
+        (("  teacher: clap\n", ""), "audio.teacher is missing"),
+        (("classes:", "classes: {}\nunused:"), "classes is empty"),
+        (("visual:", "visual: ["), "not valid YAML"),
     ],
 )  # fmt: skip
-def test_faults_are_named_by_their_place(change: tuple[str, str], told: str, tmp_path: Path):
-    path = tmp_path / "mine.yaml"
+def test_invalid_prompts_files_are_reported_with_the_key(change: tuple[str, str], message: str, tmp_path: Path):
+    path = tmp_path / "prompts.yaml"
     path.write_text(LLP.read_text().replace(*change, 1))
-    with pytest.raises(UserError, match=".*mine.yaml") as error:
+    with pytest.raises(UserError, match=".*prompts.yaml") as error:
         read_prompts(path)
-    assert told in str(error.value)
+    assert message in str(error.value)

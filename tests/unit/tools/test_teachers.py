@@ -1,4 +1,4 @@
-"""Teachers are what transformers computes; harvested labels are what their scores and the clips' own labels allow."""
+"""Scores of teachers equal those of transformers; pseudo-labels follow from scores, thresholds and given labels."""
 
 import io
 import json
@@ -22,9 +22,11 @@ from distav.data.annotations.events import load_events, read_events
 from distav.data.annotations.teacher_scores import read_scores
 from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Batch, Loader
+from distav.tools.pseudo_label.clap_teacher import CLAPTeacher
+from distav.tools.pseudo_label.clip_teacher import CLIPTeacher
 from distav.tools.pseudo_label.command import main
 from distav.tools.pseudo_label.prompts import read_prompts
-from distav.tools.pseudo_label.teachers import CLAPTeacher, CLIPTeacher
+from distav.tools.pseudo_label.teachers import TEACHERS
 from tests.conftest import ROOT
 from tests.helpers.events import AVE_CLASSES, ave_shards, write_ave
 
@@ -47,7 +49,7 @@ def ave(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def batch_of(folder: Path, split: str, count: int) -> Batch:
+def load_batch(folder: Path, split: str, count: int) -> Batch:
     data = DataConfig(num_frames=10, frame_stride=8, frame_size=SIDE, squash=True, audio_s=10.0)
     loader = Loader(ShardedDataset.open(folder / "shards").split(split), data, None, 0, count, CPU)
     batch = loader.load(np.arange(count), 0)
@@ -56,131 +58,142 @@ def batch_of(folder: Path, split: str, count: int) -> Batch:
 
 
 @torch.no_grad()
-def test_scores_are_those_of_transformers_called_by_hand(ave: Path):
-    batch, prompts = batch_of(ave, "test", 3), read_prompts(ave / "prompts.yaml")
-    found = CLIPTeacher(prompts["visual"], CPU).scores(batch.media["frames"])
+def test_scores_equal_those_of_transformers(ave: Path):
+    batch, prompts = load_batch(ave, "test", 3), read_prompts(ave / "prompts.yaml")
+    visual_scores = CLIPTeacher(prompts["visual"], CPU).scores(batch.media["frames"])
     model = transformers.CLIPModel.from_pretrained(ave / "clip")
-    tokens = transformers.AutoTokenizer.from_pretrained(ave / "clip")
-    looks = transformers.CLIPImageProcessor.from_pretrained(ave / "clip")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ave / "clip")
+    image_processor = transformers.CLIPImageProcessor.from_pretrained(ave / "clip")
     for clip in range(3):
-        images = looks(list(batch.media["frames"][clip].numpy()), return_tensors="pt", do_resize=False)
-        words = tokens(prompts["visual"].captions, return_tensors="pt", padding=True)
-        words.pop("token_type_ids", None)
-        torch.testing.assert_close(found[clip], model(**images, **words).logits_per_image, atol=1e-4, rtol=1e-4)
+        images = image_processor(list(batch.media["frames"][clip].numpy()), return_tensors="pt", do_resize=False)
+        tokens = tokenizer(prompts["visual"].captions, return_tensors="pt", padding=True)
+        tokens.pop("token_type_ids", None)
+        expected = model(**images, **tokens).logits_per_image
+        torch.testing.assert_close(visual_scores[clip], expected, atol=1e-4, rtol=1e-4)
 
-    heard = CLAPTeacher(prompts["audio"], CPU, 16000, 10).scores(batch.media["audio"])
+    audio_scores = CLAPTeacher(prompts["audio"], CPU, 16000, 10).scores(batch.media["audio"])
     model = transformers.ClapModel.from_pretrained(ave / "clap")
-    tokens = transformers.AutoTokenizer.from_pretrained(ave / "clap")
-    hears = transformers.AutoFeatureExtractor.from_pretrained(ave / "clap")
-    words = tokens(prompts["audio"].captions, return_tensors="pt", padding=True)
-    words.pop("token_type_ids", None)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ave / "clap")
+    feature_extractor = transformers.AutoFeatureExtractor.from_pretrained(ave / "clap")
+    tokens = tokenizer(prompts["audio"].captions, return_tensors="pt", padding=True)
+    tokens.pop("token_type_ids", None)
     for clip in range(3):
         for second in range(10):
-            piece = batch.media["audio"][clip, 16000 * second : 16000 * (second + 1)].numpy()
-            features = hears(piece, sampling_rate=16000, return_tensors="pt")["input_features"]
-            said = model(input_features=features, is_longer=torch.zeros(1, 1, dtype=torch.bool), **words)
-            torch.testing.assert_close(heard[clip, second], said.logits_per_audio[0], atol=1e-4, rtol=1e-4)
-    assert found.shape == heard.shape == (3, 10, 3) and found.std() > 0 and heard.std() > 0
+            segment = batch.media["audio"][clip, 16000 * second : 16000 * (second + 1)].numpy()
+            features = feature_extractor(segment, sampling_rate=16000, return_tensors="pt")["input_features"]
+            outputs = model(input_features=features, is_longer=torch.zeros(1, 1, dtype=torch.bool), **tokens)
+            expected = outputs.logits_per_audio[0]
+            torch.testing.assert_close(audio_scores[clip, second], expected, atol=1e-4, rtol=1e-4)
+    assert visual_scores.shape == audio_scores.shape == (3, 10, 3)
+    assert visual_scores.std() > 0 and audio_scores.std() > 0
 
 
 @pytest.mark.parametrize("truncation", ["fusion", "rand_trunc"])
 @pytest.mark.parametrize("seconds", [0.3, 1, 2, 2.5])
-def test_spectrograms_are_those_of_the_extractor(ave: Path, truncation: str, seconds: float):
+def test_spectrograms_equal_those_of_the_feature_extractor(ave: Path, truncation: str, seconds: float):
     teacher = CLAPTeacher(read_prompts(ave / "prompts.yaml")["audio"], CPU, 16000, 10)
     teacher.feature_extractor = transformers.ClapFeatureExtractor(
         sampling_rate=16000, max_length_s=2, truncation=truncation
     )
-    pieces = 0.1 * torch.randn(3, int(16000 * seconds), generator=torch.Generator().manual_seed(0))
-    pieces[1] = 0
-    pieces[2, 2000:] = 0
-    np.random.seed(0)  # What is longer than the input is cut at random.
-    ours = teacher._spectrograms(pieces)
+    segments = 0.1 * torch.randn(3, int(16000 * seconds), generator=torch.Generator().manual_seed(0))
+    segments[1] = 0
+    segments[2, 2000:] = 0
+    np.random.seed(0)  # The extractor crops longer segments at random.
+    spectrograms = teacher._spectrograms(segments)
     np.random.seed(0)
-    theirs = teacher.feature_extractor(list(pieces.numpy()), sampling_rate=16000, return_tensors="pt")["input_features"]
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    expected = teacher.feature_extractor(list(segments.numpy()), sampling_rate=16000, return_tensors="pt")[
+        "input_features"
+    ]
+    torch.testing.assert_close(spectrograms, expected, atol=1e-4, rtol=0)
 
 
-def test_sound_of_another_rate_is_resampled(ave: Path):
-    batch, prompts = batch_of(ave, "test", 1), read_prompts(ave / "prompts.yaml")
-    sound = batch.media["audio"]
-    fast = torch.nn.functional.interpolate(sound[:, None], scale_factor=2, mode="linear")[:, 0]
-    slow = CLAPTeacher(prompts["audio"], CPU, 16000, 10).scores(sound)
-    assert (CLAPTeacher(prompts["audio"], CPU, 32000, 10).scores(fast) - slow).abs().max() < 0.3 * slow.std()
+def test_audio_of_another_sample_rate_is_resampled(ave: Path):
+    batch, prompts = load_batch(ave, "test", 1), read_prompts(ave / "prompts.yaml")
+    audio = batch.media["audio"]
+    upsampled = torch.nn.functional.interpolate(audio[:, None], scale_factor=2, mode="linear")[:, 0]
+    expected = CLAPTeacher(prompts["audio"], CPU, 16000, 10).scores(audio)
+    scores = CLAPTeacher(prompts["audio"], CPU, 32000, 10).scores(upsampled)
+    assert (scores - expected).abs().max() < 0.3 * expected.std()
 
 
 def arguments(folder: Path, out: Path) -> list[str]:
-    where = [str(folder / "shards"), "--prompts", str(folder / "prompts.yaml"), "--out", str(out)]
-    return [*where, "--device", "cpu", "--batch-size", "4", "--threads", "1"]
+    paths = [str(folder / "shards"), "--prompts", str(folder / "prompts.yaml"), "--out", str(out)]
+    return [*paths, "--device", "cpu", "--batch-size", "4", "--threads", "1"]
 
 
-def harvest(folder: Path, out: Path, *more: str) -> int:
-    return main([*arguments(folder, out), *more])
+def pseudo_label(folder: Path, out: Path, *options: str) -> int:
+    return main([*arguments(folder, out), *options])
 
 
-def test_harvested_events_are_scores_above_thresholds_of_classes_that_the_label_has(
+def change_prompts(path: Path, **changes: dict) -> None:
+    content = yaml.safe_load(path.read_text())
+    for section, values in changes.items():
+        content[section] |= values
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def test_pseudo_labels_are_scores_above_the_threshold_of_classes_in_the_label(
     ave: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert harvest(ave, tmp_path) == 0
-    assert "beside what people say" in capsys.readouterr().out
+    assert pseudo_label(ave, tmp_path) == 0
+    assert "segment F-scores: audio" in capsys.readouterr().out
     shards, prompts = ShardedDataset.open(ave / "shards"), read_prompts(ave / "prompts.yaml")
-    middle = np.median(read_scores(tmp_path, "x", shards, shards.split("train")), axis=(0, 2, 3))
+    median = np.median(read_scores(tmp_path, "x", shards, shards.split("train")), axis=(0, 2, 3))
     (tmp_path / "shards").symlink_to(ave / "shards")
-    write_prompts(tmp_path / "prompts.yaml", ave, [*AVE_CLASSES][::-1], float(middle[1]), float(middle[0]))
-    assert harvest(tmp_path, tmp_path) == 0
+    write_prompts(tmp_path / "prompts.yaml", ave, [*AVE_CLASSES][::-1], float(median[1]), float(median[0]))
+    assert pseudo_label(tmp_path, tmp_path) == 0
     for name in ("train", "val", "test"):
         split = shards.split(name)
         scores = read_scores(tmp_path, "x", shards, split)
-        batch = batch_of(ave, name, len(split))
-        by_hand = CLIPTeacher(prompts["visual"], CPU).scores(batch.media["frames"]).numpy()
-        np.testing.assert_allclose(scores[:, 1, :, ::-1], by_hand, atol=1e-4)
+        batch = load_batch(ave, name, len(split))
+        expected = CLIPTeacher(prompts["visual"], CPU).scores(batch.media["frames"]).numpy()
+        np.testing.assert_allclose(scores[:, 1, :, ::-1], expected, atol=1e-4)
         weak = load_events(shards, split).weak
-        told, looked_at = read_events(tmp_path / "events.parquet", "harvested", split, shards.classes, weak)
-        assert looked_at.all()
-        above = scores > middle[:, None, None].astype(np.float32)
-        assert np.array_equal(told, above & weak[:, None, None])
-        assert 0 < told.sum() < weak.sum() * 20
+        predicted, scored = read_events(tmp_path / "events.parquet", "pseudo_labels", split, shards.classes, weak)
+        assert scored.all()
+        above = scores > median[:, None, None].astype(np.float32)
+        assert np.array_equal(predicted, above & weak[:, None, None])
+        assert 0 < predicted.sum() < weak.sum() * 20
     assert set(json.loads((tmp_path / "quality.json").read_text())) == {"train", "val", "test"}
 
 
-def test_other_thresholds_need_no_teachers_and_other_captions_another_folder(
+def score_times(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (out / "scores").iterdir() if path.suffix == ".npz"}
+
+
+def test_new_thresholds_need_no_teachers_and_new_captions_need_another_directory(
     ave: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    out, mine = tmp_path / "labels", tmp_path / "mine"
-    mine.mkdir()
+    out, folder = tmp_path / "labels", tmp_path / "teachers"
+    folder.mkdir()
     for name in ("clip", "clap", "shards"):
-        (mine / name).symlink_to(ave / name)
-    write_prompts(mine / "prompts.yaml", mine, [*AVE_CLASSES])
-    assert harvest(mine, out) == 0
-    scores = {path.name: path.stat().st_mtime_ns for path in (out / "scores").iterdir() if path.suffix == ".npz"}
+        (folder / name).symlink_to(ave / name)
+    prompts = folder / "prompts.yaml"
+    write_prompts(prompts, folder, [*AVE_CLASSES])
+    assert pseudo_label(folder, out) == 0
+    times = score_times(out)
     before = pq.read_table(out / "events.parquet")
-    content = yaml.safe_load((mine / "prompts.yaml").read_text())
-    for words in content["classes"].values():
-        words["visual_threshold"] = 1e9
-    (mine / "prompts.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    (mine / "clip").unlink()  # Nobody asks it again.
-    assert harvest(mine, out) == 0
+    write_prompts(prompts, folder, [*AVE_CLASSES], visual=1e9)
+    (folder / "clip").unlink()  # The checkpoint is not read again.
+    assert pseudo_label(folder, out) == 0
     after = pq.read_table(out / "events.parquet")
     assert set(after.column("modality").to_pylist()) - {None} == {"audio"} < set(before.column("modality").to_pylist())
-    assert scores == {
-        path.name: path.stat().st_mtime_ns for path in (out / "scores").iterdir() if path.suffix == ".npz"
-    }
-    content["visual"]["template"] = "No photo of {}."
-    (mine / "prompts.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    assert score_times(out) == times
+    change_prompts(prompts, visual={"template": "No photo of {}."})
     capsys.readouterr()
-    assert harvest(mine, out) == 1
-    assert "for other captions" in capsys.readouterr().err
+    assert pseudo_label(folder, out) == 1
+    error = capsys.readouterr().err
+    assert "by other teachers or for other captions" in error and "choose another --out" in error
 
 
 @pytest.mark.long
-def test_scores_that_are_left_are_made_by_any_number_of_ranks(
-    ave: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_missing_scores_are_computed_by_any_number_of_ranks(ave: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for module in (distav.tools.pseudo_label.command, distav.data.annotations.teacher_scores):
         monkeypatch.setattr(module, "CHUNK", 4)
-    assert harvest(ave, tmp_path) == 0
-    whole = pq.read_table(tmp_path / "events.parquet")
+    assert pseudo_label(ave, tmp_path) == 0
+    expected = pq.read_table(tmp_path / "events.parquet")
     files = sorted((tmp_path / "scores").glob("*.npz"))
-    before = {path: path.read_bytes() for path in files}
+    contents = {path: path.read_bytes() for path in files}
     assert len(files) == 5
     for path in files[1:4]:
         path.unlink()
@@ -197,32 +210,81 @@ def test_scores_that_are_left_are_made_by_any_number_of_ranks(
         )
         for rank in range(2)
     ]
-    assert [each.wait(240) for each in ranks] == [0, 0]
-    for path, content in before.items():
-        with np.load(path) as made, np.load(io.BytesIO(content)) as first:
+    assert [process.wait(240) for process in ranks] == [0, 0]
+    for path, content in contents.items():
+        with np.load(path) as recomputed, np.load(io.BytesIO(content)) as original:
             for modality in ("audio", "visual"):
-                np.testing.assert_allclose(made[modality], first[modality], atol=1e-4)
-    assert pq.read_table(tmp_path / "events.parquet").equals(whole)
+                np.testing.assert_allclose(recomputed[modality], original[modality], atol=1e-4)
+    assert pq.read_table(tmp_path / "events.parquet").equals(expected)
 
 
-def test_what_cannot_be_read_is_told(ave: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(UserError, match="checkpoint=.*gone: CLIPModel cannot be read"):
-        content = yaml.safe_load((ave / "prompts.yaml").read_text())
-        content["visual"]["checkpoint"] = str(tmp_path / "gone")
-        (tmp_path / "prompts.yaml").write_text(yaml.safe_dump(content))
+LOUDNESS_PACKAGE = """
+import torch
+
+class LoudnessTeacher:
+    modality = "audio"
+    frame_size = 0
+
+    def __init__(self, num_classes, segments):
+        self.num_classes, self.segments = num_classes, segments
+
+    @classmethod
+    def from_prompts(cls, prompts, split, device):
+        return cls(len(prompts.classes), round(float(split.columns["duration_s"][0])))
+
+    def scores(self, media):
+        energy = media.unflatten(1, (self.segments, -1)).square().mean(dim=2)
+        return energy[..., None].expand(-1, -1, self.num_classes).float()
+"""
+
+
+def test_a_teacher_of_another_package_is_selected_by_name(
+    ave: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "loudness_package.py").write_text(LOUDNESS_PACKAGE)
+    metadata = tmp_path / "loudness_package-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: loudness_package\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[distav.teachers]\nloudness = loudness_package:LoudnessTeacher\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(TEACHERS, "_components", dict(TEACHERS._components))
+    for name in ("clip", "clap", "shards"):
+        (tmp_path / name).symlink_to(ave / name)
+    write_prompts(tmp_path / "prompts.yaml", tmp_path, [*AVE_CLASSES])
+    change_prompts(tmp_path / "prompts.yaml", audio={"teacher": "loudness"})
+    assert pseudo_label(tmp_path, tmp_path / "out", "--splits", "test") == 0
+    shards = ShardedDataset.open(ave / "shards")
+    scores = read_scores(tmp_path / "out", "x", shards, shards.split("test"))
+    events = load_events(shards, shards.split("test")).events
+    assert events is not None
+    audible = events[:, 0].any(axis=2)
+    assert scores[:, 0, :, 0][audible].min() > scores[:, 0, :, 0][~audible].mean()
+    change_prompts(tmp_path / "prompts.yaml", visual={"teacher": "loudness"})
+    assert pseudo_label(tmp_path, tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "visual.teacher=loudness: scores the modality 'audio'; allowed: clip." in error
+    change_prompts(tmp_path / "prompts.yaml", visual={"teacher": "clop"})
+    assert pseudo_label(tmp_path, tmp_path / "out") == 1
+    assert "visual.teacher=clop: allowed: clip, clap, loudness. Did you mean 'clip'?" in capsys.readouterr().err
+
+
+def test_unreadable_inputs_are_reported(ave: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    content = yaml.safe_load((ave / "prompts.yaml").read_text())
+    content["visual"]["checkpoint"] = str(tmp_path / "gone")
+    (tmp_path / "prompts.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="checkpoint=.*gone: cannot load CLIPModel"):
         CLIPTeacher(read_prompts(tmp_path / "prompts.yaml")["visual"], CPU)
-    assert (
-        main([str(ave / "shards"), "--prompts", str(ROOT / "configs/teachers/llp.yaml"), "--out", str(tmp_path)]) == 1
-    )
-    assert "has no prompts for Bark, Bell, Church bell" in capsys.readouterr().err
+    llp_prompts = str(ROOT / "configs" / "teachers" / "llp.yaml")
+    assert main([str(ave / "shards"), "--prompts", llp_prompts, "--out", str(tmp_path)]) == 1
+    assert "no prompts for the classes Bark, Bell, Church bell" in capsys.readouterr().err
     (tmp_path / "file").write_text("x")
-    assert harvest(ave, tmp_path / "file") == 1
+    assert pseudo_label(ave, tmp_path / "file") == 1
     assert "choose another --out" in capsys.readouterr().err
-    assert harvest(ave, tmp_path / "out", "--splits", "tset") == 1
+    assert pseudo_label(ave, tmp_path / "out", "--splits", "tset") == 1
     assert "--splits=tset is not in" in capsys.readouterr().err
-    assert harvest(ave, tmp_path / "out") == 0
+    assert pseudo_label(ave, tmp_path / "out") == 0
     path = next((tmp_path / "out" / "scores").glob("test-*.npz"))
     path.write_bytes(path.read_bytes()[:100])
-    assert harvest(ave, tmp_path / "out") == 1
-    said = capsys.readouterr().err
-    assert "cannot be read" in said and "Traceback" not in said
+    assert pseudo_label(ave, tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "cannot be read" in error and "Traceback" not in error
