@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write a page to judge labels and pairs that look wrong: `audit.py --help`."""
+"""Write a page for reviewing label issues and mismatched pairs; see `audit.py --help`."""
 
 import sys
 

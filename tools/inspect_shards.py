@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Look into a set of shards before a run relies on it: `inspect_shards.py verify|stats|preview --help`."""
+"""Check and preview a dataset before training on it; see `inspect_shards.py verify|stats|preview --help`."""
 
 import sys
 

@@ -55,7 +55,8 @@ def _noise(options: argparse.Namespace) -> None:
         records = results.save(records, options.json)
     print(*tables.all_tables(records["rows"]), sep="\n\n")
     if options.json:
-        plots.save({name: results.over_seeds(each) for name, each in records.items()}, options.json.with_suffix(".svg"))
+        rows = {name: results.over_seeds(added) for name, added in records.items()}
+        plots.save(rows, options.json.with_suffix(".svg"))
 
 
 def _parsing(options: argparse.Namespace) -> None:

@@ -116,14 +116,14 @@ def prepare(annotations: Path, work: Path, seed: int) -> Path:
     Raises:
         UserError: if annotations are missing or malformed.
     """
-    folder = work / f"seed_{seed}"
-    if (folder / "pseudo_labels.json").exists():
-        return folder
+    directory = work / f"seed_{seed}"
+    if (directory / "pseudo_labels.json").exists():
+        return directory
     rng = np.random.default_rng([seed, 11])
     videos = {split: read_llp(annotations, split) for split in VIDEOS}
     simulator, events = FeatureSimulator.random(rng), {}
     for modality in MODALITIES:
-        (folder / modality).mkdir(parents=True, exist_ok=True)
+        (directory / modality).mkdir(parents=True, exist_ok=True)
     for split in ("val", "test", "train"):
         annotated = videos[split].events
         if annotated is None:
@@ -131,34 +131,34 @@ def prepare(annotations: Path, work: Path, seed: int) -> Path:
         events[split] = annotated
         for name, features in zip(videos[split].names, simulator.features(annotated, rng), strict=True):
             for modality, values in zip(MODALITIES, features, strict=True):
-                np.save(folder / modality / f"{name}.npy", values)
-    streams = tuple(FeatureFolder(modality, f"{modality}_features", folder / modality) for modality in MODALITIES)
+                np.save(directory / modality / f"{name}.npy", values)
+    streams = tuple(FeatureFolder(modality, f"{modality}_features", directory / modality) for modality in MODALITIES)
     build_dataset(
         LLPSource(annotations, features=streams),
-        folder / "shards",
+        directory / "shards",
         BuildConfig(Encoding(clip_s=DURATION_S)),
         2,
     )
-    _write_pseudo_labels(folder, simulator, dict(zip(videos["train"].names, events["train"], strict=True)), rng)
-    return folder
+    _write_pseudo_labels(directory, simulator, dict(zip(videos["train"].names, events["train"], strict=True)), rng)
+    return directory
 
 
 def _write_pseudo_labels(
-    folder: Path, simulator: FeatureSimulator, events: dict[str, np.ndarray], rng: np.random.Generator
+    directory: Path, simulator: FeatureSimulator, events: dict[str, np.ndarray], rng: np.random.Generator
 ) -> None:
     """Write the pseudo-labels of the training videos, and their scores."""
-    shards = ShardedDataset.open(folder / "shards")
+    shards = ShardedDataset.open(directory / "shards")
     split = shards.split("train")
     sources = split.columns["source"].tolist()
-    values = np.stack([[np.load(folder / modality / f"{name}.npy") for modality in MODALITIES] for name in sources])
+    values = np.stack([[np.load(directory / modality / f"{name}.npy") for modality in MODALITIES] for name in sources])
     weak, true = load_events(shards, split).weak, np.stack([events[name] for name in sources])
     scores = {}
     for name, labels in pseudo_labels(values, simulator, weak, rng).items():
         annotated = np.ones(len(split), dtype=bool)
         table = events_table("train", split.keys, split.columns["source"], shards.classes, labels, annotated)
-        write_table(folder / f"{name}.parquet", table)
+        write_table(directory / f"{name}.parquet", table)
         scores[name] = event_metrics(labels, true)["segment"]
-    write_atomically(folder / "pseudo_labels.json", (json.dumps(scores, indent=1) + "\n").encode())
+    write_atomically(directory / "pseudo_labels.json", (json.dumps(scores, indent=1) + "\n").encode())
 
 
 def run(annotations: Path, work: Path, seeds: Sequence[int], max_parallel: int) -> dict[str, Any]:
@@ -174,15 +174,15 @@ def run(annotations: Path, work: Path, seeds: Sequence[int], max_parallel: int) 
     return {"machine": machine(), "rows": rows, "pseudo_labels": scores}
 
 
-def _train(method: str, seed: int, folder: Path) -> dict[str, Any]:
+def _train(method: str, seed: int, directory: Path) -> dict[str, Any]:
     teachers, name = METHODS[method], METHODS[method] or "weak"
-    report = folder / "runs" / name / "report.json"
+    report = directory / "runs" / name / "report.json"
     if not report.exists():
         config = ROOT / "configs" / ("valor.yaml" if teachers else "han.yaml")
-        overrides = [f"phases.parse.pseudo_labels={folder / teachers}.parquet"] if teachers else []
+        overrides = [f"phases.parse.pseudo_labels={directory / teachers}.parquet"] if teachers else []
         command = [
-            sys.executable, str(ROOT / "distav" / "train.py"), "--config", str(config), f"data.root={folder}/shards",
-            f"run.root={folder}/runs", f"run.name={name}", f"run.seed={seed}", *SETTINGS, *overrides,
+            sys.executable, str(ROOT / "distav" / "train.py"), "--config", str(config), f"data.root={directory}/shards",
+            f"run.root={directory}/runs", f"run.name={name}", f"run.seed={seed}", *SETTINGS, *overrides,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -122,8 +122,8 @@ def test_a_directory_without_the_digits_is_reported(tmp_path: Path):
 
 def _row(dataset: str, label_noise: str, method: str, score: float, **more: float) -> dict:
     figures = {key: {"mean": value, "sd": 1.0} for key, value in ({"test_top1": score} | more).items()}
-    place = {"dataset": dataset, "label_noise": label_noise, "mismatch_rate": 0.4}
-    return place | {"method": method, "seeds": 3} | figures
+    fields = {"dataset": dataset, "label_noise": label_noise, "mismatch_rate": 0.4}
+    return fields | {"method": method, "seeds": 3} | figures
 
 
 @pytest.fixture
@@ -158,16 +158,16 @@ def test_cells_are_ordered_and_only_a_compared_method_is_in_bold(rows: list[dict
 
 
 def test_times_are_compared_for_trainings_with_the_same_seed():
-    place = {"dataset": "hard", "label_noise": "", "mismatch_rate": 0.4, "test_top1": 50.0}
+    fields = {"dataset": "hard", "label_noise": "", "mismatch_rate": 0.4, "test_top1": 50.0}
     seconds = {"contrastive": 180.0, "label_correction": 40.0, "supervised": 100.0}
     spent = {f"seconds_{kind}": value for kind, value in seconds.items()} | {"seconds": 320.0}
-    records = [place | spent | {"method": "distav", "seed": 0}, place | {"method": "CE", "seed": 0, "seconds": 200.0}]
-    others = [place | {"method": "distav", "seed": 1}, place | {"method": "CE", "seed": 1, "seconds": 1.0}]
+    records = [fields | spent | {"method": "distav", "seed": 0}, fields | {"method": "CE", "seed": 0, "seconds": 200.0}]
+    others = [fields | {"method": "distav", "seed": 1}, fields | {"method": "CE", "seed": 1, "seconds": 1.0}]
     table = time_table(records + others)
     assert "| contrastive | 0.90 |" in table and "| all | 1.60 |" in table
     assert time_table(others) == "" and len(all_tables(others[1:])) == 1
-    ablated = [place | {"method": "20 neighbors", "seed": 0, "test_top1": 40.0}]
-    tables = all_tables([*records, *ablated, place | {"method": "distav", "seed": 1, "test_top1": 60.0}])
+    ablated = [fields | {"method": "20 neighbors", "seed": 0, "test_top1": 40.0}]
+    tables = all_tables([*records, *ablated, fields | {"method": "distav", "seed": 1, "test_top1": 60.0}])
     assert len(tables) == 4 and "**55.0 ± 7.1**" in tables[0]
     assert "| full recipe | 50.0 |" in tables[2] and "| 20 neighbors | 40.0 |" in tables[2]
 
@@ -202,10 +202,10 @@ def test_one_seed_has_no_deviation(rows: list[dict]):
 
 
 def test_records_are_added_to_the_file_and_the_same_seed_is_replaced(tmp_path: Path):
-    place = {"dataset": "hard", "label_noise": "", "mismatch_rate": 0.4, "method": "CE"}
+    fields = {"dataset": "hard", "label_noise": "", "mismatch_rate": 0.4, "method": "CE"}
 
     def record(seed: int, top1: float, **more: float) -> dict:
-        return {**place, "seed": seed, "test_top1": top1, **more}
+        return {**fields, "seed": seed, "test_top1": top1, **more}
 
     path = tmp_path / "new" / "noise.json"
     store({"rows": [record(0, 90.0, f1=1.0)], "votes": []}, path)
@@ -217,7 +217,7 @@ def test_records_are_added_to_the_file_and_the_same_seed_is_replaced(tmp_path: P
     stored = json.loads(path.read_text())
     assert stored["rows"] == merged["rows"] and len(stored["machines"]) == 1
     top1 = {"mean": 92.0, "sd": pytest.approx(2.828)}
-    assert over_seeds(merged["rows"]) == [place | {"seeds": 2, "test_top1": top1}]
+    assert over_seeds(merged["rows"]) == [fields | {"seeds": 2, "test_top1": top1}]
     assert over_seeds(merged["votes"])[1]["label_accuracy"] == {"mean": 10.0, "sd": None}
 
 

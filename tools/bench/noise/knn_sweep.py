@@ -58,7 +58,6 @@ def sweep(run: Path, shards: Path, noises: Sequence[str], seed: int) -> list[dic
                 votes = vote.second_round(given, voters) if voters else vote.probs
                 accuracy = (votes.argmax(1).numpy() == labels.given).mean()
                 gain = calibrator.calibrate(votes).per_sample - calibrator.prior_log_likelihood()
-                rows.append(
-                    {"labels": noise, "k": k, "second": voters, "right": 100 * float(accuracy), "nats": float(gain)}
-                )
+                row = {"label_noise": noise, "k": k, "second_round_neighbors": voters}
+                rows.append(row | {"label_accuracy": 100 * float(accuracy), "log_likelihood_gain": float(gain)})
     return rows

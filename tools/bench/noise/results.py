@@ -28,9 +28,9 @@ def vote_records(bench: Bench, jobs: Iterable[Job]) -> list[dict[str, Any]]:
     for pretraining in dict.fromkeys(job for job in shared if job):
         run = bench.work / "runs" / pretraining.name
         if (run / "export").exists():
-            place = {"dataset": pretraining.cell.dataset, "seed": pretraining.seed}
+            fields = {"dataset": pretraining.cell.dataset, "seed": pretraining.seed}
             votes = sweep(run, bench.shards(pretraining.cell, pretraining.seed), noises, pretraining.seed)
-            records += [place | _rounded(vote) for vote in votes]
+            records += [fields | _rounded(vote) for vote in votes]
     return records
 
 
@@ -39,14 +39,14 @@ def training_records(bench: Bench, jobs: Iterable[Job]) -> list[dict[str, Any]]:
     records = []
     for job in jobs:
         if bench.result_path(job).exists():
-            place = {
+            fields = {
                 "dataset": job.cell.dataset,
                 "label_noise": job.cell.label_noise,
                 "mismatch_rate": job.cell.mismatch_rate,
                 "method": job.method,
                 "seed": job.seed,
             }
-            records.append(place | _rounded(_figures(json.loads(bench.result_path(job).read_text()))))
+            records.append(fields | _rounded(_figures(json.loads(bench.result_path(job).read_text()))))
     return records
 
 
@@ -54,13 +54,13 @@ def over_seeds(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each cell and method: mean and standard deviation of the figures that all of its seeds have."""
     groups: dict[tuple[tuple[str, Any], ...], list[Mapping[str, Any]]] = {}
     for record in records:
-        place = tuple((key, record[key]) for key in KEYS[:-1] if key in record)
-        groups.setdefault(place, []).append(record)
+        fields = tuple((key, record[key]) for key in KEYS[:-1] if key in record)
+        groups.setdefault(fields, []).append(record)
     return [
-        dict(place)
+        dict(fields)
         | {"seeds": len(group)}
         | {key: _mean_and_sd([record[key] for record in group]) for key in group[0] if _is_common_figure(key, group)}
-        for place, group in groups.items()
+        for fields, group in groups.items()
     ]
 
 
