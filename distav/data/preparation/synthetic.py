@@ -1,7 +1,7 @@
 """Rendered clips whose class is determined only by video and audio together.
 
-Three shapes and three sounds form six classes. Each shape occurs with two sounds and each sound with two shapes, so one
-modality alone classifies at most half of the clips correctly. The larger the shape, the lower the pitch.
+Three shapes and three timbres form six classes. Each shape occurs with two timbres and each timbre with two shapes, so
+one modality alone classifies at most half of the clips correctly. The larger the shape, the lower the pitch.
 """
 
 import argparse
