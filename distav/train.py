@@ -51,12 +51,10 @@ def _train(config: Config) -> int:
     # Imported late, so that errors in the configuration are reported at once.
     from distav.data.preparation.quickstart import render_missing_dataset
     from distav.distributed.process_group import process_group
-    from distav.models.av_model import check_towers
     from distav.training.phases.registry import run_remaining
     from distav.training.report import write_report
     from distav.training.run import open_run
 
-    check_towers(config.model, parses_clips=any(phase.kind == "parsing" for phase in config.phases.values()))
     with process_group(config.run.device.name, config.run.timeout_s, config.run.threads_per_rank) as world:
         render_missing_dataset(config.data, world)
         try:

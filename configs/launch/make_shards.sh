@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Slurm: an array of jobs encodes the parts of a set, and one that waits for them puts it together. Not by sbatch, but
-# from the project's folder on the login node; OUT has to lie where all nodes see it under the same name:
+# Slurm: an array job encodes the parts of a dataset, and a job that depends on it assembles them. Run it, without sbatch,
+# from the project's directory on the login node; OUT must be on a file system that all nodes mount at the same path:
 #   PARTS=32 configs/launch/make_shards.sh csv clips.csv shards/mine --codec h264
-# Options of sbatch go into SBATCH_PARTITION, SBATCH_ACCOUNT, ... If a part fails, the last job is cancelled; give the
-# same command again, and all that was encoded is kept.
+# Set options of sbatch by SBATCH_PARTITION, SBATCH_ACCOUNT, ... If a part fails, the last job is canceled; rerun the same
+# command to continue, encoded clips are kept.
 #SBATCH --job-name=make_shards
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=32
@@ -28,7 +28,7 @@ case ${MAKE_SHARDS_STEP:-submit} in
 esac
 tools/make_shards.py "$@" --workers "${SLURM_CPUS_PER_TASK:-1}" "${part[@]}"
 status=$?
-if [ "$status" -eq 3 ]; then # Some candidates cannot be used; rejected.csv will tell them, and nothing waits for it.
+if [ "$status" -eq 3 ]; then # Some clips were rejected, see rejected.csv; the last job depends on status 0.
   exit 0
 fi
 exit "$status"

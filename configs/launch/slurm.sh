@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Slurm: one task a node starts DeepSpeed's launcher there, without ssh. Submit from the project's folder:
+# Slurm: one task per node starts DeepSpeed's launcher there, without ssh. Submit from the project's directory:
 #   sbatch --nodes 4 configs/launch/slurm.sh data.root=/data/vggsound
-# Five minutes before its time is up the ranks are asked to save (SIGUSR1); they end with status 75, and the job is
-# queued again. Any number of nodes may go on with it.
+# Five minutes before the time limit, SIGUSR1 makes the ranks write a checkpoint and exit with status 75; the job is then
+# requeued. A run can resume on any number of nodes.
 #SBATCH --job-name=distav
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -18,9 +18,9 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 hostfile=$PWD/hostfile.$SLURM_JOB_ID
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$gpus/" > "$hostfile"
 trap 'rm -f "$hostfile"' EXIT
-# The ranks alone are signalled; a launcher would end by it.
-asked=
-trap 'asked=yes; srun --overlap --ntasks-per-node=1 pkill -USR1 -f "train.py --local_rank"' USR1
+# The signal goes to the ranks alone; it would end a launcher.
+signaled=
+trap 'signaled=yes; srun --overlap --ntasks-per-node=1 pkill -USR1 -f "train.py --local_rank"' USR1
 
 export HOSTFILE=$hostfile HEAD_NODE=$head
 srun --kill-on-bad-exit=0 bash -c '
@@ -29,7 +29,7 @@ srun --kill-on-bad-exit=0 bash -c '
 run=$!
 wait "$run"
 status=$?
-if [ "$status" -gt 128 ] && [ -n "$asked" ]; then # The signal ended the waiting, not the run.
+if [ "$status" -gt 128 ] && [ -n "$signaled" ]; then # The signal interrupted wait, not the run.
   wait "$run"
   status=$?
 fi

@@ -11,8 +11,8 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "some.yaml"
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
     path.write_text(
         "defaults: [schema, _self_]\nphases:\n  learn: {kind: contrastive, epochs: 2}\n"
         "  fix: {kind: label_correction}\n  use: {kind: supervised}\n"
@@ -21,31 +21,31 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_loads_and_survives_a_round_trip(path: Path, tmp_path: Path):
-    settings = loading.load(path)
+def test_every_config_loads_and_round_trips_through_yaml(path: Path, tmp_path: Path):
+    config = loading.load(path)
     copy = tmp_path / "copy.yaml"
-    copy.write_text(loading.to_yaml(settings))
-    assert loading.load(copy) == settings
+    copy.write_text(loading.to_yaml(config))
+    assert loading.load(copy) == config
 
 
-def test_phases_keep_their_order_and_are_typed_by_kind(file: Path):
-    settings = loading.load(file, ["phases.learn.correspondence_estimator=cdf", "deepspeed.extra={a: {b: 1}}"])
-    assert list(settings.phases) == ["learn", "fix", "use"]
-    learn = settings.phases["learn"]
+def test_phases_keep_their_order_and_have_the_type_of_their_kind(config_file: Path):
+    config = loading.load(config_file, ["phases.learn.correspondence_estimator=cdf", "deepspeed.extra={a: {b: 1}}"])
+    assert list(config.phases) == ["learn", "fix", "use"]
+    learn = config.phases["learn"]
     assert isinstance(learn, ContrastivePhase) and learn.correspondence_estimator is Estimator.cdf and learn.epochs == 2
-    assert isinstance(settings.phases["use"], SupervisedPhase)
-    assert settings.deepspeed.extra == {"a": {"b": 1}}
+    assert isinstance(config.phases["use"], SupervisedPhase)
+    assert config.deepspeed.extra == {"a": {"b": 1}}
 
 
-def test_the_zero_stage_is_the_devices_unless_a_number_is_given(file: Path):
-    assert loading.load(file).deepspeed.zero_stage is None
-    assert "zero_stage: null" in loading.to_yaml(loading.load(file))
-    assert loading.load(file, ["deepspeed.zero_stage=3"]).deepspeed.zero_stage == 3
-    assert loading.load(file, ["deepspeed.zero_stage=null"]).deepspeed.zero_stage is None
+def test_the_zero_stage_depends_on_the_device_unless_it_is_set(config_file: Path):
+    assert loading.load(config_file).deepspeed.zero_stage is None
+    assert "zero_stage: null" in loading.to_yaml(loading.load(config_file))
+    assert loading.load(config_file, ["deepspeed.zero_stage=3"]).deepspeed.zero_stage == 3
+    assert loading.load(config_file, ["deepspeed.zero_stage=null"]).deepspeed.zero_stage is None
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "parts"),
     [
         ("optim.lrr=1", ["optim.lrr", "Did you mean 'lr'"]),
         ("phases.learn.epoch=1", ["phases.learn.epoch", "Did you mean 'epochs'"]),
@@ -69,15 +69,15 @@ def test_the_zero_stage_is_the_devices_unless_a_number_is_given(file: Path):
         ("optim.lr=[", ["optim.lr=["]),
     ],
 )
-def test_a_wrong_override_is_named_with_what_is_right(file: Path, override: str, told: list[str]):
+def test_an_invalid_override_is_reported_with_the_allowed_values(config_file: Path, override: str, parts: list[str]):
     with pytest.raises(UserError) as error:
-        loading.load(file, [override])
-    for part in told:
+        loading.load(config_file, [override])
+    for part in parts:
         assert part in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("optim: {lrate: 1}\nphases: {a: {kind: supervised}}", "optim.lrate"),
         ("phases: {a: {kind: supervized}}", "Did you mean 'supervised'"),
@@ -89,13 +89,13 @@ def test_a_wrong_override_is_named_with_what_is_right(file: Path, override: str,
         ("phases: [", "not valid YAML"),
     ],
 )
-def test_a_wrong_file_is_named_with_what_is_right(tmp_path: Path, text: str, told: str):
+def test_an_invalid_file_is_reported_with_the_allowed_values(tmp_path: Path, text: str, message: str):
     path = tmp_path / "wrong.yaml"
     path.write_text("defaults: [schema, _self_]\n" + text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         loading.load(path)
 
 
-def test_a_missing_file_names_its_neighbour(file: Path):
-    with pytest.raises(UserError, match=r"Did you mean 'some\.yaml'"):
-        loading.load(file.with_name("sone.yaml"))
+def test_a_missing_file_is_reported_with_a_similar_name(config_file: Path):
+    with pytest.raises(UserError, match=r"Did you mean 'config\.yaml'"):
+        loading.load(config_file.with_name("confg.yaml"))
