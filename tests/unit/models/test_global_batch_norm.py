@@ -1,6 +1,6 @@
-"""The fused path of the global batch normalization, with its five CUDA operators written out for the CPU.
+"""The fused path of the global batch normalization, with CPU implementations of its five CUDA operators.
 
-The stand-ins take what the kernels take and refuse what those refuse or compute wrongly: other types, other layouts.
+The implementations check the arguments: they reject types and layouts that the kernels reject or compute wrongly.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ FLOAT = torch.float32
 LAYOUTS = {"channels last": torch.channels_last_3d, "contiguous": torch.contiguous_format}
 
 
-def _shaped(values: Tensor, like: Tensor) -> Tensor:
+def _broadcast(values: Tensor, like: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (like.dim() - 2))
 
 
@@ -38,25 +38,25 @@ def gather_stats(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     assert means.dtype == invstds.dtype == FLOAT and counts.dtype == x.dtype and running_mean is running_var is None
     assert counts.sum() < 2**31
-    share = (counts / counts.sum())[:, None]
-    mean = (share * means).sum(0)
-    var = (share * (invstds**-2 - eps + (means - mean) ** 2)).sum(0)
+    fraction = (counts / counts.sum())[:, None]
+    mean = (fraction * means).sum(0)
+    var = (fraction * (invstds**-2 - eps + (means - mean) ** 2)).sum(0)
     return mean, (var + eps).rsqrt()
 
 
 def elemt(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
     assert weight.dtype == bias.dtype and weight.dtype in (x.dtype, FLOAT) and mean.dtype == invstd.dtype == FLOAT
-    scaled = (x.float() - _shaped(mean, x)) * _shaped(weight.float() * invstd, x)
-    return torch.empty_like(x).copy_(scaled + _shaped(bias.float(), x))
+    scaled = (x.float() - _broadcast(mean, x)) * _broadcast(weight.float() * invstd, x)
+    return torch.empty_like(x).copy_(scaled + _broadcast(bias.float(), x))
 
 
 def backward_reduce(
-    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, by_x: bool, by_weight: bool, by_bias: bool
+    grad: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, input_g: bool, weight_g: bool, bias_g: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert grad.dtype == x.dtype and grad.stride() == x.stride() and weight.dtype in (x.dtype, FLOAT)
-    assert by_x and by_weight and by_bias
+    assert input_g and weight_g and bias_g
     sum_dy = grad.float().sum(_dims(x))
-    sum_dy_xmu = (grad.float() * (x.float() - _shaped(mean, x))).sum(_dims(x))
+    sum_dy_xmu = (grad.float() * (x.float() - _broadcast(mean, x))).sum(_dims(x))
     return sum_dy, sum_dy_xmu, (sum_dy_xmu * invstd).to(weight.dtype), sum_dy.to(weight.dtype)
 
 
@@ -67,9 +67,9 @@ def backward_elemt(
     assert grad.dtype == x.dtype and grad.stride() == x.stride() and count.dtype == torch.int32
     assert weight.dtype == FLOAT and sum_dy.is_contiguous() and sum_dy_xmu.is_contiguous()
     total = count.sum()
-    centered = (x.float() - _shaped(mean, x)) * _shaped(invstd**2 * sum_dy_xmu / total, x)
-    by_x = (grad.float() - _shaped(sum_dy / total, x) - centered) * _shaped(weight * invstd, x)
-    return torch.empty_like(x).copy_(by_x)
+    centered = (x.float() - _broadcast(mean, x)) * _broadcast(invstd**2 * sum_dy_xmu / total, x)
+    grad_x = (grad.float() - _broadcast(sum_dy / total, x) - centered) * _broadcast(weight * invstd, x)
+    return torch.empty_like(x).copy_(grad_x)
 
 
 OPERATORS = {
@@ -82,18 +82,18 @@ OPERATORS = {
 
 
 def cpu_operators() -> tuple[torch.library.Library, list[str]]:
-    """Register the operators for the CPU for as long as the library is kept; returns it and the calls made."""
+    """Register the operators for the CPU while the library exists; returns the library and the names of all calls."""
     library, called = torch.library.Library("aten", "IMPL", "CPU"), list[str]()
 
-    def noted(name: str) -> Callable[..., Any]:
-        def call(*given: Any) -> Any:
+    def recorded(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
             called.append(name)
-            return OPERATORS[name](*given)
+            return OPERATORS[name](*arguments)
 
         return call
 
     for name in OPERATORS:
-        library.impl(name, noted(name))
+        library.impl(name, recorded(name))
     return library, called
 
 
@@ -114,56 +114,56 @@ def inputs(dtype: torch.dtype, shape: tuple[int, ...] = (6, 5, 3, 4, 2)) -> tupl
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("parameters", [FLOAT, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16])
-def test_the_fused_path_follows_the_plain_one(dtype: torch.dtype, parameters: torch.dtype, layout: str):
+def test_the_fused_path_equals_the_plain_one(dtype: torch.dtype, parameters: torch.dtype, layout: str):
     x, weight, bias, grad = inputs(dtype)
     weight, bias = weight.to(parameters), bias.to(parameters)
-    oracle = normalized(_GlobalNormalize, x.float(), weight.float(), bias.float(), grad.float())
+    expected = normalized(_GlobalNormalize, x.float(), weight.float(), bias.float(), grad.float())
     x = x.contiguous(memory_format=LAYOUTS[layout])
     fused = normalized(_FusedGlobalNormalize, x, weight, bias, grad)
     assert fused[0].stride() == fused[3].stride() == x.stride()
-    types = [dtype, FLOAT, FLOAT, dtype, parameters, parameters]
-    for ours, theirs, kind in zip(fused, oracle, types, strict=True):
-        assert ours.dtype == kind
-        places = 2e-2 if kind == torch.bfloat16 else 1e-4
-        torch.testing.assert_close(ours.float(), theirs, rtol=places, atol=places)
+    dtypes = [dtype, FLOAT, FLOAT, dtype, parameters, parameters]
+    for ours, theirs, result_dtype in zip(fused, expected, dtypes, strict=True):
+        assert ours.dtype == result_dtype
+        tolerance = 2e-2 if result_dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(ours.float(), theirs, rtol=tolerance, atol=tolerance)
 
 
-def test_features_without_places_are_normalized_alike():
-    given = inputs(FLOAT, (6, 5))
+def test_features_without_spatial_dimensions_are_normalized_equally():
+    arguments = inputs(FLOAT, (6, 5))
     for ours, theirs in zip(
-        normalized(_FusedGlobalNormalize, *given), normalized(_GlobalNormalize, *given), strict=True
+        normalized(_FusedGlobalNormalize, *arguments), normalized(_GlobalNormalize, *arguments), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_only_the_input_is_saved_at_its_size():
+def test_the_input_is_the_only_saved_tensor_of_its_size():
     x, weight, bias, _ = inputs(torch.bfloat16)
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         _FusedGlobalNormalize.apply(x.requires_grad_(), weight, bias, 1e-5)
-    assert [each.data_ptr() for each in saved if each.numel() > x.shape[1]] == [x.data_ptr()]
+    assert [tensor.data_ptr() for tensor in saved if tensor.numel() > x.shape[1]] == [x.data_ptr()]
 
 
-def on_each_rank(dtype: torch.dtype) -> list[Tensor]:
+def normalize_on_each_rank(dtype: torch.dtype) -> list[Tensor]:
     library, _ = cpu_operators()
     x, weight, bias, grad = inputs(dtype)
-    mine = slice(3 * torch.distributed.get_rank(), 3 * torch.distributed.get_rank() + 3)
-    found = normalized(_FusedGlobalNormalize, x[mine], weight, bias, grad[mine])
+    rows = slice(3 * torch.distributed.get_rank(), 3 * torch.distributed.get_rank() + 3)
+    results = normalized(_FusedGlobalNormalize, x[rows], weight, bias, grad[rows])
     library._destroy()
-    return found
+    return results
 
 
-def test_two_ranks_normalize_over_the_batch_of_both():
-    whole = normalized(_GlobalNormalize, *inputs(FLOAT))
-    first, second = on_ranks(2, on_each_rank, FLOAT)
-    together = [torch.cat([first[at], second[at]]) if at in (0, 3) else first[at] for at in range(4)]
-    together += [first[at] + second[at] for at in (4, 5)]
-    for ours, theirs in zip(together, whole, strict=True):
+def test_two_ranks_normalize_over_the_global_batch():
+    expected = normalized(_GlobalNormalize, *inputs(FLOAT))
+    first, second = on_ranks(2, normalize_on_each_rank, FLOAT)
+    results = [torch.cat([first[at], second[at]]) if at in (0, 3) else first[at] for at in range(4)]
+    results += [first[at] + second[at] for at in (4, 5)]
+    for ours, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_running_statistics_count_a_batch_once_and_no_batch_that_is_not_finite(on_gpu: bool, called: list[str]):
+def test_running_statistics_count_a_batch_once_and_ignore_channels_that_are_not_finite(on_gpu: bool, called: list[str]):
     x = inputs(torch.bfloat16 if on_gpu else FLOAT)[0]
     layer = GlobalBatchNorm(5).to(x.dtype)
 
@@ -180,9 +180,9 @@ def test_running_statistics_count_a_batch_once_and_no_batch_that_is_not_finite(o
     before = layer.running_mean.clone(), layer.running_var.clone()
     x[0, 2, 0] = torch.inf
     train(x)
-    bad = torch.arange(5) == 2
+    invalid = torch.arange(5) == 2
     for old, new in zip(before, (layer.running_mean, layer.running_var), strict=True):
-        assert torch.isfinite(new).all() and torch.equal(old[bad], new[bad]) and (old != new)[~bad].all()
+        assert torch.isfinite(new).all() and torch.equal(old[invalid], new[invalid]) and (old != new)[~invalid].all()
 
 
 def test_evaluation_keeps_running_statistics_exact():
@@ -190,7 +190,7 @@ def test_evaluation_keeps_running_statistics_exact():
     layer = GlobalBatchNorm(5).eval()
     torch.nn.init.constant_(layer.running_mean, 10.011)
     exact = layer(x.float())
-    low = layer.to(torch.bfloat16)
-    torch.nn.init.constant_(low.running_mean, 10.011)  # a cast of the module rounds what it finds
-    assert low(x).dtype == torch.bfloat16
-    torch.testing.assert_close(low(x), exact.bfloat16(), rtol=0, atol=0)
+    cast = layer.to(torch.bfloat16)
+    torch.nn.init.constant_(cast.running_mean, 10.011)  # The cast of the module has rounded it.
+    assert cast(x).dtype == torch.bfloat16
+    torch.testing.assert_close(cast(x), exact.bfloat16(), rtol=0, atol=0)
