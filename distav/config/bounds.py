@@ -45,7 +45,7 @@ def between(low: float, high: float, note: str = "") -> Metadata:
 
 
 def one_of(*values: object, note: str = "") -> Metadata:
-    """Allow some values; None is written null."""
+    """Allow the listed values; None is written null."""
     names = ["null" if value is None else str(value) for value in values]
     return _metadata(lambda value: value in values, f"{', '.join(names[:-1])} or {names[-1]}", note)
 

@@ -50,10 +50,9 @@ class RunConfig:
     keep_checkpoints: int = field(default=2, metadata=at_least(2))
     """Number of checkpoints to keep, at least 2; older ones are deleted."""
     max_consecutive_skipped_steps: int = field(default=10, metadata=at_least(1))
-    """Number of consecutive steps with a non-finite loss or gradient, all of them skipped, after which the run stops."""
+    """Number of consecutive skipped steps (non-finite loss or gradient) after which the run stops."""
     timeout_s: float = field(default=600.0, metadata=above(0, "in seconds"))
-    """Seconds without a heartbeat from a rank, or in one collective, after which all ranks abort and name that
-    rank."""
+    """Maximum number of seconds to wait for a rank; after that, all ranks abort and name it."""
     threads_per_rank: int = field(default=0, metadata=at_least(0))
     """CPU threads of each rank; 0 divides the cores of the machine among its ranks."""
 
