@@ -100,13 +100,17 @@ def claim_dir(path: Path, facts: dict[str, Any], conflict: str, advice: str) -> 
         advice: end of the error message, e.g. "choose another --out or delete it".
 
     Raises:
-        UserError: if the directory belongs to another configuration; the message gives the first difference.
+        UserError: if the directory belongs to another configuration (the message gives the first difference), or if
+            the file cannot be written.
     """
     content = json.dumps(facts, indent=1, sort_keys=True).encode()
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_if_absent(path, content)
-    recorded = path.read_bytes()
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_if_absent(path, content)
+        recorded = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; {advice}.") from None
     if recorded == content:
         return
     try:
@@ -122,7 +126,7 @@ def _first_difference(recorded: Any, requested: Any, key: str = "") -> str:
         for name in sorted({*recorded, *requested}):
             if recorded.get(name) != requested.get(name):
                 return _first_difference(recorded.get(name), requested.get(name), f"{key}.{name}" if key else name)
-    return f"{key or 'content'}: {_shorten(recorded)} there, {_shorten(requested)} requested"
+    return f"{key or 'content'}: {_shorten(recorded)} recorded, {_shorten(requested)} requested"
 
 
 def _shorten(value: Any, limit: int = 60) -> str:

@@ -76,7 +76,7 @@ class Web(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.requests = folder, list[tuple[str, str, str]]()
         self.fails: Callable[[str, int], int | str] = lambda path, attempt: ""
-        self.url = f"http://127.0.0.1:{self.server_port}/set"
+        self.url = f"http://127.0.0.1:{self.server_port}/dataset"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore connections that were closed on purpose."""
@@ -92,7 +92,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        name = urllib.parse.unquote(self.path).removeprefix("/set/")
+        name = urllib.parse.unquote(self.path).removeprefix("/dataset/")
         request = (self.command, name, self.headers.get("Range", ""))
         attempt = self.server.requests.count(request)
         self.server.requests.append(request)

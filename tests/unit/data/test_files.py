@@ -25,10 +25,13 @@ def test_directory_is_claimed_by_the_first_configuration(tmp_path: Path):
 @pytest.mark.parametrize(
     ("facts", "difference"),
     [
-        (FACTS | {"batch": 4}, r"\(batch: 8 there, 4 requested\); choose another --out\."),
-        (FACTS | {"input": {"weights": "abc", "frames": [16, 4]}}, r"\(input.frames: \[16, 2\] there, \[16, 4\] req"),
-        ({"batch": 8}, r'input: \{"frames": .* there, null requested'),
-        (FACTS | {"extra": "x" * 100}, r'extra: null there, "x{59}\.\.\. requested'),
+        (FACTS | {"batch": 4}, r"\(batch: 8 recorded, 4 requested\); choose another --out\."),
+        (
+            FACTS | {"input": {"weights": "abc", "frames": [16, 4]}},
+            r"\(input.frames: \[16, 2\] recorded, \[16, 4\] req",
+        ),
+        ({"batch": 8}, r'input: \{"frames": .* recorded, null requested'),
+        (FACTS | {"extra": "x" * 100}, r'extra: null recorded, "x{59}\.\.\. requested'),
     ],
 )
 def test_directory_of_another_configuration_is_rejected_with_the_difference(
@@ -46,6 +49,12 @@ def test_corrupt_claim_is_rejected(tmp_path: Path):
     (tmp_path / "facts.json").write_text('{"batch": 8')
     with pytest.raises(UserError, match="facts.json is not valid JSON"):
         claim(tmp_path / "facts.json", FACTS)
+
+
+def test_claim_that_cannot_be_written_is_reported(tmp_path: Path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match=r"facts.json cannot be written: .*; choose another --out\."):
+        claim(tmp_path / "out" / "facts.json", FACTS)
 
 
 def _claim_as(path: Path, name: str, results) -> None:

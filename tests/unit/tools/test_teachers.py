@@ -281,7 +281,7 @@ def test_unreadable_inputs_are_reported(ave: Path, tmp_path: Path, capsys: pytes
     assert pseudo_label(ave, tmp_path / "file") == 1
     assert "choose another --out" in capsys.readouterr().err
     assert pseudo_label(ave, tmp_path / "out", "--splits", "tset") == 1
-    assert "--splits=tset is not in" in capsys.readouterr().err
+    assert "--splits=tset is not a split of" in capsys.readouterr().err
     assert pseudo_label(ave, tmp_path / "out") == 0
     path = next((tmp_path / "out" / "scores").glob("test-*.npz"))
     path.write_bytes(path.read_bytes()[:100])

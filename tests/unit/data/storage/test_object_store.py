@@ -131,8 +131,8 @@ def test_new_dataset_at_the_same_url_does_not_use_old_cached_tables(
 
 
 def test_missing_and_truncated_objects_are_reported(store: Bucket, s3: str, tiny_shards: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"data.root=s3://none/set: no manifest.json found .*make_shards"):
-        open_remote("s3://none/set", tmp_path)
+    with pytest.raises(UserError, match=r"data.root=s3://none/dataset: no manifest.json found .*make_shards"):
+        open_remote("s3://none/dataset", tmp_path)
     with pytest.raises(UserError, match=r"no manifest.json found"):
         open_remote("s3://clips/none", tmp_path)
     shard = {"Bucket": "clips", "Key": f"{s3.removeprefix('s3://clips/')}/train-000001.tar"}
@@ -175,7 +175,7 @@ FAILURES = {
 def address(site: Web, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The site as a web server, and as an S3 store without listings."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{site.server_port}")
-    return {"http": site.url, "s3": "s3://set"}[request.param]
+    return {"http": site.url, "s3": "s3://dataset"}[request.param]
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -213,7 +213,11 @@ def test_attempts_are_limited_and_only_samples_of_the_failing_shard_are_quaranti
 @pytest.mark.parametrize(
     ("fault", "path", "message"),
     [
-        (403, "manifest.json", r"data.root=http.*/set: no permission to read manifest.json \(403.*AWS_ACCESS_KEY_ID"),
+        (
+            403,
+            "manifest.json",
+            r"data.root=http.*/dataset: no permission to read manifest.json \(403.*AWS_ACCESS_KEY_ID",
+        ),
         (401, "manifest.json", "no permission to read manifest.json"),
         (404, "manifest.json", "no manifest.json found"),
         ("no ranges", "manifest.json", "sends complete files instead of byte ranges"),
@@ -242,7 +246,7 @@ def test_sample_whose_permission_was_revoked_is_corrupt_after_one_request(site: 
 
 def test_unreachable_store_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    for url in ("s3://clips/set", "http://127.0.0.1:9/set"):
+    for url in ("s3://clips/dataset", "http://127.0.0.1:9/dataset"):
         with pytest.raises(UserError, match=rf"data.root={url}: manifest.json cannot be read \(.*connect.*network"):
             open_remote(url, tmp_path)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -250,14 +254,24 @@ def test_unreachable_store_is_reported(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"no permission to read .*\(Unable to locate credentials\).*AWS_ACCESS_KEY_ID"):
-        open_remote("s3://clips/set", tmp_path)
+        open_remote("s3://clips/dataset", tmp_path)
 
 
 @pytest.mark.parametrize(
     "url",
-    ["file:///set", "local:///set", "pipe://curl", "simplecache::s3://clips/set", "s3://clips/set::zip://a", "ftp://a/b",
-     "github://org:repo@main/set", "s3:///set", "https://me:secret@host/set", "https://host/set?key=secret"],
-)  # fmt: skip
+    [
+        "file:///dataset",
+        "local:///dataset",
+        "pipe://curl",
+        "simplecache::s3://clips/dataset",
+        "s3://clips/dataset::zip://a",
+        "ftp://a/b",
+        "github://org:repo@main/dataset",
+        "s3:///dataset",
+        "https://me:secret@host/dataset",
+        "https://host/dataset?key=secret",
+    ],
+)
 def test_unsupported_urls_are_rejected_without_revealing_credentials(url: str):
     with pytest.raises(UserError, match="data.root=.*allowed:") as error:
         ShardedDataset.open(url)
@@ -267,7 +281,7 @@ def test_unsupported_urls_are_rejected_without_revealing_credentials(url: str):
 def test_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"package gcsfs is not installed; run pip install 'distav\[remote\]'"):
-        ShardedDataset.open("gs://clips/set")
+        ShardedDataset.open("gs://clips/dataset")
 
 
 def test_corrupt_cached_range_is_downloaded_again(site: Web, tmp_path: Path):
@@ -316,7 +330,7 @@ def test_reading_continues_if_the_cache_cannot_be_written(
 
 
 def test_part_of_a_dataset_larger_than_the_limit_stays_cached(tmp_path: Path):
-    cache = Cache(tmp_path, "set", 10_000)
+    cache = Cache(tmp_path, "dataset", 10_000)
     hits = []
     for epoch in range(3):
         hits.append(0)
@@ -325,7 +339,7 @@ def test_part_of_a_dataset_larger_than_the_limit_stays_cached(tmp_path: Path):
                 cache.put(f"shard/{number}", bytes(1000))
             else:
                 hits[-1] += 1
-            assert bytes_in(tmp_path / "set") <= 10_000
+            assert bytes_in(tmp_path / "dataset") <= 10_000
     assert hits == [0, 10, 10]
 
 
@@ -335,16 +349,16 @@ def test_least_recently_used_files_of_other_datasets_are_evicted_first(tmp_path:
         other.put(f"shard/{number}", bytes(1000))
         os.utime(tmp_path / "other" / "shard" / str(number), (number, number))
     assert other.get("shard/0") is not None  # Used again.
-    cache = Cache(tmp_path, "set", 10_000)
+    cache = Cache(tmp_path, "dataset", 10_000)
     cache.put("shard/0", bytes(1000))
     remaining = {int(path.name) for path in (tmp_path / "other" / "shard").iterdir()}
     assert remaining == {0, 3, 4, 5, 6, 7, 8, 9} and cache.get("shard/0")
     # A smaller limit takes effect with the next write, for the dataset's own files too.
     for number in range(1, 9):
         cache.put(f"shard/{number}", bytes(1000))
-    Cache(tmp_path, "set", 3000).put("shard/100", bytes(10))
-    assert bytes_in(tmp_path / "set") <= 3000 and not bytes_in(tmp_path / "other")
-    cache = Cache(tmp_path, "set", 100)
+    Cache(tmp_path, "dataset", 3000).put("shard/100", bytes(10))
+    assert bytes_in(tmp_path / "dataset") <= 3000 and not bytes_in(tmp_path / "other")
+    cache = Cache(tmp_path, "dataset", 100)
     cache.put("shard/200", bytes(101))
     assert cache.get("shard/200") is None
 
@@ -367,7 +381,7 @@ def test_processes_share_a_directory_and_its_limit(tmp_path: Path):
 
 
 def test_concurrent_writers_take_turns_to_update_the_total(tmp_path: Path):
-    cache = Cache(tmp_path, "set", 10_000)
+    cache = Cache(tmp_path, "dataset", 10_000)
     cache.put("first", bytes(10))
     with open(tmp_path / "used") as used:
         fcntl.flock(used, fcntl.LOCK_EX)
@@ -396,9 +410,9 @@ def test_samples_of_a_batch_are_read_concurrently(site: Web, tmp_path: Path):
 
 def test_config_accepts_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    for url in ("s3://clips/a-b/set_1", "https://host.org:8080/a/set"):
+    for url in ("s3://clips/a-b/dataset_1", "https://host.org:8080/a/dataset"):
         assert loading.load(tiny_config(tmp_path), [f"data.root={url}"]).data.root == url
     with pytest.raises(UserError, match="data.cache_mib=-1: allowed: 0 or more"):
         loading.load(tiny_config(tmp_path), ["data.cache_mib=-1"])
-    render_missing_dataset(DataConfig(root="s3://clips/set", synthetic=SyntheticConfig(enabled=True)), None)  # type: ignore[arg-type]
+    render_missing_dataset(DataConfig(root="s3://clips/dataset", synthetic=SyntheticConfig(enabled=True)), None)  # type: ignore[arg-type]
     assert not (tmp_path / "s3:").exists()
