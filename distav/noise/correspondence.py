@@ -58,9 +58,8 @@ def fit_mixture(similarity: Tensor) -> Mixture:
         mean = moments[:, 1] / mass
         var = (moments[:, 2] / mass - mean.square()).clamp_min(MIN_VARIANCE)
         weight = mass / mass.sum()
-    low, high = mean.argsort().tolist()
-    means, variances, weights = ((float(values[low]), float(values[high])) for values in (mean, var, weight))
-    return Mixture(means, variances, weights)
+    means, variances, weights = torch.stack([mean, var, weight])[:, mean.argsort()].tolist()
+    return Mixture(tuple(means), tuple(variances), tuple(weights))
 
 
 def _log_joint(s: Tensor, mean: Tensor, var: Tensor, weight: Tensor) -> Tensor:

@@ -125,9 +125,8 @@ def correct_labels(
         held_out, local_labels, label_rate.estimate, calibration.error_distribution
     )
     correspondence = ensemble.correspondence
-    audio_held_out, audio_posterior = (
-        map_tiles(num_classes, fuse, ensemble.audio_probs, probs, correspondence) for probs in (held_out, posterior)
-    )
+    audio_held_out = map_tiles(num_classes, fuse, ensemble.audio_probs, held_out, correspondence)
+    audio_posterior = map_tiles(num_classes, fuse, ensemble.audio_probs, posterior, correspondence)
     gain = (ensemble.per_sample - calibrator.prior_log_likelihood()) * calibration.num_samples
     has_signal = gain > search_space.min_log_likelihood_gain
     corrected = present if has_signal else torch.zeros_like(present)

@@ -61,8 +61,11 @@ def estimate_rate(log_likelihood: Tensor, num_classes: int) -> RateEstimate:
     rates = candidate_rates(num_classes).to(log_likelihood.device)
     posterior = normalize_likelihood(log_likelihood)
     cumulative = posterior.cumsum(0)
-    low, high = (float(rates[int((cumulative >= quantile).nonzero()[0, 0])]) for quantile in (0.025, 0.975))
-    return RateEstimate(float(posterior @ rates), low, high)
+
+    def quantile(level: float) -> float:
+        return float(rates[int((cumulative >= level).nonzero()[0, 0])])
+
+    return RateEstimate(float(posterior @ rates), quantile(0.025), quantile(0.975))
 
 
 def uniform_transition_matrix(rate: float, num_classes: int) -> Tensor:

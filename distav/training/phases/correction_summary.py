@@ -48,23 +48,24 @@ def gather_result(run: Run, correction: Correction) -> CorrectionResult:
     """Gather the result of a correction from all ranks."""
     labels = run.data.labels
     given = local_shard(torch.from_numpy(labels.given)).to(run.world.device)[:, None]
-    corrected, knn_labels, confidence, self_confidence = (
-        all_gather_variable_rows(values).cpu().numpy()
-        for values in (
-            correction.posterior.argmax(1),
-            correction.held_out.argmax(1),
-            correction.posterior.amax(1),
-            correction.held_out.gather(1, given).squeeze(1),
-        )
-    )
-    correspondence = run.bank.gather_column("correspondence").cpu().numpy()
     errors = {}
     if labels.true is not None:
         errors = {
             "ece_held_out": calibration_error(correction.held_out, labels.true),
             "ece_posterior": calibration_error(correction.posterior, labels.true),
         }
-    return CorrectionResult(corrected, knn_labels, confidence, self_confidence, correspondence, errors)
+    return CorrectionResult(
+        corrected=_gather(correction.posterior.argmax(1)),
+        knn_labels=_gather(correction.held_out.argmax(1)),
+        confidence=_gather(correction.posterior.amax(1)),
+        self_confidence=_gather(correction.held_out.gather(1, given).squeeze(1)),
+        correspondence=run.bank.gather_column("correspondence").cpu().numpy(),
+        calibration_errors=errors,
+    )
+
+
+def _gather(values: Tensor) -> np.ndarray:
+    return all_gather_variable_rows(values).cpu().numpy()
 
 
 def build_summary(name: str, labels: Labels, correction: Correction, result: CorrectionResult) -> dict[str, Any]:
@@ -170,6 +171,7 @@ def calibration_error(probs: Tensor, true: np.ndarray) -> float:
         probs: [n, C] of this rank.
         true: [N] true classes of all ranks.
     """
-    confidence, predicted = (all_gather_variable_rows(values).cpu().numpy() for values in probs.max(1))
+    maxima, classes = probs.max(1)
+    confidence, predicted = _gather(maxima), _gather(classes)
     two_classes = np.stack([confidence, np.zeros_like(confidence)], axis=1)
     return expected_calibration_error(two_classes, np.where(predicted == true, 0, 1))
