@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small rendered set with label and pair noise."""
+    """A small synthetic dataset with label noise and mismatched pairs."""
     out = tmp_path_factory.mktemp("shards") / "tiny"
     make_shards("synthetic", out, "--train-clips=96", "--test-clips=24", "--label-noise=symmetric:0.25",
                 "--correspondence-noise=0.25", "--shard-samples=40", "--short-side=24")  # fmt: skip
@@ -20,15 +20,15 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_shards(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
     """Run tools/make_shards.py and check its exit status."""
     command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == status, process.stdout + process.stderr
+    return process
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real data that DISTAV_TEST_DATA names."""
+    """The directory of real data that DISTAV_TEST_DATA names."""
     folder = os.environ.get("DISTAV_TEST_DATA")
     if not folder:
-        pytest.skip("DISTAV_TEST_DATA is not set; it names a folder with avdigits/ (MNIST test images, FSDD)")
+        pytest.skip("DISTAV_TEST_DATA is not set; it names a directory with avdigits/ (MNIST test images, FSDD)")
     return Path(folder)

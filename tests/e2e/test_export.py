@@ -23,7 +23,7 @@ from distav.models.pretrained import load_encoders, load_parser, load_weights
 from distav.tools.embed import main as embed
 from distav.training.run import open_run
 from tests.helpers.launch import tiny_config, train
-from tests.helpers.team import context, run_whole
+from tests.helpers.rank_group import context, run_to_completion
 
 CPU = torch.device("cpu")
 BARE = """
@@ -109,7 +109,7 @@ def test_embeddings_of_a_dataset_are_the_same_bytes_for_any_number_of_ranks(
         shard.seek(int(split.columns["video_offset"][7]) + 5)
         shard.write(b"\xff\x00\xff")
     arguments = [str(export), str(tmp_path / "dataset"), "--device", "cpu", "--batch-size", "8"]
-    run_whole(2, [*arguments, "--out", str(out)], tmp_path / "log", module="distav.tools.embed")
+    run_to_completion(2, [*arguments, "--out", str(out)], tmp_path / "log", module="distav.tools.embed")
     assert embed([*arguments, "--out", str(tmp_path / "alone"), "--threads", "1"]) == 0
     for path in sorted(out.iterdir()):
         assert path.read_bytes() == (tmp_path / "alone" / path.name).read_bytes(), path.name
@@ -191,7 +191,7 @@ def test_metrics_are_the_same_for_any_number_of_ranks(
 ):
     arguments = [str(finished[0] / "export"), str(tiny_shards), "--device", "cpu"]
     assert evaluate([*arguments, "--json", str(tmp_path / "one.json"), "--threads", "1"]) == 0
-    run_whole(2, [*arguments, "--json", str(tmp_path / "two.json")], tmp_path / "log", module="distav.evaluate")
+    run_to_completion(2, [*arguments, "--json", str(tmp_path / "two.json")], tmp_path / "log", module="distav.evaluate")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert one.keys() == {"knn", "linear_probe", "retrieval"} and one["knn"].keys() == {"visual", "audio", "both"}
     for name, values in one.items():
@@ -232,7 +232,7 @@ def test_fine_tuning_writes_its_own_run(finished: tuple[Path, str], tiny_shards:
     out = tmp_path / "runs" / "tuned"
     arguments = [str(finished[0] / "export"), str(tiny_shards), "--tasks", "fine_tune", "--out", str(out)]
     options = ["--epochs", "2", "--global-batch", "24", "--device", "cpu", "--json", str(tmp_path / "tuned.json")]
-    run_whole(1, [*arguments, *options], tmp_path / "log", module="distav.evaluate")
+    run_to_completion(1, [*arguments, *options], tmp_path / "log", module="distav.evaluate")
     metrics = json.loads((tmp_path / "tuned.json").read_text())["fine_tune"]
     report = json.loads((out / "report.json").read_text())
     assert metrics == report["test"] and report["phases"][0]["steps"] == 8

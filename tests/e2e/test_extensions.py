@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 
 from tests.helpers.launch import ROOT, environment, losses
-from tests.helpers.team import last_checkpoint
+from tests.helpers.rank_group import last_checkpoint
 
 MODULE = """
 import json

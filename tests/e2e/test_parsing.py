@@ -1,4 +1,4 @@
-"""Events heard and seen, learnt from features and from clips, by the recipes that are shipped."""
+"""Event parsing from features and from clips, with the configurations of the project."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from distav.evaluation.event_metrics import event_metrics
 from distav.models.pretrained import load_encoders, load_parser
 from tests.helpers.events import AVE_CLASSES, ave_shards, llp_shards, write_ave, write_llp
 from tests.helpers.launch import ROOT, losses, train
-from tests.helpers.team import Team, fingerprint, run_whole
+from tests.helpers.rank_group import RankGroup, fingerprint, run_to_completion
 
 SMALL = (
     "run.device=cpu", "run.log_every=1", "optim.global_batch=16", "optim.lr=5e-3", "model.parser.width=32",
@@ -31,7 +31,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def llp(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set of features with true events as the harvested ones."""
+    """A dataset of features, with the true events as pseudo-labels."""
     folder = tmp_path_factory.mktemp("llp")
     truth = write_llp(folder / "raw")
     llp_shards(folder / "raw", folder / "shards")
@@ -55,20 +55,20 @@ def valor(llp: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.long
-def test_one_rank_and_two_learn_the_same_and_a_kill_leaves_no_trace(llp: Path, tmp_path: Path):
-    run_whole(1, valor(llp, tmp_path / "one"), tmp_path / "one" / "logs")
-    run_whole(2, valor(llp, tmp_path / "two"), tmp_path / "two" / "logs")
+def test_one_and_two_ranks_learn_the_same_and_a_kill_changes_nothing(llp: Path, tmp_path: Path):
+    run_to_completion(1, valor(llp, tmp_path / "one"), tmp_path / "one" / "logs")
+    run_to_completion(2, valor(llp, tmp_path / "two"), tmp_path / "two" / "logs")
     one, two = (losses(tmp_path / name / "valor") for name in ("one", "two"))
     assert len(one) == 90 and np.allclose(one, two, rtol=1e-3)
     assert one[-1] < one[0] / 4
     report = json.loads((tmp_path / "two" / "valor" / "report.json").read_text())
     assert report["events"]["segment"]["type"] > 60 and "test" not in report
 
-    team = Team(2, valor(llp, tmp_path / "broken", "run.checkpoint_every=1"), tmp_path / "broken" / "first")
-    team.wait_for(lambda: len(list((tmp_path / "broken" / "valor" / "checkpoints").glob("step-*"))) >= 2)
-    team.signal(signal.SIGKILL, 1)
-    assert team.end(60) != [0, 0]
-    run_whole(2, valor(llp, tmp_path / "broken", "run.checkpoint_every=1"), tmp_path / "broken" / "logs")
+    group = RankGroup(2, valor(llp, tmp_path / "broken", "run.checkpoint_every=1"), tmp_path / "broken" / "first")
+    group.wait_for(lambda: len(list((tmp_path / "broken" / "valor" / "checkpoints").glob("step-*"))) >= 2)
+    group.signal(signal.SIGKILL, 1)
+    assert group.wait(60) != [0, 0]
+    run_to_completion(2, valor(llp, tmp_path / "broken", "run.checkpoint_every=1"), tmp_path / "broken" / "logs")
     assert fingerprint(tmp_path / "broken" / "valor") == fingerprint(tmp_path / "two" / "valor")
 
     model, description = load_parser(tmp_path / "one" / "valor" / "export")
@@ -77,12 +77,12 @@ def test_one_rank_and_two_learn_the_same_and_a_kill_leaves_no_trace(llp: Path, t
     batch = loader.load(np.arange(12), 0)
     with torch.no_grad():
         parsed = model(batch.seeds, **batch.media)
-    told = (parsed["segments"].sigmoid() >= 0.5) & (parsed["video"] >= 0.5)[:, None, None]
+    predicted = (parsed["segments"].sigmoid() >= 0.5) & (parsed["video"] >= 0.5)[:, None, None]
     known = load_events(shards, shards.split("test")).events
     assert known is not None and description["classes"] == shards.classes
-    again = json.loads((tmp_path / "one" / "valor" / "report.json").read_text())["events"]
-    for level, scores in event_metrics(told.numpy(), known).items():
-        assert scores == pytest.approx(again[level])
+    reported = json.loads((tmp_path / "one" / "valor" / "report.json").read_text())["events"]
+    for level, scores in event_metrics(predicted.numpy(), known).items():
+        assert scores == pytest.approx(reported[level])
     with pytest.raises(UserError, match="load it by load_parser"):
         load_encoders(tmp_path / "one" / "valor" / "export")
 
@@ -106,9 +106,9 @@ def test_one_rank_and_two_learn_the_same_and_a_kill_leaves_no_trace(llp: Path, t
     ],
 )
 def test_the_other_recipes_learn(recipe: str, changes: tuple[str, ...], llp: Path, tmp_path: Path):
-    given = [change.replace("{}", str(llp)) for change in changes]
+    overrides = [change.replace("{}", str(llp)) for change in changes]
     epochs = "phases.parse.epochs=6"
-    run_whole(1, arguments(recipe, llp / "shards", tmp_path, epochs, *given), tmp_path / "logs")
+    run_to_completion(1, arguments(recipe, llp / "shards", tmp_path, epochs, *overrides), tmp_path / "logs")
     curve = losses(tmp_path / recipe)
     assert len(curve) == 18 and curve[-1] < 0.7 * curve[0]
     assert set(json.loads((tmp_path / recipe / "report.json").read_text())["events"]) == {"segment", "event"}
@@ -142,11 +142,11 @@ def ave(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_towers_learn_from_clips_end_to_end(ave: Path, tmp_path: Path):
-    where = f"data.root={ave}/shards", f"run.root={tmp_path}"
-    said = train(ave / "clips.yaml", *where, ranks=2)
+    paths = f"data.root={ave}/shards", f"run.root={tmp_path}"
+    output = train(ave / "clips.yaml", *paths, ranks=2)
     report = json.loads((tmp_path / "clips" / "report.json").read_text())
     assert 0 <= report["events"]["segment_accuracy"] <= 100 and report["test"]["rsum"] > 0
-    assert "Events:  second by second" in said
+    assert "Events:  second by second" in output
     model, description = load_encoders(tmp_path / "clips" / "export")
     assert description["segments"] == 10 and description["classes"] == [*AVE_CLASSES]
     with torch.no_grad():
@@ -156,7 +156,7 @@ def test_towers_learn_from_clips_end_to_end(ave: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (("data.audio_s=1.0",), "data.audio_s=1: event parsing needs the audio of the complete clip; set it to 10"),
         (("data.num_frames=8",), "data.num_frames=8 and data.frame_stride=4"),
@@ -164,21 +164,22 @@ def test_towers_learn_from_clips_end_to_end(ave: Path, tmp_path: Path):
         (("model.parser.heads=3",), "model.parser.heads=3: allowed: a divisor of"),
     ],
 )
-def test_clips_that_do_not_cover_their_seconds_are_told(changes: tuple[str, ...], told: str, ave: Path):
-    with pytest.raises(UserError, match=re.escape(told)):
+def test_clips_that_do_not_cover_all_segments_are_refused(changes: tuple[str, ...], message: str, ave: Path):
+    with pytest.raises(UserError, match=re.escape(message)):
         DataModule.open(load(ave / "clips.yaml", [f"data.root={ave}/shards", *changes]))
 
 
 @pytest.mark.parametrize(
-    ("phase", "told"),
+    ("phase", "message"),
     [
         ("kind: contrastive", "phases.a.kind=contrastive: .* holds features; allowed: parsing"),
         ("kind: supervised, targets: given", "phases.a.kind=supervised: .* holds features; allowed: parsing"),
         ("kind: parsing", "model.parser.token_grids.clap: the dataset has no such feature stream"),
     ],
 )
-def test_phases_that_features_have_no_use_for_are_told(phase: str, told: str, llp: Path, tmp_path: Path):
-    text = f"defaults: [schema, _self_]\nmodel: {{parser: {{token_grids: {{clap: [2, 5]}}}}}}\nphases: {{a: {{{phase}}}}}\n"
+def test_phases_that_cannot_use_features_are_refused(phase: str, message: str, llp: Path, tmp_path: Path):
+    model = "model: {parser: {token_grids: {clap: [2, 5]}}}"
+    text = f"defaults: [schema, _self_]\n{model}\nphases: {{a: {{{phase}}}}}\n"
     (tmp_path / "any.yaml").write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         DataModule.open(load(tmp_path / "any.yaml", [f"data.root={llp}/shards", "optim.global_batch=16"]))

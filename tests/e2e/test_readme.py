@@ -19,8 +19,8 @@ from distav.evaluate import main as evaluate
 from distav.tools import make_shards
 from distav.tools.audit import command as audit
 from distav.tools.embed import main as embed
-from distav.tools.inspect_shards import command as inspecting
-from distav.tools.pseudo_label import command as harvest
+from distav.tools.inspect_shards import command as inspect_shards
+from distav.tools.pseudo_label import command as pseudo_label
 from tests.fuzz.targets import TARGETS
 from tests.gpu.parts import PARTS
 from tests.helpers.launch import ROOT
@@ -42,29 +42,29 @@ def commands_of(path: Path) -> list[str]:
 COMMANDS = list(dict.fromkeys(command for path in READMES for command in commands_of(path)))
 PARSERS = {
     "tools/make_shards.py": make_shards._parser,
-    "tools/inspect_shards.py": inspecting._parser,
-    "tools/pseudo_label.py": harvest._parser,
+    "tools/inspect_shards.py": inspect_shards._parser,
+    "tools/pseudo_label.py": pseudo_label._parser,
     "tools/audit.py": audit._parser,
     "tools/bench.py": bench._parser,
 }
 RUN_SMALL = ("tools/make_shards.py videos", "tools/make_shards.py csv", "tools/inspect_shards.py", "tools/audit.py",
              "tools/make_shards.py clean", "tools/embed.py", "python distav/evaluate.py")  # fmt: skip
-"""What `test_tools_do_what_the_readme_says` runs."""
+"""What `test_tools_run_as_the_readmes_say` runs."""
 
 
 CHECKS = ("pip", "pytest", "ruff", "pyright", "lint-imports")
 
 
 def _words(command: str) -> list[str]:
-    """Return a command's words without launcher, environment, and what came before it on the line."""
+    """Return the words of a command without launcher, environment, and preceding commands on the line."""
     words = shlex.split(command.split("&&")[-1])
     if words[0] == "deepspeed":
-        return words[next(place for place, word in enumerate(words) if word.endswith(".py")) :]
+        return words[next(position for position, word in enumerate(words) if word.endswith(".py")) :]
     return words[1:] if words[0] == "python" else words
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch):
+def test_commands_are_valid(command: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     program, *arguments = _words(command)
     if program == "distav/train.py":
@@ -85,7 +85,7 @@ def test_commands_are_understood(command: str, monkeypatch: pytest.MonkeyPatch):
         assert program in CHECKS or command.startswith(RUN_SMALL), f"nothing tests this command: {command}"
 
 
-def test_the_kubernetes_job_starts_the_command_of_the_other_clusters():
+def test_the_kubernetes_job_starts_the_same_command_as_slurm():
     service, job = yaml.safe_load_all((ROOT / "configs" / "launch" / "kubernetes.yaml").read_text())
     spec = job["spec"]
     pod = spec["template"]["spec"]
@@ -115,10 +115,10 @@ def test_the_kubernetes_job_starts_the_command_of_the_other_clusters():
 
 
 @pytest.mark.long
-def test_tools_do_what_the_readme_says(
+def test_tools_run_as_the_readmes_say(
     finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Run them in the README's order, in a folder where the README's names mean small things."""
+    """Run them in the order of the READMEs, in a directory where the names in the READMEs refer to small data."""
     import av
 
     monkeypatch.chdir(tmp_path)
@@ -142,13 +142,13 @@ def test_tools_do_what_the_readme_says(
         labels.append(f"clips/{path.parent.name}/{path.name},{path.parent.name}")
     (tmp_path / "clips.csv").write_text("\n".join(["path,label", *labels]) + "\n")
     shutil.copytree(finished[0], tmp_path / "runs" / "mine")
-    # The run has a correction phase of this name in the README, and its own name here.
+    # The READMEs use the name of a correction phase that this run does not have.
     table = next((tmp_path / "runs" / "mine" / "labels").glob("*.parquet"))
     (table.parent / "labels.parquet").symlink_to(table)
     (tmp_path / "decisions.csv").write_text("key,label,pair\ntrain-000000000,,mismatched\n")
     mains: dict[str, Callable[[list[str]], int]] = {
         "tools/make_shards.py": make_shards.main,
-        "tools/inspect_shards.py": inspecting.main,
+        "tools/inspect_shards.py": inspect_shards.main,
         "tools/audit.py": audit.main,
         "tools/embed.py": embed,
         "distav/evaluate.py": evaluate,
@@ -160,11 +160,11 @@ def test_tools_do_what_the_readme_says(
         program, *arguments = _words(command)
         places = [str(tmp_path / each[2:]) if each.startswith("~/") else each for each in arguments]
         if program == "tools/make_shards.py":
-            # The program itself, since its worker processes start from a main module.
+            # As a program, since its worker processes start from a main module.
             small = ["--workers", "1"] if places[0] == "clean" else ["--workers", "1", "--short-side", "32"]
             ended = subprocess.run([sys.executable, str(ROOT / program), *places, *small], check=False)
             assert ended.returncode in (0, 3), command
-            if places[0] == "videos":  # What follows is about the set that the run learnt from.
+            if places[0] == "videos":  # The commands below use the dataset that the run was trained on.
                 shutil.rmtree(tmp_path / "shards" / "mine")
                 shutil.copytree(tiny_shards, tmp_path / "shards" / "mine")
         else:
@@ -178,7 +178,7 @@ def test_tools_do_what_the_readme_says(
 
 
 @pytest.mark.long
-def test_every_tool_helps_with_an_example():
+def test_the_help_of_every_tool_has_an_example():
     for path in sorted((ROOT / "tools").glob("*.py")):
         done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, check=True)
         assert path.name in done.stdout.replace("usage: ", "", 1).partition("\n")[2], path.name

@@ -16,8 +16,8 @@ from distav.data.annotations.teacher_scores import metadata_file, score_file, sc
 from distav.data.data_module import DataModule
 from distav.data.dataset import ShardedDataset
 from distav.evaluation.metrics import NOISE_KINDS
-from tests.helpers.launch import ROOT, TINY, records, tiny_config, train
-from tests.helpers.team import Team, fingerprint, run_whole
+from tests.helpers.launch import ROOT, TINY, read_metrics, tiny_config, train
+from tests.helpers.rank_group import RankGroup, fingerprint, run_to_completion
 
 SMALL = (
     "run.device=cpu", "run.log_every=1", "data.num_frames=2", "data.frame_stride=2", "data.frame_size=16",
@@ -37,7 +37,7 @@ def test_ravid_yaml(changes: tuple[str, ...], ranks: int, tiny_shards: Path, tmp
     train(ROOT / "configs" / "ravid.yaml", f"data.root={tiny_shards}", f"run.root={tmp_path}", *SMALL, *overrides,
           ranks=ranks)  # fmt: skip
     run = tmp_path / "ravid"
-    steps = [record for record in records(run) if record.get("phase") == "contrastive"]
+    steps = [record for record in read_metrics(run) if record.get("phase") == "contrastive"]
     assert len(steps) == 3 * STEPS_PER_EPOCH
     for record in steps:
         assert record["train/loss"] == pytest.approx(record["train/instance"], rel=1e-6)
@@ -45,7 +45,7 @@ def test_ravid_yaml(changes: tuple[str, ...], ranks: int, tiny_shards: Path, tmp
     assert [phase["name"] for phase in report["phases"]] == ["contrastive", "probe"]
     assert report["phases"][1]["steps"] == STEPS_PER_EPOCH and 0 <= report["test"]["top1"] <= 1
     weights = [
-        record["correspondence/weight_mean"] for record in records(run) if "correspondence/weight_mean" in record
+        record["correspondence/weight_mean"] for record in read_metrics(run) if "correspondence/weight_mean" in record
     ]
     # RAVID's weights from the CDF are 0.25 + 0.75 / 2 on average, for any noise rate.
     assert weights[-1] == (pytest.approx(1) if changes else pytest.approx(0.625, abs=0.08))
@@ -76,21 +76,21 @@ def test_crcl_yaml_resumes_in_the_middle_of_a_piece(
     changes: tuple[str, ...], killed: list[int], tiny_shards: Path, tmp_path: Path
 ):
     complete, interrupted = tmp_path / "complete", tmp_path / "interrupted"
-    run_whole(2, crcl_arguments(complete, tiny_shards, *changes), complete / "logs")
+    run_to_completion(2, crcl_arguments(complete, tiny_shards, *changes), complete / "logs")
     for piece in killed:
-        team = Team(2, crcl_arguments(interrupted, tiny_shards, *changes), interrupted / f"logs-{piece}")
+        group = RankGroup(2, crcl_arguments(interrupted, tiny_shards, *changes), interrupted / f"logs-{piece}")
         kill_at = 3 * STEPS_PER_EPOCH * piece + 5 + piece
-        team.wait_for(lambda at=kill_at: last_saved_step(interrupted / "crcl") >= at)
-        team.signal(signal.SIGKILL, piece % 2)
-        assert team.end(60) != [0, 0]
-    run_whole(2, crcl_arguments(interrupted, tiny_shards, *changes), interrupted / "logs")
+        group.wait_for(lambda at=kill_at: last_saved_step(interrupted / "crcl") >= at)
+        group.signal(signal.SIGKILL, piece % 2)
+        assert group.wait(60) != [0, 0]
+    run_to_completion(2, crcl_arguments(interrupted, tiny_shards, *changes), interrupted / "logs")
     assert fingerprint(interrupted / "crcl") == fingerprint(complete / "crcl")
     report = json.loads((complete / "crcl" / "report.json").read_text())
     summaries = report["correspondence"]
     assert [summary["phase"] for summary in summaries] == list(PIECES)
     assert sum(sum(row) for row in summaries[-1]["confusion"]["counts"]) == TRAIN_CLIPS
     assert 0 <= summaries[-1]["auroc_correspondence"] <= 1 and report["test"]["rsum"] > 0
-    means = {record["step"]: record["correspondence/correspondence_mean"] for record in records(complete / "crcl")
+    means = {record["step"]: record["correspondence/correspondence_mean"] for record in read_metrics(complete / "crcl")
              if "correspondence/correspondence_mean" in record}  # fmt: skip
     epochs = [means[epoch * STEPS_PER_EPOCH] for epoch in range(1, 7)]
     # All pairs are trusted up to the end of the first warm-up; reinitialization keeps the correspondences.

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.launch import TINY, losses, tiny_config
+from tests.helpers.rank_group import RankGroup
 from tests.helpers.stores import bucket, bytes_in
-from tests.helpers.team import Team
 
 SHORT = TINY.partition("  hybrid:")[0].replace("epochs: 3", "epochs: 2")
 
@@ -24,9 +24,9 @@ class Environment(dict[str, str]):
 def test_two_ranks_train_from_s3_and_share_a_cache(tiny_shards: Path, tmp_path: Path, compare: bool):
     def train(name: str, *overrides: str, ranks: int, environment: dict[str, str]) -> tuple[list[float], str]:
         config = ["--config", str(tiny_config(tmp_path, SHORT)), f"run.root={tmp_path}", f"run.name={name}"]
-        team = Team(ranks, [*config, *overrides], tmp_path / f"logs-{name}", Environment(environment))
-        assert team.end(240) == [0] * ranks, team.said()[-6000:]
-        return losses(tmp_path / name), team.said()
+        group = RankGroup(ranks, [*config, *overrides], tmp_path / f"logs-{name}", Environment(environment))
+        assert group.wait(240) == [0] * ranks, group.output()[-6000:]
+        return losses(tmp_path / name), group.output()
 
     with bucket() as store:
         root = f"data.root={store.put(tiny_shards, 'tiny')}"
@@ -43,4 +43,4 @@ def test_two_ranks_train_from_s3_and_share_a_cache(tiny_shards: Path, tmp_path: 
 @pytest.fixture(autouse=True)
 def stop_ranks():
     yield
-    Team.kill_all()
+    RankGroup.kill_all()

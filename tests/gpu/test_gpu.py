@@ -137,7 +137,7 @@ def test_bank_keeps_bf16_keys_of_its_float32_rows():
 def curve(run_root: Path, config: Path, *overrides: str) -> list[float]:
     """Return the losses of a training run of one rank.
 
-    It is started by the deepspeed launcher, because ranks forked by `tests.helpers.team` cannot use the GPU.
+    It is started by the deepspeed launcher, because ranks forked by `tests.helpers.rank_group` cannot use the GPU.
     """
     train(config, f"run.root={run_root}", *overrides, launcher=True)
     (run,) = run_root.iterdir()

@@ -1,4 +1,4 @@
-"""Start training as a user would, through the deepspeed launcher."""
+"""Start training as a user does, through the deepspeed launcher."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.team import Team
+from tests.helpers.rank_group import RankGroup
 
 ROOT = Path(__file__).parents[2]
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"
@@ -29,20 +29,20 @@ FREQUENT_SAVES = ("run.checkpoint_every=1", "run.timeout_s=6", "run.device=cpu",
 
 
 def environment() -> dict[str, str]:
-    """The environment of a launch: our interpreter's tools first, and the accelerator that the run chooses."""
+    """Return the environment of a launch: programs of this interpreter first, no choice of the accelerator."""
     ours = {"PATH": f"{DEEPSPEED.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     return {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | ours
 
 
 def tiny_config(folder: Path, text: str = TINY) -> Path:
-    """Write a configuration that trains in seconds."""
+    """Write a configuration that trains in seconds, and return its path."""
     path = folder / "tiny.yaml"
     path.write_text(text)
     return path
 
 
 def command(config: Path, *overrides: str, ranks: int = 1, launcher: tuple[str, ...] = ()) -> list[str]:
-    """The command line of a launch."""
+    """Return the command line of a launch."""
     options = launcher or ("--num_gpus", str(ranks))
     port = str(29600 + os.getpid() % 2000)
     script = [str(ROOT / "distav" / "train.py"), "--config", str(config), *overrides]
@@ -52,23 +52,23 @@ def command(config: Path, *overrides: str, ranks: int = 1, launcher: tuple[str, 
 def train(
     config: Path, *overrides: str, ranks: int = 1, status: int = 0, timeout_s: float = 240, launcher: bool = False
 ) -> str:
-    """Run a training to its end and return what it printed.
+    """Run a training to completion and return its output.
 
-    Ranks are forked from one warm process, which takes a second, or started by the deepspeed launcher, which takes
-    half a minute. Only the latter may use a GPU.
+    Ranks are forked from a server process, which takes a second, or started by the deepspeed launcher, which takes half
+    a minute. Only the latter may use a GPU.
     """
     if launcher:
         words = command(config, *overrides, ranks=ranks)
         done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=timeout_s, check=False)
-        said, good = done.stdout + done.stderr, done.returncode == 0
+        output, succeeded = done.stdout + done.stderr, done.returncode == 0
     else:
-        assert "run.device=gpu" not in overrides, "forked ranks compute on the CPU; give launcher=True for a GPU"
+        assert "run.device=gpu" not in overrides, "forked ranks compute on the CPU; use launcher=True for a GPU"
         with tempfile.TemporaryDirectory() as folder:
-            team = Team(ranks, ["--config", str(config), *overrides], Path(folder))
-            statuses = team.end(timeout_s)
-            said, good = team.said(), statuses == [0] * ranks
-    assert good == (status == 0), said[-6000:]
-    return said
+            group = RankGroup(ranks, ["--config", str(config), *overrides], Path(folder))
+            statuses = group.wait(timeout_s)
+            output, succeeded = group.output(), statuses == [0] * ranks
+    assert succeeded == (status == 0), output[-6000:]
+    return output
 
 
 def arguments(folder: Path, shards: Path, *overrides: str) -> list[str]:
@@ -80,14 +80,14 @@ def arguments(folder: Path, shards: Path, *overrides: str) -> list[str]:
 
 def losses_by_step(run: Path) -> dict[int, float]:
     """The loss of each logged step of a run; of a step that was repeated, the last one."""
-    return {record["step"]: record["train/loss"] for record in records(run) if "train/loss" in record}
+    return {record["step"]: record["train/loss"] for record in read_metrics(run) if "train/loss" in record}
 
 
 def losses(run: Path) -> list[float]:
-    """The loss of every logged step of a run."""
-    return [each["train/loss"] for each in records(run) if "train/loss" in each]
+    """Return the loss of every logged step of a run."""
+    return [record["train/loss"] for record in read_metrics(run) if "train/loss" in record]
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    """What a run wrote to metrics.jsonl."""
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the content of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,11 +1,11 @@
-"""Take the way of a GPU on the CPU, where the operators of both can be had."""
+"""Tensors that select the GPU code path on a CPU, where its operators also exist for the CPU."""
 
 import torch
 from torch import Tensor
 
 
 class OnGPU(Tensor):
-    """A tensor of the CPU that says it is on a GPU; what is computed from it says so no more."""
+    """A CPU tensor with `is_cuda` = True; tensors computed from it are ordinary CPU tensors."""
 
     is_cuda = True  # type: ignore[assignment]
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Run a function in several gloo processes; a rank that hangs or fails is named."""
+"""Run a function in several processes with the gloo backend; a rank that hangs or fails is named."""
 
 import os
 import pickle
@@ -12,40 +12,40 @@ from typing import Any
 
 import torch
 
-from tests.helpers.team import context, new_process
+from tests.helpers.rank_group import context, new_process
 
 
 def on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60) -> list[Any]:
-    """Return what `function(*arguments)` returns on each rank; raises where one fails or does not end in time."""
+    """Return the results of `function(*arguments)` on all ranks; raises if one fails or does not end in time."""
     with tempfile.TemporaryDirectory() as folder:
         results: Any = context.Queue()
         target = (function, arguments, num_ranks, str(Path(folder) / "rendezvous"), results, timeout_s)
         processes = [new_process(_work, rank, *target, daemon=True) for rank in range(num_ranks)]
         for process in processes:
             process.start()
-        answers: dict[int, Any] = {}
+        values: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
-        while len(answers) < num_ranks:
+        while len(values) < num_ranks:
             if results.empty():
-                silent = [rank for rank in range(num_ranks) if rank not in answers]
-                dead = [rank for rank in silent if not processes[rank].is_alive()]
+                pending = [rank for rank in range(num_ranks) if rank not in values]
+                dead = [rank for rank in pending if not processes[rank].is_alive()]
                 if time.monotonic() > deadline or (
                     dead and results.empty() and time.monotonic() > deadline - timeout_s + 5
                 ):
                     for process in processes:
                         process.kill()
-                    raise AssertionError(f"ranks {silent} gave no answer within {timeout_s} s (dead: {dead})")
+                    raise AssertionError(f"ranks {pending} returned nothing within {timeout_s} s (dead: {dead})")
                 time.sleep(0.02)
                 continue
-            rank, good, value = results.get()
-            answers[rank] = pickle.loads(value) if good else value
-            if not good:
+            rank, succeeded, value = results.get()
+            values[rank] = pickle.loads(value) if succeeded else value
+            if not succeeded:
                 for process in processes:
                     process.kill()
                 raise AssertionError(f"rank {rank} failed:\n{value}")
         for process in processes:
             process.join(10)
-        return [answers[rank] for rank in range(num_ranks)]
+        return [values[rank] for rank in range(num_ranks)]
 
 
 def _work(
@@ -69,7 +69,7 @@ def _work(
         )
         value = function(*arguments)
         torch.distributed.barrier()
-        results.put((rank, True, pickle.dumps(value)))  # by value; a tensor's memory goes with its process
+        results.put((rank, True, pickle.dumps(value)))  # By value: the memory of a tensor ends with its process.
         torch.distributed.destroy_process_group()
-    except BaseException:  # noqa: BLE001  # told to the test that waits
+    except BaseException:  # noqa: BLE001  # raised again in the test
         results.put((rank, False, traceback.format_exc()))

@@ -46,7 +46,7 @@ class Synchronizations(contextlib.ExitStack):
 
     Example:
         with Synchronizations() as waits:
-            bank.update(visitors, agreement)
+            bank.update(global_batch, agreement)
         assert waits.found == []
 
     Attributes:

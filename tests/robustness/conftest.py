@@ -2,10 +2,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.helpers.team import Team
+from tests.helpers.rank_group import RankGroup
 
 
 @pytest.fixture(autouse=True)
 def no_rank_outlives_its_test() -> Iterator[None]:
     yield
-    Team.kill_all()
+    RankGroup.kill_all()

@@ -13,18 +13,18 @@ import pytest
 
 from distav.data.integrity import MANIFEST
 from distav.training.checkpoint.manager import CheckpointManager
-from tests.helpers.launch import arguments, records
-from tests.helpers.team import Team, fingerprint, last_checkpoint, run_whole
+from tests.helpers.launch import arguments, read_metrics
+from tests.helpers.rank_group import RankGroup, fingerprint, last_checkpoint, run_to_completion
 
 
 @pytest.fixture(scope="module")
 def halfway(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks, stopped in phase 1, with two valid checkpoints."""
     folder = tmp_path_factory.mktemp("halfway")
-    team = Team(2, arguments(folder, tiny_shards), folder / "logs")
-    team.wait_for(lambda: "step 6/12 phase=contrastive" in team.said())
-    team.signal(signal.SIGTERM, 0)
-    team.end()
+    group = RankGroup(2, arguments(folder, tiny_shards), folder / "logs")
+    group.wait_for(lambda: "step 6/12 phase=contrastive" in group.output())
+    group.signal(signal.SIGTERM, 0)
+    group.wait()
     return folder
 
 
@@ -33,7 +33,7 @@ def uninterrupted(halfway: Path, tiny_shards: Path, tmp_path_factory: pytest.Tem
     """The same run, resumed and finished without damage."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     copy_of(halfway, folder)
-    run_whole(2, arguments(folder, tiny_shards), folder / "logs")
+    run_to_completion(2, arguments(folder, tiny_shards), folder / "logs")
     return folder / "tiny"
 
 
@@ -83,9 +83,9 @@ def test_corrupt_checkpoint_is_set_aside_and_the_previous_one_used(
         os.truncate(path, path.stat().st_size // 2)
     else:
         path.unlink()
-    team = run_whole(2, arguments(tmp_path, tiny_shards), tmp_path / "logs")
-    assert f"checkpoint {newest.name}: {path.name}" in team.said()
-    assert f"resuming in phase contrastive after step {int(previous.name[5:14])}" in team.said()
+    group = run_to_completion(2, arguments(tmp_path, tiny_shards), tmp_path / "logs")
+    assert f"checkpoint {newest.name}: {path.name}" in group.output()
+    assert f"resuming in phase contrastive after step {int(previous.name[5:14])}" in group.output()
     assert (checkpoints / f".broken-{newest.name}").is_dir()
     assert fingerprint(tmp_path / "tiny") == fingerprint(uninterrupted)
 
@@ -93,8 +93,8 @@ def test_corrupt_checkpoint_is_set_aside_and_the_previous_one_used(
 def test_run_without_a_valid_checkpoint_does_not_start_over(halfway: Path, tiny_shards: Path, tmp_path: Path):
     for checkpoint in copy_of(halfway, tmp_path).glob("step-*"):
         (checkpoint / "state.json").write_text("{}")
-    team = Team(1, arguments(tmp_path, tiny_shards), tmp_path / "logs")
-    assert team.end() == [1] and "No valid checkpoint in" in team.said()
+    group = RankGroup(1, arguments(tmp_path, tiny_shards), tmp_path / "logs")
+    assert group.wait() == [1] and "No valid checkpoint in" in group.output()
     assert len(list((tmp_path / "tiny" / "checkpoints").glob("step-*"))) == 2
 
 
@@ -129,17 +129,17 @@ def test_failed_save_is_logged_and_the_next_one_succeeds(
         fill(small_disk)
     else:
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    team = Team(2, options, tmp_path / "logs")
+    group = RankGroup(2, options, tmp_path / "logs")
     reason = "No space left on device" if fault == "full" else "Read-only file system"
-    team.wait_for(lambda: "Failed to write a checkpoint" in team.said())
-    assert reason in team.said()
+    group.wait_for(lambda: "Failed to write a checkpoint" in group.output())
+    assert reason in group.output()
     if fault == "full":
         (small_disk / "filler").unlink()
     else:
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
-    assert team.end() == [0, 0], team.said()[-6000:]
+    assert group.wait() == [0, 0], group.output()[-6000:]
     assert last_checkpoint(tmp_path / "tiny").name.startswith("step-000000020-003")
-    steps = [record["step"] for record in records(tmp_path / "tiny") if "train/loss" in record]
+    steps = [record["step"] for record in read_metrics(tmp_path / "tiny") if "train/loss" in record]
     assert steps == list(range(1, 21))
 
 
@@ -148,7 +148,7 @@ def test_failure_of_the_final_save_ends_the_run_with_an_error(tiny_shards: Path,
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "checkpoints").symlink_to(small_disk)
     fill(small_disk)
-    team = Team(1, arguments(tmp_path, tiny_shards), tmp_path / "logs")
-    assert team.end() == [1], team.said()[-6000:]
-    assert "Failed to write the final checkpoint" in team.said() and "No space left" in team.said()
+    group = RankGroup(1, arguments(tmp_path, tiny_shards), tmp_path / "logs")
+    assert group.wait() == [1], group.output()[-6000:]
+    assert "Failed to write the final checkpoint" in group.output() and "No space left" in group.output()
     assert (tmp_path / "tiny" / "report.json").exists()

@@ -11,8 +11,8 @@ import torch
 from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Batch
 from distav.data.pipeline.sampler import GlobalBatchSampler
-from tests.helpers.launch import arguments, losses_by_step, records
-from tests.helpers.team import Team, last_checkpoint, run_whole
+from tests.helpers.launch import arguments, losses_by_step, read_metrics
+from tests.helpers.rank_group import RankGroup, last_checkpoint, run_to_completion
 
 
 def make_outputs_nan(steps: range) -> None:
@@ -45,9 +45,9 @@ def nan_from_step_3(rank: int) -> None:
 @pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.long) for stage in (2, 3))])
 def test_non_finite_step_is_skipped_and_leaves_no_trace(tiny_shards: Path, tmp_path: Path, stage: int):
     options = arguments(tmp_path, tiny_shards, f"deepspeed.zero_stage={stage}")
-    team = Team(2, options, tmp_path / "logs", nan_at_steps_3_and_14)
-    assert team.end() == [0, 0], team.said()[-6000:]
-    output = team.logs[0].read_text()
+    group = RankGroup(2, options, tmp_path / "logs", nan_at_steps_3_and_14)
+    assert group.wait() == [0, 0], group.output()[-6000:]
+    output = group.logs[0].read_text()
     assert re.search(r"phase=contrastive step 3 skipped: the loss is not finite on 24 clips, \w+", output)
     assert "phase=hybrid step 2 skipped" in output
     assert sorted(losses_by_step(tmp_path / "tiny")) == [step for step in range(1, 21) if step not in (3, 14)]
@@ -55,17 +55,17 @@ def test_non_finite_step_is_skipped_and_leaves_no_trace(tiny_shards: Path, tmp_p
         for name, values in safetensors.torch.load_file(path).items():
             assert torch.isfinite(values.float()).all(), name
     key = "train/skipped_steps"
-    assert [record[key] for record in records(tmp_path / "tiny") if key in record] == [1, 2]
+    assert [record[key] for record in read_metrics(tmp_path / "tiny") if key in record] == [1, 2]
 
 
 @pytest.mark.long
 def test_too_many_consecutive_skipped_steps_end_the_run(tiny_shards: Path, tmp_path: Path):
     options = arguments(tmp_path, tiny_shards, "run.max_consecutive_skipped_steps=3")
-    team = Team(2, options, tmp_path / "logs", nan_from_step_3)
-    assert team.end() == [1, 1]
+    group = RankGroup(2, options, tmp_path / "logs", nan_from_step_3)
+    assert group.wait() == [1, 1]
     message = "3 steps in a row of phase contrastive were skipped, the limit run.max_consecutive_skipped_steps"
-    assert message in team.said()
-    run_whole(2, options, tmp_path / "again")  # The last checkpoint is valid.
+    assert message in group.output()
+    run_to_completion(2, options, tmp_path / "again")  # The last checkpoint is valid.
 
 
 def spike_at_step_30(rank: int) -> None:
@@ -99,12 +99,12 @@ def test_loss_spike_rolls_the_run_back_and_skips_batches(tiny_shards: Path, tmp_
         "optim.loss_spike_factor=5",
         "optim.loss_spike_skip_batches=4",
     )
-    team = Team(2, options, tmp_path / "logs", spike_at_step_30)
-    assert team.end() == [0, 0], team.said()[-6000:]
-    output = team.logs[0].read_text()
+    group = RankGroup(2, options, tmp_path / "logs", spike_at_step_30)
+    assert group.wait() == [0, 0], group.output()[-6000:]
+    output = group.logs[0].read_text()
     assert "step 30: loss" in output and "exceeds optim.loss_spike_factor=5 times the median" in output
     assert "rolled back to step 24; 10 batches of this phase skipped so far" in output
-    logged = [record for record in records(tmp_path / "tiny") if record.get("phase") == "contrastive"]
+    logged = [record for record in read_metrics(tmp_path / "tiny") if record.get("phase") == "contrastive"]
     steps = [record["phase_step"] for record in logged if "phase_step" in record]
     assert steps == [*range(1, 30), *range(25, 41)]
     batches = re.findall(r"^trains on (.*)$", output, re.MULTILINE)

@@ -15,8 +15,8 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from distav.distributed.collectives import get_rank
 from distav.distributed.watchdog import EXIT_WATCHDOG, Watchdog
+from tests.helpers.rank_group import new_process
 from tests.helpers.spawn import on_ranks
-from tests.helpers.team import new_process
 
 TIMEOUT_S = 2.0
 

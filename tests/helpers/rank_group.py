@@ -1,7 +1,7 @@
-"""Trainings of several ranks without a launcher, to be killed, stopped and started again in quick succession.
+"""Runs of several ranks without a launcher, which tests kill, stop and start again in quick succession.
 
-Ranks are forked from a server that has imported everything, so that a start takes a second and not a minute. They
-compute on the CPU: what is forked cannot use a GPU that its parent has asked for.
+Ranks are forked from a server that has imported everything, so that a start takes a second instead of a minute. They
+compute on the CPU: a forked process cannot use CUDA after its parent has initialized it.
 """
 
 import hashlib
@@ -33,16 +33,16 @@ context.set_forkserver_preload(_PRELOADED)
 
 
 def new_process(target: Callable[..., None], *arguments: Any, daemon: bool = False) -> ForkServerProcess:
-    """Return a process, not yet started, that is forked from the server; DeepSpeed takes the CPU there."""
+    """Return a process, not yet started, that is forked from the server; DeepSpeed uses the CPU in it."""
     with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):
         forkserver.ensure_running()
     return context.Process(target=target, args=arguments, daemon=daemon)
 
 
-class Team:
+class RankGroup:
     """The ranks of one start of a run."""
 
-    started: ClassVar[list["Team"]] = []
+    started: ClassVar[list["RankGroup"]] = []
 
     def __init__(
         self,
@@ -52,56 +52,56 @@ class Team:
         before: Callable[[int], None] | None = None,
         module: str = "distav.train",
     ):
-        """Start `main` of a module; what the ranks say goes to `folder`, `before` is called in each rank first."""
+        """Start `main` of a module in every rank after `before(rank)`; the output goes to files in `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
-        self.ranks = [
+        self.processes = [
             new_process(_rank, rank, num_ranks, port, tuple(arguments), str(self.logs[rank]), before, module)
             for rank in range(num_ranks)
         ]
-        for each in self.ranks:
-            each.start()
-        Team.started.append(self)
+        for process in self.processes:
+            process.start()
+        RankGroup.started.append(self)
 
     @classmethod
     def kill_all(cls) -> None:
-        """Kill every rank of every team, stopped ones too."""
-        for team in cls.started:
-            team.signal(signal.SIGKILL)
-            for each in team.ranks:
-                each.join()
+        """Kill every rank of every group, stopped ones too."""
+        for group in cls.started:
+            group.signal(signal.SIGKILL)
+            for process in group.processes:
+                process.join()
         cls.started.clear()
 
     def signal(self, number: int, rank: int | None = None) -> None:
         """Send a signal to one rank or to all."""
-        for each in self.ranks if rank is None else [self.ranks[rank]]:
-            if each.is_alive():
-                os.kill(each.pid or 0, number)
+        for process in self.processes if rank is None else [self.processes[rank]]:
+            if process.is_alive():
+                os.kill(process.pid or 0, number)
 
-    def end(self, timeout_s: float = 120) -> list[int | None]:
+    def wait(self, timeout_s: float = 120) -> list[int | None]:
         """Return the exit statuses; ranks that have not ended by then are killed and have None."""
         deadline = time.monotonic() + timeout_s
-        for each in self.ranks:
-            each.join(max(0.0, deadline - time.monotonic()))
-        statuses = [each.exitcode for each in self.ranks]
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        statuses = [process.exitcode for process in self.processes]
         self.signal(signal.SIGKILL)
-        for each in self.ranks:
-            each.join()
+        for process in self.processes:
+            process.join()
         return statuses
 
-    def said(self) -> str:
-        """Return what all ranks said."""
+    def output(self) -> str:
+        """Return the output of all ranks."""
         return "\n".join(log.read_text(errors="replace") for log in self.logs if log.exists())
 
-    def wait_for(self, happened: Callable[[], Any], timeout_s: float = 90) -> None:
-        """Wait until something has happened, while the ranks live."""
+    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 90) -> None:
+        """Wait until a condition holds; fails if all ranks end before."""
         deadline = time.monotonic() + timeout_s
-        while not happened():
-            assert time.monotonic() < deadline, f"nothing happened in {timeout_s} s:\n{self.said()[-4000:]}"
-            assert any(each.is_alive() for each in self.ranks), self.said()[-4000:]
+        while not condition():
+            assert time.monotonic() < deadline, f"condition not met within {timeout_s} s:\n{self.output()[-4000:]}"
+            assert any(process.is_alive() for process in self.processes), self.output()[-4000:]
             time.sleep(0.01)
 
 
@@ -127,24 +127,24 @@ def _rank(
     sys.exit(importlib.import_module(module).main([*arguments, *cpu]))
 
 
-def run_whole(
+def run_to_completion(
     num_ranks: int, arguments: Sequence[str], folder: Path, timeout_s: float = 180, module: str = "distav.train"
-) -> Team:
-    """Run to the end."""
-    team = Team(num_ranks, arguments, folder, module=module)
-    assert team.end(timeout_s) == [0] * num_ranks, team.said()[-6000:]
-    return team
+) -> RankGroup:
+    """Run to completion and check the exit status of every rank."""
+    group = RankGroup(num_ranks, arguments, folder, module=module)
+    assert group.wait(timeout_s) == [0] * num_ranks, group.output()[-6000:]
+    return group
 
 
 def last_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a run."""
+    """Return the newest checkpoint of a run."""
     return sorted((run / "checkpoints").glob("step-*"))[-1]
 
 
 def fingerprint(run: Path) -> dict[str, str]:
-    """Digest of every tensor in the last checkpoint: weights, optimiser state, bank rows, visits of every sample."""
-    found = {}
+    """Return a digest of every tensor in the last checkpoint: weights, optimizer state, bank rows and columns."""
+    digests = {}
     for path in sorted(last_checkpoint(run).glob("*.safetensors")):
         for name, tensor in safetensors.torch.load_file(path).items():
-            found[f"{path.name}:{name}"] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-    return found
+            digests[f"{path.name}:{name}"] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    return digests
