@@ -42,7 +42,7 @@ def test_every_method_has_a_configuration_with_the_data_and_towers_of_the_recipe
         assert phases[-1].epochs == recipe.phases["contrastive"].epochs and not method.shares_pretraining, name
         assert {(phase.kind, phase.temperature) for phase in phases} == {("contrastive", 0.3)}, name
     supervised = [phase.epochs for phase in recipe.phases.values() if phase.kind == "supervised"]
-    for name in ("CE", "gce", "elr", "true_labels"):
+    for name in ("ce", "gce", "elr", "true_labels"):
         settings = loading.load(ROOT / "configs" / "baselines" / f"{name}.yaml")
         assert [phase.epochs for phase in settings.phases.values()] == [sum(supervised)]
 
