@@ -6,7 +6,9 @@ from dataclasses import dataclass
 STREAM_NAME = re.compile(r"[a-z][a-z0-9_]*")
 """Valid names of feature streams."""
 MODALITIES = ("audio", "visual")
-"""The modalities, in the order of every tensor axis that holds both."""
+"""The modalities, in the order of tensor axes that hold both: events, teacher scores and parsed segments.
+
+Category probabilities `[n, 2, K]` (memory bank and category contrast loss) are in the order visual, audio instead."""
 
 
 @dataclass(frozen=True)

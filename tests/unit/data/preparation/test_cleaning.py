@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distav.config.schema import DataConfig
-from distav.data.annotations.labels import _apply, load_labels
+from distav.data.annotations.labels import _replace_labels, load_labels
 from distav.data.dataset import ShardedDataset
 from distav.data.files import read_table
 from distav.data.pipeline.loader import Loader
@@ -265,7 +265,7 @@ def test_label_tables_read_classes_as_text_and_keep_given_labels_for_empty_cells
     given = np.zeros(len(split), np.int64)
     table = tmp_path / "labels.csv"
     table.write_text(f"key,label\n{KEYS[1]},2\n{KEYS[2]},\n{KEYS[3]},null\n")
-    labels = _apply(table, split, ["1", "2", "null"], given)
+    labels = _replace_labels(table, split, ["1", "2", "null"], given)
     assert labels.nonzero()[0].tolist() == [1, 3] and labels[[1, 3]].tolist() == [1, 2]
     table.write_text("id,label\n5,2\n")
-    assert _apply(table, split, ["1", "2", "null"], given).nonzero()[0].tolist() == [5]
+    assert _replace_labels(table, split, ["1", "2", "null"], given).nonzero()[0].tolist() == [5]
