@@ -223,7 +223,7 @@ phases: {learn: {kind: supervised, epochs: 1, targets: given}}
         for name in weight_names:
             torch.testing.assert_close(weights[name], before[name], atol=1e-5, rtol=1e-4)
     output = train(tiny_config(tmp_path, text), *common, "model.embed_dim=8", "run.name=other")
-    assert "all but project_audio, project_visual" in output
+    assert "except project_audio, project_visual" in output
     output = train(tiny_config(tmp_path, text), *common[:2], "model.pretrained=nowhere", "run.name=third", status=1)
     assert "nowhere holds no export" in output
 
