@@ -55,13 +55,16 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         """Return the component with this name; import it if another package provides it."""
+        return self._load(name, self.key)
+
+    def _load(self, name: str, key: str) -> T:
         if name not in self._components:
             for point in entry_points(group=self.group, name=name):
                 try:
                     self._components[name] = point.load()
                 except (ImportError, AttributeError) as error:
                     raise UserError(
-                        f"{self.key}={name}: entry point '{point.value}' of {self.group} cannot be loaded ({error}); "
+                        f"{key}={name}: entry point '{point.value}' of {self.group} cannot be loaded ({error}); "
                         "fix or uninstall the package that provides it."
                     ) from error
         return self._components[name]
@@ -78,4 +81,4 @@ class Registry(Mapping[str, T], Generic[T]):
         """
         if name not in self:
             raise UserError(f"{key or self.key}={name}: allowed: {format_list(self)}.{did_you_mean(name, self)}")
-        return self[name]
+        return self._load(name, key or self.key)
