@@ -1,5 +1,6 @@
 """Every command in a README: run where a small run is quick, otherwise parsed by the program that it calls."""
 
+import json
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ from tests.fuzz.targets import TARGETS
 from tests.gpu.parts import PARTS
 from tests.helpers.launch import ROOT
 from tools.bench import command as bench
+from tools.bench.noise.results import over_seeds
 
 READMES = sorted(path for path in ROOT.rglob("README.md") if not path.is_relative_to(ROOT / ".venv"))
 
@@ -182,3 +184,20 @@ def test_the_help_of_every_tool_has_an_example():
     for path in sorted((ROOT / "tools").glob("*.py")):
         done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, check=True)
         assert path.name in done.stdout.replace("usage: ", "", 1).partition("\n")[2], path.name
+
+
+def test_the_accuracies_in_the_readme_are_the_stored_ones():
+    records = json.loads((ROOT / "tools" / "results" / "noise.json").read_text())["rows"]
+    stored = {
+        (row["label_noise"], row["mismatch_rate"], row["method"]): f"{row['test_top1']['mean']:.1f}"
+        for row in over_seeds(records)
+        if row["dataset"] == "hard"
+    }
+    lines = re.findall(r"^\| (0\.\d) \| (0(?:\.\d)?) \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) == 8
+    for label_noise, mismatch_rate, cells in lines:
+        expected = [
+            stored[f"symmetric:{label_noise}", float(mismatch_rate), method]
+            for method in ("distav", "CE", "GCE", "ELR")
+        ]
+        assert cells.replace("*", "").split(" | ") == expected
