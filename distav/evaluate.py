@@ -83,8 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         "--lr",
         type=float,
         default=1e-3,
-        help=f"learning rate of the classifiers in fine_tune, that of the towers is {FINE_TUNE_TOWER_LR_SCALE:g} of it "
-        "(%(default)s)",
+        help="learning rate of the classifiers in fine_tune; the towers use this rate times "
+        f"{FINE_TUNE_TOWER_LR_SCALE:g} (%(default)s)",
     )
     add("--global-batch", type=int, default=128, help="samples per step of fine_tune over all ranks (%(default)s)")
     add_rank_options(parser, 32, "embedded")

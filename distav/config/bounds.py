@@ -60,7 +60,7 @@ def check_bounds(config: object, prefix: str = "") -> None:
 
     Args:
         config: a dataclass.
-        prefix: of its keys in the error message, such as `optim.`.
+        prefix: prefix of its keys in error messages, such as `optim.`.
 
     Raises:
         UserError: naming the key, its value and what is allowed.

@@ -1,7 +1,6 @@
 """Settings of each kind of phase: type, default, bound, meaning and, where a paper fixed it, its source.
 
-AVID is Morgado et al. 2021a, RAVID Morgado et al. 2021b, CC Li et al. 2021, CRCL Qin et al.
-2023.
+AVID is Morgado et al. 2021a, RAVID Morgado et al. 2021b, CC Li et al. 2021, CRCL Qin et al. 2023.
 """
 
 from dataclasses import dataclass, field

@@ -68,7 +68,7 @@ class Split:
     Attributes:
         root: directory or URL of the dataset.
         name: name of the split.
-        shards: paths of the tars; of a remote dataset, only their names are used.
+        shards: paths of the tars; for a remote dataset, only their names are used.
         codec: video codec; empty in a dataset of features.
         fps: frames per second; 0 in a dataset of features.
         sample_rate_hz: audio sample rate; 0 in a dataset of features.
@@ -122,7 +122,7 @@ class ShardedDataset:
     """An open dataset.
 
     Attributes:
-        root: directory of the dataset; of a remote dataset, the local directory that mirrors its tables.
+        root: directory of the dataset; for a remote dataset, the local directory that mirrors its tables.
         manifest: content of manifest.json.
         remote: object store of a remote dataset.
     """

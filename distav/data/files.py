@@ -59,7 +59,7 @@ def write_atomically(path: Path, content: bytes, scratch: Path | None = None) ->
 
 
 def write_if_absent(path: Path, content: bytes) -> None:
-    """Write a file atomically unless it exists; of several concurrent writers on any machines, the first one wins."""
+    """Write a file atomically unless it exists; if several processes on any machines write it, the first one wins."""
     part = temporary_path(path)
     write_atomically(part, content)
     try:

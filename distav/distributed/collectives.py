@@ -96,7 +96,7 @@ def all_reduce_max_(values: Tensor) -> Tensor:
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks whose backward sums too."""
+    """Sum over ranks; its backward is the same sum of the gradients."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ EXIT_WATCHDOG = 76
 """Exit status of a rank that the watchdog has ended."""
 MAX_RECORDING_S = 10.0
 """Seconds that writing the flight recorder may take; then the process exits without it."""
-_LOST_RANK_0 = "rank 0 has exited, or the network to it is down"
+_RANK_0_UNREACHABLE = "rank 0 has exited, or the network to it is down"
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Watchdog(threading.Thread):
                 diagnosis = self._diagnose() if self.rank == 0 else self._read_diagnosis()
                 self._store_answered_at = time.monotonic()
             except RuntimeError:
-                diagnosis = _LOST_RANK_0
+                diagnosis = _RANK_0_UNREACHABLE
             if diagnosis and not self._done.is_set():
                 self._abort(diagnosis)
 
@@ -156,7 +156,7 @@ class Watchdog(threading.Thread):
                         return f"rank {rank} failed on {self.store.get(f'failure/{rank}').decode()}"
                 silent_ranks = self._find_silent(2.5 * self.interval_s)
             except RuntimeError:
-                return _LOST_RANK_0
+                return _RANK_0_UNREACHABLE
             if silent_ranks:
                 return f"{silent_ranks} while this rank waited in {self._location()}"
             time.sleep(self.interval_s / 4)

@@ -32,7 +32,7 @@ class Embeddings:
     Attributes:
         visual, audio: [n, E] float32 features of the towers.
         visual_embedding, audio_embedding: [n, D] float32 unit vectors in a common space.
-        logits: [n, C] float32 of the classifier on both modalities; meaningless if the run did not train it.
+        logits: [n, C] float32 of the classifier on both modalities; random if the run did not train it.
         valid: [n] bool, whether the clip could be read; the other rows are zero.
     """
 
@@ -90,7 +90,7 @@ class Embedder:
         """Load an exported network.
 
         Raises:
-            UserError: if the directory holds no export, or that of a network that takes features and not clips.
+            UserError: if the directory holds no export, or the export of a network on features.
         """
         if batch_size < 1:
             raise UserError(f"--batch-size={batch_size}: allowed: 1 or more.")
@@ -180,7 +180,7 @@ def to_table(embeddings: Embeddings, columns: dict[str, Any]) -> pa.Table:
     """Return embeddings as a table with a row per clip, null if the clip could not be read.
 
     Args:
-        embeddings: of n clips.
+        embeddings: embeddings of n clips.
         columns: further columns, [n] each.
     """
     lists = {name: _list_array(getattr(embeddings, name), embeddings.valid) for name in COLUMNS}

@@ -26,7 +26,7 @@ def knn_class_probs(
         queries: [m, E] features.
         num_classes: C.
         k: number of neighbors, at most N.
-        temperature: of the weights.
+        temperature: temperature of the weights.
 
     Returns:
         [m, C] votes; the weight of the nearest neighbor is 1.

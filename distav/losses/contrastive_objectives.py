@@ -116,13 +116,13 @@ class MemoryBankObjective(ContrastiveObjective):
 
     @classmethod
     def validate(cls, config: ContrastivePhase, key: str) -> None:
-        """Refuse the active complementary loss and noise-contrastive estimation, which need few candidates."""
+        """Reject the active complementary loss and noise-contrastive estimation, which need few candidates."""
         if config.loss is InstanceLoss.acl:
             raise UserError(
                 f"{key}.loss=acl: not possible with the complete memory bank. Set {key}.negatives_source=batch, or "
                 f"{key}.num_negatives to the number of sampled rows, e.g. 127."
             )
-        _refuse_nce_without_sampling(config, key)
+        _reject_nce_without_sampling(config, key)
 
     def __call__(self, pairs: PairBatch) -> PairLosses:
         """Return the losses of this rank's pairs; refined correspondences apply from the next visit on."""
@@ -174,15 +174,15 @@ class InBatchObjective(_NegativesObjective):
 
     @classmethod
     def validate(cls, config: ContrastivePhase, key: str) -> None:
-        """Refuse settings of the memory bank and of sampled negatives."""
+        """Reject settings of the memory bank and of sampled negatives."""
         if config.num_negatives:
             raise UserError(
                 f"{key}.num_negatives={config.num_negatives}: negatives are sampled from the memory bank only. Set "
                 f"{key}.negatives_source=memory_bank, or num_negatives=0 to use the batch."
             )
-        _refuse_nce_with_acl(config, key)
-        _refuse_nce_without_sampling(config, key)
-        _refuse_memory_bank_settings(config, key, f"{key}.negatives_source=batch")
+        _reject_nce_with_acl(config, key)
+        _reject_nce_without_sampling(config, key)
+        _reject_memory_bank_settings(config, key, f"{key}.negatives_source=batch")
 
     def negatives(self, pairs: PairBatch) -> InBatchNegatives:
         """Return the scores of the pairs within the global batch."""
@@ -194,14 +194,14 @@ class SampledObjective(_NegativesObjective):
 
     @classmethod
     def validate(cls, config: ContrastivePhase, key: str) -> None:
-        """Refuse settings of the complete memory bank."""
+        """Reject settings of the complete memory bank."""
         if not config.num_negatives:
             raise UserError(
                 f"{key}.negatives_source={config.negatives_source}: needs the number of sampled rows. Set "
                 f"{key}.num_negatives (AVID: 1024), or negatives_source=memory_bank for the complete memory bank."
             )
-        _refuse_nce_with_acl(config, key)
-        _refuse_memory_bank_settings(config, key, f"{key}.num_negatives={config.num_negatives}")
+        _reject_nce_with_acl(config, key)
+        _reject_memory_bank_settings(config, key, f"{key}.num_negatives={config.num_negatives}")
 
     def negatives(self, pairs: PairBatch) -> SampledNegatives:
         """Return the scores of the pairs among rows that are sampled again at each step."""
@@ -228,12 +228,12 @@ def select_objective(config: ContrastivePhase, key: str = "phases.*") -> type[Co
     return CONTRASTIVE_OBJECTIVES.select(name, f"{key}.negatives_source")
 
 
-def _refuse_nce_with_acl(config: ContrastivePhase, key: str) -> None:
+def _reject_nce_with_acl(config: ContrastivePhase, key: str) -> None:
     if config.loss is InstanceLoss.acl and config.nce:
         raise UserError(f"{key}.nce=true: not possible with {key}.loss=acl. Set {key}.loss=xid or nce=false.")
 
 
-def _refuse_nce_without_sampling(config: ContrastivePhase, key: str) -> None:
+def _reject_nce_without_sampling(config: ContrastivePhase, key: str) -> None:
     if config.nce:
         raise UserError(
             f"{key}.nce=true: needs sampled negatives. Set {key}.num_negatives (AVID: 1024), or nce=false for the "
@@ -241,8 +241,8 @@ def _refuse_nce_without_sampling(config: ContrastivePhase, key: str) -> None:
         )
 
 
-def _refuse_memory_bank_settings(config: ContrastivePhase, key: str, cause: str) -> None:
-    """Refuse soft targets and the mask, which are defined over the complete memory bank only."""
+def _reject_memory_bank_settings(config: ContrastivePhase, key: str, cause: str) -> None:
+    """Reject soft targets and the mask, which are defined over the complete memory bank only."""
     if config.loss is not InstanceLoss.acl and config.soft_targets is not SoftTargetKind.none:
         raise UserError(
             f"{key}.soft_targets={config.soft_targets.name}: {cause} allows hard targets only. Set "

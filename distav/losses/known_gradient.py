@@ -1,4 +1,4 @@
-"""Losses whose gradient is computed together with their value."""
+"""Losses with a gradient that is computed together with their value."""
 
 from typing import Any
 

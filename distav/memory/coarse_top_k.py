@@ -112,13 +112,13 @@ class _CoarseSearch:
         return score_or_lowest(self.best[:, -1]) * self.shard.scale**2
 
     def raise_bound(self, scores: Tensor) -> None:
-        """Raise the bound, knowing coarse scores [b] that k keys of each query reach; -inf where unknown."""
+        """Raise the bound from coarse scores [b] that k keys of each query reach; -inf where unknown."""
         error = self.error + scores.abs() * (torch.finfo(self.bound.dtype).eps / 2)
         torch.maximum(self.reached, scores - error, out=self.reached)
         self.update_bound()
 
     def update_bound(self) -> None:
-        """Set the bound to `reached`, less the error of a coarse score."""
+        """Set the bound to `reached` minus the error of a coarse score."""
         self.bound.copy_((self.reached - self.error).clamp_min_(torch.finfo(self.bound.dtype).min))
 
     def scan_tile(self, scores: Tensor, tile: int) -> None:
@@ -160,7 +160,7 @@ def _rounding_error(scaled: Tensor, rounded: Tensor, shard: KeyShard) -> Tensor:
 
 
 def _nth_largest_of_groups(scores: Tensor, rank: int) -> Tensor:
-    """Return a coarse score that `rank` keys of each query reach, close to the largest such: [b, w] -> [b] float32."""
+    """Return a coarse score that `rank` keys of each query reach, close to the largest one: [b, w] -> [b] float32."""
     maxima = scores.view(len(scores), GROUP_SIZE, -1).amax(1)
     if 2 * rank <= maxima.shape[1]:  # Few of the largest scores share a group.
         return nth_largest(maxima, rank).float()

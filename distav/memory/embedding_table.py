@@ -55,8 +55,8 @@ class EmbeddingTable:
     def initialize(self) -> None:
         """Reset the rows to random unit vectors that depend on the id alone, not on the rank that holds it.
 
-        They spread the first targets over the sphere. The embeddings of a new network are alike, so rows initialized
-        with them could be discriminated by their age alone.
+        They spread the first targets over the sphere. The embeddings of a new network are nearly identical, so rows
+        initialized with them would differ only by their age.
         """
         self.columns["visits"].zero_()
         for name, stream in _RNG_STREAMS.items():

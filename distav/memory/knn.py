@@ -122,7 +122,8 @@ class _Search:
     ) -> None:
         """Merge the neighbors in a shard into `best`.
 
-        All queries are searched with estimated bounds, then those whose estimate was too high without.
+        All queries are searched with estimated bounds. Those with an estimate that was too high are searched again
+        without estimation.
         """
         rows = torch.arange(len(self.index), device=self.index.device)
         for estimate_bound in (True, False):

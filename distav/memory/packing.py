@@ -11,7 +11,7 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 def pack(scores: Tensor, ids: Tensor) -> Tensor:
-    """Pack float32 scores and ids into int64 values whose descending order is by score, then by ascending id."""
+    """Pack float32 scores and ids into int64 values; descending values are ordered by score, then by ascending id."""
     bits = (scores + 0.0).view(torch.int32)
     ordered = torch.where(bits < 0, ~bits ^ torch.iinfo(torch.int32).min, bits).long()
     return (ordered << 32) | (0xFFFFFFFF - ids)

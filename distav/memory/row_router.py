@@ -1,4 +1,4 @@
-"""Exchange of rows between the rank whose batch contains an id and the rank that owns the id.
+"""Exchange of rows between the rank with an id in its batch and the rank that owns the id.
 
 Legend: N rows, b samples of this rank's batch, B of all ranks, W ranks.
 """

@@ -1,4 +1,4 @@
-"""The exact k best keys of each query, out of one block of queries and one shard of keys.
+"""The exact k best keys of each query, for one block of queries and one shard of keys.
 
 A full top-k over all scores takes longer than the scores themselves. Instead, a bound per query, taken from the first
 tiles of keys, lets only a few hundred scores of each query pass; these are kept and sorted once. This module searches
@@ -31,11 +31,12 @@ def exact_top_k(
 ) -> tuple[Tensor, Tensor]:
     """Merge the best keys of a shard into the best keys found so far.
 
-    The bound of a query is the k-th best score found in other shards. The first shard has none; there, the tiles
-    scanned so far give one each time their number doubles: the k-th largest score among them, which can never be too
-    high, or, so that fewer scores pass, the score that a sample of this size lets expect, with a margin of four
-    standard deviations. A query whose estimated bound was too high ends with fewer than k scores above it and has to
-    be searched again without estimation. The result is therefore exact in either case.
+    The bound of a query is the k-th best score found in other shards. In the first shard, it is set from the tiles
+    scanned so far, each time their number doubles. Without estimation it is the k-th largest of their scores, which is
+    never too high. The estimated bound is higher, so that fewer scores pass: the k-th largest score of all tiles that
+    is expected from this sample, with a margin of four standard deviations. If it was too high, the query ends with
+    fewer than k scores above it and has to be searched again without estimation. The result is therefore exact in
+    either case.
 
     With a coarse first pass, every score that comes within its rounding error of the bound is computed again in
     float64 and rounded to float32.

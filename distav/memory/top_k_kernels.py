@@ -1,8 +1,7 @@
 """Triton kernels of the k-NN search on CUDA devices.
 
-Each kernel does in one pass over memory what takes several with PyTorch operators. `self_test` compares both before
-the kernels are used, so that a device or a version of Triton on which they cannot be compiled, or are wrong, is
-detected.
+Each kernel replaces several passes of PyTorch operators over memory by one. `self_test` compares the results before the
+kernels are used. It detects devices and versions of Triton on which the kernels cannot be compiled or are wrong.
 Legend: b queries, w keys of a tile, m keys, s slots per query, D width, T tiles, p pairs.
 """
 

@@ -138,8 +138,8 @@ class SpectrogramViT(AudioEncoder):
 
     def forward(self, mel: Tensor) -> Tensor:
         """Encode [B, 1, F, L], padded to a multiple of the patch size, to [B, E]."""
-        num_rows, num_columns = (-size % self.patch for size in mel.shape[2:])
-        mel = nn.functional.pad(mel, (0, num_columns, 0, num_rows))
+        pad_rows, pad_columns = -mel.shape[2] % self.patch, -mel.shape[3] % self.patch
+        mel = nn.functional.pad(mel, (0, pad_columns, 0, pad_rows))
         return self.encoder(self.embed(mel).flatten(2).transpose(1, 2))
 
 

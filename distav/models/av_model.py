@@ -127,12 +127,13 @@ class AVModel(nn.Module):
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Group the parameters of a model by learning rate and weight decay, for the optimizer.
 
-    Parameters inside a module with `lr_group = "towers"` are towers, all the rest are heads. So a new head trains at
-    the learning rate of heads without further declaration. Matrices and kernels have weight decay, vectors have none.
+    Parameters inside a module with `lr_group = "towers"` belong to the towers, all other parameters to the heads. A new
+    head therefore trains at the learning rate of heads without further declaration. Matrices and kernels have weight
+    decay, vectors have none.
 
     Returns:
-        Parameter groups with `params`, `weight_decay` and `lr_group` ("towers" or "heads"), by which a phase sets its
-        learning rates.
+        Parameter groups with `params`, `weight_decay` and `lr_group` ("towers" or "heads"); a phase sets the learning
+        rate of each `lr_group`.
     """
     tower_parameters = {
         id(parameter)

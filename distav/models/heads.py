@@ -17,7 +17,7 @@ def _mlp(*widths: int) -> nn.Sequential:
     """Return linear layers with ReLU in between, preceded by a normalization over the global batch.
 
     Tower outputs are mostly positive and nearly identical at initialization. Without the normalization, the embeddings
-    of all samples start at the same point, and rows of the memory bank differ by their age alone.
+    of all samples start at the same point, and rows of the memory bank differ only by their age.
     """
     layers: list[nn.Module] = [GlobalBatchNorm(widths[0])]
     for in_dim, out_dim in zip(widths, widths[1:], strict=False):

@@ -1,4 +1,4 @@
-"""Layers whose result does not depend on the number of ranks that divide a batch.
+"""Layers with results that do not depend on the number of ranks that divide a batch.
 
 Legend: B rows of this rank, C channels.
 """

@@ -1,4 +1,4 @@
-"""Loading of exported networks; it needs torch, torchvision, torchaudio and safetensors alone."""
+"""Loading of exported networks; requires only torch, torchvision, torchaudio and safetensors."""
 
 import json
 from pathlib import Path
@@ -72,7 +72,7 @@ def model_config(description: dict[str, Any]) -> ModelConfig:
 
 
 def input_config(description: dict[str, Any]) -> DataConfig:
-    """Return the settings by which clips are converted to the input format of an exported network."""
+    """Return the data settings that convert clips to the input format of an exported network."""
     names = ("num_frames", "frame_stride", "frame_size", "squash", "audio_s")
     return DataConfig(**{name: description["input"][name] for name in names})
 

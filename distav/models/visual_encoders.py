@@ -53,8 +53,8 @@ def _conv_stage(in_channels: int, out_channels: int, stride: int) -> nn.Sequenti
 class SmallConv(VisualEncoder):
     """Four 2-D convolutions per frame, pooling to a coarse grid, and one temporal convolution.
 
-    For small clips on a CPU. Pooling to a grid keeps positions; global pooling would cost a small network most of the
-    information on shape.
+    For small clips on a CPU. Pooling to a grid keeps positions; global pooling would remove most of the information on
+    shape in a small network.
     """
 
     supports_segments = True

@@ -80,15 +80,15 @@ class AgreementSearch:
             self.best, self.votes = candidate, votes
 
 
-def sharpest_relative(candidates: Sequence[AgreeingConfig], best: AgreeingConfig) -> AgreeingConfig:
+def lowest_entropy_in_family(candidates: Sequence[AgreeingConfig], best: AgreeingConfig) -> AgreeingConfig:
     """Return the candidate of least entropy that differs from the best in k alone and agrees at least half as well."""
     minimum = best.agreement.per_sample - abs(best.agreement.per_sample) / 2
-    relatives = [
+    comparable = [
         candidate
         for candidate in candidates
         if candidate.family == best.family and candidate.agreement.per_sample >= minimum
     ]
-    return min(relatives, key=lambda candidate: candidate.agreement.entropy)
+    return min(comparable, key=lambda candidate: candidate.agreement.entropy)
 
 
 def select_audio_vote(
@@ -97,14 +97,14 @@ def select_audio_vote(
     """Let audio neighbors vote with the classes of the frames, and select the vote that agrees best with the frames.
 
     A teacher's probabilities are a candidate too, alone and averaged with each vote. The mismatch rate is read from
-    `sharpest_relative`. The neighbors of the selected vote also vote with the given labels, for the noise rate given
-    the audio.
+    `lowest_entropy_in_family`. The neighbors of the selected vote also vote with the given labels, for the noise rate
+    given the audio.
 
     Args:
         task: given labels and search space.
         spaces: feature spaces.
         visual_posterior: [n, C] class probabilities of the frames.
-        teacher: [n, C] class probabilities of the audio from a network that never saw the labels.
+        teacher: [n, C] class probabilities of the audio from a network that was trained without the labels.
     """
     visual_task = replace(task, labels=all_gather_variable_rows(visual_posterior.argmax(1)))
     single_round = replace(task.search_space, second_round_neighbors=(0,))
@@ -127,7 +127,7 @@ def select_audio_vote(
         if search.best is search.candidates[-1]:
             rate_log_likelihood = task.calibrator.calibrate(teacher).rate_log_likelihood
     assert search.best is not None and search.votes is not None and rate_log_likelihood is not None
-    mismatch = sharpest_relative(search.candidates, search.best).agreement.rate_log_likelihood
+    mismatch = lowest_entropy_in_family(search.candidates, search.best).agreement.rate_log_likelihood
     pairs = pair_posterior(visual_posterior, search.votes, search.best.agreement, mismatch, task.present)
     return AudioVote(
         str(search.best), pairs.audio_probs, pairs.correspondence, pairs.mismatch_rate, rate_log_likelihood

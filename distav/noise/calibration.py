@@ -9,8 +9,8 @@ class c be labeled y != c with probability D(c, y). The given labels y then have
 D is uniform, 1 / (C - 1) for all other classes, unless the errors counted against the predicted classes explain the
 labels much better.
 
-Votes without class information gain nothing at any b, and of two votes the more informative one has the larger maximum.
-The likelihood therefore selects features, neighborhoods and temperatures, calibrates the selected vote and estimates
+Votes without class information gain nothing at any b; the more informative of two votes has the larger maximum. The
+likelihood therefore selects features, neighborhoods and temperatures, calibrates the selected vote and estimates
 the noise rate, without true labels.
 Legend: N samples, n samples of this rank, t samples of a tile, C classes, R rates, S inverse temperatures, M members of
 the ensemble.
@@ -51,8 +51,8 @@ class Calibration:
 
     Attributes:
         log_likelihood: [R, S] log-likelihood of the given labels, including the prior of the rate.
-        error_distribution: [C, C] D, the distribution of the wrong labels of each class; rows have sum 1, the diagonal
-            is 0.
+        error_distribution: [C, C] D, the distribution of the wrong labels of each class; rows sum to 1, the diagonal is
+            0.
         is_asymmetric: whether D is class-dependent rather than uniform.
         per_sample: maximum of the log-likelihood divided by the number of samples, in nats.
         entropy: mean entropy of the calibrated probabilities, in nats.
@@ -215,10 +215,8 @@ class VoteCalibrator:
         """
         rates = self.rates[::5] if rate is None else self.class_counts.new_tensor([rate])
         candidates = self.class_counts.new_tensor(list(_candidate_weights(len(members))))
-        likelihood, by_label = (
-            self.class_counts.new_zeros(len(candidates), len(rates)),
-            error_distribution.T.contiguous(),
-        )
+        likelihood = self.class_counts.new_zeros(len(candidates), len(rates))
+        by_label = error_distribution.T.contiguous()
         for rows, labels in self._tiles(len(members) * self.num_classes):
             logs = torch.stack([probs[rows].double().clamp_min_(MIN_MEMBER_PROBABILITY).log_() for probs in members])
             label_errors = by_label[labels]

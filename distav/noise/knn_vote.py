@@ -53,7 +53,7 @@ def pca_whiten(features: Tensor, present: Tensor, num_components: int, power: fl
     variance, axes = torch.linalg.eigh(all_reduce_sum_(covariance) / count)
     kept = variance.argsort(descending=True)[:num_components]
     scale = variance[kept].clamp_min(variance.amax() * 1e-10 + 1e-30) ** (-power / 2)
-    # The signs of eigenvectors are arbitrary, so that all ranks use those of one.
+    # The signs of eigenvectors are arbitrary, so all ranks use those of one rank.
     projection: Tensor = broadcast((axes[:, kept] * scale).cpu())
     projection = projection.to(features.device)
 
@@ -92,7 +92,7 @@ class KnnVote:
     """A similarity-weighted vote of the nearest neighbors, with an optional second round.
 
     Attributes:
-        probs: [n, C] votes of the first round; rows have sum 1, and are uniform for samples without neighbors.
+        probs: [n, C] votes of the first round; rows sum to 1, and are uniform for samples without neighbors.
     """
 
     def __init__(self, graph: NeighborGraph, labels: Tensor, num_classes: int, k: int, temperature: float):
@@ -119,7 +119,7 @@ class KnnVote:
             k: number of voters, at most the k of the first round.
 
         Returns:
-            [n, C], rows have sum 1.
+            [n, C], rows sum to 1.
         """
         first, runner_up, margin, total_weight, farthest = self._first_round
         votes = torch.empty_like(self.probs)

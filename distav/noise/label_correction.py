@@ -33,7 +33,7 @@ class Correction:
     Attributes:
         held_out: [n, C] class probabilities that do not depend on the sample's own label; the given label where there
             are no votes or no signal.
-        posterior: [n, C] class probabilities given the own label too, by the noise model.
+        posterior: [n, C] class probabilities that also depend on the sample's own label, by the noise model.
         audio_held_out, audio_posterior: [n, C] the same for the class of the audio, which differs in a mismatched pair.
         correspondence: [n] probability that audio and frames show the same class.
         rate_log_likelihood: [R] log-likelihood of the noise rates, the prior of later corrections.
@@ -95,7 +95,7 @@ def correct_labels(
     likelihood. If the votes predict the given labels no better than class frequencies do
     (``min_log_likelihood_gain``), the labels are returned unchanged.
 
-    At most M + 2 tables [n, C] float32 are held at a time, without the arguments.
+    At most M + 2 tables [n, C] float32 are held at a time, in addition to the arguments.
 
     Args:
         spaces: features of this rank's samples, `shard_range(N)`.

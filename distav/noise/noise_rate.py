@@ -47,7 +47,7 @@ class RateEstimate:
         return RateEstimate(self.estimate, min(self.ci95_low, other.ci95_low), max(self.ci95_high, other.ci95_high))
 
     def as_dict(self) -> dict[str, float]:
-        """Return the figures rounded for a report."""
+        """Return the values, rounded for a report."""
         return {name: round(getattr(self, name), 4) for name in ("estimate", "ci95_low", "ci95_high")}
 
 

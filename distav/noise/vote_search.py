@@ -104,9 +104,10 @@ class VoteConfig:
 
     def __str__(self) -> str:
         rounds = f"second round k {self.second_round_neighbors}" if self.second_round_neighbors else "single round"
+        teacher = ", with teacher" if self.with_teacher else ""
         return (
             f"{self.space.name}, whitening {self.whitening_power:g}, k {self.k}, temperature {self.temperature:g}, "
-            f"{rounds}{', with teacher' * self.with_teacher}"
+            f"{rounds}{teacher}"
         )
 
 
@@ -183,8 +184,8 @@ def select(candidates: Sequence[ScoredConfig], baseline: float) -> tuple[ScoredC
     """Select the configuration of least entropy among those that predict the given labels about as well as the best.
 
     A vote that is split between two classes and a confident vote with asymmetric noise explain the labels equally well,
-    but a sample has one class. The split vote gains by every label error that it repeats, so that confident votes
-    with asymmetric noise have a larger tolerance.
+    but a sample has one class. The split vote gains by every label error that it repeats, so confident votes with
+    asymmetric noise have a larger tolerance.
 
     Args:
         candidates: at least one.

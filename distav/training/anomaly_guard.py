@@ -80,7 +80,7 @@ class AnomalyGuard:
         return False
 
     def reset(self) -> None:
-        """Forget recent losses and skipped steps, after a rollback."""
+        """Clear recent losses and skipped steps, after a rollback."""
         self._recent_losses.clear()
         self._consecutive_skips = 0
 

@@ -54,7 +54,7 @@ class MetricLogger:
         log.info(text)
 
     def warn(self, text: str) -> None:
-        """Log a warning: on the console of the main rank, in a file on the others."""
+        """Log a warning: on the console of the main rank, or in a file on other ranks."""
         log.warning(text)
 
     def log_metrics(self, step: int, values: dict[str, Any]) -> None:

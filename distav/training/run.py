@@ -35,7 +35,7 @@ from distav.training.run_state import Progress, RunState
 
 @dataclass
 class Run:
-    """A run in progress, as the phases see it.
+    """A run in progress, as passed to the phases.
 
     Attributes:
         config: config of the run.
@@ -49,7 +49,7 @@ class Run:
         checkpoints: saves and restores the run.
         shutdown: whether a signal requested the end of the run.
         progress: current phase and step.
-        state: what phases leave to later ones and to the report.
+        state: state that phases pass to later phases and to the report.
     """
 
     config: Config
@@ -171,7 +171,8 @@ class Run:
         reasons, max_fraction = self.quarantined_samples(), self.config.data.max_quarantined_fraction
         self.loader.quarantine.reasons.update(reasons)
         if len(reasons) > max_fraction * len(self.data.train):
-            first = "; ".join(f"{self.data.train.keys[sample]}: {why}" for sample, why in list(reasons.items())[:3])
+            keys = self.data.train.keys
+            first = "; ".join(f"{keys[sample]}: {reason}" for sample, reason in list(reasons.items())[:3])
             raise UserError(
                 f"{len(reasons)} of {len(self.data.train)} training samples are quarantined, more than "
                 f"data.max_quarantined_fraction={max_fraction:g}: {first}. Fix the shards or raise the limit."

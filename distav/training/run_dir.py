@@ -115,10 +115,11 @@ def _first_difference(recorded: str, requested: str) -> str:
         recorded: config.yaml of the run directory. Settings that it lacks count as their defaults.
         requested: YAML of this run.
     """
-    old, new = (_flatten_yaml(text) for text in (recorded, requested))
+    old, new = _flatten_yaml(recorded), _flatten_yaml(requested)
     defaults = _defaults(new)
     for key in dict.fromkeys([*new, *old]):
-        old_value, new_value = (values.get(key, defaults.get(key, "not set")) for values in (old, new))
+        default = defaults.get(key, "not set")
+        old_value, new_value = old.get(key, default), new.get(key, default)
         if key not in RESUMABLE_CHANGES and old_value != new_value:
             return f"recorded: {key}={old_value}, requested: {key}={new_value}"
     return "" if _phase_names(old) == _phase_names(new) else "the phases have another order"

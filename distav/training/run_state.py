@@ -1,4 +1,4 @@
-"""Progress of a run, and state that its phases leave to later ones and to the report; JSON in each checkpoint."""
+"""Progress of a run, and state that its phases pass to later phases and to the report; JSON in each checkpoint."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -30,7 +30,7 @@ class Progress:
 
 @dataclass
 class CorrectionState:
-    """What the label corrections of a run found so far.
+    """Results of the label corrections of a run so far.
 
     Attributes:
         has_signal: whether the votes of the last correction predict the given labels better than class frequencies do.
@@ -87,7 +87,7 @@ class ReportFigures:
 
 @dataclass
 class RunState:
-    """State of a run beside its weights, memory bank and progress; equal on all ranks.
+    """State of a run in addition to its weights, memory bank and progress; equal on all ranks.
 
     Attributes:
         seconds_in_phase: seconds spent in the current phase up to the last checkpoint.

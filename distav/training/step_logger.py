@@ -16,7 +16,7 @@ def log_inputs(run: Run, batch: Batch) -> None:
     """Log the first clips of a batch to TensorBoard, as the network receives them."""
     num_clips = run.config.monitor.media_clips
     if run.world.is_main and num_clips and "frames" in batch.media:
-        frames, audio = (batch.media[name][:num_clips] for name in ("frames", "audio"))
+        frames, audio = batch.media["frames"][:num_clips], batch.media["audio"][:num_clips]
         # Calling the module itself would run ZeRO-3's hooks, which wait for all ranks.
         spectrogram = run.engine.model.get_submodule("audio.front_end").forward(audio)
         rate = run.data.train.sample_rate_hz

@@ -1,4 +1,4 @@
-"""Precision of the audit rankings: the fraction of the first issues that are real, where the dataset has the truth.
+"""Precision of the audit rankings: the fraction of the first issues that are real, on datasets with ground truth.
 
 Label issues are compared with cleanlab's ranking, which uses the same embeddings with cross-validated probabilities
 (`tools.bench.noise.detection`).
@@ -23,7 +23,7 @@ from distav.training.environment import machine
 from tools.bench.noise.detection import out_of_sample_pred_probs
 
 FIRST = (100, 500, 1000)
-"""Lengths of the evaluated beginnings of the rankings."""
+"""Numbers of top-ranked issues for which the precision is computed."""
 _METHODS = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
 
 
@@ -31,7 +31,7 @@ def run(runs: Sequence[Path]) -> dict[str, Any]:
     """Measure finished runs on datasets with true labels and true pairs.
 
     Raises:
-        UserError: if a run is not finished, or its dataset does not have the truth.
+        UserError: if a run is not finished, or its dataset has no ground truth.
     """
     return {"machine": machine(), "rows": [_measure(path) for path in runs]}
 

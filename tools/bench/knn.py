@@ -40,7 +40,7 @@ def full_top_k(features: Tensor, k: int, queries: Tensor) -> None:
 
 
 def top_k_in_tiles(features: Tensor, k: int, queries: Tensor) -> None:
-    """Do the same in bfloat16 in tiles that fit into GPU memory: neighbors by rounded scores."""
+    """Compute the scores in bfloat16 in tiles that fit into GPU memory, and a top-k of the rounded scores."""
     rounded, width = features.bfloat16(), 65536
     for block in queries.split(4096):
         best, ids = rounded.new_empty(len(block), 0), block.new_empty(len(block), 0)

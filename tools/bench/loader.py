@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from distav.config.schema import AugmentConfig, DataConfig
-from distav.data.dataset import VIDEO_EXTENSIONS, ShardedDataset, Split
+from distav.data.dataset import ShardedDataset, Split
+from distav.data.manifest import VIDEO_EXTENSIONS
 from distav.data.pipeline.augmentation import ClipTransformSampler
 from distav.data.pipeline.dali import ClipPipeline
 from distav.data.pipeline.loader import Batch, Loader

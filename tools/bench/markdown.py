@@ -116,10 +116,10 @@ def _ratio_rows(name: str, run: dict[str, Any]) -> list[str]:
     arguments = ", ".join(f"{key} {value}" for key, value in run["arguments"].items())
     lines = [f"| **{name}** ({arguments}) | | |"]
     for measurement, ratio in run["ratios"].items():
-        verdict = ""
+        outcome = ""
         if "threshold" in ratio:
-            verdict = f"{ratio['threshold']}, {'passed' if ratio['passed'] else '**FAILED**'}"
-        lines.append(f"| {measurement} | {_number(ratio['value'])} | {verdict} |")
+            outcome = f"{ratio['threshold']}, {'passed' if ratio['passed'] else '**FAILED**'}"
+        lines.append(f"| {measurement} | {_number(ratio['value'])} | {outcome} |")
     return lines
 
 

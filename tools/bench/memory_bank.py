@@ -40,9 +40,11 @@ class MemoryBankBenchmark:
         self.bank = Bank(rows, dim, 0.5, device, seed=1, num_categories=num_categories, dtype=dtype)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randperm(rows, generator=generator)[:batch]
-        visual, audio = (F.normalize(torch.randn(batch, dim, generator=generator), dim=1) for _ in range(2))
+        visual = F.normalize(torch.randn(batch, dim, generator=generator), dim=1)
+        audio = F.normalize(torch.randn(batch, dim, generator=generator), dim=1)
         logits = torch.randn(2, batch, max(1, num_categories), generator=generator)
-        self.ids, self.visual, self.audio = (local_batch(tensor).to(device) for tensor in (ids, visual, audio))
+        self.ids = local_batch(ids).to(device)
+        self.visual, self.audio = local_batch(visual).to(device), local_batch(audio).to(device)
         self.logits = local_batch(logits.transpose(0, 1)).transpose(0, 1).contiguous().to(device)
         self.ones = torch.ones(len(self.ids), device=device)
         self.tau = TEMPERATURE
@@ -167,10 +169,8 @@ def _compare_times(results: Results, setting: Setting, benchmark: MemoryBankBenc
 
 def _compare_values(results: Results, dim: int, device: torch.device) -> None:
     """Compare loss and gradients with dense cross-entropy."""
-    exact, dense = (
-        MemoryBankBenchmark(64, 4096, dim, device),
-        MemoryBankBenchmark(64, 4096, dim, device),
-    )
+    exact = MemoryBankBenchmark(64, 4096, dim, device)
+    dense = MemoryBankBenchmark(64, 4096, dim, device)
     worst = max(_relative_difference(a, b) for a, b in zip(exact.loss(), dense.dense(), strict=True))
     # On a GPU, rows and queries are rounded to bfloat16, a relative error of at most 2^-9.
     on_cpu = device.type == "cpu"

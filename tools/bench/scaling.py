@@ -14,7 +14,7 @@ ROWS = (8192, 32768, 131072)
 BATCHES = (256, 1024, 4096)
 NEIGHBOR_ROWS = (10000, 20000, 40000)
 BASE_ROWS = 32768
-RING = (1, 2, 4)
+RANKS = (2, 4)
 K = 200
 H200_FLOPS, LINK_BYTES = 790e12, 50e9
 
@@ -57,7 +57,7 @@ def run(setting: Setting, batch: int, dim: int) -> Results:
         _add_point(
             results, f"B={size}, N={BASE_ROWS}", _seconds(setting, size, BASE_ROWS, dim), size, BASE_ROWS, dim, rate
         )
-    for ranks in RING[1:]:
+    for ranks in RANKS:
         parts = run_on_ranks(ranks, sharded_loss, batch, BASE_ROWS, dim, 1)
         results.add_value(f"W={ranks}, bytes per step", parts[0]["bytes"], "bytes")
         results.add_ratio(f"W={ranks}, bytes / formula", parts[0]["bytes"] / loss_wire_bytes(batch, ranks, dim))

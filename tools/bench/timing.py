@@ -74,8 +74,8 @@ class Results:
         """Add a ratio: a number, or two lists of timings that are divided round by round.
 
         Args:
-            name: of the ratio.
-            value: the ratio, or numerators and denominators of which the median ratio is taken.
+            name: name of the ratio.
+            value: the ratio, or numerators and denominators; the median of their ratios is taken.
             threshold: bound on the ratio, such as "<= 1.25"; empty for none.
         """
         if isinstance(value, tuple):
@@ -107,10 +107,10 @@ class Results:
             else:
                 lines.append(f"  {name:58s}{figure['value']:12.4g} {figure['unit']}")
         for name, ratio in self.ratios.items():
-            verdict = ""
+            outcome = ""
             if "threshold" in ratio:
-                verdict = f"   threshold {ratio['threshold']}: {'passed' if ratio['passed'] else 'FAILED'}"
-            lines.append(f"  {name:58s}{ratio['value']:12.4g}{verdict}")
+                outcome = f"   threshold {ratio['threshold']}: {'passed' if ratio['passed'] else 'FAILED'}"
+            lines.append(f"  {name:58s}{ratio['value']:12.4g}{outcome}")
         return "\n".join(lines)
 
     def save(self, path: Path) -> None:

@@ -208,7 +208,7 @@ def correction_table(
     self_confidence: np.ndarray,
     correspondence: np.ndarray,
 ) -> pa.Table:
-    """Return the table of a label-correction phase, one row per sample, by which a user reviews the dataset.
+    """Return the table of a label-correction phase for reviewing the dataset, one row per sample.
 
     Args:
         split: the split.

@@ -40,7 +40,7 @@ class Batch:
     """The part of a batch that one rank processes.
 
     Attributes:
-        ids: [b] int64; meaningless in rows that are not valid.
+        ids: [b] int64; undefined in rows that are not valid.
         valid: [b] bool, rows that contain a sample.
         seeds: [b] int64, seeds of the random numbers that the model draws for each sample.
         media: inputs of the model by name: `frames` [b, T, H, W, 3] uint8 and `audio` [b, N] float32 in [-1, 1] of
@@ -175,7 +175,7 @@ class Loader:
         return self._record_stream(self._decode_batch(ids, epoch, list(self._members(ids))))
 
     def _read_ahead(self, plan: Iterable[tuple[Ids, int]]) -> Iterator[tuple[Ids, int, Iterator[Members | None]]]:
-        """Yield each (ids, epoch) with its members; from a remote dataset, the next batches are requested by then."""
+        """Yield each (ids, epoch) with its members; the next batches of a remote dataset are requested in advance."""
         ahead = self.data.prefetch if self._pool else 0
         requested: deque[tuple[Ids, int, Iterator[Members | None]]] = deque()
         for ids, epoch in plan:
@@ -189,7 +189,10 @@ class Loader:
         return (self._pool.map if self._pool else map)(self._read, ids.tolist())
 
     def _read(self, sample: int) -> Members | None:
-        """Return the members of a sample; None for padding and for samples in quarantine, also those put there now."""
+        """Return the members of a sample; None for padding and quarantined samples.
+
+        A sample that cannot be read is quarantined.
+        """
         if sample == PADDING or sample in self.quarantine.reasons:
             return None
         try:
@@ -220,8 +223,8 @@ class Loader:
     def _decode_valid(self, ids: Ids, members: list[Members | None], transforms: list) -> list[_DecodedRows]:
         """Decode the rows that have members, in as many parts as it takes to exclude undecodable ones.
 
-        If a part cannot be decoded, its halves are decoded separately: one bad sample among b costs 2 log2(b) smaller
-        decodes. A single undecodable sample is quarantined.
+        If a part cannot be decoded, its halves are decoded separately: one undecodable sample among b costs 2 log2(b)
+        smaller decodes. A single undecodable sample is quarantined.
         """
         decoded: list[_DecodedRows] = []
         valid = [row for row, sample in enumerate(members) if sample is not None]

@@ -122,8 +122,8 @@ def _render_frames(digit: np.ndarray, encoding: Encoding, rng: np.random.Generat
     side = encoding.side
     if side < digit.shape[0]:
         raise UserError(f"--short-side={side}: has to be {digit.shape[0]} or more, the size of the digits.")
-    room = side - digit.shape[0]
-    start, end = rng.uniform(0, room, 2), rng.uniform(0, room, 2)
+    max_offset = side - digit.shape[0]
+    start, end = rng.uniform(0, max_offset, 2), rng.uniform(0, max_offset, 2)
     canvas = np.zeros((side, side), np.float32)
     canvas[: digit.shape[0], : digit.shape[1]] = digit
     times = np.linspace(0, 1, encoding.num_frames)

@@ -238,7 +238,7 @@ def _encode_without_crashing(
     """Find the candidates of a chunk that crash their process, and encode the chunk without them.
 
     Raises:
-        UserError: if a process crashes that does not decode anything.
+        UserError: if even a process that decodes nothing crashes.
     """
     context = multiprocessing.get_context("spawn")
     idle = context.Process(target=int)

@@ -10,7 +10,7 @@ import soundfile
 from av.video.stream import VideoStream
 
 from distav.config.errors import UserError, did_you_mean, format_list
-from distav.data.dataset import VIDEO_EXTENSIONS
+from distav.data.manifest import VIDEO_EXTENSIONS
 from distav.data.pipeline.features import encode_features
 
 CODECS = tuple(VIDEO_EXTENSIONS)

@@ -1,7 +1,7 @@
-"""Rendered clips whose class is determined only by video and audio together.
+"""Rendered clips with classes that only video and audio together determine.
 
 Three shapes and three timbres form six classes. Each shape occurs with two timbres and each timbre with two shapes, so
-one modality alone classifies at most half of the clips correctly. The larger the shape, the lower the pitch.
+one modality alone classifies at most half of the clips correctly. Larger shapes have a lower pitch.
 """
 
 import argparse

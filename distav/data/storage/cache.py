@@ -40,8 +40,8 @@ class Cache:
     """The cached files of one dataset, next to those of other datasets.
 
     Least recently used files are evicted first, but only those of other datasets: an epoch reads every sample of a
-    dataset once, so evicting a sample of the same dataset would remove one that is read sooner than the new one. Of a
-    dataset that exceeds the limit, the samples that came first stay. With plain least-recently-used eviction, a cache
+    dataset once, so evicting a sample of the same dataset would remove one that is read sooner than the new one. If a
+    dataset exceeds the limit, the samples that were cached first stay. With plain least-recently-used eviction, a cache
     for half of a dataset would serve a seventh of an epoch instead of half.
 
     Args:

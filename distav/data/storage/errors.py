@@ -1,4 +1,4 @@
-"""Errors of object stores, and what HTTP status a store's own exception stands for."""
+"""Errors of object stores, and the HTTP statuses that their exceptions correspond to."""
 
 import errno
 import re

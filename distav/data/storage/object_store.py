@@ -103,7 +103,7 @@ class ObjectStore:
         return content
 
     def mirror(self, name: str, expected: dict[str, Any] | None) -> None:
-        """Download a table into `folder` if it is not there yet; of several processes, one downloads it.
+        """Download a table into `folder` unless it exists there; only one of several processes downloads it.
 
         Args:
             name: the table.

@@ -4,9 +4,9 @@ tools/audit.py runs/mine
 tools/audit.py runs/mine --limit 5000 --out mine.html --embeddings embeddings/mine
 
 The page needs no server: open it in a browser. It ranks the issues of the run's last label correction, each with
-frames, audio and the most similar clips. Issues are accepted or rejected with keys; `Save decisions` writes a CSV file,
-from which tools/make_shards.py clean SHARDS OUT --decisions FILE creates a cleaned dataset, and which
-data.label_overrides=FILE applies to a training.
+frames, audio and the most similar clips. Issues are accepted or rejected with keys; `Save decisions` writes a CSV file.
+tools/make_shards.py clean SHARDS OUT --decisions FILE creates a cleaned dataset from it; data.label_overrides=FILE
+applies its labels in training.
 """
 
 import argparse

@@ -66,7 +66,7 @@ def label_issues(table: pa.Table) -> Issues:
     The correction leaves some of these labels unchanged, since most given labels are right; a person can decide.
     """
     self_confidence = table.column("self_confidence").to_numpy().astype(np.float64)
-    given, knn = (np.array(table.column(name).to_pylist()) for name in ("given_label", "knn_label"))
+    given, knn = np.array(table.column("given_label").to_pylist()), np.array(table.column("knn_label").to_pylist())
     return rank_issues("label", 1 - self_confidence, given != knn)
 
 
@@ -109,9 +109,9 @@ def neighbors_of(embeddings: Embeddings, split: Split, ids: np.ndarray, k: int) 
     """Find the clips that are most similar to given clips in each modality.
 
     Args:
-        embeddings: of all clips of the split.
+        embeddings: embeddings of all clips of the split.
         split: the clips; clips of the same source video are excluded from each other's neighbors.
-        ids: [I] clips whose neighbors are searched.
+        ids: [I] clips to search neighbors for.
         k: number of neighbors.
 
     Returns:

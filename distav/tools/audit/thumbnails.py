@@ -26,7 +26,7 @@ def encode_strip(frames: np.ndarray, height: int) -> bytes:
     """
     numbers = ((np.arange(STRIP_FRAMES) + 0.5) * len(frames) / STRIP_FRAMES).astype(int)
     side = min(frames.shape[1:3])
-    top, left = ((size - side) // 2 for size in frames.shape[1:3])
+    top, left = (frames.shape[1] - side) // 2, (frames.shape[2] - side) // 2
     squares = frames[numbers, top : top + side, left : left + side].copy()
     squares[:, :, -max(1, side // 48) :] = 128  # separates the frames
     image = Image.fromarray(np.concatenate(list(squares), axis=1))

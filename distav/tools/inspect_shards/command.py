@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add_command("preview", "Draw a contact sheet: frames and audio of some clips with their keys and labels.")
     add = command.add_argument
     add("--out", type=Path, metavar="FILE", help="image to write (SHARDS-SPLIT.png in the current directory)")
-    add("--split", default="train", help="(%(default)s)")
+    add("--split", default="train", metavar="NAME", help="split of the clips (%(default)s)")
     add("--clips", type=int, default=24, metavar="N", help=f"clips to show, at most {MAX_CLIPS} (%(default)s)")
     add("--frames", type=int, default=DEFAULT_FRAMES, metavar="N", help="frames per clip (%(default)s)")
     add("--seed", type=int, default=0, help="seed for selecting the clips (%(default)s)")
@@ -91,8 +91,8 @@ def _verify(options: argparse.Namespace) -> int:
             print(fault)
     seconds = time.monotonic() - started
     if count:
-        faults = f"{count} fault" + "s" * (count > 1)
-        print(f"{options.root}: {faults} ({seconds:.1f} s). Runs on it would quarantine these samples or stop.")
+        faults = "1 fault" if count == 1 else f"{count} faults"
+        print(f"{options.root}: {faults} ({seconds:.1f} s). A run would quarantine these samples or stop.")
         return EXIT_FAULTY
     print(f"{options.root}: every file, member, index entry and label is valid ({seconds:.1f} s).")
     return 0

@@ -16,7 +16,7 @@ from distav.tools.inspect_shards.text_table import LINE_WIDTH, format_table, tru
 
 DEFAULT_FRAMES = 4
 MAX_CLIPS = 400
-"""Hardly any program opens the image of more clips."""
+"""Limit of the clips on a sheet; few programs open larger images."""
 _MAX_CELL_WIDTH = 28
 
 

@@ -58,7 +58,7 @@ def measure(root: str | Path, split: Split, ids: np.ndarray, workers: int) -> li
     with tqdm(total=len(ids), unit="clip", desc=f"decoding {split.name}", mininterval=1, disable=None) as bar:
         rows: list[dict[str, Any]] = []
         measured = (
-            _measure_in_processes(root, split, batches, workers) if workers > 1 else _measure_here(split, batches)
+            _measure_in_processes(root, split, batches, workers) if workers > 1 else _measure_serially(split, batches)
         )
         for batch_rows in measured:
             rows += batch_rows
@@ -66,7 +66,7 @@ def measure(root: str | Path, split: Split, ids: np.ndarray, workers: int) -> li
     return rows
 
 
-def _measure_here(split: Split, batches: list[list[int]]) -> Iterator[list[dict[str, Any]]]:
+def _measure_serially(split: Split, batches: list[list[int]]) -> Iterator[list[dict[str, Any]]]:
     reader = ShardReader(split)
     try:
         yield from map(partial(_measure_samples, reader), batches)
@@ -174,7 +174,7 @@ def _is_still(luma: np.ndarray) -> bool:
     """Return whether luma [T, H, W] has no motion; block means are insensitive to codec noise."""
     if len(luma) < 2:
         return False
-    rows, columns = (np.arange(0, side, STILL_BLOCK) for side in luma.shape[1:])
+    rows, columns = np.arange(0, luma.shape[1], STILL_BLOCK), np.arange(0, luma.shape[2], STILL_BLOCK)
     sums = np.add.reduceat(np.add.reduceat(luma, rows, axis=1), columns, axis=2)
     areas = np.outer(np.diff(rows, append=luma.shape[1]), np.diff(columns, append=luma.shape[2]))
     return bool((np.abs(sums - sums[0]) <= STILL_LEVELS * areas).all())

@@ -1,4 +1,4 @@
-"""Plain-text tables whose columns are aligned for any text, and whose lines have a limited width."""
+"""Plain-text tables with columns that are aligned for any script and lines of limited width."""
 
 import unicodedata
 from collections.abc import Sequence

@@ -59,7 +59,7 @@ def _label_faults(shards: ShardedDataset, split: Split, table: str) -> Iterator[
 
 
 def _remote_faults(shards: ShardedDataset, split: Split) -> Iterator[str]:
-    """Check a remote split as a local one, of which one shard is downloaded at a time."""
+    """Check a remote split as a local one; its shards are downloaded one at a time."""
     with tempfile.TemporaryDirectory(prefix="distav-verify-") as folder:
         local = replace(split, remote=None, shards=[Path(folder, path.name) for path in split.shards])
         for fault in _shard_faults(shards, local, split.remote):

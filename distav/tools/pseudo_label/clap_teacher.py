@@ -28,7 +28,7 @@ class CLAPTeacher:
         Args:
             prompts: checkpoint and captions.
             device: device of the network.
-            sample_rate_hz: sample rate of the audio that `scores` gets.
+            sample_rate_hz: sample rate of the audio that `scores` receives.
             segments: number of segments T per clip.
 
         Raises:

@@ -35,7 +35,7 @@ class CheckpointWriter(threading.Thread):
         incomplete: directory that all ranks write into.
         written: set when the files of this rank are written, or failed to be.
         canceled: set by the caller if another rank failed; the main rank then stops waiting for its files.
-        error: what went wrong; None if nothing did.
+        error: reason of a failure; None without one.
         seconds: time the thread ran.
     """
 
@@ -48,7 +48,7 @@ class CheckpointWriter(threading.Thread):
             incomplete: directory to write into.
             complete: path of the complete checkpoint.
             files: tensors by name, by name of the safetensors file.
-            state: content of state.json; None on other ranks than the main one.
+            state: content of state.json; None on all ranks except the main one.
             keep: number of checkpoints to keep; older ones are deleted.
         """
         super().__init__(name="checkpoint", daemon=True)

@@ -30,11 +30,11 @@ class CheckpointManager:
     """Checkpoints of one run.
 
     Attributes:
-        write_s: seconds that the last checkpoint took to be written in the background.
+        write_s: seconds that writing the last checkpoint took in the background.
     """
 
     def __init__(self, folder: Path, keep: int):
-        """Manage the checkpoints in a directory, of which the newest `keep` are kept."""
+        """Manage the checkpoints in a directory; the newest `keep` are kept."""
         self.folder, self.keep = folder, keep
         self.write_s = 0.0
         self._writer: CheckpointWriter | None = None

@@ -20,7 +20,7 @@ PAIR_KINDS = ["matching", "mismatched"]
 MISMATCH_THRESHOLD = 0.5
 """Correspondence probability below which the report counts a pair as mismatched."""
 MIN_VISITED = 10
-"""Visited pairs that an estimate needs at least."""
+"""Smallest number of visited pairs for an estimate."""
 
 
 class Refinement:

@@ -43,7 +43,7 @@ def in_own_process(function: Callable[..., Any], *arguments: object) -> Any:
 
 
 def draw_probs(num_samples: int, seed: int) -> Tensor:
-    """Return diffuse votes: [num_samples, C], rows have sum 1."""
+    """Return diffuse votes: [num_samples, C], rows sum to 1."""
     probs = torch.rand(num_samples, NUM_CLASSES, generator=torch.Generator().manual_seed(seed))
     probs.pow_(4)
     return probs.div_(probs.sum(1, keepdim=True))

@@ -29,7 +29,7 @@ def out_of_sample_pred_probs(embeddings: Embeddings, given: np.ndarray) -> np.nd
     """Return cross-validated class probabilities: [N, C].
 
     Args:
-        embeddings: of all samples.
+        embeddings: embeddings of all samples.
         given: [N] labels.
     """
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01))

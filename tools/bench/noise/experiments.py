@@ -21,7 +21,7 @@ class Method:
 
 
 TRUE_LABELS = "true labels"
-"""The method that is trained with true labels: an upper bound, which is not compared with the others."""
+"""The method that is trained with true labels: an upper bound, which is not compared with other methods."""
 
 METHODS = {
     "distav": Method("avdigits", shares_pretraining=True),
@@ -178,7 +178,7 @@ def ablations() -> Experiment:
 def pairs() -> Experiment:
     """Return the cells with audio from clips of other classes and no labels, with the methods for mismatched pairs.
 
-    Without mismatched pairs, the true pairs are the given ones, and that method is omitted.
+    Without mismatched pairs, the given pairs are the true ones, and the method `TRUE_PAIRS` is omitted.
     """
     without_truth = tuple(method for method in PAIR_METHODS if method != TRUE_PAIRS)
     return [

@@ -15,7 +15,7 @@ DETECTION_FIGURES = {"mismatch_auroc_other_class_last": "cross-class", "mismatch
 
 
 def save(rows: Mapping[str, Rows], path: Path) -> None:
-    """Draw every panel for which there are rows into one file, whose suffix selects the format.
+    """Draw every panel that has rows into one file; its suffix selects the format.
 
     Args:
         rows: `rows` of trainings and `votes`, averaged over seeds.

@@ -235,10 +235,10 @@ def run(
         if unknown:
             raise UserError(f"{option}: unknown '{min(unknown)}'; allowed: {format_list(allowed)}.")
     cells = [
-        cell
+        (cell, methods)
         for experiment in experiments or EXPERIMENTS
-        for cell in EXPERIMENTS[experiment]()
-        if cell[0].dataset in (datasets or DATASETS)
+        for cell, methods in EXPERIMENTS[experiment]()
+        if cell.dataset in (datasets or DATASETS)
     ]
     jobs = [Job(cell, method, seed) for seed in seeds for cell, methods in cells for method in methods]
     jobs = list(dict.fromkeys(jobs))
