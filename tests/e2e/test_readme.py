@@ -92,21 +92,21 @@ def test_the_kubernetes_job_starts_the_same_command_as_slurm():
     spec = job["spec"]
     pod = spec["template"]["spec"]
     container = pod["containers"][0]
-    environment = {each["name"]: each["value"] for each in container["env"]}
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
     assert service["spec"]["clusterIP"] == "None" and service["metadata"]["name"] == pod["subdomain"]
     assert spec["completions"] == spec["parallelism"] == int(environment["NODES"])
     assert container["resources"]["limits"]["nvidia.com/gpu"] == int(environment["GPUS"])
-    script = container["args"][0].replace("\\\n", " ").replace("exec deepspeed", "echo").replace("/tmp/", "$PLACE/")
-    place = Path(os.environ.get("TMPDIR", "/tmp")) / f"kubernetes-{os.getpid()}"
-    place.mkdir()
+    script = container["args"][0].replace("\\\n", " ").replace("exec deepspeed", "echo").replace("/tmp/", "$DIRECTORY/")
+    directory = Path(os.environ.get("TMPDIR", "/tmp")) / f"kubernetes-{os.getpid()}"
+    directory.mkdir()
     try:
         done = subprocess.run(
             ["bash", "-c", script], text=True, capture_output=True, check=True,
-            env={**environment, "JOB_COMPLETION_INDEX": "2", "PLACE": str(place), "PATH": os.environ["PATH"]},
+            env={**environment, "JOB_COMPLETION_INDEX": "2", "DIRECTORY": str(directory), "PATH": os.environ["PATH"]},
         )  # fmt: skip
-        hosts = (place / "hostfile").read_text().splitlines()
+        hosts = (directory / "hostfile").read_text().splitlines()
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(directory)
     assert hosts == [f"distav-{node}.distav slots=8" for node in range(4)]
     words = shlex.split(done.stdout)
     assert (
@@ -130,16 +130,16 @@ def test_tools_run_as_the_readmes_say(
         path = tmp_path / "clips" / ("dog", "rain")[number % 2] / f"{number}.avi"
         path.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(path), "w") as container:
-            video, sound = container.add_stream("mjpeg", rate=8), container.add_stream("pcm_s16le", rate=8000)
+            video, audio = container.add_stream("mjpeg", rate=8), container.add_stream("pcm_s16le", rate=8000)
             video.width, video.height, video.pix_fmt = 48, 32, "yuvj420p"  # pyright: ignore[reportAttributeAccessIssue]
             for _ in range(16):
                 frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (32, 48, 3), dtype=np.uint8), format="rgb24")
                 container.mux(video.encode(frame))  # pyright: ignore[reportAttributeAccessIssue]
             noise = (rng.normal(0, 3000, (1, 16000))).astype(np.int16)
-            piece = av.AudioFrame.from_ndarray(noise, format="s16", layout="mono")
-            piece.sample_rate = 8000
-            container.mux(sound.encode(piece))  # pyright: ignore[reportAttributeAccessIssue]
-            for stream in (video, sound):
+            audio_frame = av.AudioFrame.from_ndarray(noise, format="s16", layout="mono")
+            audio_frame.sample_rate = 8000
+            container.mux(audio.encode(audio_frame))  # pyright: ignore[reportAttributeAccessIssue]
+            for stream in (video, audio):
                 container.mux(stream.encode())  # pyright: ignore[reportAttributeAccessIssue]
         labels.append(f"clips/{path.parent.name}/{path.name},{path.parent.name}")
     (tmp_path / "clips.csv").write_text("\n".join(["path,label", *labels]) + "\n")
@@ -160,23 +160,23 @@ def test_tools_run_as_the_readmes_say(
         if not command.startswith(RUN_SMALL) or "s3://" in command or "fine_tune" in command:
             continue
         program, *arguments = _words(command)
-        places = [str(tmp_path / each[2:]) if each.startswith("~/") else each for each in arguments]
+        arguments = [str(tmp_path / word[2:]) if word.startswith("~/") else word for word in arguments]
         if program == "tools/make_shards.py":
             # As a program, since its worker processes start from a main module.
-            small = ["--workers", "1"] if places[0] == "clean" else ["--workers", "1", "--short-side", "32"]
-            ended = subprocess.run([sys.executable, str(ROOT / program), *places, *small], check=False)
-            assert ended.returncode in (0, 3), command
-            if places[0] == "videos":  # The commands below use the dataset that the run was trained on.
+            small = ["--workers", "1"] if arguments[0] == "clean" else ["--workers", "1", "--short-side", "32"]
+            completed = subprocess.run([sys.executable, str(ROOT / program), *arguments, *small], check=False)
+            assert completed.returncode in (0, 3), command
+            if arguments[0] == "videos":  # The commands below use the dataset that the run was trained on.
                 shutil.rmtree(tmp_path / "shards" / "mine")
                 shutil.copytree(tiny_shards, tmp_path / "shards" / "mine")
         else:
-            assert mains[program](places) == 0, command
+            assert mains[program](arguments) == 0, command
         done.append(command)
-    assert {next(start for start in RUN_SMALL if each.startswith(start)) for each in done} == set(RUN_SMALL)
-    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {next(start for start in RUN_SMALL if command.startswith(start)) for command in done} == set(RUN_SMALL)
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     embedded = {f"embeddings/{name}-000000.parquet" for name in ("mine/train", "clips/files")}
-    sets = {f"shards/{name}/manifest.json" for name in ("listed", "parts", "clean", "cleaner")}
-    assert {"sheet.png", "runs/mine/audit.html"} | embedded | sets <= made
+    datasets = {f"shards/{name}/manifest.json" for name in ("listed", "parts", "clean", "cleaner")}
+    assert {"sheet.png", "runs/mine/audit.html"} | embedded | datasets <= written
 
 
 @pytest.mark.long

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 _OPERATORS = {
-    each.default
-    for each in (
+    operator.default
+    for operator in (
         aten._linalg_eigh, aten._linalg_svd, aten._local_scalar_dense, aten._unique, aten._unique2, aten.bincount,
         aten.equal, aten.masked_select, aten.nonzero, aten.unique_consecutive, aten.unique_dim,
         aten.unique_dim_consecutive,
@@ -105,10 +105,10 @@ def _waits(func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
     if func in _OPERATORS:
         return True
     if func is aten.index.Tensor:
-        return any(_is_mask(each) for each in args[1])
+        return any(_is_mask(index) for index in args[1])
     if func in (aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
         one_number = len(args[1]) == 1 and args[2].numel() == 1 and not (len(args) > 3 and args[3])
-        return any(_is_mask(each) for each in args[1]) and not one_number
+        return any(_is_mask(index) for index in args[1]) and not one_number
     if func is aten.repeat_interleave.Tensor:
         return kwargs.get("output_size") is None
     if func is aten._to_copy.default:

@@ -19,7 +19,7 @@ def test_directory_is_claimed_by_the_first_configuration(tmp_path: Path):
     claim(path, FACTS)
     content = path.read_bytes()
     claim(path, FACTS)
-    assert path.read_bytes() == content and [each.name for each in path.parent.iterdir()] == ["facts.json"]
+    assert path.read_bytes() == content and [file.name for file in path.parent.iterdir()] == ["facts.json"]
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_dataset_of_features_stores_features_and_annotations(llp: tuple[Path, Pa
     raw, root, truth = llp
     shards = ShardedDataset.open(root)
     assert shards.classes == list(CLASSES) and shards.multi_label
-    assert shards.streams == {name: FeatureStream(*each) for name, each in STREAMS.items()}
+    assert shards.streams == {name: FeatureStream(*fields) for name, fields in STREAMS.items()}
     for name, count in SIZES.items():
         split = shards.split(name)
         labels = load_events(shards, split)
