@@ -146,7 +146,7 @@ def test_towers_learn_from_clips_end_to_end(ave: Path, tmp_path: Path):
     output = train(ave / "clips.yaml", *paths, ranks=2)
     report = json.loads((tmp_path / "clips" / "report.json").read_text())
     assert 0 <= report["events"]["segment_accuracy"] <= 100 and report["test"]["rsum"] > 0
-    assert "Events:  second by second" in output
+    assert "Events:     segment-level F1" in output
     model, description = load_encoders(tmp_path / "clips" / "export")
     assert description["segments"] == 10 and description["classes"] == [*AVE_CLASSES]
     with torch.no_grad():
