@@ -136,7 +136,7 @@ class AugmentConfig:
     gain: float = field(default=0.1, metadata=between(0, 1))
     """Maximum change of the audio amplitude factor from 1 (AVID: 0.1)."""
     audio_shift_s: float = field(
-        default=0.2, metadata=between(0, 0.5, "in seconds, since a larger shift makes mismatched pairs")
+        default=0.2, metadata=between(0, 0.5, "in seconds; larger shifts would create mismatched pairs")
     )
     """Maximum temporal shift of the audio against the video, in seconds; at most 0.5."""
 

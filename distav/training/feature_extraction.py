@@ -35,14 +35,14 @@ def extract_features(run: Run) -> tuple[list[FeatureSpace], Tensor]:
     count = int(all_reduce_max_(torch.tensor([-(-len(remaining) // run.micro_batch)])))
     batches = padded_batches(remaining, run.micro_batch, count)
     outputs_by_column = {f"{_DONE}_{output}": output for space in SPACES.values() for output in space}
-    with closing(run.iter_outputs(run.data.train, batches, run.loader.quarantine)) as passes:
-        for ids, batch, outputs in passes:
-            real = torch.from_numpy(ids != PADDING).to(world.device)
-            rows = batch.ids[real] - own.start
+    with closing(run.iter_outputs(run.data.train, batches, run.loader.quarantine)) as evaluated_batches:
+        for ids, batch, outputs in evaluated_batches:
+            is_sample = torch.from_numpy(ids != PADDING).to(world.device)
+            rows = batch.ids[is_sample] - own.start
             for column, output in outputs_by_column.items():
                 values = outputs[output].float()
-                bank.register_column(column, values.shape[1:])[rows] = values[real]
-            done[rows] = torch.where(batch.valid[real], _VALID, _INVALID).to(done.dtype)
+                bank.register_column(column, values.shape[1:])[rows] = values[is_sample]
+            done[rows] = torch.where(batch.valid[is_sample], _VALID, _INVALID).to(done.dtype)
             run.progress.extracted_batches += 1
             if run.progress.extracted_batches % run.config.run.checkpoint_every == 0:
                 run.save()

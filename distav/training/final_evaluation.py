@@ -32,8 +32,8 @@ def evaluate_clips(run: Run) -> dict[str, Any] | None:
     hits = torch.zeros(len(_CLASSIFIERS) + 1, device=device)
     embeddings: list[tuple[Tensor, Tensor, Tensor]] = []
     batches = local_batches(len(split), run.micro_batch, world.rank, world.world_size)
-    with closing(run.iter_outputs(split, batches)) as passes:
-        for _, batch, outputs in passes:
+    with closing(run.iter_outputs(split, batches)) as evaluated_batches:
+        for _, batch, outputs in evaluated_batches:
             valid = batch.valid
             for position, head in enumerate(_CLASSIFIERS.values()):
                 correct = outputs[head].argmax(1) == targets[batch.ids]
@@ -61,8 +61,8 @@ def evaluate_events(run: Run) -> dict[str, Any] | None:
         return None
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     batches = local_batches(len(split), run.micro_batch, world.rank, world.world_size)
-    with closing(run.iter_outputs(split, batches, parse=True)) as passes:
-        for _, batch, outputs in passes:
+    with closing(run.iter_outputs(split, batches, parse=True)) as evaluated_batches:
+        for _, batch, outputs in evaluated_batches:
             valid = batch.valid
             segment_probs = outputs["segments"].float().sigmoid()
             parts.append((batch.ids[valid], segment_probs[valid], outputs["video"].float()[valid]))
