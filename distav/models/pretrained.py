@@ -112,7 +112,7 @@ def _load_description(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is corrupt ({error}); copy it again.") from None
     if description.get("format") != EXPORT_FORMAT:
         raise UserError(
-            f"{path} has export format {description.get('format')}; this version of distav loads format "
+            f"{path} has export format {description.get('format')}; this version of distav reads format "
             f"{EXPORT_FORMAT}. Export the network with this version, or load it with the version that exported it."
         )
     return description

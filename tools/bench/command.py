@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_step_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--towers", choices=("small", "vit-l", "r2plus1d_18"), default="small", help="size of the towers")
-    add("--batch", type=int, help="samples per step; None: 64, 32 for vit-l, 128 for r2plus1d_18")
+    add("--batch", type=int, help="samples per step; default: 64; 32 for vit-l, 128 for r2plus1d_18")
     meaning = "settings that override those of the towers, such as data.frame_size=64"
     add("--overrides", nargs="+", default=[], metavar="KEY=VALUE", help=meaning)
 
