@@ -1,6 +1,6 @@
 """Registries: tables of named components that installed packages extend through Python entry points."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -27,21 +27,6 @@ class Registry(Mapping[str, T], Generic[T]):
         """Create a registry from the components that distav defines."""
         self.key, self.group = key, group
         self._components = dict(components)
-
-    def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that adds a component under a name.
-
-        Raises:
-            ValueError: if the name is already taken.
-        """
-
-        def add(component: T) -> T:
-            if name in self._components:
-                raise ValueError(f"{self.group}: '{name}' is already registered")
-            self._components[name] = component
-            return component
-
-        return add
 
     def __iter__(self) -> Iterator[str]:
         yield from self._components

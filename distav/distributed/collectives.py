@@ -151,8 +151,12 @@ def broadcast(value: Any, source: int = 0) -> Any:
     return values[0]
 
 
-def run_on_main_rank(work: Callable[[], None]) -> None:
+def run_on_main_rank(work: Callable[[], None], advice: str) -> None:
     """Run a function on the main rank; all ranks raise its error.
+
+    Args:
+        work: the function.
+        advice: what to do about an error of the file system, e.g. "choose another --out".
 
     Raises:
         UserError: the error of the main rank, on every rank.
@@ -164,7 +168,7 @@ def run_on_main_rank(work: Callable[[], None]) -> None:
         except UserError as error:
             failure = str(error)
         except OSError as error:
-            failure = f"{error.filename}: {error.strerror}; choose another --out, or fix the directory."
+            failure = f"{error.filename}: {error.strerror}; {advice}."
     if failure := broadcast(failure):
         raise UserError(failure)
 

@@ -62,6 +62,8 @@ def expected_calibration_error(probs: np.ndarray, true: np.ndarray, bins: int = 
 
 
 NOISE_KINDS = ["right", "wrong label", "wrong pair", "both wrong"]
+MISMATCH_THRESHOLD = 0.5
+"""Pairs with a lower correspondence probability are predicted to be mismatched."""
 
 
 def noise_kinds(wrong_label: np.ndarray, wrong_pair: np.ndarray) -> np.ndarray:

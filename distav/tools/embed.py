@@ -44,6 +44,7 @@ CHUNK = 1024
 """Clips per table."""
 WORK = ".work"
 """Name of the directory in OUT for incomplete files."""
+_OUT_ADVICE = "choose another --out, or fix the directory"
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with process_group(options.device, options.timeout_s, options.threads) as world:
             embedder = Embedder.open(options.export, world.device, options.batch_size)
             groups, digest = _open_input(options, embedder)
-            run_on_main_rank(lambda: _claim(options, digest))
+            run_on_main_rank(lambda: _claim(options, digest), _OUT_ADVICE)
             for group in groups:
                 _write_tables(options.out, group, world)
             barrier()
-            run_on_main_rank(lambda: shutil.rmtree(options.out / WORK, ignore_errors=True))
+            run_on_main_rank(lambda: shutil.rmtree(options.out / WORK, ignore_errors=True), _OUT_ADVICE)
             if world.is_main:
                 print(f"{options.out}: {sum(group.count for group in groups)} clips embedded")
     except UserError as error:
@@ -104,7 +105,7 @@ def _open_input(options: argparse.Namespace, embedder: Embedder) -> tuple[list[C
         shards = ShardedDataset.open(options.input)
     else:
         clips = options.out / WORK / "clips"
-        run_on_main_rank(lambda: _cut_media(path, clips, embedder.description, options.workers))
+        run_on_main_rank(lambda: _cut_media(path, clips, embedder.description, options.workers), _OUT_ADVICE)
         shards = ShardedDataset.open(clips)
     splits = [shards.split(name, "--splits") for name in options.splits or shards.manifest["splits"]]
     return [_split_clips(split, embedder) for split in splits], manifest_digest(shards)

@@ -4,8 +4,8 @@ Legend: N samples, T segments of one second, C classes.
 """
 
 import hashlib
+import io
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from distav.config.errors import UserError, format_list
 from distav.data.annotations.events import num_segments
 from distav.data.dataset import ShardedDataset, Split
+from distav.data.files import write_atomically
 from distav.data.modalities import MODALITIES
 
 CHUNK = 256
@@ -57,10 +58,9 @@ def score_files(folder: Path, split: Split) -> list[Path]:
 
 def write_scores(path: Path, audio: np.ndarray, visual: np.ndarray) -> None:
     """Write the scores of one chunk, [n, T, C] float32 per modality, so that the file is never incomplete."""
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        np.savez(file, audio=audio, visual=visual)
-    os.replace(part, path)
+    content = io.BytesIO()
+    np.savez(content, audio=audio, visual=visual)
+    write_atomically(path, content.getvalue())
 
 
 def manifest_digest(shards: ShardedDataset) -> str:

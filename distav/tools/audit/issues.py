@@ -15,6 +15,7 @@ from distav.config.errors import UserError, format_list
 from distav.data.dataset import Split
 from distav.data.files import read_table
 from distav.evaluation.embedding import Embeddings, normalize_rows
+from distav.evaluation.metrics import MISMATCH_THRESHOLD
 from distav.memory.knn import MAX_K, nearest_neighbors
 
 COLUMNS = (
@@ -28,8 +29,6 @@ COLUMNS = (
     "correspondence",
 )
 """Columns of a labels table that the audit needs."""
-MISMATCH_THRESHOLD = 0.5
-"""A pair is an issue if its correspondence probability is below this value."""
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ from distav.tools.pseudo_label.teachers import TEACHERS, Teacher
 MEDIA = {"audio": "audio", "visual": "frames"}
 """Name of each modality in the media of a batch."""
 
+_OUT_ADVICE = "choose another --out, or fix the directory"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
@@ -64,11 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         class_indices = _class_indices(shards, prompts, options.prompts)
         splits = [shards.split(name, "--splits") for name in options.splits or shards.manifest["splits"]]
         with process_group(options.device, options.timeout_s, options.threads) as world:
-            run_on_main_rank(lambda: _claim(options.out, shards, prompts))
+            run_on_main_rank(lambda: _claim(options.out, shards, prompts), _OUT_ADVICE)
             for split in splits:
                 _score(split, prompts, options.out, options.batch_size, world)
             barrier()
-            run_on_main_rank(lambda: _write_events(shards, prompts, class_indices, options.out))
+            run_on_main_rank(lambda: _write_events(shards, prompts, class_indices, options.out), _OUT_ADVICE)
     except UserError as error:
         return exit_with_error(error, "pseudo_label")
     return 0

@@ -11,6 +11,7 @@ from distav.data.annotations.labels import Labels, correction_table
 from distav.data.files import write_table
 from distav.distributed.collectives import all_gather_variable_rows, local_shard
 from distav.evaluation.metrics import (
+    MISMATCH_THRESHOLD,
     NOISE_KINDS,
     auroc,
     confusion,
@@ -19,7 +20,6 @@ from distav.evaluation.metrics import (
     noise_kinds,
 )
 from distav.noise.label_correction import Correction
-from distav.training.phases.correspondence import MISMATCH_THRESHOLD
 from distav.training.run import Run
 
 

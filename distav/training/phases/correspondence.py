@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distav.config.phases import ContrastivePhase, Estimator
-from distav.evaluation.metrics import auroc, confusion
+from distav.evaluation.metrics import MISMATCH_THRESHOLD, auroc, confusion
 from distav.losses.active_complementary import rescale_matching_probability
 from distav.memory.global_batch import GlobalBatch
 from distav.noise.correspondence import SelfRefinement, cdf_correspondence, gmm_correspondence, sample_weights
@@ -17,8 +17,6 @@ REFINED = "refined_correspondence"
 """Bank column of the averages that self-refinement maintains; `correspondence` holds the trusted values."""
 
 PAIR_KINDS = ["matching", "mismatched"]
-MISMATCH_THRESHOLD = 0.5
-"""Correspondence probability below which the report counts a pair as mismatched."""
 MIN_VISITED = 10
 """Smallest number of visited pairs for an estimate."""
 

@@ -40,10 +40,3 @@ def test_errors_name_the_setting(registry: Registry[object]):
         registry.select("broken", "phases.a.loss")
     with pytest.raises(KeyError):
         registry["cubic"]
-
-
-def test_a_name_is_registered_once(registry: Registry[object]):
-    registry.register("cubic")("the cubic loss")
-    assert registry["cubic"] == "the cubic loss"
-    with pytest.raises(ValueError, match="'linear' is already registered"):
-        registry.register("linear")("another loss")

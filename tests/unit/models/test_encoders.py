@@ -184,8 +184,7 @@ def test_a_registered_tower_is_selected_by_its_name(monkeypatch: pytest.MonkeyPa
         def forward(self, clip: torch.Tensor) -> torch.Tensor:
             return self.linear(clip.mean((2, 3, 4)))
 
-    monkeypatch.setattr(VISUAL_TOWERS, "_components", dict(VISUAL_TOWERS))
-    VISUAL_TOWERS.register("mean_color")(MeanColor)
+    monkeypatch.setattr(VISUAL_TOWERS, "_components", {**VISUAL_TOWERS, "mean_color": MeanColor})
     net = model("mean_color")
     assert isinstance(net.visual.net, MeanColor) and net(*inputs())["visual_features"].shape == (3, 8)
     with pytest.raises(UserError, match="model.visual.name=mean_color: allowed: small_conv, r2plus1d_18, since"):
