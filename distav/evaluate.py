@@ -190,7 +190,7 @@ def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: 
     from distav.config.validation import validate
     from distav.training.phases.registry import run_remaining
     from distav.training.report import write_report
-    from distav.training.run import open_run
+    from distav.training.run_setup import open_run
 
     phase = SupervisedPhase(epochs=options.epochs, targets=Targets.given, tower_lr_scale=FINE_TUNE_TOWER_LR_SCALE)
     config = Config(

@@ -53,7 +53,7 @@ def _train(config: Config) -> int:
     from distav.distributed.process_group import process_group
     from distav.training.phases.registry import run_remaining
     from distav.training.report import write_report
-    from distav.training.run import open_run
+    from distav.training.run_setup import open_run
 
     with process_group(config.run.device.name, config.run.timeout_s, config.run.threads_per_rank) as world:
         render_missing_dataset(config.data, world)

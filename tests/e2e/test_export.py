@@ -21,7 +21,7 @@ from distav.evaluate import main as evaluate
 from distav.evaluation.embedding import Embedder, Embeddings
 from distav.models.pretrained import load_encoders, load_parser, load_weights
 from distav.tools.embed import main as embed
-from distav.training.run import open_run
+from distav.training.run_setup import open_run
 from tests.helpers.launch import tiny_config, train
 from tests.helpers.rank_group import context, run_to_completion
 

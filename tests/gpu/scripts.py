@@ -190,7 +190,7 @@ def multinode(file: Path, device: str) -> int:
 def _train(overrides: list[str], clips: int, steps: int, results: dict[str, Any]) -> None:
     from distav.distributed.process_group import process_group
     from distav.training.phases.contrastive import contrastive_losses
-    from distav.training.run import open_run
+    from distav.training.run_setup import open_run
     from tools.bench.timing import Setting
     from tools.bench.training_step import TOWERS, count_operations, matmul_rate
 

@@ -139,7 +139,7 @@ def synchronizations(file: Path, *overrides: str) -> list[str]:
     from distav.config import loading
     from distav.distributed.process_group import process_group
     from distav.training.phases.contrastive import run_contrastive
-    from distav.training.run import open_run
+    from distav.training.run_setup import open_run
 
     config = loading.load(file, overrides)
     with process_group("gpu", 120, 4) as world, open_run(config, world) as run, warnings.catch_warnings():

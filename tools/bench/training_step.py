@@ -21,7 +21,8 @@ from distav.memory.bank import Bank
 from distav.models.av_model import AVModel, parameter_groups
 from distav.training.lr_schedule import lr_factor
 from distav.training.phases.contrastive import contrastive_losses
-from distav.training.run import Run, open_run
+from distav.training.run import Run
+from distav.training.run_setup import open_run
 from tools.bench.loader import make_clips
 from tools.bench.timing import Results, Setting
 

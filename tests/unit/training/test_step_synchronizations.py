@@ -18,7 +18,8 @@ from distav.distributed.collectives import any_across_ranks
 from distav.distributed.process_group import World
 from distav.training.engine.deepspeed_engine import Engine, _AdamW
 from distav.training.phases.registry import phase_function
-from distav.training.run import Run, open_run
+from distav.training.run import Run
+from distav.training.run_setup import open_run
 from distav.training.run_state import CorrectionState
 from tests.helpers.events import llp_shards, write_llp
 from tests.helpers.launch import ROOT, TINY, tiny_config
