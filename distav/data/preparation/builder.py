@@ -96,8 +96,8 @@ def _build(
 ) -> BuildResult:
     work_dir = out / WORK
     info = _source_info(source, config)
+    candidates = source.candidates()  # Before the claim: a wrong path must not occupy the directory.
     claim_work_dir(work_dir, recipe)
-    candidates = source.candidates()
     chunks = [candidates[start : start + CHUNK] for start in range(0, len(candidates), CHUNK)]
     encoded, rejected, seconds = encode_all(source, config.encoding, config.seed, chunks, work_dir, workers, part)
     if part:

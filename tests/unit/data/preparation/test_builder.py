@@ -227,6 +227,14 @@ def test_videos_reads_class_directories_and_keeps_sources_in_one_split(tmp_path:
     assert len(set(train.source_codes)) == 6
 
 
+def test_a_wrong_path_does_not_occupy_the_output_directory(tmp_path: Path):
+    (tmp_path / "clips" / "dog").mkdir(parents=True)
+    write_video(tmp_path / "clips" / "dog" / "a.mp4", 3.0)
+    out, options = tmp_path / "shards", ("--workers=1", "--short-side=32", "--test-fraction=0")
+    make_shards("videos", tmp_path / "clisp", out, *options, status=1)
+    make_shards("videos", tmp_path / "clips", out, *options)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
