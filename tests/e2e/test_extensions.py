@@ -165,7 +165,7 @@ def test_components_of_another_package_train(site: Path, tiny_shards: Path, tmp_
     [
         ("phases.classify.loss=smooth", "phases.classify.loss=smooth: allowed: ce, gce, elr, smoothed, removed. "
                                         "Did you mean 'smoothed'?"),
-        ("phases.classify.loss=removed", "phases.*.loss=removed: entry point 'another_package:Removed' of "
+        ("phases.classify.loss=removed", "phases.classify.loss=removed: entry point 'another_package:Removed' of "
                                          "distav.classification_losses cannot be loaded"),
         ("phases.learn.num_negatives=8", "phases.learn.num_negatives=8: hinge compares samples of the batch only"),
         ("phases.summary.digits=-1", "phases.summary.digits=-1: allowed: 0 or more"),
