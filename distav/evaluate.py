@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distav.config.cli import add_rank_options, exit_with_error
+from distav.config.cli import add_rank_options, check_minimums, exit_with_error
 from distav.config.errors import UserError
 from distav.config.phases import SupervisedPhase, Targets
 from distav.config.schema import Config, Device, OptimConfig, RunConfig
@@ -112,8 +112,7 @@ class EmbeddedSplit:
 def _evaluate(options: argparse.Namespace, world: World) -> dict[str, Any]:
     if options.json and not options.json.absolute().parent.is_dir():
         raise UserError(f"--json={options.json}: no such directory; create it first.")
-    if options.neighbors < 1:
-        raise UserError(f"--neighbors={options.neighbors}: allowed: 1 or more.")
+    check_minimums(options, neighbors=1)
     shards = ShardedDataset.open(options.shards)
     if shards.multi_label:
         raise UserError(f"{shards.location} has several classes per clip; these metrics need one class per clip.")

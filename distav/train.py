@@ -19,7 +19,6 @@ from distav.config.cli import exit_with_error
 from distav.config.errors import UserError
 from distav.config.schema import Config
 from distav.distributed.signals import EXIT_INTERRUPTED, Interrupted
-from distav.training.validation import validate_names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         config = loading.load(options.config, options.overrides)
+        # Imported late, as below: errors in the configuration are reported before PyTorch is imported.
+        from distav.training.validation import validate_names
+
         validate_names(config)
         if options.print_config:
             print(loading.to_yaml(config), end="")
@@ -48,7 +50,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _train(config: Config) -> int:
-    # Imported late, so that errors in the configuration are reported at once.
     from distav.data.preparation.quickstart import render_missing_dataset
     from distav.distributed.process_group import process_group
     from distav.training.phases.registry import run_remaining

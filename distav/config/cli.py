@@ -18,6 +18,18 @@ def exit_with_error(error: UserError, program: str) -> int:
     return 1
 
 
+def check_minimums(options: argparse.Namespace, **minimums: int) -> None:
+    """Check that options are not below their minimum, which is given by the name of the option.
+
+    Raises:
+        UserError: naming the option, its value and what is allowed.
+    """
+    for name, minimum in minimums.items():
+        value = getattr(options, name)
+        if value < minimum:
+            raise UserError(f"--{name.replace('_', '-')}={value}: allowed: {minimum} or more.")
+
+
 def add_rank_options(parser: argparse.ArgumentParser, batch_size: int, action: str) -> None:
     """Add the options of a command that a launcher may start on several ranks.
 

@@ -23,11 +23,7 @@ from distav.config.errors import UserError, format_list
 from distav.data.modalities import MODALITIES, STREAM_NAME
 
 FORMAT = 2
-"""Version of the dataset format.
-
-Format 1 has other names: the column `sense` of events.parquet and the manifest keys `sense`, `several_labels`,
-`annotated` and `relabelled` for `modality`, `multi_label`, `annotated_splits` and `num_relabeled`.
-"""
+"""Version of the dataset format. Format 1 had other names for columns and manifest keys."""
 VIDEO_EXTENSIONS = {"mjpeg": "avi", "vp9": "webm", "h264": "mp4"}
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distav.config.cli import check_minimums
 from distav.config.errors import UserError
 from distav.data.preparation.builder import BuildConfig, build_dataset
 from distav.data.preparation.cleaning import CleaningConfig, clean_dataset
@@ -47,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("WDS_SECURE", "1")
     try:
         options = _parser().parse_args(arguments)
-        if options.workers < 1:
-            raise UserError(f"--workers={options.workers}: has to be 1 or more.")
+        check_minimums(options, workers=1)
         return _clean(options) if options.command == "clean" else _build(options)
     except UserError as error:
         print(f"make_shards: {error}", file=sys.stderr)
@@ -56,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    if options.seed < 0:
-        raise UserError(f"--seed={options.seed}: has to be 0 or more.")
+    check_minimums(options, seed=0)
     part = ChunkSubset.parse(options.part) if options.part else None
     config = BuildConfig(
         Encoding(options.codec, options.fps, options.short_side, options.clip_s, options.sample_rate),

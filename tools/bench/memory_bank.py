@@ -275,17 +275,25 @@ def _traffic(benchmark: MemoryBankBenchmark) -> float:
     return (loopback_bytes() - before) / MEASURED_GLOO_STEPS
 
 
+def exchanged_bytes(batch: int, world_size: int, dim: int) -> int:
+    """Return the bytes of queries and partial results that the loss of one step sends, summed over ranks.
+
+    Each rank receives (2 D + 1) floats and the id of the samples of the other ranks, and sends them partial results of
+    two softmaxes, (D + 1) floats each.
+    """
+    gathered = (world_size - 1) * batch * (4 * (2 * dim + 1) + 8)
+    partial = (world_size - 1) * batch * 2 * (dim + 1) * 4
+    return gathered + partial
+
+
 def wire_bytes(benchmark: MemoryBankBenchmark) -> int:
     """Return the bytes that the loss of one step has to send, summed over ranks.
 
-    Each rank receives (2 D + 1) floats and the id of the (W - 1) b samples of the other ranks, sends them partial
-    results of two softmaxes, (D + 1) floats each, and receives the bank rows of both modalities for those of its b
-    samples that another rank owns.
+    Besides `exchanged_bytes`, each rank receives the bank rows of both modalities for those of its b samples that
+    another rank owns.
     """
     world_size, dim = get_world_size(), benchmark.visual.shape[1]
     batch = len(benchmark.ids) * world_size
-    gathered = (world_size - 1) * batch * (4 * (2 * dim + 1) + 8)
-    partial = (world_size - 1) * batch * 2 * (dim + 1) * 4
     owners = benchmark.bank.router.owner(all_gather_rows(benchmark.ids)).view(world_size, -1)
     remote = int((owners != torch.arange(world_size)[:, None]).sum())
-    return gathered + partial + remote * 2 * dim * 4
+    return exchanged_bytes(batch, world_size, dim) + remote * 2 * dim * 4

@@ -6,7 +6,7 @@ Legend: N rows of the memory bank, B global batch, W ranks, D embedding dimensio
 from statistics import median
 
 from tools.bench.knn import random_features, search
-from tools.bench.memory_bank import MemoryBankBenchmark, sharded_loss
+from tools.bench.memory_bank import MemoryBankBenchmark, exchanged_bytes, sharded_loss
 from tools.bench.multiprocess import run_on_ranks
 from tools.bench.timing import Results, Setting
 
@@ -34,9 +34,7 @@ def loss_wire_bytes(batch: int, ranks: int, dim: int) -> float:
 
     Queries are gathered, partial results of two softmaxes are exchanged, and bank rows are fetched from their owners.
     """
-    gathered = (ranks - 1) * batch * (4 * (2 * dim + 1) + 8)
-    parts = (ranks - 1) * batch * 2 * (dim + 1) * 4
-    return gathered + parts + batch * (ranks - 1) / ranks * 2 * dim * 4
+    return exchanged_bytes(batch, ranks, dim) + batch * (ranks - 1) / ranks * 2 * dim * 4
 
 
 def run(setting: Setting, batch: int, dim: int) -> Results:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from omegaconf import OmegaConf
 
-from distav.config.cli import exit_with_error
+from distav.config.cli import check_minimums, exit_with_error
 from distav.config.errors import UserError
 from distav.data.dataset import ShardedDataset, Split
 from distav.evaluation.embedding import Embedder, Embeddings
@@ -32,10 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     out = options.out or options.run / "audit.html"
     try:
-        for name, minimum in (("limit", 0), ("neighbors", 1), ("thumbnail_height", 16)):
-            value = getattr(options, name)
-            if value < minimum:
-                raise UserError(f"--{name.replace('_', '-')}={value}: allowed: {minimum} or more.")
+        check_minimums(options, limit=0, neighbors=1, thumbnail_height=16)
         audit = _audit(options)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from distav.config.cli import check_minimums
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
 from distav.tools.inspect_shards.contact_sheet import DEFAULT_FRAMES, MAX_CLIPS, preview
@@ -99,7 +100,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _stats(options: argparse.Namespace) -> int:
-    _check_minimum(options, clips=0, seed=0, workers=1, limit=1)
+    check_minimums(options, clips=0, seed=0, workers=1, limit=1)
     statistics = compute_stats(options.root, options.clips, options.seed, options.workers)
     print(format_stats(statistics, options.limit))
     if options.json:
@@ -109,16 +110,9 @@ def _stats(options: argparse.Namespace) -> int:
 
 
 def _preview(options: argparse.Namespace) -> int:
-    _check_minimum(options, clips=1, seed=0, frames=1)
+    check_minimums(options, clips=1, seed=0, frames=1)
     out = options.out or Path(f"{Path(options.root).resolve().name}-{options.split}.png")
     valid = preview(
         options.root, options.split, options.clips, options.seed, options.frames, options.label, options.keys, out
     )
     return 0 if valid else EXIT_FAULTY
-
-
-def _check_minimum(options: argparse.Namespace, **minimums: int) -> None:
-    for name, minimum in minimums.items():
-        value = getattr(options, name)
-        if value < minimum:
-            raise UserError(f"--{name}={value}: allowed: {minimum} or more.")

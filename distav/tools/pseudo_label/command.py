@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from distav.config.cli import add_rank_options, exit_with_error
+from distav.config.cli import add_rank_options, check_minimums, exit_with_error
 from distav.config.errors import UserError, format_list
 from distav.config.schema import DataConfig
 from distav.data.annotations.events import events_table, load_events, num_segments
@@ -58,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        if options.batch_size < 1:
-            raise UserError(f"--batch-size={options.batch_size}: has to be 1 or more.")
+        check_minimums(options, batch_size=1)
         shards = ShardedDataset.open(options.shards, cache_mib=DataConfig().cache_mib)
         prompts = read_prompts(options.prompts)
         _check_teachers(prompts, options.prompts)
