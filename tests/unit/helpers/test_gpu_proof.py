@@ -154,6 +154,8 @@ def test_figures_of_benchmarks_and_thresholds():
 def test_benchmarks_accept_the_commands_of_the_parts(part: Part, device: str, tmp_path: Path):
     words = part.command(device, tmp_path / "figures.json")
     assert words[0] == sys.executable and ("-m" in words[:2] or (ROOT / words[1]).is_file())
+    for path in (word.removeprefix("--ignore=") for word in words):
+        assert not path.startswith("tests/") or (ROOT / path).exists()
     if words[1] == "tools/bench.py":
         options = bench._parser().parse_args(words[2:])
         assert options.device == device and options.json == tmp_path / "figures.json"
