@@ -17,6 +17,9 @@ from distav.memory.attention import TILE_KEYS, AttentionInputs, AttentionOutput,
 
 AttentionFunction = Callable[[AttentionInputs], AttentionOutput]
 
+_MAX_COMPILATIONS = 64
+"""Number of forms of inputs to FlexAttention in a process: widths, numbers of excluded keys, with and without bias."""
+
 
 def _over_parts(operator: AttentionFunction) -> AttentionFunction:
     """Build an attention function from an operator that attends over P equal parts of the keys at once.
@@ -156,5 +159,20 @@ def _flex_attention(
 
 @functools.cache
 def _compiled_flex() -> Callable[..., AttentionOutput]:
+    import torch._dynamo.config
+    import torch._inductor.config
+
     # Without fullgraph, a graph break would run unfused and materialize the matrix of scores.
-    return torch.compile(_flex_attention, dynamic=True, fullgraph=True)
+    compiled = torch.compile(_flex_attention, dynamic=True, fullgraph=True)
+
+    @functools.wraps(compiled)
+    def run(*arguments: Any) -> AttentionOutput:
+        # By default a function is compiled at most eight times, and by a pool of processes on all cores, which takes
+        # longer to start than this one kernel to compile.
+        with (
+            torch._dynamo.config.patch(recompile_limit=_MAX_COMPILATIONS),
+            torch._inductor.config.patch(compile_threads=1),
+        ):
+            return compiled(*arguments)
+
+    return run

@@ -114,15 +114,16 @@ def _run_part(part: Part, result: Result, out: Path, device: str, limit_s: float
                 break
             time.sleep(POLL_S)
         result.exit_status = process.returncode
-        _terminate(process)
+        # Python writes the stacks of all threads when it is aborted, which shows what a part was waiting for.
+        _terminate(process, signal.SIGABRT if result.status == "timed out" else signal.SIGTERM)
     result.seconds = round(time.monotonic() - started, 1)
     _evaluate(part, result, file, log, device)
 
 
-def _terminate(process: subprocess.Popen) -> None:
-    """Terminate a part and all processes of its group."""
+def _terminate(process: subprocess.Popen, number: signal.Signals) -> None:
+    """Terminate a part and all processes of its group, at first with a signal and then with SIGKILL."""
     with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, number)
         process.wait(GRACE_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

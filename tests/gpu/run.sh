@@ -10,7 +10,7 @@ set -euo pipefail
 out=$(realpath -m "${1:?usage: tests/gpu/run.sh OUT [PART ...]}")
 time_s=${TIME_S:-480}
 cd "$(dirname "$0")/../.."
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 # The runner enforces the limit; this is a safeguard in case it hangs.
 exec timeout --foreground -k 20 $((time_s + 40)) \
   "${PYTHON:-python3}" -m tests.gpu.proof "$out" "${@:2}" --device "${DEVICE:-cuda}" --seconds "$time_s"

@@ -206,6 +206,7 @@ def _train(overrides: list[str], clips: int, steps: int, results: dict[str, Any]
         run.engine.train()
         run.engine.set_lr(1e-5, 1e-5)
         waited = started = 0.0
+        begun = time.perf_counter()
         for step in range(WARM_UP + steps):
             if step == WARM_UP:
                 waited, started = 0.0, _now(on_gpu)
@@ -215,6 +216,7 @@ def _train(overrides: list[str], clips: int, steps: int, results: dict[str, Any]
             run.engine.backward(losses(batch, 0.5)["loss"])
             run.engine.step()
             results |= {"steps": step + 1, "quarantined clips": len(run.loader.quarantine.reasons)}
+            print(f"step {step + 1} after {_now(on_gpu) - begun:.1f} s", flush=True)
         seconds = (_now(on_gpu) - started) / steps
         num_classes, sample_rate_hz = len(run.data.shards.classes), run.data.train.sample_rate_hz
         operations = count_operations(settings, sample_rate_hz, num_classes, batch)

@@ -1,5 +1,6 @@
 """The loader on a GPU."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,12 @@ def test_loading_does_not_wait_for_queued_training_steps(codec: str, tmp_path: P
     device = torch.device("cuda", 0)
     loader = Loader(ShardedDataset.open(tmp_path).split("train"), DATA, AugmentConfig(), 0, 16, device)
     expected = loader.load(np.arange(16), 0)
-    factor = torch.randn(8192, 8192, device=device)
-    product, end = torch.empty_like(factor), torch.cuda.Event()
-    for _ in range(200):  # Seconds of work.
-        torch.mm(factor, factor, out=product)
+    started = time.perf_counter()
+    list(loader.batches([(np.arange(16), 0)]))
+    torch.cuda.synchronize()
+    cycles_per_s = 2e9
+    torch.cuda._sleep(int(cycles_per_s * (2 + 5 * (time.perf_counter() - started))))  # Occupies one multiprocessor.
+    end = torch.cuda.Event()
     end.record()
     (batch,) = loader.batches([(np.arange(16), 0)])
     assert not end.query()

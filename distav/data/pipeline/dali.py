@@ -23,7 +23,7 @@ from distav.data.pipeline.augmentation import ClipTransform
 from distav.data.pipeline.avi import jpeg_frames
 from distav.data.pipeline.color import change_colors
 from distav.data.pipeline.dali_errors import DeviceError, dali_reason, is_device_failure, is_out_of_memory
-from distav.data.pipeline.decoder_selection import Decoder, select_decoder
+from distav.data.pipeline.decoder_selection import Decoder, Route, select_decoder
 from distav.data.pipeline.decoding import decode_frames
 from distav.data.pipeline.reader import DecodeError, Members
 
@@ -59,6 +59,15 @@ class ClipPipeline:
         # With a GPU, decoding may use all of this rank's cores; on a CPU, training uses them.
         self._threads = data.decode_threads or (torch.get_num_threads() if self.on_gpu else 1)
         self._pool = ThreadPoolExecutor(self._threads, "decoder")
+
+    @property
+    def _decodes_bands(self) -> bool:
+        """Whether only the pixel rows that a crop needs are decoded.
+
+        nvJPEG before CUDA 13.3 refuses regions with fancy upsampling, without which its colors differ from libjpeg's,
+        and DALI would then decode on the CPU.
+        """
+        return self.route == Route(Decoder.jpeg, False)
 
     def run(self, members: Sequence[Members], transforms: Sequence[ClipTransform]) -> dict[str, Tensor]:
         """Decode a batch.
@@ -121,14 +130,12 @@ class ClipPipeline:
         crops = np.stack([transform.crop for transform in transforms])
         flips = np.array([transform.flip for transform in transforms], np.int32)
         if self.route.decoder is Decoder.jpeg:
-            bands, crops = _bands(transforms, crops, self.data.frame_size)
             images = map(jpeg_frames, videos, map(self._frame_numbers, transforms))
-            return {
-                "video": list(itertools.chain.from_iterable(images)),
-                "band": np.repeat(bands, num_frames, axis=0),
-                "crop": np.repeat(crops, num_frames, axis=0),
-                "flip": np.repeat(flips, num_frames),
-            }
+            inputs: dict[str, Any] = {"video": list(itertools.chain.from_iterable(images))}
+            if self._decodes_bands:
+                bands, crops = _bands(transforms, crops, self.data.frame_size)
+                inputs["band"] = np.repeat(bands, num_frames, axis=0)
+            return inputs | {"crop": np.repeat(crops, num_frames, axis=0), "flip": np.repeat(flips, num_frames)}
         if self.route.decoder is Decoder.pyav:
             decoded = self._pool.map(decode_frames, videos, map(self._frame_numbers, transforms))
             return {"video": list(decoded), "crop": crops, "flip": flips}
@@ -155,7 +162,7 @@ class ClipPipeline:
             self._decoding_graph(),
             roi_start=crop[0:2],
             roi_end=crop[2:4],
-            roi_relative=self.route.decoder is not Decoder.jpeg,
+            roi_relative=not self._decodes_bands,
             size=[size, size],
             interp_type=types.DALIInterpType.INTERP_LINEAR,
             antialias=True,
@@ -178,15 +185,14 @@ class ClipPipeline:
         if route.decoder is Decoder.pyav:
             frames: Any = fn.external_source(name="video", ndim=4, dtype=_UINT8, layout="FHWC")
         elif route.decoder is Decoder.jpeg:
-            band = fn.external_source(name="band", ndim=1, dtype=_INT32)
-            frames = fn.decoders.image_slice(
-                fn.external_source(name="video", ndim=1, dtype=_UINT8),
-                device=backend,
-                start=band[0:1],
-                end=band[1:2],
-                axis_names="H",
-                jpeg_fancy_upsampling=True,
-            )
+            images = fn.external_source(name="video", ndim=1, dtype=_UINT8)
+            if self._decodes_bands:
+                band = fn.external_source(name="band", ndim=1, dtype=_INT32)
+                frames = fn.decoders.image_slice(
+                    images, start=band[0:1], end=band[1:2], axis_names="H", jpeg_fancy_upsampling=True
+                )
+            else:
+                frames = fn.decoders.image(images, device=backend, jpeg_fancy_upsampling=True)
         else:
             frames = fn.decoders.video(
                 fn.external_source(name="video", ndim=1, dtype=_UINT8),

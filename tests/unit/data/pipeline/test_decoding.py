@@ -173,6 +173,16 @@ def test_image_decoder_and_video_decoder_give_similar_frames(photo_like: Split):
     assert difference.mean() < 0.5 and (difference > 1).float().mean() < 0.02 and difference.max() <= 4
 
 
+def test_complete_images_and_bands_give_the_same_frames(photo_like: Split, monkeypatch: pytest.MonkeyPatch):
+    sampler, reader = ClipTransformSampler(photo_like, DATA, AugmentConfig(), 0), ShardReader(photo_like)
+    clips = [reader.read(sample) for sample in range(12)]
+    transforms = [sampler.sample(sample, 0) for sample in range(12)]
+    bands = ClipPipeline(DATA, photo_like, 12, CPU).run(clips, transforms)["frames"].int()
+    monkeypatch.setattr(ClipPipeline, "_decodes_bands", False)
+    complete = ClipPipeline(DATA, photo_like, 12, CPU).run(clips, transforms)["frames"].int()
+    assert (bands - complete).abs().max() <= 1
+
+
 def test_pipeline_is_rebuilt_after_a_corrupt_jpeg(photo_like: Split):
     reader, pipeline = ShardReader(photo_like), ClipPipeline(DATA, photo_like, 1, CPU)
     clip, transform = reader.read(0), ClipTransformSampler(photo_like, DATA, None, 0).sample(0, 0)
