@@ -50,8 +50,10 @@ class _GlobalNormalize(torch.autograd.Function):
 
 
 class _FusedGlobalNormalize(torch.autograd.Function):
-    """`_GlobalNormalize` with the CUDA kernels of PyTorch's SyncBatchNorm, which accumulate in float32.
+    """`_GlobalNormalize` with the CUDA kernels of PyTorch's SyncBatchNorm.
 
+    Tensors with channels last are required: for other layouts, the kernel of the backward pass rounds every partial sum
+    to the type of the input, and weight gradients in bfloat16 have errors of 1 %.
     Device memory traffic of one bfloat16 element is 22 bytes with recomputation: a forward pass moves 6 (the statistics
     read 2, the normalization reads 2 and writes 2), and there are two; the backward pass moves 10 (the sums read 4, the
     gradient reads 4 and writes 2). The input is the only tensor of its size that is saved.
@@ -59,7 +61,8 @@ class _FusedGlobalNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        x = x.contiguous(memory_format=_memory_format(x))
+        ctx.shape = x.shape
+        x = _channels_last(x)
         means, invstds = all_gather_rows(torch.stack(torch.batch_norm_stats(x, eps))[None]).unbind(1)
         # All ranks have the same number of elements, so counts of one give the same result. The kernel sums counts in
         # 32 bits, and true counts overflow at several hundred ranks. The first argument sets the type of the counts.
@@ -69,26 +72,27 @@ class _FusedGlobalNormalize(torch.autograd.Function):
         var = invstd.pow(-2).sub_(eps).clamp_min_(0)
         ctx.mark_non_differentiable(mean, var)
         # The kernels accept parameters in float32 for any input.
-        return torch.batch_norm_elemt(x, weight.float(), bias.float(), mean, invstd, eps), mean, var
+        out = torch.batch_norm_elemt(x, weight.float(), bias.float(), mean, invstd, eps)
+        return out.view(ctx.shape), mean, var
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, invstd = ctx.saved_tensors
-        # With a layout other than the input's, every kernel would copy the gradient.
-        grad, scale = gradients[0].contiguous(memory_format=_memory_format(x)), weight.float()
+        grad, scale = _channels_last(gradients[0]), weight.float()
         sum_grad, sum_product, weight_grad, bias_grad = torch.batch_norm_backward_reduce(
             grad, x, mean, invstd, scale, True, True, True
         )
         sum_grad, sum_product = all_reduce_sum_(torch.stack([sum_grad, sum_product]))
         counts = torch.full((get_world_size(),), x.numel() // x.shape[1], dtype=torch.int32, device=x.device)
         grad_x = torch.batch_norm_backward_elemt(grad, x, mean, invstd, scale, sum_grad, sum_product, counts)
-        return grad_x, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None
+        return grad_x.view(ctx.shape), weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    """Return the memory format of a tensor: channels last or contiguous."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
-    return last if x.is_contiguous(memory_format=last) else torch.contiguous_format
+def _channels_last(x: Tensor) -> Tensor:
+    """Return [B, C, ...] with channels last in memory; [B, C, n] becomes [B, C, n, 1]."""
+    x = x.unsqueeze(3) if x.dim() == 3 else x
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:

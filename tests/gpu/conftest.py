@@ -2,15 +2,20 @@
 
 import pytest
 
-_terminal: list[pytest.TerminalReporter] = []
+
+class FailureReports:
+    """Plugin that writes the traceback of a failure when it is known, in the process that writes the results."""
+
+    def __init__(self, terminal: pytest.TerminalReporter):
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Write the traceback of a failed test."""
+        if report.failed:
+            self.terminal.write_line(f"\n{report.nodeid} ({report.when}):\n{report.longreprtext}")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Keep the reporter of the main process; workers have none."""
-    _terminal[:] = [reporter] if (reporter := config.pluginmanager.getplugin("terminalreporter")) else []
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Write the traceback of a failure."""
-    if report.failed and _terminal:
-        _terminal[0].write_line(f"\n{report.nodeid} ({report.when}):\n{report.longreprtext}")
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Register the plugin; workers have no terminal."""
+    if terminal := session.config.pluginmanager.getplugin("terminalreporter"):
+        session.config.pluginmanager.register(FailureReports(terminal))

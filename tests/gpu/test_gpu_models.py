@@ -27,6 +27,7 @@ SHAPES = {
     "clips, channels last": ((6, 45, 4, 14, 14), torch.channels_last_3d),
     "spectrograms": ((6, 64, 17, 19), torch.contiguous_format),
     "spectrograms, channels last": ((6, 64, 17, 19), torch.channels_last),
+    "sequences": ((6, 64, 323), torch.contiguous_format),
     "features": ((128, 512), torch.contiguous_format),
     "one position": ((128, 512, 1, 1), torch.contiguous_format),
 }
@@ -43,9 +44,12 @@ def test_the_fused_normalization_equals_the_plain_one(dtype: torch.dtype, parame
     weight, bias = torch.randn(2, size[1], generator=generator).to(parameters)
     expected = normalized(_GlobalNormalize, x.float(), weight.float(), bias.float(), grad.float())
     x = x.cuda().contiguous(memory_format=layout)
-    # The gradient has the other layout, as it may after a mean or a sum.
+    # The gradient is contiguous, as it may be after a mean or a sum.
     fused = normalized(_FusedGlobalNormalize, x, weight.cuda(), bias.cuda(), grad.cuda())
-    assert fused[0].is_contiguous(memory_format=layout) and fused[3].is_contiguous(memory_format=layout)
+    assert fused[0].shape == fused[3].shape == size
+    if len(size) > 3:
+        last = torch.channels_last if len(size) == 4 else torch.channels_last_3d
+        assert fused[0].is_contiguous(memory_format=last) and fused[3].is_contiguous(memory_format=last)
     dtypes = (dtype, torch.float32, torch.float32, dtype, parameters, parameters)
     for ours, theirs, result_dtype in zip(fused, expected, dtypes, strict=True):
         assert ours.dtype == result_dtype
