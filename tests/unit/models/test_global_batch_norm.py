@@ -121,7 +121,7 @@ def test_the_fused_path_equals_the_plain_one(dtype: torch.dtype, parameters: tor
     expected = normalized(_GlobalNormalize, x.float(), weight.float(), bias.float(), grad.float())
     x = x.contiguous(memory_format=LAYOUTS[layout])
     fused = normalized(_FusedGlobalNormalize, x, weight, bias, grad)
-    assert fused[0].stride() == fused[3].stride() and fused[0].shape == x.shape
+    assert fused[0].shape == x.shape and fused[0].stride(1) == 1
     dtypes = [dtype, FLOAT, FLOAT, dtype, parameters, parameters]
     for ours, theirs, result_dtype in zip(fused, expected, dtypes, strict=True):
         assert ours.dtype == result_dtype
