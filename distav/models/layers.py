@@ -61,7 +61,6 @@ class _FusedGlobalNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.shape = x.shape
         x = _channels_last(x)
         means, invstds = all_gather_rows(torch.stack(torch.batch_norm_stats(x, eps))[None]).unbind(1)
         # All ranks have the same number of elements, so counts of one give the same result. The kernel sums counts in
@@ -72,8 +71,7 @@ class _FusedGlobalNormalize(torch.autograd.Function):
         var = invstd.pow(-2).sub_(eps).clamp_min_(0)
         ctx.mark_non_differentiable(mean, var)
         # The kernels accept parameters in float32 for any input.
-        out = torch.batch_norm_elemt(x, weight.float(), bias.float(), mean, invstd, eps)
-        return out.view(ctx.shape), mean, var
+        return torch.batch_norm_elemt(x, weight.float(), bias.float(), mean, invstd, eps), mean, var
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -85,14 +83,13 @@ class _FusedGlobalNormalize(torch.autograd.Function):
         sum_grad, sum_product = all_reduce_sum_(torch.stack([sum_grad, sum_product]))
         counts = torch.full((get_world_size(),), x.numel() // x.shape[1], dtype=torch.int32, device=x.device)
         grad_x = torch.batch_norm_backward_elemt(grad, x, mean, invstd, scale, sum_grad, sum_product, counts)
-        return grad_x.view(ctx.shape), weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None
+        return grad_x, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """Return [B, C, ...] with channels last in memory; [B, C, n] becomes [B, C, n, 1]."""
-    x = x.unsqueeze(3) if x.dim() == 3 else x
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
+    """Return [B, C], [B, C, H, W] or [B, C, T, H, W] with channels last in memory."""
+    formats = {2: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats[x.dim()])
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,6 +137,8 @@ class GlobalBatchNorm(nn.Module):
         if not self.training:
             weight, bias = self.weight.float(), self.bias.float()
             return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
+        if x.dim() == 3:  # Channels last exists for four and five dimensions.
+            return self(x.unsqueeze(3)).squeeze(3)
         normalize = _FusedGlobalNormalize if x.is_cuda else _GlobalNormalize
         out, mean, var = normalize.apply(x, self.weight, self.bias, self.eps)  # pyright: ignore[reportGeneralTypeIssues]
         if _recomputing.get():

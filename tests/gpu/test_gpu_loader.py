@@ -16,7 +16,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 DATA = DataConfig(num_frames=3, frame_stride=2, frame_size=112, audio_s=0.5)
 
 
-@pytest.mark.parametrize("codec", ["mjpeg", "h264"])
+H264 = pytest.param("h264", marks=pytest.mark.xfail(reason="DALI's video decoder waits for queued work", strict=True))
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", H264])
 def test_loading_does_not_wait_for_queued_training_steps(codec: str, tmp_path: Path):
     make_shards("synthetic", tmp_path, "--train-clips=16", "--test-clips=1", f"--codec={codec}", "--short-side=160")
     device = torch.device("cuda", 0)

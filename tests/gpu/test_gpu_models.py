@@ -27,7 +27,6 @@ SHAPES = {
     "clips, channels last": ((6, 45, 4, 14, 14), torch.channels_last_3d),
     "spectrograms": ((6, 64, 17, 19), torch.contiguous_format),
     "spectrograms, channels last": ((6, 64, 17, 19), torch.channels_last),
-    "sequences": ((6, 64, 323), torch.contiguous_format),
     "features": ((128, 512), torch.contiguous_format),
     "one position": ((128, 512, 1, 1), torch.contiguous_format),
 }
