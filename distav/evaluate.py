@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distav.config.cli import add_rank_options, check_minimums, exit_with_error
+from distav.config.cli import RANK_ARGUMENTS, CommandParser, add_rank_options, check_minimums, exit_with_error
 from distav.config.errors import UserError
 from distav.config.phases import SupervisedPhase, Targets
 from distav.config.schema import Config, Device, OptimConfig, RunConfig
@@ -47,12 +47,27 @@ from distav.models.pretrained import input_config, model_config
 FROZEN_TASKS = ("knn", "linear_probe", "retrieval")
 TASKS = (*FROZEN_TASKS, "fine_tune")
 FINE_TUNE_TOWER_LR_SCALE = 0.3
+ARGUMENTS = {
+    "data.root": "SHARDS",
+    "data.label_overrides": "--labels",
+    "data.train_split": "--train-split",
+    "data.test_split": "--test-split",
+    "model.pretrained": "EXPORT",
+    "optim.global_batch": "--global-batch",
+    "optim.lr": "--lr",
+    "phases.fine_tune.epochs": "--epochs",
+    "run.name": "--out",
+    "run.root": "--out",
+    **RANK_ARGUMENTS,
+}
+"""Arguments by the setting of a run that they correspond to, for error messages."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
+        check_minimums(options, neighbors=1, batch_size=1, threads=0)
         with process_group(options.device, options.timeout_s, options.threads) as world:
             metrics = _evaluate(options, world)
             if world.is_main:
@@ -60,12 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if options.json:
                     write_atomically(options.json, (json.dumps(metrics, indent=1) + "\n").encode())
     except UserError as error:
-        return exit_with_error(error, "evaluate")
+        return exit_with_error(error, "evaluate", ARGUMENTS)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -112,7 +127,6 @@ class EmbeddedSplit:
 def _evaluate(options: argparse.Namespace, world: World) -> dict[str, Any]:
     if options.json and not options.json.absolute().parent.is_dir():
         raise UserError(f"--json={options.json}: no such directory; create it first.")
-    check_minimums(options, neighbors=1)
     shards = ShardedDataset.open(options.shards)
     if shards.multi_label:
         raise UserError(f"{shards.location} has several classes per clip; these metrics need one class per clip.")

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from distav.config import loading
-from distav.config.cli import exit_with_error
+from distav.config.cli import CommandParser, exit_with_error
 from distav.config.errors import UserError
 from distav.config.schema import Config
 from distav.distributed.signals import EXIT_INTERRUPTED, Interrupted
@@ -39,9 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="PATH", help="YAML file, such as those in configs/")
     parser.add_argument("--print-config", action="store_true", help="print all settings of the run and exit")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # Added by the launcher.

@@ -2,19 +2,78 @@
 
 import argparse
 import os
+import re
 import sys
 import time
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from distav.config.errors import UserError
+from distav.config.errors import UserError, did_you_mean, format_list
 
 
-def exit_with_error(error: UserError, program: str) -> int:
-    """Print an error message to stderr and return exit status 1."""
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that suggests the nearest name for an unknown option, value or command."""
+
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """Parse the arguments; report an unknown option before anything that is missing because of it."""
+        return super().parse_known_args(self._check_option_names(args), namespace)
+
+    def parse_known_intermixed_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """Parse the arguments as `parse_known_args`; positional arguments may follow options."""
+        return super().parse_known_intermixed_args(self._check_option_names(args), namespace)
+
+    def _check_option_names(self, args: Iterable[str] | None) -> list[str]:
+        """Return the arguments, those of the process if None, after a check of the names of their options."""
+        words = sys.argv[1:] if args is None else list(args)
+        if self._subparsers is not None:  # The parser of a command checks the options that follow the command.
+            return words
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        for word in words:
+            if word == "--":
+                break
+            name = word.partition("=")[0]
+            is_option = name.startswith("--") and " " not in name
+            if is_option and not any(option.startswith(name) for option in options):
+                self.error(f"unknown option {name}.{did_you_mean(name, options)} --help lists all options.")
+        return words
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        choices = None if action.choices is None else list(action.choices)
+        if choices is not None and value not in choices:
+            suggestion = did_you_mean(value, choices)
+            raise argparse.ArgumentError(action, f"'{value}': allowed: {format_list(choices)}.{suggestion}")
+
+
+def name_arguments(message: object, arguments: Mapping[str, str]) -> str:
+    """Return a message in which the settings of a run are replaced by the arguments that a tool sets them from.
+
+    Args:
+        message: an error, or its message.
+        arguments: argument by setting, such as `{"data.root": "SHARDS"}`.
+    """
+    text = str(message)
+    for setting, argument in arguments.items():
+        text = re.sub(rf"(?<![\w./]){re.escape(setting)}(?![\w]|\.\w)", argument, text)
+    return text
+
+
+def exit_with_error(error: UserError, program: str, arguments: Mapping[str, str] | None = None) -> int:
+    """Print an error message to stderr and return exit status 1.
+
+    Args:
+        error: the error.
+        program: name of the program.
+        arguments: argument of the program by setting, see `name_arguments`.
+    """
     if os.environ.get("RANK", "0") != "0":
         # Rank 0 prints an error that all ranks have, and the launcher then ends the other ranks. After this delay the
         # error is specific to this rank.
         time.sleep(3)
-    print(f"{program}: {error}", file=sys.stderr)
+    print(f"{program}: {name_arguments(error, arguments or {})}", file=sys.stderr)
     return 1
 
 
@@ -28,6 +87,14 @@ def check_minimums(options: argparse.Namespace, **minimums: int) -> None:
         value = getattr(options, name)
         if value < minimum:
             raise UserError(f"--{name.replace('_', '-')}={value}: allowed: {minimum} or more.")
+
+
+RANK_ARGUMENTS = {
+    "run.device": "--device",
+    "run.timeout_s": "--timeout-s",
+    "run.threads_per_rank": "--threads",
+}
+"""Options of `add_rank_options` by setting, for error messages."""
 
 
 def add_rank_options(parser: argparse.ArgumentParser, batch_size: int, action: str) -> None:

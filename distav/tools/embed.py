@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from distav.config.cli import add_rank_options, exit_with_error
+from distav.config.cli import RANK_ARGUMENTS, CommandParser, add_rank_options, check_minimums, exit_with_error
 from distav.config.errors import UserError
 from distav.data.annotations.teacher_scores import manifest_digest
 from distav.data.dataset import ShardedDataset, Split
@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
+        check_minimums(options, workers=1, batch_size=1, threads=0)
         with process_group(options.device, options.timeout_s, options.threads) as world:
             embedder = Embedder.open(options.export, world.device, options.batch_size)
             groups, digest = _open_input(options, embedder)
@@ -77,14 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if world.is_main:
                 print(f"{options.out}: {sum(group.count for group in groups)} clips embedded")
     except UserError as error:
-        return exit_with_error(error, "embed")
+        return exit_with_error(error, "embed", {"data.root": "INPUT", **RANK_ARGUMENTS})
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="embed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="embed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("export", type=Path, metavar="EXPORT", help="export directory of a run")
     add("input", metavar="INPUT", help="directory or URL of a dataset, directory of media files, or .npz file")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distav.config.cli import check_minimums
+from distav.config.cli import CommandParser, check_minimums, name_arguments
 from distav.config.errors import UserError
 from distav.data.preparation.builder import BuildConfig, build_dataset
 from distav.data.preparation.cleaning import CleaningConfig, clean_dataset
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_minimums(options, workers=1)
         return _clean(options) if options.command == "clean" else _build(options)
     except UserError as error:
-        print(f"make_shards: {error}", file=sys.stderr)
+        print(f"make_shards: {name_arguments(error, {'data.root': 'SHARDS'})}", file=sys.stderr)
         return 1
 
 
@@ -116,7 +116,7 @@ def _clip_counts(result: BuildResult) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     """Return the parser, with a command for each registered source."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="make_shards.py",
         description="Write a distav dataset: WebDataset shards with index, labels and manifest.",
         epilog=f"example: {SOURCES['videos'].example}\n\n{_EPILOG}",

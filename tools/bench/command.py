@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from distav.config.cli import CommandParser
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
 from distav.data.preparation.encoding import CODECS
@@ -176,13 +177,13 @@ _HELP = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="bench.py",
         description="Compare distav with alternative implementations and baseline methods.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (run, title, numbers) in _TIMED.items():
         command = commands.add_parser(name, help=title, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.set_defaults(run=run)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from omegaconf import OmegaConf
 
-from distav.config.cli import check_minimums, exit_with_error
+from distav.config.cli import CommandParser, check_minimums, exit_with_error, name_arguments
 from distav.config.errors import UserError
 from distav.data.dataset import ShardedDataset, Split
 from distav.evaluation.embedding import Embedder, Embeddings
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     out = options.out or options.run / "audit.html"
     try:
-        check_minimums(options, limit=0, neighbors=1, thumbnail_height=16)
+        check_minimums(options, limit=0, neighbors=1, thumbnail_height=16, batch_size=1)
         audit = _audit(options)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -47,9 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="audit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="audit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="directory of a finished run with a phase of kind: label_correction")
     add("--out", type=Path, metavar="FILE", help="page to write (RUN/audit.html)")
@@ -68,7 +66,7 @@ def _audit(options: argparse.Namespace) -> Audit:
         raise UserError(f"{run}: no report.json; specify the directory of a finished run, runs/NAME.")
     config = OmegaConf.load(run / "config.yaml")  # Not validated: the allowed keys may have changed since the run.
     report: dict[str, Any] = json.loads((run / "report.json").read_text())
-    shards = ShardedDataset.open(options.shards or config.data.root)
+    shards = _open_dataset(options.shards, config.data.root, run)
     split = shards.split(config.data.train_split)
     table = last_correction(run, report, split)
     issues = [label_issues(table), pair_issues(table)]
@@ -85,6 +83,16 @@ def _audit(options: argparse.Namespace) -> Audit:
     neighbors = [neighbors_of(embeddings, split, ranked.ids, options.neighbors) for ranked in issues]
     title = f"{config.run.name} · audit"
     return Audit(title, split, shards.classes, table, report["corrections"][-1], issues, neighbors, facts)
+
+
+def _open_dataset(specified: str, recorded: str, run: Path) -> ShardedDataset:
+    """Open the dataset that --shards specifies, or else the one that the run records."""
+    try:
+        return ShardedDataset.open(specified or recorded)
+    except UserError as error:
+        if specified:
+            raise UserError(name_arguments(error, {"data.root": "--shards"})) from None
+        raise UserError(f"{run / 'config.yaml'}: {error} If the dataset was moved, specify it with --shards.") from None
 
 
 def _embeddings(options: argparse.Namespace, split: Split) -> Embeddings:

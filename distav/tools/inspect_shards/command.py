@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distav.config.cli import check_minimums
+from distav.config.cli import CommandParser, check_minimums, name_arguments
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
 from distav.tools.inspect_shards.contact_sheet import DEFAULT_FRAMES, MAX_CLIPS, preview
@@ -21,6 +21,9 @@ from distav.tools.inspect_shards.verify import verify
 
 EXIT_FAULTY = 2
 """Exit status if the dataset is damaged or an argument is invalid."""
+
+ARGUMENTS = {"data.root": "SHARDS", "data.label_overrides": "--labels"}
+"""Arguments by the setting of a run that they correspond to, for error messages."""
 
 _EPILOG = """exit status: 0 everything that was checked is valid; 2 something is damaged or could not be decoded, or an
 argument is invalid."""
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return commands[options.command](options)
     except UserError as error:
-        print(f"inspect_shards: {error}", file=sys.stderr)
+        print(f"inspect_shards: {name_arguments(error, ARGUMENTS)}", file=sys.stderr)
     except OSError as error:
         print(f"inspect_shards: {error.filename}: {error.strerror}", file=sys.stderr)
     return EXIT_FAULTY
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="inspect_shards.py", description=__doc__, epilog=_EPILOG, formatter_class=raw)
+    parser = CommandParser(prog="inspect_shards.py", description=__doc__, epilog=_EPILOG, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add_command(name: str, description: str) -> argparse.ArgumentParser:
@@ -85,11 +88,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    check_minimums(options, limit=0)
     started, count = time.monotonic(), 0
     for fault in verify(options.root, options.labels):
         count += 1
         if count <= options.limit:
-            print(fault)
+            print(name_arguments(fault, ARGUMENTS))
     seconds = time.monotonic() - started
     if count:
         faults = "1 fault" if count == 1 else f"{count} faults"

@@ -23,7 +23,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from distav.config.cli import add_rank_options, check_minimums, exit_with_error
+from distav.config.cli import RANK_ARGUMENTS, CommandParser, add_rank_options, check_minimums, exit_with_error
 from distav.config.errors import UserError, format_list
 from distav.config.schema import DataConfig
 from distav.data.annotations.events import events_table, load_events, num_segments
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        check_minimums(options, batch_size=1)
+        check_minimums(options, batch_size=1, threads=0)
         shards = ShardedDataset.open(options.shards, cache_mib=DataConfig().cache_mib)
         prompts = read_prompts(options.prompts)
         _check_teachers(prompts, options.prompts)
@@ -71,12 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             barrier()
             run_on_main_rank(lambda: _write_events(shards, prompts, class_indices, options.out), _OUT_ADVICE)
     except UserError as error:
-        return exit_with_error(error, "pseudo_label")
+        return exit_with_error(error, "pseudo_label", {"data.root": "SHARDS", **RANK_ARGUMENTS})
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="pseudo_label.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from distav.config import loading
-from distav.config.errors import UserError, format_list
+from distav.config.errors import UserError, did_you_mean, format_list
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset
 from distav.data.files import write_atomically, write_table
@@ -231,9 +231,9 @@ def run(
         UserError: for unknown datasets or experiments, missing files, or a training that fails.
     """
     for option, names, allowed in (("--datasets", datasets, DATASETS), ("--experiments", experiments, EXPERIMENTS)):
-        unknown = set(names) - set(allowed)
-        if unknown:
-            raise UserError(f"{option}: unknown '{min(unknown)}'; allowed: {format_list(allowed)}.")
+        for name in names:
+            if name not in allowed:
+                raise UserError(f"{option}={name}: allowed: {format_list(allowed)}.{did_you_mean(name, allowed)}")
     cells = [
         (cell, methods)
         for experiment in experiments or EXPERIMENTS
