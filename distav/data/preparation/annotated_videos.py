@@ -17,7 +17,7 @@ from distav.data.pipeline.features import decode_features, read_header
 from distav.data.pipeline.reader import DecodeError
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, Features, RejectedClip
 from distav.data.preparation.media_decoding import decode_clips
-from distav.data.preparation.source import SourceInfo
+from distav.data.preparation.source import LABEL_SEPARATOR, SourceInfo
 
 YOUTUBE_ID_LENGTH = 11
 """Characters of a YouTube id; published feature files are named after it."""
@@ -206,7 +206,7 @@ class AnnotatedVideos(ABC):
         return {feature_folder.name: feature_folder.stream() for feature_folder in self.features}
 
     def _label(self, video: VideoAnnotation) -> str:
-        return ",".join(self._classes[index] for index in video.classes)
+        return LABEL_SEPARATOR.join(self._classes[index] for index in video.classes)
 
 
 def _find_file(folder: Path, candidate: ClipSource, suffixes: tuple[str, ...]) -> Path:

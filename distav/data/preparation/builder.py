@@ -33,7 +33,7 @@ from distav.data.preparation.output_dir import (
     write_rejected,
 )
 from distav.data.preparation.shard_writer import SplitWriter, sample_keys
-from distav.data.preparation.source import AnnotatedSource, Source, SourceInfo
+from distav.data.preparation.source import LABEL_SEPARATOR, AnnotatedSource, Source, SourceInfo
 
 CHUNK = 64
 """Candidates per chunk."""
@@ -127,7 +127,7 @@ def _source_info(source: Source, config: BuildConfig) -> SourceInfo:
     """
     if not isinstance(source, AnnotatedSource):
         return SourceInfo()
-    if config.encoding.clip_s != source.clip_seconds:
+    if source.clip_seconds is not None and config.encoding.clip_s != source.clip_seconds:
         raise UserError(
             f"--clip-s={config.encoding.clip_s:g}: has to be {source.clip_seconds:g}, the duration of the annotations; "
             "leave the option out."
@@ -240,7 +240,10 @@ def _noise_rates(samples: _SplitSamples, multi_label: bool) -> dict[str, float]:
 def _labels_table(samples: _SplitSamples, classes: list[str], multi_label: bool, config: BuildConfig) -> pa.Table:
     """Return the rows of labels.parquet; true labels and audio sources are stored only if noise was injected."""
     names = np.array(classes, dtype=object)
-    labels = [clip.label.split(",") for clip in samples.clips] if multi_label else names[samples.given_labels]
+    if multi_label:
+        labels = [clip.label.split(LABEL_SEPARATOR) for clip in samples.clips]
+    else:
+        labels = names[samples.given_labels]
     columns = {
         "split": [samples.name] * len(samples.clips),
         "id": np.arange(len(samples.clips)),

@@ -10,6 +10,9 @@ import numpy as np
 from distav.data.modalities import FeatureStream
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, Features
 
+LABEL_SEPARATOR = "|"
+"""Separates the classes of a candidate of a multi-label source in `ClipSource.label`."""
+
 
 class Source(Protocol):
     """A list of candidates and a method that returns the clips of each.
@@ -58,10 +61,10 @@ class AnnotatedSource(Source, Protocol):
     """A source with a list of classes, time-stamped events or features.
 
     Attributes:
-        clip_seconds: duration that the annotations refer to; clips have to be of this duration.
+        clip_seconds: duration that the annotations refer to; clips have to be of this duration. None: any duration.
     """
 
-    clip_seconds: ClassVar[float]
+    clip_seconds: ClassVar[float | None]
 
     def info(self) -> SourceInfo:
         """Return classes, events and streams."""
