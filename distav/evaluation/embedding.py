@@ -127,11 +127,11 @@ class Embedder:
         """Embed clips in memory.
 
         Args:
-            frames: [n, T, H, W, 3] uint8, or float32 from 0 to 255.
+            frames: [n, T, H, W, 3] uint8.
             audio: [n, N] float32 in [-1, 1].
 
         Raises:
-            UserError: if the network takes other shapes.
+            UserError: if the network takes other types or shapes.
         """
         sample_rate_hz, data = self.description["input"]["sample_rate_hz"], input_config(self.description)
         shape = (data.num_frames, data.frame_size, data.frame_size, 3)
@@ -140,6 +140,11 @@ class Embedder:
             raise UserError(
                 f"frames have shape {frames.shape} and audio has shape {audio.shape}; the network takes "
                 f"[n, {', '.join(map(str, shape))}] and [n, {length}], the latter at {sample_rate_hz} Hz."
+            )
+        if frames.dtype != np.uint8 or audio.dtype.kind != "f":
+            raise UserError(
+                f"frames are {frames.dtype} and audio is {audio.dtype}; the network takes uint8 from 0 to 255 and "
+                "float32 from -1 to 1."
             )
         parts: list[Embeddings] = []
         for start in range(0, len(frames), self.batch_size):

@@ -14,6 +14,7 @@ from distav.config.model import AudioConfig
 from distav.config.registry import Registry
 from distav.config.schema import DataConfig
 from distav.distributed.rng import uniform
+from distav.models.input_checks import check_audio, check_seeds
 from distav.models.layers import GlobalBatchNorm, apply_blocks
 from distav.models.vit import VIT_SIZES, TokenEncoder
 
@@ -38,6 +39,11 @@ class LogMel(nn.Module):
         self.hop = max(1, round(config.hop_ms * sample_rate_hz / 1000))
         self.num_fft = 1 << (self.window - 1).bit_length()
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def min_samples(self) -> int:
+        """Number of audio samples below which there is no spectrogram: half a window is mirrored at both ends."""
+        return self.num_fft // 2 + 1
 
     def num_frames(self, num_samples: int) -> int:
         """Return the number L of spectrogram frames for a number of audio samples."""
@@ -163,13 +169,22 @@ class AudioTower(nn.Module):
     def __init__(self, config: AudioConfig, data: DataConfig, sample_rate_hz: int, activation_checkpointing: bool):
         super().__init__()
         self.front_end = LogMel(config, sample_rate_hz)
-        num_frames = self.front_end.num_frames(round(data.audio_s * sample_rate_hz))
+        num_samples = round(data.audio_s * sample_rate_hz)
+        num_frames = self.front_end.num_frames(num_samples)
         self.net = AUDIO_TOWERS.select(config.name)(config, num_frames, activation_checkpointing)
+        self._num_samples = None if self.net.supports_segments else num_samples
         self.mask_mels, self.mask_time = config.mask_mels, config.mask_time
         self.feature_dim = self.net.feature_dim
 
     def forward(self, audio: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """Encode audio [B, N] float32 in [-1, 1] to [B, E]; `seeds` [B] int64 are those of the masks in training."""
+        """Encode audio [B, N] float32 in [-1, 1] to [B, E]; `seeds` [B] int64 are those of the masks in training.
+
+        Raises:
+            ValueError: for audio or seeds of another type or shape.
+        """
+        check_audio(audio, self.front_end.min_samples, self._num_samples)
+        if seeds is not None:
+            check_seeds(seeds, len(audio))
         mel = self.front_end(audio)
         if self.training and seeds is not None:
             mel = self._mask(mel, seeds)

@@ -16,6 +16,7 @@ from distav.config.schema import DataConfig
 from distav.models.audio_encoders import AUDIO_TOWERS, AudioTower
 from distav.models.event_parser import TokenSpec, build_parser
 from distav.models.heads import CategoryHead, Classifiers, Projection
+from distav.models.input_checks import check_audio, check_frames, check_seeds
 from distav.models.visual_encoders import VISUAL_TOWERS, VisualTower
 
 INITIAL_TEMPERATURE, MIN_TEMPERATURE = 0.07, 0.01
@@ -94,7 +95,11 @@ class AVModel(nn.Module):
             audio_categories [B, K] logits; logits, visual_logits, audio_logits [B, C]; and, if it is learned, the
             temperature of the instance loss, a scalar. With `parse`: the fields of
             `distav.models.event_parser.Parsed`.
+
+        Raises:
+            ValueError: for an input of another type or shape, or if there is no event parser.
         """
+        self._check_inputs(frames, audio, seeds, parse)
         if parse:
             return self._parse_segments(frames, audio, seeds)
         visual_features, audio_features = self.visual(frames), self.audio(audio, seeds)
@@ -113,6 +118,20 @@ class AVModel(nn.Module):
         if hasattr(self, "log_temperature"):
             outputs["temperature"] = self.log_temperature.clamp(math.log(MIN_TEMPERATURE), 0.0).exp().squeeze(0)
         return outputs
+
+    def _check_inputs(self, frames: Tensor, audio: Tensor, seeds: Tensor, parse: bool) -> None:
+        check_frames(frames)
+        check_audio(audio)
+        check_seeds(seeds, len(frames))
+        if len(audio) != len(frames):
+            raise ValueError(f"audio: {len(audio)} clips; allowed: {len(frames)}, as many as `frames` has.")
+        if parse and not self.segments:
+            raise ValueError("parse: this network has no event parser; create it with num_segments above 0.")
+        if parse and frames.shape[1] % self.segments:
+            raise ValueError(
+                f"frames: {frames.shape[1]} frames per clip; allowed: a multiple of {self.segments}, the number of "
+                "segments."
+            )
 
     def _parse_segments(self, frames: Tensor, audio: Tensor, seeds: Tensor) -> dict[str, Tensor]:
         num_clips, segment_length = len(frames), audio.shape[1] // self.segments

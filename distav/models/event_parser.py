@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distav.config.model import ParserConfig
 from distav.data.modalities import FeatureStream
+from distav.models.input_checks import check_seeds, check_stream
 from distav.models.layers import SeededDropout
 
 _DROPOUT_STREAM = 100
@@ -256,7 +257,14 @@ class FeatureParser(nn.Module):
 
         Returns:
             The fields of `Parsed`.
+
+        Raises:
+            ValueError: for a missing stream, or an input of another type or shape.
         """
+        check_seeds(seeds)
+        for stream in (*self.audio_streams, *self.visual_streams):
+            num_steps = stream.grid and stream.grid[0] * stream.grid[1]
+            check_stream(stream.name, features.get(stream.name), len(seeds), stream.dim, num_steps)
         dtype = next(self.parameters()).dtype
         audio = [features[stream.name].to(dtype) for stream in self.audio_streams]
         visual = [features[stream.name].to(dtype) for stream in self.visual_streams]

@@ -14,6 +14,7 @@ from distav.config.errors import UserError
 from distav.config.model import VisualConfig
 from distav.config.registry import Registry
 from distav.config.schema import DataConfig
+from distav.models.input_checks import check_frames
 from distav.models.layers import GlobalBatchNorm, apply_blocks, with_global_batch_norm
 from distav.models.vit import VIT_SIZES, TokenEncoder
 
@@ -154,10 +155,16 @@ class VisualTower(nn.Module):
         super().__init__()
         self.net = VISUAL_TOWERS.select(config.name)(config, data, activation_checkpointing)
         self.feature_dim = self.net.feature_dim
+        self._shape = None if self.net.supports_segments else (data.num_frames, data.frame_size, data.frame_size)
         self._moments: dict[torch.device, Tensor] = {}
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Encode frames [B, T, H, W, 3] uint8 to [B, E]."""
+        """Encode frames [B, T, H, W, 3] uint8 to [B, E].
+
+        Raises:
+            ValueError: for frames of another type or shape.
+        """
+        check_frames(frames, self._shape)
         return self.net(self._normalize(frames, next(self.net.parameters()).dtype).permute(0, 4, 1, 2, 3))
 
     def _normalize(self, frames: Tensor, dtype: torch.dtype) -> Tensor:

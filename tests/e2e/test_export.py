@@ -70,7 +70,7 @@ def test_towers_without_other_dependencies_equal_the_training_graph(finished: tu
     shutil.copytree(finished[0], run)
     generator = torch.Generator().manual_seed(0)
     inputs = {
-        "frames": torch.rand(6, 2, 16, 16, 3, generator=generator) * 255,
+        "frames": torch.randint(0, 256, (6, 2, 16, 16, 3), dtype=torch.uint8, generator=generator),
         "audio": torch.rand(6, 4000, generator=generator) * 2 - 1,
     }
     safetensors.torch.save_file(inputs, tmp_path / "inputs.safetensors")
@@ -175,10 +175,12 @@ def test_files_and_arrays_are_embedded_like_shards(
 
     np.savez(tmp_path / "wrong.npz", frames=frames[:, :1], audio=audio)
     np.savez(tmp_path / "uneven.npz", frames=frames, audio=audio[:4])
+    np.savez(tmp_path / "types.npz", frames=frames, audio=(32767 * audio).astype(np.int16))
     (tmp_path / "empty").mkdir()
     for name, message in (
         ("wrong.npz", "the network takes [n, 2, 16, 16, 3]"),
         ("uneven.npz", "`audio` (4, 4000)"),
+        ("types.npz", "frames are uint8 and audio is int16; the network takes uint8 from 0 to 255 and float32"),
         ("none.npz", "has to contain the arrays `frames` and `audio`"),
         ("empty", "contains neither the manifest.json of a dataset nor media files"),
     ):
