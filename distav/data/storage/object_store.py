@@ -46,89 +46,29 @@ def is_url(root: str | Path) -> bool:
     return "://" in str(root)
 
 
-class ObjectStore:
-    """A dataset in an object store or on a web server.
+class RemoteDirectory:
+    """Files in an object store or on a web server.
 
     Attributes:
-        url: location of the dataset.
-        manifest: content of its manifest.json.
-        cache: local cache of byte ranges.
-        folder: local directory that mirrors its tables; it depends on the manifest, so that a new version of the
-            dataset at the same URL never uses tables of an older one.
+        url: their directory.
     """
 
-    def __init__(self, url: str, cache: str = "", cache_mib: int = 0):
-        """Read the manifest and verify that the server supports byte ranges.
-
-        Args:
-            url: directory of the dataset, e.g. `s3://bucket/dataset`.
-            cache: cache directory, shared by any number of datasets; empty: the user's cache directory.
-            cache_mib: size limit of the cache in MiB; 0: cache tables only.
+    def __init__(self, url: str):
+        """Verify the URL, without a request.
 
         Raises:
-            UserError: for an unsupported URL, a package that is not installed, or a store that cannot be read.
+            UserError: for an unsupported URL.
         """
         self.url = _check_url(url)
         self._systems: dict[int, Any] = {}
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, MANIFEST)
-            self.download(MANIFEST, path)
-            self.manifest = path.read_bytes()
-        if len(self.manifest) > 1:
-            self._range(MANIFEST, 1, 1)
-        name = hashlib.sha256(f"{self.url}\n".encode() + self.manifest).hexdigest()[:32]
-        root = Path(cache).expanduser() if cache else default_cache_dir()
-        self.cache = Cache(root.absolute(), name, cache_mib << 20)
-        self.folder = self.cache.folder
 
-    def read(self, name: str, offset: int, size: int, bypass_cache: bool = False) -> bytes:
-        """Return a byte range of an object, from the cache or from the store.
-
-        Args:
-            name: the object.
-            offset, size: the byte range.
-            bypass_cache: read from the store and replace the cached bytes, because they are corrupt.
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes.
 
         Raises:
-            StorageError: if the range cannot be read after all attempts.
+            StorageError: if the store does not report it.
         """
-        cache_key = f"{name}/{offset}-{size}"
-        if bypass_cache:
-            self.cache.drop(cache_key)
-        cached = self.cache.get(cache_key)
-        if cached is not None and len(cached) == size:
-            return cached
-        content = self._range(name, offset, size)
-        self.cache.put(cache_key, content)
-        return content
-
-    def mirror(self, name: str, expected: dict[str, Any] | None) -> None:
-        """Download a table into `folder` unless it exists there; only one of several processes downloads it.
-
-        Args:
-            name: the table.
-            expected: its size and SHA-256; None if the manifest does not list it.
-
-        Raises:
-            UserError: if it cannot be read, or if the cache directory cannot be written.
-            CorruptFileError: if the table in the store differs from the manifest.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                with contextlib.suppress(CorruptFileError):
-                    if expected:
-                        return verify_file(self.folder, name, expected)
-                with self.cache.writing(name) as part:
-                    self.download(name, part)
-        except OSError as error:
-            raise UserError(
-                f"data.cache={self.cache.root}: {error.strerror or error}; set it to a writable directory on a local "
-                "disk."
-            ) from None
-        if expected:
-            verify_file(self.folder, name, expected)
+        return self._with_retries(name, lambda system: system.info(self._address(name)))["size"]
 
     def download(self, name: str, path: Path) -> None:
         """Copy an object to a file.
@@ -138,37 +78,12 @@ class ObjectStore:
         """
         self._with_retries(name, lambda system: system.get_file(self._address(name), str(path)))
 
-    def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
-        """Return the sizes of objects in bytes by name, None for missing ones; uses one listing if possible.
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """Return a byte range of a file.
 
         Raises:
-            StorageError: if the store does not report them.
+            StorageError: if it cannot be read after all attempts.
         """
-        names = list(names)
-        if self.listing is not None:
-            return {name: self.listing.get(name) for name in names}
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            return dict(zip(names, pool.map(self._size, names), strict=True))
-
-    @cached_property
-    def listing(self) -> dict[str, int] | None:
-        """Sizes of all objects of the dataset in bytes by name; None if the store does not support or allow listing."""
-        if self.url.startswith("http"):
-            return None
-        try:
-            entries = self._with_retries("", lambda system: system.ls(self.url, detail=True))
-        except StorageError:
-            return None
-        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
-
-    def _size(self, name: str) -> int | None:
-        try:
-            return self._with_retries(name, lambda system: system.info(self._address(name)))["size"]
-        except ObjectNotFoundError:
-            return None
-
-    def _range(self, name: str, offset: int, size: int) -> bytes:
-        """Return a byte range of an object from the store."""
         if size == 0:
             return b""
 
@@ -210,6 +125,119 @@ class ObjectStore:
         if process not in self._systems:
             self._systems[process] = _open_file_system(self.url)
         return self._systems[process]
+
+
+class ObjectStore(RemoteDirectory):
+    """A dataset in an object store or on a web server.
+
+    Attributes:
+        url: location of the dataset.
+        manifest: content of its manifest.json.
+        cache: local cache of byte ranges.
+        folder: local directory that mirrors its tables; it depends on the manifest, so that a new version of the
+            dataset at the same URL never uses tables of an older one.
+    """
+
+    def __init__(self, url: str, cache: str = "", cache_mib: int = 0):
+        """Read the manifest and verify that the server supports byte ranges.
+
+        Args:
+            url: directory of the dataset, e.g. `s3://bucket/dataset`.
+            cache: cache directory, shared by any number of datasets; empty: the user's cache directory.
+            cache_mib: size limit of the cache in MiB; 0: cache tables only.
+
+        Raises:
+            UserError: for an unsupported URL, a package that is not installed, or a store that cannot be read.
+        """
+        super().__init__(url)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, MANIFEST)
+            self.download(MANIFEST, path)
+            self.manifest = path.read_bytes()
+        if len(self.manifest) > 1:
+            self.read_range(MANIFEST, 1, 1)
+        name = hashlib.sha256(f"{self.url}\n".encode() + self.manifest).hexdigest()[:32]
+        root = Path(cache).expanduser() if cache else default_cache_dir()
+        self.cache = Cache(root.absolute(), name, cache_mib << 20)
+        self.folder = self.cache.folder
+
+    def read(self, name: str, offset: int, size: int, bypass_cache: bool = False) -> bytes:
+        """Return a byte range of an object, from the cache or from the store.
+
+        Args:
+            name: the object.
+            offset, size: the byte range.
+            bypass_cache: read from the store and replace the cached bytes, because they are corrupt.
+
+        Raises:
+            StorageError: if the range cannot be read after all attempts.
+        """
+        cache_key = f"{name}/{offset}-{size}"
+        if bypass_cache:
+            self.cache.drop(cache_key)
+        cached = self.cache.get(cache_key)
+        if cached is not None and len(cached) == size:
+            return cached
+        content = self.read_range(name, offset, size)
+        self.cache.put(cache_key, content)
+        return content
+
+    def mirror(self, name: str, expected: dict[str, Any] | None) -> None:
+        """Download a table into `folder` unless it exists there; only one of several processes downloads it.
+
+        Args:
+            name: the table.
+            expected: its size and SHA-256; None if the manifest does not list it.
+
+        Raises:
+            UserError: if it cannot be read, or if the cache directory cannot be written.
+            CorruptFileError: if the table in the store differs from the manifest.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                with contextlib.suppress(CorruptFileError):
+                    if expected:
+                        return verify_file(self.folder, name, expected)
+                with self.cache.writing(name) as part:
+                    self.download(name, part)
+        except OSError as error:
+            raise UserError(
+                f"data.cache={self.cache.root}: {error.strerror or error}; set it to a writable directory on a local "
+                "disk."
+            ) from None
+        if expected:
+            verify_file(self.folder, name, expected)
+
+    def sizes(self, names: Iterable[str]) -> dict[str, int | None]:
+        """Return the sizes of objects in bytes by name, None for missing ones; uses one listing if possible.
+
+        Raises:
+            StorageError: if the store does not report them.
+        """
+        names = list(names)
+        if self.listing is not None:
+            return {name: self.listing.get(name) for name in names}
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            return dict(zip(names, pool.map(self._size, names), strict=True))
+
+    @cached_property
+    def listing(self) -> dict[str, int] | None:
+        """Sizes of all objects of the dataset in bytes by name; None if the store does not support or allow listing."""
+        if self.url.startswith("http"):
+            return None
+        try:
+            entries = self._with_retries("", lambda system: system.ls(self.url, detail=True))
+        except StorageError:
+            return None
+        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
+
+    def _size(self, name: str) -> int | None:
+        try:
+            return self.size(name)
+        except ObjectNotFoundError:
+            return None
 
 
 def _check_url(url: str) -> str:

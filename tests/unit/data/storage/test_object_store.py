@@ -77,13 +77,13 @@ def batches(shards: ShardedDataset, epoch: int) -> list:
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the requested objects."""
     names: list[str] = []
-    original = object_store.ObjectStore._range
+    original = object_store.ObjectStore.read_range
 
     def request_range(self: object_store.ObjectStore, name: str, offset: int, size: int) -> bytes:
         names.append(name)
         return original(self, name, offset, size)
 
-    monkeypatch.setattr(object_store.ObjectStore, "_range", request_range)
+    monkeypatch.setattr(object_store.ObjectStore, "read_range", request_range)
     return names
 
 
