@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from distav.config.errors import UserError
+from distav.data.annotations.tables import read_utf8
 
 DURATION_S = 10
 HEADER = "Category&VideoID&Quality&StartTime&EndTime"
@@ -40,7 +41,7 @@ def read_ave(path: Path) -> AVEAnnotations:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give AVE's Annotations.txt.")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_utf8(path, str(path)).splitlines(), start=1):
         if line == HEADER:
             continue
         fields = line.split("&")

@@ -1,6 +1,5 @@
 """Label tables: given labels, tables that replace them, and true labels (for evaluation only)."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 
 from distav.config.errors import UserError, did_you_mean, format_list
+from distav.data.annotations.tables import Table, TableFormat, read_user_table
 from distav.data.dataset import ShardedDataset, Split
-from distav.data.files import check_column_names, read_table
+
+_OVERRIDES = TableFormat("key,label", (), ("key", "id", "label", "corrected_label"), others_allowed=True)
 
 
 @dataclass(frozen=True)
@@ -120,68 +120,79 @@ def _combination_labels(shards: ShardedDataset, split: Split) -> Labels:
 
 def _replace_labels(path: Path, split: Split, classes: list[str], given: np.ndarray) -> np.ndarray:
     """Return the given labels after applying a user's table; rows without a label change nothing."""
-    what = f"data.label_overrides={path}"
-    if not path.is_file():
-        raise UserError(f"{what}: no such file.")
-    try:
-        table = read_csv(path) if path.suffix == ".csv" else read_table(path)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{what} cannot be read as CSV: {str(error).splitlines()[0]}") from None
-    names = table.column_names
-    label_column = next((name for name in ("corrected_label", "label") if name in names), None)
-    if label_column is None or not {"id", "key"} & set(names):
-        raise UserError(f"{what}: needs `id` or `key`, and `label`; found: {format_list(names)}.")
-    id_column = "key" if "key" in names else "id"
-    ids = sample_ids(table.column(id_column).to_pylist(), id_column, split, what)
-    labels = table.column(label_column).to_pylist()
-    labeled = [row for row, label in enumerate(labels) if label not in (None, "")]
+    name = f"data.label_overrides={path}"
+    table = read_user_table(path, name, _OVERRIDES)
+    id_column = next((column for column in ("key", "id") if column in table.columns), None)
+    label_column = next((column for column in ("corrected_label", "label") if column in table.columns), None)
+    if id_column is None or label_column is None:
+        raise UserError(f"{name}: needs `id` or `key`, and `label`; found: {format_list(table.columns)}.")
     replaced = given.copy()
-    replaced[np.asarray(ids, dtype=np.int64)[labeled]] = class_indices([labels[row] for row in labeled], classes, path)
+    for row, sample in enumerate(sample_ids(table, id_column, split)):
+        label = table.columns[label_column][row]
+        if label not in (None, ""):
+            replaced[sample] = class_index(label, classes, table.position(row))
     return replaced
 
 
-def sample_ids(values: Sequence[Any], column: str, split: Split, what: str) -> list[int]:
+def sample_ids(table: Table, column: str, split: Split) -> list[int]:
     """Return the ids of the samples that the rows of a table refer to.
 
     Args:
-        values: keys or ids, one per row.
+        table: the table.
         column: name of the column, `key` or `id`.
         split: the split of the samples.
-        what: the table, for error messages, e.g. `data.label_overrides=labels.csv`.
 
     Raises:
-        UserError: for a sample that the split does not have, or that occurs in more than one row; rows count from 1.
+        UserError: for a sample that the split does not have, or that occurs in more than one row.
     """
+    values = table.columns[column]
     if column == "key":
         id_of = {key: sample for sample, key in enumerate(split.keys.tolist())}
         ids = [id_of.get(value) if isinstance(value, str) else None for value in values]
+        example = f"keys are {format_list(split.keys, 2)}"
     else:
-        ids = [value if isinstance(value, int) and 0 <= value < len(split) else None for value in values]
-    unknown = [value for value, sample in zip(values, ids, strict=True) if sample is None]
+        ids = [_parse_id(value, len(split)) for value in values]
+        example = f"ids are 0 to {len(split) - 1}"
+    unknown = [row for row, sample in enumerate(ids) if sample is None]
     if unknown:
+        references = [f"{values[row]} ({table.row_unit} {table.row_numbers[row]})" for row in unknown]
         raise UserError(
-            f"{what}: {len(unknown)} of {len(values)} rows refer to samples that split {split.name} of {split.root} "
-            f"does not have: {format_list(unknown, 3)}. Use a table made for this dataset."
+            f"{table.name}: split {split.name} of {split.root} does not have the samples of {len(unknown)} of "
+            f"{len(values)} rows: {format_list(references, 3)}; its {example}. Use a table made for this dataset."
         )
     rows_of: dict[int, list[int]] = {}
     known = [sample for sample in ids if sample is not None]
-    for row, sample in enumerate(known, start=1):
+    for row, sample in enumerate(known):
         rows_of.setdefault(sample, []).append(row)
     for rows in rows_of.values():
         if len(rows) > 1:
+            numbers = format_list(table.row_numbers[row] for row in rows)
             raise UserError(
-                f"{what}: {column} '{values[rows[0] - 1]}' occurs in {len(rows)} rows: {format_list(rows)}; keep one."
+                f"{table.name}: {column} '{values[rows[0]]}' occurs in {len(rows)} rows: {table.row_unit}s {numbers}; "
+                "keep one."
             )
     return known
 
 
-def read_csv(path: Path) -> pa.Table:
-    """Read a CSV table; `id` is an integer, every other column text, since a class may be named 7 or null."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        names = next(csv.reader(file), [])
-    types = {name: pa.int64() if name == "id" else pa.string() for name in names}
-    options = pyarrow.csv.ConvertOptions(column_types=types)
-    return check_column_names(pyarrow.csv.read_csv(path, convert_options=options))
+def _parse_id(value: Any, num_samples: int) -> int | None:
+    """Return an id given as a number or, in a CSV file, as text; None if no sample has it."""
+    if isinstance(value, str) and value.isascii() and value.isdecimal():
+        value = int(value) if len(value) <= 18 else None
+    return value if isinstance(value, int) and 0 <= value < num_samples else None
+
+
+def class_index(name: Any, classes: list[str], where: str) -> int:
+    """Return the index of a class by name.
+
+    Raises:
+        UserError: for an unknown class; the message begins with `where`.
+    """
+    try:
+        return classes.index(name)
+    except ValueError:
+        raise UserError(
+            f"{where}: unknown class '{name}'; allowed: {format_list(classes)}.{did_you_mean(name, classes)}"
+        ) from None
 
 
 def class_indices(names: Sequence[Any], classes: list[str], path: Path) -> np.ndarray:

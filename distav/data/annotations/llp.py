@@ -3,13 +3,13 @@
 Legend: N videos, T segments of one second, C classes.
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from distav.config.errors import UserError, did_you_mean, format_list
+from distav.data.annotations.tables import Table, TableFormat, read_csv
 from distav.data.modalities import MODALITIES
 
 DURATION_S = 10
@@ -44,52 +44,50 @@ class LLPAnnotations:
 def read_llp(folder: Path, split: str) -> LLPAnnotations:
     """Read the published annotations of a split; ignores events of videos that the split does not list.
 
+    A video with several rows has the classes of all of them.
+
     Raises:
         UserError: for an unknown split, a missing file or column, or a class or time that LLP does not have.
     """
     if split not in VIDEOS:
         raise UserError(f"split {split}: LLP has {format_list(VIDEOS)}.{did_you_mean(split, VIDEOS)}")
-    rows = _read(folder / VIDEOS[split], ("filename", "event_labels"))
-    row_of = {row["filename"]: number for number, row in enumerate(rows)}
-    weak = np.zeros((len(rows), len(CLASSES)), dtype=bool)
-    for number, row in enumerate(rows):
-        for label in row["event_labels"].split(","):
-            weak[number, _class_index(label, folder / VIDEOS[split])] = True
+    table = _read(folder / VIDEOS[split], ("filename", "event_labels"))
+    row_of: dict[str, int] = {}
+    for name in table.columns["filename"]:
+        row_of.setdefault(name, len(row_of))
+    weak = np.zeros((len(row_of), len(CLASSES)), dtype=bool)
+    for row, (name, labels) in enumerate(zip(table.columns["filename"], table.columns["event_labels"], strict=True)):
+        for label in labels.split(","):
+            weak[row_of[name], _class_index(label, table.position(row))] = True
     if split == "train":
         return LLPAnnotations(list(row_of), weak, None)
-    events = np.zeros((len(rows), len(MODALITIES), DURATION_S, len(CLASSES)), dtype=bool)
+    events = np.zeros((len(row_of), len(MODALITIES), DURATION_S, len(CLASSES)), dtype=bool)
     for modality, name in enumerate(MODALITIES):
-        path = folder / EVENTS[name]
-        for row in _read(path, ("filename", "onset", "offset", "event_labels")):
-            number = row_of.get(row["filename"])
-            start, end = _second(row["onset"], path), _second(row["offset"], path)
-            label = _class_index(row["event_labels"], path)
-            if number is not None:
-                events[number, modality, start:end, label] = True
+        table = _read(folder / EVENTS[name], ("filename", "onset", "offset", "event_labels"))
+        columns = zip(*table.columns.values(), strict=True)
+        for row, (video, onset, offset, label) in enumerate(columns):
+            where = table.position(row)
+            start, end, label_index = _second(onset, where), _second(offset, where), _class_index(label, where)
+            if video in row_of:
+                events[row_of[video], modality, start:end, label_index] = True
     return LLPAnnotations(list(row_of), weak, events)
 
 
-def _read(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+def _read(path: Path, columns: tuple[str, ...]) -> Table:
+    """Return the columns of one of LLP's files, in this order."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the directory with LLP's published CSV files.")
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        missing = set(columns) - set(reader.fieldnames or ())
-        if missing:
-            raise UserError(
-                f"{path}: column '{min(missing)}' is missing; LLP's files have the tab-separated columns "
-                f"{format_list(columns)}."
-            )
-        return list(reader)
+    table = read_csv(path, str(path), TableFormat("<TAB>".join(columns), columns, (), True, "\t"))
+    return Table(table.name, {column: table.columns[column] for column in columns}, table.row_unit, table.row_numbers)
 
 
-def _class_index(label: str, path: Path) -> int:
+def _class_index(label: str, where: str) -> int:
     if label not in CLASSES:
-        raise UserError(f"{path}: '{label}' is not a class of LLP.{did_you_mean(label, CLASSES)}")
+        raise UserError(f"{where}: '{label}' is not a class of LLP.{did_you_mean(label, CLASSES)}")
     return CLASSES.index(label)
 
 
-def _second(text: str, path: Path) -> int:
+def _second(text: str, where: str) -> int:
     if not text.isdecimal() or not 0 <= int(text) <= DURATION_S:
-        raise UserError(f"{path}: '{text}' is not a time; allowed: whole seconds from 0 to {DURATION_S}.")
+        raise UserError(f"{where}: '{text}' is not a time; allowed: whole seconds from 0 to {DURATION_S}.")
     return int(text)

@@ -10,6 +10,7 @@ import numpy as np
 
 from distav.config.errors import UserError, format_list
 from distav.data.annotations.ave import DURATION_S, AVEAnnotations, read_ave
+from distav.data.annotations.tables import read_utf8
 from distav.data.modalities import MODALITIES
 from distav.data.preparation.annotated_videos import AnnotatedVideos, VideoAnnotation
 from distav.data.preparation.encoding import Encoding
@@ -73,7 +74,7 @@ def _read_split(path: Path) -> Iterator[tuple[str, str]]:
     """Yield class and video name of each line of a split's list, which has the form of Annotations.txt."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; AVE has the files {format_list(SPLITS.values())}.")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_utf8(path, str(path)).splitlines(), start=1):
         parts = line.split("&")
         if len(parts) != 5:
             raise UserError(f"{path}, line {number}: '{line[:80]}' does not have the form of Annotations.txt.")

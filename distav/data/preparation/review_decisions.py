@@ -1,21 +1,21 @@
 """Review decisions about training clips, made by a person or by a run: tables by key."""
 
-import csv
-import io
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distav.config.errors import UserError, did_you_mean, format_list
-from distav.data.annotations.labels import load_labels
+from distav.config.errors import UserError
+from distav.data.annotations.labels import class_index, load_labels, sample_ids
+from distav.data.annotations.tables import TableFormat, read_user_table
 from distav.data.dataset import ShardedDataset, Split
-from distav.data.files import read_table
 
 PAIR_VALUES = ("mismatched", "matched", "")
+_DECISIONS = TableFormat("key,label[,pair]", ("key", "label"), ("pair",), others_allowed=True)
+_ROUNDING = 1e-6
+"""Amount by which a probability in float32 may exceed 0 or 1."""
 
 
 @dataclass(frozen=True)
@@ -60,132 +60,64 @@ def apply_decisions(
         UserError: for a missing column, or an unknown key, class or value.
     """
     given = load_labels(shards, split).given
-    reviewed, removed = given.copy(), dict[int, str]()
-    id_of_key = {str(key): sample for sample, key in enumerate(split.keys)}
+    review = ReviewResult(given, given.copy(), {})
     if labels:
-        _apply_run_table(labels, shards, split, id_of_key, min_confidence, min_correspondence, reviewed, removed)
+        _apply_run_table(review, labels, shards.classes, split, min_confidence, min_correspondence)
     if decisions:
-        _apply_decisions_table(decisions, shards, split, id_of_key, reviewed, removed)
-    return ReviewResult(given, reviewed, removed)
+        _apply_decisions_table(review, decisions, shards.classes, split)
+    return review
 
 
 def _apply_run_table(
+    review: ReviewResult,
     path: Path,
-    shards: ShardedDataset,
+    classes: list[str],
     split: Split,
-    id_of_key: dict[str, int],
     min_confidence: float,
     min_correspondence: float,
-    reviewed: np.ndarray,
-    removed: dict[int, str],
 ) -> None:
-    table = f"--labels={path}"
-    needed = ["key", "corrected_label", "confidence"]
+    """Apply the corrected labels of a run to `review`."""
+    required = ("key", "corrected_label", "confidence")
+    optional = ("correspondence",)
     if min_correspondence > 0:
-        needed.append("correspondence")
-    columns = _read_columns(path, "--labels", needed)
-    for row, sample in enumerate(_sample_ids(columns["key"], id_of_key, table, split)):
-        where = f"{table}, key '{columns['key'][row]}'"
-        label = _class_index(columns["corrected_label"][row], shards.classes, where)
-        if _parse_number(columns["confidence"][row], f"{where}: confidence") >= min_confidence:
-            reviewed[sample] = label
+        required, optional = required + optional, ()
+    table = read_user_table(path, f"--labels={path}", TableFormat(",".join(required), required, optional, True))
+    columns = table.columns
+    for row, sample in enumerate(sample_ids(table, "key", split)):
+        where = table.position(row)
+        label = class_index(columns["corrected_label"][row], classes, where)
+        if _parse_probability(columns["confidence"][row], f"{where}: confidence") >= min_confidence:
+            review.reviewed[sample] = label
         if min_correspondence > 0:
-            correspondence = _parse_number(columns["correspondence"][row], f"{where}: correspondence")
+            correspondence = _parse_probability(columns["correspondence"][row], f"{where}: correspondence")
             if correspondence < min_correspondence:
-                removed[sample] = f"correspondence {correspondence:.3f} is below {min_correspondence:g}"
+                review.removed[sample] = f"correspondence {correspondence:.3f} is below {min_correspondence:g}"
 
 
-def _apply_decisions_table(
-    path: Path,
-    shards: ShardedDataset,
-    split: Split,
-    id_of_key: dict[str, int],
-    reviewed: np.ndarray,
-    removed: dict[int, str],
-) -> None:
-    table = f"--decisions={path}"
-    columns = _read_columns(path, "--decisions", ["key", "label"])
-    for row, sample in enumerate(_sample_ids(columns["key"], id_of_key, table, split)):
-        where = f"{table}, key '{columns['key'][row]}'"
-        label = columns["label"][row]
-        pair = columns["pair"][row] if "pair" in columns else ""
+def _apply_decisions_table(review: ReviewResult, path: Path, classes: list[str], split: Split) -> None:
+    """Apply the decisions of a person to `review`."""
+    table = read_user_table(path, f"--decisions={path}", _DECISIONS)
+    columns = table.columns
+    for row, sample in enumerate(sample_ids(table, "key", split)):
+        where = table.position(row)
+        pair = columns["pair"][row] or "" if "pair" in columns else ""
         if pair not in PAIR_VALUES:
             raise UserError(f"{where}: pair '{pair}'; allowed: mismatched, matched, or empty.")
-        if label:
-            reviewed[sample] = _class_index(label, shards.classes, where)
-        removed.pop(sample, None)
+        if columns["label"][row]:
+            review.reviewed[sample] = class_index(columns["label"][row], classes, where)
+        review.removed.pop(sample, None)
         if pair == "mismatched":
-            removed[sample] = "mismatched pair"
+            review.removed[sample] = "mismatched pair"
 
 
-def _read_columns(path: Path, option: str, needed: list[str]) -> dict[str, list[str]]:
-    """Return the columns of a table as text; missing values are empty.
-
-    Raises:
-        UserError: if the file cannot be read, or if a needed column is missing.
-    """
-    where = f"{option}={path}"
-    if not path.is_file():
-        raise UserError(f"{where}: no such file.")
-    if path.suffix == ".parquet":
-        table = read_table(path)
-        columns: dict[str, list[Any]] = {name: table.column(name).to_pylist() for name in table.column_names}
-    elif path.suffix == ".csv":
-        columns = _read_csv_columns(path, where)
-    else:
-        raise UserError(f"{where}: the file name has to end in .csv or .parquet.")
-    missing = [name for name in needed if name not in columns]
-    if missing:
-        raise UserError(
-            f"{where}: column '{missing[0]}' is missing; needed: {format_list(needed)}; the table has: "
-            f"{format_list(columns)}."
-        )
-    return {name: ["" if value is None else str(value) for value in values] for name, values in columns.items()}
-
-
-def _read_csv_columns(path: Path, where: str) -> dict[str, list[Any]]:
+def _parse_probability(value: Any, where: str) -> float:
+    """Return a probability given as a number or as text; NaN if the cell is empty, or NaN in a Parquet table."""
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return math.nan
     try:
-        reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True)
-        header = next(reader, [])
-        rows = [row for row in reader if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{where}: not CSV in UTF-8 ({error}).") from None
-    for number, row in enumerate(rows, start=1):
-        if len(row) != len(header):
-            raise UserError(f"{where}, row {number}: {len(row)} cells, the header has {len(header)}.")
-    if len(set(header)) < len(header):
-        raise UserError(f"{where}: two columns have the same name: {format_list(header)}.")
-    return {name: [row[column] for row in rows] for column, name in enumerate(header)}
-
-
-def _sample_ids(keys: list[str], id_of_key: dict[str, int], where: str, split: Split) -> list[int]:
-    """Return the ids of keys.
-
-    Raises:
-        UserError: for a key that the split does not have, or that occurs twice.
-    """
-    unknown = [key for key in keys if key not in id_of_key]
-    if unknown:
-        raise UserError(
-            f"{where}: {len(unknown)} keys are not in split {split.name} of {split.root}: {format_list(unknown, 3)}; "
-            f"allowed: {format_list(split.keys, 2)}. Use a table made for this dataset."
-        )
-    repeated = [key for key, count in Counter(keys).items() if count > 1]
-    if repeated:
-        raise UserError(f"{where}: key '{repeated[0]}' occurs more than once; keep one row.")
-    return [id_of_key[key] for key in keys]
-
-
-def _class_index(name: str, classes: list[str], where: str) -> int:
-    if name not in classes:
-        raise UserError(
-            f"{where}: unknown class '{name}'; allowed: {format_list(classes)}.{did_you_mean(name, classes)}"
-        )
-    return classes.index(name)
-
-
-def _parse_number(text: str, where: str) -> float:
-    try:
-        return float(text or math.nan)
-    except ValueError:
-        raise UserError(f"{where} '{text}'; allowed: numbers from 0 to 1.") from None
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not -_ROUNDING <= number <= 1 + _ROUNDING:
+        raise UserError(f"{where} '{value}'; allowed: numbers from 0 to 1, or empty.")
+    return number

@@ -129,7 +129,7 @@ def test_errors_in_the_files_are_reported(tmp_path: Path):
         read_llp(tmp_path, "val")
     path = tmp_path / "AVVP_train.csv"
     path.write_text("filename,event_labels\nx,Dog\n")
-    with pytest.raises(UserError, match="column 'event_labels' is missing"):
+    with pytest.raises(UserError, match="line 1: the columns are separated by commas"):
         read_llp(tmp_path, "train")
     path.write_text("filename\tevent_labels\nx\tDogg\n")
     with pytest.raises(UserError, match="'Dogg' is not a class of LLP. Did you mean 'Dog'"):

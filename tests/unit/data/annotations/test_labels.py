@@ -24,7 +24,7 @@ def split(shards: ShardedDataset) -> Split:
 
 def test_override_replaces_given_labels_of_its_rows(shards: ShardedDataset, split: Split, tmp_path: Path):
     given = load_labels(shards, split).given
-    (tmp_path / "labels.csv").write_text(f"key,label\n{KEYS[0]},disc+tone\n{KEYS[1]},\n")
+    (tmp_path / "labels.csv").write_text(f'key, label\n{KEYS[0]} ,"disc+tone "\n{KEYS[1]},\n', "utf-8-sig")
     replaced = load_labels(shards, split, str(tmp_path / "labels.csv")).given
     assert shards.classes[replaced[3]] == "disc+tone"
     assert np.array_equal(np.delete(replaced, 3), np.delete(given, 3))
@@ -39,16 +39,21 @@ def test_corrected_labels_take_precedence_over_labels(shards: ShardedDataset, sp
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (f"key,label\n{KEYS[0]},disk+tone\n", r"unknown class 'disk\+tone'.*'disc\+tone'"),
-        ("id,label\n999,disc+tone\n", "1 of 1 rows refer to samples that split train of .* does not have: 999"),
-        ("key,label\nclip,disc+tone\n", "does not have: clip"),
+        (f"key,label\n{KEYS[0]},disk+tone\n", r"line 2: unknown class 'disk\+tone'.*'disc\+tone'"),
+        ("id,label\n999,disc+tone\n", r"does not have the samples of 1 of 1 rows: 999 \(line 2\); its ids are 0 to 95"),
+        ("id,label\n3,\n-1,\n1.0,\nx,\n", r"3 of 4 rows: -1 \(line 3\), 1.0 \(line 4\), x \(line 5\); its ids"),
+        ("key,label\nclip,disc+tone\n", r"rows: clip \(line 2\); its keys are train-000000000, train-000000001, "),
         ("name,label\nx,y\n", "needs `id` or `key`"),
-        ("id,label,label\n3,a,b\n", "more than one column is named 'label'"),
+        ("id,label,label\n3,a,b\n", "line 1: more than one column is named 'label'"),
+        ("id,labels\n3,a\n", "line 1: unknown column 'labels'; allowed: .*Did you mean 'label'"),
+        ("key,label,corected_label\nx,y,z\n", "Did you mean 'corrected_label'"),
+        (f"key,label\n{KEYS[0]},disc,tone\n", "line 2: 3 cells, the header has 2"),
+        (f'key,label\n{KEYS[0]},"disc+tone\n{KEYS[1]},disc+tone\n', "line 2: the quotes .* are not balanced"),
         (
             f"key,label\n{KEYS[0]},disc+tone\n{KEYS[1]},disc+tone\n{KEYS[0]},bars+tone\n{KEYS[0]},disc+tone\n",
-            f"key '{KEYS[0]}' occurs in 3 rows: 1, 3, 4; keep one",
+            f"key '{KEYS[0]}' occurs in 3 rows: lines 2, 4, 5; keep one",
         ),
-        ("id,label\n7,disc+tone\n7,disc+tone\n", "id '7' occurs in 2 rows: 1, 2; keep one"),
+        ("id,label\n7,disc+tone\n7,disc+tone\n", "id '7' occurs in 2 rows: lines 2, 3; keep one"),
     ],
 )
 def test_invalid_override_is_reported(shards: ShardedDataset, split: Split, tmp_path: Path, content: str, message: str):

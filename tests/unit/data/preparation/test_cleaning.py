@@ -204,24 +204,30 @@ RUN = {"key": [KEYS[0]], "corrected_label": ["disc+tone"], "confidence": [0.95],
 @pytest.mark.parametrize(
     ("option", "columns", "message"),
     [
-        ("--decisions", DECISIONS | {"key": ["train-99"]}, "1 keys are not in split train"),
+        ("--decisions", DECISIONS | {"key": ["train-99"]}, "rows: train-99 (line 2); its keys are train-000000000, "),
         (
             "--decisions",
             DECISIONS | {"label": ["disc+tune"]},
-            f"key '{KEYS[0]}': unknown class 'disc+tune'; allowed: bars",
+            "line 2: unknown class 'disc+tune'; allowed: bars",
         ),
         ("--decisions", DECISIONS | {"label": ["disc+tune"]}, "Did you mean 'disc+tone'"),
         ("--decisions", DECISIONS | {"pair": ["wong"]}, "pair 'wong'; allowed: mismatched, matched, or empty"),
-        ("--decisions", {"key": [KEYS[0]]}, "column 'label' is missing; needed: key, label; the table has: key"),
+        ("--decisions", {"key": [KEYS[0]]}, "column 'label' is missing; the first line has to be the header key,label"),
         (
             "--decisions",
             {name: values * 2 for name, values in DECISIONS.items()},
-            f"key '{KEYS[0]}' occurs more than once",
+            f"key '{KEYS[0]}' occurs in 2 rows: lines 2, 3; keep one",
         ),
         ("--labels", DECISIONS, "column 'corrected_label' is missing"),
         ("--labels", RUN | {"confidence": ["high"]}, "confidence 'high'; allowed: numbers"),
         ("--labels", RUN | {"corrected_label": ["dog"]}, "unknown class 'dog'"),
-        ("--labels", {**RUN, "key": ["test-000000000"]}, "1 keys are not in split train"),
+        ("--labels", RUN | {"confidence": ["nan"]}, "line 2: confidence 'nan'; allowed: numbers from 0 to 1, or empty"),
+        ("--labels", {**RUN, "key": ["test-000000000"]}, "does not have the samples of 1 of 1 rows: test-000000000"),
+        (
+            "--decisions",
+            {"key": [KEYS[0]], "label": [""], "pairs": [""]},
+            "unknown column 'pairs'; allowed: key, label",
+        ),
     ],
 )
 def test_invalid_tables_are_reported(
