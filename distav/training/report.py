@@ -139,13 +139,16 @@ def _test_entries(report: dict[str, Any], num_classes: int) -> list[tuple[str, s
 
 def _noise_entries(correction: dict[str, Any], has_signal: bool) -> list[tuple[str, str]]:
     if not has_signal:
-        return [("Noise", "not estimated: k-NN votes carry no label signal, the given labels are kept")]
+        text = "not estimated: k-NN votes carry no label signal, the given labels are kept; train for more epochs"
+        return [("Noise", text)]
     entries = []
     for name, key in (("label noise rate", "label_noise_rate"), ("pair mismatch rate", "pair_mismatch_rate")):
         rate = correction[key]
         low, high = rate["ci95_low"], rate["ci95_high"]
         estimate = "not identified" if high - low > _MAX_INTERVAL_WIDTH else _percent(rate["estimate"])
         entries.append(("Noise", f"{name} {estimate} (95 % interval {_percent(low)} to {_percent(high)})"))
+    if "warning" in correction:
+        entries.append(("Warning", correction["warning"]))
     return entries
 
 

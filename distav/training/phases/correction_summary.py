@@ -22,6 +22,9 @@ from distav.evaluation.metrics import (
 from distav.noise.label_correction import Correction
 from distav.training.run import Run
 
+MIN_CHANGE_CONFIDENCE = 0.8
+"""Mean confidence of the changed labels below which a correction counts as unreliable."""
+
 
 @dataclass(frozen=True)
 class CorrectionResult:
@@ -71,11 +74,13 @@ def _gather(values: Tensor) -> np.ndarray:
 def build_summary(name: str, labels: Labels, correction: Correction, result: CorrectionResult) -> dict[str, Any]:
     """Return the entry of a correction in report.json, with metrics against the ground truth of the dataset."""
     class_rates = zip(labels.classes, correction.class_rates, strict=True) if correction.has_signal else ()
+    changed = result.corrected != labels.given
     summary: dict[str, Any] = {
         "phase": name,
         "log_likelihood_gain": round(correction.log_likelihood_gain, 1),
         "selected_votes": correction.selected_votes,
-        "changed_fraction": float((result.corrected != labels.given).mean()),
+        "changed_fraction": float(changed.mean()),
+        "changed_confidence": float(result.confidence[changed].mean()) if changed.any() else None,
         "label_noise_rate": correction.label_rate.as_dict(),
         "label_noise_rate_by_class": {label: rate.as_dict() for label, rate in class_rates},
         "pair_mismatch_rate": correction.pair_rate.as_dict(),
@@ -92,7 +97,35 @@ def build_summary(name: str, labels: Labels, correction: Correction, result: Cor
         }
         if labels.true is not None:
             summary["noise_confusion"] = confusion(*_noise_kinds(labels, mismatched, result), NOISE_KINDS)
+    if warning := correction_warning(summary):
+        summary["warning"] = warning
     return summary
+
+
+def correction_warning(summary: dict[str, Any]) -> str | None:
+    """Return what makes a correction unreliable and what to do, or None.
+
+    Args:
+        summary: entry of the correction in report.json.
+    """
+    confidence, accuracy = summary["changed_confidence"], summary.get("label_accuracy")
+    findings: list[str] = []
+    if accuracy and accuracy["corrected"] < accuracy["given"]:
+        findings.append(
+            f"the corrected labels are less accurate ({accuracy['corrected']:.1%}) than the given labels "
+            f"({accuracy['given']:.1%})"
+        )
+    if confidence is not None and confidence < MIN_CHANGE_CONFIDENCE:
+        findings.append(
+            f"the changed labels have a mean confidence of {confidence:.0%}: about {1 - confidence:.0%} of the changes "
+            "are probably wrong"
+        )
+    if not findings:
+        return None
+    return (
+        f"{'; '.join(findings)}. The features do not separate the classes well enough. Train the phases before this "
+        "correction for more epochs; to use its labels, select by the column `confidence`."
+    )
 
 
 def _noise_kinds(labels: Labels, mismatched: np.ndarray, result: CorrectionResult) -> tuple[np.ndarray, np.ndarray]:
@@ -147,6 +180,8 @@ def log_correction(
     run.logger.confusion("labels/given_vs_corrected", labels.given, result.corrected, labels.classes, step)
     run.logger.histogram("labels/confidence", torch.from_numpy(np.ascontiguousarray(result.confidence)), step)
     run.logger.info(_log_line(summary, correction.has_signal, min_gain))
+    if "warning" in summary and run.world.is_main:
+        run.logger.warn(f"phase={summary['phase']} warning: {summary['warning']}")
 
 
 def _log_line(summary: dict[str, Any], has_signal: bool, min_gain: float) -> str:
@@ -154,7 +189,9 @@ def _log_line(summary: dict[str, Any], has_signal: bool, min_gain: float) -> str
         return (
             f"phase={summary['phase']} k-NN votes carry no label signal (log-likelihood gain "
             f"{summary['log_likelihood_gain']:.1f} nats, threshold {min_gain}); keeping the given labels. The next "
-            "supervised phase will use generalized cross-entropy."
+            "supervised phase will use generalized cross-entropy. The neighbors of a clip predict its label no better "
+            "than the class frequencies do: train the phases before this correction for more epochs, or check that "
+            "the classes can be recognized in these clips."
         )
     accuracy, rate = summary.get("label_accuracy"), summary["label_noise_rate"]
     improvement = f" (accuracy {accuracy['given']:.1%} -> {accuracy['corrected']:.1%})" if accuracy else ""

@@ -9,7 +9,12 @@ import torch
 from distav.data.annotations.labels import Labels
 from distav.noise.label_correction import Correction, identity_correction
 from distav.noise.noise_rate import RateEstimate
-from distav.training.phases.correction_summary import CorrectionResult, build_summary, calibration_error
+from distav.training.phases.correction_summary import (
+    CorrectionResult,
+    build_summary,
+    calibration_error,
+    correction_warning,
+)
 
 GIVEN, TRUE, PAIR_ID = np.array([0, 1, 1, 0]), np.array([0, 1, 0, 1]), np.array([0, 2, 1, 3])
 
@@ -42,6 +47,10 @@ def test_summary_with_ground_truth():
     summary = build_summary("correction", labels, make_correction(has_signal=True), RESULT)
     assert summary["phase"] == "correction" and summary["selected_votes"] == {"visual": "towers"}
     assert summary["log_likelihood_gain"] == 12.3 and summary["changed_fraction"] == 0.25
+    assert summary["changed_confidence"] == pytest.approx(0.7)
+    assert summary["warning"].startswith(
+        "the changed labels have a mean confidence of 70%: about 30% of the changes are probably wrong."
+    )
     assert summary["label_noise_rate"] == {"estimate": 0.5, "ci95_low": 0.4, "ci95_high": 0.6}
     rates = summary["label_noise_rate_by_class"]
     assert {label: rate["estimate"] for label, rate in rates.items()} == {"a": 0.1, "b": 0.2}
@@ -62,7 +71,29 @@ def test_summary_without_ground_truth_and_without_signal():
     labels, result = Labels(["a", "b"], GIVEN), replace(RESULT, corrected=GIVEN, calibration_errors={})
     summary = build_summary("correction", labels, make_correction(has_signal=False), result)
     assert summary["changed_fraction"] == 0 and summary["label_noise_rate_by_class"] == {}
-    assert summary.keys().isdisjoint({"label_accuracy", "pair_auroc", "noise_confusion"})
+    assert summary["changed_confidence"] is None
+    assert summary.keys().isdisjoint({"warning", "label_accuracy", "pair_auroc", "noise_confusion"})
+
+
+@pytest.mark.parametrize(
+    ("confidence", "accuracy", "parts"),
+    [
+        (0.95, {"given": 0.6, "corrected": 0.9}, ()),
+        (0.95, None, ()),
+        (None, {"given": 0.6, "corrected": 0.6}, ()),
+        (0.95, {"given": 0.6, "corrected": 0.41}, ("less accurate (41.0%) than the given labels (60.0%)",)),
+        (0.66, None, ("mean confidence of 66%: about 34% of the changes",)),
+        (0.5, {"given": 0.6, "corrected": 0.5}, ("less accurate (50.0%)", "about 50% of the changes")),
+    ],
+)
+def test_an_unreliable_correction_is_reported(
+    confidence: float | None, accuracy: dict[str, float] | None, parts: tuple[str, ...]
+):
+    summary = {"changed_confidence": confidence} | ({"label_accuracy": accuracy} if accuracy else {})
+    warning = correction_warning(summary)
+    assert (warning is not None) == bool(parts)
+    for part in (*parts, "Train the phases before this correction for more epochs") if parts else ():
+        assert part in str(warning)
 
 
 def test_calibration_error_is_computed_from_the_confidences():

@@ -65,8 +65,14 @@ def test_summary_without_ground_truth_reports_the_changed_labels_and_quarantined
 def test_summary_without_a_label_signal_reports_no_noise_rates():
     content = report(corrections=[correction(rate(0.5, 0.1, 0.9), rate(0.2, 0.1, 0.3))])
     summary = format_summary(content, FOLDER, 5, has_signal=False)
-    assert "  Noise:      not estimated: k-NN votes carry no label signal, the given labels are kept\n" in summary
+    assert "  Noise:      not estimated: k-NN votes carry no label signal, the given labels are kept; train" in summary
     assert "rate" not in summary
+
+
+def test_summary_repeats_the_warning_of_the_last_correction():
+    last = correction(rate(0.4, 0.3, 0.5), rate(0.2, 0.1, 0.3)) | {"warning": "the changed labels are doubtful."}
+    summary = format_summary(report(corrections=[last]), FOLDER, 5, has_signal=True)
+    assert "  Warning:    the changed labels are doubtful.\n" in summary
 
 
 def test_summary_of_event_parsing():
