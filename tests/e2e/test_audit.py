@@ -162,6 +162,38 @@ def test_filters_select_by_class_and_probability(browser: Browser, page_file: Pa
     assert not messages
 
 
+@pytest.mark.parametrize("has_signal", [True, False])
+def test_a_page_without_issues_says_why_and_what_to_do(
+    has_signal: bool, browser: Browser, page_file: Path, tiny_shards: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    run = tmp_path / "run"
+    shutil.copytree(page_file.parent, run)
+    report = json.loads((run / "report.json").read_text())
+    correction = report["corrections"][-1]
+    interval = {"estimate": 0.0, "ci95_low": 0.0, "ci95_high": 0.1}
+    rates = dict.fromkeys(ShardedDataset.open(tiny_shards).classes, interval) if has_signal else {}
+    correction["label_noise_rate_by_class"] = rates
+    (run / "report.json").write_text(json.dumps(report))
+    path = run / "labels" / f"{correction['phase']}.parquet"
+    table = pq.read_table(path)
+    columns = {"knn_label": table.column("given_label"), "correspondence": [np.ones(len(table), np.float32)]}
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, values)
+    write_table(path, table)
+    assert main([str(run), "--shards", str(tiny_shards)]) == 0
+    printed = capsys.readouterr().out
+    page, messages = open_page(browser, run / "audit.html")
+    texts = [page.locator("#detail").inner_text()]
+    page.keyboard.press("2")
+    texts.append(page.locator("#detail").inner_text())
+    if has_signal:
+        assert texts[0].startswith("No label issues") and texts[1].startswith("No pair issues")
+    else:
+        assert texts[0] == texts[1] and "no label signal" in texts[0] and "Train with more epochs" in texts[0]
+    assert all(text in printed for text in texts) and not messages
+
+
 def test_ten_thousand_issues_scroll_quickly_and_names_are_not_markup(
     browser: Browser, page_file: Path, tiny_shards: Path, tmp_path: Path
 ):

@@ -23,7 +23,7 @@ from distav.config.cli import CommandParser, check_minimums, exit_with_error, na
 from distav.config.errors import UserError
 from distav.data.dataset import ShardedDataset, Split
 from distav.evaluation.embedding import Embedder, Embeddings
-from distav.tools.audit.issues import label_issues, last_correction, neighbors_of, pair_issues
+from distav.tools.audit.issues import describe_no_issues, label_issues, last_correction, neighbors_of, pair_issues
 from distav.tools.audit.page import Audit, write_page
 
 
@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_with_error(error, "audit")
     counts = ", ".join(f"{len(issues.ids)} {issues.kind} issues" for issues in audit.issues)
     print(f"{out}: {counts}, {len(audit.clip_ids())} clips, {out.stat().st_size / 2**20:.1f} MiB; open it in a browser")
+    has_signal = bool(audit.correction["label_noise_rate_by_class"])
+    empty = [issues.kind for issues in audit.issues if not issues.total]
+    for text in dict.fromkeys(describe_no_issues(kind, has_signal) for kind in empty):
+        print(text)
     return 0
 
 

@@ -75,6 +75,31 @@ def pair_issues(table: pa.Table) -> Issues:
     return rank_issues("pair", 1 - correspondence, correspondence < MISMATCH_THRESHOLD)
 
 
+def describe_no_issues(kind: str, has_signal: bool) -> str:
+    """Return why a page lists no issues of a type, and what to do.
+
+    Args:
+        kind: `label` or `pair`.
+        has_signal: whether the last correction found a label signal; without one, it leaves labels and pairs unchanged.
+    """
+    if not has_signal:
+        return (
+            "The last label correction of this run found no label signal: the nearest neighbors of a clip predict its "
+            "label no better than the class frequencies do. It left all labels and pairs unchanged, so there is "
+            "nothing to review. Train with more epochs (phases.NAME.epochs) under another run.name, and run audit.py "
+            "on that run."
+        )
+    if kind == "label":
+        return (
+            "No label issues: the held-out votes of the last label correction agree with every given label. No action "
+            "is needed."
+        )
+    return (
+        f"No pair issues: every clip has a correspondence probability of {MISMATCH_THRESHOLD:g} or more. No action is "
+        "needed."
+    )
+
+
 def last_correction(run: Path, report: dict[str, Any], split: Split) -> pa.Table:
     """Return the labels table of a run's last label correction.
 

@@ -108,9 +108,13 @@ function select(index) {
   drawDetail();
 }
 
+function emptyText() {
+  return data.totals[view] ? "Nothing to show: no issue matches the filters." : data.no_issues[view];
+}
+
 function drawDetail() {
   const pane = $("#detail");
-  if (selected < 0) return pane.replaceChildren(make("p", { className: "dim", textContent: "Nothing to show: there are no issues, or none match the filters." }));
+  if (selected < 0) return pane.replaceChildren(make("p", { className: "dim", textContent: emptyText() }));
   const issue = shown[selected], clip = issues.clip[issue], isLabel = issues.kind[issue] === "label";
   const given = classes[clips.given_label[clip]], proposed = classes[clips.knn_label[clip]];
   const question = isLabel

@@ -18,7 +18,7 @@ from distav.data.dataset import Split
 from distav.data.files import temporary_path
 from distav.data.pipeline.decoding import decode_clip
 from distav.data.pipeline.reader import CorruptSampleError, DecodeError, ShardReader
-from distav.tools.audit.issues import Issues
+from distav.tools.audit.issues import Issues, describe_no_issues
 from distav.tools.audit.thumbnails import encode_opus, encode_strip
 
 Neighbors = dict[str, tuple[np.ndarray, ...]]
@@ -117,6 +117,7 @@ def _page_data(audit: Audit) -> dict[str, Any]:
         "digest": _digest(audit.table),
         "classes": audit.classes,
         "totals": {issues.kind: issues.total for issues in audit.issues},
+        "no_issues": {kind: describe_no_issues(kind, bool(rates_by_class)) for kind in ("label", "pair")},
         "facts": list(audit.facts.items()),
         # Rates are estimated only if the votes carry information on the labels.
         "rates": {

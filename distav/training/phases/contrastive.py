@@ -73,8 +73,8 @@ class _CategoryMonitor:
         self.run.logger.warn(
             f"phase={self.name} category collapse: {collapse}, so the category-level loss has little effect. The "
             "instance-level loss continues, and label correction does not use categories. This may end later in the "
-            f"phase (metric categories/effective_number). If it does not, raise phases.{self.name}.category_balance_weight or category_entropy_weight, or "
-            "set category_weight=0."
+            f"phase (metric categories/effective_number). If it does not, raise phases.{self.name}."
+            "category_balance_weight or category_entropy_weight, or set category_weight=0."
         )
 
 
