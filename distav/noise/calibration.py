@@ -9,9 +9,9 @@ class c be labeled y != c with probability D(c, y). The given labels y then have
 D is uniform, 1 / (C - 1) for all other classes, unless the errors counted against the predicted classes explain the
 labels much better.
 
-Votes without class information gain nothing at any b; the more informative of two votes has the larger maximum. The
-likelihood therefore selects features, neighborhoods and temperatures, calibrates the selected vote and estimates
-the noise rate, without true labels.
+A vote that carries no information on the class gains no likelihood over the class frequencies, whatever b is; the more
+informative of two votes has the larger maximum. The likelihood therefore selects features, neighborhoods and
+temperatures, calibrates the selected vote and estimates the noise rate, without true labels.
 Legend: N samples, n samples of this rank, t samples of a tile, C classes, R rates, S inverse temperatures, M members of
 the ensemble.
 """
