@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class EncodedClip:
         start_s: position in the source.
         width, height: stored size in pixels; 0 for features.
         members: offset, size in bytes and CRC-32 of each member.
+        repairs: what was done to a damaged or incomplete source.
     """
 
     file: str
@@ -76,6 +77,7 @@ class EncodedClip:
     width: int
     height: int
     members: dict[str, tuple[int, int, int]]
+    repairs: list[str] = field(default_factory=list[str])
 
     def read_member(self, name: str, folder: Path) -> bytes:
         """Return the content of a member.
@@ -191,6 +193,7 @@ def _encode_chunk(
     rejected: list[dict[str, Any]] = []
     with open(work_dir / file_name, "xb") as file:
         for position, candidate in enumerate(candidates):
+            first_clip = len(encoded)
             try:
                 if position in crashing:
                     raise RejectedClip("not decodable: the decoder crashed")
@@ -210,9 +213,11 @@ def _encode_chunk(
                             width=width,
                             height=height,
                             members=members,
+                            repairs=list(clip.repairs),
                         )
                     )
             except RejectedClip as reason:
+                del encoded[first_clip:]
                 rejected.append(
                     {
                         "path": candidate.source,

@@ -28,7 +28,7 @@ class ClipSource:
 
     Attributes:
         source: path or name, written to the index.
-        label: its class; for multi-label sources all of its classes, separated by commas.
+        label: its class; for multi-label sources all of its classes, separated by `source.LABEL_SEPARATOR`.
         split: name of its split.
         start_s, end_s: interval in seconds; None: to the end of the file.
         detail: anything else that the source needs to make the clip.
@@ -50,11 +50,13 @@ class Clip:
         frames: [T, H, W, 3] uint8 at the frame rate of the dataset.
         waveform: [N] float32 in [-1, 1], mono, at the sample rate of the dataset.
         start_s: position in the source.
+        repairs: what was done to a damaged or incomplete source.
     """
 
     frames: np.ndarray
     waveform: np.ndarray
     start_s: float = 0.0
+    repairs: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -77,11 +79,13 @@ class Features:
         streams: [steps, dim] float16 or float32 by name of the stream.
         start_s: position in the source.
         size: height and width in pixels; 0 for features.
+        repairs: what was done to a damaged or incomplete source.
     """
 
     streams: dict[str, np.ndarray]
     start_s: float = 0.0
     size: tuple[int, int] = (0, 0)
+    repairs: tuple[str, ...] = ()
 
     def members(self, encoding: "Encoding") -> dict[str, bytes]:
         """Return the encoded members of the sample by name; the encoding of clips is not used."""

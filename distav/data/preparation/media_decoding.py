@@ -1,137 +1,168 @@
-"""Decoding of media files into clips, in all containers and codecs that FFmpeg reads, by PyAV."""
+"""Cutting of media files into clips, in all containers and codecs that FFmpeg reads, by PyAV.
+
+Video and audio are cut at the same times by one clock: clip k of a file covers the seconds from k * clip_s to
+(k + 1) * clip_s. Its frame i is the one that is displayed in the middle of the i-th frame interval, and its samples are
+those of its seconds. A clip is yielded as soon as it is complete, so that memory does not depend on the length of the
+file.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-import av
 import av.error
 import numpy as np
-from av.audio.resampler import AudioResampler
-from av.container import InputContainer
-from av.stream import Disposition
-from av.video.frame import VideoFrame
 
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
+from distav.data.preparation.media_audio import AudioTrack
+from distav.data.preparation.media_video import VideoTrack
 
+MAX_MISSING = 0.1
+"""Fraction of a clip that may be missing at the end of a stream; it is filled with the last frame and silence."""
+_MIN_TOLERANCE_S = 0.1
+"""The same in seconds at least: audio codecs drop or delay some milliseconds."""
+_MAX_HOLE = 0.5
+"""Fraction of a clip in which neither stream may have content."""
+_MIN_USABLE = 0.5
+"""Fraction of the declared duration that has to be decodable."""
+_MIN_REPORTED_S = 0.02
 _MEDIA_SIGNATURES = (b"ftyp", b"RIFF", b"\x1aE\xdf\xa3", b"OggS", b"FLV", b"\x00\x00\x01\xba", b"moov", b"mdat")
 
 
-def decode_clips(path: Path, candidate: ClipSource, encoding: Encoding) -> Iterator[Clip]:
+def decode_clips(path: Path, candidate: ClipSource, encoding: Encoding, audio: Path | None = None) -> Iterator[Clip]:
     """Cut a file, or an interval of it, into consecutive clips.
 
+    Args:
+        path: the file.
+        candidate: interval and name of the file.
+        encoding: rates, size and duration of the clips.
+        audio: file of the audio, which starts at the same time; None: the audio is in `path`.
+
     Raises:
-        RejectedClip: if the file is missing, truncated, not a video, without video or audio stream, or too short.
+        RejectedClip: if the file is missing, truncated, not a video, without video or audio stream, too short, or
+            mostly damaged; clips that were yielded before are then not to be used either.
     """
     if not path.is_file():
         raise RejectedClip("missing: no such file")
     try:
-        with av.open(str(path)) as container:
-            frames = _decode_video(container, candidate, encoding)
-        with av.open(str(path)) as container:
-            waveform = _decode_audio(container, candidate, encoding)
+        cutter = _Cutter(path, candidate, encoding, audio)
+        try:
+            yield from cutter.clips()
+        finally:
+            cutter.close()
+    except RejectedClip:
+        raise
+    except MemoryError:
+        raise RejectedClip("too large: not enough memory to decode a frame") from None
     except (av.error.FFmpegError, ValueError, OSError) as error:
         raise RejectedClip(f"{_classify_damage(path)}: {getattr(error, 'strerror', None) or error}") from None
-    duration_s = min(len(frames) / encoding.fps, len(waveform) / encoding.sample_rate_hz)
-    count = int(duration_s / encoding.clip_s + 1e-6)
-    if (
-        not count
-        and (len(waveform) + 1) / encoding.sample_rate_hz > encoding.clip_s - 0.1
-        and len(frames) >= encoding.num_frames
-    ):
-        count = 1  # Audio codecs drop or delay some milliseconds; they are padded below.
-    if not count:
-        raise RejectedClip(f"too short: {duration_s:.2f} s of video and audio, a clip has {encoding.clip_s:g} s")
-    for index in range(count):
-        first_frame, first_sample = index * encoding.num_frames, index * encoding.num_audio_samples
-        segment = waveform[first_sample : first_sample + encoding.num_audio_samples]
-        yield Clip(
-            frames[first_frame : first_frame + encoding.num_frames],
-            np.pad(segment, (0, encoding.num_audio_samples - len(segment))),
-            candidate.start_s + index * encoding.clip_s,
-        )
+    except Exception as error:  # noqa: BLE001  # A failure of one file must not end the command.
+        raise RejectedClip(f"not decodable: {type(error).__name__}: {error}") from None
 
 
-def _decode_video(container: InputContainer, candidate: ClipSource, encoding: Encoding) -> np.ndarray:
-    """Return the frames of the interval at the frame rate and size of the dataset, [T, H, W, 3] uint8."""
-    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-    if not streams:
-        raise RejectedClip("no video: the file has no video stream")
-    stream = streams[0]
-    stream.thread_type = "AUTO"
-    stream.codec_context.thread_count = 1
-    if candidate.start_s > 1:
-        container.seek(int((candidate.start_s - 1) * av.time_base))
-    origin = (container.start_time or 0) / av.time_base
-    kept: list[np.ndarray] = []
-    current: VideoFrame | None = None
-    last_s = -1.0
-    step = 1 / float(stream.average_rate or stream.guessed_rate or encoding.fps)
-    for frame in container.decode(stream):
-        now = (frame.time if frame.time is not None else last_s + step) - origin
-        last_s = now
-        # The frame at each sampled time is the latest one that starts at or before it.
-        while current is not None and (sample_s := candidate.start_s + len(kept) / encoding.fps) < now - 1e-6:
-            if candidate.end_s is not None and sample_s >= candidate.end_s - 1e-6:
+class _Cutter:
+    """Reads both streams of a file in step, one clip at a time."""
+
+    def __init__(self, path: Path, candidate: ClipSource, encoding: Encoding, audio: Path | None):
+        self.candidate, self.encoding = candidate, encoding
+        self.video = VideoTrack(path, candidate.start_s)
+        try:
+            self.audio = AudioTrack(audio or path, candidate.start_s, encoding.sample_rate_hz)
+        except BaseException:
+            self.video.close()
+            raise
+        if audio is None:
+            self.audio.timeline = self.video.timeline
+        self.tolerance_s = max(_MIN_TOLERANCE_S, MAX_MISSING * encoding.clip_s)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.video.close()
+        self.audio.close()
+
+    def clips(self) -> Iterator[Clip]:
+        """Yield the clips whose seconds both streams cover."""
+        index = num_clips = 0
+        while True:
+            start_s = self.candidate.start_s + index * self.encoding.clip_s
+            clip, resume_s = self._clip(start_s)
+            if resume_s is None:
                 break
-            kept.append(_resize(current, encoding))
-        current = frame
-        if candidate.end_s is not None and now >= candidate.end_s:
-            break
-    if current is None:
-        raise RejectedClip("truncated: no frame could be decoded")
-    end_s = last_s + step
-    stop_s = min(end_s, candidate.end_s) if candidate.end_s is not None else end_s
-    while candidate.start_s + len(kept) / encoding.fps < stop_s - 1e-6:
-        kept.append(_resize(current, encoding))
-    declared_s = float(container.duration or 0) / av.time_base
-    expected_s = min(declared_s, candidate.end_s) if candidate.end_s is not None else declared_s
-    if stream.frames > 1 and stream.average_rate:
-        declared_s = max(0.0, min(declared_s, stream.frames / float(stream.average_rate)))
-        expected_s = min(expected_s, declared_s)
-    if end_s < expected_s - max(0.5, 2 * step):
-        raise RejectedClip(f"truncated: {expected_s:.2f} s declared, {end_s:.2f} s decoded")
-    if not kept:
-        raise RejectedClip(
-            f"too short: the interval starts at {candidate.start_s:g} s, the video ends at {end_s:.2f} s"
-        )
-    return np.stack(kept)
+            if clip is not None:
+                num_clips += 1
+                yield clip
+            index = max(index + 1, int((resume_s - self.candidate.start_s) / self.encoding.clip_s + 1e-6))
+        self._check_end(num_clips)
 
+    def _clip(self, start_s: float) -> tuple[Clip | None, float | None]:
+        """Return the clip that starts at a time, and the time at which to continue.
 
-def _resize(frame: VideoFrame, encoding: Encoding) -> np.ndarray:
-    """Return a frame [H, W, 3] uint8 in the stored size, upright."""
-    quarter_turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    width, height = encoding.size_of(frame.width, frame.height)
-    image = frame.reformat(width, height, format="rgb24", interpolation="AREA").to_ndarray()
-    return np.rot90(image, quarter_turns) if quarter_turns else image
+        The clip is None in a hole of both streams, and both are None at the end of one.
+        """
+        encoding, video, audio = self.encoding, self.video, self.audio
+        before = video.damaged, audio.damaged, audio.format_changes
+        times = start_s + (np.arange(encoding.num_frames) + 0.5) / encoding.fps
+        shown = [video.frame_at(time_s) for time_s in self._within(times)]
+        first_sample = round(start_s * encoding.sample_rate_hz)
+        waveform, present = audio.read(first_sample, encoding.num_audio_samples)
+        end_s, complete_s = self._end_s(), start_s + encoding.clip_s
+        if end_s is not None and end_s < complete_s - self.tolerance_s:
+            return None, None
+        if self.candidate.end_s is not None:
+            kept = round(self.candidate.end_s * encoding.sample_rate_hz) - first_sample
+            waveform[max(0, kept) :] = 0
+        held = np.array([age_s for _, age_s in shown]) > video.hole_s
+        silent = ~present[((np.arange(encoding.num_frames) + 0.5) / encoding.num_frames * len(present)).astype(int)]
+        if (held & silent).mean() > _MAX_HOLE:
+            starts = [time_s for time_s in (video.next_s, audio.next_start_s()) if time_s is not None]
+            return None, max(complete_s, min(starts, default=complete_s))
+        frames = video.images([frame for frame, _ in shown], encoding)
+        repairs = self._repairs(before, present, held, complete_s)
+        return Clip(frames, waveform, start_s, tuple(repairs)), complete_s
 
+    def _within(self, times: np.ndarray) -> list[float]:
+        """Return times, limited to the interval."""
+        end_s = self.candidate.end_s
+        return (times if end_s is None else np.minimum(times, end_s - 1e-3)).tolist()
 
-def _decode_audio(container: InputContainer, candidate: ClipSource, encoding: Encoding) -> np.ndarray:
-    """Return the mono waveform of the interval at the sample rate of the dataset, [N] float32."""
-    if not container.streams.audio:
-        raise RejectedClip("no audio: the file has no audio stream")
-    stream = container.streams.audio[0]
-    if candidate.start_s > 1:
-        container.seek(int((candidate.start_s - 1) * av.time_base))
-    resampler = AudioResampler(format="flt", layout="mono", rate=encoding.sample_rate_hz)
-    parts: list[np.ndarray] = []
-    first_s: float | None = None
-    for frame in container.decode(stream):
-        if frame.time is not None and first_s is None:
-            first_s = frame.time
-        if candidate.end_s is not None and (frame.time or 0) > candidate.end_s + 0.5:
-            break
-        parts += [resampled.to_ndarray().reshape(-1) for resampled in resampler.resample(frame)]
-    parts += [resampled.to_ndarray().reshape(-1) for resampled in resampler.resample(None)]
-    waveform = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-    if not len(waveform):
-        raise RejectedClip("no audio: no audio could be decoded")
-    rate = encoding.sample_rate_hz
-    origin = (container.start_time or 0) / av.time_base
-    lead = round(((first_s or 0.0) - origin - candidate.start_s) * rate)
-    waveform = np.pad(waveform, (lead, 0)) if lead > 0 else waveform[-lead:]
-    if candidate.end_s is not None:
-        waveform = waveform[: round((candidate.end_s - candidate.start_s) * rate)]
-    return waveform
+    def _end_s(self) -> float | None:
+        """Return the time from which on a stream has no content; None if it has not been reached."""
+        ends = [self.candidate.end_s, self.video.end_s, self.audio.end_s if self.audio.finished else None]
+        return min((end_s for end_s in ends if end_s is not None), default=None)
+
+    def _repairs(
+        self, before: tuple[int, int, int], present: np.ndarray, held: np.ndarray, complete_s: float
+    ) -> list[str]:
+        """Return what was done to a clip."""
+        repairs = []
+        for kind, damaged in (("video", self.video.damaged - before[0]), ("audio", self.audio.damaged - before[1])):
+            if damaged:
+                repairs.append(f"{kind}: {damaged} damaged packet{'s' if damaged > 1 else ''} skipped")
+        if self.audio.format_changes > before[2]:
+            repairs.append("audio: the format changes")
+        if (missing_s := float((~present).sum()) / self.encoding.sample_rate_hz) > _MIN_REPORTED_S:
+            repairs.append(f"audio: {missing_s:.2f} s missing, filled with silence")
+        past_s = complete_s - (self.video.end_s if self.video.end_s is not None else complete_s)
+        if held.any() or past_s > _MIN_REPORTED_S:
+            repairs.append(
+                f"video: {max(past_s, held.mean() * self.encoding.clip_s):.2f} s missing, filled with the last frame"
+            )
+        return repairs
+
+    def _check_end(self, num_clips: int) -> None:
+        """Reject the file if it is mostly damaged or too short.
+
+        Raises:
+            RejectedClip: with the reason.
+        """
+        start_s, limit_s = self.candidate.start_s, self.candidate.end_s
+        reached_s = self._end_s() or 0.0
+        declared_s = min(track.declared_s for track in (self.video, self.audio))
+        declared_s = declared_s if limit_s is None else min(declared_s, limit_s)
+        if reached_s - start_s < _MIN_USABLE * (declared_s - start_s) and reached_s < declared_s - 0.5:
+            raise RejectedClip(f"truncated: {declared_s:.2f} s declared, {reached_s:.2f} s decoded")
+        if not num_clips:
+            usable_s = max(0.0, reached_s - start_s)
+            raise RejectedClip(f"too short: {usable_s:.2f} s of video and audio, a clip has {self.encoding.clip_s:g} s")
 
 
 def _classify_damage(path: Path) -> str:

@@ -105,6 +105,7 @@ class SplitWriter:
             "start_s": clip.start_s,
             "duration_s": encoding.clip_s,
             **(rates if "video" in self.members else {}),
+            **({"repairs": clip.repairs} if clip.repairs else {}),
             "sha256": {extension: hashlib.sha256(content).hexdigest() for extension, content in contents.items()},
         }
 
