@@ -23,7 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distav.config.cli import RANK_ARGUMENTS, CommandParser, add_rank_options, check_minimums, exit_with_error
+from distav.config.cli import (
+    RANK_ARGUMENTS,
+    CommandParser,
+    add_rank_options,
+    check_minimums,
+    check_parent_dirs,
+    exit_with_error,
+)
 from distav.config.errors import UserError
 from distav.config.phases import SupervisedPhase, Targets
 from distav.config.schema import Config, Device, OptimConfig, RunConfig
@@ -68,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         check_minimums(options, neighbors=1, batch_size=1, threads=0)
+        check_parent_dirs(options, "json")
         with process_group(options.device, options.timeout_s, options.threads) as world:
             metrics = _evaluate(options, world)
             if world.is_main:
@@ -125,8 +133,6 @@ class EmbeddedSplit:
 
 
 def _evaluate(options: argparse.Namespace, world: World) -> dict[str, Any]:
-    if options.json and not options.json.absolute().parent.is_dir():
-        raise UserError(f"--json={options.json}: no such directory; create it first.")
     shards = ShardedDataset.open(options.shards)
     if shards.multi_label:
         raise UserError(f"{shards.location} has several classes per clip; these metrics need one class per clip.")

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from distav.config.errors import UserError, did_you_mean, format_list
@@ -38,7 +39,8 @@ class CommandParser(argparse.ArgumentParser):
             name = word.partition("=")[0]
             is_option = name.startswith("--") and " " not in name
             if is_option and not any(option.startswith(name) for option in options):
-                self.error(f"unknown option {name}.{did_you_mean(name, options)} --help lists all options.")
+                setting = f" Settings have no dashes: {word[2:]}." if "." in name else did_you_mean(name, options)
+                self.error(f"unknown option {name}.{setting} --help lists all options.")
         return words
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -87,6 +89,19 @@ def check_minimums(options: argparse.Namespace, **minimums: int) -> None:
         value = getattr(options, name)
         if value < minimum:
             raise UserError(f"--{name.replace('_', '-')}={value}: allowed: {minimum} or more.")
+
+
+def check_parent_dirs(options: argparse.Namespace, *names: str) -> None:
+    """Check that the directories of output files exist, before a command computes what it writes there.
+
+    Raises:
+        UserError: naming the option and the directory.
+    """
+    for name in names:
+        path: Path | None = getattr(options, name)
+        if path and not path.absolute().parent.is_dir():
+            option = f"--{name.replace('_', '-')}={path}"
+            raise UserError(f"{option}: the directory {path.parent} does not exist; create it first.")
 
 
 RANK_ARGUMENTS = {

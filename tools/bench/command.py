@@ -84,6 +84,8 @@ def _write_json(path: Path | None, results: dict[str, Any]) -> None:
 def _tables(options: argparse.Namespace) -> None:
     from tools.bench.markdown import write_sections
 
+    if not options.results.is_dir():
+        raise UserError(f"--results={options.results}: no such directory; it has to hold the JSON files.")
     write_sections(options.out or options.results / "README.md", options.results)
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distav.config.cli import CommandParser, check_minimums, name_arguments
+from distav.config.cli import CommandParser, check_minimums, check_parent_dirs, name_arguments
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
 from distav.tools.inspect_shards.contact_sheet import DEFAULT_FRAMES, MAX_CLIPS, preview
@@ -105,6 +105,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _stats(options: argparse.Namespace) -> int:
     check_minimums(options, clips=0, seed=0, workers=1, limit=1)
+    check_parent_dirs(options, "json")
     statistics = compute_stats(options.root, options.clips, options.seed, options.workers)
     print(format_stats(statistics, options.limit))
     if options.json:
@@ -115,6 +116,7 @@ def _stats(options: argparse.Namespace) -> int:
 
 def _preview(options: argparse.Namespace) -> int:
     check_minimums(options, clips=1, seed=0, frames=1)
+    check_parent_dirs(options, "out")
     out = options.out or Path(f"{Path(options.root).resolve().name}-{options.split}.png")
     valid = preview(
         options.root, options.split, options.clips, options.seed, options.frames, options.label, options.keys, out

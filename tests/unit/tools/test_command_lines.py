@@ -1,6 +1,7 @@
 """Suggestions of the command-line tools, and the arguments that their messages name."""
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,12 @@ MAINS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _keep_environment(monkeypatch: pytest.MonkeyPatch):
+    """Remove the variable that make_shards.py sets, which restricts webdataset in the tests that follow."""
+    monkeypatch.setenv("WDS_SECURE", os.environ.get("WDS_SECURE", "0"))
+
+
 @pytest.mark.parametrize(
     ("program", "command", "messages"),
     [
@@ -40,6 +47,7 @@ MAINS: dict[str, Callable[[list[str]], int]] = {
         ("evaluate", "a b --tasks knn fine-tune", ("--tasks: 'fine-tune'", "Did you mean 'fine_tune'?")),
         ("evaluate", "a b --epoch 3 --lrr 3", ("unknown option --lrr", "Did you mean '--lr'?")),
         ("train", "--confg a optim.lr=1", ("unknown option --confg", "Did you mean '--config'?")),
+        ("train", "--config a --optim.lr=1", ("unknown option --optim.lr. Settings have no dashes: optim.lr=1.",)),
         ("bench", "bnak", ("COMMAND: 'bnak'", "Did you mean 'bank'?")),
         ("bench", "loader --codec mjepg", ("--codec: 'mjepg'", "allowed: mjpeg, vp9, h264.", "Did you mean 'mjpeg'?")),
     ],
@@ -73,6 +81,10 @@ def test_words_that_are_no_options_are_not_checked():
         ("make_shards", "clean nope out --decisions a.csv", "make_shards: SHARDS=nope: no manifest.json found"),
         ("pseudo_label", "nope --prompts a --out b", "pseudo_label: SHARDS=nope: no manifest.json found"),
         ("evaluate", "export nope", "evaluate: SHARDS=nope: no manifest.json found"),
+        ("evaluate", "export nope --json no/a.json", "evaluate: --json=no/a.json: the directory no does not exist"),
+        ("inspect_shards", "stats nope --json no/a", "inspect_shards: --json=no/a: the directory no does not exist"),
+        ("inspect_shards", "preview nope --out no/a.png", "inspect_shards: --out=no/a.png: the directory no does not"),
+        ("bench", "tables --results nope", "bench: --results=nope: no such directory"),
     ],
 )
 def test_messages_name_the_argument(
