@@ -66,6 +66,32 @@ def test_number_of_gpu_synchronizations_in_a_step_does_not_depend_on_the_number_
     assert few == many, (few, many)
 
 
+RESTORE = """
+import torch
+from tests.helpers.engine import new_engine, step
+from distav.distributed.process_group import process_group
+
+with process_group("gpu", 60, 1) as world:
+    engine, restored = new_engine(None, "auto", 3, world), new_engine(None, "auto", 3, world)
+    for _ in range(3):
+        step(engine)
+    tensors, steps = engine.state()
+    assert steps == 3
+    read = lambda name, start, size: tensors[f"{name}/{start}"]
+    restored.restore(read, steps, ["exp_avg", "exp_avg_sq"])
+    for _ in range(2):
+        assert torch.equal(step(engine), step(restored))
+    expected = engine.full_state_dict()
+    assert all(torch.equal(values, expected[name]) for name, values in restored.full_state_dict().items())
+    (tensors, steps), (expected, _) = restored.state(), engine.state()
+    assert steps == 5 and all(torch.equal(values, expected[name]) for name, values in tensors.items())
+"""
+
+
+def test_restored_state_continues_exactly():
+    run(RESTORE)
+
+
 NCCL = """
 import faulthandler, sys, time
 from pathlib import Path

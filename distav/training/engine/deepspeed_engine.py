@@ -57,6 +57,9 @@ def deepspeed_config(config: Config, world: World) -> dict[str, Any]:
     for key, value in extra.items():
         is_section = isinstance(value, dict) and isinstance(derived.get(key), dict)
         derived[key] = {**derived[key], **value} if is_section else value
+    zero = derived["zero_optimization"]
+    if zero["stage"] == 1 and not zero.get("overlap_comm"):
+        zero.setdefault("contiguous_gradients", False)  # Copies each gradient twice, which only overlapping requires.
     return derived
 
 
@@ -120,6 +123,8 @@ class Engine:
         # This op serves inference only; building it needs a compiler and takes half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config = deepspeed_config(config, world)
+        from distav.training.engine.zero_optimizer import batch_operations
+
         deepspeed.init_distributed(dist_init_required=False)
         self.stage = int(self.config["zero_optimization"]["stage"])
         torch.manual_seed(config.run.seed)
@@ -127,7 +132,12 @@ class Engine:
         with sharded:
             model = build_model()
         optim = config.optim
-        self._adamw = _AdamW(parameter_groups(model, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2))
+        self._adamw = _AdamW(
+            parameter_groups(model, optim.weight_decay),
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            fused=world.device.type == "cuda" or None,
+        )
         self.skipped = False
         self._build_model = build_model
         self._gathered = deepspeed.zero.GatheredParameters
@@ -136,6 +146,7 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=self._adamw, config=self.config, dist_init_required=False
         )
+        batch_operations(self._optimizer)
         # DeepSpeed creates its own process group with a timeout of half an hour.
         self._engine.data_parallel_group.set_timeout(collective_timeout())
 

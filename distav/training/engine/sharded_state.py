@@ -108,7 +108,7 @@ def load_sharded_state(engine: Any, read: Callable[[str, int, int], Tensor], ste
         steps: steps of the optimizer; 0 resets its state.
         names: names of its states.
     """
-    states = engine.basic_optimizer.state
+    states, is_fused = engine.basic_optimizer.state, engine.basic_optimizer.defaults["fused"]
     if hasattr(engine.optimizer, "_partition_all_parameters"):
         engine.optimizer._partition_all_parameters()
     if not steps:
@@ -121,7 +121,7 @@ def load_sharded_state(engine: Any, read: Callable[[str, int, int], Tensor], ste
         shard.view_of(shard.master).copy_(read(f"{WEIGHT}/{shard.name}", shard.start, shard.size))
         if steps:
             state = states[shard.master]
-            state["step"] = torch.tensor(float(steps))
+            state["step"] = torch.tensor(float(steps), device=shard.master.device if is_fused else "cpu")
             for name in names:
                 values = state.setdefault(name, torch.zeros_like(shard.master))
                 shard.view_of(values).copy_(read(f"{name}/{shard.name}", shard.start, shard.size))
