@@ -30,6 +30,7 @@ from distav.config.cli import (
     check_minimums,
     check_parent_dirs,
     exit_with_error,
+    finite_float,
 )
 from distav.config.errors import UserError
 from distav.config.phases import SupervisedPhase, Targets
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=12, help="epochs of fine_tune (%(default)s)")
     add(
         "--lr",
-        type=float,
+        type=finite_float,
         default=1e-3,
         help="learning rate of the classifiers in fine_tune; the towers use this rate times "
         f"{FINE_TUNE_TOWER_LR_SCALE:g} (%(default)s)",

@@ -1,6 +1,7 @@
 """Options and error handling that the command-line tools share."""
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -79,6 +80,21 @@ def exit_with_error(error: UserError, program: str, arguments: Mapping[str, str]
     return 1
 
 
+def finite_float(text: str) -> float:
+    """Return the number that an argument gives; as `type` of an argument, which rejects nan and infinity.
+
+    Raises:
+        argparse.ArgumentTypeError: if the text is not a finite number.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}': allowed: a finite number.")
+    return value
+
+
 def check_minimums(options: argparse.Namespace, **minimums: int) -> None:
     """Check that options are not below their minimum, which is given by the name of the option.
 
@@ -124,5 +140,5 @@ def add_rank_options(parser: argparse.ArgumentParser, batch_size: int, action: s
     add("--batch-size", type=int, default=batch_size, help=f"clips {action} at a time by each rank (%(default)s)")
     add("--device", choices=("auto", "gpu", "cpu"), default="auto", help="device (%(default)s)")
     add("--threads", type=int, default=0, help="CPU threads of each rank; 0 divides the cores among the ranks")
-    add("--timeout-s", type=float, default=3600.0, help="seconds to wait for another rank (%(default)g)")
+    add("--timeout-s", type=finite_float, default=3600.0, help="seconds to wait for another rank (%(default)g)")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # Added by the launcher.

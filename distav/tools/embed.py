@@ -100,6 +100,8 @@ def _open_input(options: argparse.Namespace, embedder: Embedder) -> tuple[list[C
     path = Path(options.input).expanduser()
     if path.suffix == ".npz":
         return [_array_clips(path, embedder)], hashlib.sha256(path.read_bytes()).hexdigest()
+    if not is_url(options.input) and not path.exists():
+        raise UserError(f"INPUT={options.input}: no such file or directory.")
     if is_url(options.input) or (path / "manifest.json").is_file():
         shards = ShardedDataset.open(options.input)
     else:

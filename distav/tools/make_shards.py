@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distav.config.cli import CommandParser, check_minimums, name_arguments
+from distav.config.cli import CommandParser, check_minimums, finite_float, name_arguments
 from distav.config.errors import UserError
 from distav.data.preparation.builder import BuildConfig, build_dataset
 from distav.data.preparation.cleaning import CleaningConfig, clean_dataset
@@ -146,14 +146,19 @@ def _add_build_options(parser: argparse.ArgumentParser, default: Encoding) -> No
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="directory of the dataset")
     add("--codec", default=default.codec, help=f"{', '.join(CODECS)} (default: %(default)s)")
-    add("--fps", type=float, default=default.fps, help="frames per second (default: %(default)s)")
+    add("--fps", type=finite_float, default=default.fps, help="frames per second (default: %(default)s)")
     add(
         "--short-side",
         type=int,
         default=default.short_side,
         help="shorter side of the frames in pixels; H.264: rounded to a multiple of 16 (default: %(default)s)",
     )
-    add("--clip-s", type=float, default=default.clip_s, help="duration of a clip in seconds (default: %(default)s)")
+    add(
+        "--clip-s",
+        type=finite_float,
+        default=default.clip_s,
+        help="duration of a clip in seconds (default: %(default)s)",
+    )
     add(
         "--sample-rate",
         type=int,
@@ -168,7 +173,7 @@ def _add_build_options(parser: argparse.ArgumentParser, default: Encoding) -> No
     )
     add(
         "--correspondence-noise",
-        type=float,
+        type=finite_float,
         default=0.0,
         metavar="RATE",
         help="fraction of training clips with the audio of another clip (default: %(default)s)",
@@ -198,13 +203,13 @@ def _add_clean_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--min-confidence",
-        type=float,
+        type=finite_float,
         default=0.9,
         help="confidence from which a corrected label replaces the given label (default: %(default)s)",
     )
     add(
         "--min-correspondence",
-        type=float,
+        type=finite_float,
         default=0.0,
         help="correspondence probability below which a clip is removed (default: %(default)s)",
     )

@@ -184,6 +184,8 @@ def test_a_page_without_issues_says_why_and_what_to_do(
     assert main([str(run), "--shards", str(tiny_shards)]) == 0
     printed = capsys.readouterr().out
     page, messages = open_page(browser, run / "audit.html")
+    assert main([str(run), "--shards", str(tiny_shards), "--embeddings", "nope"]) == 1
+    assert "--embeddings=nope: no such directory" in capsys.readouterr().err
     texts = [page.locator("#detail").inner_text()]
     page.keyboard.press("2")
     texts.append(page.locator("#detail").inner_text())

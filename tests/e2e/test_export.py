@@ -182,6 +182,7 @@ def test_files_and_arrays_are_embedded_like_shards(
         ("uneven.npz", "`audio` (4, 4000)"),
         ("types.npz", "frames are uint8 and audio is int16; the network takes uint8 from 0 to 255 and float32"),
         ("none.npz", "has to contain the arrays `frames` and `audio`"),
+        ("nowhere", "nowhere: no such file or directory"),
         ("empty", "contains neither the manifest.json of a dataset nor media files"),
     ):
         assert embed([str(export), str(tmp_path / name), "--out", str(tmp_path / f"{name}.out")]) == 1

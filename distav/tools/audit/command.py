@@ -103,6 +103,10 @@ def _embeddings(options: argparse.Namespace, split: Split) -> Embeddings:
     if not options.embeddings:
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
         return Embedder.open(options.run / "export", device, options.batch_size).embed_clips(split)
+    if not options.embeddings.is_dir():
+        raise UserError(
+            f"--embeddings={options.embeddings}: no such directory; it has to be the OUT of tools/embed.py."
+        )
     tables = [pq.read_table(path) for path in sorted(options.embeddings.glob(f"{split.name}-*.parquet"))]
     keys = [key for table in tables for key in table.column("key").to_pylist()]
     if keys != split.keys.tolist():

@@ -185,6 +185,12 @@ def log_correction(
 
 
 def _log_line(summary: dict[str, Any], has_signal: bool, min_gain: float) -> str:
+    if not has_signal and not summary["selected_votes"]:
+        return (
+            f"phase={summary['phase']} keeps the given labels: a phase trained on them after a correction without "
+            "label signal, so votes in its features would reproduce wrong labels. Train the phases before the first "
+            "correction for more epochs."
+        )
     if not has_signal:
         return (
             f"phase={summary['phase']} k-NN votes carry no label signal (log-likelihood gain "

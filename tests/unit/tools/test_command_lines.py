@@ -48,6 +48,7 @@ def _keep_environment(monkeypatch: pytest.MonkeyPatch):
         ("evaluate", "a b --epoch 3 --lrr 3", ("unknown option --lrr", "Did you mean '--lr'?")),
         ("train", "--confg a optim.lr=1", ("unknown option --confg", "Did you mean '--config'?")),
         ("train", "--config a --optim.lr=1", ("unknown option --optim.lr. Settings have no dashes: optim.lr=1.",)),
+        ("make_shards", "videos a b --test-fraction nan", ("--test-fraction: 'nan': allowed: a finite number",)),
         ("bench", "bnak", ("COMMAND: 'bnak'", "Did you mean 'bank'?")),
         ("bench", "loader --codec mjepg", ("--codec: 'mjepg'", "allowed: mjpeg, vp9, h264.", "Did you mean 'mjpeg'?")),
     ],

@@ -11,6 +11,7 @@ from distav.noise.label_correction import Correction, identity_correction
 from distav.noise.noise_rate import RateEstimate
 from distav.training.phases.correction_summary import (
     CorrectionResult,
+    _log_line,
     build_summary,
     calibration_error,
     correction_warning,
@@ -73,6 +74,17 @@ def test_summary_without_ground_truth_and_without_signal():
     assert summary["changed_fraction"] == 0 and summary["label_noise_rate_by_class"] == {}
     assert summary["changed_confidence"] is None
     assert summary.keys().isdisjoint({"warning", "label_accuracy", "pair_auroc", "noise_confusion"})
+
+
+def test_log_lines_say_why_labels_are_kept():
+    summary = {"phase": "second", "log_likelihood_gain": 2.0, "selected_votes": {"visual": "towers"}}
+    line = _log_line(summary, has_signal=False, min_gain=10.0)
+    assert line.startswith(
+        "phase=second k-NN votes carry no label signal (log-likelihood gain 2.0 nats, threshold 10.0)"
+    )
+    assert "more epochs" in line
+    line = _log_line(summary | {"selected_votes": {}}, has_signal=False, min_gain=10.0)
+    assert line.startswith("phase=second keeps the given labels: a phase trained on them") and "k-NN" not in line
 
 
 @pytest.mark.parametrize(
