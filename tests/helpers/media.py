@@ -13,15 +13,18 @@ from distav.data.preparation.encoding import Clip, Encoding
 CODECS = {
     ".mp4": ("mpeg4", "aac"),
     ".mov": ("mpeg4", "aac"),
+    ".3gp": ("mpeg4", "aac"),
     ".mkv": ("mpeg4", "flac"),
     ".webm": ("libvpx", "libopus"),
-    ".avi": ("mpeg4", "mp2"),
+    ".avi": ("mpeg4", "pcm_s16le"),
     ".ts": ("mpeg2video", "mp2"),
     ".mpg": ("mpeg2video", "mp2"),
     ".flv": ("flv", "mp3"),
     ".wmv": ("wmv2", "wmav2"),
 }
 """Video and audio codec by container."""
+MP2_DELAY_S = 481 / 48000
+"""Delay by the encoder of MP2, which .ts and .mpg do not declare: beeps are late by it."""
 EVENT_S = 0.2
 """Duration of a flash and a beep."""
 BEEP_HZ = 1000
@@ -38,6 +41,7 @@ def write_media(
     every_s: float = 3.0,
     audio_seconds: float | None = None,
     frame_times: Iterable[float] | None = None,
+    dropped: Callable[[int], bool] | None = None,
     pixels: np.ndarray | None = None,
     signal: Callable[[np.ndarray], np.ndarray] | None = None,
     edit: Callable[[str, float], float | None] | None = None,
@@ -55,7 +59,8 @@ def write_media(
         layout: channels.
         every_s: distance of the events.
         audio_seconds: duration of the audio, if it differs.
-        frame_times: times of the frames, if their distances differ.
+        frame_times: times of the frames, if they are no multiples of 1 / fps.
+        dropped: function of the number of a frame that returns whether it is left out.
         pixels: [H, W, 3] uint8, shown instead of black and white.
         signal: function of times [N] that returns samples [C, N] float32, instead of the beeps.
         edit: function of `video` or `audio` and the time of a packet that returns its new time; None to drop it.
@@ -75,7 +80,9 @@ def write_media(
         audio = container.add_stream(audio_codec, rate=rate_hz, layout=layout)
         audio.bit_rate = 128_000
         packets = []
-        for time_s in np.arange(round(seconds * fps)) / fps if frame_times is None else frame_times:
+        if frame_times is None:
+            frame_times = (number / fps for number in range(round(seconds * fps)) if not (dropped and dropped(number)))
+        for time_s in frame_times:
             shade = 235 if _is_event(np.array(time_s + 1e-6), every_s) else 16
             image = pixels if pixels is not None else np.full((size[1], size[0], 3), shade, np.uint8)
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")

@@ -13,7 +13,7 @@ from distav.data.preparation.encoding import Clip, ClipSource, Encoding, Rejecte
 from distav.data.preparation.media_audio import mix_weights
 from distav.data.preparation.media_decoding import decode_clips
 from distav.data.preparation.media_video import VideoTrack
-from tests.helpers.media import CODECS, event_times, write_media
+from tests.helpers.media import CODECS, MP2_DELAY_S, event_times, write_media
 
 ENCODING = Encoding(fps=25, short_side=32, clip_s=2.0)
 
@@ -67,6 +67,42 @@ def test_no_clip_length_or_rate_moves_video_and_audio_apart(
     for time_s in whole:
         near = [min(times, key=lambda found: abs(found - time_s)) for times in (flashes, beeps)]
         assert abs(near[0] - near[1]) <= 0.5 / fps + 1e-3 and abs(near[1] - time_s) < 2e-3
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("suffix", "constant_rate"),  # MPEG-PS stores the times of some frames only and assumes a constant rate between.
+    [
+        (suffix, constant_rate)
+        for suffix in CODECS
+        for constant_rate in (True, False)
+        if constant_rate or suffix != ".mpg"
+    ],
+)
+def test_video_and_audio_stay_together_for_two_minutes(suffix: str, constant_rate: bool, tmp_path: Path):
+    """Check 120 s with six combinations of clip length and rate; the largest distances are printed."""
+
+    def dropped(number: int) -> bool:  # No frame at the start or the end of a flash.
+        return not constant_rate and number % 61 not in (0, 5) and (number * 7919) % 3 == 0
+
+    rate_hz = 44100 if suffix in (".flv", ".wmv") else 48000
+    signal_times = [1 + 2.44 * event for event in range(48)]
+    path = write_media(
+        tmp_path / f"clip{suffix}", 120.0, rate_hz=rate_hz, every_s=2.44,
+        dropped=lambda number: dropped(number - 25),
+    )  # fmt: skip
+    for clip_s, fps in ((2.0, 8), (1.5, 15), (0.96, 8), (2.0, 29.97), (3.2, 12.5), (10.0, 25)):
+        encoding = Encoding(fps=fps, short_side=32, clip_s=clip_s)
+        flashes, beeps = event_times(cut(path, encoding), encoding)
+        largest = 0.0
+        for time_s in signal_times:
+            if time_s % clip_s < clip_s - 0.3:  # not cut by the end of a clip
+                flash, beep = (min(times, key=lambda found: abs(found - time_s)) for times in (flashes, beeps))
+                largest = max(largest, abs(flash - beep + (MP2_DELAY_S if suffix in (".ts", ".mpg") else 0)))
+        print(
+            f"{suffix} clip_s={clip_s} fps={fps} constant={constant_rate}: {1000 * largest:.1f} of {500 / fps:.1f} ms"
+        )
+        assert largest <= 0.5 / fps + 1e-3
 
 
 def test_frames_at_irregular_times_are_shown_at_their_times(tmp_path: Path):
