@@ -113,6 +113,17 @@ def test_frames_at_irregular_times_are_shown_at_their_times(tmp_path: Path):
     check_events(clips, [1, 4, 7])
 
 
+@pytest.mark.parametrize("suffix", [".avi", ".mkv"])
+def test_repeated_frames_keep_their_duration(suffix: str, tmp_path: Path):
+    """In AVI, as in Theora, an empty packet repeats the previous frame."""
+
+    def dropped(number: int) -> bool:  # All frames without a change but the last.
+        return 0 < number < 199 and (number - 25) % 75 not in (0, 5)
+
+    clips = cut(write_media(tmp_path / f"clip{suffix}", 8.0, dropped=dropped))
+    check_events(clips, [1, 4, 7])
+
+
 def test_missing_audio_packets_become_silence(tmp_path: Path):
     def edit(kind: str, time_s: float) -> float | None:
         return None if kind == "audio" and 1.5 <= time_s < 3.2 else time_s
