@@ -68,7 +68,7 @@ class AudioTrack(Track):
         self._pieces: deque[tuple[int, np.ndarray]] = deque()
         """First sample and samples [2, N], the mix and the first channel, in order and without overlap."""
         self._resampler: AudioResampler | None = None
-        self._format: tuple[int, tuple[str, ...], str] | None = None
+        self._format: tuple[int, str, int, str] | None = None
         self._expected_s = self._drift_s = 0.0
         self._next_sample = 0
 
@@ -112,25 +112,26 @@ class AudioTrack(Track):
             self.finished = True
             return
         time_s, frame = timed
-        audio_format = frame.sample_rate, tuple(channel.name for channel in frame.layout.channels), frame.format.name
+        audio_format = frame.sample_rate, frame.layout.name, frame.layout.nb_channels, frame.format.name
         deviation_s = time_s - self._expected_s
         self._drift_s += _DRIFT_RATE * (deviation_s - self._drift_s)
         if audio_format != self._format or abs(deviation_s) > _GAP_S:
-            self._restart(time_s, audio_format)
+            self._restart(time_s, frame, audio_format)
         elif abs(self._drift_s) > _DRIFT_S:
-            self._restart(self._expected_s + self._drift_s, audio_format)
+            self._restart(self._expected_s + self._drift_s, frame, audio_format)
         self._expected_s += frame.samples / frame.sample_rate
         assert self._resampler is not None
         for resampled in self._resampler.resample(frame):
             self._append(resampled)
 
-    def _restart(self, time_s: float, audio_format: tuple[int, tuple[str, ...], str]) -> None:
-        """Place the following samples from a time on."""
+    def _restart(self, time_s: float, frame: AudioFrame, audio_format: tuple[int, str, int, str]) -> None:
+        """Place the samples of a frame and the following ones from a time on."""
         self._flush()
         self.format_changes += self._format not in (None, audio_format)
         self._format = audio_format
         self._resampler = AudioResampler(format="flt", rate=self.rate_hz)  # PyAV reads no more than eight planes.
-        self._weights = mix_weights(list(audio_format[1]))
+        weights = mix_weights([channel.name for channel in frame.layout.channels])
+        self._weights = np.stack([weights, np.eye(len(weights), dtype=np.float32)[0]])
         self._expected_s, self._drift_s = time_s, 0.0
         self._next_sample = round(time_s * self.rate_hz)
 
@@ -141,11 +142,11 @@ class AudioTrack(Track):
             self._resampler = None
 
     def _append(self, frame: AudioFrame) -> None:
-        channels = frame.to_ndarray().reshape(-1, len(self._weights)).T
+        channels = frame.to_ndarray().reshape(-1, self._weights.shape[1]).T
         start, placed = self._next_sample, round(self.end_s * self.rate_hz)
         self._next_sample += channels.shape[1]
         channels = channels[:, max(0, placed - start) :]  # Repeated samples are dropped.
         if channels.shape[1]:
             start = max(start, placed)
-            self._pieces.append((start, np.stack([self._weights @ channels, channels[0]])))
+            self._pieces.append((start, self._weights @ channels))
             self.end_s = (start + channels.shape[1]) / self.rate_hz

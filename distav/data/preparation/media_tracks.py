@@ -4,6 +4,7 @@ All times are seconds since the start of the file, which containers may place an
 two open files, so that memory does not depend on how far apart a file stores what belongs together.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -214,8 +215,10 @@ class _Clock:
         expected_s = self.expected_s
         if frame.pts is None:
             return expected_s or 0.0
-        # Frames that a decoder has held back until the end may lack a time base.
-        stamp_s = float(frame.pts * (frame.time_base or self.time_base)) - self.timeline.origin_s
+        stamp_s = frame.time
+        if stamp_s is None or math.isnan(stamp_s):  # A decoder has held the frame back, and it has no time base.
+            stamp_s = float(frame.pts * self.time_base)
+        stamp_s -= self.timeline.origin_s
         time_s = stamp_s + self._offset_s
         if expected_s is not None and time_s < expected_s - self._duration(frame) - _BACKWARD_S:
             self._offset_s = self.timeline.offset(self._place, expected_s - stamp_s)

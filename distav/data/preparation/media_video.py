@@ -12,6 +12,8 @@ from av.video.reformatter import Interpolation
 from distav.data.preparation.encoding import Encoding, RejectedClip
 from distav.data.preparation.media_tracks import Track
 
+Matrix = tuple[int, int, int, int]
+
 
 class VideoTrack(Track):
     """The video stream of a file, read forward.
@@ -71,27 +73,33 @@ class VideoTrack(Track):
 
         Frames of another shape are scaled to fit between black borders.
         """
-        first = self._image(frames[0], encoding)
+        matrix = _display_matrix(frames[0])
+        first = self._image(frames[0], encoding, matrix)
         images, last = [first], first
         for previous, frame in zip(frames, frames[1:], strict=False):
             if frame is not previous:
-                last = _fit(self._image(frame, encoding), first.shape)
+                last = _fit(self._image(frame, encoding, matrix), first.shape)
             images.append(last)
         return np.stack(images)
 
-    def _image(self, frame: VideoFrame, encoding: Encoding) -> np.ndarray:
+    def _image(self, frame: VideoFrame, encoding: Encoding, matrix: Matrix) -> np.ndarray:
         width, height = encoding.size_of(*self.display_size(frame))
         image = frame.reformat(width, height, format="rgb24", interpolation=Interpolation.AREA).to_ndarray()
-        return _upright(image, frame)
+        return _upright(image, matrix)
 
 
-def _upright(image: np.ndarray, frame: VideoFrame) -> np.ndarray:
-    """Apply the display matrix of a frame, rounded to quarter turns and reflections, to its image [H, W, 3]."""
+def _display_matrix(frame: VideoFrame) -> Matrix:
+    """Return a, b, c, d: a pixel at column x and row y is displayed at column ax + cy and row bx + dy."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return image
-    # A pixel at column x and row y is displayed at column ax + cy and row bx + dy.
+        return 1, 0, 0, 1
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    return a, b, c, d
+
+
+def _upright(image: np.ndarray, matrix: Matrix) -> np.ndarray:
+    """Apply a display matrix, rounded to quarter turns and reflections, to an image [H, W, 3]."""
+    a, b, c, d = matrix
     if abs(b) + abs(c) > abs(a) + abs(d):
         image, a, d = image.swapaxes(0, 1), c, b
     return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
