@@ -4,9 +4,14 @@ from distav.config.registry import Registry
 from distav.data.preparation.ave import AVESource
 from distav.data.preparation.digits import DigitsSource
 from distav.data.preparation.llp import LLPSource
+from distav.data.preparation.parquet_source import ParquetFiles
+from distav.data.preparation.published.actions import HMDB51Lists, UCF101Lists
+from distav.data.preparation.published.esc50 import ESC50List
+from distav.data.preparation.published.youtube import AudioSetList, KineticsList, KineticsSoundsList, VGGSoundList
 from distav.data.preparation.source import CommandLineSource
 from distav.data.preparation.sources import ClipList, VideoFolder
 from distav.data.preparation.synthetic import SyntheticSource
+from distav.data.preparation.tar_source import TarFiles
 
 SOURCES: Registry[type[CommandLineSource]] = Registry(
     "COMMAND",
@@ -14,10 +19,19 @@ SOURCES: Registry[type[CommandLineSource]] = Registry(
     {
         "videos": VideoFolder,
         "csv": ClipList,
+        "tars": TarFiles,
+        "parquet": ParquetFiles,
         "digits": DigitsSource,
         "synthetic": SyntheticSource,
         "llp": LLPSource,
         "ave": AVESource,
+        "vggsound": VGGSoundList,
+        "kinetics": KineticsList,
+        "kinetics-sounds": KineticsSoundsList,
+        "audioset": AudioSetList,
+        "ucf101": UCF101Lists,
+        "hmdb51": HMDB51Lists,
+        "esc50": ESC50List,
     },
 )
 """Source classes by the name of their command."""

@@ -114,7 +114,7 @@ def test_a_source_that_cannot_be_imported_is_reported(tmp_path: Path, monkeypatc
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("name", ["videos", "csv", "digits", "synthetic", "llp", "ave"])
+@pytest.mark.parametrize("name", sorted(SOURCES))
 def test_the_help_of_a_command_shows_the_defaults_of_its_source(name: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         main([name, "--help"])
@@ -126,4 +126,5 @@ def test_the_help_of_a_command_shows_the_defaults_of_its_source(name: str, capsy
 
 def test_annotated_sources_are_recognized_by_their_interface():
     annotated = {name for name, source in SOURCES.items() if isinstance(object.__new__(source), AnnotatedSource)}
-    assert annotated == {"llp", "ave"}
+    lists = {"vggsound", "kinetics", "kinetics-sounds", "audioset", "ucf101", "hmdb51", "esc50"}
+    assert annotated == {"llp", "ave", "tars", "parquet"} | lists

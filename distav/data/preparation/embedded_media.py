@@ -1,0 +1,69 @@
+"""Decoding of media files that are stored inside another file, such as a tar or a Parquet table."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import av.error
+
+from distav.data.preparation.encoding import Clip, ClipSource, Encoding
+from distav.data.preparation.media_decoding import decode_clips
+
+VIDEO_EXTENSIONS = ("mp4", "webm", "avi", "mkv", "mov")
+"""Extensions of members that are videos."""
+AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "m4a", "ogg")
+"""Extensions of members that are the audio of a video without audio."""
+
+
+@dataclass(frozen=True)
+class EmbeddedFile:
+    """A media file inside another file.
+
+    Attributes:
+        extension: its extension without the dot.
+        copy_to: writes its content to a file; raises RejectedClip if it cannot be read.
+    """
+
+    extension: str
+    copy_to: Callable[[BinaryIO], None]
+
+
+def decode_embedded(
+    video: EmbeddedFile, audio: EmbeddedFile | None, candidate: ClipSource, encoding: Encoding
+) -> Iterator[Clip]:
+    """Copy a video to a temporary file and cut it into clips.
+
+    Args:
+        video: the video.
+        audio: file with the audio of the video; used if the video has none.
+        candidate: interval and name of the video.
+        encoding: rates, size and duration of the clips.
+
+    Raises:
+        RejectedClip: as `decode_clips`.
+    """
+    with tempfile.TemporaryDirectory(prefix="distav-media-") as folder:
+        video_path = _copy(video, Path(folder), "video")
+        if audio is None or _has_audio(video_path):
+            yield from decode_clips(video_path, candidate, encoding)
+        else:
+            yield from decode_clips(video_path, candidate, encoding, _copy(audio, Path(folder), "audio"))
+
+
+def _copy(member: EmbeddedFile, folder: Path, name: str) -> Path:
+    path = folder / f"{name}.{member.extension}"
+    with open(path, "xb") as file:
+        member.copy_to(file)
+    return path
+
+
+def _has_audio(path: Path) -> bool:
+    """Return whether a file has an audio stream; also true for files that cannot be opened."""
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            return bool(container.streams.audio)
+    except (av.error.FFmpegError, ValueError):
+        return True

@@ -1,0 +1,1 @@
+"""Sources that read the published lists of datasets as they are, with a directory of the media files."""

@@ -1,0 +1,258 @@
+"""WebDataset tar files of other tools, such as video2dataset or img2dataset."""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import ClassVar, Self
+
+import numpy as np
+
+from distav.config.errors import UserError, format_list
+from distav.data.preparation.embedded_media import AUDIO_EXTENSIONS, VIDEO_EXTENSIONS, EmbeddedFile, decode_embedded
+from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
+from distav.data.preparation.sample_labels import join_labels, parse_labels, read_class_names, source_info
+from distav.data.preparation.source import SourceInfo
+from distav.data.preparation.split_patterns import SplitPattern
+from distav.data.preparation.tar_index import Member, TarSample, copy_member, read_samples
+
+TEXT_EXTENSIONS = ("cls", "txt")
+_CONCURRENT_TARS = 8
+
+
+@dataclass(frozen=True)
+class _IndexedSample:
+    """A sample and what was read from its members.
+
+    Attributes:
+        name: location of the tar, and key.
+        split: name of its split.
+        labels: its classes; empty if it cannot be used.
+        in_list: whether its label is a list.
+        media: tar; extension, offset and size of the video, and of the audio if there is a separate file.
+        fault: why it cannot be used; empty if it can.
+    """
+
+    name: str
+    split: str
+    labels: tuple[str, ...] = ()
+    in_list: bool = False
+    media: tuple[str | int, ...] = ()
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class TarFiles:
+    """`tars PATTERN...`: samples with a video, optionally an audio file, and a member with the label.
+
+    Attributes:
+        patterns: the tar files; without a split their samples are in the split `train`.
+        label: `cls`, `txt` or `json:KEY`.
+        class_names: class names by index; empty: indices are the names.
+        first_label: whether to use only the first label of a list.
+        key_to_last_dot: whether a key ends at the last dot of a name instead of the first one.
+    """
+
+    description: ClassVar[str] = "Cut the videos in WebDataset tar files of other tools into clips."
+    example: ClassVar[str] = "make_shards.py tars 'set-{000..999}.tar' shards/mine --label json:category"
+    default_encoding: ClassVar[Encoding] = Encoding()
+    clip_seconds: ClassVar[float | None] = None
+
+    patterns: tuple[SplitPattern, ...]
+    label: str = "cls"
+    class_names: tuple[str, ...] = ()
+    first_label: bool = False
+    key_to_last_dot: bool = False
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the patterns and how to read the label."""
+        add = parser.add_argument
+        add(
+            "patterns",
+            nargs="+",
+            metavar="PATTERN",
+            help="[SPLIT=]PATTERN, path or URL (s3, gs, https) with {000..999} or * (default split: train)",
+        )
+        add(
+            "--label",
+            default="cls",
+            metavar="MEMBER",
+            help="cls, txt or json:KEY, e.g. json:meta.category (default: cls)",
+        )
+        add_label_arguments(parser)
+        add(
+            "--key-to-last-dot",
+            action="store_true",
+            help="the key of a sample ends at the last dot of the member name (default: at the first one)",
+        )
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> Self:
+        """Return the source for parsed options."""
+        return cls(
+            tuple(SplitPattern.parse(text) for text in options.patterns),
+            options.label,
+            read_class_names(options.class_names) if options.class_names else (),
+            options.first_label,
+            options.key_to_last_dot,
+        )
+
+    def candidates(self) -> list[ClipSource]:
+        """Return all samples, also those that cannot be used.
+
+        Raises:
+            UserError: for an invalid `label` or pattern, or if no sample can be used.
+        """
+        candidates = []
+        for sample in _index(self):
+            labels = sample.labels[:1] if self.first_label else sample.labels
+            label = join_labels(labels, sample.name)
+            detail = ("", sample.fault) if sample.fault else sample.media
+            candidates.append(ClipSource(sample.name, label, sample.split, detail=detail))
+        return candidates
+
+    def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
+        """Copy the video to a temporary file and cut it into clips."""
+        location, *positions = candidate.detail
+        if not location:
+            raise RejectedClip(str(positions[0]))
+        files = []
+        for start in range(0, len(positions), 3):
+            extension, offset, size = positions[start : start + 3]
+            files.append(
+                EmbeddedFile(str(extension), partial(copy_member, str(location), Member(int(offset), int(size))))
+            )
+        return decode_embedded(files[0], files[1] if len(files) > 1 else None, candidate, encoding)
+
+    def info(self) -> SourceInfo:
+        """Return the classes, and whether labels are lists."""
+        samples = _index(self)
+        multi_label = not self.first_label and any(sample.in_list for sample in samples)
+        labels = [sample.labels[:1] if self.first_label else sample.labels for sample in samples]
+        return source_info(labels, self.class_names, multi_label)
+
+
+def add_label_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--class-names` and `--first-label`."""
+    parser.add_argument("--class-names", type=Path, metavar="FILE", help="class names by index, one per line")
+    parser.add_argument("--first-label", action="store_true", help="use only the first label of a list")
+
+
+@lru_cache(maxsize=1)
+def _index(source: TarFiles) -> list[_IndexedSample]:
+    """Read the headers and labels of all tar files.
+
+    Raises:
+        UserError: for an invalid `label` or pattern, or if no sample can be used.
+    """
+    extension, key = _parse_label_option(source.label)
+    tars = [(pattern.split or "train", tar) for pattern in source.patterns for tar in pattern.files()]
+
+    def read(location: str) -> list[TarSample]:
+        return read_samples(location, extension, source.key_to_last_dot)
+
+    with ThreadPoolExecutor(_CONCURRENT_TARS) as pool:
+        contents = list(pool.map(read, [tar for _, tar in tars]))
+    _mark_split_samples(contents)
+    samples = [
+        _indexed(split, tar, sample, extension, key, source.class_names)
+        for (split, tar), content in zip(tars, contents, strict=True)
+        for sample in content
+    ]
+    faults = Counter(sample.fault.partition(":")[0] for sample in samples if sample.fault)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in faults.most_common())
+    if faults.total() == len(samples):
+        first = f" The first one: {samples[0].name}: {samples[0].fault}." if samples else ""
+        raise UserError(
+            f"tars {format_list(pattern.pattern for pattern in source.patterns)}: no sample can be used "
+            f"({reasons or 'none found'}).{first}"
+        )
+    if faults:
+        print(f"tars: {faults.total()} of {len(samples)} samples cannot be used: {reasons}", file=sys.stderr)
+    return samples
+
+
+def _parse_label_option(label: str) -> tuple[str, tuple[str, ...]]:
+    """Return the extension of the member with labels, and the keys that lead to the label in a JSON member."""
+    extension, _, path = label.partition(":")
+    keys = tuple(path.split("."))
+    if label not in TEXT_EXTENSIONS and (extension != "json" or not all(keys)):
+        raise UserError(f"--label={label}: allowed: cls, txt, or json:KEY, where a nested key is a.b.")
+    return extension, keys
+
+
+def _mark_split_samples(contents: list[list[TarSample]]) -> None:
+    """Mark the last sample of a tar and the first one of the next tar if they have the same key."""
+    for tar, following in zip(contents, contents[1:], strict=False):
+        last = next((sample for sample in reversed(tar) if sample.key), None)
+        if last is not None and following and following[0].key == last.key:
+            last.repeated = following[0].repeated = True
+
+
+def _indexed(
+    split: str, tar: str, sample: TarSample, extension: str, key: tuple[str, ...], names: tuple[str, ...]
+) -> _IndexedSample:
+    """Return a sample with its labels and the positions of its media, or with its fault."""
+    name = f"{tar}/{sample.key}" if sample.key else tar
+    try:
+        if sample.faults:
+            raise RejectedClip("; ".join(sample.faults))
+        value = _label_value(sample, extension, key)
+        media = _media(sample)
+        labels = parse_labels(value, names)
+    except RejectedClip as reason:
+        fault = str(reason)
+        if sample.repeated and fault.startswith(("no video", "no label: no member")):
+            fault = f"not adjacent: other members have the same key, and this part has {_extensions(sample)}"
+        return _IndexedSample(name, split, fault=fault)
+    return _IndexedSample(name, split, labels, isinstance(value, list), (tar, *media))
+
+
+def _media(sample: TarSample) -> tuple[str | int, ...]:
+    """Return extension, offset and size of the video, and of the audio file if there is one."""
+    files = []
+    for extensions in (VIDEO_EXTENSIONS, AUDIO_EXTENSIONS):
+        extension = next((extension for extension in extensions if extension in sample.members), None)
+        if extension is None and extensions is VIDEO_EXTENSIONS:
+            raise RejectedClip(_missing_video(sample))
+        if extension is not None:
+            member = sample.members[extension]
+            files += [extension, member.offset, member.size]
+    return tuple(files)
+
+
+def _missing_video(sample: TarSample) -> str:
+    reason = f"no video: the sample has {_extensions(sample)}; allowed: {format_list(VIDEO_EXTENSIONS)}"
+    if any(extension.rpartition(".")[2] in VIDEO_EXTENSIONS for extension in sample.members):
+        reason += "; the key ends at the first dot, use --key-to-last-dot for keys with dots"
+    return reason
+
+
+def _extensions(sample: TarSample) -> str:
+    return format_list(sample.members) or "no members"
+
+
+def _label_value(sample: TarSample, extension: str, keys: tuple[str, ...]) -> object:
+    """Return the label in a text member, or the value of a key in a JSON member."""
+    if sample.text is None:
+        if not any(name in sample.members for name in (*VIDEO_EXTENSIONS, *AUDIO_EXTENSIONS)):
+            raise RejectedClip(_missing_video(sample))
+        raise RejectedClip(f"no label: no member {extension}, the sample has {_extensions(sample)}")
+    try:
+        text = sample.text.decode("utf-8-sig").strip()
+        if extension != "json":
+            return int(text) if text.isdecimal() else text
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RejectedClip(f"no label: {extension} cannot be read ({error})") from None
+    for position, key in enumerate(keys):
+        if not isinstance(value, dict) or key not in value:
+            raise RejectedClip(f"no label: json has no key '{'.'.join(keys[: position + 1])}'")
+        value = value[key]
+    return value
