@@ -1,0 +1,112 @@
+"""Parquet tables in the layout of the Hugging Face Hub as a source."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from distav.config.errors import UserError
+from distav.data.dataset import ShardedDataset
+from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
+from distav.data.preparation.parquet_source import ParquetFiles
+from distav.data.preparation.split_patterns import SplitPattern
+from tests.conftest import make_shards
+from tests.helpers.media import event_times, write_media
+
+ENCODING = Encoding(fps=10, short_side=16, clip_s=1.0, sample_rate_hz=8000)
+NAMES = {"names": ["dog", "rain"], "_type": "ClassLabel"}
+MEDIA = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return write_media(tmp_path_factory.mktemp("media") / "clip.mp4", 2.0).read_bytes()
+
+
+def write_hub_table(path: Path, columns: dict[str, Any], features: dict[str, Any], rows_per_group: int = 2) -> Path:
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path, row_group_size=rows_per_group)
+    return path
+
+
+def source_of(*patterns: object, **options) -> ParquetFiles:
+    return ParquetFiles(tuple(SplitPattern.parse(str(pattern)) for pattern in patterns), **options)
+
+
+def clips_of(source: ParquetFiles, candidate: ClipSource) -> list[Clip]:
+    return [clip for clip in source.clips(candidate, ENCODING, np.random.default_rng(0)) if isinstance(clip, Clip)]
+
+
+def test_a_table_of_the_hub_becomes_a_dataset(video: bytes, tmp_path: Path):
+    videos = pa.array([{"bytes": video, "path": "a.mp4"}] * 3 + [{"bytes": None, "path": None}], MEDIA)
+    columns = {"video": videos, "label": [0, 1, -1, 1]}
+    for split in ("train", "test"):
+        write_hub_table(tmp_path / f"{split}-00000-of-00001.parquet", columns, {"label": NAMES})
+    out = tmp_path / "out"
+    make_shards("parquet", tmp_path / "*.parquet", out, "--clip-s=1", "--short-side=16", "--fps=10", "--workers=1",
+                status=3)  # fmt: skip
+    shards = ShardedDataset.open(out)
+    assert shards.classes == ["dog", "rain"] and not shards.multi_label
+    assert (len(shards.split("train")), len(shards.split("test"))) == (4, 4)
+    rejected = (out / "rejected.csv").read_text()
+    assert rejected.count("no label: -1; allowed: 0 to 1") == 2
+    assert rejected.count("missing: column video is empty") == 2
+
+
+def test_rows_are_found_in_all_row_groups(video: bytes, tmp_path: Path):
+    other = write_media(tmp_path / "other.mp4", 3.0).read_bytes()
+    videos = pa.array([{"bytes": content, "path": "a.mp4"} for content in (video, video, video, other, video)], MEDIA)
+    source = source_of(write_hub_table(tmp_path / "set.parquet", {"video": videos, "label": [0] * 5}, {}))
+    candidates = source.candidates()
+    assert {candidate.split for candidate in candidates} == {"train"} and candidates[0].label == "0"
+    for position in (0, 1, 3, 4, 2, 3):
+        assert len(clips_of(source, candidates[position])) == (3 if position == 3 else 2)
+
+
+@pytest.mark.parametrize(
+    "feature", [{"feature": NAMES, "_type": "Sequence"}, {"feature": NAMES, "_type": "List"}, [NAMES]]
+)
+def test_lists_of_labels_have_the_names_of_the_schema(feature: object, tmp_path: Path):
+    columns = {"video": ["a.mp4", "b.mp4"], "label": [[1, 0], [1]]}
+    source = source_of(write_hub_table(tmp_path / "set.parquet", columns, {"label": feature}))
+    assert [candidate.label for candidate in source.candidates()] == ["rain|dog", "rain"]
+    assert source.info().multi_label and source.info().classes == ["dog", "rain"]
+    first = source_of(tmp_path / "set.parquet", first_label=True)
+    assert [candidate.label for candidate in first.candidates()] == ["rain", "rain"]
+    assert not first.info().multi_label
+
+
+def test_string_paths_are_relative_to_the_table(video: bytes, tmp_path: Path):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").write_bytes(video)
+    columns = {"file": ["clips/a.mp4", "clips/b.mp4"], "category": ["rain", "dog"]}
+    table = write_hub_table(tmp_path / "set.parquet", columns, {})
+    source = source_of(f"val={table}", video="file", label="category")
+    candidates = source.candidates()
+    assert [(candidate.source, candidate.label, candidate.split) for candidate in candidates] == [
+        ("clips/a.mp4", "rain", "val"),
+        ("clips/b.mp4", "dog", "val"),
+    ]
+    assert event_times(clips_of(source, candidates[0]), ENCODING)[0] == [1.0]
+    with pytest.raises(RejectedClip, match="missing: no such file"):
+        clips_of(source, candidates[1])
+
+
+def test_errors_name_file_and_column(tmp_path: Path):
+    table = write_hub_table(tmp_path / "set.parquet", {"video": ["a"], "label": [0]}, {"label": NAMES})
+    with pytest.raises(UserError, match=r"set.parquet: no column 'category'; allowed: video, label"):
+        source_of(table, label="category").candidates()
+    with pytest.raises(UserError, match=r"column 'label' has type int64; allowed: string paths"):
+        source_of(table, video="label").candidates()
+    with pytest.raises(UserError, match="none.parquet: no such file"):
+        source_of(tmp_path / "none.parquet").candidates()
+    (tmp_path / "text.parquet").write_text("text")
+    with pytest.raises(UserError, match="text.parquet: cannot be read"):
+        source_of(tmp_path / "text.parquet").candidates()
+    write_hub_table(tmp_path / "without.parquet", {"video": ["a"], "label": [0]}, {})
+    with pytest.raises(UserError, match="the class names of column label differ from those of"):
+        source_of(table, tmp_path / "without.parquet").candidates()
