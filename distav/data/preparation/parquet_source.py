@@ -229,7 +229,7 @@ def _hub_class_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[
 
 
 class _RowReader:
-    """Reads rows of a row group in order, one at a time, so that memory holds no complete row group."""
+    """Reads rows of a row group in order, one at a time; memory holds a data page, at most the row group."""
 
     def __init__(self, path: str, columns: tuple[str, ...], group: int):
         self.file = pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)

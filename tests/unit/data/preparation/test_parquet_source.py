@@ -14,7 +14,7 @@ from distav.data.dataset import ShardedDataset
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
 from distav.data.preparation.parquet_source import ParquetFiles
 from distav.data.preparation.split_patterns import SplitPattern
-from tests.conftest import make_shards
+from distav.tools.make_shards import main
 from tests.helpers.media import event_times, write_media
 
 ENCODING = Encoding(fps=10, short_side=16, clip_s=1.0, sample_rate_hz=8000)
@@ -47,8 +47,8 @@ def test_a_table_of_the_hub_becomes_a_dataset(video: bytes, tmp_path: Path):
     for split in ("train", "test"):
         write_hub_table(tmp_path / f"{split}-00000-of-00001.parquet", columns, {"label": NAMES})
     out = tmp_path / "out"
-    make_shards("parquet", tmp_path / "*.parquet", out, "--clip-s=1", "--short-side=16", "--fps=10", "--workers=1",
-                status=3)  # fmt: skip
+    options = ["--clip-s=1", "--short-side=16", "--fps=10", "--workers=1"]
+    assert main(["parquet", f"{tmp_path}/*.parquet", str(out), *options]) == 3
     shards = ShardedDataset.open(out)
     assert shards.classes == ["dog", "rain"] and not shards.multi_label
     assert (len(shards.split("train")), len(shards.split("test"))) == (4, 4)

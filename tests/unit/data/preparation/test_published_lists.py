@@ -21,7 +21,7 @@ from distav.data.preparation.published.youtube import (
     KineticsSoundsList,
     VGGSoundList,
 )
-from tests.conftest import make_shards
+from distav.tools.make_shards import main
 from tests.helpers.media import write_media
 
 FIRST, SECOND, THIRD = "---g-f_I2yQ", "--PJHxphWEs", "-0_abcdefgh"
@@ -44,7 +44,7 @@ def rows_of(source: PublishedList) -> list[tuple[str, str, str]]:
     return [(candidate.source, candidate.label, candidate.split) for candidate in source.candidates()]
 
 
-def test_vggsound_becomes_a_dataset_and_missing_files_are_listed(tmp_path: Path):
+def test_vggsound_becomes_a_dataset_and_missing_files_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     table = write(
         tmp_path / "vggsound.csv",
         f"{FIRST},1,people marching,test",
@@ -55,12 +55,12 @@ def test_vggsound_becomes_a_dataset_and_missing_files_are_listed(tmp_path: Path)
     write_media(tmp_path / "video" / f"{FIRST}_000001.mp4", 2.0)
     write_media(tmp_path / "video" / f"{SECOND}_30.mp4", 2.0)
     out = tmp_path / "shards"
-    process = make_shards(
-        "vggsound", table, out, "--videos", tmp_path / "video", "--clip-s=2", "--short-side=16", "--workers=1", status=3
-    )
+    options = ["--videos", str(tmp_path / "video"), "--clip-s=2", "--short-side=16", "--workers=1"]
+    assert main(["vggsound", str(table), str(out), *options]) == 3
+    stderr = capsys.readouterr().err
     report = tmp_path / "shards.missing.csv"
-    assert f"vggsound: 1 of 3 listed files are missing in {tmp_path / 'video'}: {THIRD}_000000_000010" in process.stderr
-    assert str(report) in process.stderr
+    assert f"vggsound: 1 of 3 listed files are missing in {tmp_path / 'video'}: {THIRD}_000000_000010" in stderr
+    assert str(report) in stderr
     (row,) = csv.DictReader(report.open())
     assert (row["name"], row["label"], row["split"]) == (f"{THIRD}_000000_000010", "rain", "train")
     assert row["listed_in"] == f"{table}, line 3"

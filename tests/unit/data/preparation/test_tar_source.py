@@ -16,7 +16,7 @@ from distav.data.dataset import ShardedDataset
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding
 from distav.data.preparation.split_patterns import SplitPattern
 from distav.data.preparation.tar_source import TarFiles
-from tests.conftest import make_shards
+from distav.tools.make_shards import main
 from tests.helpers.media import event_times, write_media
 from tests.helpers.stores import web
 
@@ -53,16 +53,17 @@ def clips_of(source: TarFiles, candidate: ClipSource) -> list[Clip]:
     return [clip for clip in source.clips(candidate, ENCODING, np.random.default_rng(0)) if isinstance(clip, Clip)]
 
 
-def test_tars_become_a_dataset_with_splits_and_lists_of_labels(video: bytes, tmp_path: Path):
+def test_tars_become_a_dataset_with_splits_and_lists_of_labels(
+    video: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     for number, labels in enumerate((["dog", "Speech, male"], ["dog"])):
         text = json.dumps({"meta": {"tags": labels}}).encode()
         write_tar(tmp_path / f"set-{number}.tar", [("000.mp4", video), ("000.json", text), ("001.json", text)])
     out = tmp_path / "out"
-    process = make_shards(
-        "tars", tmp_path / "set-0.tar", f"test={tmp_path}/set-{{1..1}}.tar", out, "--label=json:meta.tags",
-        "--clip-s=1", "--short-side=16", "--fps=10", "--workers=1", status=3,
-    )  # fmt: skip
-    assert "tars: 2 of 4 samples cannot be used: 2 no video" in process.stderr
+    patterns = [f"{tmp_path}/set-0.tar", f"test={tmp_path}/set-{{1..1}}.tar"]
+    options = ["--label=json:meta.tags", "--clip-s=1", "--short-side=16", "--fps=10", "--workers=1"]
+    assert main(["tars", *patterns, str(out), *options]) == 3
+    assert "tars: 2 of 4 samples cannot be used: 2 no video" in capsys.readouterr().err
     shards = ShardedDataset.open(out)
     assert shards.classes == ["Speech, male", "dog"] and shards.multi_label
     assert (len(shards.split("train")), len(shards.split("test"))) == (2, 2)
