@@ -31,7 +31,8 @@ from distav.config.errors import UserError
 from distav.data.annotations.teacher_scores import manifest_digest
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.files import claim_dir, write_table
-from distav.data.preparation.builder import BuildConfig, build_dataset
+from distav.data.preparation.build_config import BuildConfig
+from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.encoding import Encoding
 from distav.data.preparation.sources import MediaFiles
 from distav.data.storage.object_store import is_url

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from distav.config.cli import CommandParser, check_minimums, finite_float, name_arguments
 from distav.config.errors import UserError
-from distav.data.preparation.builder import BuildConfig, build_dataset
+from distav.data.preparation.build_config import BuildConfig
+from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.cleaning import CleaningConfig, clean_dataset
-from distav.data.preparation.encode_workers import ChunkSubset
 from distav.data.preparation.encoding import CODECS, Encoding
 from distav.data.preparation.noise_injection import LabelNoise
 from distav.data.preparation.output_dir import BuildResult
 from distav.data.preparation.registry import SOURCES
+from distav.data.preparation.shared_work import Part
 from distav.data.storage.object_store import is_url
 
 _EPILOG = """exit status:
@@ -23,9 +24,10 @@ _EPILOG = """exit status:
   2  the command line could not be parsed
   3  some candidates were rejected, see OUT/rejected.csv; the dataset is complete without them
 
-Rerun the same command to resume an interrupted build; the resulting files have the same bytes. To encode on several
-machines that share OUT, run the command on each with --part 0/N, 1/N, ... (exit status 3: the part has rejected
-candidates), then once without --part: it encodes what is missing and writes the dataset."""
+Rerun the same command to resume an interrupted build; the resulting files have the same bytes. On several machines that
+share OUT, run the command on each with --part any: they share the work, and each ends when the dataset is complete. Or
+divide it with --part 0/N, 1/N, ... (exit status 3: the part has rejected candidates), once to encode clips and, if you
+like, once more to write shards; then once without --part: it does what is missing and writes the dataset."""
 
 _CLEAN_EPILOG = """exit status:
   0  all clips were kept
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _build(options: argparse.Namespace) -> int:
     check_minimums(options, seed=0)
-    part = ChunkSubset.parse(options.part) if options.part else None
+    part = Part.parse(options.part) if options.part else None
     config = BuildConfig(
         Encoding(options.codec, options.fps, options.short_side, options.clip_s, options.sample_rate),
         options.seed,
@@ -69,7 +71,7 @@ def _build(options: argparse.Namespace) -> int:
     source = SOURCES[options.command].from_options(options)
     result = build_dataset(source, options.out, config, options.workers, part)
     _print_summary(result, options.out, part)
-    already_complete = part and not result.num_chunks
+    already_complete = part and not part.leased and not result.num_chunks
     return 3 if result.rejected and not already_complete else 0
 
 
@@ -93,7 +95,7 @@ def _clean(options: argparse.Namespace) -> int:
     return 3 if result.rejected else 0
 
 
-def _print_summary(result: BuildResult, out: Path, part: ChunkSubset | None) -> None:
+def _print_summary(result: BuildResult, out: Path, part: Part | None) -> None:
     rate = f" ({sum(result.clips.values()) / result.seconds:.1f} clips/s)" if result.seconds else ""
     clips = _clip_counts(result)
     if part and result.num_chunks:
@@ -106,7 +108,7 @@ def _print_summary(result: BuildResult, out: Path, part: ChunkSubset | None) -> 
         )
         return
     details = f"; reasons in {out / 'rejected.csv'}" if result.rejected else ""
-    already_complete = "the dataset is already complete, " if part else ""
+    already_complete = "the dataset is already complete, " if part and not part.leased else ""
     print(f"{out}: {already_complete}{clips} clips written{rate}, {result.rejected} candidates rejected{details}")
 
 
@@ -182,7 +184,7 @@ def _add_build_options(parser: argparse.ArgumentParser, default: Encoding) -> No
     add("--shard-samples", type=int, default=1000, help="samples per shard (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the order, the noise and the rendering (default: %(default)s)")
     add("--workers", type=int, default=os.cpu_count() or 1, help="encoding processes (default: %(default)s)")
-    add("--part", default="", metavar="I/N", help="only encode part I of N, 0 <= I < N, without writing the dataset")
+    add("--part", default="", metavar="I/N", help="work on part I of N, 0 <= I < N; `any`: share all work")
 
 
 def _add_clean_options(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,8 @@ from distav.data.pipeline.augmentation import ClipTransformSampler
 from distav.data.pipeline.dali import ClipPipeline
 from distav.data.pipeline.loader import Batch, Loader
 from distav.data.pipeline.reader import ShardReader
-from distav.data.preparation.builder import BuildConfig, build_dataset
+from distav.data.preparation.build_config import BuildConfig
+from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.encoding import Encoding
 from distav.data.preparation.synthetic import SyntheticSource
 from tools.bench.timing import Results, Setting

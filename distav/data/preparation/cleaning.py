@@ -139,7 +139,9 @@ def _copy(shards: ShardedDataset, review: ReviewResult, out: Path, shard_samples
         else:
             given, kept = load_labels(shards, split).given, np.arange(len(split))
         members = split.members
-        entries, rows = _split_writer(shards, split, kept, out).write(out, shard_samples, workers)
+        writer = _split_writer(shards, split, kept, out)
+        writer.write(out, shard_samples, workers)
+        entries, rows = writer.collect(shard_samples)
         splits[name] = {"clips": len(kept), "shards": entries}
         index += rows
         table = _labels_table(shards, split, kept, given, bool(review.removed))

@@ -12,12 +12,11 @@ import contextlib
 import json
 import multiprocessing
 import os
-import re
 import time
 import uuid
 import zlib
 from collections.abc import Iterable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,31 +28,8 @@ from tqdm import tqdm
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
 from distav.data.preparation.encoding import ClipSource, Encoding, RejectedClip
+from distav.data.preparation.shared_work import Part, SharedWork, wait_for_others
 from distav.data.preparation.source import Source
-
-
-@dataclass(frozen=True)
-class ChunkSubset:
-    """Part `index` of `count`: every `count`-th chunk, which one of several machines encodes."""
-
-    index: int = 0
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> "ChunkSubset":
-        """Parse `I/N`.
-
-        Raises:
-            UserError: for any other text, or an I outside 0..N-1.
-        """
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
-        if not match or not int(match[1]) < int(match[2]):
-            raise UserError(f"--part={text}: has to be I/N with I from 0 to N-1, e.g. 0/4 for the first of four parts.")
-        return cls(int(match[1]), int(match[2]))
-
-    def chunk_indices(self, num_chunks: int) -> range:
-        """Return the indices of its chunks."""
-        return range(self.index, num_chunks, self.count)
 
 
 @dataclass(frozen=True)
@@ -104,7 +80,7 @@ def encode_all(
     chunks: list[list[ClipSource]],
     work_dir: Path,
     workers: int,
-    part: ChunkSubset | None = None,
+    part: Part | None = None,
 ) -> tuple[list[EncodedClip], list[dict[str, Any]], float]:
     """Encode the chunks that are not complete yet: all of them, or those of a part.
 
@@ -112,22 +88,23 @@ def encode_all(
         The encoded clips and the rejected candidates, both in the order of the candidates, and the duration in
         seconds, 0 if nothing was left to encode.
     """
-    start = time.monotonic()
-    indices = (part or ChunkSubset()).chunk_indices(len(chunks))
-    incomplete = [index for index in indices if not _list_path(work_dir, index).exists()]
-    anything_to_do = bool(incomplete)
-    total = sum(len(chunks[index]) for index in indices)
-    bar = tqdm(total=total, unit="clip", desc="encoding", mininterval=1)
-    bar.update(total - sum(len(chunks[index]) for index in incomplete))
-    while incomplete:
-        crashed = _encode_in_pool(source, encoding, seed, chunks, incomplete, work_dir, workers, bar)
-        first_crashed = next((index for index in crashed if not _list_path(work_dir, index).exists()), None)
-        if first_crashed is not None:
-            _encode_without_crashing(source, encoding, seed, first_crashed, chunks[first_crashed], work_dir)
-            bar.update(len(chunks[first_crashed]))
-        incomplete = [index for index in crashed if not _list_path(work_dir, index).exists()]
+    start, part = time.monotonic(), part or Part()
+    indices = part.indices(len(chunks))
+    tasks = [_task(index) for index in range(len(chunks))]
+    bar = tqdm(total=sum(len(chunks[index]) for index in indices), unit="clip", desc="encoding", mininterval=1)
+    with part.work(work_dir, tasks, lambda task: _list_path(work_dir, task).exists()) as work:
+        anything_to_do = not work.finished()
+        while not work.finished():
+            crashed = _encode_in_pool(source, encoding, seed, chunks, work, work_dir, workers, bar)
+            if crashed:
+                _encode_without_crashing(source, encoding, seed, crashed[0], chunks[crashed[0]], work_dir)
+            for index in crashed:
+                work.release(_task(index))
+            if not crashed and not work.finished():
+                wait_for_others()
+    bar.update(bar.total - bar.n)
     bar.close()
-    encoded, rejected = _read_lists(work_dir, indices)
+    encoded, rejected = read_lists(work_dir, indices)
     return encoded, rejected, time.monotonic() - start if anything_to_do else 0.0
 
 
@@ -141,41 +118,63 @@ def _encode_in_pool(
     encoding: Encoding,
     seed: int,
     chunks: list[list[ClipSource]],
-    indices: list[int],
+    work: SharedWork,
     work_dir: Path,
     workers: int,
     bar: tqdm,
 ) -> list[int]:
-    """Encode chunks in a pool of processes; return the sorted indices of those that a crash has interrupted."""
+    """Encode chunks in a pool of processes until none can be claimed.
+
+    Returns:
+        The sorted indices of claimed chunks that a crash of a process has interrupted.
+    """
     # A forked process would deadlock in the audio encoder.
     context = multiprocessing.get_context("spawn")
-    crashed = []
-    with ProcessPoolExecutor(min(workers, len(indices)), mp_context=context) as pool:
-        futures: dict[Future[None], int] = {
-            pool.submit(_encode_chunk, source, encoding, seed, index, chunks[index], work_dir): index
-            for index in indices
-        }
-        for future in as_completed(futures):
-            try:
-                future.result()
-                bar.update(len(chunks[futures[future]]))
-            except BrokenProcessPool:
-                crashed.append(futures[future])
+    running: dict[Future[None], int] = {}
+    crashed: list[int] = []
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        while not crashed or running:
+            while not crashed and len(running) < workers and (task := work.next()) is not None:
+                index = _chunk_index(task)
+                arguments = source, encoding, seed, index, chunks[index], work_dir
+                try:
+                    running[pool.submit(_encode_chunk, *arguments)] = index
+                except BrokenProcessPool:
+                    crashed.append(index)
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                index = running.pop(future)
+                try:
+                    future.result()
+                    work.release(_task(index))
+                    bar.update(len(chunks[index]))
+                except BrokenProcessPool:
+                    crashed.append(index)
     return sorted(crashed)
 
 
-def _read_lists(work_dir: Path, indices: Iterable[int]) -> tuple[list[EncodedClip], list[dict[str, Any]]]:
+def read_lists(work_dir: Path, indices: Iterable[int]) -> tuple[list[EncodedClip], list[dict[str, Any]]]:
+    """Return the encoded clips and the rejected candidates of complete chunks, in the order of the candidates."""
     encoded: list[EncodedClip] = []
     rejected: list[dict[str, Any]] = []
     for index in indices:
-        content = json.loads(_list_path(work_dir, index).read_text())
+        content = json.loads(_list_path(work_dir, _task(index)).read_text())
         encoded += [EncodedClip(**clip) for clip in content["encoded"]]
         rejected += content["rejected"]
     return encoded, rejected
 
 
-def _list_path(work_dir: Path, index: int) -> Path:
-    return work_dir / f"chunk-{index:06d}.json"
+def _task(index: int) -> str:
+    return f"chunk-{index:06d}"
+
+
+def _chunk_index(task: str) -> int:
+    return int(task.removeprefix("chunk-"))
+
+
+def _list_path(work_dir: Path, task: str) -> Path:
+    return work_dir / f"{task}.json"
 
 
 def _encode_chunk(
@@ -188,7 +187,7 @@ def _encode_chunk(
     crashing: frozenset[int] = frozenset(),
 ) -> None:
     """Encode one chunk; reject the candidates at the positions in `crashing` without decoding them."""
-    file_name = f"chunk-{index:06d}-{uuid.uuid4().hex[:12]}.bin"
+    file_name = f"{_task(index)}-{uuid.uuid4().hex[:12]}.bin"
     encoded: list[EncodedClip] = []
     rejected: list[dict[str, Any]] = []
     with open(work_dir / file_name, "xb") as file:
@@ -230,7 +229,7 @@ def _encode_chunk(
         file.flush()
         os.fsync(file.fileno())
     content = {"encoded": [asdict(clip) for clip in encoded], "rejected": rejected}
-    write_atomically(_list_path(work_dir, index), json.dumps(content).encode())
+    write_atomically(_list_path(work_dir, _task(index)), json.dumps(content).encode())
 
 
 def _candidate_rng(seed: int, index: int, position: int) -> np.random.Generator:

@@ -6,15 +6,15 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distav.data.files import temporary_path
+from distav.data.files import temporary_path, write_atomically
 from distav.data.preparation.encode_workers import EncodedClip
 from distav.data.preparation.encoding import Encoding
+from distav.data.preparation.shared_work import Part, wait_for_others
 from distav.data.storage.tar import members_by_key, write_dali_index
 
 
@@ -49,21 +49,50 @@ class SplitWriter:
     folder: Path
     scratch: Path
 
-    def write(self, out: Path, shard_samples: int, workers: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Write the shards that do not exist yet.
+    def write(self, out: Path, shard_samples: int, workers: int, part: Part | None = None) -> bool:
+        """Write the shards of a part, all by default, that do not exist yet; return whether all shards exist."""
+        shards = self._shards(shard_samples)
+        names = list(shards)
 
-        Returns:
-            The entries of the shards for the manifest, and the rows of the index.
-        """
-        starts = range(0, len(self.clips), shard_samples)
-        shards = [range(start, min(start + shard_samples, len(self.clips))) for start in starts]
-        # Threads suffice: reading, hashing and writing release the global interpreter lock.
-        with ThreadPoolExecutor(max(1, min(workers, len(shards)))) as pool:
-            written = list(pool.map(self._write_shard, repeat(out), range(len(shards)), shards))
+        def is_written(name: str) -> bool:
+            return self._rows_path(name).exists() and (out / f"{name}.tar").exists()
+
+        with (part or Part()).work(self.scratch, names, is_written) as work:
+
+            def write_shards() -> None:
+                while (name := work.next()) is not None:
+                    self._write_shard(out, name, names.index(name), shards[name])
+                    work.release(name)
+
+            while not work.finished():
+                # Threads suffice: reading, hashing and writing release the global interpreter lock.
+                num_threads = max(1, min(workers, len(shards)))
+                with ThreadPoolExecutor(num_threads) as pool:
+                    for future in [pool.submit(write_shards) for _ in range(num_threads)]:
+                        future.result()
+                if not work.finished():
+                    wait_for_others()
+        return all(map(is_written, names))
+
+    def collect(self, shard_samples: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the entries of all shards for the manifest, and the rows of the index."""
+        written = [json.loads(self._rows_path(name).read_text()) for name in self._shards(shard_samples)]
         return [entry for entry, _ in written], [row for _, rows in written for row in rows]
 
-    def _write_shard(self, out: Path, shard: int, ids: range) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        path = out / f"{self.split}-{shard:06d}.tar"
+    def _shards(self, shard_samples: int) -> dict[str, range]:
+        """Return the ids of the samples of each shard by its name."""
+        starts = range(0, len(self.clips), shard_samples)
+        return {
+            f"{self.split}-{number:06d}": range(start, min(start + shard_samples, len(self.clips)))
+            for number, start in enumerate(starts)
+        }
+
+    def _rows_path(self, name: str) -> Path:
+        """Return the file with the entry and the index rows of a shard, which is written when the shard is complete."""
+        return self.scratch / f"{name}.rows.json"
+
+    def _write_shard(self, out: Path, name: str, shard: int, ids: range) -> None:
+        path = out / f"{name}.tar"
         if not path.exists():
             self._write_tar(path, ids)
         members = members_by_key(path)
@@ -71,7 +100,8 @@ class SplitWriter:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         entry = {"name": path.name, "clips": len(ids), "bytes": path.stat().st_size, "sha256": digest}
-        return entry, [self._index_row(shard, sample, members[self.keys[sample]]) for sample in ids]
+        rows = [self._index_row(shard, sample, members[self.keys[sample]]) for sample in ids]
+        write_atomically(self._rows_path(name), json.dumps([entry, rows]).encode(), self.scratch)
 
     def _clip_of(self, sample: int, member: str) -> EncodedClip:
         """Return the clip that a member of a sample is taken from."""

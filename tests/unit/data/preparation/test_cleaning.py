@@ -22,7 +22,8 @@ from distav.data.pipeline.reader import ShardReader
 from distav.data.pipeline.sampler import padded_batches
 from distav.data.preparation.annotated_videos import FeatureFolder
 from distav.data.preparation.ave import AVESource
-from distav.data.preparation.builder import BuildConfig, build_dataset
+from distav.data.preparation.build_config import BuildConfig
+from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.encoding import Encoding
 from distav.tools.inspect_shards.verify import verify
 from distav.tools.make_shards import main

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,10 +17,11 @@ import pytest
 
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
-from distav.data.preparation.builder import BuildConfig, build_dataset
-from distav.data.preparation.encode_workers import ChunkSubset
+from distav.data.preparation.build_config import BuildConfig
+from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
 from distav.data.preparation.output_dir import claim_work_dir
+from distav.data.preparation.shared_work import Part
 from distav.tools.make_shards import main
 from tests.conftest import ROOT, make_shards
 from tests.unit.data.preparation.test_builder import digests
@@ -94,12 +96,12 @@ class NoiseSource:
 @pytest.mark.long
 def test_parts_encode_each_chunk_once_and_report_their_progress(tmp_path: Path):
     config, out = BuildConfig(Encoding(clip_s=1, sample_rate_hz=8000)), tmp_path / "set"
-    first = build_dataset(NoiseSource(), out, config, 1, ChunkSubset(1, 2))
+    first = build_dataset(NoiseSource(), out, config, 1, Part(1, 2))
     assert (first.encoded_chunks, first.num_chunks) == (2, 4) and first.clips == {"train": 65} and first.rejected == 7
     assert sorted(file.name for file in out.glob(".work/*.json")) == [
         "chunk-000001.json", "chunk-000003.json", "recipe.json"
     ]  # fmt: skip
-    again = build_dataset(NoiseSource(), out, config, 1, ChunkSubset(1, 2))
+    again = build_dataset(NoiseSource(), out, config, 1, Part(1, 2))
     assert (again.encoded_chunks, again.clips, again.seconds) == (2, first.clips, 0.0)
     done = build_dataset(NoiseSource(), out, config, 1)
     assert done.clips == {"train": 180} and done.rejected == 20
@@ -118,7 +120,7 @@ def test_a_part_succeeds_if_the_dataset_is_completed_meanwhile(tmp_path: Path, m
         return builder.encode_all(*arguments)
 
     monkeypatch.setattr(builder, "encode_all", encode_after_another_build)
-    result = build_dataset(NoiseSource(5), out, config, 1, ChunkSubset(0, 2))
+    result = build_dataset(NoiseSource(5), out, config, 1, Part(0, 2))
     assert result.clips == {"train": 5} and result.num_chunks is None
     assert not (out / ".work").exists()
 
@@ -167,8 +169,8 @@ def test_concurrent_atomic_writes_give_one_complete_content(tmp_path: Path):
 @pytest.mark.parametrize("text", ["3/3", "1", "a/2", "-1/2", "0/0", "1/2/3"])
 def test_invalid_parts_are_reported(text: str):
     with pytest.raises(UserError, match="has to be I/N with I from 0 to N-1"):
-        ChunkSubset.parse(text)
-    assert ChunkSubset.parse("2/3") == ChunkSubset(2, 3)
+        Part.parse(text)
+    assert Part.parse("2/3") == Part(2, 3)
 
 
 FAKE_SBATCH = """#!{python}
@@ -205,4 +207,38 @@ def test_slurm_jobs_build_the_same_dataset(expected: dict[str, str], tmp_path: P
     assert "--array=0-1" in submitted[0] and "--dependency=afterok:17 " in submitted[1]
     log = (tmp_path / "log").read_text()
     assert "part 0/2 complete" in log and "part 1/2 complete" in log and "20 test, 140 train clips written," in log
+    assert digests(tmp_path / "set") == expected
+
+
+def test_machines_that_share_all_work_write_the_same_bytes(expected: dict[str, str], tmp_path: Path):
+    out = tmp_path / "shared"
+    processes = [start_part(out, "any") for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert all("clips written" in output and "already" not in output for output in outputs)
+    assert digests(out) == expected
+
+
+def test_parts_write_shards_once_all_chunks_are_encoded(expected: dict[str, str], tmp_path: Path):
+    out = tmp_path / "parts"
+    for part in ("0/2", "1/2"):
+        assert main(["synthetic", str(out), *OPTIONS, f"--part={part}"]) == 0
+    written = {path.name for path in out.glob("*.tar")}
+    shards = {name for name in expected if name.endswith(".tar")}
+    assert written and written < shards
+    assert main(["synthetic", str(out), *OPTIONS, "--part=0/2"]) == 0
+    assert {path.name for path in out.glob("*.tar")} == shards
+    assert main(["synthetic", str(out), *OPTIONS]) == 0
+    assert digests(out) == expected
+
+
+def test_the_ray_example_builds_the_same_dataset(expected: dict[str, str], tmp_path: Path):
+    pytest.importorskip("ray", reason="Ray is not installed")
+    text = (ROOT / "shards" / "README.md").read_text()
+    (tmp_path / "example.py").write_text(
+        next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "import ray" in block)
+    )
+    options = [option for option in OPTIONS if not option.startswith("--workers")]
+    command = [sys.executable, str(tmp_path / "example.py"), "synthetic", str(tmp_path / "set"), *options]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=180)
     assert digests(tmp_path / "set") == expected

@@ -1,0 +1,34 @@
+"""Everything besides the source that determines the bytes of a dataset."""
+
+from dataclasses import dataclass
+
+from distav.config.errors import UserError
+from distav.data.preparation.encoding import Encoding
+from distav.data.preparation.noise_injection import LabelNoise
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Everything besides the source that determines the bytes of a dataset.
+
+    Attributes:
+        encoding: how clips are stored.
+        seed: seed of order, noise and rendering.
+        shard_samples: samples per shard.
+        label_noise: label noise of the training split; None: none.
+        correspondence_noise: fraction of training clips with the audio of another clip.
+        cross_class_only: whether audio is swapped only between clips of different classes.
+    """
+
+    encoding: Encoding
+    seed: int = 0
+    shard_samples: int = 1000
+    label_noise: LabelNoise | None = None
+    correspondence_noise: float = 0.0
+    cross_class_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shard_samples < 1:
+            raise UserError(f"--shard-samples={self.shard_samples}: has to be 1 or more.")
+        if not 0 <= self.correspondence_noise <= 1:
+            raise UserError(f"--correspondence-noise={self.correspondence_noise}: has to be a rate from 0 to 1.")

@@ -1,0 +1,95 @@
+"""The samples of a split: their order, injected noise and tables."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from distav.data.annotations.events import events_table
+from distav.data.preparation.build_config import BuildConfig
+from distav.data.preparation.encode_workers import EncodedClip
+from distav.data.preparation.noise_injection import flip_labels, mismatch_pairs
+from distav.data.preparation.shard_writer import sample_keys
+from distav.data.preparation.source import LABEL_SEPARATOR, SourceInfo
+
+
+@dataclass(frozen=True)
+class SplitSamples:
+    """The samples of one split by id, with their noise.
+
+    Attributes:
+        name: name of the split.
+        keys: N keys.
+        clips: N encoded clips.
+        true_labels, given_labels: [N] int64; all 0 for multi-label sources.
+        audio_source: [N] int64, the id of the clip that the audio is from.
+    """
+
+    name: str
+    keys: list[str]
+    clips: list[EncodedClip]
+    true_labels: np.ndarray
+    given_labels: np.ndarray
+    audio_source: np.ndarray
+
+
+def draw_samples(
+    name: str,
+    clips: list[EncodedClip],
+    classes: list[str],
+    multi_label: bool,
+    config: BuildConfig,
+    rng: np.random.Generator,
+) -> SplitSamples:
+    """Shuffle the clips of a split; swap audio and flip labels if it is the training split."""
+    clips = [clips[position] for position in rng.permutation(len(clips))]
+    true = np.array([0 if multi_label else classes.index(clip.label) for clip in clips], dtype=np.int64)
+    mismatch_rate = config.correspondence_noise if name == "train" else 0.0
+    label_noise = config.label_noise if name == "train" else None
+    audio_source = mismatch_pairs(len(clips), mismatch_rate, rng, true if config.cross_class_only else None)
+    given = flip_labels(true, len(classes), label_noise, rng) if label_noise else true
+    return SplitSamples(name, sample_keys(name, len(clips)), clips, true, given, audio_source)
+
+
+def noise_rates(samples: SplitSamples, multi_label: bool) -> dict[str, float]:
+    """Return the exact rates of the injected noise."""
+    true, audio_source = samples.true_labels, samples.audio_source
+    rates = {
+        "label_rate": float((samples.given_labels != true).mean()),
+        "swapped_audio_rate": float((audio_source != np.arange(len(audio_source))).mean()),
+    }
+    if not multi_label:
+        rates["cross_class_audio_rate"] = float((true[audio_source] != true).mean())
+    return rates
+
+
+def labels_table(samples: SplitSamples, classes: list[str], multi_label: bool, config: BuildConfig) -> pa.Table:
+    """Return the rows of labels.parquet; true labels and audio sources are stored only if noise was injected."""
+    names = np.array(classes, dtype=object)
+    if multi_label:
+        labels = [clip.label.split(LABEL_SEPARATOR) for clip in samples.clips]
+    else:
+        labels = names[samples.given_labels]
+    columns = {
+        "split": [samples.name] * len(samples.clips),
+        "id": np.arange(len(samples.clips)),
+        "key": samples.keys,
+        "label": labels,
+    }
+    if config.label_noise:
+        columns["true_label"] = names[samples.true_labels]
+    if config.correspondence_noise:
+        columns["pair_id"] = samples.audio_source
+    return pa.table(columns)
+
+
+def events_of(samples: SplitSamples, classes: list[str], info: SourceInfo) -> pa.Table | None:
+    """Return the rows of events.parquet; None if a sample of the split has no annotated events."""
+    by_sample = [info.events.get((samples.name, clip.source, clip.label)) for clip in samples.clips]
+    annotated = [events for events in by_sample if events is not None]
+    if len(annotated) < len(samples.clips):
+        return None
+    events = np.stack(annotated)
+    events[:, 0] = events[samples.audio_source, 0]
+    sources = np.array([clip.source for clip in samples.clips], dtype=object)
+    return events_table(samples.name, np.array(samples.keys, dtype=object), sources, classes, events)
