@@ -3,6 +3,7 @@
 import json
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,9 @@ def write_table(path: Path, table: pa.Table, scratch: Path | None = None) -> Non
     write_atomically(path, sink.getvalue().to_pybytes(), scratch)
 
 
-def claim_dir(path: Path, facts: dict[str, Any], conflict: str, advice: str) -> None:
+def claim_dir(
+    path: Path, facts: dict[str, Any], conflict: str, advice: str, name_of: Callable[[str], str] = str
+) -> None:
     """Record which configuration a directory belongs to, or verify that it belongs to this one.
 
     Any number of processes, on any machines, may call it at the same time.
@@ -98,6 +101,7 @@ def claim_dir(path: Path, facts: dict[str, Any], conflict: str, advice: str) -> 
         facts: the configuration, JSON values only.
         conflict: beginning of the error message, e.g. "out: holds embeddings made with other options".
         advice: end of the error message, e.g. "choose another --out or delete it".
+        name_of: returns the user's name of a dotted key of the configuration.
 
     Raises:
         UserError: if the directory belongs to another configuration (the message gives the first difference), or if
@@ -114,19 +118,27 @@ def claim_dir(path: Path, facts: dict[str, Any], conflict: str, advice: str) -> 
     if recorded == content:
         return
     try:
-        difference = _first_difference(json.loads(recorded), json.loads(content))
+        difference = first_difference(json.loads(recorded), json.loads(content), name_of)
     except (ValueError, RecursionError):
         difference = f"{path.name} is not valid JSON"
     raise UserError(f"{conflict} ({difference}); {advice}.")
 
 
-def _first_difference(recorded: Any, requested: Any, key: str = "") -> str:
-    """Return the first key whose values differ, with both values."""
+def first_difference(recorded: Any, requested: Any, name_of: Callable[[str], str] = str, key: str = "") -> str:
+    """Return the first key whose values differ, with both values.
+
+    Args:
+        recorded, requested: JSON values.
+        name_of: returns the user's name of a dotted key.
+        key: dotted key of the values.
+    """
     if isinstance(recorded, dict) and isinstance(requested, dict):
         for name in sorted({*recorded, *requested}):
             if recorded.get(name) != requested.get(name):
-                return _first_difference(recorded.get(name), requested.get(name), f"{key}.{name}" if key else name)
-    return f"{key or 'content'}: {_shorten(recorded)} recorded, {_shorten(requested)} requested"
+                subkey = f"{key}.{name}" if key else name
+                return first_difference(recorded.get(name), requested.get(name), name_of, subkey)
+    name = name_of(key) if key else "content"
+    return f"{name}: {_shorten(recorded)} recorded, {_shorten(requested)} requested"
 
 
 def _shorten(value: Any, limit: int = 60) -> str:

@@ -13,7 +13,7 @@ from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.cleaning import CleaningConfig, clean_dataset
 from distav.data.preparation.encoding import CODECS, Encoding
 from distav.data.preparation.noise_injection import LabelNoise
-from distav.data.preparation.output_dir import BuildResult
+from distav.data.preparation.output_dir import BuildResult, report_os_errors
 from distav.data.preparation.registry import SOURCES
 from distav.data.preparation.shared_work import Part
 from distav.data.storage.object_store import is_url
@@ -86,7 +86,8 @@ def _clean(options: argparse.Namespace) -> int:
         options.min_correspondence,
         options.shard_samples,
     )
-    result = clean_dataset(config, options.out, options.workers)
+    with report_os_errors(options.out):
+        result = clean_dataset(config, options.out, options.workers)
     details = f"; reasons in {options.out / 'rejected.csv'}" if result.rejected else ""
     print(
         f"{options.out}: {_clip_counts(result)} clips copied, {result.num_relabeled} relabeled, "

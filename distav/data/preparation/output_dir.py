@@ -4,12 +4,14 @@ Incomplete files are in the work directory `.work` under unique names, so that p
 interfere. The manifest is the last file of a dataset; a directory with a manifest is complete.
 """
 
+import contextlib
 import csv
 import dataclasses
+import errno
 import io
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,22 @@ import pyarrow as pa
 from distav.config.errors import UserError
 from distav.config.version import __version__
 from distav.data.dataset import TABLES, index_schema
-from distav.data.files import claim_dir, write_atomically, write_table
+from distav.data.files import claim_dir, first_difference, write_atomically, write_table
 from distav.data.integrity import file_entry
 
 WORK = ".work"
 """Name of the work directory."""
+_ARGUMENT_NAMES = {
+    "distav": "version of distav",
+    "type": "COMMAND",
+    "file": "FILE",
+    "folder": "DIR",
+    "annotations": "DIR",
+    "root": "SHARDS",
+    "sample_rate_hz": "--sample-rate",
+    "source_content": "content of the source",
+}
+"""Arguments of make_shards.py whose names differ from the keys of a recipe."""
 
 
 @dataclass(frozen=True)
@@ -47,27 +60,69 @@ class BuildResult:
     num_relabeled: int | None = None
 
 
-def make_recipe(source: Any, config: Any) -> dict[str, Any]:
-    """Return everything that determines the bytes of a dataset, as JSON values."""
-    return {"distav": __version__, "source": _to_json(source), "config": _to_json(config)}
+def make_recipe(source: Any, config: Any, content: str = "") -> dict[str, Any]:
+    """Return everything that determines the bytes of a dataset, as JSON values.
+
+    Args:
+        source: the source.
+        config: the configuration.
+        content: description of the candidates, see `describe_candidates`; empty if `config` identifies them.
+    """
+    recipe = {"distav": __version__, "source": _to_json(source), "config": _to_json(config)}
+    return recipe | {"source_content": content} if content else recipe
 
 
 def read_result(out: Path, recipe: dict[str, Any]) -> BuildResult | None:
     """Return the result of a complete build, or None if the directory has no manifest.
 
     Raises:
-        UserError: if the manifest has another recipe.
+        UserError: if the manifest has another recipe; the message gives the first difference.
     """
-    if not (out / "manifest.json").exists():
+    path = out / "manifest.json"
+    if not path.exists():
         return None
-    manifest = json.loads((out / "manifest.json").read_text())
-    if manifest.get("recipe") != recipe:
+    try:
+        manifest = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); choose another directory or delete it.") from None
+    recorded = manifest.get("recipe")
+    if recorded != recipe:
         raise UserError(
-            f"{out} contains a dataset that was made with other arguments; choose another directory or delete it."
+            f"{out} contains a dataset that was made with other arguments "
+            f"({first_difference(recorded, recipe, argument_name)}); choose another directory or delete it."
         )
     shutil.rmtree(out / WORK, ignore_errors=True)
     clips = {name: split["clips"] for name, split in manifest["splits"].items()}
     return BuildResult(clips, manifest["rejected"], 0.0, num_relabeled=manifest.get("num_relabeled"))
+
+
+def argument_name(key: str) -> str:
+    """Return the argument of make_shards.py for a key of a recipe, e.g. `--fps` for `config.encoding.fps`."""
+    parts = [part for part in key.split(".") if part not in ("config", "encoding", "source")]
+    name = parts[0] if parts else key
+    if name.startswith("--") or name == "SHARDS":
+        return f"content of {name}"
+    return _ARGUMENT_NAMES.get(name, f"--{name.replace('_', '-')}")
+
+
+@contextlib.contextmanager
+def report_os_errors(out: Path) -> Iterator[None]:
+    """Turn an OSError of the enclosed code into a UserError that says what to do.
+
+    Args:
+        out: directory of the dataset.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "free some space and rerun the same command to resume"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            advice = "choose another directory, or change the permissions, and rerun the same command to resume"
+        else:
+            advice = "rerun the same command to resume"
+        raise UserError(f"{error.filename or out}: {reason}; {advice}.") from error
 
 
 def _to_json(value: Any) -> Any:
@@ -96,6 +151,7 @@ def claim_work_dir(work_dir: Path, recipe: dict[str, Any]) -> None:
         recipe,
         f"{out} contains an unfinished dataset that was made with other arguments",
         f"repeat those arguments, choose another directory, or delete {out}",
+        argument_name,
     )
 
 
@@ -105,7 +161,7 @@ def write_rejected(out: Path, rejected: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, ["path", "start_s", "end_s", "label", "reason"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rejected)
-    write_atomically(out / "rejected.csv", text.getvalue().encode(), out / WORK)
+    write_atomically(out / "rejected.csv", text.getvalue().encode(errors="backslashreplace"), out / WORK)
 
 
 def write_index(out: Path, rows: list[dict[str, Any]], members: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -68,6 +69,16 @@ class AnnotatedSource(Source, Protocol):
 
     def info(self) -> SourceInfo:
         """Return classes, events and streams."""
+        ...
+
+
+@runtime_checkable
+class DirectorySource(Source, Protocol):
+    """A source that uses all files of a directory; the dataset has to be written to a directory outside of it."""
+
+    @property
+    def folder(self) -> Path:
+        """The directory."""
         ...
 
 

@@ -1,10 +1,10 @@
 """Sources of clips in media files: a directory per class, a CSV list, or files without classes."""
 
 import argparse
-import csv
 import hashlib
-import io
+import logging
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,19 @@ from typing import ClassVar, Self
 
 import numpy as np
 
-from distav.config.errors import UserError, format_list
+from distav.config.cli import finite_float
+from distav.config.errors import UserError, did_you_mean, format_list
+from distav.data.annotations.tables import Table, TableFormat, read_csv
+from distav.data.preparation.candidates import SPLIT_NAME, SPLIT_NAME_RULE
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding
 from distav.data.preparation.media_decoding import decode_clips
+from distav.data.preparation.media_tree import SkippedPaths, list_directory, printable_name, walk_files
 
-_CSV_COLUMNS = ("path", "label", "start_s", "end_s", "split")
+log = logging.getLogger("distav")
+
+SPLITS = ("train", "val", "test")
+"""Names of splits that are always allowed in a list."""
+_LIST = TableFormat("path,label[,start_s,end_s][,split]", ("path", "label"), ("start_s", "end_s", "split"))
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class VideoFolder:
         parser.add_argument("folder", type=Path, metavar="DIR", help="directory with one subdirectory per class")
         parser.add_argument(
             "--test-fraction",
-            type=float,
+            type=finite_float,
             default=0.1,
             help="fraction of the files of each class in the test split (default: %(default)s)",
         )
@@ -57,46 +65,67 @@ class VideoFolder:
             raise UserError(f"--test-fraction={self.test_fraction}: has to be at least 0 and less than 1.")
         if not self.folder.is_dir():
             raise UserError(f"videos {self.folder}: no such directory.")
-        candidates = []
-        for class_folder in sorted(path for path in self.folder.iterdir() if path.is_dir()):
-            files = sorted(_files_in(class_folder), key=self._shuffle_key)
+        skipped = SkippedPaths(self.folder)
+        candidates: list[ClipSource] = []
+        class_folders, other_files = list_directory(self.folder, skipped)
+        for file in other_files:
+            skipped.add("file outside of the class directories", "files outside of the class directories", file)
+        for class_folder in class_folders:
+            files = sorted(walk_files(class_folder, skipped), key=self._shuffle_key)
+            if not files:
+                skipped.add("class directory without files", "class directories without files", class_folder)
+            label = printable_name(Path(class_folder.name)).strip()
             num_test = round(self.test_fraction * len(files))
             for position, file in enumerate(files):
-                split = "test" if position < num_test else "train"
-                candidates.append(ClipSource(str(file.relative_to(self.folder)), class_folder.name, split))
+                candidates.append(_media_file(self.folder, file, label, "test" if position < num_test else "train"))
+        summary = skipped.summary()
         if not candidates:
             raise UserError(
                 f"videos {self.folder}: contains no class directories with files; expected {self.folder}/CLASS/FILE."
+                + (f" Found: {summary}." if summary else "")
             )
+        if summary:
+            log.warning("videos %s: not used: %s", self.folder, summary)
         return candidates
 
     def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
         """Decode the file and cut it into clips."""
-        return decode_clips(self.folder / candidate.source, candidate, encoding)
+        return decode_clips(self.folder / _file_name(candidate), candidate, encoding)
 
     def _shuffle_key(self, file: Path) -> bytes:
-        return hashlib.sha256(f"{self.seed}/{file.relative_to(self.folder)}".encode()).digest()
+        return hashlib.sha256(os.fsencode(f"{self.seed}/{file.relative_to(self.folder)}")).digest()
 
 
 @dataclass(frozen=True)
 class ClipList:
-    """`csv FILE`: columns path, label and optionally start_s, end_s, split; paths are relative to the file."""
+    """`csv FILE`: columns path, label and optionally start_s, end_s, split; paths are relative to the file.
+
+    Splits are named `train`, `val` or `test`, or one of `splits`.
+    """
 
     description: ClassVar[str] = "Cut the videos in a CSV list into clips."
     example: ClassVar[str] = "make_shards.py csv clips.csv shards/mine --codec h264 --fps 16"
     default_encoding: ClassVar[Encoding] = Encoding()
 
     file: Path
+    splits: tuple[str, ...] = ()
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the list."""
-        parser.add_argument("file", type=Path, metavar="FILE", help="csv: path,label[,start_s,end_s][,split]")
+        """Add the list and `--splits`."""
+        parser.add_argument("file", type=Path, metavar="FILE", help=f"csv: {_LIST.header}")
+        parser.add_argument(
+            "--splits",
+            nargs="+",
+            default=[],
+            metavar="NAME",
+            help=f"names that the column split may contain besides {', '.join(SPLITS)}",
+        )
 
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> Self:
         """Return the source for parsed options."""
-        return cls(options.file)
+        return cls(options.file, tuple(options.splits))
 
     def candidates(self) -> list[ClipSource]:
         """Return all rows.
@@ -104,24 +133,13 @@ class ClipList:
         Raises:
             UserError: for a missing file or column, or an invalid row, with its line number.
         """
-        if not self.file.is_file():
-            raise UserError(f"csv {self.file}: no such file.")
-        try:
-            text = self.file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"csv {self.file}: not UTF-8 ({error}); save it as UTF-8.") from None
-        with io.StringIO(text, newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            names = reader.fieldnames or []
-            if not {"path", "label"} <= set(names) or set(names) - set(_CSV_COLUMNS):
-                raise UserError(
-                    f"csv {self.file}: header {format_list(names)}; needed: path, label; "
-                    f"allowed: {format_list(_CSV_COLUMNS)}."
-                )
-            candidates = [_parse_row(row, f"csv {self.file}, line {reader.line_num}") for row in reader]
-        if not candidates:
-            raise UserError(f"csv {self.file}: no rows.")
-        return candidates
+        for name in self.splits:
+            if not SPLIT_NAME.fullmatch(name):
+                raise UserError(f"--splits: '{name}'; allowed in names of splits: {SPLIT_NAME_RULE}.")
+        table = read_csv(self.file, f"csv {self.file}", _LIST)
+        if not len(table):
+            raise UserError(f"{table.name}: has a header, but no rows.")
+        return [_parse_row(table, row, SPLITS + self.splits) for row in range(len(table))]
 
     def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
         """Decode the interval and cut it into clips."""
@@ -140,28 +158,60 @@ class MediaFiles:
         Raises:
             UserError: if there is no such directory, or if it contains no file.
         """
-        files = sorted(_files_in(self.folder))
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}: no such directory.")
+        skipped = SkippedPaths(self.folder)
+        files = sorted(walk_files(self.folder, skipped))
         if not files:
             raise UserError(f"{self.folder}: contains neither the manifest.json of a dataset nor media files.")
-        return [ClipSource(str(file.relative_to(self.folder)), "clip", "files") for file in files]
+        if summary := skipped.summary():
+            log.warning("%s: not used: %s", self.folder, summary)
+        return [_media_file(self.folder, file, "clip", "files") for file in files]
 
     def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
         """Decode the file and cut it into clips."""
-        return decode_clips(self.folder / candidate.source, candidate, encoding)
+        return decode_clips(self.folder / _file_name(candidate), candidate, encoding)
 
 
-def _files_in(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+def _media_file(root: Path, file: Path, label: str, split: str) -> ClipSource:
+    """Return the candidate for a file; `detail` has the name of the file if it is not UTF-8, unlike the stored one."""
+    name = file.relative_to(root)
+    stored_name = printable_name(name)
+    return ClipSource(stored_name, label, split, detail=() if stored_name == str(name) else (str(name),))
 
 
-def _parse_row(row: dict[str, str], where: str) -> ClipSource:
-    if not row["path"] or not row["label"]:
-        raise UserError(f"{where}: path and label may not be empty.")
+def _file_name(candidate: ClipSource) -> str:
+    return str(candidate.detail[0]) if candidate.detail else candidate.source
+
+
+def _parse_row(table: Table, row: int, splits: tuple[str, ...]) -> ClipSource:
+    where = table.position(row)
+    cells = {column: values[row] for column, values in table.columns.items()}
+    for column in ("path", "label"):
+        if not cells[column]:
+            raise UserError(f"{where}: {column} is empty; path and label are required in every row.")
+    start, end = (_parse_seconds(cells.get(column, ""), f"{where}: {column}") for column in ("start_s", "end_s"))
+    if end is not None and end <= (start or 0.0):
+        raise UserError(f"{where}: start_s {start or 0.0:g}, end_s {end:g}; allowed: an end_s after start_s.")
+    split = cells.get("split") or "train"
+    if not SPLIT_NAME.fullmatch(split):
+        raise UserError(f"{where}: split '{split}'; allowed in names of splits: {SPLIT_NAME_RULE}.")
+    if split not in splits:
+        raise UserError(
+            f"{where}: split '{split}'; allowed: {format_list(splits)}.{did_you_mean(split, splits)} For a split with "
+            f"another name, add the option --splits {split}."
+        )
+    return ClipSource(cells["path"], cells["label"], split, start or 0.0, end)
+
+
+def _parse_seconds(text: str, where: str) -> float | None:
+    """Return a time in seconds, or None for an empty cell."""
+    if not text:
+        return None
     try:
-        start = float(row["start_s"]) if row.get("start_s") else None
-        end = float(row["end_s"]) if row.get("end_s") else None
-    except ValueError as error:
-        raise UserError(f"{where}: start_s and end_s have to be seconds; {error}.") from None
-    if not 0 <= (start or 0.0) < (math.inf if end is None else end) or (end is not None and not math.isfinite(end)):
-        raise UserError(f"{where}: start_s={start} and end_s={end}; allowed: start_s >= 0 and a larger end_s.")
-    return ClipSource(row["path"], row["label"], row.get("split") or "train", start or 0.0, end)
+        seconds = math.nan if "_" in text else float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UserError(f"{where} '{text}'; allowed: seconds, 0 or more, with a decimal point, or empty.")
+    return seconds
