@@ -256,7 +256,7 @@ def test_invalid_arguments_are_reported(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("file,label\na,b\n", "needed: path, label"),
+        ("file,label\na,b\n", "column 'path' is missing"),
         ("path,label,start_s\na,b,x\n", "line 2"),
         ("path,label\n", "no rows"),
     ],
