@@ -15,7 +15,7 @@ import os
 import time
 import uuid
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -190,7 +190,7 @@ def _encode_chunk(
     file_name = f"{_task(index)}-{uuid.uuid4().hex[:12]}.bin"
     encoded: list[EncodedClip] = []
     rejected: list[dict[str, Any]] = []
-    with open(work_dir / file_name, "xb") as file:
+    with _deleted_on_error(work_dir / file_name), open(work_dir / file_name, "xb") as file:
         for position, candidate in enumerate(candidates):
             first_clip = len(encoded)
             try:
@@ -230,6 +230,16 @@ def _encode_chunk(
         os.fsync(file.fileno())
     content = {"encoded": [asdict(clip) for clip in encoded], "rejected": rejected}
     write_atomically(_list_path(work_dir, _task(index)), json.dumps(content).encode())
+
+
+@contextlib.contextmanager
+def _deleted_on_error(path: Path) -> Iterator[None]:
+    """Delete an incomplete file if the enclosed code fails, so that it does not occupy a full disk."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _candidate_rng(seed: int, index: int, position: int) -> np.random.Generator:

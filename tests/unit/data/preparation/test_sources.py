@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from distav.config.errors import UserError
 from distav.data.dataset import ShardedDataset
 from distav.data.preparation.candidates import describe_candidates, list_candidates, similar_names
-from distav.data.preparation.encoding import ClipSource, Encoding, RejectedClip
+from distav.data.preparation.encode_workers import _encode_chunk
+from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
 from distav.data.preparation.output_dir import argument_name, read_result, report_os_errors, write_rejected
 from distav.data.preparation.sources import ClipList, MediaFiles, VideoFolder
 from distav.tools.make_shards import main
@@ -150,6 +152,22 @@ def test_a_full_disk_is_reported(tmp_path: Path):
             file.write(b"x")
     with pytest.raises(UserError, match="rerun the same command to resume"), report_os_errors(tmp_path):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+class FullDisk(VideoFolder):
+    """Ends with the error of a full disk after the first clip."""
+
+    def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
+        yield Clip(np.zeros((8, 16, 16, 3), np.uint8), np.zeros(8000, np.float32))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_an_incomplete_file_does_not_remain_on_a_full_disk(tree: Path, tmp_path: Path):
+    source, work_dir = FullDisk(tree, 0.0), tmp_path / "work"
+    work_dir.mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        _encode_chunk(source, Encoding(clip_s=1, sample_rate_hz=8000), 0, 0, source.candidates(), work_dir)
+    assert list(work_dir.iterdir()) == []
 
 
 def test_an_output_path_that_is_a_file_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
