@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from distav.config.errors import UserError
+from distav.config.errors import SettingError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def check_bounds(config: object, prefix: str = "") -> None:
         prefix: prefix of its keys in error messages, such as `optim.`.
 
     Raises:
-        UserError: naming the key, its value and what is allowed.
+        SettingError: naming the key, its value and what is allowed.
     """
     for setting in dataclasses.fields(cast(Any, config)):
         _check_value(f"{prefix}{setting.name}", getattr(config, setting.name), setting.metadata.get("bound"))
@@ -87,7 +87,7 @@ def _check_value(key: str, value: object, bound: Bound | None) -> None:
 def require(condition: bool, key: str, value: object, allowed: str) -> None:
     """Raise the error for a setting with a value that is not allowed, unless the condition holds."""
     if not condition:
-        raise UserError(f"{key}={value}: allowed: {allowed}.")
+        raise SettingError(key, f"{key}={value}: allowed: {allowed}.")
 
 
 def _metadata(holds: Callable[[Any], bool], allowed: str, note: str) -> Metadata:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from distav.config.bounds import above, at_least, between, satisfies
+from distav.config.setting_types import FilePath
 
 
 @dataclass
@@ -93,5 +94,5 @@ class ModelConfig:
     """Dropout before the classifiers."""
     activation_checkpointing: bool = False
     """Recompute the activations of the towers in the backward pass instead of storing them."""
-    pretrained: str = ""
+    pretrained: FilePath = ""
     """`export/` directory with the initial weights, used where name and shape match; empty for none."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from distav.config.bounds import above, at_least, between
 from distav.config.registry import Registry
+from distav.config.setting_types import FilePath
 
 
 class Estimator(Enum):
@@ -163,7 +164,7 @@ class LabelCorrectionPhase:
     this power; 0 keeps the scales, 1 whitens fully. The joint vote of both modalities uses the last one."""
     num_components: int = field(default=48, metadata=at_least(1))
     """Number of principal components of the features that are kept."""
-    pseudo_labels: str = ""
+    pseudo_labels: FilePath = ""
     """Output directory of tools/pseudo_label.py, whose teachers then join the ensemble; empty for none."""
     min_log_likelihood_gain: float = field(default=10.0, metadata=at_least(0))
     """Minimum log-likelihood gain, in nats over all clips, of the votes over class frequencies in predicting the given
@@ -213,7 +214,7 @@ class EventParsingPhase:
     """Factor on `optim.lr`."""
     tower_lr_scale: float = field(default=1.0, metadata=at_least(0))
     """Additional factor for the towers, if the dataset stores clips and not features."""
-    pseudo_labels: str = ""
+    pseudo_labels: FilePath = ""
     """Pseudo-labels of teachers: an output directory of tools/pseudo_label.py or a table of events; empty to train on
     weak labels alone."""
     weak_label_weight: float = field(default=1.0, metadata=at_least(0))

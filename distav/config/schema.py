@@ -11,6 +11,7 @@ from typing import Any
 from distav.config.bounds import above, at_least, between, one_of, satisfies
 from distav.config.model import ModelConfig
 from distav.config.phases import PhaseConfig
+from distav.config.setting_types import FilePath
 
 
 class Precision(Enum):
@@ -34,10 +35,14 @@ class RunConfig:
     """The run and its directory."""
 
     name: str = field(
-        default="run", metadata=satisfies(re.compile(r"[\w.-]+").fullmatch, "letters, digits and the characters . _ -")
+        default="run",
+        metadata=satisfies(
+            re.compile(r"[\w-][\w.-]*").fullmatch,
+            "the name of one directory: letters, digits and the characters . _ -, without a dot at the start",
+        ),
     )
     """Directory of the run inside `root`."""
-    root: str = "runs"
+    root: FilePath = "runs"
     """Directory that holds all runs."""
     seed: int = field(default=0, metadata=at_least(0))
     """Seed of initial weights, sample order, augmentation and dropout."""
@@ -79,10 +84,10 @@ class SyntheticConfig:
 class DataConfig:
     """Dataset, clip format and reading."""
 
-    root: str = "shards/quickstart"
+    root: FilePath = "shards/quickstart"
     """Dataset: directory or URL (s3://, gs://, https://) with manifest.json, labels.parquet, index.parquet and the tar
     shards."""
-    cache: str = ""
+    cache: FilePath = ""
     """Local cache directory for a dataset at a URL, shared by ranks and runs; empty for ~/.cache/distav."""
     cache_mib: int = field(default=10240, metadata=at_least(0))
     """Maximum size of the cache in MiB; 0 disables it."""
@@ -90,7 +95,7 @@ class DataConfig:
     """Training split."""
     test_split: str = "test"
     """Test split; empty for none."""
-    label_overrides: str = ""
+    label_overrides: FilePath = ""
     """Table (Parquet or CSV with `id` or `key`, and `label`) of labels that replace the given labels."""
     num_frames: int = field(default=4, metadata=at_least(1))
     """Number of frames passed to the visual tower."""

@@ -1,7 +1,9 @@
 """Checks of a configuration that need no data: the bound of each setting and the rules between settings."""
 
+import re
+
 from distav.config.bounds import check_bounds, require
-from distav.config.errors import UserError
+from distav.config.errors import SettingError
 from distav.config.phases import NEED_CORRECTION, PhaseConfig, SupervisedPhase
 from distav.config.schema import Config
 
@@ -10,13 +12,16 @@ def validate(config: Config) -> None:
     """Check all settings that can be checked without data.
 
     Raises:
-        UserError: naming the key, its value and what is allowed.
+        SettingError: naming the key, its value and what is allowed.
     """
     check_bounds(config)
     parser = config.model.parser
     divisor = f"a divisor of model.parser.width={parser.width}"
     require(parser.width % parser.heads == 0, "model.parser.heads", parser.heads, divisor)
     require(bool(config.phases), "phases", "{}", "at least one phase, e.g. {learn: {kind: contrastive}}")
+    for name in config.phases:
+        if not re.fullmatch(r"[\w-]+", name):
+            raise SettingError(f"phases.{name}", f"phases: '{name}': allowed in a name: letters, digits, _ and -.")
     _check_targets(config.phases)
 
 
@@ -26,7 +31,8 @@ def _check_targets(phases: dict[str, PhaseConfig]) -> None:
     for name, phase in phases.items():
         corrected = corrected or phase.kind == "label_correction"
         if isinstance(phase, SupervisedPhase) and phase.targets in NEED_CORRECTION and not corrected:
-            raise UserError(
+            raise SettingError(
+                f"phases.{name}.targets",
                 f"phases.{name}.targets={phase.targets.name}: needs a phase with kind: label_correction before it. Add "
-                "one, or set targets: given."
+                "one, or set targets: given.",
             )

@@ -172,8 +172,8 @@ def _entries_from(
                 position = tar.offset
                 if entry.isreg():
                     yield entry
-    except tarfile.TarError:
-        pass
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError):
+        pass  # Also sizes that no file has.
     if position > size:
         return None
     file.seek(position)

@@ -45,13 +45,55 @@ def test_the_zero_stage_depends_on_the_device_unless_it_is_set(config_file: Path
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["/x/a=b", "/x/日本", "a,b", "/x (1)", "{a}", "[a]", "1.10", "2024_01_01", "${oc.env:HOME}", "a: b", "'quoted'"],
+)
+def test_texts_on_the_command_line_are_taken_literally(config_file: Path, text: str):
+    config = loading.load(config_file, [f"data.root={text}", f"phases.fix.pseudo_labels={text}"])
+    assert config.data.root == text and config.phases["fix"].pseudo_labels == text  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["1.10", "2024_01_01", "0x10", "1e3", "007", "yes", "3"])
+def test_a_name_keeps_its_spelling(name: str, config_file: Path):
+    assert loading.load(config_file, [f"run.name={name}"]).run.name == name
+    config_file.write_text(config_file.read_text() + f"run: {{name: {name}}}\n")
+    assert loading.load(config_file).run.name == name
+
+
+def test_the_home_directory_is_expanded_in_every_path(config_file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/user")
+    keys = [
+        "data.root",
+        "data.cache",
+        "data.label_overrides",
+        "run.root",
+        "model.pretrained",
+        "phases.fix.pseudo_labels",
+    ]
+    config = loading.to_yaml(loading.load(config_file, [f"{key}=~/x" for key in keys]))
+    assert config.count("/home/user/x") == len(keys) and "~" not in config
+
+
+@pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("optim.lrr=1", ["optim.lrr", "Did you mean 'lr'"]),
-        ("phases.learn.epoch=1", ["phases.learn.epoch", "Did you mean 'epochs'"]),
-        ("phases.lern.epochs=1", ["phases.lern", "Did you mean 'learn'"]),
-        ("phases.learn.correspondence_estimator=gm", ["phases.learn.correspondence_estimator", "'gm'", "oracle"]),
-        ("optim.lr=fast", ["optim.lr", "'fast'", "Float"]),
+        ("optim.lrr=1", ["command line (optim.lrr=1)", "Did you mean 'optim.lr'?"]),
+        ("optim.learning_rate=1", ["Did you mean 'optim.lr'?", "Settings of optim: lr, ", "config/schema.py"]),
+        ("learning_rate=1", ["Did you mean 'optim.lr'?"]),
+        ("phases.learn.epoch=1", ["phases.learn.epoch", "Did you mean 'phases.learn.epochs'?"]),
+        ("phases.lern.epochs=1", ["no phase 'lern'", "Did you mean 'phases.learn.epochs'?", "learn, fix, use"]),
+        ("~phases.learn_3", ["no phase 'learn_3'", "learn, fix, use"]),
+        ("~optim.lr", ["optim.lr cannot be removed"]),
+        ("+optim.foo=3", ["command line (+optim.foo=3)", "no setting 'optim.foo'"]),
+        ("phases.learn.correspondence_estimator=gm", ["estimator=gm: allowed", "oracle", "Did you mean 'gmm'?"]),
+        ("phases.learn.kind=supervized", ["supervized: not a kind of phase", "Did you mean 'supervised'?"]),
+        ("phases.learn.kind=supervised", ["cannot be overridden", "it is contrastive"]),
+        ("optim.lr=fast", ["optim.lr=fast: allowed: a number above 0"]),
+        ("data.test_split=null", ["data.test_split=null: allowed: a text", "write data.test_split="]),
+        *(
+            (f"run.name={name}", [f"run.name={name}: allowed: the name of one directory"])
+            for name in ("..", "a/b", "", ".x", " x")
+        ),
         ("optim.global_batch=0", ["optim.global_batch=0", "2 or more"]),
         ("run.seed=-1", ["run.seed=-1", "0 or more"]),
         ("data.decode_threads=-1", ["data.decode_threads=-1", "0 to choose"]),
@@ -62,9 +104,9 @@ def test_the_zero_stage_depends_on_the_device_unless_it_is_set(config_file: Path
         ("optim.beta1=1", ["optim.beta1=1"]),
         ("augment.audio_shift_s=1", ["augment.audio_shift_s=1", "0 to 0.5"]),
         ("deepspeed.zero_stage=4", ["deepspeed.zero_stage=4", "0, 1, 2, 3 or null"]),
-        ("deepspeed.zero_stage=auto", ["deepspeed.zero_stage", "'auto'", "Integer"]),
+        ("deepspeed.zero_stage=auto", ["deepspeed.zero_stage=auto: allowed: 0, 1, 2, 3 or null"]),
         ("phases.learn.temperature=0", ["phases.learn.temperature=0", "above 0"]),
-        ("+phases.more={kind: supervised}", ["phases.more.kind cannot be overridden"]),
+        ("+phases.more={kind: supervised}", ["no phase 'more'", "the file can add others"]),
         ("optim.lr", ["key=value"]),
         ("optim.lr=[", ["optim.lr=["]),
     ],

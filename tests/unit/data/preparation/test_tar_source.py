@@ -146,6 +146,19 @@ def test_reading_continues_after_damage(video: bytes, tmp_path: Path):
     assert flashes == [1.0]
 
 
+@pytest.mark.parametrize("file_type", [tarfile.REGTYPE, tarfile.XHDTYPE])
+def test_a_member_with_an_impossible_size_is_reported(video: bytes, tmp_path: Path, file_type: bytes):
+    tar = write_tar(tmp_path / "set.tar", [("a.mp4", video), ("a.cls", b"0")])
+    entry = tarfile.TarInfo("b.mp4")
+    entry.size, entry.type = 1 << 64, file_type
+    content = tar.read_bytes()
+    end = 1024 + -(-len(video) // 512) * 512 + 512
+    tar.write_bytes(content[:end] + entry.tobuf(tarfile.GNU_FORMAT) + content[end:])
+    candidates = source_of(tar).candidates()
+    assert Path(candidates[0].source).name == "a" and candidates[0].label == "0"
+    assert list(faults_of(candidates).values()) in (["truncated"], ["damaged"])
+
+
 def test_a_tar_without_usable_samples_is_an_error(video: bytes, tmp_path: Path):
     tar = write_tar(tmp_path / "set.tar", [("a.mp4", video)])
     with pytest.raises(UserError, match=r"no sample can be used \(1 no label\)"):
