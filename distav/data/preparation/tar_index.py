@@ -169,6 +169,8 @@ def _entries_from(
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (entry := tar.next()) is not None:
                 tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+                if tar.offset <= position:
+                    break
                 position = tar.offset
                 if entry.isreg():
                     yield entry

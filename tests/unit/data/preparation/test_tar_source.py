@@ -146,11 +146,13 @@ def test_reading_continues_after_damage(video: bytes, tmp_path: Path):
     assert flashes == [1.0]
 
 
-@pytest.mark.parametrize("file_type", [tarfile.REGTYPE, tarfile.XHDTYPE])
-def test_a_member_with_an_impossible_size_is_reported(video: bytes, tmp_path: Path, file_type: bytes):
+@pytest.mark.parametrize(
+    ("size", "file_type"), [(1 << 64, tarfile.REGTYPE), (1 << 64, tarfile.XHDTYPE), (-1024, tarfile.REGTYPE)]
+)
+def test_a_member_with_an_impossible_size_is_reported(video: bytes, tmp_path: Path, size: int, file_type: bytes):
     tar = write_tar(tmp_path / "set.tar", [("a.mp4", video), ("a.cls", b"0")])
     entry = tarfile.TarInfo("b.mp4")
-    entry.size, entry.type = 1 << 64, file_type
+    entry.size, entry.type = size, file_type
     content = tar.read_bytes()
     end = 1024 + -(-len(video) // 512) * 512 + 512
     tar.write_bytes(content[:end] + entry.tobuf(tarfile.GNU_FORMAT) + content[end:])
