@@ -31,6 +31,7 @@ from distav.config.cli import (
     check_parent_dirs,
     exit_with_error,
     finite_float,
+    run_command,
 )
 from distav.config.errors import UserError
 from distav.config.phases import SupervisedPhase, Targets
@@ -47,6 +48,7 @@ from distav.distributed.collectives import (
     shard_range,
 )
 from distav.distributed.process_group import World, process_group
+from distav.distributed.signals import EXIT_INTERRUPTED, Interrupted
 from distav.evaluation.embedding import Embedder
 from distav.evaluation.metrics import retrieval
 from distav.evaluation.probing import LinearProbe, knn_class_probs
@@ -85,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     write_atomically(options.json, (json.dumps(metrics, indent=1) + "\n").encode())
     except UserError as error:
         return exit_with_error(error, "evaluate", ARGUMENTS)
+    except Interrupted as interruption:
+        print(f"evaluate: {interruption}; the same command resumes the run", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 
@@ -249,4 +254,4 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

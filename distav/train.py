@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from distav.config import loading
-from distav.config.cli import CommandParser, exit_with_error
+from distav.config.cli import CommandParser, exit_with_error, run_command
 from distav.config.errors import UserError
 from distav.config.schema import Config
 from distav.distributed.signals import EXIT_INTERRUPTED, Interrupted
@@ -48,6 +48,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _train(config: Config) -> int:
+    from distav.data.files import report_os_errors
     from distav.data.preparation.quickstart import render_missing_dataset
     from distav.distributed.process_group import process_group
     from distav.training.phases.registry import run_remaining
@@ -57,7 +58,7 @@ def _train(config: Config) -> int:
     with process_group(config.run.device.name, config.run.timeout_s, config.run.threads_per_rank) as world:
         render_missing_dataset(config.data, world)
         try:
-            with open_run(config, world) as run:
+            with report_os_errors(Path(config.run.root), disk_only=True), open_run(config, world) as run:
                 run_remaining(run)
                 write_report(run)
         except Interrupted as interruption:
@@ -71,4 +72,4 @@ def _train(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

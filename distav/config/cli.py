@@ -6,11 +6,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from distav.config.errors import UserError, did_you_mean, format_list
+
+EXIT_CTRL_C = 130
+"""Exit status of a command that Ctrl-C has ended, as shells report it."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -62,6 +65,16 @@ def name_arguments(message: object, arguments: Mapping[str, str]) -> str:
     for setting, argument in arguments.items():
         text = re.sub(rf"(?<![\w./]){re.escape(setting)}(?![\w]|\.\w)", argument, text)
     return text
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """Run the main function of a command; returns its exit status, or 130 after Ctrl-C."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\ninterrupted (exit status {EXIT_CTRL_C})", file=sys.stderr)
+        return EXIT_CTRL_C
 
 
 def exit_with_error(error: UserError, program: str, arguments: Mapping[str, str] | None = None) -> int:

@@ -13,6 +13,7 @@ from distav.data.annotations.events import EventLabels, load_events, num_segment
 from distav.data.annotations.labels import Labels, load_labels
 from distav.data.annotations.teacher_scores import check_scores, read_teacher_probs
 from distav.data.dataset import ShardedDataset, Split
+from distav.distributed.collectives import get_world_size
 
 
 @dataclass
@@ -113,9 +114,11 @@ class DataModule:
         if any(isinstance(phase, EventParsingPhase) for phase in config.phases.values()):
             _check_segments(config, self.train)
         if config.optim.global_batch > len(self.train):
+            step = get_world_size() * config.optim.gradient_accumulation_steps
+            largest = max(1, len(self.train) // step) * step
             raise UserError(
                 f"optim.global_batch={config.optim.global_batch}: the training split has {len(self.train)} samples; "
-                f"allowed: at most {len(self.train)}."
+                f"allowed: multiples of {step} up to that number, e.g. optim.global_batch={largest}."
             )
         for name, phase in config.phases.items():
             if isinstance(phase, EventParsingPhase):
@@ -140,10 +143,11 @@ class DataModule:
             check_scores(folder, f"phases.{name}.pseudo_labels", self.shards, self.train)
         num_samples = len(self.train)
         if min(phase.num_neighbors) >= num_samples:
+            per_class = num_samples // len(self.shards.classes)
             raise UserError(
                 f"phases.{name}.num_neighbors={phase.num_neighbors}: every value is too large for a training split of "
-                f"{num_samples} samples; allowed: at most {num_samples - 1}, recommended: at most twice the "
-                f"{num_samples // len(self.shards.classes)} samples of a class."
+                f"{num_samples} samples; allowed: at most {num_samples - 1}, recommended: at most twice the {per_class} "
+                f"samples of a class, e.g. phases.{name}.num_neighbors=[{max(1, per_class)}]."
             )
 
 

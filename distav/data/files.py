@@ -1,9 +1,11 @@
 """Atomic writes, Parquet tables, and directories that belong to one configuration."""
 
+import contextlib
+import errno
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +146,28 @@ def first_difference(recorded: Any, requested: Any, name_of: Callable[[str], str
 def _shorten(value: Any, limit: int = 60) -> str:
     text = json.dumps(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+_DISK_ERRORS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose another directory, or change the permissions"),
+}
+
+
+@contextlib.contextmanager
+def report_os_errors(folder: Path, *, disk_only: bool = False) -> Iterator[None]:
+    """Turn an OSError of the enclosed code into a UserError that says what to do.
+
+    Args:
+        folder: directory that the code writes to.
+        disk_only: leave errors unchanged that are not about a full disk or missing permissions.
+    """
+    try:
+        yield
+    except OSError as error:
+        advice = _DISK_ERRORS.get(error.errno or 0, "")
+        if disk_only and not advice:
+            raise
+        reason = error.strerror or str(error)
+        advice = f"{advice} and rerun" if advice else "rerun"
+        raise UserError(f"{error.filename or folder}: {reason}; {advice} the same command to resume.") from error

@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_INTERRUPTED = 75
 """Exit status of a run that was interrupted and has saved a checkpoint: rerun the same command to resume."""
 DEBOUNCE_S = 5.0
 """Signals within this time count as one: schedulers signal the launcher and its ranks, and the launcher then signals
 the ranks again."""
+CTRL_C_DEBOUNCE_S = 0.5
+"""The same for Ctrl-C, which a user repeats to end a run at once."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -36,7 +38,9 @@ class ShutdownRequest:
         now = time.monotonic()
         if self._received_at is None:
             self._received_at = now
-        elif now - self._received_at > DEBOUNCE_S:
+            if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+                os.write(2, b"\ndistav: saving a checkpoint; press Ctrl-C again to end the run at once\n")
+        elif now - self._received_at > (CTRL_C_DEBOUNCE_S if number == signal.SIGINT else DEBOUNCE_S):
             os._exit(128 + number)
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from distav.config.cli import CommandParser, check_minimums, finite_float, name_arguments
 from distav.config.errors import UserError
+from distav.data.files import report_os_errors
 from distav.data.preparation.build_config import BuildConfig
 from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.cleaning import CleaningConfig, clean_dataset
 from distav.data.preparation.encoding import CODECS, Encoding
 from distav.data.preparation.noise_injection import LabelNoise
-from distav.data.preparation.output_dir import BuildResult, report_os_errors
+from distav.data.preparation.output_dir import BuildResult
 from distav.data.preparation.registry import SOURCES
 from distav.data.preparation.shared_work import Part
 from distav.data.storage.object_store import is_url

@@ -150,11 +150,19 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _environment(world: World) -> dict[str, Any]:
-    source = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=source, capture_output=True, text=True, check=False)
     return {
         **machine(),
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "world_size": world.world_size,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
     }
+
+
+def _commit() -> str | None:
+    """Return the Git commit of the source, if there is one and Git is installed."""
+    try:
+        words = ["git", "rev-parse", "HEAD"]
+        output = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return None
+    return output.strip() or None

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from distav.config.errors import UserError
 from distav.data.dataset import EVENTS, member_extensions
-from distav.data.files import write_table
+from distav.data.files import report_os_errors, write_table
 from distav.data.manifest import FORMAT
 from distav.data.preparation.build_config import BuildConfig
 from distav.data.preparation.candidates import describe_candidates, list_candidates
@@ -33,7 +33,6 @@ from distav.data.preparation.output_dir import (
     claim_work_dir,
     make_recipe,
     read_result,
-    report_os_errors,
     write_index,
     write_manifest,
     write_rejected,

@@ -12,6 +12,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import time
 import uuid
 import zlib
@@ -132,7 +133,7 @@ def _encode_in_pool(
     context = multiprocessing.get_context("spawn")
     running: dict[Future[None], int] = {}
     crashed: list[int] = []
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_ctrl_c) as pool, _terminated_by_ctrl_c():
         while not crashed or running:
             while not crashed and len(running) < workers and (task := work.next()) is not None:
                 index = _chunk_index(task)
@@ -152,6 +153,22 @@ def _encode_in_pool(
                 except BrokenProcessPool:
                     crashed.append(index)
     return sorted(crashed)
+
+
+def _ignore_ctrl_c() -> None:
+    """Leave Ctrl-C to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _terminated_by_ctrl_c() -> Iterator[None]:
+    """Context in which Ctrl-C terminates the child processes; their chunks are encoded again by the next command."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
 
 
 def read_lists(work_dir: Path, indices: Iterable[int]) -> tuple[list[EncodedClip], list[dict[str, Any]]]:

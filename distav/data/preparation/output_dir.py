@@ -4,14 +4,12 @@ Incomplete files are in the work directory `.work` under unique names, so that p
 interfere. The manifest is the last file of a dataset; a directory with a manifest is complete.
 """
 
-import contextlib
 import csv
 import dataclasses
-import errno
 import io
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,26 +101,6 @@ def argument_name(key: str) -> str:
     if name.startswith("--") or name == "SHARDS":
         return f"content of {name}"
     return _ARGUMENT_NAMES.get(name, f"--{name.replace('_', '-')}")
-
-
-@contextlib.contextmanager
-def report_os_errors(out: Path) -> Iterator[None]:
-    """Turn an OSError of the enclosed code into a UserError that says what to do.
-
-    Args:
-        out: directory of the dataset.
-    """
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "free some space and rerun the same command to resume"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            advice = "choose another directory, or change the permissions, and rerun the same command to resume"
-        else:
-            advice = "rerun the same command to resume"
-        raise UserError(f"{error.filename or out}: {reason}; {advice}.") from error
 
 
 def _to_json(value: Any) -> Any:

@@ -4,6 +4,7 @@ Legend: T frames, H W pixels, N audio samples.
 """
 
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -90,6 +91,7 @@ def _measure_in_processes(
 
 
 def _open_reader(root: str | Path, split: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is left to the main process.
     import torch
 
     global _reader

@@ -11,10 +11,11 @@ import pytest
 
 from distav.config.errors import UserError
 from distav.data.dataset import ShardedDataset
+from distav.data.files import report_os_errors
 from distav.data.preparation.candidates import describe_candidates, list_candidates, similar_names
 from distav.data.preparation.encode_workers import _encode_chunk
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
-from distav.data.preparation.output_dir import argument_name, read_result, report_os_errors, write_rejected
+from distav.data.preparation.output_dir import argument_name, read_result, write_rejected
 from distav.data.preparation.sources import ClipList, MediaFiles, VideoFolder
 from distav.tools.make_shards import main
 
