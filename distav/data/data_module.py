@@ -146,8 +146,8 @@ class DataModule:
             per_class = num_samples // len(self.shards.classes)
             raise UserError(
                 f"phases.{name}.num_neighbors={phase.num_neighbors}: every value is too large for a training split of "
-                f"{num_samples} samples; allowed: at most {num_samples - 1}, recommended: at most twice the {per_class} "
-                f"samples of a class, e.g. phases.{name}.num_neighbors=[{max(1, per_class)}]."
+                f"{num_samples} samples; allowed: at most {num_samples - 1}, recommended: at most twice the "
+                f"{per_class} samples of a class, e.g. phases.{name}.num_neighbors=[{max(1, per_class)}]."
             )
 
 
