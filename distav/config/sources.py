@@ -35,11 +35,7 @@ class Sources:
 
     def _override_of(self, key: str) -> str:
         """Return the last override of a setting, of a section that contains it, or of a part of it."""
-        related = [
-            override.text
-            for override in self.overrides
-            if f"{key}.".startswith(f"{override.key}.") or f"{override.key}.".startswith(f"{key}.")
-        ]
+        related = [override.text for override in self.overrides if override.key == key or _overlap(override, key)]
         return related[-1] if related else ""
 
     def _values(self, file: Path, key: str) -> Iterator[tuple[Path, Any]]:
@@ -59,6 +55,12 @@ class Sources:
                     yield file, value
             elif isinstance(name, str) and name != "schema":
                 yield from self._values(file.parent / f"{name}.yaml", key)
+
+
+def _overlap(override: Override, key: str) -> bool:
+    """Return whether an override sets a section that contains a setting, or a part of it."""
+    first, second = f"{override.key}.", f"{key}."
+    return override.value is not None and (first.startswith(second) or second.startswith(first))
 
 
 def _lookup(content: Any, key: str) -> Any:

@@ -169,7 +169,7 @@ def test_components_of_another_package_train(site: Path, tiny_shards: Path, tmp_
                                          "distav.classification_losses cannot be loaded"),
         ("phases.learn.num_negatives=8", "phases.learn.num_negatives=8: hinge compares samples of the batch only"),
         ("phases.summary.digits=-1", "phases.summary.digits=-1: allowed: 0 or more"),
-        ("phases.summary.digit=1", "Did you mean 'digits'?"),
+        ("phases.summary.digit=1", "Did you mean 'phases.summary.digits'?"),
         ("model.visual.name=mean_colour", "Did you mean 'mean_color'?"),
     ],
 )  # fmt: skip
@@ -180,7 +180,10 @@ def test_errors_include_components_of_another_package(site: Path, override: str,
 
 def test_names_are_unknown_if_the_package_is_not_installed(tmp_path: Path):
     done = run_train(None, tmp_path, "--print-config", "~phases.summary")
-    assert done.returncode == 1 and "phases.summary.kind=summary: allowed: contrastive" in done.stderr
+    assert (
+        done.returncode == 1
+        and ".yaml: phases.summary.kind=summary: not a kind of phase; allowed: contrastive" in done.stderr
+    )
 
 
 def test_phase_without_a_function_is_reported_before_training(site: Path, tiny_shards: Path, tmp_path: Path):
