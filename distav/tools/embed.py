@@ -34,7 +34,7 @@ from distav.data.files import claim_dir, write_table
 from distav.data.preparation.build_config import BuildConfig
 from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.encoding import Encoding
-from distav.data.preparation.sources import MediaFiles
+from distav.data.preparation.sources.files import MediaFiles
 from distav.data.storage.object_store import is_url
 from distav.distributed.collectives import barrier, run_on_main_rank
 from distav.distributed.process_group import World, process_group

@@ -24,11 +24,11 @@ from distav.data.annotations.llp import CLASSES, DURATION_S, VIDEOS, read_llp
 from distav.data.dataset import ShardedDataset
 from distav.data.files import write_atomically, write_table
 from distav.data.modalities import MODALITIES
-from distav.data.preparation.annotated_videos import FeatureFolder
 from distav.data.preparation.build_config import BuildConfig
 from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.encoding import Encoding
-from distav.data.preparation.llp import LLPSource
+from distav.data.preparation.sources.annotated_videos import FeatureFolder
+from distav.data.preparation.sources.llp import LLPSource
 from distav.evaluation.event_metrics import event_metrics
 from distav.training.environment import machine
 

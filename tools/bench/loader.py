@@ -22,7 +22,7 @@ from distav.data.pipeline.reader import ShardReader
 from distav.data.preparation.build_config import BuildConfig
 from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.encoding import Encoding
-from distav.data.preparation.synthetic import SyntheticSource
+from distav.data.preparation.sources.synthetic import SyntheticSource
 from tools.bench.timing import Results, Setting
 
 FRAMES, STRIDE, AUDIO_S = 8, 2, 1.0

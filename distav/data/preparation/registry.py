@@ -1,17 +1,22 @@
 """The dataset sources that make_shards.py offers."""
 
 from distav.config.registry import Registry
-from distav.data.preparation.ave import AVESource
-from distav.data.preparation.digits import DigitsSource
-from distav.data.preparation.llp import LLPSource
-from distav.data.preparation.parquet_source import ParquetFiles
-from distav.data.preparation.published.actions import HMDB51Lists, UCF101Lists
-from distav.data.preparation.published.esc50 import ESC50List
-from distav.data.preparation.published.youtube import AudioSetList, KineticsList, KineticsSoundsList, VGGSoundList
 from distav.data.preparation.source import CommandLineSource
-from distav.data.preparation.sources import ClipList, VideoFolder
-from distav.data.preparation.synthetic import SyntheticSource
-from distav.data.preparation.tar_source import TarFiles
+from distav.data.preparation.sources.ave import AVESource
+from distav.data.preparation.sources.digits import DigitsSource
+from distav.data.preparation.sources.files import ClipList, VideoFolder
+from distav.data.preparation.sources.llp import LLPSource
+from distav.data.preparation.sources.parquet import ParquetFiles
+from distav.data.preparation.sources.published.actions import HMDB51Lists, UCF101Lists
+from distav.data.preparation.sources.published.esc50 import ESC50List
+from distav.data.preparation.sources.published.youtube import (
+    AudioSetList,
+    KineticsList,
+    KineticsSoundsList,
+    VGGSoundList,
+)
+from distav.data.preparation.sources.synthetic import SyntheticSource
+from distav.data.preparation.sources.tars import TarFiles
 
 SOURCES: Registry[type[CommandLineSource]] = Registry(
     "COMMAND",

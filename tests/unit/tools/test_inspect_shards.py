@@ -15,11 +15,11 @@ from PIL import Image
 from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.decoding import decode_audio, decode_clip, decode_video
 from distav.data.pipeline.reader import DecodeError, ShardReader
-from distav.data.preparation.annotated_videos import FeatureFolder
 from distav.data.preparation.build_config import BuildConfig
 from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, encode_audio, encode_video
-from distav.data.preparation.llp import LLPSource
+from distav.data.preparation.sources.annotated_videos import FeatureFolder
+from distav.data.preparation.sources.llp import LLPSource
 from distav.tools.inspect_shards.command import main
 from distav.tools.inspect_shards.drawing import FRAME, PAD, TEXT, WAVE, layout
 from distav.tools.inspect_shards.measurements import loudness_lufs, measure_clip, peak_dbfs

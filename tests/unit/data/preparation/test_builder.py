@@ -17,10 +17,10 @@ import pytest
 import soundfile
 
 from distav.data.dataset import ShardedDataset
-from distav.data.preparation.digits import DigitsSource
 from distav.data.preparation.encode_workers import encode_all
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding
-from distav.data.preparation.synthetic import SyntheticSource
+from distav.data.preparation.sources.digits import DigitsSource
+from distav.data.preparation.sources.synthetic import SyntheticSource
 from tests.conftest import ROOT, make_shards
 
 

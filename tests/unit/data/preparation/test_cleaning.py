@@ -20,11 +20,11 @@ from distav.data.files import read_table
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.reader import ShardReader
 from distav.data.pipeline.sampler import padded_batches
-from distav.data.preparation.annotated_videos import FeatureFolder
-from distav.data.preparation.ave import AVESource
 from distav.data.preparation.build_config import BuildConfig
 from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.encoding import Encoding
+from distav.data.preparation.sources.annotated_videos import FeatureFolder
+from distav.data.preparation.sources.ave import AVESource
 from distav.tools.inspect_shards.verify import verify
 from distav.tools.make_shards import main
 from tests.helpers.events import AVE_CLASSES, write_ave

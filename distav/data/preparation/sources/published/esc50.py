@@ -13,9 +13,9 @@ from scipy.signal import resample_poly
 from distav.config.errors import UserError
 from distav.data.annotations.tables import TableFormat, read_csv
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
-from distav.data.preparation.published.actions import FoldedLists
-from distav.data.preparation.published.listed_clips import ListedClip
 from distav.data.preparation.source import SourceInfo
+from distav.data.preparation.sources.published.actions import FoldedLists
+from distav.data.preparation.sources.published.listed_clips import ListedClip
 
 DURATION_S = 5.0
 _FORMAT = TableFormat(

@@ -16,7 +16,7 @@ from distav.data.preparation.candidates import describe_candidates, list_candida
 from distav.data.preparation.encode_workers import _encode_chunk
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
 from distav.data.preparation.output_dir import argument_name, read_result, write_rejected
-from distav.data.preparation.sources import ClipList, MediaFiles, VideoFolder
+from distav.data.preparation.sources.files import ClipList, MediaFiles, VideoFolder
 from distav.tools.make_shards import main
 
 

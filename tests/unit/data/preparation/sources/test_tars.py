@@ -14,8 +14,8 @@ import pytest
 from distav.config.errors import UserError
 from distav.data.dataset import ShardedDataset
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding
-from distav.data.preparation.split_patterns import SplitPattern
-from distav.data.preparation.tar_source import TarFiles
+from distav.data.preparation.sources.split_patterns import SplitPattern
+from distav.data.preparation.sources.tars import TarFiles
 from distav.tools.make_shards import main
 from tests.helpers.media import event_times, write_media
 from tests.helpers.stores import web

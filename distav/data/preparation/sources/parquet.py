@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distav.config.errors import UserError, format_list
-from distav.data.preparation.embedded_media import EmbeddedFile, decode_embedded
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
-from distav.data.preparation.media_decoding import decode_clips
-from distav.data.preparation.sample_labels import join_labels, parse_labels, read_class_names, source_info
+from distav.data.preparation.media.decoding import decode_clips
+from distav.data.preparation.media.embedded import EmbeddedFile, decode_embedded
 from distav.data.preparation.source import SourceInfo
-from distav.data.preparation.split_patterns import SplitPattern
-from distav.data.preparation.tar_source import add_label_arguments
+from distav.data.preparation.sources.sample_labels import join_labels, parse_labels, read_class_names, source_info
+from distav.data.preparation.sources.split_patterns import SplitPattern
+from distav.data.preparation.sources.tars import add_label_arguments
 
 _HUB_NAME = re.compile(r"([A-Za-z0-9_-]+?)-\d+-of-\d+")
 _BUFFER_BYTES = 1 << 20

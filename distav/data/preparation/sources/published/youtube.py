@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Self
 
 from distav.config.errors import UserError, format_list
 from distav.data.annotations.tables import TableFormat, read_csv
-from distav.data.preparation.published.listed_clips import ListedClip, PublishedList, read_rows
 from distav.data.preparation.source import SourceInfo
-from distav.data.preparation.split_patterns import SplitPattern
+from distav.data.preparation.sources.published.listed_clips import ListedClip, PublishedList, read_rows
+from distav.data.preparation.sources.split_patterns import SplitPattern
 
 CLIP_S = 10.0
 """Duration of the clips of VGGSound, AudioSet and Kinetics in seconds."""

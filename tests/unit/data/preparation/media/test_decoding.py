@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
-from distav.data.preparation.media_audio import mix_weights
-from distav.data.preparation.media_decoding import decode_clips
-from distav.data.preparation.media_video import VideoTrack
+from distav.data.preparation.media.audio import mix_weights
+from distav.data.preparation.media.decoding import decode_clips
+from distav.data.preparation.media.video import VideoTrack
 from tests.helpers.media import CODECS, MP2_DELAY_S, event_times, write_media
 
 ENCODING = Encoding(fps=25, short_side=32, clip_s=2.0)
@@ -60,11 +60,11 @@ def test_no_clip_length_or_rate_moves_video_and_audio_apart(
     assert len(clips) == round(60 / clip_s - 0.4)
     assert all(len(clip.frames) == encoding.num_frames for clip in clips)
     assert all(len(clip.waveform) == encoding.num_audio_samples for clip in clips)
-    whole = [
+    complete = [
         time_s for time_s in np.arange(1, 55, 7.32) if time_s % clip_s < clip_s - 0.3
     ]  # not cut by the end of a clip
     flashes, beeps = event_times(clips, encoding)
-    for time_s in whole:
+    for time_s in complete:
         near = [min(times, key=lambda found: abs(found - time_s)) for times in (flashes, beeps)]
         assert abs(near[0] - near[1]) <= 0.5 / fps + 1e-3 and abs(near[1] - time_s) < 2e-3
 

@@ -10,7 +10,7 @@ import av
 import av.error
 
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding
-from distav.data.preparation.media_decoding import decode_clips
+from distav.data.preparation.media.decoding import decode_clips
 
 VIDEO_EXTENSIONS = ("mp4", "webm", "avi", "mkv", "mov")
 """Extensions of members that are videos."""

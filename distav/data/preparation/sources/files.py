@@ -17,8 +17,8 @@ from distav.config.errors import UserError, did_you_mean, format_list
 from distav.data.annotations.tables import Table, TableFormat, read_csv
 from distav.data.preparation.candidates import SPLIT_NAME, SPLIT_NAME_RULE
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding
-from distav.data.preparation.media_decoding import decode_clips
-from distav.data.preparation.media_tree import SkippedPaths, list_directory, printable_name, walk_files
+from distav.data.preparation.media.decoding import decode_clips
+from distav.data.preparation.sources.media_tree import SkippedPaths, list_directory, printable_name, walk_files
 
 log = logging.getLogger("distav")
 

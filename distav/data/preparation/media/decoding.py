@@ -13,8 +13,8 @@ import av.error
 import numpy as np
 
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
-from distav.data.preparation.media_audio import AudioTrack
-from distav.data.preparation.media_video import VideoTrack
+from distav.data.preparation.media.audio import AudioTrack
+from distav.data.preparation.media.video import VideoTrack
 
 MAX_MISSING = 0.1
 """Fraction of a clip that may be missing at the end of a stream; it is filled with the last frame and silence."""

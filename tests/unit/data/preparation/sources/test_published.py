@@ -11,10 +11,10 @@ import soundfile
 from distav.config.errors import UserError
 from distav.data.dataset import ShardedDataset
 from distav.data.preparation.encoding import Clip, Encoding
-from distav.data.preparation.published.actions import HMDB51Lists, UCF101Lists
-from distav.data.preparation.published.esc50 import ESC50List
-from distav.data.preparation.published.listed_clips import PublishedList
-from distav.data.preparation.published.youtube import (
+from distav.data.preparation.sources.published.actions import HMDB51Lists, UCF101Lists
+from distav.data.preparation.sources.published.esc50 import ESC50List
+from distav.data.preparation.sources.published.listed_clips import PublishedList
+from distav.data.preparation.sources.published.youtube import (
     KINETICS_SOUNDS,
     AudioSetList,
     KineticsList,

@@ -12,8 +12,8 @@ import pytest
 from distav.config.errors import UserError
 from distav.data.dataset import ShardedDataset
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
-from distav.data.preparation.parquet_source import ParquetFiles
-from distav.data.preparation.split_patterns import SplitPattern
+from distav.data.preparation.sources.parquet import ParquetFiles
+from distav.data.preparation.sources.split_patterns import SplitPattern
 from distav.tools.make_shards import main
 from tests.helpers.media import event_times, write_media
 

@@ -16,7 +16,7 @@ from distav.data.modalities import MODALITIES, STREAM_NAME, FeatureStream
 from distav.data.pipeline.features import decode_features, read_header
 from distav.data.pipeline.reader import DecodeError
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, Features, RejectedClip
-from distav.data.preparation.media_decoding import decode_clips
+from distav.data.preparation.media.decoding import decode_clips
 from distav.data.preparation.source import LABEL_SEPARATOR, SourceInfo
 
 YOUTUBE_ID_LENGTH = 11

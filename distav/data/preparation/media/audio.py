@@ -12,12 +12,12 @@ from av.audio.frame import AudioFrame
 from av.audio.resampler import AudioResampler
 
 from distav.data.preparation.encoding import RejectedClip
-from distav.data.preparation.media_tracks import Track
+from distav.data.preparation.media.tracks import Track
 
 _GAP_S = 0.08
 """Distance between a time stamp and the end of the previous frame from which on samples are missing or repeated."""
 _DRIFT_S = 0.008
-"""Mean distance at which the signal is placed anew by the time stamps; below half a frame at 60 frames per second."""
+"""Mean distance from which the time stamps determine the position again; below half a frame at 60 frames per second."""
 _DRIFT_RATE = 0.1
 """Weight of a new frame in the mean distance; single time stamps may be rounded or wrong."""
 _ANTIPHASE = 0.01

@@ -6,8 +6,8 @@ from typing import ClassVar
 import numpy as np
 
 from distav.data.annotations.llp import CLASSES, DURATION_S, VIDEOS, read_llp
-from distav.data.preparation.annotated_videos import AnnotatedVideos, VideoAnnotation
 from distav.data.preparation.encoding import Encoding
+from distav.data.preparation.sources.annotated_videos import AnnotatedVideos, VideoAnnotation
 
 
 @dataclass(frozen=True)

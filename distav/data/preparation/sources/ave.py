@@ -12,8 +12,8 @@ from distav.config.errors import UserError, format_list
 from distav.data.annotations.ave import DURATION_S, AVEAnnotations, read_ave
 from distav.data.annotations.tables import read_utf8
 from distav.data.modalities import MODALITIES
-from distav.data.preparation.annotated_videos import AnnotatedVideos, VideoAnnotation
 from distav.data.preparation.encoding import Encoding
+from distav.data.preparation.sources.annotated_videos import AnnotatedVideos, VideoAnnotation
 
 SPLITS = {"train": "trainSet.txt", "val": "valSet.txt", "test": "testSet.txt"}
 """Published lists of the videos of each split."""

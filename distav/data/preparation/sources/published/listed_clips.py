@@ -18,11 +18,11 @@ import numpy as np
 from distav.config.errors import UserError, format_list
 from distav.data.annotations.tables import read_utf8
 from distav.data.files import write_atomically
-from distav.data.preparation.annotated_videos import VIDEO_SUFFIXES
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
-from distav.data.preparation.media_decoding import decode_clips
-from distav.data.preparation.sample_labels import join_labels
+from distav.data.preparation.media.decoding import decode_clips
 from distav.data.preparation.source import SourceInfo
+from distav.data.preparation.sources.annotated_videos import VIDEO_SUFFIXES
+from distav.data.preparation.sources.sample_labels import join_labels
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
 
 from distav.data.preparation.encoding import Encoding, RejectedClip
-from distav.data.preparation.media_tracks import Track
+from distav.data.preparation.media.tracks import Track
 
 Matrix = tuple[int, int, int, int]
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 
 from distav.config.errors import UserError
 from distav.data.preparation.encoding import Encoding
-from distav.data.preparation.published.listed_clips import ListedClip, PublishedList, read_lines
+from distav.data.preparation.sources.published.listed_clips import ListedClip, PublishedList, read_lines
 
 FOLDS = (1, 2, 3)
 

@@ -14,12 +14,12 @@ from typing import ClassVar, Self
 import numpy as np
 
 from distav.config.errors import UserError, format_list
-from distav.data.preparation.embedded_media import AUDIO_EXTENSIONS, VIDEO_EXTENSIONS, EmbeddedFile, decode_embedded
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
-from distav.data.preparation.sample_labels import join_labels, parse_labels, read_class_names, source_info
+from distav.data.preparation.media.embedded import AUDIO_EXTENSIONS, VIDEO_EXTENSIONS, EmbeddedFile, decode_embedded
 from distav.data.preparation.source import SourceInfo
-from distav.data.preparation.split_patterns import SplitPattern
-from distav.data.preparation.tar_index import Member, TarSample, copy_member, read_samples
+from distav.data.preparation.sources.sample_labels import join_labels, parse_labels, read_class_names, source_info
+from distav.data.preparation.sources.split_patterns import SplitPattern
+from distav.data.preparation.sources.tar_index import Member, TarSample, copy_member, read_samples
 
 TEXT_EXTENSIONS = ("cls", "txt")
 _CONCURRENT_TARS = 8

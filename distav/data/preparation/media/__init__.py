@@ -1,0 +1,1 @@
+"""Cutting of media files into clips."""

@@ -1,0 +1,1 @@
+"""Sources of datasets, which `distav.data.preparation.registry` lists."""
