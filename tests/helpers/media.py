@@ -12,6 +12,7 @@ from distav.data.preparation.encoding import Clip, Encoding
 
 CODECS = {
     ".mp4": ("mpeg4", "aac"),
+    ".m4v": ("mpeg4", "aac"),
     ".mov": ("mpeg4", "aac"),
     ".3gp": ("mpeg4", "aac"),
     ".mkv": ("mpeg4", "flac"),
@@ -23,8 +24,6 @@ CODECS = {
     ".wmv": ("wmv2", "wmav2"),
 }
 """Video and audio codec by container."""
-MP2_DELAY_S = 481 / 48000
-"""Delay by the encoder of MP2, which .ts and .mpg do not declare: beeps are late by it."""
 EVENT_S = 0.2
 """Duration of a flash and a beep."""
 BEEP_HZ = 1000
