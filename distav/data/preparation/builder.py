@@ -108,7 +108,8 @@ def _build(
         raise UserError(
             f"none of {len(candidates)} candidates could be used; the reasons are in {out / 'rejected.csv'}."
         )
-    manifest = _write_dataset(encoded, out, config, info, workers, part)
+    splits = _write_shards(encoded, out, config, info, workers, part)
+    manifest = _write_tables(splits, _classes_of(encoded, info), out, config, info)
     write_manifest(out, manifest | {"recipe": recipe, "rejected": len(rejected)})
     return BuildResult({name: split["clips"] for name, split in manifest["splits"].items()}, len(rejected), seconds)
 
@@ -177,22 +178,17 @@ def _classes_of(encoded: list[EncodedClip], info: SourceInfo) -> list[str]:
     return info.classes or sorted({clip.label for clip in encoded})
 
 
-def _write_dataset(
-    encoded: list[EncodedClip],
-    out: Path,
-    config: BuildConfig,
-    info: SourceInfo,
-    workers: int,
-    part: Part | None,
+def _write_tables(
+    written: list[_WrittenSplit], classes: list[str], out: Path, config: BuildConfig, info: SourceInfo
 ) -> dict[str, Any]:
-    """Write shards and tables of all splits; return the manifest."""
-    work_dir, classes = out / WORK, _classes_of(encoded, info)
+    """Write the tables of all splits; return the manifest."""
+    work_dir = out / WORK
     splits: dict[str, Any] = {}
     index: list[dict[str, Any]] = []
     labels: list[pa.Table] = []
     events: list[pa.Table] = []
     annotated_splits: list[str] = []
-    for split in _write_shards(encoded, out, config, info, workers, part):
+    for split in written:
         samples, name = split.samples, split.samples.name
         splits[name] = {"clips": len(samples.clips), "shards": split.shards}
         if name == "train" and (config.label_noise or config.correspondence_noise):

@@ -18,9 +18,14 @@ from distav.data.preparation.encoding import Clip, ClipSource, Encoding, Rejecte
 from distav.data.preparation.media.decoding import decode_clips
 from distav.data.preparation.media.embedded import EmbeddedFile, decode_embedded
 from distav.data.preparation.source import SourceInfo
-from distav.data.preparation.sources.sample_labels import join_labels, parse_labels, read_class_names, source_info
+from distav.data.preparation.sources.sample_labels import (
+    add_label_arguments,
+    class_names_of,
+    join_labels,
+    parse_labels,
+    source_info,
+)
 from distav.data.preparation.sources.split_patterns import SplitPattern
-from distav.data.preparation.sources.tars import add_label_arguments
 
 _HUB_NAME = re.compile(r"([A-Za-z0-9_-]+?)-\d+-of-\d+")
 _BUFFER_BYTES = 1 << 20
@@ -74,7 +79,7 @@ class ParquetFiles:
             options.label,
             options.video,
             options.audio,
-            read_class_names(options.class_names) if options.class_names else (),
+            class_names_of(options),
             options.first_label,
         )
 

@@ -1,5 +1,6 @@
 """Labels in the form in which datasets of other tools store them: class names, indices, or lists of these."""
 
+import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -81,3 +82,14 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     if not names:
         raise UserError(f"--class-names {path}: empty; needed: a class name per line.")
     return names
+
+
+def add_label_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--class-names` and `--first-label`."""
+    parser.add_argument("--class-names", type=Path, metavar="FILE", help="class names by index, one per line")
+    parser.add_argument("--first-label", action="store_true", help="use only the first label of a list")
+
+
+def class_names_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """Return the class names of `--class-names`; empty without the option."""
+    return read_class_names(options.class_names) if options.class_names else ()

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
@@ -17,7 +16,13 @@ from distav.config.errors import UserError, format_list
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
 from distav.data.preparation.media.embedded import AUDIO_EXTENSIONS, VIDEO_EXTENSIONS, EmbeddedFile, decode_embedded
 from distav.data.preparation.source import SourceInfo
-from distav.data.preparation.sources.sample_labels import join_labels, parse_labels, read_class_names, source_info
+from distav.data.preparation.sources.sample_labels import (
+    add_label_arguments,
+    class_names_of,
+    join_labels,
+    parse_labels,
+    source_info,
+)
 from distav.data.preparation.sources.split_patterns import SplitPattern
 from distav.data.preparation.sources.tar_index import Member, TarSample, copy_member, read_samples
 
@@ -98,7 +103,7 @@ class TarFiles:
         return cls(
             tuple(SplitPattern.parse(text) for text in options.patterns),
             options.label,
-            read_class_names(options.class_names) if options.class_names else (),
+            class_names_of(options),
             options.first_label,
             options.key_to_last_dot,
         )
@@ -136,12 +141,6 @@ class TarFiles:
         multi_label = not self.first_label and any(sample.in_list for sample in samples)
         labels = [sample.labels[:1] if self.first_label else sample.labels for sample in samples]
         return source_info(labels, self.class_names, multi_label)
-
-
-def add_label_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--class-names` and `--first-label`."""
-    parser.add_argument("--class-names", type=Path, metavar="FILE", help="class names by index, one per line")
-    parser.add_argument("--first-label", action="store_true", help="use only the first label of a list")
 
 
 @lru_cache(maxsize=1)
