@@ -75,7 +75,7 @@ PARTS = (
     Part(
         "quickstart",
         "the quickstart on the GPU in bf16 with ZeRO 1 corrects labels as well as on the CPU",
-        150,
+        300,
         *_script("quickstart"),
         {
             "label accuracy": ">= 0.97",
@@ -109,14 +109,14 @@ PARTS = (
     Part(
         "step-vit-l",
         "time of a step with ViT-L towers",
-        75,
+        150,
         *_bench("step --towers vit-l --batch 32 --clips 160", "step --towers small --batch 4 --clips 64"),
         _STEP | {"rate of a step / rate of a matrix product": ">= 0.4"},
     ),
     Part(
         "step-r2plus1d",
         "time of a step with R(2+1)D-18 towers",
-        75,
+        150,
         *_bench("step --towers r2plus1d_18 --batch 32 --clips 160", "step --towers small --batch 4 --clips 64"),
         _STEP,
     ),
@@ -130,16 +130,16 @@ PARTS = (
     Part(
         "loader-h264",
         "batches of H.264 decoded on the GPU",
-        60,
+        120,
         *_bench("loader --codec h264 --rounds 3", "loader --codec h264 --clips 32 --batch 8"),
         _WAIT,
     ),
     Part(
         "tests",
         "all other GPU computations agree with the CPU",
-        150,
+        300,
         *_tests(f"tests/gpu --ignore={DECODING}", _PARALLEL),
     ),
-    Part("multinode", "ten steps of configs/multinode.yaml with 128 clips fit on one GPU", 90, *_script("multinode")),
+    Part("multinode", "ten steps of configs/multinode.yaml with 128 clips fit on one GPU", 180, *_script("multinode")),
 )
 """In order of importance."""

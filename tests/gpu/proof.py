@@ -274,7 +274,7 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) 
     parser.add_argument("out", type=Path, metavar="OUT", help="directory for logs, JSON and summary.json")
     parser.add_argument("part", nargs="*", metavar="PART", help=f"parts to run: {', '.join(names)} (default: all)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: rehearsal with small sizes")
-    parser.add_argument("--seconds", type=float, default=480, help="total time limit (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=900, help="total time limit (default: %(default)s)")
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.part) - set(names)):
         parser.error(f"unknown part: {', '.join(unknown)}; allowed: {', '.join(names)}")

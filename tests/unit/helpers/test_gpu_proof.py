@@ -162,5 +162,5 @@ def test_benchmarks_accept_the_commands_of_the_parts(part: Part, device: str, tm
 
 
 def test_half_of_the_limits_of_all_parts_fits_the_total_time():
-    assert sum(part.limit_s for part in PARTS) / 2 <= 480
+    assert sum(part.limit_s for part in PARTS) <= 2 * 900
     assert len({part.name for part in PARTS}) == len(PARTS)
