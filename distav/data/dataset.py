@@ -1,8 +1,9 @@
 """The dataset format: the files of a dataset directory, and where each sample is stored.
 
 A dataset is a directory of plain WebDataset tars, `<split>-000000.tar`, each with DALI's `.idx` file next to it. A
-sample is `key.<avi|webm|mp4>` (video without audio), `key.flac` (mono audio) and `key.json`; a dataset of features has
-`key.<stream>.npy` for each feature stream in place of the clip. The other files are:
+sample is `key.<avi|webm|mp4>` (video without audio), `key.flac` (mono audio) and `key.json`; a sample with one modality
+lacks the file of the other one. A dataset of features has `key.<stream>.npy` for each feature stream in place of the
+clip. The other files are:
 
 - `manifest.json`: description of the dataset, see `distav.data.manifest`;
 - `index.parquet`: for each sample, the shard, the byte range and CRC-32 of its members, and its source;
@@ -29,6 +30,8 @@ from distav.data.modalities import FeatureStream
 from distav.data.storage.object_store import ObjectStore, is_url
 
 AUDIO_EXTENSION = "flac"
+MEMBERS = {"audio": "audio", "visual": "video"}
+"""Member of a clip that holds a modality."""
 EVENTS = "events.parquet"
 TABLES = ("index.parquet", "labels.parquet", EVENTS)
 
@@ -107,9 +110,15 @@ class Split:
 
     @cached_property
     def sides(self) -> tuple[int, int]:
-        """Shortest and longest side of all stored frames, in pixels."""
-        sides = np.concatenate([self.columns["width"], self.columns["height"]])
-        return int(sides.min()), int(sides.max())
+        """Shortest and longest side of all stored frames, in pixels; zeros if no sample has frames."""
+        sides = np.concatenate([self.columns["width"], self.columns["height"]])[np.tile(self.has_modality("visual"), 2)]
+        return int(sides.min(initial=2**31 - 1 if len(sides) else 0)), int(sides.max(initial=0))
+
+    def has_modality(self, modality: str) -> np.ndarray:
+        """Return whether each sample has a modality, [N] bool; a member that a sample lacks has 0 bytes in the index."""
+        if self.streams:
+            return np.ones(len(self), dtype=bool)
+        return self.columns[f"{MEMBERS[modality]}_bytes"] > 0
 
     @cached_property
     def source_codes(self) -> np.ndarray:
