@@ -115,7 +115,7 @@ class Split:
         return int(sides.min(initial=2**31 - 1 if len(sides) else 0)), int(sides.max(initial=0))
 
     def has_modality(self, modality: str) -> np.ndarray:
-        """Return whether each sample has a modality, [N] bool; a member that a sample lacks has 0 bytes in the index."""
+        """Return whether each sample has a modality, [N] bool; a missing member has 0 bytes in the index."""
         if self.streams:
             return np.ones(len(self), dtype=bool)
         return self.columns[f"{MEMBERS[modality]}_bytes"] > 0
