@@ -5,7 +5,8 @@ python distav/evaluate.py runs/mine/export shards/mine --tasks linear_probe --la
 deepspeed --num_gpus 8 distav/evaluate.py runs/mine/export shards/other --tasks fine_tune --out runs/fine_tuned
 
 knn and linear_probe train on frozen features of the training split: visual, audio and both. fine_tune trains towers and
-classifiers, as `train.py` does with model.pretrained. All metrics are computed on the test split.
+classifiers, as `train.py` does with model.pretrained. All metrics are computed on the test split; those of a modality
+on the clips that have it.
 """
 
 import argparse
@@ -121,21 +122,35 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @dataclass(frozen=True)
-class EmbeddedSplit:
-    """Embeddings of all readable clips of a split, on every rank.
+class LabeledFeatures:
+    """Features of clips, on every rank.
 
     Attributes:
-        features: [n, E] by modality: visual, audio and both.
-        visual_embedding, audio_embedding: [n, D] unit vectors.
+        features: [n, E].
         classes: [n] classes of the clips.
         groups: [n] source videos of the clips.
     """
 
-    features: dict[str, Tensor]
-    visual_embedding: Tensor
-    audio_embedding: Tensor
+    features: Tensor
     classes: Tensor
     groups: Tensor
+
+
+@dataclass(frozen=True)
+class EmbeddedSplit:
+    """Embeddings of all readable clips of a split, on every rank.
+
+    Attributes:
+        features: features by modality, `visual`, `audio` and `both`, of the clips that have it; `both` contains all
+            clips, with zeros for a missing modality. A modality that no clip has is left out.
+        visual_embedding, audio_embedding: [n, D] unit vectors of the clips with both modalities.
+        paired_classes: [n] their classes.
+    """
+
+    features: dict[str, LabeledFeatures]
+    visual_embedding: Tensor
+    audio_embedding: Tensor
+    paired_classes: Tensor
 
 
 def _evaluate(options: argparse.Namespace, world: World) -> dict[str, Any]:
@@ -162,7 +177,7 @@ def _evaluate(options: argparse.Namespace, world: World) -> dict[str, Any]:
                 metrics[task] = _probe_accuracy(train, test, num_classes)
             else:
                 rows = local_shard(test.visual_embedding), local_shard(test.audio_embedding)
-                metrics[task] = retrieval(*rows, local_shard(test.classes))
+                metrics[task] = retrieval(*rows, local_shard(test.paired_classes))
     if "fine_tune" in options.tasks:
         metrics["fine_tune"] = _fine_tune(options, embedder.description, world)
     return metrics
@@ -175,27 +190,36 @@ def _embed_split(embedder: Embedder, split: Split, classes: Tensor) -> EmbeddedS
     def gather(values: np.ndarray) -> Tensor:
         return all_gather_variable_rows(torch.from_numpy(values).to(embedder.device))
 
-    valid = gather(embeddings.valid.astype("float32")) > 0
+    classes, groups = classes.to(embedder.device), torch.from_numpy(split.source_codes).to(embedder.device)
+    has_visual, has_audio = (
+        gather(mask.astype("float32")) > 0 for mask in (embeddings.has_visual, embeddings.has_audio)
+    )
+    features = {}
+    for name, rows, exists in (
+        ("visual", embeddings.visual, has_visual),
+        ("audio", embeddings.audio, has_audio),
+        ("both", embeddings.joint_features(), has_visual | has_audio),
+    ):
+        gathered = gather(rows)
+        if exists.any():
+            features[name] = LabeledFeatures(gathered[exists], classes[exists], groups[exists])
+    paired = has_visual & has_audio
     return EmbeddedSplit(
-        {
-            "visual": gather(embeddings.visual)[valid],
-            "audio": gather(embeddings.audio)[valid],
-            "both": gather(embeddings.joint_features())[valid],
-        },
-        gather(embeddings.visual_embedding)[valid],
-        gather(embeddings.audio_embedding)[valid],
-        classes.to(embedder.device)[valid],
-        torch.from_numpy(split.source_codes).to(embedder.device)[valid],
+        features,
+        gather(embeddings.visual_embedding)[paired],
+        gather(embeddings.audio_embedding)[paired],
+        classes[paired],
     )
 
 
 def _knn_accuracy(train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int, k: int) -> dict[str, float]:
     """Return the accuracy of k-NN votes by modality; each rank votes on its part of the test split."""
     accuracy: dict[str, float] = {}
-    for modality, features in train.features.items():
-        votes = knn_class_probs(features, train.classes, local_shard(test.features[modality]), num_classes, k)
-        correct = (votes.argmax(1) == local_shard(test.classes)).sum().double()
-        accuracy[modality] = float(all_reduce_sum_(correct)) / max(1, len(test.classes))
+    for modality, keys in train.features.items():
+        if queries := test.features.get(modality):
+            votes = knn_class_probs(keys.features, keys.classes, local_shard(queries.features), num_classes, k)
+            correct = (votes.argmax(1) == local_shard(queries.classes)).sum().double()
+            accuracy[modality] = float(all_reduce_sum_(correct)) / len(queries.classes)
     return accuracy
 
 
@@ -203,9 +227,10 @@ def _probe_accuracy(train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int)
     """Return the accuracy of linear probes by modality; rank 0 fits them."""
     accuracy: dict[str, float] = {}
     if get_rank() == 0:
-        for modality, features in train.features.items():
-            probe = LinearProbe(features, train.classes, num_classes, train.groups)
-            accuracy[modality] = float((probe(test.features[modality]).argmax(1) == test.classes).float().mean())
+        for modality, clips in train.features.items():
+            if queries := test.features.get(modality):
+                probe = LinearProbe(clips.features, clips.classes, num_classes, clips.groups)
+                accuracy[modality] = float((probe(queries.features).argmax(1) == queries.classes).float().mean())
     return broadcast(accuracy)
 
 
@@ -247,6 +272,9 @@ def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
     for task, values in metrics.items():
+        if not values:
+            print(f"{task}: not possible, since no test clip has both modalities")
+            continue
         texts = [f"{name} {100 * value:.1f} %" for name, value in values.items() if name != "rsum"]
         if "rsum" in values:
             texts.append(f"rSum {values['rsum']:.1f} of 600")

@@ -12,7 +12,7 @@ from distav.config.schema import Config
 from distav.data.annotations.events import EventLabels, load_events, num_segments, read_events
 from distav.data.annotations.labels import Labels, load_labels
 from distav.data.annotations.teacher_scores import check_scores, read_teacher_probs
-from distav.data.dataset import ShardedDataset, Split
+from distav.data.dataset import MEMBERS, ShardedDataset, Split
 from distav.distributed.collectives import get_world_size
 
 
@@ -113,6 +113,7 @@ class DataModule:
         """Raise a UserError for settings that are impossible with this dataset."""
         if any(isinstance(phase, EventParsingPhase) for phase in config.phases.values()):
             _check_segments(config, self.train)
+            self._check_modalities()
         if config.optim.global_batch > len(self.train):
             step = get_world_size() * config.optim.gradient_accumulation_steps
             largest = max(1, len(self.train) // step) * step
@@ -126,6 +127,8 @@ class DataModule:
                 continue
             if isinstance(phase, LabelCorrectionPhase):
                 self._check_correction(name, phase)
+            if isinstance(phase, ContrastivePhase):
+                self._check_contrastive(name, phase)
             if self.train.streams:
                 raise UserError(
                     f"phases.{name}.kind={phase.kind}: {self.shards.location} holds features; allowed: parsing."
@@ -135,6 +138,26 @@ class DataModule:
                     f"phases.{name}.kind={phase.kind}: clips of {self.shards.location} may have several classes; "
                     "allowed: parsing, contrastive."
                 )
+
+    def _check_modalities(self) -> None:
+        """Verify that all clips have both modalities, as event parsing needs."""
+        for modality, member in MEMBERS.items():
+            for split in [self.train] + ([self.test] if self.test else []):
+                if missing := int((~split.has_modality(modality)).sum()):
+                    raise UserError(
+                        f"{missing} of {len(split)} clips of split {split.name} of {self.shards.location} have no "
+                        f"{member}; event parsing needs both. Make the dataset again without --modalities any."
+                    )
+
+    def _check_contrastive(self, name: str, phase: ContrastivePhase) -> None:
+        """Verify that a contrastive phase has pairs, or a loss within a modality."""
+        has_pairs = (self.train.has_modality("visual") & self.train.has_modality("audio")).any()
+        if not has_pairs and not phase.within_modal_weight:
+            raise UserError(
+                f"phases.{name}.within_modal_weight=0: no clip of split {self.train.name} of {self.shards.location} "
+                f"has both video and audio, so only the within-modal loss can be trained; set phases.{name}."
+                "within_modal_weight=1."
+            )
 
     def _check_correction(self, name: str, phase: LabelCorrectionPhase) -> None:
         """Verify teacher scores and number of neighbors of a label-correction phase."""

@@ -3,7 +3,7 @@
 Legend: n clips, E tower width, D embedding width, C classes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from distav.config.errors import UserError
 from distav.data.dataset import Split
+from distav.data.modalities import MODALITIES
 from distav.data.pipeline.loader import Batch, Loader
 from distav.data.pipeline.sampler import PADDING, padded_batches
-from distav.evaluation.inference import iter_outputs
+from distav.evaluation.inference import clip_logits, iter_outputs
 from distav.models.av_model import AVModel
 from distav.models.pretrained import input_config, load_encoders
 
@@ -32,8 +33,8 @@ class Embeddings:
     Attributes:
         visual, audio: [n, E] float32 features of the towers.
         visual_embedding, audio_embedding: [n, D] float32 unit vectors in a common space.
-        logits: [n, C] float32 of the classifier on both modalities; random if the run did not train it.
-        valid: [n] bool, whether the clip could be read; the other rows are zero.
+        logits: [n, C] float32 of the classifier on the modalities of the clip; random if the run did not train it.
+        has_visual, has_audio: [n] bool, whether the clip could be read and has the modality; the other rows are zero.
     """
 
     visual: np.ndarray
@@ -41,7 +42,13 @@ class Embeddings:
     visual_embedding: np.ndarray
     audio_embedding: np.ndarray
     logits: np.ndarray
-    valid: np.ndarray
+    has_visual: np.ndarray
+    has_audio: np.ndarray
+
+    @property
+    def valid(self) -> np.ndarray:
+        """Whether the clip could be read: [n] bool."""
+        return self.has_visual | self.has_audio
 
     @classmethod
     def concatenate(cls, parts: Iterable["Embeddings"]) -> "Embeddings":
@@ -53,15 +60,20 @@ class Embeddings:
     def from_table(cls, table: pa.Table) -> "Embeddings":
         """Return the embeddings in a table of `to_table`, which has no logits."""
         columns = [table.column(name).combine_chunks() for name in COLUMNS]
-        valid = columns[0].is_valid().to_numpy(zero_copy_only=False)
+        valid = [column.is_valid().to_numpy(zero_copy_only=False) for column in columns]
         arrays = [np.zeros((len(table), column.type.list_size), np.float32) for column in columns]
-        for values, column in zip(arrays, columns, strict=True):
-            values[valid] = column.flatten().to_numpy().reshape(-1, values.shape[1])
-        return cls(*arrays, logits=np.zeros((len(table), 0), np.float32), valid=valid)
+        for values, column, rows in zip(arrays, columns, valid, strict=True):
+            values[rows] = column.flatten().to_numpy().reshape(-1, values.shape[1])
+        logits = np.zeros((len(table), 0), np.float32)
+        return cls(*arrays, logits=logits, has_visual=valid[0], has_audio=valid[1])
 
     def joint_features(self) -> np.ndarray:
         """Return the concatenated features of both modalities, each normalized to unit length: [n, 2 E]."""
         return np.concatenate([normalize_rows(self.visual), normalize_rows(self.audio)], axis=1)
+
+    def modality(self, column: str) -> np.ndarray:
+        """Return which rows of an array of `COLUMNS` exist: [n] bool."""
+        return self.has_visual if column.startswith("visual") else self.has_audio
 
 
 def normalize_rows(rows: np.ndarray) -> np.ndarray:
@@ -115,7 +127,7 @@ class Embedder:
         loader = Loader(split, input_config(self.description), None, 0, self.batch_size, self.device)
 
         def embed(batch: Batch) -> Embeddings:
-            return self._embed(batch.media["frames"], batch.media["audio"], batch.valid.cpu().numpy())
+            return self._embed(batch.media["frames"], batch.media["audio"], batch.present)
 
         try:
             outputs = iter_outputs(embed, loader, batches)
@@ -151,7 +163,8 @@ class Embedder:
             rows = slice(start, start + self.batch_size)
             batch_frames = torch.from_numpy(np.ascontiguousarray(frames[rows])).to(self.device)
             batch_audio = torch.from_numpy(np.ascontiguousarray(audio[rows])).to(self.device)
-            parts.append(self._embed(batch_frames, batch_audio.float(), np.ones(len(batch_frames), dtype=bool)))
+            present = torch.ones(len(batch_frames), dtype=torch.bool, device=self.device)
+            parts.append(self._embed(batch_frames, batch_audio.float(), dict.fromkeys(MODALITIES, present)))
         return Embeddings.concatenate(parts)
 
     def _check_split(self, split: Split) -> None:
@@ -167,14 +180,22 @@ class Embedder:
                     f"dataset with --fps {inputs['fps']:g} --sample-rate {inputs['sample_rate_hz']}."
                 )
 
-    def _embed(self, frames: Tensor, audio: Tensor, valid: np.ndarray) -> Embeddings:
-        """Embed a batch; rows that are not valid are zero."""
-        names = ("visual_features", "audio_features", "visual", "audio", "logits")
+    def _embed(self, frames: Tensor, audio: Tensor, present: Mapping[str, Tensor]) -> Embeddings:
+        """Embed a batch; rows of a missing modality are zero."""
         seeds = torch.zeros(len(frames), dtype=torch.int64, device=self.device)
         with torch.no_grad():
             outputs = self.model(frames, audio, seeds)
-        arrays = [outputs[name].float().cpu().numpy() * valid[:, None] for name in names]
-        return Embeddings(*arrays, valid=valid)
+        visual, audio_present = present["visual"], present["audio"]
+        outputs["logits"] = clip_logits(outputs, present)
+        rows = {
+            "visual_features": visual,
+            "audio_features": audio_present,
+            "visual": visual,
+            "audio": audio_present,
+            "logits": visual | audio_present,
+        }
+        arrays = [(outputs[name].float() * mask[:, None]).cpu().numpy() for name, mask in rows.items()]
+        return Embeddings(*arrays, has_visual=visual.cpu().numpy(), has_audio=audio_present.cpu().numpy())
 
 
 def _select(embeddings: Embeddings, rows: np.ndarray) -> Embeddings:
@@ -182,13 +203,13 @@ def _select(embeddings: Embeddings, rows: np.ndarray) -> Embeddings:
 
 
 def to_table(embeddings: Embeddings, columns: dict[str, Any]) -> pa.Table:
-    """Return embeddings as a table with a row per clip, null if the clip could not be read.
+    """Return embeddings as a table with a row per clip; null for clips that could not be read or lack the modality.
 
     Args:
         embeddings: embeddings of n clips.
         columns: further columns, [n] each.
     """
-    lists = {name: _list_array(getattr(embeddings, name), embeddings.valid) for name in COLUMNS}
+    lists = {name: _list_array(getattr(embeddings, name), embeddings.modality(name)) for name in COLUMNS}
     return pa.table({**columns, **lists})
 
 

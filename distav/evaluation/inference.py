@@ -1,9 +1,10 @@
 """One pass of a network over samples, without gradients."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from distav.data.pipeline.loader import Batch, Loader
 from distav.data.pipeline.sampler import Ids
@@ -27,3 +28,14 @@ def iter_outputs(
         with torch.no_grad():
             outputs = forward(batch)
         yield ids, batch, outputs
+
+
+def clip_logits(outputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
+    """Return the logits of clips from the modalities that they have: [b, C].
+
+    Args:
+        outputs: `logits`, `visual_logits` and `audio_logits` of the network, [b, C] each.
+        present: [b] bool by modality.
+    """
+    single = torch.where(present["visual"][:, None], outputs["visual_logits"], outputs["audio_logits"])
+    return torch.where((present["visual"] & present["audio"])[:, None], outputs["logits"], single)

@@ -62,12 +62,12 @@ class InBatchNegatives(_Negatives):
         queries, rows = {"visual": visual, "audio": audio}, {"visual": visual_rows, "audio": audio_rows}
         first = get_rank() * len(visual)
         self.own = torch.arange(first, first + len(visual), device=visual.device)
-        masked = ~global_batch.valid | (global_batch.ids == local_batch(global_batch.ids)[:, None])
-        masked = masked.scatter(1, self.own[:, None], False)
-        self.scores = [
-            (queries[query] @ rows[candidate].T / temperature).masked_fill(masked, -torch.inf)
-            for query, candidate in CROSS_MODAL
-        ]
+        same_sample = global_batch.ids == local_batch(global_batch.ids)[:, None]
+        self.scores = []
+        for query, candidate in CROSS_MODAL:
+            masked = (~global_batch.present[candidate] | same_sample).scatter(1, self.own[:, None], False)
+            scores = queries[query] @ rows[candidate].T / temperature
+            self.scores.append(scores.masked_fill(masked, -torch.inf))
 
     def losses(self, score_loss: ScoreLoss) -> Tensor:
         """Return the loss of each sample, summed over both directions: [b]."""
@@ -98,6 +98,9 @@ class SampledNegatives(_Negatives):
         for query, candidate in CROSS_MODAL:
             positive = (self.queries[query].detach() * self.rows[candidate]).sum(1, keepdim=True)
             products = self.sampled.products(global_queries[query], candidate)
+            missing = self.sampled.missing(candidate)
+            if missing is not None:
+                products = products.masked_fill(missing, -torch.inf)
             self.scores.append(torch.cat([positive, products], dim=1) / tau)
 
     def losses(self, score_loss: ScoreLoss) -> Tensor:

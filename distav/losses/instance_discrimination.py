@@ -74,21 +74,24 @@ def instance_losses(
         softness: [b] weight s of the soft target, 0..1; None for hard targets, on all ranks alike.
         soft: definition of S.
         mask_uninitialized: leave rows that were never written out of the softmax; samples whose row was never written
-            then have no loss.
+            then have no loss. Rows without the modality of the keys are left out in any case; directions that a sample
+            lacks a modality for have no loss.
         directions: cross-modal or within-modal; soft targets are defined for cross-modal ones only.
     """
     tau = temperature.detach() if isinstance(temperature, Tensor) else temperature
     embeddings = {"visual": visual, "audio": audio}
     queries = embeddings if bank.replicated else {"visual": global_batch.visual, "audio": global_batch.audio}
     rows: dict[str, Tensor] = dict(zip(MODALITIES, bank.fetch(MODALITIES, global_batch.ids), strict=True))
-    initialized = bank.resident_column("visits") > 0 if mask_uninitialized else None
-    bias = None if initialized is None else _mask_bias(initialized)
-    averages = [attend(queries[query], bank.keys(key), bank.keys(key), tau, bias=bias) for query, key in directions]
+    bias = {key: bank.key_bias(key, mask_uninitialized) for _, key in directions}
+    averages = [
+        attend(queries[query], bank.keys(key), bank.keys(key), tau, bias=bias[key]) for query, key in directions
+    ]
     if softness is not None and soft is not None and soft.kind != "none":
-        averages += _soft_target_rows(bank, soft, queries, rows, global_batch.ids, initialized)
+        averages += _soft_target_rows(bank, soft, queries, rows, global_batch.ids, mask_uninitialized)
     if not bank.replicated:
         averages = merge_across_ranks(averages)
     soft_averages = averages[len(directions) :]
+    present = {name: local_batch(flags) for name, flags in global_batch.present.items()}
     total, matching = torch.zeros_like(visual[:, 0]), torch.zeros_like(visual[:, 0])
     for number, (query, key) in enumerate(directions):
         lse, expected = averages[number]
@@ -97,17 +100,15 @@ def instance_losses(
             target = torch.lerp(target, soft_averages[number][1], softness[:, None])
         embedding = embeddings[query].detach()
         losses = lse - (embedding * target).sum(1) / tau
-        total = total + attach_gradient(embeddings[query], temperature, losses, (expected - target) / tau)
+        losses = attach_gradient(embeddings[query], temperature, losses, (expected - target) / tau)
+        if bank.present:
+            losses = torch.where(present[query] & present[key], losses, torch.zeros_like(losses))
+        total = total + losses
         matching = matching + ((embedding * rows[key]).sum(1) / tau - lse).exp().clamp_max(1) / len(directions)
-    if initialized is not None:
+    if mask_uninitialized:
         has_row = bank.fetch(("visits",), global_batch.ids)[0] > 0
         total = torch.where(has_row, total, torch.zeros_like(total))
     return InstanceLosses(total, matching, bank.num_samples)
-
-
-def _mask_bias(initialized: Tensor) -> Tensor:
-    """Return the bias that leaves rows out of a softmax where the mask is false: [n]."""
-    return torch.zeros_like(initialized, dtype=torch.float32).masked_fill_(~initialized, -torch.inf)
 
 
 def _soft_target_rows(
@@ -116,13 +117,14 @@ def _soft_target_rows(
     queries: dict[str, Tensor],
     rows: dict[str, Tensor],
     ids: Tensor,
-    initialized: Tensor | None,
+    mask_uninitialized: bool,
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the log-sum-exp of S over this rank's rows and sum_j S(j|i) row_j, for each cross-modal direction."""
-    bias = None if initialized is None else _mask_bias(initialized)
+    biases = [bank.key_bias(name, mask_uninitialized) for name in MODALITIES]  # A row needs both modalities.
     if soft.kind == "cycle":  # The query's own pair term is the same for all j and cancels.
-        pairs = bank.resident_column("pair_similarity") / soft.cycle_temperature
-        bias = pairs if bias is None else bias + pairs
+        biases.append(bank.resident_column("pair_similarity") / soft.cycle_temperature)
+    biases = [bias for bias in biases if bias is not None]
+    bias = torch.stack(biases).sum(0) if biases else None
     if soft.kind in ("neighbor", "cycle") and not bank.replicated:
         visual_rows, audio_rows = all_gather_rows(torch.cat([rows["visual"], rows["audio"]], dim=1)).chunk(2, dim=1)
         rows = {"visual": visual_rows, "audio": audio_rows}

@@ -31,6 +31,8 @@ class Bank:
         replicated: whether every rank holds the embeddings of all ids.
         assignments: categories of the owned rows and their Gram matrices.
         router: exchange of rows between ranks.
+        present: [N] bool by modality, samples that have it; empty if all samples have both. Rows of a missing modality
+            are neither keys nor part of a pair.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Bank:
         num_categories: int = 0,
         replicated: bool = False,
         dtype: torch.dtype = torch.float32,
+        present: Mapping[str, Tensor] = MappingProxyType({}),
     ):
         """Create a bank of random unit vectors.
 
@@ -56,7 +59,10 @@ class Bank:
             num_categories: K; 0 stores no categories.
             replicated: store all embeddings on every rank.
             dtype: type of the rows in products; rows are stored in float32 in any case.
+            present: [N] bool by modality, samples that have it; empty: all.
         """
+        complete = all(bool(has_modality.all()) for has_modality in present.values())
+        self.present = {} if complete else {name: has_modality.to(device) for name, has_modality in present.items()}
         self.num_samples, self.momentum, self.device, self.dtype = num_samples, momentum, device, dtype
         self.replicated = replicated and get_world_size() > 1
         self.rows = shard_range(num_samples)
@@ -156,6 +162,29 @@ class Bank:
         """Return `visits` or `pair_similarity` of the resident rows: [resident]."""
         return self._embeddings.columns[name]
 
+    def key_bias(self, name: str, mask_uninitialized: bool = False) -> Tensor | None:
+        """Return the bias that masks resident rows in a softmax, [resident]: -inf or 0; None if no row is masked.
+
+        Args:
+            name: modality of the keys; rows of samples without it are masked.
+            mask_uninitialized: whether rows that were never updated are masked.
+        """
+        kept = [self.resident_column("visits") > 0] if mask_uninitialized else []
+        if name in self.present:
+            kept.append(self.present[name][self.resident.start : self.resident.stop])
+        if not kept:
+            return None
+        masked = ~torch.stack(kept).all(0)
+        return torch.zeros_like(masked, dtype=torch.float32).masked_fill_(masked, -torch.inf)
+
+    def has_modality(self, name: str) -> bool:
+        """Return whether any sample has a modality."""
+        return name not in self.present or bool(self.present[name].any())
+
+    def has_pairs(self) -> bool:
+        """Return whether any sample has both modalities."""
+        return not self.present or bool(torch.stack(list(self.present.values())).all(0).any())
+
     def local_index(self, ids: Tensor) -> Tensor:
         """Return the position of each id among the resident rows, -1 for rows of other ranks: [B] -> [B]."""
         index = ids - self.resident.start
@@ -202,9 +231,15 @@ class Bank:
         return all_gather_variable_rows(self._columns[name])
 
     def pair_similarity(self) -> Tensor:
-        """Return the cosine of the visual and the audio embedding of every pair, NaN for rows never updated: [N]."""
+        """Return the cosine of the visual and the audio embedding of every pair: [N].
+
+        NaN for rows that were never updated, and for samples with one modality.
+        """
         similarity = self._columns["pair_similarity"].masked_fill(self._columns["visits"] == 0, torch.nan)
-        return all_gather_variable_rows(similarity)
+        similarity = all_gather_variable_rows(similarity)
+        if self.present:
+            similarity = similarity.masked_fill(~torch.stack(list(self.present.values())).all(0), torch.nan)
+        return similarity
 
     def set_correspondence(self, correspondence: Tensor) -> None:
         """Store the correspondence probabilities of all pairs: [N], the same on every rank."""

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import all_gather_rows, all_reduce_sum_, all_to_all_rows, get_world_size
+from distav.distributed.collectives import (
+    all_gather_rows,
+    all_reduce_sum_,
+    all_to_all_rows,
+    get_world_size,
+    local_batch,
+)
 from distav.distributed.rng import sample_seeds, uniform
 from distav.memory.bank import Bank
 
@@ -60,9 +66,15 @@ class SampledRows:
         """Sample rows for the batch of all ranks, ids [B]."""
         self.bank = bank
         sampled = sample_negative_ids(ids, sampling.num_negatives, bank.num_samples, sampling.seed, sampling.step)
+        self._ids = local_batch(sampled)
         index = sampled - bank.rows.start
         self._is_owned = (index >= 0) & (index < len(bank.rows))
         self._index = index.masked_fill(~self._is_owned, 0)
+
+    def missing(self, modality: str) -> Tensor | None:
+        """Return which sampled rows lack a modality, [b, M] bool of this rank's samples; None if no sample lacks it."""
+        present = self.bank.present.get(modality)
+        return None if present is None else ~present[self._ids]
 
     def products(self, queries: Tensor, modality: str) -> Tensor:
         """Return the dot products of the queries with their sampled rows: [B, D] of all ranks -> [b, M]."""

@@ -53,7 +53,7 @@ def _description(run: Run) -> dict[str, Any]:
     }
     # Encoding of the training clips, with which new media can be converted to clips of the same form.
     duration_s = float(split.columns["duration_s"][0])
-    stored = {"codec": split.codec, "short_side": split.sides[0], "clip_s": duration_s}
+    stored = {"codec": split.codec, "short_side": split.sides[0] or data.frame_size, "clip_s": duration_s}
     return description | {"input": inputs, "stored": stored}
 
 

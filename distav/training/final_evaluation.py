@@ -10,10 +10,10 @@ from distav.config.phases import SupervisedPhase
 from distav.data.pipeline.sampler import local_batches
 from distav.distributed.collectives import all_gather_variable_rows, all_reduce_sum_
 from distav.evaluation.event_metrics import event_metrics, predicted_events, segment_accuracy
+from distav.evaluation.inference import clip_logits
 from distav.evaluation.metrics import retrieval
 from distav.training.run import Run
 
-_CLASSIFIERS = {"top1": "logits", "top1_visual": "visual_logits", "top1_audio": "audio_logits"}
 _EVENT_THRESHOLD = 0.5
 
 
@@ -21,31 +21,40 @@ def evaluate_clips(run: Run) -> dict[str, Any] | None:
     """Return classification and retrieval metrics on the test split; None without a test split.
 
     Returns:
-        The metrics of `retrieval`. If classifiers were trained, also `top1` of both modalities together, `top1_visual`
-        and `top1_audio`.
+        The metrics of `retrieval` over clips with both modalities. If classifiers were trained, also `top1` of the
+        modalities that a clip has, and `top1_visual` and `top1_audio` over clips with that modality.
     """
     split, labels = run.data.test, run.data.test_labels
     if split is None or labels is None:
         return None
     device, world = run.world.device, run.world
     targets = torch.from_numpy(labels.given if labels.true is None else labels.true).to(device)
-    hits = torch.zeros(len(_CLASSIFIERS) + 1, device=device)
+    counts = torch.zeros(3, 2, device=device)
     embeddings: list[tuple[Tensor, Tensor, Tensor]] = []
     batches = local_batches(len(split), run.micro_batch, world.rank, world.world_size)
     with closing(run.iter_outputs(split, batches)) as evaluated_batches:
         for _, batch, outputs in evaluated_batches:
-            valid = batch.valid
-            for position, head in enumerate(_CLASSIFIERS.values()):
-                correct = outputs[head].argmax(1) == targets[batch.ids]
-                hits[position] += (correct & valid).sum()
-            hits[-1] += valid.sum()
-            embeddings.append((outputs["visual"][valid], outputs["audio"][valid], targets[batch.ids[valid]]))
-    *correct, count = all_reduce_sum_(hits).tolist()
+            classes = targets[batch.ids]
+            counts += torch.stack(
+                [
+                    _count_correct(clip_logits(outputs, batch.present), classes, batch.valid),
+                    _count_correct(outputs["visual_logits"], classes, batch.present["visual"]),
+                    _count_correct(outputs["audio_logits"], classes, batch.present["audio"]),
+                ]
+            )
+            paired = batch.paired
+            embeddings.append((outputs["visual"][paired], outputs["audio"][paired], classes[paired]))
+    totals = zip(("top1", "top1_visual", "top1_audio"), all_reduce_sum_(counts).tolist(), strict=True)
     accuracy = {}
     if any(isinstance(phase, SupervisedPhase) for phase in run.config.phases.values()):
-        accuracy = {name: value / max(1.0, count) for name, value in zip(_CLASSIFIERS, correct, strict=True)}
+        accuracy = {name: correct / count for name, (correct, count) in totals if count}
     visual, audio, classes = (torch.cat(column) for column in zip(*embeddings, strict=True))
     return accuracy | retrieval(visual, audio, classes)
+
+
+def _count_correct(logits: Tensor, classes: Tensor, counted: Tensor) -> Tensor:
+    """Return the number of clips that are classified correctly, and of all counted clips: [2]."""
+    return torch.stack([((logits.argmax(1) == classes) & counted).sum(), counted.sum()]).float()
 
 
 def evaluate_events(run: Run) -> dict[str, Any] | None:

@@ -115,11 +115,9 @@ def _label_entries(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _test_entries(report: dict[str, Any], num_classes: int) -> list[tuple[str, str]]:
     entries, test = [], report.get("test") or {}
     if "top1" in test:
-        text = (
-            f"top-1 {_percent(test['top1'])} (video and audio), {_percent(test['top1_visual'])} (video only), "
-            f"{_percent(test['top1_audio'])} (audio only); chance {_percent(1 / num_classes)}"
-        )
-        entries.append(("Test", text))
+        names = {"top1": "video and audio", "top1_visual": "video only", "top1_audio": "audio only"}
+        accuracies = ", ".join(f"{_percent(test[key])} ({name})" for key, name in names.items() if key in test)
+        entries.append(("Test", f"top-1 {accuracies}; chance {_percent(1 / num_classes)}"))
     if "rsum" in test:
         text = (
             f"mAP video-to-audio {_percent(test['v2a_map'])}, audio-to-video {_percent(test['a2v_map'])}; "

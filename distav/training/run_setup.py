@@ -11,6 +11,8 @@ from distav.config.phases import ContrastivePhase, EventParsingPhase
 from distav.config.schema import Config
 from distav.data.annotations.events import num_segments
 from distav.data.data_module import DataModule
+from distav.data.dataset import Split
+from distav.data.modalities import MODALITIES
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.sampler import micro_batch_size
 from distav.distributed.process_group import World
@@ -43,7 +45,7 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
         logger = MetricLogger(folder, world)
         stack.callback(logger.close)
         engine = Engine(lambda: _build_model(config, data), config, world)
-        bank = _build_bank(config, world, len(data.train), len(data.shards.classes))
+        bank = _build_bank(config, world, data.train, len(data.shards.classes))
         checkpoints = CheckpointManager(folder / "checkpoints", config.run.keep_checkpoints)
         progress, state = checkpoints.restore(engine, bank, logger.warn) or _initialize(engine, config, logger)
         micro_batch = micro_batch_size(
@@ -86,18 +88,19 @@ def _initialize(engine: Engine, config: Config, logger: MetricLogger) -> tuple[P
     return Progress(), RunState()
 
 
-def _build_bank(config: Config, world: World, num_samples: int, num_classes: int) -> Bank:
-    num_bytes = 2 * num_samples * config.model.embed_dim * 4
+def _build_bank(config: Config, world: World, train: Split, num_classes: int) -> Bank:
+    num_bytes = 2 * len(train) * config.model.embed_dim * 4
     contrastive = [phase for phase in config.phases.values() if isinstance(phase, ContrastivePhase)]
     uses_category_memory = any(phase.category_memory_weight for phase in contrastive)
     return Bank(
-        num_samples,
+        len(train),
         config.model.embed_dim,
         config.memory_bank.momentum,
         world.device,
         config.run.seed,
         num_categories=(config.model.num_categories or num_classes) if uses_category_memory else 0,
         replicated=num_bytes <= config.memory_bank.replicate_below_mib * 2**20,
+        present={name: torch.from_numpy(train.has_modality(name)) for name in MODALITIES},
         dtype=torch.bfloat16 if world.device.type == "cuda" and trains_in_bf16(config, world) else torch.float32,
     )
 

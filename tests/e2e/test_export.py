@@ -59,7 +59,7 @@ def _run_training_graph(run: str, inputs: str, outputs: str) -> None:
         ids = torch.arange(len(media["frames"]))
         resumed.engine.train(False)
         with torch.no_grad():
-            features = resumed.engine(Batch(ids, ids >= 0, ids, media))
+            features = resumed.engine(Batch(ids, ids >= 0, {}, ids, media))
         safetensors.torch.save_file(
             {"visual": features["visual_features"].float(), "audio": features["audio_features"].float()}, outputs
         )

@@ -34,7 +34,7 @@ def new_engine(stage: int | None, precision: str, depth: int, world: World = CPU
 def media_batch(**media: Tensor) -> Batch:
     """Return a batch with media alone."""
     none = torch.zeros(0, dtype=torch.int64)
-    return Batch(none, none.bool(), none, media)
+    return Batch(none, none.bool(), {}, none, media)
 
 
 def step(engine: Engine, scale: float = 1.0) -> Tensor:

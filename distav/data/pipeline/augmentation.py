@@ -22,7 +22,7 @@ class ClipTransform:
         color: [4] float32 factors of brightness, contrast and saturation, and a rotation of the hue in degrees.
         audio_start: first audio sample; negative for silence before the beginning of the clip.
         gain: factor of the amplitude.
-        size: stored height and width in pixels.
+        size: stored height and width in pixels; 1 for clips without frames.
     """
 
     start_frame: int
@@ -55,8 +55,9 @@ class ClipTransformSampler:
     def sample(self, sample: int, epoch: int) -> ClipTransform:
         """Return the transform of a clip in an epoch; without augmentation, the center of the clip."""
         columns = self.split.columns
-        slack = max(0, int(columns["frames"][sample]) - self.span)
-        size = int(columns["height"][sample]), int(columns["width"][sample])
+        num_frames = int(columns["frames"][sample]) or round(float(columns["duration_s"][sample]) * self.split.fps)
+        slack = max(0, num_frames - self.span)
+        size = max(1, int(columns["height"][sample])), max(1, int(columns["width"][sample]))
         if self.augment is None:
             return self._fixed(sample, slack // 2, size)
         rng, augment = np.random.default_rng([self.seed, 5, epoch, sample]), self.augment

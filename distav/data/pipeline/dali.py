@@ -22,6 +22,7 @@ from distav.data.dataset import Split
 from distav.data.pipeline.augmentation import ClipTransform
 from distav.data.pipeline.avi import jpeg_frames
 from distav.data.pipeline.color import change_colors
+from distav.data.pipeline.crop_bands import crop_bands
 from distav.data.pipeline.dali_errors import DeviceError, dali_reason, is_device_failure, is_out_of_memory
 from distav.data.pipeline.decoder_selection import Decoder, Route, select_decoder
 from distav.data.pipeline.decoding import decode_frames
@@ -73,12 +74,13 @@ class ClipPipeline:
         """Decode a batch.
 
         Args:
-            members: members of up to B clips, as stored.
+            members: members of up to B clips, as stored; `video` or `audio` may be missing.
             transforms: transform of each clip.
 
         Returns:
             `frames` [B, T, S, S, 3] uint8 and `audio` [B, N] float32 in [-1, 1], on the device of the pipeline; on a
-            GPU, in its current stream.
+            GPU, in its current stream. Where a member is missing, a row repeats that of another clip, and is zero if no
+            clip has it.
 
         Raises:
             DecodeError: if any clip of the batch cannot be decoded.
@@ -86,24 +88,51 @@ class ClipPipeline:
         """
         try:
             if not self._nvdec_tested:
-                self._test_nvdec(members[:_NVDEC_TEST_CLIPS], transforms[:_NVDEC_TEST_CLIPS])
-            frames = self._decode_frames([clip["video"] for clip in members], transforms)
-            return {"frames": frames, "audio": self._decode_audio([clip["audio"] for clip in members], transforms)}
+                self._test_nvdec(members, transforms)
+            return {
+                "frames": self._decode_existing("frames", "video", self._decode_frames, members, transforms),
+                "audio": self._decode_existing("audio", "audio", self._decode_audio, members, transforms),
+            }
         except (ValueError, IndexError, av.error.FFmpegError) as error:
             raise DecodeError(dali_reason(str(error))) from None
+
+    def _decode_existing(
+        self,
+        output: str,
+        member: str,
+        decode: Callable[[Sequence[bytes], Sequence[ClipTransform]], Tensor],
+        members: Sequence[Members],
+        transforms: Sequence[ClipTransform],
+    ) -> Tensor:
+        """Return an output for all clips; those without the member repeat the rows of the others in turn."""
+        rows = [row for row, clip in enumerate(members) if member in clip]
+        shape, dtype = self.shapes[output]
+        if not rows:
+            return torch.zeros(len(members), *shape, dtype=dtype, device=self.device)
+        decoded = decode([members[row][member] for row in rows], [transforms[row] for row in rows])
+        if len(rows) == len(members):
+            return decoded
+        position = {row: index for index, row in enumerate(rows)}
+        order = torch.tensor([position.get(row, row % len(rows)) for row in range(len(members))], device=decoded.device)
+        return decoded[order]
 
     def _test_nvdec(self, members: Sequence[Members], transforms: Sequence[ClipTransform]) -> None:
         """Decode a few clips; if NVDEC decodes none of those that FFmpeg decodes, switch to decoding on the CPU."""
         reason = ""
-        for clip, transform in zip(members, transforms, strict=True):
+        clips = [
+            (clip["video"], transform) for clip, transform in zip(members, transforms, strict=True) if "video" in clip
+        ]
+        if not clips:
+            return
+        for video, transform in clips[:_NVDEC_TEST_CLIPS]:
             try:
-                self._decode_frames([clip["video"]], [transform])
+                self._decode_frames([video], [transform])
                 break
             except (DecodeError, DeviceError) as error:
                 if is_out_of_memory(str(error)):
                     raise
                 reason = str(error)
-                decode_frames(clip["video"], self._frame_numbers(transform))
+                decode_frames(video, self._frame_numbers(transform))
         else:
             self.route = select_decoder(self.split.codec, False, self.split.sides)
             log.warning(
@@ -133,7 +162,7 @@ class ClipPipeline:
             images = map(jpeg_frames, videos, map(self._frame_numbers, transforms))
             inputs: dict[str, Any] = {"video": list(itertools.chain.from_iterable(images))}
             if self._decodes_bands:
-                bands, crops = _bands(transforms, crops, self.data.frame_size)
+                bands, crops = crop_bands(transforms, crops, self.data.frame_size)
                 inputs["band"] = np.repeat(bands, num_frames, axis=0)
             return inputs | {"crop": np.repeat(crops, num_frames, axis=0), "flip": np.repeat(flips, num_frames)}
         if self.route.decoder is Decoder.pyav:
@@ -259,26 +288,3 @@ class ClipPipeline:
 
     def _frame_numbers(self, transform: ClipTransform) -> list[int]:
         return [transform.start_frame + number * self.data.frame_stride for number in range(self.data.num_frames)]
-
-
-def _bands(transforms: Sequence[ClipTransform], crops: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pixel rows that the crops need, and the crops in pixels of the decoded bands.
-
-    A JPEG image is coded row by row, so decoding fewer columns saves nothing. The margin is what the antialiasing
-    filter reads beyond a crop.
-
-    Args:
-        transforms: B transforms.
-        crops: [B, 4] top, left, bottom, right as fractions of height and width.
-        size: S.
-
-    Returns:
-        [B, 2] int32 first row and the row after the last, and [B, 4] float32.
-    """
-    height, width = np.array([transform.size for transform in transforms]).T
-    top, left, bottom, right = (crops * np.stack([height, width, height, width], axis=1)).T
-    margin = np.maximum(1, (bottom - top) / size) + 2
-    first = np.maximum(0, np.floor(top - margin))
-    last = np.minimum(height, np.ceil(bottom + margin))
-    bands = np.stack([first, last], axis=1).astype(np.int32)
-    return bands, np.stack([top - first, left, bottom - first, right], axis=1).astype(np.float32)

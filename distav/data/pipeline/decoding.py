@@ -14,22 +14,23 @@ import soundfile
 from distav.data.pipeline.reader import DecodeError, Members
 
 
-def decode_clip(members: Members) -> tuple[np.ndarray, np.ndarray]:
+def decode_clip(members: Members) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Decode the members of a clip.
 
     Args:
-        members: `video` and `audio` as stored, in any codec of the dataset format.
+        members: `video` and `audio` as stored, in any codec of the dataset format; one of them may be missing.
 
     Returns:
-        Frames [T, H, W, 3] uint8 and mono audio [N] float32 in [-1, 1], at the rates of the dataset.
+        Frames [T, H, W, 3] uint8 and mono audio [N] float32 in [-1, 1], at the rates of the dataset; None for a missing
+        member.
 
     Raises:
-        DecodeError: if a member is missing or cannot be decoded.
+        DecodeError: if both members are missing or one cannot be decoded.
     """
-    missing = [name for name in ("video", "audio") if name not in members]
-    if missing:
-        raise DecodeError(f"no member '{missing[0]}'; a sample of features has no frames or audio")
-    return decode_video(members["video"]), decode_audio(members["audio"])
+    if not members.keys() & {"video", "audio"}:
+        raise DecodeError("no member 'video' or 'audio'; a sample of features has no frames or audio")
+    frames = decode_video(members["video"]) if "video" in members else None
+    return frames, decode_audio(members["audio"]) if "audio" in members else None
 
 
 def decode_video(content: bytes) -> np.ndarray:

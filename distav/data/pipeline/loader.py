@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distav.config.schema import AugmentConfig, DataConfig
 from distav.data.dataset import Split
-from distav.data.modalities import FeatureStream
+from distav.data.modalities import MODALITIES, FeatureStream
 from distav.data.pipeline.augmentation import ClipTransformSampler
 from distav.data.pipeline.dali import ClipPipeline
 from distav.data.pipeline.features import decode_features
@@ -42,15 +42,23 @@ class Batch:
     Attributes:
         ids: [b] int64; undefined in rows that are not valid.
         valid: [b] bool, rows that contain a sample.
+        present: [b] bool by modality, rows with a sample that has the modality.
         seeds: [b] int64, seeds of the random numbers that the model draws for each sample.
         media: inputs of the model by name: `frames` [b, T, H, W, 3] uint8 and `audio` [b, N] float32 in [-1, 1] of
-            clips; or the feature streams of the dataset, [b, steps, dim] float32.
+            clips; or the feature streams of the dataset, [b, steps, dim] float32. Where a modality is missing, they
+            repeat that of another row.
     """
 
     ids: Tensor
     valid: Tensor
+    present: dict[str, Tensor]
     seeds: Tensor
     media: dict[str, Tensor]
+
+    @property
+    def paired(self) -> Tensor:
+        """Rows with a sample that has both modalities: [b] bool."""
+        return self.present["visual"] & self.present["audio"]
 
 
 @dataclass
@@ -122,6 +130,7 @@ class Loader:
             FeatureCollator(split.streams, batch, device) if split.streams else ClipPipeline(data, split, batch, device)
         )
         self.reader = ShardReader(split)
+        self._has_modality = {name: split.has_modality(name) for name in MODALITIES}
         self.quarantine = Quarantine()
         self._pool = ThreadPoolExecutor(CONNECTIONS, "reader") if split.remote else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -213,6 +222,10 @@ class Loader:
             batch = Batch(
                 ids=to_device(torch.from_numpy(np.maximum(ids, 0)), self.device),
                 valid=to_device(valid, self.device),
+                present={
+                    name: to_device(valid & torch.from_numpy(has_modality[np.maximum(ids, 0)]), self.device)
+                    for name, has_modality in self._has_modality.items()
+                },
                 seeds=to_device(sample_seeds(self.seed, epoch, torch.from_numpy(ids)), self.device),
                 media=self._assemble(decoded, len(ids)),
             )
@@ -268,6 +281,6 @@ class Loader:
     def _record_stream(self, batch: Batch) -> Batch:
         """Return a batch whose memory is not reused before the caller's stream has finished with it."""
         if self._stream:
-            for values in (batch.ids, batch.valid, batch.seeds, *batch.media.values()):
+            for values in (batch.ids, batch.valid, batch.seeds, *batch.present.values(), *batch.media.values()):
                 values.record_stream(torch.cuda.current_stream(self.device))
         return batch

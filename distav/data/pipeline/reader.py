@@ -40,16 +40,21 @@ class ShardReader:
         self._files.clear()
 
     def read(self, sample: int) -> Members:
-        """Return all members of a sample.
+        """Return all members that a sample has.
 
         Raises:
             CorruptSampleError: if a member cannot be read, is truncated, or its CRC-32 differs.
         """
-        return self._read(sample, list(self.split.members))
+        return self._read(sample, self._existing(sample))
 
     def member(self, sample: int, name: str) -> bytes:
-        """Return one member of a sample; raises CorruptSampleError as `read` does."""
+        """Return one member of a sample, empty if the sample lacks it; raises CorruptSampleError as `read` does."""
+        if name not in self._existing(sample):
+            return b""
         return self._read(sample, [name])[name]
+
+    def _existing(self, sample: int) -> list[str]:
+        return [name for name in self.split.members if self.split.columns[f"{name}_bytes"][sample]]
 
     def _read(self, sample: int, names: list[str]) -> Members:
         if self.split.remote:
@@ -62,7 +67,7 @@ class ShardReader:
         shard = self.split.shards[int(columns["shard"][sample])].name
         ranges = {
             name: (int(columns[f"{name}_offset"][sample]), int(columns[f"{name}_bytes"][sample]))
-            for name in self.split.members
+            for name in self._existing(sample)
         }
         start = min(offset for offset, _ in ranges.values())
         end = max(offset + size for offset, size in ranges.values())

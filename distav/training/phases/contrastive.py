@@ -23,7 +23,10 @@ from distav.training.run import Run
 
 
 def run_contrastive(run: Run, name: str, config: ContrastivePhase) -> None:
-    """Train towers, projections and category heads, and estimate which pairs correspond."""
+    """Train towers, projections and category heads, and estimate which pairs correspond.
+
+    Samples with one modality take part in the within-modal loss alone.
+    """
     losses_of = contrastive_losses(run, config)
     monitor = _CategoryMonitor(run, name, config)
 
@@ -56,7 +59,7 @@ class _CategoryMonitor:
 
     def log(self, progress: float) -> None:
         """Log the steps since the last call; warnings begin after twice the warm-up of the loss."""
-        if self.terms and self.config.category_weight:
+        if self.terms and self.config.category_weight and self.run.bank.has_pairs():
             contrast, imbalance = torch.stack(self.terms).mean(0).tolist()
             num_categories = self.run.config.model.num_categories or len(self.run.data.shards.classes)
             used = effective_num_categories(imbalance, num_categories)
@@ -85,7 +88,7 @@ def contrastive_losses(run: Run, config: ContrastivePhase) -> Callable[[Batch, f
     def losses_of(batch: Batch, progress: float) -> Losses:
         outputs = run.engine(batch)
         bank = run.bank
-        global_batch = GlobalBatch.gather(batch.ids, batch.valid, outputs["visual"], outputs["audio"])
+        global_batch = GlobalBatch.gather(batch.ids, batch.valid, outputs["visual"], outputs["audio"], batch.present)
         losses, weights, pair_weights = instance_term(outputs, batch, global_batch, progress)
         instance = weighted_mean(losses, weights)
         memory = bank.assignments.gram_matrices() if config.category_memory_weight else None

@@ -49,9 +49,9 @@ class Refinement:
         matching = rescale_matching_probability(matching, num_candidates, self.config.matching_reference_size)
         threshold = state.full_trust_threshold
         trusted, stored = self.rule.update(stored, matching, epoch, first, threshold)
-        run.bank.write(REFINED, stored, global_batch.ids, global_batch.valid)
+        run.bank.write(REFINED, stored, global_batch.ids, global_batch.paired)
         stored_trusted = self.rule.trusted(stored, threshold)
-        run.bank.write("correspondence", stored_trusted, global_batch.ids, global_batch.valid)
+        run.bank.write("correspondence", stored_trusted, global_batch.ids, global_batch.paired)
         return trusted
 
 

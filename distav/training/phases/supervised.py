@@ -25,7 +25,8 @@ def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
     """Train the classifiers, and the towers at their own learning rate.
 
     With corrected labels, the audio classifier learns the class that the correction assigned to the audio, and the
-    audio-visual classifier weights each sample by its correspondence probability. If the targets are corrected labels
+    audio-visual classifier weights each sample by its correspondence probability. Classifiers leave out samples that
+    lack a modality they need. If the targets are corrected labels
     and the correction had no label signal, the phase trains on the given labels with generalized cross-entropy.
 
     Raises:
@@ -46,17 +47,17 @@ def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
 
     def losses_of(batch: Batch, _progress: float) -> Losses:
         outputs = run.engine(batch)
-        global_batch = GlobalBatch.gather(batch.ids, batch.valid, outputs["visual"], outputs["audio"])
+        global_batch = GlobalBatch.gather(batch.ids, batch.valid, outputs["visual"], outputs["audio"], batch.present)
         targets, pair_weights = targets_of(batch, global_batch.ids)
-        present = batch.valid.float()
-        weights = (present * pair_weights, present, present)
+        paired = batch.paired.float()
+        weights = (paired * pair_weights, batch.present["visual"].float(), batch.present["audio"].float())
         per_head = classification_loss(global_batch, [outputs[head] for head in HEADS], targets)
         both, visual, audio = [
             weighted_mean(head_losses, weight) for head_losses, weight in zip(per_head, weights, strict=True)
         ]
         losses = {"loss": both + visual + audio, "both": both, "visual": visual, "audio": audio}
         if config.instance_weight:
-            losses["instance"] = _instance_loss(run, config, outputs, global_batch, present, pair_weights)
+            losses["instance"] = _instance_loss(run, config, outputs, global_batch, paired, pair_weights)
             losses["loss"] = losses["loss"] + config.instance_weight * losses["instance"]
         return losses
 
@@ -69,13 +70,13 @@ def _instance_loss(
     config: SupervisedPhase,
     outputs: dict[str, Tensor],
     global_batch: GlobalBatch,
-    present: Tensor,
+    paired: Tensor,
     pair_weights: Tensor,
 ) -> Tensor:
     """Return the instance loss against the memory bank, which regularizes the training, and update the bank."""
     result = instance_losses(run.bank, global_batch, outputs["visual"], outputs["audio"], config.temperature)
-    loss = weighted_mean(result.losses, present * sample_weights(pair_weights, MIN_PAIR_WEIGHT))
-    probs = weighted_category_probs(outputs["visual_categories"], outputs["audio_categories"], present)
+    loss = weighted_mean(result.losses, paired * sample_weights(pair_weights, MIN_PAIR_WEIGHT))
+    probs = weighted_category_probs(outputs["visual_categories"], outputs["audio_categories"], paired)
     run.bank.update(global_batch, category_agreement(probs))
     return loss
 

@@ -93,7 +93,7 @@ def test_operations_of_encoders_and_heads_are_counted_once(checkpointing: bool):
     settings = TOWERS["small"].settings(f"model.activation_checkpointing={str(checkpointing).lower()}")
     frames, audio = torch.zeros(3, 4, 64, 64, 3, dtype=torch.uint8), torch.randn(3, 8000)
     ids = torch.arange(3)
-    batch = Batch(ids, ids >= 0, ids, {"frames": frames, "audio": audio})
+    batch = Batch(ids, ids >= 0, {}, ids, {"frames": frames, "audio": audio})
     settings.model.activation_checkpointing = False
     model = AVModel(settings.model, settings.data, 8000, 5)
     with FlopCounterMode(display=False) as counter:

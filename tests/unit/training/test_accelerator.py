@@ -53,7 +53,7 @@ with process_group("cpu", 60, 1) as world:
         engine = Engine(Net, settings, world)
     none = torch.zeros(0, dtype=torch.int64)
     before = engine.model.classify.weight.detach().clone()
-    outputs = engine(Batch(none, none.bool(), none, {"frames": torch.ones(4, 5)}))
+    outputs = engine(Batch(none, none.bool(), {}, none, {"frames": torch.ones(4, 5)}))
     engine.backward(outputs["logits"].square().mean())
     assert engine.step() > 0 and not engine.skipped and engine.stage == 0
     assert engine.model.classify.weight.device.type == "cpu" and not torch.equal(engine.model.classify.weight, before)
