@@ -14,6 +14,7 @@ from distav.config.cli import CommandParser
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
 from distav.data.preparation.encoding import CODECS
+from tools.bench.coverage import command as coverage
 from tools.bench.timing import Results, Setting
 
 _EPILOG = """Candidates are timed alternately in one process with the same number of threads; ratios are medians over
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command in _UNTIMED:
             _UNTIMED[options.command](options)
             return 0
+        if options.command == "coverage":
+            return coverage.execute(options)
         results = _measure(options)
     except UserError as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -198,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_timing_options(command, _THREADS.get(name, 1))
     _add_noise_command(commands)
     _add_parsing_command(commands)
+    coverage.add_command(commands)
     audit = commands.add_parser(
         "audit",
         help="precision of the audit rankings, compared with cleanlab",

@@ -1,0 +1,1 @@
+"""Coverage benchmark: estimates of the label correction compared with known truth on synthetic problems."""
