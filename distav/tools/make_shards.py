@@ -12,9 +12,9 @@ from distav.data.files import report_os_errors
 from distav.data.preparation.build_config import BuildConfig
 from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.cleaning import CleaningConfig, clean_dataset
-from distav.data.preparation.encoding import CODECS, Encoding
+from distav.data.preparation.encoding import ANY_HINT, CODECS, MODALITY_CHOICES, Encoding
 from distav.data.preparation.noise_injection import LabelNoise
-from distav.data.preparation.output_dir import BuildResult
+from distav.data.preparation.output_dir import BuildResult, format_reasons
 from distav.data.preparation.registry import SOURCES
 from distav.data.preparation.shared_work import Part
 from distav.data.storage.object_store import is_url
@@ -62,7 +62,9 @@ def _build(options: argparse.Namespace) -> int:
     check_minimums(options, seed=0)
     part = Part.parse(options.part) if options.part else None
     config = BuildConfig(
-        Encoding(options.codec, options.fps, options.short_side, options.clip_s, options.sample_rate),
+        Encoding(
+            options.codec, options.fps, options.short_side, options.clip_s, options.sample_rate, options.modalities
+        ),
         options.seed,
         options.shard_samples,
         LabelNoise.parse(options.label_noise),
@@ -71,7 +73,7 @@ def _build(options: argparse.Namespace) -> int:
     )
     source = SOURCES[options.command].from_options(options)
     result = build_dataset(source, options.out, config, options.workers, part)
-    _print_summary(result, options.out, part)
+    _print_summary(result, options.out, part, options.modalities)
     already_complete = part and not part.leased and not result.num_chunks
     return 3 if result.rejected and not already_complete else 0
 
@@ -97,7 +99,7 @@ def _clean(options: argparse.Namespace) -> int:
     return 3 if result.rejected else 0
 
 
-def _print_summary(result: BuildResult, out: Path, part: Part | None) -> None:
+def _print_summary(result: BuildResult, out: Path, part: Part | None, modalities: str) -> None:
     rate = f" ({sum(result.clips.values()) / result.seconds:.1f} clips/s)" if result.seconds else ""
     clips = _clip_counts(result)
     if part and result.num_chunks:
@@ -105,13 +107,23 @@ def _print_summary(result: BuildResult, out: Path, part: Part | None) -> None:
         next_step = "; rerun without --part to write the dataset" if complete else ""
         print(
             f"{out}: part {part.index}/{part.count} complete, {clips or 'no'} clips encoded{rate}, "
-            f"{result.rejected} candidates rejected; {result.encoded_chunks} of {result.num_chunks} chunks of all "
-            f"parts complete{next_step}"
+            f"{result.rejected} candidates rejected{_reasons(result)}; {result.encoded_chunks} of {result.num_chunks} "
+            f"chunks of all parts complete{next_step}"
         )
         return
     details = f"; reasons in {out / 'rejected.csv'}" if result.rejected else ""
+    if modalities == "both" and set(result.reasons) & {"no video", "no audio"}:
+        details += f"; {ANY_HINT}"
     already_complete = "the dataset is already complete, " if part and not part.leased else ""
-    print(f"{out}: {already_complete}{clips} clips written{rate}, {result.rejected} candidates rejected{details}")
+    print(
+        f"{out}: {already_complete}{clips} clips written{rate}, "
+        f"{result.rejected} candidates rejected{_reasons(result)}{details}"
+    )
+
+
+def _reasons(result: BuildResult) -> str:
+    """Return the most frequent reasons of rejection in parentheses; empty if there are none."""
+    return f" ({format_reasons(result.reasons)})" if result.reasons else ""
 
 
 def _clip_counts(result: BuildResult) -> str:
@@ -170,6 +182,12 @@ def _add_build_options(parser: argparse.ArgumentParser, default: Encoding) -> No
         help="audio sample rate in Hz (default: %(default)s)",
     )
     add(
+        "--modalities",
+        default=default.modalities,
+        choices=MODALITY_CHOICES,
+        help="both: clips have video and audio; any: a clip may lack one of them (default: %(default)s)",
+    )
+    add(
         "--label-noise",
         default="",
         metavar="KIND:RATE",
@@ -180,7 +198,8 @@ def _add_build_options(parser: argparse.ArgumentParser, default: Encoding) -> No
         type=finite_float,
         default=0.0,
         metavar="RATE",
-        help="fraction of training clips with the audio of another clip (default: %(default)s)",
+        help="fraction of training clips with the audio of another clip, among those with video and audio "
+        "(default: %(default)s)",
     )
     add("--cross-class-only", action="store_true", help="swap audio only between clips of different classes")
     add("--shard-samples", type=int, default=1000, help="samples per shard (default: %(default)s)")

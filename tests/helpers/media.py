@@ -3,10 +3,13 @@
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from av.audio.stream import AudioStream
+from av.stream import Disposition
+from av.video.stream import VideoStream
 
 from distav.data.preparation.encoding import Clip, Encoding
 
@@ -24,6 +27,8 @@ CODECS = {
     ".wmv": ("wmv2", "wmav2"),
 }
 """Video and audio codec by container."""
+AUDIO_CODECS = {".wav": "pcm_s16le", ".mp3": "mp3", ".flac": "flac", ".m4a": "aac", ".ogg": "libvorbis", ".aac": "aac"}
+"""Codec of audio files by suffix."""
 EVENT_S = 0.2
 """Duration of a flash and a beep."""
 BEEP_HZ = 1000
@@ -102,14 +107,55 @@ def write_media(
     return path
 
 
+def copy_stream(source: Path, path: Path, kind: str) -> Path:
+    """Write a file with the `video` or the `audio` stream of another file alone."""
+    with av.open(str(source)) as read, av.open(str(path), "w") as written:
+        template = getattr(read.streams, kind)[0]
+        stream = written.add_stream_from_template(template)
+        for packet in read.demux(template):
+            if packet.dts is not None:
+                packet.stream = stream
+                written.mux(packet)
+    return path
+
+
+def write_silent(path: Path, seconds: float, **options: Any) -> Path:
+    """Write a video without audio; options as of `write_media`."""
+    both = write_media(path.with_name(f"both-{path.name}"), seconds, **options)
+    copy_stream(both, path, "video")
+    both.unlink()
+    return path
+
+
+def write_audio(path: Path, seconds: float, *, rate_hz: int = 44100, every_s: float = 3.0, cover: bool = False) -> Path:
+    """Write an audio file with beeps as those of `write_media`, by its suffix, with a cover image if desired."""
+    with av.open(str(path), "w") as container:
+        audio = container.add_stream(AUDIO_CODECS[path.suffix], rate=rate_hz, layout="mono")
+        assert isinstance(audio, AudioStream)
+        if cover:
+            image = container.add_stream("mjpeg")
+            assert isinstance(image, VideoStream)
+            image.width, image.height, image.pix_fmt = 64, 64, "yuvj420p"
+            image.disposition = Disposition.attached_pic
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 200, np.uint8), format="rgb24")
+            frame.pts = 0
+            for packet in [*image.encode(frame), *image.encode()]:
+                container.mux(packet)
+        for packet in _encode_audio(audio, seconds, rate_hz, "mono", every_s, None):
+            container.mux(packet)
+    return path
+
+
 def event_times(clips: Iterable[Clip], encoding: Encoding) -> tuple[list[float], list[float]]:
-    """Return the start times of flashes and beeps in clips, in seconds of the file."""
+    """Return the start times of flashes and beeps in clips, in seconds of the file; clips may lack a modality."""
     flashes, beeps = [], []
     for clip in clips:
-        bright = np.flatnonzero(clip.frames.mean((1, 2, 3)) > 120)
-        flashes += (clip.start_s + bright / encoding.fps).tolist()
-        loud = np.flatnonzero(np.abs(clip.waveform) > 0.1)
-        beeps += (clip.start_s + loud / encoding.sample_rate_hz).tolist()
+        if clip.frames is not None:
+            bright = np.flatnonzero(clip.frames.mean((1, 2, 3)) > 120)
+            flashes += (clip.start_s + bright / encoding.fps).tolist()
+        if clip.waveform is not None:
+            loud = np.flatnonzero(np.abs(clip.waveform) > 0.1)
+            beeps += (clip.start_s + loud / encoding.sample_rate_hz).tolist()
     return _starts(flashes), _starts(beeps)
 
 

@@ -16,7 +16,8 @@ class BuildConfig:
         seed: seed of order, noise and rendering.
         shard_samples: samples per shard.
         label_noise: label noise of the training split; None: none.
-        correspondence_noise: fraction of training clips with the audio of another clip.
+        correspondence_noise: fraction of training clips with the audio of another clip, among those with both
+            modalities.
         cross_class_only: whether audio is swapped only between clips of different classes.
     """
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from distav.config.errors import UserError
+from distav.config.errors import UserError, format_list
 from distav.data.dataset import EVENTS, member_extensions
 from distav.data.files import report_os_errors, write_table
 from distav.data.manifest import FORMAT
@@ -31,6 +31,8 @@ from distav.data.preparation.output_dir import (
     WORK,
     BuildResult,
     claim_work_dir,
+    count_reasons,
+    format_reasons,
     make_recipe,
     read_result,
     write_index,
@@ -39,7 +41,7 @@ from distav.data.preparation.output_dir import (
 )
 from distav.data.preparation.shard_writer import SplitWriter
 from distav.data.preparation.shared_work import Part
-from distav.data.preparation.source import AnnotatedSource, Source, SourceInfo
+from distav.data.preparation.source import AnnotatedSource, FixedModalitiesSource, Source, SourceInfo
 from distav.data.preparation.split_samples import SplitSamples, draw_samples, events_of, labels_table, noise_rates
 
 CHUNK = 64
@@ -63,6 +65,7 @@ def build_dataset(
     Raises:
         UserError: if the directory contains another dataset, or if no candidate could be used.
     """
+    _check_modalities(source, config)
     with report_os_errors(out):
         # Before the directory is claimed: a wrong path must not occupy it.
         candidates = list_candidates(source, out)
@@ -94,6 +97,7 @@ def _build(
         result = BuildResult(
             clips=dict(Counter(clip.split for clip in encoded)),
             rejected=len(rejected),
+            reasons=count_reasons(rejected),
             seconds=seconds,
             encoded_chunks=count_complete_chunks(work_dir),
             num_chunks=len(chunks),
@@ -106,12 +110,25 @@ def _build(
     write_rejected(out, rejected)
     if not encoded:
         raise UserError(
-            f"none of {len(candidates)} candidates could be used; the reasons are in {out / 'rejected.csv'}."
+            f"none of {len(candidates)} candidates could be used ({format_reasons(count_reasons(rejected))}); the "
+            f"reasons are in {out / 'rejected.csv'}."
         )
     splits = _write_shards(encoded, out, config, info, workers, part)
     manifest = _write_tables(splits, _classes_of(encoded, info), out, config, info)
     write_manifest(out, manifest | {"recipe": recipe, "rejected": len(rejected)})
-    return BuildResult({name: split["clips"] for name, split in manifest["splits"].items()}, len(rejected), seconds)
+    clips = {name: split["clips"] for name, split in manifest["splits"].items()}
+    return BuildResult(clips, len(rejected), seconds, reasons=count_reasons(rejected))
+
+
+def _check_modalities(source: Source, config: BuildConfig) -> None:
+    """Raise a UserError if the source does not allow the modalities of the configuration."""
+    modalities = config.encoding.modalities
+    if isinstance(source, FixedModalitiesSource) and modalities not in source.allowed_modalities:
+        reason = "all its samples have both modalities" if modalities == "any" else "its files have one modality"
+        raise UserError(
+            f"--modalities={modalities}: allowed for this source: {format_list(source.allowed_modalities)}, because "
+            f"{reason}; leave the option out."
+        )
 
 
 def _source_info(source: Source, config: BuildConfig) -> SourceInfo:
@@ -164,7 +181,7 @@ def _write_shards(
     for position, name in enumerate(sorted({clip.split for clip in encoded})):
         clips = [clip for clip in encoded if clip.split == name]
         rng = np.random.default_rng([config.seed, 3, position])
-        samples = draw_samples(name, clips, classes, info.multi_label, config, rng)
+        samples = draw_samples(name, clips, classes, info.multi_label, members, config, rng)
         writer = SplitWriter(
             name, samples.keys, samples.clips, samples.audio_source, members, frozenset(audio_streams or {"audio"}),
             config.encoding, folder=work_dir, scratch=work_dir,

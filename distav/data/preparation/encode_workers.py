@@ -41,8 +41,8 @@ class EncodedClip:
         file: name of the file.
         source, label, split: as in `ClipSource`.
         start_s: position in the source.
-        width, height: stored size in pixels; 0 for features.
-        members: offset, size in bytes and CRC-32 of each member.
+        width, height: stored size in pixels; 0 without video.
+        members: offset, size in bytes and CRC-32 of each member that the clip has.
         repairs: what was done to a damaged or incomplete source.
     """
 

@@ -1,7 +1,7 @@
 """Clips and features before they are written to shards, and the encoding of clips by PyAV and libsndfile."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import av
@@ -14,8 +14,16 @@ from distav.data.manifest import VIDEO_EXTENSIONS
 from distav.data.pipeline.features import encode_features
 
 CODECS = tuple(VIDEO_EXTENSIONS)
+MODALITY_CHOICES = ("both", "any")
+"""Values of `Encoding.modalities`."""
+OMIT_DEFAULT = "omit_default"
+"""Metadata of a field that a recipe contains only if its value differs from the default."""
 KEYFRAME_INTERVAL = 12
 """Frames between key frames; small, so that a few frames can be read without decoding the complete clip."""
+
+
+ANY_HINT = "--modalities any accepts clips without video or without audio"
+"""End of the reason why a clip with one modality is rejected."""
 
 
 class RejectedClip(Exception):
@@ -47,28 +55,38 @@ class Clip:
     """A decoded clip.
 
     Attributes:
-        frames: [T, H, W, 3] uint8 at the frame rate of the dataset.
-        waveform: [N] float32 in [-1, 1], mono, at the sample rate of the dataset.
+        frames: [T, H, W, 3] uint8 at the frame rate of the dataset; None: the clip has no video.
+        waveform: [N] float32 in [-1, 1], mono, at the sample rate of the dataset; None: the clip has no audio.
         start_s: position in the source.
         repairs: what was done to a damaged or incomplete source.
     """
 
-    frames: np.ndarray
-    waveform: np.ndarray
+    frames: np.ndarray | None
+    waveform: np.ndarray | None
     start_s: float = 0.0
     repairs: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.frames.shape[1], self.frames.shape[2]
+        """Height and width in pixels; 0 without video."""
+        return (0, 0) if self.frames is None else (self.frames.shape[1], self.frames.shape[2])
 
     def members(self, encoding: "Encoding") -> dict[str, bytes]:
-        """Return the encoded members of the sample by name."""
-        return {
-            "video": encode_video(self.frames, encoding),
-            "audio": encode_audio(self.waveform, encoding.sample_rate_hz),
-        }
+        """Return the encoded members of the sample by name.
+
+        Raises:
+            RejectedClip: if the clip lacks a modality, unless `encoding` allows it, or has none.
+        """
+        members: dict[str, bytes] = {}
+        if self.frames is not None:
+            members["video"] = encode_video(self.frames, encoding)
+        if self.waveform is not None:
+            members["audio"] = encode_audio(self.waveform, encoding.sample_rate_hz)
+        for name in ("video", "audio"):
+            if name not in members and (encoding.modalities == "both" or not members):
+                hint = f"; {ANY_HINT}" if members else ""
+                raise RejectedClip(f"no {name}: the source yields no {name}{hint}")
+        return members
 
 
 @dataclass(frozen=True)
@@ -95,13 +113,23 @@ class Features:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How clips are stored: codec, rates, frame size and duration."""
+    """How clips are stored.
+
+    Attributes:
+        codec: video codec.
+        fps: frames per second.
+        short_side: shorter side of the frames in pixels.
+        clip_s: duration of a clip.
+        sample_rate_hz: audio sample rate.
+        modalities: `both`: every clip has video and audio; `any`: a clip may lack one of them.
+    """
 
     codec: str = "mjpeg"
     fps: float = 8.0
     short_side: int = 128
     clip_s: float = 2.0
     sample_rate_hz: int = 16000
+    modalities: str = field(default="both", metadata={OMIT_DEFAULT: True})
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -109,6 +137,12 @@ class Encoding:
                 f"--codec={self.codec}: allowed: {format_list(CODECS)}.{did_you_mean(self.codec, CODECS)} "
                 "MJPEG: fastest decoding on CPUs. VP9: smaller files, decoded on any machine. H.264: smallest files, "
                 "for decoding on GPUs."
+            )
+        if self.modalities not in MODALITY_CHOICES:
+            raise UserError(
+                f"--modalities={self.modalities}: allowed: {format_list(MODALITY_CHOICES)}."
+                f"{did_you_mean(self.modalities, MODALITY_CHOICES)} both: clips have video and audio. any: a clip may "
+                "have one of them."
             )
         for name, value in (("fps", self.fps), ("clip-s", self.clip_s), ("sample-rate", self.sample_rate_hz)):
             if value <= 0:

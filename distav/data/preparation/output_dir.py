@@ -9,8 +9,9 @@ import dataclasses
 import io
 import json
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from distav.config.version import __version__
 from distav.data.dataset import TABLES, index_schema
 from distav.data.files import claim_dir, first_difference, write_atomically, write_table
 from distav.data.integrity import file_entry
+from distav.data.preparation.encoding import OMIT_DEFAULT
 
 WORK = ".work"
 """Name of the work directory."""
+_NUM_REASONS = 3
+"""Types of reasons for rejection that a message names."""
 _ARGUMENT_NAMES = {
     "distav": "version of distav",
     "type": "COMMAND",
@@ -48,6 +52,7 @@ class BuildResult:
         encoded_chunks: complete chunks of all parts, after encoding one part.
         num_chunks: chunks of all parts, after encoding one part; None if the dataset is complete.
         num_relabeled: clips of a cleaned dataset whose label differs from that in the original.
+        reasons: number of rejected candidates by type of reason, the most frequent first.
     """
 
     clips: dict[str, int]
@@ -56,6 +61,7 @@ class BuildResult:
     encoded_chunks: int | None = None
     num_chunks: int | None = None
     num_relabeled: int | None = None
+    reasons: dict[str, int] = field(default_factory=dict[str, int])
 
 
 def make_recipe(source: Any, config: Any, content: str = "") -> dict[str, Any]:
@@ -91,7 +97,9 @@ def read_result(out: Path, recipe: dict[str, Any]) -> BuildResult | None:
         )
     shutil.rmtree(out / WORK, ignore_errors=True)
     clips = {name: split["clips"] for name, split in manifest["splits"].items()}
-    return BuildResult(clips, manifest["rejected"], 0.0, num_relabeled=manifest.get("num_relabeled"))
+    return BuildResult(
+        clips, manifest["rejected"], 0.0, num_relabeled=manifest.get("num_relabeled"), reasons=_read_reasons(out)
+    )
 
 
 def argument_name(key: str) -> str:
@@ -104,9 +112,15 @@ def argument_name(key: str) -> str:
 
 
 def _to_json(value: Any) -> Any:
-    """Return JSON values for a source or configuration: its type and its fields."""
+    """Return JSON values for a source or configuration: its type and its fields.
+
+    Fields with the metadata `OMIT_DEFAULT` are left out if they have their default.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {item.name: _to_json(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        for item in dataclasses.fields(value):
+            if OMIT_DEFAULT in item.metadata and getattr(value, item.name) == item.default:
+                del fields[item.name]
         return {"type": type(value).__name__} | fields
     if isinstance(value, tuple):
         return [_to_json(item) for item in value]
@@ -131,6 +145,28 @@ def claim_work_dir(work_dir: Path, recipe: dict[str, Any]) -> None:
         f"repeat those arguments, choose another directory, or delete {out}",
         argument_name,
     )
+
+
+def count_reasons(rejected: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the number of rejected candidates by type of reason, the text before the colon; most frequent first."""
+    counts = Counter(str(row["reason"]).partition(":")[0] for row in rejected)
+    return dict(counts.most_common())
+
+
+def format_reasons(reasons: Mapping[str, int]) -> str:
+    """Return the most frequent types of reasons with their numbers, such as `9 not a video, 3 no audio`."""
+    frequent = [f"{count} {reason}" for reason, count in list(reasons.items())[:_NUM_REASONS]]
+    others = sum(list(reasons.values())[_NUM_REASONS:])
+    return ", ".join(frequent + ([f"{others} other"] if others else []))
+
+
+def _read_reasons(out: Path) -> dict[str, int]:
+    """Return `count_reasons` of the rejected.csv of a complete dataset; empty if the file is missing."""
+    try:
+        with open(out / "rejected.csv", encoding="utf-8", newline="") as file:
+            return count_reasons(csv.DictReader(file))
+    except (OSError, ValueError, KeyError, csv.Error):
+        return {}
 
 
 def write_rejected(out: Path, rejected: list[dict[str, Any]]) -> None:

@@ -32,7 +32,7 @@ class SplitWriter:
         keys: N keys.
         clips: N encoded clips.
         audio_source: [N] int64, the id of the clip whose audio each sample gets.
-        members: names of the members of a sample, with their file extensions.
+        members: names of the members of a complete sample, with their file extensions.
         audio_members: the members that are taken from the audio source.
         encoding: how clips are stored.
         folder: directory that contains the files of the encoded clips.
@@ -116,8 +116,9 @@ class SplitWriter:
         with open(temporary, "wb") as file, webdataset.writer.TarWriter(file, encoder=False, **owner) as tar:
             for sample in ids:
                 contents = {
-                    extension: self._clip_of(sample, member).read_member(member, self.folder)
+                    extension: clip.read_member(member, self.folder)
                     for member, extension in self.members.items()
+                    if member in (clip := self._clip_of(sample, member)).members
                 }
                 metadata = json.dumps(self._metadata(sample, contents), sort_keys=True).encode()
                 tar.write({"__key__": self.keys[sample], **contents, "json": metadata})
@@ -128,7 +129,7 @@ class SplitWriter:
     def _metadata(self, sample: int, contents: dict[str, bytes]) -> dict[str, Any]:
         """Return the content of the JSON member."""
         clip, encoding = self.clips[sample], self.encoding
-        rates = {"fps": encoding.fps, "frames": encoding.num_frames, "sample_rate_hz": encoding.sample_rate_hz}
+        rates = {"fps": encoding.fps, "frames": self._num_frames(sample), "sample_rate_hz": encoding.sample_rate_hz}
         return {
             "id": sample,
             "source": clip.source,
@@ -139,8 +140,15 @@ class SplitWriter:
             "sha256": {extension: hashlib.sha256(content).hexdigest() for extension, content in contents.items()},
         }
 
+    def _num_frames(self, sample: int) -> int:
+        """Return the number of frames of a sample; 0 without video."""
+        return self.encoding.num_frames if "video" in self.clips[sample].members else 0
+
     def _index_row(self, shard: int, sample: int, entries: list[tuple[str, int, int]]) -> dict[str, Any]:
-        """Return the row of a sample, given extension, offset and size of its members in the tar."""
+        """Return the row of a sample, given extension, offset and size of its members in the tar.
+
+        Offset, size and CRC-32 of members that the sample lacks are 0.
+        """
         clip = self.clips[sample]
         positions = {extension: (offset, size) for extension, offset, size in entries}
         row = {
@@ -151,11 +159,12 @@ class SplitWriter:
             "source": clip.source,
             "start_s": clip.start_s,
             "duration_s": self.encoding.clip_s,
-            "frames": self.encoding.num_frames,
+            "frames": self._num_frames(sample),
             "width": clip.width,
             "height": clip.height,
         }
         for member, extension in self.members.items():
-            row[f"{member}_offset"], row[f"{member}_bytes"] = positions[extension]
-            row[f"{member}_crc32"] = self._clip_of(sample, member).members[member][2]
+            members = self._clip_of(sample, member).members
+            row[f"{member}_offset"], row[f"{member}_bytes"] = positions[extension] if member in members else (0, 0)
+            row[f"{member}_crc32"] = members[member][2] if member in members else 0
         return row

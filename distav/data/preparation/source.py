@@ -31,7 +31,7 @@ class Source(Protocol):
 
         Args:
             candidate: one of `candidates`.
-            encoding: rates, size and duration of the clips.
+            encoding: rates, size, duration and modalities of the clips.
             rng: the only source of randomness; its seed depends on the position of the candidate.
 
         Raises:
@@ -79,6 +79,16 @@ class DirectorySource(Source, Protocol):
     @property
     def folder(self) -> Path:
         """The directory."""
+        ...
+
+
+@runtime_checkable
+class FixedModalitiesSource(Source, Protocol):
+    """A source that allows only some values of `--modalities`, such as one that renders both modalities."""
+
+    @property
+    def allowed_modalities(self) -> tuple[str, ...]:
+        """Allowed values of `Encoding.modalities`."""
         ...
 
 

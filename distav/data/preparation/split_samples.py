@@ -1,10 +1,12 @@
 """The samples of a split: their order, injected noise and tables."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
+from distav.config.errors import UserError
 from distav.data.annotations.events import events_table
 from distav.data.preparation.build_config import BuildConfig
 from distav.data.preparation.encode_workers import EncodedClip
@@ -23,6 +25,7 @@ class SplitSamples:
         clips: N encoded clips.
         true_labels, given_labels: [N] int64; all 0 for multi-label sources.
         audio_source: [N] int64, the id of the clip that the audio is from.
+        complete: [N] bool, whether the clip has all members; correspondence noise concerns only these.
     """
 
     name: str
@@ -31,6 +34,7 @@ class SplitSamples:
     true_labels: np.ndarray
     given_labels: np.ndarray
     audio_source: np.ndarray
+    complete: np.ndarray
 
 
 def draw_samples(
@@ -38,28 +42,51 @@ def draw_samples(
     clips: list[EncodedClip],
     classes: list[str],
     multi_label: bool,
+    members: Collection[str],
     config: BuildConfig,
     rng: np.random.Generator,
 ) -> SplitSamples:
-    """Shuffle the clips of a split; swap audio and flip labels if it is the training split."""
+    """Shuffle the clips of a split; swap audio and flip labels if it is the training split.
+
+    Args:
+        name: name of the split.
+        clips: its clips in the order of the candidates.
+        classes: class names.
+        multi_label: whether clips may have several classes.
+        members: names of the members of a complete clip; audio is swapped only between complete clips.
+        config: the noise.
+        rng: source of randomness.
+
+    Raises:
+        UserError: for noise that is impossible with these clips.
+    """
     clips = [clips[position] for position in rng.permutation(len(clips))]
     true = np.array([0 if multi_label else classes.index(clip.label) for clip in clips], dtype=np.int64)
     mismatch_rate = config.correspondence_noise if name == "train" else 0.0
     label_noise = config.label_noise if name == "train" else None
-    audio_source = mismatch_pairs(len(clips), mismatch_rate, rng, true if config.cross_class_only else None)
+    complete = np.array([set(clip.members) >= set(members) for clip in clips], dtype=bool)
+    if mismatch_rate and not complete.any():
+        raise UserError(
+            f"--correspondence-noise={mismatch_rate:g}: none of the {len(clips)} training clips has both video and "
+            "audio; leave the option out."
+        )
+    ids = np.flatnonzero(complete)
+    audio_source = np.arange(len(clips))
+    audio_source[ids] = ids[
+        mismatch_pairs(len(ids), mismatch_rate, rng, true[ids] if config.cross_class_only else None)
+    ]
     given = flip_labels(true, len(classes), label_noise, rng) if label_noise else true
-    return SplitSamples(name, sample_keys(name, len(clips)), clips, true, given, audio_source)
+    return SplitSamples(name, sample_keys(name, len(clips)), clips, true, given, audio_source, complete)
 
 
 def noise_rates(samples: SplitSamples, multi_label: bool) -> dict[str, float]:
-    """Return the exact rates of the injected noise."""
-    true, audio_source = samples.true_labels, samples.audio_source
-    rates = {
-        "label_rate": float((samples.given_labels != true).mean()),
-        "swapped_audio_rate": float((audio_source != np.arange(len(audio_source))).mean()),
-    }
-    if not multi_label:
-        rates["cross_class_audio_rate"] = float((true[audio_source] != true).mean())
+    """Return the exact rates of the injected noise; those of swapped audio refer to clips with video and audio."""
+    true, complete = samples.true_labels, samples.complete
+    rates = {"label_rate": float((samples.given_labels != true).mean())}
+    if complete.any():
+        rates["swapped_audio_rate"] = float((samples.audio_source != np.arange(len(true)))[complete].mean())
+        if not multi_label:
+            rates["cross_class_audio_rate"] = float((true[samples.audio_source] != true)[complete].mean())
     return rates
 
 

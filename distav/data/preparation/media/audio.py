@@ -4,7 +4,6 @@ Legend: N samples, C channels.
 """
 
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +63,6 @@ class AudioTrack(Track):
         self.end_s = 0.0
         self.finished = False
         self.format_changes = 0
-        self._frames: Iterator[tuple[float, AudioFrame]] = self.frames()  # pyright: ignore[reportAttributeAccessIssue]
         self._pieces: deque[tuple[int, np.ndarray]] = deque()
         """First sample and samples [2, N], the mix and the first channel, in order and without overlap."""
         self._resampler: AudioResampler | None = None
@@ -92,7 +90,9 @@ class AudioTrack(Track):
             target = slice(max(0, start - first), max(0, min(count, start + piece.shape[1] - first)))
             source = slice(max(0, first - start), max(0, first - start) + target.stop - target.start)
             if target.stop > target.start:
-                signals[:, target], present[target] = piece[:, source], True
+                part = piece[:, source]
+                valid = np.isfinite(part).all(axis=0)  # Files with samples as floats may contain NaN and infinity.
+                signals[:, target], present[target] = np.where(valid, part, 0), valid
         while self._pieces and self._pieces[0][0] + self._pieces[0][1].shape[1] <= first:
             self._pieces.popleft()
         mix, channel = signals

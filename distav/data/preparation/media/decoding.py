@@ -3,7 +3,7 @@
 Video and audio are cut at the same times by one clock: clip k of a file covers the seconds from k * clip_s to
 (k + 1) * clip_s. Its frame i is the one that is displayed in the middle of the i-th frame interval, and its samples are
 those of its seconds. A clip is yielded as soon as it is complete, so that memory does not depend on the length of the
-file.
+file. If `Encoding.modalities` allows it, files with one of the two streams are cut by the same rules.
 """
 
 from collections.abc import Iterator
@@ -13,15 +13,14 @@ import av.error
 import numpy as np
 
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
-from distav.data.preparation.media.audio import AudioTrack
-from distav.data.preparation.media.video import VideoTrack
+from distav.data.preparation.media.track_pair import open_tracks
 
 MAX_MISSING = 0.1
 """Fraction of a clip that may be missing at the end of a stream; it is filled with the last frame and silence."""
 _MIN_TOLERANCE_S = 0.1
 """The same in seconds at least: audio codecs drop or delay some milliseconds."""
 _MAX_HOLE = 0.5
-"""Fraction of a clip in which neither stream may have content."""
+"""Fraction of a clip in which no stream may have content."""
 _MIN_USABLE = 0.5
 """Fraction of the declared duration that has to be decodable."""
 _MIN_REPORTED_S = 0.02
@@ -38,8 +37,8 @@ def decode_clips(path: Path, candidate: ClipSource, encoding: Encoding, audio: P
         audio: file of the audio, which starts at the same time; None: the audio is in `path`.
 
     Raises:
-        RejectedClip: if the file is missing, truncated, not a video, without video or audio stream, too short, or
-            mostly damaged; clips that were yielded before are then not to be used either.
+        RejectedClip: if the file is missing, truncated, not a video, without a stream that the clips need, too short,
+            or mostly damaged; clips that were yielded before are then not to be used either.
     """
     if not path.is_file():
         raise RejectedClip("missing: no such file")
@@ -60,27 +59,20 @@ def decode_clips(path: Path, candidate: ClipSource, encoding: Encoding, audio: P
 
 
 class _Cutter:
-    """Reads both streams of a file in step, one clip at a time."""
+    """Reads the streams of a file in step, one clip at a time."""
 
     def __init__(self, path: Path, candidate: ClipSource, encoding: Encoding, audio: Path | None):
         self.candidate, self.encoding = candidate, encoding
-        self.video = VideoTrack(path, candidate.start_s)
-        try:
-            self.audio = AudioTrack(audio or path, candidate.start_s, encoding.sample_rate_hz)
-        except BaseException:
-            self.video.close()
-            raise
-        if audio is None:
-            self.audio.timeline = self.video.timeline
+        self.tracks = open_tracks(path, audio, candidate.start_s, encoding)
         self.tolerance_s = max(_MIN_TOLERANCE_S, MAX_MISSING * encoding.clip_s)
+        self._counters = (0, 0, 0)
 
     def close(self) -> None:
         """Close the file."""
-        self.video.close()
-        self.audio.close()
+        self.tracks.close()
 
     def clips(self) -> Iterator[Clip]:
-        """Yield the clips whose seconds both streams cover."""
+        """Yield the clips whose seconds all streams cover."""
         index = num_clips = 0
         while True:
             start_s = self.candidate.start_s + index * self.encoding.clip_s
@@ -96,28 +88,41 @@ class _Cutter:
     def _clip(self, start_s: float) -> tuple[Clip | None, float | None]:
         """Return the clip that starts at a time, and the time at which to continue.
 
-        The clip is None in a hole of both streams, and both are None at the end of one.
+        The clip is None in a hole of all streams, and both are None at the end of one.
         """
-        encoding, video, audio = self.encoding, self.video, self.audio
-        before = video.damaged, audio.damaged, audio.format_changes
+        encoding, video, audio = self.encoding, self.tracks.video, self.tracks.audio
         times = start_s + (np.arange(encoding.num_frames) + 0.5) / encoding.fps
-        shown = [video.frame_at(time_s) for time_s in self._within(times)]
+        shown = [video.frame_at(time_s) for time_s in self._within(times)] if video else []
         first_sample = round(start_s * encoding.sample_rate_hz)
-        waveform, present = audio.read(first_sample, encoding.num_audio_samples)
+        waveform, present = audio.read(first_sample, encoding.num_audio_samples) if audio else (None, None)
+        before, self._counters = self._counters, self.tracks.counters
         end_s, complete_s = self._end_s(), start_s + encoding.clip_s
         if end_s is not None and end_s < complete_s - self.tolerance_s:
             return None, None
-        if self.candidate.end_s is not None:
+        if self.candidate.end_s is not None and waveform is not None:
             kept = round(self.candidate.end_s * encoding.sample_rate_hz) - first_sample
             waveform[max(0, kept) :] = 0
-        held = np.array([age_s for _, age_s in shown]) > video.hole_s
-        silent = ~present[((np.arange(encoding.num_frames) + 0.5) / encoding.num_frames * len(present)).astype(int)]
-        if (held & silent).mean() > _MAX_HOLE:
-            starts = [time_s for time_s in (video.next_s, audio.next_start_s()) if time_s is not None]
+        held = np.array([age_s for _, age_s in shown]) > video.hole_s if video else None
+        if self._is_hole(held, present):
+            next_starts = video.next_s if video else None, audio.next_start_s() if audio else None
+            starts = [time_s for time_s in next_starts if time_s is not None]
             return None, max(complete_s, min(starts, default=complete_s))
-        frames = video.images([frame for frame, _ in shown], encoding)
+        frames = video.images([frame for frame, _ in shown], encoding) if video else None
         repairs = self._repairs(before, present, held, complete_s)
-        return Clip(frames, waveform, start_s, tuple(repairs)), complete_s
+        return Clip(frames, waveform, start_s, (*self.tracks.repairs, *repairs)), complete_s
+
+    def _is_hole(self, held: np.ndarray | None, present: np.ndarray | None) -> bool:
+        """Return whether no stream has content in most of a clip.
+
+        Args:
+            held: [T] bool, frames that are displayed for too long; None without video.
+            present: [N] bool, samples that exist; None without audio.
+        """
+        num_frames = self.encoding.num_frames
+        missing = np.ones(num_frames, dtype=bool) if held is None else held
+        if present is not None:
+            missing = missing & ~present[((np.arange(num_frames) + 0.5) / num_frames * len(present)).astype(int)]
+        return bool(missing.mean() > _MAX_HOLE)
 
     def _within(self, times: np.ndarray) -> list[float]:
         """Return times, limited to the interval."""
@@ -126,26 +131,35 @@ class _Cutter:
 
     def _end_s(self) -> float | None:
         """Return the time from which on a stream has no content; None if it has not been reached."""
-        ends = [self.candidate.end_s, self.video.end_s, self.audio.end_s if self.audio.finished else None]
+        video, audio = self.tracks.video, self.tracks.audio
+        ends = [self.candidate.end_s]
+        if video:
+            ends.append(video.end_s)
+        if audio and audio.finished:
+            ends.append(audio.end_s)
         return min((end_s for end_s in ends if end_s is not None), default=None)
 
     def _repairs(
-        self, before: tuple[int, int, int], present: np.ndarray, held: np.ndarray, complete_s: float
+        self, before: tuple[int, int, int], present: np.ndarray | None, held: np.ndarray | None, complete_s: float
     ) -> list[str]:
-        """Return what was done to a clip."""
-        repairs = []
-        for kind, damaged in (("video", self.video.damaged - before[0]), ("audio", self.audio.damaged - before[1])):
+        """Return what was done to a clip; see `_is_hole` for `held` and `present`."""
+        repairs: list[str] = []
+        damaged_video, damaged_audio, format_changes = np.subtract(self._counters, before).tolist()
+        for kind, damaged in (("video", damaged_video), ("audio", damaged_audio)):
             if damaged:
                 repairs.append(f"{kind}: {damaged} damaged packet{'s' if damaged > 1 else ''} skipped")
-        if self.audio.format_changes > before[2]:
+        if format_changes:
             repairs.append("audio: the format changes")
-        if (missing_s := float((~present).sum()) / self.encoding.sample_rate_hz) > _MIN_REPORTED_S:
-            repairs.append(f"audio: {missing_s:.2f} s missing, filled with silence")
-        past_s = complete_s - (self.video.end_s if self.video.end_s is not None else complete_s)
-        if held.any() or past_s > _MIN_REPORTED_S:
-            repairs.append(
-                f"video: {max(past_s, held.mean() * self.encoding.clip_s):.2f} s missing, filled with the last frame"
-            )
+        if present is not None:
+            missing_s = float((~present).sum()) / self.encoding.sample_rate_hz
+            if missing_s > _MIN_REPORTED_S:
+                repairs.append(f"audio: {missing_s:.2f} s missing, filled with silence")
+        video = self.tracks.video
+        if video and held is not None:
+            past_s = complete_s - (video.end_s if video.end_s is not None else complete_s)
+            if held.any() or past_s > _MIN_REPORTED_S:
+                filled_s = max(past_s, held.mean() * self.encoding.clip_s)
+                repairs.append(f"video: {filled_s:.2f} s missing, filled with the last frame")
         return repairs
 
     def _check_end(self, num_clips: int) -> None:
@@ -156,13 +170,15 @@ class _Cutter:
         """
         start_s, limit_s = self.candidate.start_s, self.candidate.end_s
         reached_s = self._end_s() or 0.0
-        declared_s = min(track.declared_s for track in (self.video, self.audio))
+        declared_s = min(track.declared_s for track in self.tracks)
         declared_s = declared_s if limit_s is None else min(declared_s, limit_s)
         if reached_s - start_s < _MIN_USABLE * (declared_s - start_s) and reached_s < declared_s - 0.5:
             raise RejectedClip(f"truncated: {declared_s:.2f} s declared, {reached_s:.2f} s decoded")
         if not num_clips:
             usable_s = max(0.0, reached_s - start_s)
-            raise RejectedClip(f"too short: {usable_s:.2f} s of video and audio, a clip has {self.encoding.clip_s:g} s")
+            raise RejectedClip(
+                f"too short: {usable_s:.2f} s of {self.tracks.names}, a clip has {self.encoding.clip_s:g} s"
+            )
 
 
 def _classify_damage(path: Path) -> str:

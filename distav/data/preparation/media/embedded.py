@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import av
 import av.error
 
-from distav.data.preparation.encoding import Clip, ClipSource, Encoding
+from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
+from distav.data.preparation.media.containers import open_container
 from distav.data.preparation.media.decoding import decode_clips
 
 VIDEO_EXTENSIONS = ("mp4", "webm", "avi", "mkv", "mov")
 """Extensions of members that are videos."""
 AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "m4a", "ogg")
-"""Extensions of members that are the audio of a video without audio."""
+"""Extensions of members that are the audio of a video without audio, or of a clip without video."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,24 @@ class EmbeddedFile:
 
 
 def decode_embedded(
-    video: EmbeddedFile, audio: EmbeddedFile | None, candidate: ClipSource, encoding: Encoding
+    video: EmbeddedFile | Path | None, audio: EmbeddedFile | Path | None, candidate: ClipSource, encoding: Encoding
 ) -> Iterator[Clip]:
-    """Copy a video to a temporary file and cut it into clips.
+    """Copy embedded media to temporary files and cut them into clips.
 
     Args:
-        video: the video.
-        audio: file with the audio of the video; used if the video has none.
+        video: the video, embedded or a file of its own; None: `audio` is the only file.
+        audio: the audio of the video, used if the video has none.
         candidate: interval and name of the video.
-        encoding: rates, size and duration of the clips.
+        encoding: rates, size, duration and modalities of the clips.
 
     Raises:
         RejectedClip: as `decode_clips`.
     """
     with tempfile.TemporaryDirectory(prefix="distav-media-") as folder:
+        if video is None:
+            assert audio is not None
+            yield from decode_clips(_copy(audio, Path(folder), "audio"), candidate, encoding)
+            return
         video_path = _copy(video, Path(folder), "video")
         if audio is None or _has_audio(video_path):
             yield from decode_clips(video_path, candidate, encoding)
@@ -53,7 +57,10 @@ def decode_embedded(
             yield from decode_clips(video_path, candidate, encoding, _copy(audio, Path(folder), "audio"))
 
 
-def _copy(member: EmbeddedFile, folder: Path, name: str) -> Path:
+def _copy(member: EmbeddedFile | Path, folder: Path, name: str) -> Path:
+    """Return the path of a copy of an embedded file, or that of a file of its own."""
+    if isinstance(member, Path):
+        return member
     path = folder / f"{name}.{member.extension}"
     with open(path, "xb") as file:
         member.copy_to(file)
@@ -63,7 +70,7 @@ def _copy(member: EmbeddedFile, folder: Path, name: str) -> Path:
 def _has_audio(path: Path) -> bool:
     """Return whether a file has an audio stream; also true for files that cannot be opened."""
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with open_container(path) as container:
             return bool(container.streams.audio)
-    except (av.error.FFmpegError, ValueError):
+    except (RejectedClip, av.error.FFmpegError, ValueError):
         return True

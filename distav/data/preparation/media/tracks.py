@@ -4,56 +4,44 @@ All times are seconds since the start of the file, which containers may place an
 two open files, so that memory does not depend on how far apart a file stores what belongs together.
 """
 
-import math
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import av.error
-from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 from av.container import InputContainer
-from av.stream import Discard, Disposition
-from av.video.frame import VideoFrame
+from av.stream import Discard
 from av.video.stream import VideoStream
 
 from distav.data.preparation.encoding import RejectedClip
+from distav.data.preparation.media.containers import (
+    choose_stream,
+    decoding_delay,
+    has_unknown_size,
+    needs_decoding_delay,
+    open_container,
+    seek,
+)
+from distav.data.preparation.media.formats import check_format, declares_duration
+from distav.data.preparation.media.timestamps import BACKWARD_S, Clock, Frame, Timeline
 
 _HOLE_S, _HOLE_FRAMES = 1.0, 2
 """Distance of frames from which on a stream has a hole, in seconds and in usual durations of a frame."""
-_BACKWARD_S = 0.5
-"""Time by which a frame has to precede its predecessor for the clock to have been set back."""
-_SAME_JUMP_S = 5.0
-"""Largest difference of the distances by which the clocks of two streams are set back in one place."""
 _MAX_FAILED_READS = 100
 _MIN_PACKETS = 20
 """Packets before a stream can be rejected as mostly damaged."""
 
-Frame = VideoFrame | AudioFrame
+
+class MissingStream(RejectedClip):
+    """A file has no stream of a kind."""
 
 
-@dataclass
-class Timeline:
-    """Where the clock of a file is set back, as in concatenated recordings, and by how much.
-
-    Attributes:
-        origin_s: time stamp of the start of the file.
-        offsets: for each place, the seconds that the streams add from there on; the first stream to arrive decides.
-    """
-
-    origin_s: float
-    offsets: list[float] = field(default_factory=list[float])
-
-    def offset(self, place: int, needed_s: float) -> float:
-        """Return the offset after a place, given the one with which a stream continues without a gap."""
-        if place < len(self.offsets) and abs(self.offsets[place] - needed_s) < _SAME_JUMP_S:
-            return self.offsets[place]
-        if place == len(self.offsets):
-            self.offsets.append(needed_s)
-        return needed_s
+class UndecodableStream(RejectedClip):
+    """No frame of a stream can be decoded."""
 
 
 class Track:
@@ -65,7 +53,9 @@ class Track:
         start_s: where reading starts; a little earlier if the container can seek only to key frames.
 
     Raises:
-        RejectedClip: if the file has no such stream.
+        MissingStream: if the file has no such stream.
+        UndecodableStream: if FFmpeg has no decoder for it.
+        RejectedClip: if the file is an image or text.
         av.error.FFmpegError: if the file cannot be opened.
 
     Attributes:
@@ -79,7 +69,8 @@ class Track:
 
     def __init__(self, path: Path, kind: str, start_s: float):
         self.path, self.kind, self.start_s = path, kind, start_s
-        self.container: InputContainer = av.open(str(path), metadata_errors="replace")
+        self.container: InputContainer = open_container(path)
+        check_format(self.container)
         self.stream = self._select_stream()
         for stream in self.container.streams:
             if stream.index != self.stream.index:
@@ -92,8 +83,25 @@ class Track:
         self.damaged = self._packets = 0
         self.repeated_until_s = 0.0
         self._sought = start_s > 1
-        if self._sought:
-            self.container.seek(int((start_s - 1 + self.timeline.origin_s) * av.time_base))
+        self._key_frame_read = False
+        self._decoding_delay = decoding_delay(path) if needs_decoding_delay(self.container, self.stream) else None
+        if self._sought and not seek(self.container, self.stream, start_s - 1 + self.timeline.origin_s):
+            self._reopen()
+        self._frames: Iterator[tuple[float, Any]] = self.frames()
+
+    def check_decodable(self) -> None:
+        """Decode the first frame, which is still read by the methods of the track.
+
+        Raises:
+            UndecodableStream: if no frame can be decoded.
+        """
+        try:
+            first = next(self._frames, None)
+        except RejectedClip as reason:
+            raise UndecodableStream(str(reason)) from None
+        if first is None:
+            raise UndecodableStream(f"not decodable: no frame of the {self.kind} stream could be decoded")
+        self._frames = itertools.chain((first,), self._frames)
 
     def close(self) -> None:
         """Close the file."""
@@ -105,16 +113,18 @@ class Track:
         A single frame whose time lies far ahead of its neighbors is left out.
         """
         suspect: tuple[float, Frame] | None = None
-        clock = _Clock(self.timeline, self.step_s, self.stream.time_base or Fraction(1, av.time_base))
+        time_base = self.stream.time_base or Fraction(1, av.time_base)
+        clock = Clock(self.timeline, self.step_s, time_base, self._decoding_delay)
         first = True
         for frame in self._decoded():
             time_s = clock.time(frame)
             if first and self._sought and time_s > self.start_s:
-                yield from self._from_the_beginning()
+                self._reopen()
+                yield from self.frames()
                 return
             first = False
             if suspect is not None:
-                if time_s >= suspect[0] - _BACKWARD_S:
+                if time_s >= suspect[0] - BACKWARD_S:
                     clock.advance(*suspect)
                     yield suspect
                 suspect = None
@@ -125,33 +135,31 @@ class Track:
             yield time_s, frame
         if suspect is not None:
             yield suspect
+        if first and self._sought:
+            self._reopen()
+            yield from self.frames()
 
-    def _from_the_beginning(self) -> Iterator[tuple[float, Frame]]:
-        """Read without seeking, because the container was positioned after the requested time."""
+    def _reopen(self) -> None:
+        """Read from the beginning of the file, because the container cannot seek to a time before the requested one."""
         self.container.close()
-        self.container = av.open(str(self.path), metadata_errors="replace")
+        self.container = open_container(self.path)
         self.stream = self._select_stream()
-        self._sought = False
-        yield from self.frames()
+        self._sought = self._key_frame_read = False
 
     def _select_stream(self) -> VideoStream | AudioStream:
-        """Return the stream that players select: the first default one, or else the first."""
-        streams: list[VideoStream | AudioStream] = [
-            stream
-            for stream in getattr(self.container.streams, self.kind)
-            if not stream.disposition & (Disposition.attached_pic | Disposition.timed_thumbnails)
-        ]
-        if not streams:
+        stream = choose_stream(self.container, self.kind)
+        if stream is None:
             self.container.close()
-            raise RejectedClip(f"no {self.kind}: the file has no {self.kind} stream")
-        stream = next((stream for stream in streams if stream.disposition & Disposition.default), streams[0])
+            raise MissingStream(f"no {self.kind}: the file has no {self.kind} stream")
         if stream.codec_context is None:
             self.container.close()
-            raise RejectedClip(f"not decodable: FFmpeg has no decoder for the {self.kind} stream")
+            raise UndecodableStream(f"not decodable: FFmpeg has no decoder for the {self.kind} stream")
         stream.codec_context.thread_count = 1
         return stream
 
     def _declared_duration(self) -> float:
+        if has_unknown_size(self.path) or not declares_duration(self.container, self.path):
+            return 0.0
         stream, container_s = self.stream, (self.container.duration or 0) / av.time_base
         declared = [container_s] if container_s > 0 else []
         if stream.duration and stream.time_base:
@@ -174,17 +182,23 @@ class Track:
                     pts_s = float(packet.pts * packet.time_base) - self.timeline.origin_s
                     self.repeated_until_s = pts_s + self.step_s
                 continue
-            self._packets += 1
+            self._key_frame_read |= packet.is_keyframe
+            self._packets += self._key_frame_read
             yield from self._decode(packet)
         yield from self._decode(None)
 
     def _decode(self, packet: av.Packet | None) -> list[Any]:
-        """Return the frames of a packet; at the end, with None, those that the decoder has held back."""
+        """Return the frames of a packet; at the end, with None, those that the decoder has held back.
+
+        Packets before the first key frame, and the first one after a seek, are incomplete, but not damaged.
+        """
         try:
             return self.stream.codec_context.decode(packet)  # pyright: ignore[reportArgumentType, reportReturnType]
         except EOFError:
             return []
         except (av.error.FFmpegError, ValueError):
+            if not self._key_frame_read or (self._sought and self._packets == 1):
+                return []
             self.damaged += 1
             if self.damaged > _MIN_PACKETS and self.damaged > self._packets / 2:
                 raise RejectedClip(
@@ -200,38 +214,6 @@ class Track:
                 return
             except av.error.FFmpegError:
                 self.damaged += 1
-
-
-class _Clock:
-    """Times of the frames of a stream; `expected_s` is the end of the previous frame."""
-
-    def __init__(self, timeline: Timeline, step_s: float, time_base: Fraction):
-        self.timeline, self.step_s, self.time_base = timeline, step_s, time_base
-        self.expected_s: float | None = None
-        self._place, self._offset_s = 0, 0.0
-
-    def time(self, frame: Frame) -> float:
-        """Return the time of a frame, which continues its predecessor if it has no time stamp."""
-        expected_s = self.expected_s
-        if frame.pts is None:
-            return expected_s or 0.0
-        stamp_s = frame.time
-        if stamp_s is None or math.isnan(stamp_s):  # A decoder has held the frame back, and it has no time base.
-            stamp_s = float(frame.pts * self.time_base)
-        stamp_s -= self.timeline.origin_s
-        time_s = stamp_s + self._offset_s
-        if expected_s is not None and time_s < expected_s - self._duration(frame) - _BACKWARD_S:
-            self._offset_s = self.timeline.offset(self._place, expected_s - stamp_s)
-            self._place += 1
-            time_s = stamp_s + self._offset_s
-        return time_s
-
-    def advance(self, time_s: float, frame: Frame) -> None:
-        """Set the end of the previous frame."""
-        self.expected_s = time_s + self._duration(frame)
-
-    def _duration(self, frame: Frame) -> float:
-        return frame.samples / frame.sample_rate if isinstance(frame, AudioFrame) else self.step_s
 
 
 def _seconds(text: str) -> float:

@@ -1,6 +1,5 @@
 """Video of a media file as upright frames with square pixels, read by time."""
 
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,9 @@ from av.video.reformatter import Interpolation
 
 from distav.data.preparation.encoding import Encoding, RejectedClip
 from distav.data.preparation.media.tracks import Track
+
+MAX_SIDE = 16384
+"""Largest stored width and height in pixels, that of H.264; JPEG and VP9 allow 65500."""
 
 Matrix = tuple[int, int, int, int]
 
@@ -27,14 +29,13 @@ class VideoTrack(Track):
         super().__init__(path, "video", start_s)
         self.end_s: float | None = None
         self.next_s: float | None = None
-        self._frames: Iterator[tuple[float, VideoFrame]] = self.frames()  # pyright: ignore[reportAttributeAccessIssue]
         self._current: VideoFrame | None = None
         self._current_s = 0.0
         self._next: VideoFrame | None = None
         self._started = False
 
     def frame_at(self, time_s: float) -> tuple[VideoFrame, float]:
-        """Return the frame that is displayed at a time, and for how long it has been.
+        """Return the frame that is displayed at a time, and the distance to its start in seconds.
 
         Before the first frame that is the first one, and after the last frame the last one. Times may not decrease.
 
@@ -49,14 +50,19 @@ class VideoTrack(Track):
             self._advance()
         if self._current is None:
             raise RejectedClip("truncated: no frame could be decoded")
-        return self._current, max(0.0, time_s - self._current_s)
+        return self._current, abs(time_s - self._current_s)
 
     def _advance(self) -> None:
         if self._next is not None and self.next_s is not None:
             self._current, self._current_s = self._next, self.next_s
         self.next_s, self._next = next(self._frames, (None, None))
         if self._next is None and self._current is not None:
-            self.end_s = max(self._current_s + self.step_s, self.repeated_until_s)
+            self.end_s = max(self._current_s + self.step_s, self.repeated_until_s, self._declared_end_s(self._current))
+
+    def _declared_end_s(self, frame: VideoFrame) -> float:
+        """Return the end of the last frame according to its duration, but not after that of the file."""
+        duration_s = float((frame.duration or 0) * (frame.time_base or 0))
+        return min(self._current_s + duration_s, self.declared_s)
 
     def display_size(self, frame: VideoFrame) -> tuple[int, int]:
         """Return width and height of a frame with square pixels, before it is turned upright."""
@@ -84,6 +90,11 @@ class VideoTrack(Track):
 
     def _image(self, frame: VideoFrame, encoding: Encoding, matrix: Matrix) -> np.ndarray:
         width, height = encoding.size_of(*self.display_size(frame))
+        if max(width, height) > MAX_SIDE:
+            raise RejectedClip(
+                f"not supported: frames of {frame.width} x {frame.height} pixels have {width} x {height} at the stored "
+                f"size; allowed: {MAX_SIDE}"
+            )
         image = frame.reformat(width, height, format="rgb24", interpolation=Interpolation.AREA).to_ndarray()
         return _upright(image, matrix)
 

@@ -15,7 +15,7 @@ from distav.config.errors import UserError, format_list
 from distav.data.modalities import MODALITIES, STREAM_NAME, FeatureStream
 from distav.data.pipeline.features import decode_features, read_header
 from distav.data.pipeline.reader import DecodeError
-from distav.data.preparation.encoding import Clip, ClipSource, Encoding, Features, RejectedClip
+from distav.data.preparation.encoding import MODALITY_CHOICES, Clip, ClipSource, Encoding, Features, RejectedClip
 from distav.data.preparation.media.decoding import decode_clips
 from distav.data.preparation.source import LABEL_SEPARATOR, SourceInfo
 
@@ -183,6 +183,11 @@ class AnnotatedVideos(ABC):
             except (DecodeError, OSError) as error:
                 raise RejectedClip(f"{name}: {error}") from None
         yield Features(values)
+
+    @property
+    def allowed_modalities(self) -> tuple[str, ...]:
+        """Allowed values of `--modalities`: samples of features always have all streams."""
+        return ("both",) if self.features else MODALITY_CHOICES
 
     def info(self) -> SourceInfo:
         """Return classes, events and streams."""

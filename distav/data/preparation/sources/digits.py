@@ -3,8 +3,10 @@
 import argparse
 import gzip
 import io
+import lzma
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +19,7 @@ from scipy.ndimage import shift
 from scipy.signal import resample_poly
 
 from distav.config.errors import UserError, format_list
-from distav.data.preparation.encoding import Clip, ClipSource, Encoding
+from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEST_INDEX_BELOW = 5
@@ -40,6 +42,7 @@ class DigitsSource:
         "--image-labels t10k-labels-idx1-ubyte.gz --recordings recordings/ --label-noise symmetric:0.6"
     )
     default_encoding: ClassVar[Encoding] = Encoding(short_side=32, clip_s=1.0, sample_rate_hz=8000)
+    allowed_modalities: ClassVar[tuple[str, ...]] = ("both",)
 
     images: Path
     image_labels: Path
@@ -131,8 +134,15 @@ def _render_frames(digit: np.ndarray, encoding: Encoding, rng: np.random.Generat
 
 
 def _render_audio(recording: bytes, encoding: Encoding, rng: np.random.Generator) -> np.ndarray:
-    """Return a waveform [N] with the recording at a random position."""
-    waveform, rate = soundfile.read(io.BytesIO(recording), dtype="float32", always_2d=True)
+    """Return a waveform [N] with the recording at a random position.
+
+    Raises:
+        RejectedClip: if the recording is not a readable WAV file.
+    """
+    try:
+        waveform, rate = soundfile.read(io.BytesIO(recording), dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise RejectedClip(f"not readable: {getattr(error, 'error_string', None) or error}") from None
     waveform = waveform.mean(axis=1)
     if rate != encoding.sample_rate_hz:
         waveform = resample_poly(waveform, encoding.sample_rate_hz, rate).astype(np.float32)
@@ -161,11 +171,19 @@ def _degrade(frames: np.ndarray, waveform: np.ndarray, rng: np.random.Generator)
 
 @lru_cache(maxsize=4)
 def _read_idx(path: Path, num_dims: int) -> np.ndarray:
-    """Return the array in an idx file, plain or gzipped."""
+    """Return the array in an idx file, plain or gzipped.
+
+    Raises:
+        UserError: for a file that is missing, truncated or not an idx file.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     content = path.read_bytes()
-    content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: truncated or damaged gzip file ({error}); copy it again.") from None
     header_bytes = 4 + 4 * num_dims
     shape = np.frombuffer(content, ">u4", num_dims, 4) if len(content) >= header_bytes else np.zeros(0, np.uint32)
     expected_bytes = header_bytes + int(np.prod(shape, dtype=np.int64))
@@ -176,7 +194,11 @@ def _read_idx(path: Path, num_dims: int) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _read_recordings(path: Path) -> dict[str, bytes]:
-    """Return the WAV files of a directory or tar archive by name."""
+    """Return the WAV files of a directory or tar archive by name.
+
+    Raises:
+        UserError: for a path that is missing, or an archive that is truncated or not a tar.
+    """
     if path.is_dir():
         return {file.name: file.read_bytes() for file in sorted(path.glob("*.wav"))}
     if not path.is_file():
@@ -185,5 +207,5 @@ def _read_recordings(path: Path) -> dict[str, bytes]:
         with tarfile.open(path) as tar:
             files = [entry for entry in tar if entry.isfile() and entry.name.endswith(".wav")]
             return {Path(entry.name).name: content.read() for entry in files if (content := tar.extractfile(entry))}
-    except tarfile.TarError as error:
-        raise UserError(f"--recordings {path}: not a readable tar archive: {error}") from None
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"--recordings {path}: not a readable tar archive, or truncated: {error}") from None

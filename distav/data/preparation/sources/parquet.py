@@ -4,20 +4,21 @@ import argparse
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distav.config.errors import UserError, format_list
-from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
+from distav.data.preparation.encoding import ANY_HINT, OMIT_DEFAULT, Clip, ClipSource, Encoding, RejectedClip
 from distav.data.preparation.media.decoding import decode_clips
 from distav.data.preparation.media.embedded import EmbeddedFile, decode_embedded
 from distav.data.preparation.source import SourceInfo
+from distav.data.preparation.sources.parquet_rows import media_file, read_row
 from distav.data.preparation.sources.sample_labels import (
     add_label_arguments,
     class_names_of,
@@ -28,12 +29,11 @@ from distav.data.preparation.sources.sample_labels import (
 from distav.data.preparation.sources.split_patterns import SplitPattern
 
 _HUB_NAME = re.compile(r"([A-Za-z0-9_-]+?)-\d+-of-\d+")
-_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class ParquetFiles:
-    """`parquet FILE...`: a video and a label per row.
+    """`parquet FILE...`: a video, or audio alone, and a label per row.
 
     Attributes:
         patterns: the files; without a split it is the beginning of a name such as `test-00000-of-00002.parquet`, and
@@ -43,6 +43,7 @@ class ParquetFiles:
         audio: column of the audio of videos without audio, as the videos; used if it exists.
         class_names: class names by index; empty: those of the Hugging Face metadata, or the indices.
         first_label: whether to use only the first label of a list.
+        modalities: `both`: rows need a video; `any`: audio suffices, so that the column of the videos may be missing.
     """
 
     description: ClassVar[str] = "Cut the videos in Parquet tables (Hugging Face layout) into clips."
@@ -56,6 +57,7 @@ class ParquetFiles:
     audio: str = "audio"
     class_names: tuple[str, ...] = ()
     first_label: bool = False
+    modalities: str = field(default="both", metadata={OMIT_DEFAULT: True})
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -81,6 +83,7 @@ class ParquetFiles:
             options.audio,
             class_names_of(options),
             options.first_label,
+            options.modalities,
         )
 
     def candidates(self) -> list[ClipSource]:
@@ -104,18 +107,22 @@ class ParquetFiles:
         return candidates
 
     def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
-        """Decode the video of the row and cut it into clips."""
+        """Decode the video of the row, or its audio alone, and cut it into clips."""
         location, *position = candidate.detail
         if not location:
             raise RejectedClip(str(position[0]))
         columns = (self.video, self.audio)
-        row = _read_row(str(location), columns, int(position[0]), int(position[1]))
-        video = _media_file(row.get(self.video), Path(str(location)).parent)
+        row = read_row(str(location), columns, int(position[0]), int(position[1]))
+        video, audio = (media_file(row.get(column), Path(str(location)).parent) for column in columns)
+        if video is None and audio is None:
+            raise RejectedClip(f"missing: column {self.video} is empty")
+        if encoding.modalities == "any":
+            return decode_embedded(video, audio, candidate, encoding)
+        if video is None:
+            raise RejectedClip(f"missing: column {self.video} is empty; {ANY_HINT}")
+        # Audio of a video at a path, and audio at a path, are used only if clips may lack a modality.
         if isinstance(video, Path):
             return decode_clips(video, candidate, encoding)
-        if video is None:
-            raise RejectedClip(f"missing: column {self.video} is empty")
-        audio = _media_file(row.get(self.audio), Path(str(location)).parent)
         return decode_embedded(video, audio if isinstance(audio, EmbeddedFile) else None, candidate, encoding)
 
     def info(self) -> SourceInfo:
@@ -133,8 +140,8 @@ class _LabeledFile:
     Attributes:
         path, split: the file and its split.
         labels: classes of each row, or why it cannot be used.
-        paths: path of each video; empty where there is none.
-        holds_paths: whether the column of the videos has paths instead of contents.
+        paths: path of each video, or of the audio of rows without video; empty where there is none.
+        holds_paths: whether the media columns have paths instead of contents.
         in_lists: whether the labels are lists.
         group_sizes: rows of each row group.
         class_names: class names by index; empty if there are none.
@@ -182,22 +189,14 @@ def _read_file(source: ParquetFiles, path: Path, split: str) -> _LabeledFile:
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            for column in (source.label, source.video):
-                if schema.names.count(column) != 1:
-                    raise UserError(
-                        f"parquet {path}: no column '{column}'; allowed: {format_list(schema.names)}. "
-                        "Options: --label, --video."
-                    )
-            holds_paths = _is_string(schema.field(source.video).type)
-            if not holds_paths and not pa.types.is_struct(schema.field(source.video).type):
-                raise UserError(
-                    f"parquet {path}: column '{source.video}' has type {schema.field(source.video).type}; allowed: "
-                    "string paths, or structs with bytes and path."
-                )
+            media = _media_columns(source, path, schema)
+            holds_paths = all(_is_string(schema.field(column).type) for column in media)
             values = file.read([source.label]).column(source.label).to_pylist()
             paths = [""] * len(values)
             if holds_paths:
-                paths = [value or "" for value in file.read([source.video]).column(source.video).to_pylist()]
+                for column in media:
+                    names = file.read([column]).column(column).to_pylist()
+                    paths = [path or name or "" for path, name in zip(paths, names, strict=True)]
             group_sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"parquet {path}: cannot be read: {str(error).splitlines()[0]}") from None
@@ -211,6 +210,34 @@ def _read_file(source: ParquetFiles, path: Path, split: str) -> _LabeledFile:
         except RejectedClip as reason:
             labels.append(reason)
     return _LabeledFile(path, split, labels, paths, holds_paths, in_lists, group_sizes, names)
+
+
+def _media_columns(source: ParquetFiles, path: Path, schema: pa.Schema) -> list[str]:
+    """Return the columns that need media: that of the videos; if audio suffices, those that exist.
+
+    Raises:
+        UserError: for a missing column, or one with another type.
+    """
+    media = [source.video]
+    if source.modalities == "any":
+        media = [column for column in (source.video, source.audio) if column in schema.names] or media
+    for column in (source.label, *media):
+        if schema.names.count(column) != 1:
+            hint = ""
+            if column == source.video and source.audio in schema.names:
+                hint = " For audio without video: --modalities any."
+            raise UserError(
+                f"parquet {path}: no column '{column}'; allowed: {format_list(schema.names)}. "
+                f"Options: --label, --video.{hint}"
+            )
+    for column in media:
+        column_type = schema.field(column).type
+        if not _is_string(column_type) and not pa.types.is_struct(column_type):
+            raise UserError(
+                f"parquet {path}: column '{column}' has type {column_type}; allowed: string paths, or structs with "
+                "bytes and path."
+            )
+    return media
 
 
 def _is_string(column_type: pa.DataType) -> bool:
@@ -231,61 +258,3 @@ def _hub_class_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[
         else:
             return ()
     return tuple(str(name) for name in feature.get("names") or ())
-
-
-class _RowReader:
-    """Reads rows of a row group in order, one at a time; memory holds a data page, at most the row group."""
-
-    def __init__(self, path: str, columns: tuple[str, ...], group: int):
-        self.file = pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-        present = [column for column in columns if column in self.file.schema_arrow.names]
-        self.batches = self.file.iter_batches(1, row_groups=[group], columns=present)
-        self.position = 0
-
-    def read(self, row: int) -> dict[str, Any]:
-        """Return the values of a row, which is not before the last one that was read."""
-        batch = None
-        while self.position <= row:
-            batch = next(self.batches)
-            self.position += 1
-        assert batch is not None
-        return batch.to_pylist()[0]
-
-
-_reader: tuple[tuple[str, tuple[str, ...], int], _RowReader] | None = None
-"""The row group that this process reads."""
-
-
-def _read_row(path: str, columns: tuple[str, ...], group: int, row: int) -> dict[str, Any]:
-    """Return the values of a row by column.
-
-    Raises:
-        RejectedClip: if it cannot be read.
-    """
-    global _reader
-    key = (path, columns, group)
-    try:
-        if _reader is None or _reader[0] != key or _reader[1].position > row:
-            _reader = key, _RowReader(path, columns, group)
-        return _reader[1].read(row)
-    except (pa.ArrowException, OSError, StopIteration) as error:
-        _reader = None
-        raise RejectedClip(f"not readable: {(str(error) or type(error).__name__).splitlines()[0]}") from None
-
-
-def _media_file(value: object, folder: Path) -> EmbeddedFile | Path | None:
-    """Return the media of a cell: a file inside the table, a file in the folder of the table, or None."""
-    path, content = value, None
-    if isinstance(value, dict):
-        path, content = value.get("path"), value.get("bytes")
-    if isinstance(content, bytes):
-        extension = Path(str(path or "")).suffix.lstrip(".")
-        return EmbeddedFile(extension if extension.isalnum() else "bin", _writer(content))
-    return folder / str(path) if path else None
-
-
-def _writer(content: bytes) -> Any:
-    def copy_to(file: BinaryIO) -> None:
-        file.write(content)
-
-    return copy_to

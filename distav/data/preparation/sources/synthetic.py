@@ -30,6 +30,7 @@ class SyntheticSource:
     description: ClassVar[str] = "Render clips whose class depends on both modalities."
     example: ClassVar[str] = "make_shards.py synthetic shards/quickstart --train-clips 1200 --label-noise symmetric:0.4"
     default_encoding: ClassVar[Encoding] = Encoding(short_side=40, clip_s=1.0, sample_rate_hz=8000)
+    allowed_modalities: ClassVar[tuple[str, ...]] = ("both",)
 
     train_clips: int = 1200
     test_clips: int = 300

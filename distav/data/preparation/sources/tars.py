@@ -6,14 +6,15 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import ClassVar, Self
 
 import numpy as np
 
+from distav.config.cli import name_arguments
 from distav.config.errors import UserError, format_list
-from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
+from distav.data.preparation.encoding import ANY_HINT, OMIT_DEFAULT, Clip, ClipSource, Encoding, RejectedClip
 from distav.data.preparation.media.embedded import AUDIO_EXTENSIONS, VIDEO_EXTENSIONS, EmbeddedFile, decode_embedded
 from distav.data.preparation.source import SourceInfo
 from distav.data.preparation.sources.sample_labels import (
@@ -25,6 +26,7 @@ from distav.data.preparation.sources.sample_labels import (
 )
 from distav.data.preparation.sources.split_patterns import SplitPattern
 from distav.data.preparation.sources.tar_index import Member, TarSample, copy_member, read_samples
+from distav.data.storage.object_store import PACKAGES, RemoteDirectory, is_url
 
 TEXT_EXTENSIONS = ("cls", "txt")
 _CONCURRENT_TARS = 8
@@ -39,7 +41,8 @@ class _IndexedSample:
         split: name of its split.
         labels: its classes; empty if it cannot be used.
         in_list: whether its label is a list.
-        media: tar; extension, offset and size of the video, and of the audio if there is a separate file.
+        media: tar; extension, offset and size of the video, if there is one, and of the audio if there is a separate
+            file.
         fault: why it cannot be used; empty if it can.
     """
 
@@ -53,7 +56,7 @@ class _IndexedSample:
 
 @dataclass(frozen=True)
 class TarFiles:
-    """`tars PATTERN...`: samples with a video, optionally an audio file, and a member with the label.
+    """`tars PATTERN...`: samples with a video, an audio file or both, and a member with the label.
 
     Attributes:
         patterns: the tar files; without a split their samples are in the split `train`.
@@ -61,6 +64,7 @@ class TarFiles:
         class_names: class names by index; empty: indices are the names.
         first_label: whether to use only the first label of a list.
         key_to_last_dot: whether a key ends at the last dot of a name instead of the first one.
+        modalities: `both`: samples need a video; `any`: an audio file suffices.
     """
 
     description: ClassVar[str] = "Cut the videos in WebDataset tar files of other tools into clips."
@@ -73,6 +77,7 @@ class TarFiles:
     class_names: tuple[str, ...] = ()
     first_label: bool = False
     key_to_last_dot: bool = False
+    modalities: str = field(default="both", metadata={OMIT_DEFAULT: True})
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -106,6 +111,7 @@ class TarFiles:
             class_names_of(options),
             options.first_label,
             options.key_to_last_dot,
+            options.modalities,
         )
 
     def candidates(self) -> list[ClipSource]:
@@ -123,17 +129,20 @@ class TarFiles:
         return candidates
 
     def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
-        """Copy the video to a temporary file and cut it into clips."""
+        """Copy the video, or the audio alone, to a temporary file and cut it into clips."""
         location, *positions = candidate.detail
         if not location:
-            raise RejectedClip(str(positions[0]))
-        files = []
+            fault = str(positions[0])
+            raise RejectedClip(f"{fault}; {ANY_HINT}" if _is_audio_alone(fault) else fault)
+        video = audio = None
         for start in range(0, len(positions), 3):
             extension, offset, size = positions[start : start + 3]
-            files.append(
-                EmbeddedFile(str(extension), partial(copy_member, str(location), Member(int(offset), int(size))))
-            )
-        return decode_embedded(files[0], files[1] if len(files) > 1 else None, candidate, encoding)
+            file = EmbeddedFile(str(extension), partial(copy_member, str(location), Member(int(offset), int(size))))
+            if extension in AUDIO_EXTENSIONS:
+                audio = file
+            else:
+                video = file
+        return decode_embedded(video, audio, candidate, encoding)
 
     def info(self) -> SourceInfo:
         """Return the classes, and whether labels are lists."""
@@ -152,6 +161,8 @@ def _index(source: TarFiles) -> list[_IndexedSample]:
     """
     extension, key = _parse_label_option(source.label)
     tars = [(pattern.split or "train", tar) for pattern in source.patterns for tar in pattern.files()]
+    for _, location in tars:
+        _check_location(location)
 
     def read(location: str) -> list[TarSample]:
         return read_samples(location, extension, source.key_to_last_dot)
@@ -160,7 +171,7 @@ def _index(source: TarFiles) -> list[_IndexedSample]:
         contents = list(pool.map(read, [tar for _, tar in tars]))
     _mark_split_samples(contents)
     samples = [
-        _indexed(split, tar, sample, extension, key, source.class_names)
+        _indexed(split, tar, sample, extension, key, source)
         for (split, tar), content in zip(tars, contents, strict=True)
         for sample in content
     ]
@@ -168,6 +179,8 @@ def _index(source: TarFiles) -> list[_IndexedSample]:
     reasons = ", ".join(f"{count} {reason}" for reason, count in faults.most_common())
     if faults.total() == len(samples):
         first = f" The first one: {samples[0].name}: {samples[0].fault}." if samples else ""
+        if any(_is_audio_alone(sample.fault) for sample in samples):
+            first += f" {ANY_HINT}."
         raise UserError(
             f"tars {format_list(pattern.pattern for pattern in source.patterns)}: no sample can be used "
             f"({reasons or 'none found'}).{first}"
@@ -175,6 +188,18 @@ def _index(source: TarFiles) -> list[_IndexedSample]:
     if faults:
         print(f"tars: {faults.total()} of {len(samples)} samples cannot be used: {reasons}", file=sys.stderr)
     return samples
+
+
+def _check_location(location: str) -> None:
+    """Raise a UserError for a URL that cannot be read, without a request."""
+    if not is_url(location):
+        return
+    if location.partition("://")[0] not in PACKAGES:
+        raise UserError(f"tars {location}: allowed: paths, and URLs with {format_list(PACKAGES)}.")
+    try:
+        RemoteDirectory(location.rpartition("/")[0])
+    except UserError as error:
+        raise UserError(name_arguments(error, {"data.root": "PATTERN"})) from None
 
 
 def _parse_label_option(label: str) -> tuple[str, tuple[str, ...]]:
@@ -195,16 +220,16 @@ def _mark_split_samples(contents: list[list[TarSample]]) -> None:
 
 
 def _indexed(
-    split: str, tar: str, sample: TarSample, extension: str, key: tuple[str, ...], names: tuple[str, ...]
+    split: str, tar: str, sample: TarSample, extension: str, key: tuple[str, ...], source: TarFiles
 ) -> _IndexedSample:
     """Return a sample with its labels and the positions of its media, or with its fault."""
     name = f"{tar}/{sample.key}" if sample.key else tar
     try:
         if sample.faults:
             raise RejectedClip("; ".join(sample.faults))
-        value = _label_value(sample, extension, key)
-        media = _media(sample)
-        labels = parse_labels(value, names)
+        value = _label_value(sample, extension, key, source.modalities)
+        media = _media(sample, source.modalities)
+        labels = parse_labels(value, source.class_names)
     except RejectedClip as reason:
         fault = str(reason)
         if sample.repeated and fault.startswith(("no video", "no label: no member")):
@@ -213,35 +238,47 @@ def _indexed(
     return _IndexedSample(name, split, labels, isinstance(value, list), (tar, *media))
 
 
-def _media(sample: TarSample) -> tuple[str | int, ...]:
-    """Return extension, offset and size of the video, and of the audio file if there is one."""
+def _media(sample: TarSample, modalities: str) -> tuple[str | int, ...]:
+    """Return extension, offset and size of the video, if there is one, and of the audio file, if there is one."""
     files = []
     for extensions in (VIDEO_EXTENSIONS, AUDIO_EXTENSIONS):
         extension = next((extension for extension in extensions if extension in sample.members), None)
-        if extension is None and extensions is VIDEO_EXTENSIONS:
-            raise RejectedClip(_missing_video(sample))
+        if extension is None and extensions is VIDEO_EXTENSIONS and modalities == "both":
+            raise RejectedClip(_missing_media(sample, modalities))
         if extension is not None:
             member = sample.members[extension]
             files += [extension, member.offset, member.size]
+    if not files:
+        raise RejectedClip(_missing_media(sample, modalities))
     return tuple(files)
 
 
-def _missing_video(sample: TarSample) -> str:
-    reason = f"no video: the sample has {_extensions(sample)}; allowed: {format_list(VIDEO_EXTENSIONS)}"
-    if any(extension.rpartition(".")[2] in VIDEO_EXTENSIONS for extension in sample.members):
-        reason += "; the key ends at the first dot, use --key-to-last-dot for keys with dots"
-    return reason
+def _missing_media(sample: TarSample, modalities: str) -> str:
+    """Return the fault of a sample without the media that it needs."""
+    name, allowed = "no video", VIDEO_EXTENSIONS
+    if modalities == "any":
+        name, allowed = "no video or audio", VIDEO_EXTENSIONS + AUDIO_EXTENSIONS
+    fault = f"{name}: the sample has {_extensions(sample)}; allowed: {format_list(allowed)}"
+    if any(extension.rpartition(".")[2] in allowed for extension in sample.members):
+        fault += "; the key ends at the first dot, use --key-to-last-dot for keys with dots"
+    return fault
+
+
+def _is_audio_alone(fault: str) -> bool:
+    """Return whether the fault of a sample is that it has an audio file but no video."""
+    extensions = fault.removeprefix("no video: the sample has ").partition(";")[0]
+    return fault.startswith("no video: ") and not set(extensions.split(", ")).isdisjoint(AUDIO_EXTENSIONS)
 
 
 def _extensions(sample: TarSample) -> str:
     return format_list(sample.members) or "no members"
 
 
-def _label_value(sample: TarSample, extension: str, keys: tuple[str, ...]) -> object:
+def _label_value(sample: TarSample, extension: str, keys: tuple[str, ...], modalities: str) -> object:
     """Return the label in a text member, or the value of a key in a JSON member."""
     if sample.text is None:
         if not any(name in sample.members for name in (*VIDEO_EXTENSIONS, *AUDIO_EXTENSIONS)):
-            raise RejectedClip(_missing_video(sample))
+            raise RejectedClip(_missing_media(sample, modalities))
         raise RejectedClip(f"no label: no member {extension}, the sample has {_extensions(sample)}")
     try:
         text = sample.text.decode("utf-8-sig").strip()

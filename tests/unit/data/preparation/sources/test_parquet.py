@@ -1,6 +1,7 @@
 """Parquet tables in the layout of the Hugging Face Hub as a source."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from distav.data.preparation.encoding import Clip, ClipSource, Encoding, Rejecte
 from distav.data.preparation.sources.parquet import ParquetFiles
 from distav.data.preparation.sources.split_patterns import SplitPattern
 from distav.tools.make_shards import main
-from tests.helpers.media import event_times, write_media
+from tests.helpers.media import copy_stream, event_times, write_audio, write_media
 
 ENCODING = Encoding(fps=10, short_side=16, clip_s=1.0, sample_rate_hz=8000)
 NAMES = {"names": ["dog", "rain"], "_type": "ClassLabel"}
@@ -94,6 +95,34 @@ def test_string_paths_are_relative_to_the_table(video: bytes, tmp_path: Path):
     assert event_times(clips_of(source, candidates[0]), ENCODING)[0] == [1.0]
     with pytest.raises(RejectedClip, match="missing: no such file"):
         clips_of(source, candidates[1])
+
+
+def test_tables_with_audio_alone_are_used_if_a_modality_may_be_missing(video: bytes, tmp_path: Path):
+    audio = write_audio(tmp_path / "a.wav", 2.0).read_bytes()
+    cell = {"bytes": audio, "path": "a.wav"}
+    table = {"audio": pa.array([cell, {"bytes": None, "path": None}], MEDIA), "label": [0, 1]}
+    write_hub_table(tmp_path / "train-00000-of-00001.parquet", table, {"label": NAMES})
+    path = tmp_path / "train-00000-of-00001.parquet"
+    options = ["--clip-s=1", "--short-side=16", "--fps=10", "--workers=1"]
+    with pytest.raises(UserError, match=r"no column 'video'; .* For audio without video: --modalities any\."):
+        source_of(path).candidates()
+    assert main(["parquet", str(path), str(tmp_path / "alone"), *options, "--modalities=any"]) == 3
+    split = ShardedDataset.open(tmp_path / "alone").split("train")
+    assert len(split) == 2 and split.has_modality("audio").all() and not split.has_modality("visual").any()
+
+    copy_stream(write_media(tmp_path / "b.mkv", 2.0), tmp_path / "silent.mkv", "video")
+    columns = {
+        "video": ["silent.mkv", None, "silent.mkv", "b.mkv"], "audio": ["a.wav", "a.wav", None, None], "label": [0] * 4,
+    }  # fmt: skip
+    path = write_hub_table(tmp_path / "mixed.parquet", columns, {})
+    source = source_of(path, modalities="any")
+    assert [candidate.source for candidate in source.candidates()] == ["silent.mkv", "a.wav", "silent.mkv", "b.mkv"]
+    encoding = replace(ENCODING, modalities="any")
+    clips = [next(source.clips(candidate, encoding, np.random.default_rng(0))) for candidate in source.candidates()]
+    members = [set(clip.members(encoding)) for clip in clips]
+    assert members == [{"video", "audio"}, {"audio"}, {"video"}, {"video", "audio"}]
+    with pytest.raises(RejectedClip, match="missing: column video is empty; --modalities any accepts"):
+        clips_of(source_of(path), source_of(path).candidates()[1])
 
 
 def test_errors_name_file_and_column(tmp_path: Path):

@@ -10,9 +10,9 @@ import soundfile
 
 from distav.config.errors import UserError
 from distav.data.dataset import ShardedDataset
-from distav.data.preparation.encoding import Clip, Encoding
+from distav.data.pipeline.decoding import decode_clip
+from distav.data.pipeline.reader import ShardReader
 from distav.data.preparation.sources.published.actions import HMDB51Lists, UCF101Lists
-from distav.data.preparation.sources.published.esc50 import ESC50List
 from distav.data.preparation.sources.published.listed_clips import PublishedList
 from distav.data.preparation.sources.published.youtube import (
     KINETICS_SOUNDS,
@@ -22,7 +22,7 @@ from distav.data.preparation.sources.published.youtube import (
     VGGSoundList,
 )
 from distav.tools.make_shards import main
-from tests.helpers.media import write_media
+from tests.helpers.media import write_media, write_silent
 
 FIRST, SECOND, THIRD = "---g-f_I2yQ", "--PJHxphWEs", "-0_abcdefgh"
 
@@ -188,24 +188,69 @@ def test_hmdb51_reads_the_used_videos_of_a_fold(tmp_path: Path):
         HMDB51Lists((lists,), videos).candidates()
 
 
-def test_esc50_lists_recordings_but_makes_no_dataset_yet(tmp_path: Path):
+def write_esc50(folder: Path) -> list[str]:
+    """Write ESC-50 in its published layout, with two recordings of five seconds; return list and options."""
+    (folder / "meta").mkdir(parents=True)
+    (folder / "audio").mkdir()
     table = write(
-        tmp_path / "esc50.csv",
+        folder / "meta" / "esc50.csv",
         "filename,fold,target,category,esc10,src_file,take",
         "1-100032-A-0.wav,1,0,dog,True,100032,A",
         "2-100038-A-14.wav,2,14,chirping_birds,False,100038,A",
     )
-    (tmp_path / "audio").mkdir()
-    for name in ("1-100032-A-0.wav", "2-100038-A-14.wav"):
-        soundfile.write(tmp_path / "audio" / name, np.full(44100, 0.5, np.float32), 44100)
-    source = ESC50List((table,), tmp_path / "audio", fold=2)
-    assert rows_of(source) == [("1-100032-A-0.wav", "dog", "train"), ("2-100038-A-14.wav", "chirping_birds", "test")]
-    encoding = Encoding(clip_s=0.5, sample_rate_hz=8000)
-    clips = list(source.clips(source.candidates()[0], encoding, np.random.default_rng(0)))
-    assert [clip.start_s for clip in clips] == [0.0, 0.5]
-    assert all(isinstance(clip, Clip) and len(clip.waveform) == 4000 and not len(clip.frames) for clip in clips)
-    with pytest.raises(UserError, match="not supported yet: a dataset of clips without video"):
-        source.info()
+    time_s = np.arange(5 * 44100) / 44100
+    for name, pitch in (("1-100032-A-0.wav", 440), ("2-100038-A-14.wav", 880)):
+        soundfile.write(folder / "audio" / name, 0.5 * np.sin(2 * np.pi * pitch * time_s), 44100)
+    return ["esc50", str(table), "--audio", str(folder / "audio"), "--fold=2", "--workers=1"]
+
+
+def test_esc50_becomes_a_dataset_of_audio(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    command = write_esc50(tmp_path / "ESC-50")
+    out = tmp_path / "shards"
+    assert main([*command, str(out)]) == 0
+    assert "1 test, 1 train clips written" in capsys.readouterr().out
+    shards = ShardedDataset.open(out)
+    assert shards.classes == ["chirping_birds", "dog"] and shards.manifest["clip_s"] == 5
+    for name, pitch in (("train", 440), ("test", 880)):
+        split = shards.split(name)
+        assert split.has_modality("audio").all() and not split.has_modality("visual").any()
+        assert split.sides == (0, 0)
+        frames, waveform = decode_clip(ShardReader(split).read(0))
+        assert frames is None and waveform is not None and len(waveform) == 5 * 16000
+        assert np.abs(np.fft.rfft(waveform)).argmax() == 5 * pitch
+    assert main([*command, str(out)]) == 0  # The complete dataset is recognized.
+    assert main([*command, str(tmp_path / "both"), "--modalities=both"]) == 1
+    assert "--modalities=both: allowed for this source: any, because its files" in capsys.readouterr().err
+    assert not (tmp_path / "both").exists()
+
+
+def test_silent_videos_of_ucf101_are_used_if_a_modality_may_be_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    lists, videos = tmp_path / "ucfTrainTestlist", tmp_path / "UCF-101"
+    lists.mkdir()
+    write(lists / "classInd.txt", "1 Archery", "2 Bowling")
+    write(lists / "trainlist01.txt", "Archery/v_Archery_g08_c01.avi 1", "Bowling/v_Bowling_g08_c01.avi 2")
+    write(lists / "testlist01.txt", "Archery/v_Archery_g01_c01.avi")
+    for name in ("Archery/v_Archery_g08_c01.avi", "Archery/v_Archery_g01_c01.avi", "Bowling/v_Bowling_g08_c01.avi"):
+        (videos / name).parent.mkdir(parents=True, exist_ok=True)
+        (write_silent if "Archery" in name else write_media)(videos / name, 2.0)
+    command = ["ucf101", str(lists), "--videos", str(videos), "--short-side=16", "--workers=1"]
+    assert main([*command, str(tmp_path / "both")]) == 3
+    output = capsys.readouterr().out
+    assert "2 candidates rejected (2 no audio); reasons in" in output
+    assert "--modalities any accepts clips without video or without audio" in output
+    out = tmp_path / "any"
+    assert main([*command, str(out), "--modalities=any"]) == 0
+    shards = ShardedDataset.open(out)
+    assert shards.manifest["recipe"]["config"]["encoding"]["modalities"] == "any"
+    train = shards.split("train")
+    silent = np.array([source.startswith("Archery") for source in train.columns["source"]])
+    np.testing.assert_array_equal(train.has_modality("audio"), ~silent)
+    assert train.has_modality("visual").all() and shards.split("test").has_modality("visual").all()
+    assert not shards.split("test").has_modality("audio").any()
+    assert main([*command, str(out)]) == 1  # Clips with both modalities would be another dataset.
+    assert "--modalities" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from distav.data.preparation.encoding import Clip, ClipSource, Encoding
 from distav.data.preparation.sources.split_patterns import SplitPattern
 from distav.data.preparation.sources.tars import TarFiles
 from distav.tools.make_shards import main
-from tests.helpers.media import event_times, write_media
+from tests.helpers.media import copy_stream, event_times, write_audio, write_media
 from tests.helpers.stores import web
 
 ENCODING = Encoding(fps=10, short_side=16, clip_s=1.0, sample_rate_hz=8000)
@@ -49,8 +50,9 @@ def faults_of(candidates: list[ClipSource]) -> dict[str, str]:
     }
 
 
-def clips_of(source: TarFiles, candidate: ClipSource) -> list[Clip]:
-    return [clip for clip in source.clips(candidate, ENCODING, np.random.default_rng(0)) if isinstance(clip, Clip)]
+def clips_of(source: TarFiles, candidate: ClipSource, modalities: str = "both") -> list[Clip]:
+    encoding = replace(ENCODING, modalities=modalities)
+    return [clip for clip in source.clips(candidate, encoding, np.random.default_rng(0)) if isinstance(clip, Clip)]
 
 
 def test_tars_become_a_dataset_with_splits_and_lists_of_labels(
@@ -170,21 +172,49 @@ def test_a_tar_without_usable_samples_is_an_error(video: bytes, tmp_path: Path):
 
 
 def test_audio_members_are_used_for_videos_without_audio(video: bytes, tmp_path: Path):
-    import av
-
-    silent = tmp_path / "silent.mkv"
-    with av.open(io.BytesIO(video)) as read, av.open(str(silent), "w") as written:
-        stream = written.add_stream_from_template(read.streams.video[0])
-        for packet in read.demux(read.streams.video[0]):
-            if packet.dts is not None:
-                packet.stream = stream
-                written.mux(packet)
+    (tmp_path / "video.mkv").write_bytes(video)
+    silent = copy_stream(tmp_path / "video.mkv", tmp_path / "silent.mkv", "video")
     audio = write_media(tmp_path / "audio.mkv", 2.0).read_bytes()
     members = [("a.mkv", silent.read_bytes()), ("a.ogg", audio), ("a.cls", b"0")]
     source = source_of(write_tar(tmp_path / "set.tar", members))
     clips = clips_of(source, source.candidates()[0])
     flashes, beeps = event_times(clips, ENCODING)
     assert flashes == [1.0] and beeps == pytest.approx([1.0], abs=0.05)
+
+
+def test_samples_with_audio_alone_are_used_if_a_modality_may_be_missing(
+    video: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    members = [("both.mp4", video), ("both.cls", b"0")]
+    for number, suffix in enumerate((".wav", ".flac", ".mp3")):
+        content = write_audio(tmp_path / f"audio{suffix}", 2.0, cover=suffix == ".mp3").read_bytes()
+        members += [(f"{number}{suffix}", content), (f"{number}.cls", b"0")]
+    members += [("none.jpg", b"x"), ("none.cls", b"0")]
+    tar = write_tar(tmp_path / "set.tar", members)
+    options = ["--clip-s=1", "--short-side=16", "--fps=10", "--workers=1"]
+    assert main(["tars", str(tar), str(tmp_path / "both"), *options]) == 3
+    reasons = [row["reason"] for row in csv.DictReader((tmp_path / "both" / "rejected.csv").open())]
+    accepted = [reason.endswith("--modalities any accepts clips without video or without audio") for reason in reasons]
+    assert all(reason.startswith("no video: ") for reason in reasons) and accepted == [True] * 3 + [False]
+    capsys.readouterr()
+    assert main(["tars", str(tar), str(tmp_path / "any"), *options, "--modalities=any"]) == 3
+    assert "1 of 5 samples cannot be used: 1 no video or audio" in capsys.readouterr().err
+    split = ShardedDataset.open(tmp_path / "any").split("train")
+    assert split.has_modality("audio").all() and split.has_modality("visual").sum() == 2 and len(split) == 8
+    (tmp_path / "alone").mkdir()
+    alone = write_tar(tmp_path / "alone" / "set.tar", members[2:4])
+    with pytest.raises(UserError, match=r"no sample can be used \(1 no video\).*--modalities any accepts"):
+        source_of(alone).candidates()
+    source = source_of(alone, modalities="any")
+    _, beeps = event_times(clips_of(source, source.candidates()[0], modalities="any"), ENCODING)
+    assert beeps == pytest.approx([1.0], abs=0.05)
+
+
+def test_a_url_that_cannot_be_read_is_reported_by_the_name_of_its_argument():
+    with pytest.raises(UserError, match="tars ftp://host/a-1.tar: allowed: paths, and URLs with s3, gs"):
+        source_of("ftp://host/a-{1..2}.tar").candidates()
+    with pytest.raises(UserError, match=r"^PATTERN=s3://\.\.\.: allowed: s3://bucket/directory, without a query"):
+        source_of("s3://user@host/a.tar").candidates()
 
 
 def test_tars_are_read_from_a_web_server(video: bytes, tmp_path: Path):
