@@ -4,13 +4,15 @@ tools/embed.py runs/mine/export shards/mine --out embeddings/mine
 tools/embed.py runs/mine/export ~/new_videos --out embeddings/new
 deepspeed --num_gpus 8 tools/embed.py runs/mine/export shards/mine --out embeddings/mine
 
-INPUT is a dataset, a directory of media files, or an .npz file. Media files are cut into clips of the duration that the
-network was trained on. An .npz file has the arrays `frames` [n, T, H, W, 3] uint8 and `audio` [n, N] float32.
+INPUT is a dataset, a directory of media files, or an .npz file. Media files may have video, audio or both; they are cut
+into clips of the duration that the network was trained on. An .npz file has the arrays `frames` [n, T, H, W, 3] uint8
+and `audio` [n, N] float32.
 
 OUT gets one Parquet file per 1024 clips, the same for any number of ranks; read all of them at once by
 pyarrow.parquet.read_table(OUT). Columns: key, source, start_s, split; visual and audio, the features of the towers;
 visual_embedding and audio_embedding, unit vectors that are comparable between the modalities. The embeddings of a clip
-that cannot be read are null. Rerun the same command to resume after an interruption.
+that cannot be read, and those of a modality that it lacks, are null. Rerun the same command to resume after an
+interruption.
 """
 
 import argparse
@@ -151,7 +153,12 @@ def _cut_media(folder: Path, out: Path, description: dict[str, Any], workers: in
             "files with make_shards.py first."
         )
     encoding = Encoding(
-        stored["codec"], model_input["fps"], stored["short_side"], stored["clip_s"], model_input["sample_rate_hz"]
+        stored["codec"],
+        model_input["fps"],
+        stored["short_side"],
+        stored["clip_s"],
+        model_input["sample_rate_hz"],
+        modalities="any",
     )
     result = build_dataset(MediaFiles(folder), out, BuildConfig(encoding), workers)
     if result.rejected:

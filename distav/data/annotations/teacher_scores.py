@@ -110,7 +110,9 @@ def check_scores(folder: Path, key: str, shards: ShardedDataset, split: Split) -
 
 
 def read_scores(folder: Path, key: str, shards: ShardedDataset, split: Split) -> np.ndarray:
-    """Return the scores of a split, [N, 2, T, C] float32, with the classes of the dataset; NaN for unreadable clips.
+    """Return the scores of a split, [N, 2, T, C] float32, with the classes of the dataset.
+
+    They are NaN for clips that could not be read, and in the modality that a clip lacks.
 
     See `check_scores` for the arguments.
 
@@ -157,7 +159,8 @@ def _chunks(folder: Path, key: str, shards: ShardedDataset, split: Split) -> Ite
 def clip_probs(scores: np.ndarray) -> np.ndarray:
     """Return class probabilities of clips: softmax over classes of the mean score, [N, 2, T, C] -> [N, 2, C] float32.
 
-    Scores are logits of the teachers. A clip without scores gets equal probabilities for all classes.
+    Scores are logits of the teachers. Without scores (NaN) in a modality, because the clip could not be read or lacks
+    the modality, all classes have equal probabilities: the teacher has no preference.
     """
     logits = np.nan_to_num(scores).mean(axis=2)
     probs = np.exp(logits - logits.max(axis=2, keepdims=True))

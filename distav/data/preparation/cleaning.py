@@ -166,8 +166,8 @@ def _split_writer(shards: ShardedDataset, split: Split, kept: np.ndarray, out: P
     columns, manifest = split.columns, shards.manifest
     rates = {name: manifest[name] for name in ("codec", "fps", "sample_rate_hz") if name in manifest}
     encoding = Encoding(**rates, clip_s=float(columns["duration_s"][0]))
-    frames = columns.get("frames", np.array(encoding.num_frames))
-    if (columns["duration_s"] != encoding.clip_s).any() or (frames != encoding.num_frames).any():
+    frames = columns.get("frames", np.zeros(0))
+    if (columns["duration_s"] != encoding.clip_s).any() or not np.isin(frames, (0, encoding.num_frames)).all():
         raise UserError(
             f"{split.root}: clips of {split.name} differ in duration; make_shards.py does not write such datasets."
         )
@@ -190,7 +190,8 @@ def _stored_clip(split: Split, sample: int) -> EncodedClip:
     members = {}
     for member in split.members:
         offset, size = int(columns[f"{member}_offset"][sample]), int(columns[f"{member}_bytes"][sample])
-        members[member] = offset, size, int(columns[f"{member}_crc32"][sample])
+        if size:  # A clip may lack a member.
+            members[member] = offset, size, int(columns[f"{member}_crc32"][sample])
     return EncodedClip(
         file=split.shards[int(columns["shard"][sample])].name,
         source=columns["source"][sample],

@@ -139,14 +139,16 @@ def neighbors_of(embeddings: Embeddings, split: Split, ids: np.ndarray, k: int) 
         k: number of neighbors.
 
     Returns:
-        By modality: ids [I, k], -1 where there are fewer, and cosine similarities [I, k].
+        By modality: ids [I, k], -1 where there are fewer, and cosine similarities [I, k]. Clips without a modality have
+        no neighbors in it.
     """
     groups = torch.from_numpy(split.source_codes)
     k = min(k, len(split) - 1, MAX_K)
     neighbors = {}
     for modality in ("visual", "audio"):
         rows = torch.from_numpy(normalize_rows(getattr(embeddings, modality)))
-        valid = torch.from_numpy(embeddings.valid) & (rows.norm(dim=1) > 0)
+        valid = torch.from_numpy(embeddings.modality(modality)) & (rows.norm(dim=1) > 0)
         neighbor_ids, cosines = nearest_neighbors(rows, k, groups, valid, queries=torch.from_numpy(ids))
-        neighbors[modality] = neighbor_ids.numpy(), cosines.numpy()
+        # A clip without the modality has no neighbors in it.
+        neighbors[modality] = neighbor_ids.masked_fill(~valid[ids][:, None], -1).numpy(), cosines.numpy()
     return neighbors

@@ -17,11 +17,6 @@ function make(tag, properties = {}, ...children) {
   return node;
 }
 
-function mediaUrl(medium, clip) {
-  const element = document.getElementById(medium + clip);
-  return element ? `data:${medium === "frames" ? "image/webp" : "audio/webm"};base64,${element.textContent}` : "";
-}
-
 function decisionKey(issue) { return issues.kind[issue] + " " + clips.key[issues.clip[issue]]; }
 
 // A decision is "accepted", "rejected" or the index of another class.
@@ -85,7 +80,7 @@ function makeRow(index) {
       make("span", { className: "proposed", textContent: classes[clips.knn_label[clip]] })]
     : [make("span", { textContent: classes[clips.knn_label[clip]] }), " with mismatched audio?"];
   const node = make("div", { className: "row" + (index === selected ? " selected" : ""), role: "option" },
-    make("img", { src: mediaUrl("frames", clip), alt: "", decoding: "async" }),
+    makeStrip(clip, ""),
     make("div", {}, make("p", {}, ...title), make("p", { className: "dim", textContent: clips.source[clip] })),
     make("span", { className: "mark " + state, textContent: state === "open" ? percent(issues.score[issue]) : state }));
   node.style.top = index * ROW_HEIGHT + "px";
@@ -124,13 +119,12 @@ function drawDetail() {
   const facts = (isLabel ? `Probability that the given label is wrong, by held-out k-NN votes: ${probability}. The run's label: ${classes[clips.corrected_label[clip]]}. `
     : `Probability that audio and video are mismatched: ${probability}. Given label: ${given}. `)
     + `${clips.key[clip]}, ${clips.source[clip]} from ${clips.start_s[clip]} s`;
-  const audio = mediaUrl("audio", clip);
   pane.replaceChildren(
-    make("img", { src: mediaUrl("frames", clip), alt: "four frames of the clip" }),
-    audio ? make("audio", { controls: true, src: audio, id: "audio" }) : make("p", { className: "dim", textContent: "The audio could not be read." }),
+    makeStrip(clip, "four frames of the clip"), makeAudio(clip),
     make("p", { className: "question" }, ...question), make("p", { className: "dim", textContent: facts }),
     makeChoices(issue, isLabel),
-    ...makeNeighbors("Most similar video", issues.visual[issue], clip, false), ...makeNeighbors("Most similar audio", issues.audio[issue], clip, true));
+    ...(clips.has_frames[clip] ? makeNeighbors("Most similar video", issues.visual[issue], clip, false) : []),
+    ...(clips.has_audio[clip] ? makeNeighbors("Most similar audio", issues.audio[issue], clip, true) : []));
 }
 
 function makeChoices(issue, isLabel) {
@@ -147,27 +141,6 @@ function makeChoices(issue, isLabel) {
   return make("div", { className: "choices" }, button(isLabel ? "Accept" : "Mismatched", "A", "accepted"),
     button(isLabel ? "Keep given" : "Matched", "R", "rejected"), ...(isLabel ? [pick] : []),
     make("button", { onclick: undo, disabled: !undoStack.length }, "Undo ", make("kbd", { textContent: "U" })));
-}
-
-function makeNeighbors(title, neighbors, clip, audible) {
-  const figures = neighbors.map(([neighbor, cosine]) => {
-    const given = classes[clips.given_label[neighbor]], proposed = classes[clips.knn_label[neighbor]];
-    const name = given === proposed ? given : `${given} → ${proposed}`;
-    const supports = clips.knn_label[neighbor] === clips.knn_label[clip] ? "proposed"
-      : clips.knn_label[neighbor] === clips.given_label[clip] ? "given" : "";
-    const frame = make("i");
-    frame.style.backgroundImage = `url("${mediaUrl("frames", neighbor)}")`;
-    const play = () => {
-      $("#neighbor-audio")?.remove();
-      const audio = make("audio", { src: mediaUrl("audio", neighbor), id: "neighbor-audio", hidden: true });
-      document.body.append(audio);
-      audio.play();
-    };
-    return make("figure", { title: `${clips.key[neighbor]}, cosine similarity ${cosine.toFixed(2)}: ${name}` }, frame,
-      make("figcaption", { className: supports, textContent: name }),
-      ...(audible ? [make("button", { textContent: "play", onclick: play })] : []));
-  });
-  return [make("h2", { textContent: title }), make("div", { className: "near" }, ...figures)];
 }
 
 function decide(decision) {

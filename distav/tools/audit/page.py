@@ -65,7 +65,7 @@ def write_page(audit: Audit, path: Path, height: int) -> None:
         path: the file.
         height: height of a frame in pixels.
     """
-    names = ("page.html", "page.css", "decisions.js", "page.js")
+    names = ("page.html", "page.css", "decisions.js", "media.js", "page.js")
     html, style, *scripts = (files("distav.tools.audit").joinpath(name).read_text() for name in names)
     before, after = html.split("<!--MEDIA-->")
     # The data contains arbitrary names, which must not open a tag inside the script element.
@@ -81,7 +81,7 @@ def write_page(audit: Audit, path: Path, height: int) -> None:
 
 
 def _media(audit: Audit, height: int) -> Iterator[str]:
-    """Yield an inert script element for the frames and for the audio of every clip that can be decoded."""
+    """Yield an inert script element for the frames and for the audio of every clip that has them, if decodable."""
     reader = ShardReader(audit.split)
     try:
         for index, sample in enumerate(tqdm(audit.clip_ids(), unit="clip", desc="encoding clips", mininterval=1)):
@@ -89,10 +89,11 @@ def _media(audit: Audit, height: int) -> Iterator[str]:
                 frames, audio = decode_clip(reader.read(int(sample)))
             except (CorruptSampleError, DecodeError):
                 continue
-            media = {
-                "frames": encode_strip(frames, height),
-                "audio": encode_opus(audio, audit.split.sample_rate_hz),
-            }
+            media: dict[str, bytes] = {}
+            if frames is not None:
+                media["frames"] = encode_strip(frames, height)
+            if audio is not None:
+                media["audio"] = encode_opus(audio, audit.split.sample_rate_hz)
             for medium, content in media.items():
                 text = base64.b64encode(content).decode()
                 yield f'<script type="text/plain" id="{medium}{index}">{text}</script>\n'
@@ -134,6 +135,8 @@ def _page_data(audit: Audit) -> dict[str, Any]:
             "given_label": given[clip_ids].tolist(),
             "knn_label": knn[clip_ids].tolist(),
             "corrected_label": corrected[clip_ids].tolist(),
+            "has_frames": audit.split.has_modality("visual")[clip_ids].tolist(),
+            "has_audio": audit.split.has_modality("audio")[clip_ids].tolist(),
         },
         "issues": _issue_columns(audit, clip_ids),
     }

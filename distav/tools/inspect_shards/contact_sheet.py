@@ -60,7 +60,7 @@ def preview(
     draw(cells, frames).save(out)
     rows = [_row(split, sample, cell) for sample, cell in zip(samples, cells, strict=True)]
     print(format_table(("key", "label", "source", "start, s", "size", "note"), rows, _MAX_CELL_WIDTH))
-    faulty = [cell for cell in cells if cell.frames is None]
+    faulty = [cell for cell in cells if cell.is_fault]
     for cell in faulty:
         print(truncate(f"{cell.key}: {cell.note}", LINE_WIDTH))
     print(f"{out}: {len(cells)} of {len(split)} clips of {split_name}")
@@ -109,11 +109,15 @@ def _cell(reader: ShardReader, sample: int, names: list[str]) -> Cell:
     except (CorruptSampleError, DecodeError) as reason:
         return Cell(key, label, str(reason))
     measured = measure_clip(frames, audio, split.sample_rate_hz)
-    traits = [trait for trait in ("silent", "black", "still") if measured[trait]]
-    return Cell(key, label, ", ".join([f"peak {measured['peak_dbfs']:.0f} dBFS", *traits]), frames, audio)
+    notes = ["no audio" if audio is None else f"peak {measured['peak_dbfs']:.0f} dBFS"]
+    if frames is None:
+        notes.append("no video")
+    notes += [trait for trait in ("silent", "black", "still") if measured.get(trait)]
+    return Cell(key, label, ", ".join(notes), frames, audio)
 
 
 def _row(split: Split, sample: int, cell: Cell) -> tuple[Any, ...]:
     columns = split.columns
     size = f"{columns['frames'][sample]}x{columns['width'][sample]}x{columns['height'][sample]}"
+    size = size if columns["frames"][sample] else "no video"
     return cell.key, cell.label, columns["source"][sample], float(columns["start_s"][sample]), size, cell.note

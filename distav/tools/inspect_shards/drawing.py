@@ -32,8 +32,8 @@ class Cell:
         key: key of the clip.
         label: class names of the clip.
         note: shown beside the key: properties of the audio, or why the clip cannot be decoded.
-        frames: [T, H, W, 3] uint8; None if the clip cannot be decoded.
-        audio: [N] float32; None if the clip cannot be decoded.
+        frames: [T, H, W, 3] uint8; None if the clip has no video or cannot be decoded.
+        audio: [N] float32; None if the clip has no audio or cannot be decoded.
     """
 
     key: str
@@ -41,6 +41,11 @@ class Cell:
     note: str
     frames: np.ndarray | None = None
     audio: np.ndarray | None = None
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether the clip cannot be decoded."""
+        return self.frames is None and self.audio is None
 
 
 def cell_size(frames: int) -> tuple[int, int]:
@@ -73,20 +78,27 @@ def _draw_cell(cell: Cell, frames: int) -> Image.Image:
     card = Image.new("RGB", (width, height), CARD)
     pen = ImageDraw.Draw(card)
     inner_width = width - 2 * PAD
-    note_color = FAULT if cell.frames is None else FAINT
+    note_color = FAULT if cell.is_fault else FAINT
     _draw_text(pen, (PAD, PAD - 2), cell.label, inner_width, 15, INK)
     _draw_text(pen, (PAD, PAD + TEXT // 2 - 1), f"{cell.key}   {cell.note}", inner_width, 12, note_color)
     top = PAD + TEXT
-    if cell.frames is not None and cell.audio is not None:
+    wave_top = top + FRAME[1] + PAD
+    if cell.is_fault:
+        pen.line((PAD, top, width - PAD, height - PAD), FAULT)
+        pen.line((PAD, height - PAD, width - PAD, top), FAULT)
+        return card
+    if cell.frames is None:
+        _draw_text(pen, (PAD, top + FRAME[1] // 2 - 8), "no video", inner_width, 15, FAINT)
+    else:
         numbers = np.linspace(0, len(cell.frames) - 1, frames).round().astype(int)
         for index, number in enumerate(numbers):
             image = _resize(cell.frames[number])
             left = PAD + index * FRAME[0] + (FRAME[0] - image.width) // 2
             card.paste(image, (left, top + (FRAME[1] - image.height) // 2))
-        _draw_waveform(pen, cell.audio, (PAD, top + FRAME[1] + PAD, inner_width, WAVE))
+    if cell.audio is None:
+        _draw_text(pen, (PAD, wave_top + WAVE // 2 - 8), "no audio", inner_width, 15, FAINT)
     else:
-        pen.line((PAD, top, width - PAD, height - PAD), FAULT)
-        pen.line((PAD, height - PAD, width - PAD, top), FAULT)
+        _draw_waveform(pen, cell.audio, (PAD, wave_top, inner_width, WAVE))
     return card
 
 

@@ -49,7 +49,7 @@ def measure(root: str | Path, split: Split, ids: np.ndarray, workers: int) -> li
 
     Returns:
         For each sample its id and either `damaged` (the reason by member), `undecodable` (the reason), or the result of
-        `measure_clip` or `measure_features`.
+        `measure_clip` or `measure_features`. Clips without a modality lack its measurements.
 
     Raises:
         UserError: if a process dies.
@@ -116,6 +116,7 @@ def _measure_sample(reader: ShardReader, sample: int) -> dict[str, Any]:
             members[name] = reader.member(sample, name)
         except CorruptSampleError as reason:
             damaged[name] = str(reason)
+    members = {name: content for name, content in members.items() if content}
     if damaged:
         return {"damaged": damaged}
     try:
@@ -133,26 +134,33 @@ def measure_features(streams: dict[str, np.ndarray]) -> dict[str, Any]:
     return {"rms": rms, "blank": any(values.min() == values.max() for values in streams.values())}
 
 
-def measure_clip(frames: np.ndarray, audio: np.ndarray, sample_rate_hz: int) -> dict[str, Any]:
+def measure_clip(frames: np.ndarray | None, audio: np.ndarray | None, sample_rate_hz: int) -> dict[str, Any]:
     """Measure a decoded clip.
 
     Args:
-        frames: [T, H, W, 3] uint8.
-        audio: [N] float32 in [-1, 1].
+        frames: [T, H, W, 3] uint8; None without video.
+        audio: [N] float32 in [-1, 1]; None without audio.
         sample_rate_hz: sample rate of the audio.
 
     Returns:
-        `peak_dbfs`; `loudness_lufs`, None if the audio is too short or too quiet; `silent`, `black`, `still`.
+        With audio: `peak_dbfs`; `loudness_lufs`, None if the audio is too short or too quiet; `silent`. With video:
+        `black`, `still`.
     """
-    luma = frames @ _LUMA
-    peak = peak_dbfs(audio)
-    return {
-        "peak_dbfs": peak,
-        "loudness_lufs": loudness_lufs(audio, sample_rate_hz),
-        "silent": peak < SILENT_DBFS,
-        "black": bool(((luma < 255 * BLACK_PIXEL).mean(axis=(1, 2)) >= BLACK_FRACTION).all()),
-        "still": _is_still(luma),
-    }
+    measured: dict[str, Any] = {}
+    if audio is not None:
+        peak = peak_dbfs(audio)
+        measured |= {
+            "peak_dbfs": peak,
+            "loudness_lufs": loudness_lufs(audio, sample_rate_hz),
+            "silent": peak < SILENT_DBFS,
+        }
+    if frames is not None:
+        luma = frames @ _LUMA
+        measured |= {
+            "black": bool(((luma < 255 * BLACK_PIXEL).mean(axis=(1, 2)) >= BLACK_FRACTION).all()),
+            "still": _is_still(luma),
+        }
+    return measured
 
 
 def peak_dbfs(audio: np.ndarray) -> float:

@@ -14,6 +14,8 @@ from distav.tools.inspect_shards.measurements import BLACK_FRACTION, BLACK_PIXEL
 from distav.tools.inspect_shards.text_table import LINE_WIDTH, format_table, printable, truncate
 
 PERCENTILES = (5, 25, 50, 75, 95)
+MODALITY_COUNTS = ("video and audio", "video only", "audio only")
+"""Keys of the numbers of clips by the modalities that they have."""
 
 
 def compute_stats(root: str | Path, clips: int, seed: int, workers: int) -> dict[str, Any]:
@@ -51,6 +53,7 @@ def _contents(shards: ShardedDataset, split: Split) -> dict[str, Any]:
     columns = split.columns
     clips_of_source = np.bincount(split.source_codes)
     durations = np.asarray(columns["duration_s"])
+    member_sizes = {name: columns[f"{name}_bytes"] for name in split.members}
     contents = {
         "clips": len(split),
         "hours": float(durations.sum() / 3600),
@@ -60,12 +63,15 @@ def _contents(shards: ShardedDataset, split: Split) -> dict[str, Any]:
         "classes": _classes(shards, split),
         "tars": len(split.shards),
         "tar_bytes": sum(shard["bytes"] for shard in shards.manifest["splits"][split.name]["shards"]),
-        "member_bytes": {name: distribution(columns[f"{name}_bytes"]) for name in split.members},
+        "member_bytes": {name: distribution(sizes[sizes > 0]) for name, sizes in member_sizes.items()},
     }
     if not split.streams:
-        sizes = zip(columns["width"].tolist(), columns["height"].tolist(), strict=True)
-        contents["frame_sizes"] = _counts([f"{width}x{height}" for width, height in sizes])
-        contents["frames"] = _counts(columns["frames"].tolist())
+        visual, audio = split.has_modality("visual"), split.has_modality("audio")
+        counts = (visual & audio).sum(), (visual & ~audio).sum(), (audio & ~visual).sum()
+        contents["modalities"] = dict(zip(MODALITY_COUNTS, map(int, counts), strict=True))
+        frame_sizes = zip(columns["width"][visual].tolist(), columns["height"][visual].tolist(), strict=True)
+        contents["frame_sizes"] = _counts([f"{width}x{height}" for width, height in frame_sizes])
+        contents["frames"] = _counts(columns["frames"][visual].tolist())
     return contents
 
 
@@ -153,7 +159,10 @@ def _format_split(name: str, split: dict[str, Any], limit: int) -> list[str]:
     lines += _format_rows(("class", "clips", "%"), classes, limit)
     clips_of_source = [(int(clips), sources) for clips, sources in split["sources_by_clips"].items()]
     lines += _format_rows(("clips per source", "sources"), clips_of_source, limit)
-    if "frame_sizes" in split:
+    modalities = split.get("modalities", {})
+    if any(modalities.get(name) for name in MODALITY_COUNTS[1:]):
+        lines += _format_rows(("modalities", "clips"), [row for row in modalities.items() if row[1]], limit)
+    if split.get("frame_sizes"):
         lines += _format_rows(("frame size", "clips"), list(split["frame_sizes"].items()), limit)
     lines += ["", _format_distributions(split), *_format_measurements(split["decoded"], limit)]
     return lines

@@ -143,8 +143,12 @@ def _member_faults(
     for name, extension in expected.items():
         indexed = int(columns[f"{name}_offset"][sample]), int(columns[f"{name}_bytes"][sample])
         actual = members.get(extension)
+        if indexed == (0, 0) and actual is None and not split.streams:
+            continue  # The sample lacks the modality.
         if actual != indexed:
             yield f"{path}: '{key}.{extension}': offset and bytes are {actual}, but {indexed} in index.parquet"
+    if not split.streams:
+        yield from _missing_member_faults(split, sample, key)
     for extension in sorted(set(members) - {*expected.values(), "json"}):
         yield f"{path}: '{key}.{extension}' is not a member of this dataset's samples"
     if "json" not in members:
@@ -157,6 +161,21 @@ def _member_faults(
             sample_json(file.read(min(size, _MAX_JSON_BYTES + 1)))
         except UserError as error:
             yield f"{path}: '{key}.json': {error}"
+
+
+def _missing_member_faults(split: Split, sample: int, key: str) -> Iterator[str]:
+    """Compare the other columns of a sample with the members that it lacks according to its sizes."""
+    row = {name: int(split.columns[name][sample]) for name in ("frames", "width", "height")}
+    missing = [name for name in split.members if not split.columns[f"{name}_bytes"][sample]]
+    if len(missing) == len(split.members):
+        yield f"index.parquet: '{key}' has neither video nor audio"
+    for name in missing:
+        if checksum := int(split.columns[f"{name}_crc32"][sample]):
+            yield f"index.parquet: '{key}' has no {name}, but {name}_crc32 is {checksum}; expected: 0"
+    for column, value in row.items():
+        if (value == 0) != ("video" in missing):
+            state = "no video" if "video" in missing else "a video"
+            yield f"index.parquet: '{key}' has {state}, but {column} is {value}"
 
 
 def sample_json(content: bytes) -> dict[str, Any]:

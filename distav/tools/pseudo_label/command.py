@@ -7,6 +7,8 @@ A teacher for each modality scores every second. An event is predicted where the
 that the label of the clip contains. The scores are kept in OUT/scores: rerun the same command to resume after an
 interruption, or with other thresholds to write new tables without running the teachers again.
 
+A clip without audio or without video has events of the other modality only; its missing scores are NaN.
+
 OUT is the value of `phases.NAME.pseudo_labels`. OUT/quality.json has the accuracy on the splits with annotated events.
 """
 
@@ -170,7 +172,10 @@ def _score(split: Split, prompts: dict[str, Prompts], out: Path, batch_size: int
 def _score_clips(
     loader: Loader, ids: np.ndarray, batch_size: int, teachers: dict[str, Teacher]
 ) -> dict[str, np.ndarray]:
-    """Return the scores of clips by modality, [n, T, C] float32; NaN for clips that cannot be read."""
+    """Return the scores of clips by modality, [n, T, C] float32.
+
+    They are NaN for clips that cannot be read, or lack the modality.
+    """
 
     def forward(batch: Batch) -> dict[str, Tensor]:
         return {modality: teacher.scores(batch.media[MEDIA[modality]]) for modality, teacher in teachers.items()}
@@ -179,7 +184,7 @@ def _score_clips(
     batches = padded_batches(ids, batch_size, -(-len(ids) // batch_size))
     for _, batch, outputs in iter_outputs(forward, loader, batches):
         for modality, output in outputs.items():
-            masked = output.masked_fill(~batch.valid[:, None, None], torch.nan)
+            masked = output.masked_fill(~batch.present[modality][:, None, None], torch.nan)
             scores[modality].append(masked.cpu().numpy())
     return {modality: np.concatenate(parts)[: len(ids)] for modality, parts in scores.items()}
 
@@ -195,7 +200,7 @@ def _write_events(shards: ShardedDataset, prompts: dict[str, Prompts], class_ind
             continue
         labels = load_events(shards, split)
         scores = read_scores(out, "--out", shards, split)
-        scored = np.isfinite(scores).all(axis=(1, 2, 3)).reshape(-1)
+        scored = _readable(split, scores)
         if not scored.all():
             unreadable = int((~scored).sum())
             print(f"{name}: {unreadable} clips could not be read; they get no pseudo-labels", file=sys.stderr)
@@ -210,6 +215,12 @@ def _write_events(shards: ShardedDataset, prompts: dict[str, Prompts], class_ind
     write_atomically(out / "quality.json", (json.dumps(quality, indent=1) + "\n").encode())
     count = sum(len(table) - table.column("label").null_count for table in tables)
     print(f"{out / 'events.parquet'}: {count} events")
+
+
+def _readable(split: Split, scores: np.ndarray) -> np.ndarray:
+    """Return which clips could be read, [N] bool: those with scores [N, 2, T, C] in all modalities that they have."""
+    has_modality = np.stack([split.has_modality(modality) for modality in MODALITIES], axis=1)
+    return np.all(np.isfinite(scores).all(axis=(2, 3)) | ~has_modality, axis=1).reshape(-1)
 
 
 def _summary(

@@ -1,0 +1,41 @@
+"use strict";
+// Frames and audio of clips, which the document stores in inert elements, and the neighbors of a clip.
+function mediaUrl(medium, clip) {
+  const element = document.getElementById(medium + clip);
+  return element ? `data:${medium === "frames" ? "image/webp" : "audio/webm"};base64,${element.textContent}` : "";
+}
+
+// The first frames of a clip, or the reason why there are none.
+function makeStrip(clip, alt) {
+  const url = mediaUrl("frames", clip);
+  if (url) return make("img", { src: url, alt, decoding: "async" });
+  return make("div", { className: "missing", textContent: clips.has_frames[clip] ? "not readable" : "no video" });
+}
+
+function makeAudio(clip) {
+  const url = mediaUrl("audio", clip);
+  if (url) return make("audio", { controls: true, src: url, id: "audio" });
+  const text = clips.has_audio[clip] ? "The audio could not be read." : "This clip has no audio.";
+  return make("p", { className: "dim", textContent: text });
+}
+
+function makeNeighbors(title, neighbors, clip, audible) {
+  const figures = neighbors.map(([neighbor, cosine]) => {
+    const given = classes[clips.given_label[neighbor]], proposed = classes[clips.knn_label[neighbor]];
+    const name = given === proposed ? given : `${given} → ${proposed}`;
+    const supports = clips.knn_label[neighbor] === clips.knn_label[clip] ? "proposed"
+      : clips.knn_label[neighbor] === clips.given_label[clip] ? "given" : "";
+    const url = mediaUrl("frames", neighbor), frame = make("i", { textContent: url ? "" : "no video" });
+    if (url) frame.style.backgroundImage = `url("${url}")`;
+    const play = () => {
+      $("#neighbor-audio")?.remove();
+      const audio = make("audio", { src: mediaUrl("audio", neighbor), id: "neighbor-audio", hidden: true });
+      document.body.append(audio);
+      audio.play();
+    };
+    return make("figure", { title: `${clips.key[neighbor]}, cosine similarity ${cosine.toFixed(2)}: ${name}` }, frame,
+      make("figcaption", { className: supports, textContent: name }),
+      ...(audible ? [make("button", { textContent: "play", onclick: play })] : []));
+  });
+  return [make("h2", { textContent: title }), make("div", { className: "near" }, ...figures)];
+}
