@@ -62,12 +62,14 @@ def draw_mixture(model: ModalityModel, num_classes: int, rng: np.random.Generato
     group_offsets = rng.standard_normal((num_classes, groups, rank))
     centers = np.sqrt(1 - model.group_spread) * class_centers + np.sqrt(model.group_spread) * group_offsets
     class_scale = np.exp(model.variation * rng.standard_normal((num_classes, 1, 1)))
+    # Otherwise the noise would reveal the class.
+    noise_variation = model.variation if model.separability > 0 else 0.0
     spectrum = rng.permutation(np.arange(1, rank + 1) ** -0.3)
     # Orthonormal rows of width E.
     projection = np.linalg.qr(rng.standard_normal((model.width, rank)))[0].T
     return Mixture(
         centers=model.separability / np.sqrt(2 * rank) * class_scale * centers,
-        noise=np.exp(model.variation * rng.standard_normal((num_classes, groups))),
+        noise=np.exp(noise_variation * rng.standard_normal((num_classes, groups))),
         spectrum=spectrum / np.sqrt((spectrum**2).mean()),
         projection=projection,
         offset=rng.standard_normal(model.width),

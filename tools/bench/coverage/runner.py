@@ -3,7 +3,7 @@
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -69,19 +69,13 @@ class WorkFile:
         return bool(content) and not content.endswith(b"\n")
 
 
-def run(
-    problems: Sequence[CoverageProblem],
-    work_file: WorkFile,
-    num_jobs: int,
-    score: Callable[[CoverageProblem], dict[str, Any]] = score_problem,
-) -> list[dict[str, Any]]:
-    """Score the problems that the work file does not have, largest first, in processes of one thread each.
+def run(problems: Sequence[CoverageProblem], work_file: WorkFile, num_jobs: int) -> list[dict[str, Any]]:
+    """Score the problems that the work file does not have, smallest first, in processes of one thread each.
 
     Args:
         problems: problems.
         work_file: finished problems.
         num_jobs: number of processes.
-        score: returns the scores of a problem.
 
     Returns:
         Scores in the order of the problems.
@@ -90,7 +84,7 @@ def run(
         UserError: if corrections failed, after all other problems are scored.
     """
     finished = work_file.load()
-    pending = sorted((problem for problem in problems if problem.name not in finished), key=work, reverse=True)
+    pending = sorted((problem for problem in problems if problem.name not in finished), key=work)
     failed: dict[str, BaseException] = {}
     if pending:
         context = multiprocessing.get_context("spawn")
@@ -98,7 +92,9 @@ def run(
             min(num_jobs, len(pending)), context, initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:
             try:
-                _collect({pool.submit(score, problem): problem for problem in pending}, work_file, finished, failed)
+                _collect(
+                    {pool.submit(score_problem, problem): problem for problem in pending}, work_file, finished, failed
+                )
             except KeyboardInterrupt:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -25,6 +25,16 @@ from tools.bench.coverage.problem import CoverageData, CoverageProblem
 from tools.bench.coverage.reference import classify
 
 ROUNDING_TOLERANCE = 1e-9
+REPORTED_PARAMETERS = (
+    "pair_noise",
+    "owner",
+    "zipf",
+    "open_set_rate",
+    "clips_per_source",
+    "group_coupling",
+    "outlier_rate",
+)
+"""Parameters of a problem that its scores include, besides sizes, label noise and separability."""
 
 
 def score_problem(problem: CoverageProblem) -> dict[str, Any]:
@@ -33,10 +43,9 @@ def score_problem(problem: CoverageProblem) -> dict[str, Any]:
         "name": problem.name,
         "family": problem.family,
         "label_noise": f"{problem.label_noise}:{problem.label_noise_rate:.3f}",
-        "pair_noise": problem.pair_noise,
-        "owner": problem.owner,
         "visual_separability": problem.visual.separability,
         "audio_separability": problem.audio.separability,
+        **{key: getattr(problem, key) for key in REPORTED_PARAMETERS},
     }
     return rounded(parameters | score_data(generate(problem)))
 
