@@ -8,6 +8,7 @@ from typing import Any
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
 from tools.bench import event_parsing
+from tools.bench.coverage import summary
 from tools.bench.noise import tables
 from tools.bench.noise.results import over_seeds
 
@@ -80,6 +81,17 @@ def audit_section(results: Path) -> str:
     return "\n\n".join(["", _machines(("audit", stored["machine"])), audit.table(stored), ""])[1:]
 
 
+def coverage_section(results: Path) -> str:
+    """Return the thresholds, the table and the plot of the coverage benchmark."""
+    if not (results / "coverage.json").exists():
+        return "\nNo results are stored.\n\n"
+    stored = json.loads((results / "coverage.json").read_text())
+    lines = ["| measurement | value | threshold |", "|---|---|---|", *_ratio_rows("coverage", stored)]
+    plot = "![True and estimated rates of every problem, by family](coverage.svg)"
+    machine, table = _machines(("coverage", stored["machine"])), summary.table(stored["rows"])
+    return "\n\n".join(["", machine, "\n".join(lines), summary.LEGEND, table, plot, ""])[1:]
+
+
 def timing_section(results: Path) -> str:
     """Return the tables of the timing benchmarks.
 
@@ -89,7 +101,7 @@ def timing_section(results: Path) -> str:
     runs = {
         path.stem: json.loads(path.read_text())
         for path in sorted(results.glob("*.json"))
-        if path.stem not in ("noise", "parsing", "audit")
+        if path.stem not in ("noise", "parsing", "audit", "coverage")
     }
     if not runs:
         raise UserError(f"--results={results}: no JSON files; create them with bench.py NAME --json FILE.")
@@ -161,5 +173,6 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "noise": noise_section,
     "parsing": parsing_section,
     "audit": audit_section,
+    "coverage": coverage_section,
 }
 """Functions that generate the sections, by the name in their markers."""

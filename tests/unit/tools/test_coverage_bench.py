@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from distav.noise.noise_rate import RateEstimate
+from tools.bench import markdown
 from tools.bench.command import main
 from tools.bench.coverage import stored, summary
 from tools.bench.coverage.correction import Estimates, run_correction
@@ -272,6 +273,8 @@ def test_stored_features_are_scored_and_compared_with_a_baseline(tmp_path: Path,
     assert stored_results["benchmark"] == "coverage" and [row["name"] for row in stored_results["rows"]] == ["run"]
     assert stored_results["machine"]["cores"] >= 1 and set(stored_results["families"]) == {"stored", summary.OVERALL}
     assert out.with_suffix(".svg").read_text().startswith("<?xml")
+    section = markdown.coverage_section(tmp_path)
+    assert "| stored | 1 | " in section and "coverage.svg" in section and "label coverage, lowest family" in section
     assert main(["coverage", "--features", str(file), f"--baseline={out}", "--jobs=1"]) in (0, 3)
     assert "| stored | 1 | " in (output := capsys.readouterr().out) and "→" in output
 
