@@ -17,6 +17,7 @@ from distav.data.files import write_table
 from distav.tools.audit.command import main
 from distav.tools.audit.issues import Issues
 from distav.tools.audit.page import Audit, write_page
+from tests.helpers.modalities import audit_of, mixed_shards, write_mixed_folder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -194,6 +195,24 @@ def test_a_page_without_issues_says_why_and_what_to_do(
     else:
         assert texts[0] == texts[1] and "no label signal" in texts[0] and "Train with more epochs" in texts[0]
     assert all(text in printed for text in texts) and not messages
+
+
+def test_clips_without_video_or_audio_are_shown_as_such(browser: Browser, tmp_path: Path):
+    shards = mixed_shards(write_mixed_folder(tmp_path / "files"), tmp_path / "shards", "--short-side=32")
+    audit = audit_of(shards)
+    write_page(audit, tmp_path / "page.html", 48)
+    page, messages = open_page(browser, tmp_path / "page.html")
+    for visual, audio in zip(*(audit.split.has_modality(name) for name in ("visual", "audio")), strict=True):
+        selected, detail = page.locator(".row.selected"), page.locator("#detail")
+        assert selected.locator("img").count() == detail.locator("> img").count() == int(visual)
+        missing = detail.locator("> .missing")
+        assert (missing.count() == 0) if visual else (missing.inner_text() == "no video")
+        assert detail.locator("audio").count() == int(audio)
+        assert ("This clip has no audio." in detail.inner_text()) == (not audio)
+        headings = detail.locator("h2").all_inner_texts()
+        assert headings == ["Most similar video"] * visual + ["Most similar audio"] * audio
+        page.keyboard.press("j")
+    assert not messages
 
 
 def test_ten_thousand_issues_scroll_quickly_and_names_are_not_markup(

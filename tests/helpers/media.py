@@ -27,7 +27,7 @@ CODECS = {
     ".wmv": ("wmv2", "wmav2"),
 }
 """Video and audio codec by container."""
-AUDIO_CODECS = {".wav": "pcm_s16le", ".mp3": "mp3", ".flac": "flac", ".m4a": "aac", ".ogg": "libvorbis", ".aac": "aac"}
+AUDIO_CODECS = {".wav": "pcm_s16le", ".mp3": "mp3", ".flac": "flac", ".m4a": "aac", ".ogg": "libopus", ".aac": "aac"}
 """Codec of audio files by suffix."""
 EVENT_S = 0.2
 """Duration of a flash and a beep."""
@@ -127,9 +127,26 @@ def write_silent(path: Path, seconds: float, **options: Any) -> Path:
     return path
 
 
-def write_audio(path: Path, seconds: float, *, rate_hz: int = 44100, every_s: float = 3.0, cover: bool = False) -> Path:
-    """Write an audio file with beeps as those of `write_media`, by its suffix, with a cover image if desired."""
-    with av.open(str(path), "w") as container:
+def write_audio(
+    path: Path,
+    seconds: float,
+    *,
+    rate_hz: int = 48000,
+    every_s: float = 3.0,
+    cover: bool = False,
+    options: dict[str, str] | None = None,
+) -> Path:
+    """Write an audio file with the beeps of `write_media`.
+
+    Args:
+        path: the file; its suffix determines the codec.
+        seconds: duration.
+        rate_hz: sample rate.
+        every_s: distance of the beeps.
+        cover: whether the file has a cover image.
+        options: options of FFmpeg's writer.
+    """
+    with av.open(str(path), "w", options=options or {}) as container:
         audio = container.add_stream(AUDIO_CODECS[path.suffix], rate=rate_hz, layout="mono")
         assert isinstance(audio, AudioStream)
         if cover:

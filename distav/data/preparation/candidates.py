@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import astuple
 from pathlib import Path
@@ -39,15 +40,20 @@ def list_candidates(source: Source, out: Path) -> list[ClipSource]:
         similar = similar_names({candidate.label for candidate in candidates})
         if similar:
             pairs = format_list(("/".join(map(repr, names)) for names in similar), 3)
-            log.warning("classes with names that differ only in case or whitespace: %s", pairs)
+            log.warning("classes with names that differ only in case, whitespace or Unicode form: %s", pairs)
     return candidates
 
 
 def similar_names(names: Iterable[str]) -> list[list[str]]:
-    """Return the groups of two or more names that differ only in case or whitespace, sorted."""
+    """Return the groups of two or more names that differ only in case, whitespace or Unicode form, sorted.
+
+    Characters without width count as whitespace.
+    """
     groups: dict[str, list[str]] = {}
     for name in sorted(names):
-        groups.setdefault("".join(name.casefold().split()), []).append(name)
+        visible = "".join(character for character in name if unicodedata.category(character) != "Cf")
+        folded = unicodedata.normalize("NFKC", visible).casefold()
+        groups.setdefault("".join(folded.split()), []).append(name)
     return [group for group in groups.values() if len(group) > 1]
 
 

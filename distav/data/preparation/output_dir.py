@@ -150,7 +150,7 @@ def claim_work_dir(work_dir: Path, recipe: dict[str, Any]) -> None:
 def count_reasons(rejected: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """Return the number of rejected candidates by type of reason, the text before the colon; most frequent first."""
     counts = Counter(str(row["reason"]).partition(":")[0] for row in rejected)
-    return dict(counts.most_common())
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def format_reasons(reasons: Mapping[str, int]) -> str:

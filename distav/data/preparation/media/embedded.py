@@ -12,9 +12,9 @@ from distav.data.preparation.encoding import Clip, ClipSource, Encoding, Rejecte
 from distav.data.preparation.media.containers import open_container
 from distav.data.preparation.media.decoding import decode_clips
 
-VIDEO_EXTENSIONS = ("mp4", "webm", "avi", "mkv", "mov")
+VIDEO_EXTENSIONS = ("mp4", "webm", "avi", "mkv", "mov", "m4v", "mpg", "mpeg", "flv", "wmv", "ogv", "3gp")
 """Extensions of members that are videos."""
-AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "m4a", "ogg")
+AUDIO_EXTENSIONS = ("wav", "flac", "mp3", "m4a", "ogg", "opus", "aac")
 """Extensions of members that are the audio of a video without audio, or of a clip without video."""
 
 

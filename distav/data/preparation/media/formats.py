@@ -43,3 +43,15 @@ def declares_duration(container: InputContainer, path: Path) -> bool:
             file.seek(10 + size)
         head = file.read(_MP3_HEAD_BYTES)
     return any(mark in head for mark in _MP3_DURATION_TAGS)
+
+
+def missing_factor(container: InputContainer, path: Path) -> float:
+    """Return by how much longer a truncated WAV file was; 1 for complete files and other formats.
+
+    FFmpeg computes the duration of a WAV file from the bytes that exist.
+    """
+    if container.format.name != "wav":
+        return 1.0
+    with open(path, "rb") as file:
+        declared_bytes = int.from_bytes(file.read(8)[4:], "little") + 8
+    return max(1.0, declared_bytes / path.stat().st_size)

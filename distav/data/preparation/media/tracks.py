@@ -26,7 +26,7 @@ from distav.data.preparation.media.containers import (
     open_container,
     seek,
 )
-from distav.data.preparation.media.formats import check_format, declares_duration
+from distav.data.preparation.media.formats import check_format, declares_duration, missing_factor
 from distav.data.preparation.media.timestamps import BACKWARD_S, Clock, Frame, Timeline
 
 _HOLE_S, _HOLE_FRAMES = 1.0, 2
@@ -168,7 +168,7 @@ class Track:
             declared.append(tag)
         if self.kind == "video" and stream.frames > 1:
             declared.append(stream.frames * self.step_s)
-        return min(declared, default=0.0)
+        return min(declared, default=0.0) * missing_factor(self.container, self.path)
 
     def _decoded(self) -> Iterator[Frame]:
         """Yield the frames of all packets that can be decoded.

@@ -42,8 +42,8 @@ class SkippedPaths:
 def list_directory(folder: Path, skipped: SkippedPaths) -> tuple[list[Path], list[Path]]:
     """Return the directories and the regular files in a directory, sorted, without hidden ones.
 
-    Links to files and directories are returned like these. What is neither, such as a dangling link, is recorded in
-    `skipped`.
+    Links to files and directories are returned like these. What is neither, such as a dangling link, and links to the
+    directory itself or to one above it are recorded in `skipped`.
 
     Raises:
         OSError: if the directory cannot be read.
@@ -53,7 +53,9 @@ def list_directory(folder: Path, skipped: SkippedPaths) -> tuple[list[Path], lis
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        if path.is_dir():
+        if path.is_symlink() and folder.resolve().is_relative_to(path.resolve()):
+            skipped.add("link to a directory above it", "links to a directory above them", path)
+        elif path.is_dir():
             folders.append(path)
         elif path.is_file():
             files.append(path)

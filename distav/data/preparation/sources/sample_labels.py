@@ -1,12 +1,16 @@
 """Labels in the form in which datasets of other tools store them: class names, indices, or lists of these."""
 
 import argparse
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from distav.config.errors import UserError, format_list
 from distav.data.preparation.encoding import RejectedClip
 from distav.data.preparation.source import LABEL_SEPARATOR, SourceInfo
+
+_NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+"""Control characters, and surrogates, which JSON may contain, but no UTF-8."""
 
 
 def parse_labels(value: object, names: Sequence[str] = ()) -> tuple[str, ...]:
@@ -17,7 +21,7 @@ def parse_labels(value: object, names: Sequence[str] = ()) -> tuple[str, ...]:
         names: class names by index; empty: indices are the names.
 
     Raises:
-        RejectedClip: if the value is none of these, or if an index has no name.
+        RejectedClip: if the value is none of these, if an index has no name, or if a name is not text in one line.
     """
     values = value if isinstance(value, list) else [value]
     labels = tuple(dict.fromkeys(_parse_label(item, names) for item in values))
@@ -29,6 +33,8 @@ def parse_labels(value: object, names: Sequence[str] = ()) -> tuple[str, ...]:
 def _parse_label(value: object, names: Sequence[str]) -> str:
     if isinstance(value, str) and value.strip():
         text = value.strip()
+        if _NO_TEXT.search(text):
+            raise RejectedClip(f"no label: {ascii(text)[:80]} contains a line break or another control character")
         if not (names and text.isdecimal()):
             return text
         value = int(text)

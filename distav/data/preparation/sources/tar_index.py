@@ -128,6 +128,8 @@ def _sample(group: dict[str, Any], file: BinaryIO, text_extension: str) -> TarSa
             continue
         if entry.issparse():
             sample.faults.append(f"not supported: {_printable(entry.name)} is a sparse file")
+        elif not entry.isreg():
+            sample.faults.append(f"not supported: {_printable(entry.name)} is a link to {_printable(entry.linkname)}")
         elif entry.size < 0 or entry.offset_data + entry.size > file_size:
             sample.faults.append(f"truncated: the tar ends within {_printable(entry.name)}")
         else:
@@ -142,7 +144,11 @@ def _sample(group: dict[str, Any], file: BinaryIO, text_extension: str) -> TarSa
 
 
 def _entries(file: BinaryIO, faults: list[str]) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files of a tar; after a damaged header, continue at the next valid one."""
+    """Yield the files of a tar; after a damaged header, continue at the next valid one.
+
+    A hard link to an earlier member has the position of that member. Hidden files are left out, such as those in which
+    macOS stores attributes: they would separate the members of a sample.
+    """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     head = file.read(_BLOCK)
@@ -152,14 +158,15 @@ def _entries(file: BinaryIO, faults: list[str]) -> Iterator[tarfile.TarInfo]:
         faults.append(f"not a tar: {problem}")
         return
     position: int | None = 0
+    positions: dict[str, tuple[int, int]] = {}
     while position is not None:
-        position = yield from _entries_from(file, position, size, faults)
+        position = yield from _entries_from(file, position, size, faults, positions)
 
 
 def _entries_from(
-    file: BinaryIO, position: int, size: int, faults: list[str]
+    file: BinaryIO, position: int, size: int, faults: list[str], positions: dict[str, tuple[int, int]]
 ) -> Generator[tarfile.TarInfo, None, int | None]:
-    """Yield the regular files from a header on.
+    """Yield the files from a header on; `positions` collects offset and size of the regular ones by name.
 
     Returns:
         The position of the next valid header after a damaged one; None at the end of the tar.
@@ -172,7 +179,12 @@ def _entries_from(
                 if tar.offset <= position:
                     break
                 position = tar.offset
-                if entry.isreg():
+                if entry.isreg() and not entry.issparse():
+                    positions[entry.name] = entry.offset_data, entry.size
+                elif entry.islnk() and entry.linkname in positions:
+                    entry.type = tarfile.REGTYPE
+                    entry.offset_data, entry.size = positions[entry.linkname]
+                if (entry.isreg() or entry.islnk() or entry.issym()) and not _is_hidden(entry.name):
                     yield entry
     except (tarfile.TarError, ValueError, OverflowError, MemoryError):
         pass  # Also sizes that no file has.
@@ -189,6 +201,10 @@ def _entries_from(
     skipped = (size if next_position is None else next_position) - position
     faults.append(f"damaged: no valid header at byte {position}, {skipped} bytes skipped")
     return next_position
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".")
 
 
 def _find_header(file: BinaryIO, position: int, size: int) -> int | None:
