@@ -36,6 +36,11 @@ def add_command(commands: Any) -> None:
     add("--features", nargs="+", type=Path, default=[], metavar="FILE.npz", help=meaning)
     add("--jobs", type=int, default=2, help="number of processes of one thread each (2)")
     add("--work", type=Path, default=Path("runs/coverage"), help="directory for the scores of finished problems")
+    add(
+        "--finished",
+        action="store_true",
+        help="report the problems that a stopped run has finished, and score no others",
+    )
     add("--baseline", type=Path, metavar="FILE", help="JSON file of another run; the table shows both, before → after")
     add("--json", type=Path, help="JSON file for the scores; a plot is written beside it as SVG")
 
@@ -51,11 +56,7 @@ def execute(options: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name}={value}: allowed: 1 or more.")
     baseline = _load(options.baseline) if options.baseline else None
-    rows = (
-        _stored_rows(options)
-        if options.features
-        else run(_problems(options), WorkFile(options.work, options.seed), options.jobs)
-    )
+    rows = _stored_rows(options) if options.features else _problem_rows(options)
     arguments = {"seed": options.seed, "problems": len(rows)}
     outcome = summary.results(rows, arguments)
     if options.json:
@@ -74,6 +75,17 @@ def _problems(options: argparse.Namespace) -> list[CoverageProblem]:
     problems = families.problems(options.seed, options.family)
     number = options.problems or (QUICK_PROBLEMS if options.quick else len(problems))
     return families.subset(problems, number, QUICK_WORK if options.quick else float("inf"))
+
+
+def _problem_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    problems, work_file = _problems(options), WorkFile(options.work, options.seed)
+    if not options.finished:
+        return run(problems, work_file, options.jobs)
+    finished = work_file.load()
+    rows = [finished[problem.name] for problem in problems if problem.name in finished]
+    if not rows:
+        raise UserError(f"--finished: {work_file.path} has none of these problems; omit the option to score them.")
+    return rows
 
 
 def _stored_rows(options: argparse.Namespace) -> list[dict[str, Any]]:

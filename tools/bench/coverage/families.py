@@ -26,6 +26,9 @@ ALL_STRENGTHS = (
 MIN_SAMPLES_PER_CLASS = 8
 MAX_RATES = {"symmetric": 0.8, "prior": 0.6, "next": 0.45, "confusable": 0.4, "matrix": 0.5, "instance": 0.4}
 """Largest rates at which most labels of a class, or of an area of the features, may still be right."""
+NOISE_PEAKS = (0.45, 0.95)
+MAX_RATE_OF_PEAK = 0.8
+"""Largest rate of "instance" noise relative to its peak."""
 MAX_RELATIVE_RATE = 0.89
 """Largest rate of symmetric noise relative to that of random labels, (C - 1) / C."""
 NOISE_FREE_FRACTION = 0.1
@@ -95,9 +98,9 @@ LARGEST = ((50_000, 20), (20_000, 100), (20_000, 10))
 COLUMNS = (
     "samples", "classes", "rate", "pairs", "visual", "audio", "visual_width", "audio_width", "visual_rank",
     "audio_rank", "visual_groups", "audio_groups", "spread", "freedom", "variation", "coupling", "outliers", "zipf",
-    "open", "clips", "softness", "clean", "matched", "shared",
+    "open", "clips", "softness", "clean", "matched", "option",
 )  # fmt: skip
-"""Dimensions of the Latin hypercube."""
+"""Dimensions of the Latin hypercube; "option" is for parameters that a single family or noise has."""
 
 
 def problems(seed: int = 0, families: Iterable[str] = ()) -> list[CoverageProblem]:
@@ -141,6 +144,8 @@ def _problem(name: str, family: Family, index: int, at: dict[str, float], seed: 
     rate = _linear((low, min(high, MAX_RATES[noise])), at["rate"])
     if noise in ("symmetric", "matrix", "next"):
         rate = min(rate, MAX_RELATIVE_RATE * (num_classes - 1) / num_classes * (1 if noise == "symmetric" else 0.6))
+    if noise == "instance":
+        rate = min(rate, MAX_RATE_OF_PEAK * _linear(NOISE_PEAKS, at["option"]))
     return CoverageProblem(
         name=f"{name}-{index:02d}",
         family=name,
@@ -155,11 +160,12 @@ def _problem(name: str, family: Family, index: int, at: dict[str, float], seed: 
         label_noise=noise,
         label_noise_rate=0.0 if at["clean"] < NOISE_FREE_FRACTION else rate,
         noise_modality="audio" if index % 3 == 2 else "visual",
+        noise_peak=_linear(NOISE_PEAKS, at["option"]),
         noise_softness=_logarithmic((0.03, 0.3), at["softness"]),
         pair_noise=0.0 if at["matched"] < family.min_matched else _linear(family.pair_noise, at["pairs"]),
         open_set_rate=_linear(family.open_set_rate, at["open"]),
         clips_per_source=_linear(family.clips_per_source, at["clips"]),
-        has_shared_errors=family.clips_per_source[1] > 1 and at["shared"] < 0.5,
+        has_shared_errors=family.clips_per_source[1] > 1 and at["option"] < 0.5,
         owner=family.owners[index % len(family.owners)],
     )
 

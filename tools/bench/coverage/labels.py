@@ -5,7 +5,8 @@
 - ``next``: the next class.
 - ``confusable``: one of the two classes whose features are nearest.
 - ``matrix``: a random transition matrix; the rates of the classes differ.
-- ``instance``: labels are wrong where the features are near another class, and name that class.
+- ``instance``: labels are wrong where the features are near another class, and name that class. Where they are wrong
+  with a probability close to 1, they look like labels of that class in the features of this modality.
 
 Legend: N samples, C classes.
 """
@@ -124,7 +125,7 @@ def _instance(problem: CoverageProblem, classes: np.ndarray, distances: np.ndarr
     low, high = -10.0, 10.0
     for _ in range(60):
         middle = (low + high) / 2
-        probability = _sigmoid((middle - position) / problem.noise_softness)
+        probability = problem.noise_peak * _sigmoid((middle - position) / problem.noise_softness)
         low, high = (middle, high) if probability.mean() < problem.label_noise_rate else (low, middle)
     return np.where(error < probability, nearest, classes) if problem.label_noise_rate > 0 else classes.copy()
 

@@ -54,7 +54,8 @@ class CoverageProblem:
         label_noise: one of `NOISES`.
         label_noise_rate: expected fraction of wrong labels among the samples that belong to a class.
         noise_modality: modality whose features determine which labels are wrong under "instance" noise.
-        noise_softness: width of the transition from right to wrong labels under "instance" noise.
+        noise_peak: largest probability of a wrong label under "instance" noise; larger than `label_noise_rate`.
+        noise_softness: width of the transition to right labels under "instance" noise.
         pair_noise: fraction of the samples with the audio of another sample, which may have the same class.
         open_set_rate: fraction of the samples that belong to none of the classes.
         clips_per_source: mean number of samples of a source, which have nearly the same features.
@@ -75,7 +76,8 @@ class CoverageProblem:
     label_noise: str = "symmetric"
     label_noise_rate: float = 0.3
     noise_modality: str = "visual"
-    noise_softness: float = 0.3
+    noise_peak: float = 0.6
+    noise_softness: float = 0.1
     pair_noise: float = 0.0
     open_set_rate: float = 0.0
     clips_per_source: float = 1.0

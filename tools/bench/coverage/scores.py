@@ -28,6 +28,7 @@ ROUNDING_TOLERANCE = 1e-9
 REPORTED_PARAMETERS = (
     "pair_noise",
     "owner",
+    "noise_peak",
     "zipf",
     "open_set_rate",
     "clips_per_source",
