@@ -202,7 +202,7 @@ def test_clips_without_video_or_audio_are_shown_as_such(browser: Browser, tmp_pa
     audit = audit_of(shards)
     write_page(audit, tmp_path / "page.html", 48)
     page, messages = open_page(browser, tmp_path / "page.html")
-    for visual, audio in zip(*(audit.split.has_modality(name) for name in ("visual", "audio")), strict=True):
+    for visual, audio in zip(*(audit.split.has_modality(name).tolist() for name in ("visual", "audio")), strict=True):
         selected, detail = page.locator(".row.selected"), page.locator("#detail")
         assert selected.locator("img").count() == detail.locator("> img").count() == int(visual)
         missing = detail.locator("> .missing")

@@ -23,6 +23,7 @@ from distav.models.pretrained import load_encoders, load_parser, load_weights
 from distav.tools.embed import main as embed
 from distav.training.run_setup import open_run
 from tests.helpers.launch import tiny_config, train
+from tests.helpers.media import write_audio, write_media, write_silent
 from tests.helpers.rank_group import context, run_to_completion
 
 CPU = torch.device("cpu")
@@ -187,6 +188,23 @@ def test_files_and_arrays_are_embedded_like_shards(
     ):
         assert embed([str(export), str(tmp_path / name), "--out", str(tmp_path / f"{name}.out")]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_files_with_one_modality_have_embeddings_of_it_alone(finished: tuple[Path, str], tmp_path: Path):
+    folder, out = tmp_path / "media", tmp_path / "out"
+    folder.mkdir()
+    write_media(folder / "both.mkv", 2.0)
+    write_silent(folder / "silent.mp4", 2.0)
+    write_audio(folder / "tone.wav", 2.0)
+    write_audio(folder / "cover.mp3", 2.0, cover=True)
+    assert embed([str(finished[0] / "export"), str(folder), "--out", str(out), "--device", "cpu", "--workers=1"]) == 0
+    rows = pq.read_table(out).to_pylist()
+    assert len(rows) == 8 and not (out / "_rejected.csv").exists()
+    for row in rows:
+        for name in ("visual", "visual_embedding"):
+            assert (row[name] is None) == (row["source"] in ("tone.wav", "cover.mp3"))
+        for name in ("audio", "audio_embedding"):
+            assert (row[name] is None) == (row["source"] == "silent.mp4")
 
 
 def test_metrics_are_the_same_for_any_number_of_ranks(

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import distav.tools.pseudo_label.command
 from distav.config.errors import UserError
 from distav.config.schema import DataConfig
 from distav.data.annotations.events import load_events, read_events
-from distav.data.annotations.teacher_scores import read_scores
+from distav.data.annotations.teacher_scores import read_scores, read_teacher_probs
 from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Batch, Loader
 from distav.tools.pseudo_label.clap_teacher import CLAPTeacher
@@ -27,8 +28,9 @@ from distav.tools.pseudo_label.clip_teacher import CLIPTeacher
 from distav.tools.pseudo_label.command import main
 from distav.tools.pseudo_label.prompts import read_prompts
 from distav.tools.pseudo_label.teachers import TEACHERS
-from tests.conftest import ROOT
+from tests.conftest import ROOT, make_shards
 from tests.helpers.events import AVE_CLASSES, ave_shards, write_ave
+from tests.helpers.media import copy_stream
 
 transformers = pytest.importorskip("transformers", reason="teachers need transformers: pip install 'distav[teachers]'")
 from tests.helpers.teachers import SIDE, write_prompts, write_teachers  # noqa: E402
@@ -155,6 +157,33 @@ def test_pseudo_labels_are_scores_above_the_threshold_of_classes_in_the_label(
         assert np.array_equal(predicted, above & weak[:, None, None])
         assert 0 < predicted.sum() < weak.sum() * 20
     assert set(json.loads((tmp_path / "quality.json").read_text())) == {"train", "val", "test"}
+
+
+def test_clips_have_scores_in_their_modalities_alone(ave: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("clip", "clap", "prompts.yaml"):
+        (tmp_path / name).symlink_to(ave / name)
+    raw = Path(shutil.copytree(ave / "raw", tmp_path / "raw"))
+    kinds = {"a2000000000": "video", "a2000000001": "audio"}
+    for name, kind in kinds.items():
+        path = raw / "videos" / f"{name}.mp4"
+        copy_stream(path.rename(path.with_suffix(".both")), path, kind)
+    make_shards("ave", raw, tmp_path / "shards", f"--videos={raw}/videos", "--short-side=32", "--modalities=any")
+    assert pseudo_label(tmp_path, tmp_path / "out", "--splits", "test") == 0
+    assert "could not be read" not in capsys.readouterr().err
+    shards = ShardedDataset.open(tmp_path / "shards")
+    split = shards.split("test")
+    scores = read_scores(tmp_path / "out", "x", shards, split)
+    probs = read_teacher_probs(tmp_path / "out", "x", shards, split)
+    weak = load_events(shards, split).weak
+    events, scored = read_events(tmp_path / "out" / "events.parquet", "pseudo_labels", split, shards.classes, weak)
+    assert scored.all()
+    for index, modality in enumerate(("audio", "visual")):
+        has_modality = split.has_modality(modality)
+        assert has_modality.sum() == 3
+        np.testing.assert_array_equal(np.isfinite(scores[:, index]).all(axis=(1, 2)), has_modality)
+        assert np.isnan(scores[~has_modality, index]).all() and not events[~has_modality, index].any()
+        assert events[has_modality, index].any(axis=(1, 2)).all()
+        np.testing.assert_allclose(probs[~has_modality, index], 1 / 3)
 
 
 def score_times(out: Path) -> dict[str, int]:
