@@ -91,7 +91,7 @@ def read_user_table(path: Path, name: str, table_format: TableFormat) -> Table:
 
 
 def read_csv(path: Path, name: str, table_format: TableFormat) -> Table:
-    """Read a CSV table in UTF-8, with or without byte-order mark; blank lines are skipped.
+    """Read a CSV table in UTF-8, with or without byte-order mark; blank lines and rows without content are skipped.
 
     Every row has to have as many cells as the header, and quotes have to be balanced. Only columns that are not read
     may contain line breaks.
@@ -167,7 +167,7 @@ class _Record:
 
 
 def _records(text: str, name: str, separator: str) -> Iterator[_Record]:
-    """Yield the records that are not blank."""
+    """Yield the records with content."""
     lines = list(io.StringIO(text, newline=""))
     reader = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=separator != "\t")
     while True:
@@ -182,7 +182,7 @@ def _records(text: str, name: str, separator: str) -> Iterator[_Record]:
         record = _Record(start + 1, [cell.strip() for cell in cells], "".join(lines[start : reader.line_num]))
         if record.text.count('"') % 2:
             raise _quote_error(record, name, "odd number of quotes")
-        if record.cells not in ([], [""]):
+        if any(record.cells):  # Spreadsheets also write rows of empty cells.
             yield record
 
 

@@ -159,7 +159,9 @@ class _Cutter:
             past_s = complete_s - (video.end_s if video.end_s is not None else complete_s)
             if held.any() or past_s > _MIN_REPORTED_S:
                 filled_s = max(past_s, held.mean() * self.encoding.clip_s)
-                repairs.append(f"video: {filled_s:.2f} s missing, filled with the last frame")
+                late = video.first_s is not None and video.first_s > complete_s - self.encoding.clip_s
+                name = "first" if late else "last"
+                repairs.append(f"video: {filled_s:.2f} s missing, filled with the {name} frame")
         return repairs
 
     def _check_end(self, num_clips: int) -> None:

@@ -23,12 +23,14 @@ class VideoTrack(Track):
     Attributes:
         end_s: end of the stream; None until it is known.
         next_s: time of the next frame; None at the end of the stream.
+        first_s: time of the first frame; None if it has not been read.
     """
 
     def __init__(self, path: Path, start_s: float):
         super().__init__(path, "video", start_s)
         self.end_s: float | None = None
         self.next_s: float | None = None
+        self.first_s: float | None = None
         self._current: VideoFrame | None = None
         self._current_s = 0.0
         self._next: VideoFrame | None = None
@@ -45,6 +47,7 @@ class VideoTrack(Track):
         if not self._started:
             self._started = True
             self._advance()
+            self.first_s = self.next_s
             self._advance()
         while self.next_s is not None and self.next_s <= time_s + 1e-6:
             self._advance()

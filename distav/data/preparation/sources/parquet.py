@@ -39,7 +39,7 @@ class ParquetFiles:
         patterns: the files; without a split it is the beginning of a name such as `test-00000-of-00002.parquet`, and
             `train` for other names.
         label: column of the labels.
-        video: column of the videos, as structs with `bytes` and `path`, or paths relative to the file.
+        video: column of the videos, as structs with `bytes` and `path`, as contents, or as paths relative to the file.
         audio: column of the audio of videos without audio, as the videos; used if it exists.
         class_names: class names by index; empty: those of the Hugging Face metadata, or the indices.
         first_label: whether to use only the first label of a list.
@@ -232,16 +232,27 @@ def _media_columns(source: ParquetFiles, path: Path, schema: pa.Schema) -> list[
             )
     for column in media:
         column_type = schema.field(column).type
-        if not _is_string(column_type) and not pa.types.is_struct(column_type):
+        if not _is_string(column_type) and not _has_content(column_type):
             raise UserError(
-                f"parquet {path}: column '{column}' has type {column_type}; allowed: string paths, or structs with "
-                "bytes and path."
+                f"parquet {path}: column '{column}' has type {column_type}; allowed: string paths, binary contents, or "
+                "structs with bytes and path."
             )
     return media
 
 
 def _is_string(column_type: pa.DataType) -> bool:
-    return pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
+    if pa.types.is_dictionary(column_type):
+        column_type = column_type.value_type
+    types = pa.types
+    return types.is_string(column_type) or types.is_large_string(column_type) or types.is_string_view(column_type)
+
+
+def _has_content(column_type: pa.DataType) -> bool:
+    """Return whether the cells of a column can have the content of a file."""
+    types = pa.types
+    if types.is_struct(column_type):
+        return bool({"bytes", "path"} & {field.name for field in column_type})
+    return types.is_binary(column_type) or types.is_large_binary(column_type) or types.is_binary_view(column_type)
 
 
 def _hub_class_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ def read_row(path: str, columns: tuple[str, ...], group: int, row: int) -> dict[
 
 def media_file(value: object, folder: Path) -> EmbeddedFile | Path | None:
     """Return the media of a cell: a file inside the table, a file in the folder of the table, or None."""
-    path, content = value, None
+    path, content = (None, value) if isinstance(value, bytes) else (value, None)
     if isinstance(value, dict):
         path, content = value.get("path"), value.get("bytes")
     if isinstance(content, bytes):

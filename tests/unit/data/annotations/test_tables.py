@@ -25,6 +25,12 @@ def test_whitespace_byte_order_mark_and_blank_lines_are_no_content(path: Path):
     assert [table.position(row) for row in range(len(table))] == ["list, line 3", "list, line 5"]
 
 
+def test_rows_of_empty_cells_are_skipped(path: Path):
+    path.write_text("path,label\n,\na.mp4,dog\n , \n,\n")
+    table = read_csv(path, "list", CLIPS)
+    assert table.columns["path"] == ["a.mp4"] and table.position(0) == "list, line 3"
+
+
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 def test_lines_are_counted_with_any_line_ending(path: Path, newline: str):
     path.write_bytes(newline.join(["path,label", "a.mp4,dog", "b.mp4,cat,x", ""]).encode())

@@ -23,7 +23,12 @@ KINETICS_SOUNDS = (
     "ripping paper", "shoveling snow", "shuffling cards", "singing", "stomping grapes", "strumming guitar",
     "tap dancing", "tapping guitar", "tapping pen", "tickling",
 )  # fmt: skip
-"""Classes of Kinetics-Sounds (Arandjelovic and Zisserman 2017) that Kinetics-400 has."""
+"""The 32 classes that are used as Kinetics-Sounds with the published lists of Kinetics-400.
+
+Arandjelovic and Zisserman (2017), "Look, Listen and Learn", chose 34 classes of an earlier version of Kinetics, whose
+names were changed since. This is the list of Sarkar and Etemad (2023), "CrissCross". Panda et al. (2021), "AdaMML", and
+others use 31 of these classes, without strumming guitar.
+"""
 _KINETICS_FORMAT = TableFormat(
     "label,youtube_id,time_start,time_end,split",
     ("label", "youtube_id", "time_start", "time_end", "split"),

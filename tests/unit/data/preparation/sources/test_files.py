@@ -65,8 +65,10 @@ def test_similar_classes_are_reported(tmp_path: Path, caplog: pytest.LogCaptureF
     path = write_list(tmp_path, "path,label\na.mp4,Dog\nb.mp4,dog\nc.mp4,cat\n")
     with caplog.at_level(logging.WARNING, "distav"):
         list_candidates(ClipList(path), tmp_path / "out")
-    assert "differ only in case or whitespace: 'Dog'/'dog'" in caplog.text
+    assert "differ only in case, whitespace or Unicode form: 'Dog'/'dog'" in caplog.text
     assert similar_names(["fire alarm", "fire  alarm", "cat"]) == [["fire  alarm", "fire alarm"]]
+    for other in ("cafe\u0301", "caf\u00e9\u200b", "caf\u00e9\u00a0"):
+        assert similar_names(["caf\u00e9", other]) == [sorted(["caf\u00e9", other])]
 
 
 @pytest.fixture
@@ -96,6 +98,16 @@ def test_hidden_entries_are_skipped_and_unused_ones_are_reported(tree: Path, cap
     ):
         assert part in caplog.text
     assert [candidate.source for candidate in MediaFiles(tree).candidates()] == ["dog/a.mp4", "list.txt"]
+
+
+def test_a_link_to_a_directory_above_it_is_no_class(tree: Path, caplog: pytest.LogCaptureFixture):
+    for name, target in (("self", "."), ("above", "..")):
+        (tree / name).symlink_to(target, target_is_directory=True)
+    (tree / "linked").symlink_to("dog", target_is_directory=True)
+    with caplog.at_level(logging.WARNING, "distav"):
+        labels = {candidate.label for candidate in VideoFolder(tree, 0.0).candidates()}
+    assert labels == {"dog", "linked"}
+    assert "2 links to a directory above them (above, self)" in caplog.text
 
 
 @pytest.mark.parametrize("name", [".", "out", "dog/out"])

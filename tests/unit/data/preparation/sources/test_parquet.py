@@ -139,3 +139,23 @@ def test_errors_name_file_and_column(tmp_path: Path):
     write_hub_table(tmp_path / "without.parquet", {"video": ["a"], "label": [0]}, {})
     with pytest.raises(UserError, match="the class names of column label differ from those of"):
         source_of(table, tmp_path / "without.parquet").candidates()
+
+
+@pytest.mark.parametrize("column_type", [pa.binary(), pa.large_binary(), pa.binary_view()])
+def test_a_column_may_have_contents_without_paths(column_type: pa.DataType, video: bytes, tmp_path: Path):
+    pq.write_table(pa.table({"video": pa.array([video], column_type), "label": [0]}), tmp_path / "set.parquet")
+    source = source_of(tmp_path / "set.parquet")
+    assert len(clips_of(source, source.candidates()[0])) == 2
+
+
+def test_paths_may_be_stored_in_any_type_of_text(video: bytes, tmp_path: Path):
+    (tmp_path / "a.mp4").write_bytes(video)
+    paths = pa.array(["a.mp4", "a.mp4"])
+    columns = paths.dictionary_encode(), paths.cast(pa.string_view()), paths.cast(pa.large_string())
+    for number, column in enumerate(columns):
+        path = tmp_path / f"set-{number}.parquet"
+        pq.write_table(pa.table({"video": column, "label": [0, 1]}), path)
+        source = source_of(path)
+        candidates = source.candidates()
+        assert [candidate.source for candidate in candidates] == ["a.mp4"] * 2
+        assert len(clips_of(source, candidates[1])) == 2
