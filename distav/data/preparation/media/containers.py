@@ -32,8 +32,8 @@ _OPTIONS = {
     "protocol_whitelist": "file",
 }
 _PLAYLIST_HEADS = (b"#EXTM3U", b"ffconcat", b"[playlist]")
-_UNKNOWN_SIZES = (0, 0xFFFFFFFF)
-"""Sizes in the header of RIFF files that were written to a pipe, or whose recording was interrupted."""
+_LEAST_PLACEHOLDER = 0x7FFFF000
+"""Smallest of the sizes, besides 0, that RIFF files have in their header if they were written to a pipe."""
 
 _MAX_DELAY_PACKETS = 100
 """Packets after which the decoder should have returned a frame."""
@@ -90,10 +90,13 @@ def seek(container: InputContainer, stream: VideoStream | AudioStream, time_s: f
     """Seek to a time stamp in seconds.
 
     Returns:
-        False if the file has to be read from its beginning: the format cannot seek, or frames need a palette that
-        only the first packet has.
+        False if the file has to be read from its beginning: the format cannot seek, frames need a palette that only
+        the first packet has, or FFmpeg takes the position in compressed WAV files for another one.
     """
-    if getattr(stream.codec_context, "pix_fmt", None) == "pal8":
+    name = container.format.name
+    if getattr(stream.codec_context, "pix_fmt", None) == "pal8" or (
+        name in ("wav", "w64") and not stream.codec_context.name.startswith("pcm_")
+    ):
         return False
     try:
         container.seek(int(time_s * av.time_base))
@@ -106,7 +109,7 @@ def has_unknown_size(path: Path) -> bool:
     """Return whether a file is an AVI or WAV file without its size, so that its durations are not valid either."""
     with open(path, "rb") as file:
         head = file.read(8)
-    return head[:4] == b"RIFF" and int.from_bytes(head[4:], "little") in _UNKNOWN_SIZES
+    return head[:4] == b"RIFF" and not 0 < int.from_bytes(head[4:], "little") < _LEAST_PLACEHOLDER
 
 
 def needs_decoding_delay(container: InputContainer, stream: VideoStream | AudioStream) -> bool:

@@ -53,5 +53,7 @@ def missing_factor(container: InputContainer, path: Path) -> float:
     if container.format.name != "wav":
         return 1.0
     with open(path, "rb") as file:
-        declared_bytes = int.from_bytes(file.read(8)[4:], "little") + 8
-    return max(1.0, declared_bytes / path.stat().st_size)
+        head = file.read(8)
+    if head[:4] != b"RIFF":  # Files of 4 GiB and more have their size in another place.
+        return 1.0
+    return max(1.0, (int.from_bytes(head[4:], "little") + 8) / path.stat().st_size)

@@ -12,9 +12,10 @@ from av.video.stream import VideoStream
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
 from distav.data.preparation.media.containers import has_unknown_size
 from distav.data.preparation.media.decoding import decode_clips
-from tests.helpers.media import event_times, write_media
+from tests.helpers.media import event_times, write_audio, write_media
 
 ENCODING = Encoding(fps=25, short_side=32, clip_s=2.0)
+ANY = Encoding(fps=25, short_side=32, clip_s=2.0, modalities="any")
 
 
 def cut(path: Path, start_s: float = 0.0, encoding: Encoding = ENCODING) -> list[Clip]:
@@ -245,6 +246,42 @@ def test_an_avi_file_without_its_size_has_no_declared_duration(tmp_path: Path):
     path.write_bytes(b"RIFF\x10\x20\x00\x00" + pipe.content[8:])
     with pytest.raises(RejectedClip, match="truncated"):
         cut(path)
+
+
+@pytest.mark.parametrize("size", [0, 0x7FFFF024, 0xFFFFFFFF])
+def test_a_wav_file_of_a_pipe_has_no_declared_duration(size: int, tmp_path: Path):
+    path = write_audio(tmp_path / "clip.wav", 4.0)
+    content = path.read_bytes()
+    data = content.index(b"data") + 4
+    placeholder = max(0, size - 36).to_bytes(4, "little")
+    path.write_bytes(content[:4] + size.to_bytes(4, "little") + content[8:data] + placeholder + content[data + 4 :])
+    assert len(cut(path, encoding=ANY)) == 2
+
+
+def test_a_wav_file_may_have_a_size_of_64_bits(tmp_path: Path):
+    path = write_audio(tmp_path / "clip.wav", 4.0)
+    content = path.read_bytes()
+    data = content.index(b"data") + 4
+    sizes = (len(content) + 28).to_bytes(8, "little") + (len(content) - data - 4).to_bytes(8, "little")
+    large = b"RF64\xff\xff\xff\xffWAVEds64\x1c\x00\x00\x00" + sizes + bytes(12)
+    path.write_bytes(large + content[12:data] + b"\xff" * 4 + content[data + 4 :])
+    assert len(cut(path, encoding=ANY)) == 2
+
+
+@pytest.mark.parametrize("codec", ["adpcm_ms", "adpcm_ima_wav"])
+def test_an_interval_of_compressed_wav_starts_at_its_time(codec: str, tmp_path: Path):
+    path = tmp_path / "clip.wav"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=48000, layout="mono")
+        time_s = np.arange(8 * 48000) / 48000
+        samples = (16000 * np.sin(2 * np.pi * 1000 * time_s) * (time_s % 3 < 0.2)).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(samples[None], "s16", "mono")
+        frame.sample_rate, frame.pts = 48000, 0
+        resampler = av.AudioResampler(stream.codec_context.format, "mono", 48000, stream.codec_context.frame_size)
+        for part in [*resampler.resample(frame), *resampler.resample(None)]:
+            container.mux(stream.encode(part))
+        container.mux(stream.encode())
+    np.testing.assert_allclose(event_times(cut(path, 4.0, ANY), ENCODING)[1], [6], atol=0.01)
 
 
 def test_samples_that_are_not_finite_are_missing(tmp_path: Path):
