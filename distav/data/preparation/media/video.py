@@ -64,7 +64,8 @@ class VideoTrack(Track):
 
     def _declared_end_s(self, frame: VideoFrame) -> float:
         """Return the end of the last frame according to its duration, but not after that of the file."""
-        duration_s = float((frame.duration or 0) * (frame.time_base or 0))
+        # A frame that a decoder has held back may have no time base.
+        duration_s = float((frame.duration or 0) * (frame.time_base or self.stream.time_base or 0))
         return min(self._current_s + duration_s, self.declared_s)
 
     def display_size(self, frame: VideoFrame) -> tuple[int, int]:

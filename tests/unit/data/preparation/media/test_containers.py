@@ -315,21 +315,26 @@ def test_a_video_that_starts_late_is_a_repair(tmp_path: Path):
     ]
 
 
-def test_the_last_frame_is_displayed_for_its_duration(tmp_path: Path):
-    """As in a video that ends with a still image."""
-    source, path = write_media(tmp_path / "source.mkv", 4.0), tmp_path / "clip.mkv"
+@pytest.mark.parametrize("still_s", [0, 2])
+def test_the_last_frame_is_displayed_for_its_duration(still_s: int, tmp_path: Path):
+    """As in a video that ends with a still image, or consists of one."""
+    source, path = tmp_path / "source.mkv", tmp_path / "clip.mkv"
+    frames = [av.VideoFrame.from_ndarray(np.full((32, 48, 3), 99, np.uint8), "rgb24") for _ in range(100)]
+    write_frames(source, "libx264", [frame.reformat(format="yuv420p") for frame in frames])
     with av.open(str(source)) as read, av.open(str(path), "w") as written:
         streams = {stream.index: written.add_stream_from_template(stream) for stream in read.streams}
-        packets = [packet for packet in read.demux() if packet.size]
-        for packet in packets:
+        for packet in read.demux():
+            if not packet.size or packet.pts is None:
+                continue
             if packet.stream.type == "video":
-                if packet.pts * packet.time_base > 2:
+                if packet.pts > 1000 * still_s:
                     continue
-                if packet.pts * packet.time_base == 2:
-                    packet.duration = 2000
+                if packet.pts == 1000 * still_s:
+                    packet.duration = 4000 - packet.pts
             packet.stream = streams[packet.stream.index]
             written.mux(packet)
-    assert len(cut(path)) == 2
+    clips = cut(path)
+    assert len(clips) == 2 and abs(clips[1].frames[-1].mean() - 99) < 3
 
 
 @pytest.mark.parametrize("size", [(1400, 2), (2, 1400)])
