@@ -38,7 +38,8 @@ def decode_embedded(
 
     Args:
         video: the video, embedded or a file of its own; None: `audio` is the only file.
-        audio: the audio of the video, used if the video has none.
+        audio: the audio of the video, used if the video has none; if clips may lack a modality, also if the video
+            cannot be opened.
         candidate: interval and name of the video.
         encoding: rates, size, duration and modalities of the clips.
 
@@ -51,7 +52,7 @@ def decode_embedded(
             yield from decode_clips(_copy(audio, Path(folder), "audio"), candidate, encoding)
             return
         video_path = _copy(video, Path(folder), "video")
-        if audio is None or _has_audio(video_path):
+        if audio is None or _has_audio(video_path, if_unreadable=encoding.modalities == "both"):
             yield from decode_clips(video_path, candidate, encoding)
         else:
             yield from decode_clips(video_path, candidate, encoding, _copy(audio, Path(folder), "audio"))
@@ -67,10 +68,10 @@ def _copy(member: EmbeddedFile | Path, folder: Path, name: str) -> Path:
     return path
 
 
-def _has_audio(path: Path) -> bool:
-    """Return whether a file has an audio stream; also true for files that cannot be opened."""
+def _has_audio(path: Path, if_unreadable: bool) -> bool:
+    """Return whether a file has an audio stream; `if_unreadable` for files that cannot be opened."""
     try:
         with open_container(path) as container:
             return bool(container.streams.audio)
     except (RejectedClip, av.error.FFmpegError, ValueError):
-        return True
+        return if_unreadable

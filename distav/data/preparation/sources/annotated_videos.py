@@ -181,7 +181,7 @@ class AnnotatedVideos(ABC):
                 content = _find_file(feature_folder.folder, candidate, (".npy",)).read_bytes()
                 values[name] = decode_features(content, self._streams[name])
             except (DecodeError, OSError) as error:
-                raise RejectedClip(f"{name}: {error}") from None
+                raise RejectedClip(f"not readable: {name}: {error}") from None
         yield Features(values)
 
     @property

@@ -14,7 +14,7 @@ import pytest
 
 from distav.config.errors import UserError
 from distav.data.dataset import ShardedDataset
-from distav.data.preparation.encoding import Clip, ClipSource, Encoding
+from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
 from distav.data.preparation.sources.split_patterns import SplitPattern
 from distav.data.preparation.sources.tars import TarFiles
 from distav.tools.make_shards import main
@@ -208,6 +208,13 @@ def test_samples_with_audio_alone_are_used_if_a_modality_may_be_missing(
     source = source_of(alone, modalities="any")
     _, beeps = event_times(clips_of(source, source.candidates()[0], modalities="any"), ENCODING)
     assert beeps == pytest.approx([1.0], abs=0.05)
+    damaged = write_tar(tmp_path / "alone" / "damaged.tar", [("0.mp4", video[:500]), *members[2:4]])
+    source = source_of(damaged, modalities="any")
+    clips = clips_of(source, source.candidates()[0], modalities="any")
+    assert len(clips) == 2 and all(clip.frames is None and clip.waveform is not None for clip in clips)
+    assert clips[0].repairs[0].startswith("video: left out, the video file cannot be opened (")
+    with pytest.raises(RejectedClip, match="^truncated"):
+        clips_of(source_of(damaged), source_of(damaged).candidates()[0])
 
 
 def test_a_url_that_cannot_be_read_is_reported_by_the_name_of_its_argument():
