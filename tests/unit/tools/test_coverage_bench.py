@@ -230,6 +230,8 @@ def test_thresholds_pass_only_for_honest_estimates():
     assert not summary.results(rows, {}).ratios["right labels broken beyond the expected number"]["passed"]
     rows[:4] = [_row(str(number), covered=False) for number in range(4)]
     assert not summary.results(rows, {}).ratios["pair coverage, lowest family"]["passed"]
+    failures = summary.worst(rows)
+    assert "label rate outside the interval: 4 problems" in failures and "expected number: 1 problems\n  5 " in failures
     assert "→" in summary.table(rows, rows) and "(0)" in summary.changes(rows, rows)
 
 
@@ -299,12 +301,13 @@ def test_invalid_arguments_are_reported(tmp_path: Path, capsys: pytest.CaptureFi
     text = tmp_path / "text.json"
     text.write_text("{}")
     for arguments in (
-        ["--jobs=0"], ["--family", "ower"], ["--features", str(missing)], ["--features", str(shape)],
+        ["--jobs=0"], ["--seed=-1"], ["--family", "ower"], ["--features", str(missing)], ["--features", str(shape)],
         ["--features", str(text)], ["--baseline", str(text)],
     ):  # fmt: skip
         assert main(["coverage", f"--work={tmp_path}", *arguments]) == 1
     errors = capsys.readouterr().err
-    assert "--jobs=0: allowed: 1 or more" in errors and "--family=ower: allowed:" in errors
+    assert "--jobs=0: allowed: 1 or more" in errors and "--seed=-1: allowed: 0 or more" in errors
+    assert "--family=ower: allowed:" in errors
     assert "Did you mean 'owner'?" in errors and "missing.npz: pair_id is missing" in errors
     assert "groups has shape [5]" in errors and "text.json: not a readable .npz file" in errors
     assert "--baseline" in errors and "no results of this benchmark" in errors

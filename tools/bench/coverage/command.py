@@ -51,10 +51,10 @@ def execute(options: argparse.Namespace) -> int:
     Raises:
         UserError: for invalid options or files, or corrections that failed.
     """
-    for name in ("jobs", "problems"):
+    for name, minimum in (("jobs", 1), ("problems", 1), ("seed", 0)):
         value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name}={value}: allowed: 1 or more.")
+        if value is not None and value < minimum:
+            raise UserError(f"--{name}={value}: allowed: {minimum} or more.")
     baseline = _load(options.baseline) if options.baseline else None
     rows = _stored_rows(options) if options.features else _problem_rows(options)
     arguments = {"seed": options.seed, "problems": len(rows)}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from distav.data.modalities import MODALITIES
 from distav.noise.label_correction import correct_labels
 from distav.noise.noise_rate import RateEstimate
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
@@ -44,7 +45,7 @@ def run_correction(data: CoverageData) -> Estimates:
         torch.from_numpy(data.given),
         data.num_classes,
         groups=torch.from_numpy(data.groups),
-        valid=torch.ones(len(data.given), dtype=torch.bool),
+        has_modality=dict.fromkeys(MODALITIES, torch.ones(len(data.given), dtype=torch.bool)),
         search_space=VoteSearchSpace(),
     )
     return Estimates(

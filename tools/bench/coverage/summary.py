@@ -187,20 +187,28 @@ def changes(rows: Rows, baseline: Rows) -> str:
 
 
 def worst(rows: Rows, number: int = 12) -> str:
-    """Return the problems with a signal whose estimates are farthest outside their interval."""
+    """Return the problems with a signal that fail most: rates outside their interval, and broken labels."""
     lines = []
+    signal = [row for row in rows if row["signal"]]
     for key, title in (("label_rate", "label"), ("pair_rate", "pair")):
-        missed = sorted(
-            (row for row in rows if row["signal"] and _distance(row[key]) > 0), key=lambda row: -_distance(row[key])
-        )
+        missed = sorted((row for row in signal if not row[key]["covered"]), key=lambda row: -_distance(row[key]))
         lines.append(f"{title} rate outside the interval: {len(missed)} problems with a signal")
         lines += [f"  {_description(row)}: {_interval(row[key])}" for row in missed[:number]]
+    excess = {row["name"]: row["broken"] - row["broken_expected"] for row in rows}
+    broken = sorted(
+        (row for row in rows if excess[row["name"]] > MAX_EXCESS_BROKEN), key=lambda row: -excess[row["name"]]
+    )
+    lines.append(f"right labels broken beyond the expected number: {len(broken)} problems")
+    for row in broken[:number]:
+        lines.append(
+            f"  {_description(row)}: {100 * row['broken']:.1f} %, expected {100 * row['broken_expected']:.1f} %"
+        )
     return "\n".join(lines)
 
 
 def _distance(rate: Mapping[str, float]) -> float:
-    """Return the distance of the true rate from the interval; 0 inside."""
-    return 0.0 if rate["covered"] else max(rate["ci95_low"] - rate["true"], rate["true"] - rate["ci95_high"])
+    """Return the distance of the true rate from an interval that does not cover it."""
+    return max(rate["ci95_low"] - rate["true"], rate["true"] - rate["ci95_high"])
 
 
 def _interval(rate: Mapping[str, float]) -> str:
