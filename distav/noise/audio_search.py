@@ -106,9 +106,10 @@ def select_audio_vote(
         visual_posterior: [n, C] class probabilities of the frames.
         teacher: [n, C] class probabilities of the audio from a network that was trained without the labels.
     """
+    task = task.restricted("audio")
     visual_task = replace(task, labels=all_gather_variable_rows(visual_posterior.argmax(1)))
     single_round = replace(task.search_space, second_round_neighbors=(0,))
-    search = AgreementSearch(visual_posterior, task.present)
+    search = AgreementSearch(visual_posterior, task.paired)
     rate_log_likelihood: Tensor | None = None
     for graph, configs in iter_graphs(task, lambda space: space.audio, vote_configs(spaces, single_round)):
         for config, votes in iter_votes(visual_task, graph, configs):
@@ -128,7 +129,7 @@ def select_audio_vote(
             rate_log_likelihood = task.calibrator.calibrate(teacher).rate_log_likelihood
     assert search.best is not None and search.votes is not None and rate_log_likelihood is not None
     mismatch = lowest_entropy_in_family(search.candidates, search.best).agreement.rate_log_likelihood
-    pairs = pair_posterior(visual_posterior, search.votes, search.best.agreement, mismatch, task.present)
+    pairs = pair_posterior(visual_posterior, search.votes, search.best.agreement, mismatch, task.paired)
     return AudioVote(
         str(search.best), pairs.audio_probs, pairs.correspondence, pairs.mismatch_rate, rate_log_likelihood
     )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.distributed.collectives import all_gather_variable_rows, all_reduce_sum_, broadcast
+from distav.distributed.collectives import all_gather_variable_rows, all_reduce_sum_, broadcast, local_shard
 from distav.memory.knn import nearest_neighbors
 from distav.noise.probabilities import SMALLEST, normalize_rows
 from distav.noise.tiling import map_tiles, tiles
@@ -67,9 +67,10 @@ class NeighborGraph:
     """The nearest neighbors of this rank's samples."""
 
     def __init__(self, features: Tensor, k: int, groups: Tensor, valid: Tensor):
-        """Search k neighbors; see `nearest_neighbors` for the arguments and errors."""
+        """Search k neighbors; see `nearest_neighbors` for the arguments and errors. Invalid samples have none."""
         ids, self.similarity = nearest_neighbors(features, k, groups, valid)
         self.ids = ids.int()  # int32: with many neighbors and few classes this is the largest table.
+        self.ids.masked_fill_(~local_shard(valid)[:, None], -1)
 
     def vote(self, labels: Tensor, num_classes: int, k: int, temperature: float) -> "KnnVote":
         """Return the vote of the k nearest neighbors with their labels.

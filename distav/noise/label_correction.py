@@ -6,7 +6,7 @@ Legend: N samples, n samples of this rank, t samples of a tile, C classes, E fea
 the ensemble.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,7 +35,7 @@ class Correction:
             are no votes or no signal.
         posterior: [n, C] class probabilities that also depend on the sample's own label, by the noise model.
         audio_held_out, audio_posterior: [n, C] the same for the class of the audio, which differs in a mismatched pair.
-        correspondence: [n] probability that audio and frames show the same class.
+        correspondence: [n] probability that audio and frames show the same class; 1 for samples with one modality.
         rate_log_likelihood: [R] log-likelihood of the noise rates, the prior of later corrections.
         rate_log_likelihood_credible: [R] the same over all configurations that predict the labels about as well, for
             the interval of the noise rate.
@@ -73,7 +73,7 @@ def correct_labels(
     given: Tensor,
     num_classes: int,
     groups: Tensor,
-    valid: Tensor,
+    has_modality: Mapping[str, Tensor],
     search_space: VoteSearchSpace,
     prior: CorrectionPrior | None = None,
     teachers: tuple[Tensor, Tensor] | None = None,
@@ -102,16 +102,18 @@ def correct_labels(
         given: [N] int64 labels.
         num_classes: C.
         groups: [N] int64; samples of one group do not vote for each other.
-        valid: [N] bool; samples without features do not vote and keep their label.
+        has_modality: [N] bool by modality, samples that have its features. Samples without any do not vote and keep
+            their label; those with features of one modality vote in that modality and in the concatenated space.
         search_space: configurations of the votes.
         prior: results of earlier corrections.
         teachers: class probabilities [n, C] of frames and audio from networks that were trained without the labels:
             two members of the ensemble, and another candidate for the audio vote.
     """
+    valid = torch.stack(list(has_modality.values())).any(0)
     local_labels, present = local_shard(given), local_shard(valid)
     search_space = feasible_search_space(search_space, len(given), num_classes)
     calibrator = VoteCalibrator(local_labels, num_classes, present)
-    task = VoteTask(given, local_labels, num_classes, groups, valid, present, search_space, calibrator)
+    task = VoteTask(given, local_labels, num_classes, groups, valid, present, has_modality, search_space, calibrator)
     combined, ensemble = vote_ensemble(task, spaces, prior, teachers)
 
     calibration = calibrator.calibrate(combined, (prior or ensemble).rate_log_likelihood)

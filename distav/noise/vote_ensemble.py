@@ -109,7 +109,7 @@ def vote_ensemble(
 
 def visual_vote(task: VoteTask, spaces: Sequence[FeatureSpace], rate_prior: Tensor | None) -> SelectedVote:
     """Return the vote of the visual neighbors with the given labels."""
-    return select_label_vote(task, spaces, lambda space: space.visual, rate_prior)
+    return select_label_vote(task.restricted("visual"), spaces, lambda space: space.visual, rate_prior)
 
 
 def audio_vote(
@@ -129,7 +129,7 @@ def cross_modal_vote(
 ) -> SelectedVote:
     """Return the vote of the visual neighbors with the classes of their audio."""
     audio_labels = audio_probs.argmax(1)
-    task = replace(task, labels=all_gather_variable_rows(audio_labels), local_labels=audio_labels)
+    task = replace(task.restricted("visual"), labels=all_gather_variable_rows(audio_labels), local_labels=audio_labels)
     return select_label_vote(task, spaces, lambda space: space.visual, rate_prior)
 
 

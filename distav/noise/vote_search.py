@@ -5,12 +5,13 @@ Legend: N samples, n samples of this rank, t samples of a tile, C classes, E fea
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from distav.distributed.collectives import all_gather_variable_rows, local_shard
 from distav.noise.calibration import Calibration, VoteCalibrator
 from distav.noise.knn_vote import NeighborGraph, pca_whiten
 
@@ -66,8 +67,9 @@ class VoteTask:
         local_labels: [n] those of this rank.
         num_classes: C.
         groups: [N] int64; samples of one group do not vote for each other.
-        valid: [N] bool, samples with features.
+        valid: [N] bool, samples with features of the modality that is searched.
         present: [n] bool, those of this rank.
+        has_modality: [N] bool by modality, samples with its features.
         search_space: configurations.
         calibrator: calibrates votes on the given labels.
     """
@@ -78,8 +80,19 @@ class VoteTask:
     groups: Tensor
     valid: Tensor
     present: Tensor
+    has_modality: Mapping[str, Tensor]
     search_space: VoteSearchSpace
     calibrator: VoteCalibrator
+
+    def restricted(self, modality: str) -> "VoteTask":
+        """Return the task for votes of the samples that have a modality; votes of all others are uniform."""
+        valid = self.has_modality[modality]
+        return replace(self, valid=valid, present=local_shard(valid))
+
+    @property
+    def paired(self) -> Tensor:
+        """Samples of this rank with features of both modalities: [n] bool."""
+        return local_shard(self.has_modality["visual"] & self.has_modality["audio"])
 
 
 @dataclass(frozen=True)
@@ -136,7 +149,9 @@ def iter_graphs(
     depth = max(task.search_space.num_neighbors)
     for (space, power), group in itertools.groupby(configs, lambda config: (config.space, config.whitening_power)):
         features = pca_whiten(features_of(space), task.present, task.search_space.num_components, power)
-        graph = NeighborGraph(features, depth, task.groups, task.valid)
+        # Features that equal the mean have no direction and therefore no neighbors.
+        has_direction = all_gather_variable_rows((features != 0).any(1).float()) > 0
+        graph = NeighborGraph(features, depth, task.groups, task.valid & has_direction)
         del features
         yield graph, list(group)
         del graph
@@ -254,9 +269,10 @@ def select_label_vote(
 def joint_features(task: VoteTask, correspondence: Tensor, space: FeatureSpace) -> Tensor:
     """Return the concatenated features of both modalities, with audio scaled by the correspondence probability.
 
-    The similarity of two samples is f_v.f_v' + c c' f_a.f_a'.
+    The similarity of two samples is f_v.f_v' + c c' f_a.f_a'; the features of a missing modality are zero.
     """
     num_components, power = task.search_space.num_components, task.search_space.whitening_powers[-1]
-    visual = pca_whiten(space.visual, task.present, num_components, power)
-    audio = pca_whiten(space.audio, task.present, num_components, power)
+    has_visual, has_audio = (local_shard(task.has_modality[name]) for name in ("visual", "audio"))
+    visual = pca_whiten(space.visual, has_visual, num_components, power)
+    audio = pca_whiten(space.audio, has_audio, num_components, power)
     return torch.cat([visual, correspondence[:, None] * audio], dim=1)

@@ -13,20 +13,20 @@ from distav.training.run import Run
 SPACES = {"towers": ("visual_features", "audio_features"), "projections": ("visual", "audio")}
 """Names of the visual and the audio output of the network, by feature space."""
 
-_VALID, _INVALID = 1, 2
 _DONE = "extracted"
-"""Bank column: 0 before extraction, then `_VALID` or `_INVALID`."""
+"""Bank column: 0 before extraction, then 1 plus the sum of `_HAS` over the modalities that were read."""
+_HAS = {"visual": 1, "audio": 2}
 
 
-def extract_features(run: Run) -> tuple[list[FeatureSpace], Tensor]:
+def extract_features(run: Run) -> tuple[list[FeatureSpace], dict[str, Tensor]]:
     """Extract the features of the training clips that this rank owns, in evaluation mode from their center crops.
 
     Features are columns of the memory bank until extraction is complete. They are saved in checkpoints, so a restarted
     run extracts only the remaining clips.
 
     Returns:
-        One feature space per entry of `SPACES`, with visual and audio features [n, E] float32; and valid [n] bool,
-        false for quarantined clips.
+        One feature space per entry of `SPACES`, with visual and audio features [n, E] float32; and for each modality
+        [n] bool, false for clips without it and for quarantined clips.
     """
     world, bank = run.world, run.bank
     own = shard_range(len(run.data.train))
@@ -42,11 +42,13 @@ def extract_features(run: Run) -> tuple[list[FeatureSpace], Tensor]:
             for column, output in outputs_by_column.items():
                 values = outputs[output].float()
                 bank.register_column(column, values.shape[1:])[rows] = values[is_sample]
-            done[rows] = torch.where(batch.valid[is_sample], _VALID, _INVALID).to(done.dtype)
+            codes = 1 + torch.stack([code * batch.present[name] for name, code in _HAS.items()]).sum(0)
+            done[rows] = codes[is_sample].to(done.dtype)
             run.progress.extracted_batches += 1
             if run.progress.extracted_batches % run.config.run.checkpoint_every == 0:
                 run.save()
             run.stop_if_requested()
-    valid = bank.pop_column(_DONE) == _VALID
+    codes = bank.pop_column(_DONE).int() - 1
+    present = {name: (codes & code) > 0 for name, code in _HAS.items()}
     features = {output: bank.pop_column(column) for column, output in outputs_by_column.items()}
-    return [FeatureSpace(name, features[visual], features[audio]) for name, (visual, audio) in SPACES.items()], valid
+    return [FeatureSpace(name, features[visual], features[audio]) for name, (visual, audio) in SPACES.items()], present

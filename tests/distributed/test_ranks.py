@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distav.config.model import AudioConfig, ModelConfig, VisualConfig
 from distav.config.schema import DataConfig
+from distav.data.modalities import MODALITIES
 from distav.distributed.collectives import (
     all_gather_rows,
     all_gather_variable_rows,
@@ -128,7 +129,9 @@ def sharded_correction() -> Tensor:
     given = torch.arange(NUM_SAMPLES) % 3
     visual, audio = own_rows(unit(NUM_SAMPLES, DIM, seed=1)), own_rows(unit(NUM_SAMPLES, DIM, seed=2))
     features = [FeatureSpace("rows", visual, audio)]
-    correction = correct_labels(features, given, 3, torch.arange(NUM_SAMPLES), valid, search_space)
+    correction = correct_labels(
+        features, given, 3, torch.arange(NUM_SAMPLES), dict.fromkeys(MODALITIES, valid), search_space
+    )
     columns = correction.held_out, correction.posterior, correction.audio_posterior, correction.correspondence[:, None]
     return all_gather_variable_rows(torch.cat(columns, dim=1))
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distav.data.modalities import MODALITIES
 from distav.losses.event_parsing import modality_losses, segment_losses, video_losses
 from distav.noise.calibration import VoteCalibrator
 from distav.noise.class_agreement import class_agreement, pair_posterior
@@ -74,7 +75,13 @@ def correct(device: torch.device, previous: Correction | None = None) -> Correct
     given = torch.where(sample // 10 % 5 < 2, (true + 1 + sample // 50 % 7) % 10, true)
     spaces = [FeatureSpace("rows", visual.to(device), audio.to(device))]
     search_space = VoteSearchSpace((20, 60), (0, 20), (0.1, 0.3), (0.0, 0.5), 16)
-    arguments = given.to(device), 10, sample.to(device), (sample != 7).to(device), search_space
+    arguments = (
+        given.to(device),
+        10,
+        sample.to(device),
+        dict.fromkeys(MODALITIES, (sample != 7).to(device)),
+        search_space,
+    )
     if previous is None:
         return correct_labels(spaces, *arguments)
     visual_teacher, audio_teacher = (

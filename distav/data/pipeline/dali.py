@@ -79,8 +79,7 @@ class ClipPipeline:
 
         Returns:
             `frames` [B, T, S, S, 3] uint8 and `audio` [B, N] float32 in [-1, 1], on the device of the pipeline; on a
-            GPU, in its current stream. Where a member is missing, a row repeats that of another clip, and is zero if no
-            clip has it.
+            GPU, in its current stream. Where a member is missing, a row is zero.
 
         Raises:
             DecodeError: if any clip of the batch cannot be decoded.
@@ -104,17 +103,18 @@ class ClipPipeline:
         members: Sequence[Members],
         transforms: Sequence[ClipTransform],
     ) -> Tensor:
-        """Return an output for all clips; those without the member repeat the rows of the others in turn."""
+        """Return an output for all clips; the rows of those without the member are zero.
+
+        Repeating other rows instead would make batch statistics depend on how a batch is divided among ranks.
+        """
         rows = [row for row, clip in enumerate(members) if member in clip]
-        shape, dtype = self.shapes[output]
-        if not rows:
-            return torch.zeros(len(members), *shape, dtype=dtype, device=self.device)
-        decoded = decode([members[row][member] for row in rows], [transforms[row] for row in rows])
         if len(rows) == len(members):
-            return decoded
-        position = {row: index for index, row in enumerate(rows)}
-        order = torch.tensor([position.get(row, row % len(rows)) for row in range(len(members))], device=decoded.device)
-        return decoded[order]
+            return decode([clip[member] for clip in members], transforms)
+        shape, dtype = self.shapes[output]
+        media = torch.zeros(len(members), *shape, dtype=dtype, device=self.device)
+        if rows:
+            media[rows] = decode([members[row][member] for row in rows], [transforms[row] for row in rows])
+        return media
 
     def _test_nvdec(self, members: Sequence[Members], transforms: Sequence[ClipTransform]) -> None:
         """Decode a few clips; if NVDEC decodes none of those that FFmpeg decodes, switch to decoding on the CPU."""

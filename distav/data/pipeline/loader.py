@@ -45,8 +45,7 @@ class Batch:
         present: [b] bool by modality, rows with a sample that has the modality.
         seeds: [b] int64, seeds of the random numbers that the model draws for each sample.
         media: inputs of the model by name: `frames` [b, T, H, W, 3] uint8 and `audio` [b, N] float32 in [-1, 1] of
-            clips; or the feature streams of the dataset, [b, steps, dim] float32. Where a modality is missing, they
-            repeat that of another row.
+            clips, zero where a modality is missing; or the feature streams of the dataset, [b, steps, dim] float32.
     """
 
     ids: Tensor

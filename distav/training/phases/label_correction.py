@@ -55,7 +55,7 @@ def compute_correction(run: Run, name: str, config: LabelCorrectionPhase) -> Cor
         given,
         len(labels.classes),
         groups=torch.from_numpy(run.data.train.source_codes).to(run.world.device),
-        valid=all_gather_variable_rows(present.float()) > 0,
+        has_modality={name: all_gather_variable_rows(rows.float()) > 0 for name, rows in present.items()},
         search_space=VoteSearchSpace(
             num_neighbors=config.num_neighbors,
             second_round_neighbors=config.second_round_neighbors,

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distav.data.modalities import MODALITIES
 from distav.noise.label_correction import Correction, CorrectionPrior, correct_labels
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
 
@@ -34,10 +35,12 @@ class Scene:
         prior: CorrectionPrior | None = None,
         teachers: tuple[Tensor, Tensor] | None = None,
         valid: Tensor | None = None,
+        has_modality: dict[str, Tensor] | None = None,
     ) -> Correction:
         valid = torch.ones(len(self.given), dtype=torch.bool) if valid is None else valid
+        has_modality = has_modality or dict.fromkeys(MODALITIES, valid)
         spaces, groups = [FeatureSpace("rows", self.visual, self.audio)], torch.arange(len(self.given))
-        return correct_labels(spaces, self.given, NUM_CLASSES, groups, valid, search_space, prior, teachers)
+        return correct_labels(spaces, self.given, NUM_CLASSES, groups, has_modality, search_space, prior, teachers)
 
 
 def make_scene(label_noise: float, mismatched: float, num_samples: int = 1000, spread: float = 0.7) -> Scene:

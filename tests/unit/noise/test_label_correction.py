@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from distav.data.modalities import MODALITIES
 from distav.evaluation.metrics import auroc, expected_calibration_error
 from distav.noise import tiling
 from distav.noise.label_correction import CorrectionPrior, correct_labels, feasible_num_neighbors
@@ -106,7 +107,7 @@ def test_few_samples_with_votes_worse_than_chance_keep_their_labels(seed: int):
     given, valid = torch.randint(0, 4, (60,)), torch.ones(60, dtype=torch.bool)
     space = FeatureSpace("noise", torch.randn(60, 8), torch.randn(60, 8))
     search_space = VoteSearchSpace(num_neighbors=(6, 12), second_round_neighbors=(0, 6))
-    correction = correct_labels([space], given, 4, torch.arange(60), valid, search_space)
+    correction = correct_labels([space], given, 4, torch.arange(60), dict.fromkeys(MODALITIES, valid), search_space)
     assert not correction.has_signal and torch.equal(correction.posterior.argmax(1), given)
 
 
@@ -184,3 +185,33 @@ def test_small_datasets_try_fewer_neighbors_down_to_half_the_class_size():
     assert feasible_num_neighbors([50, 200, 400], 67, 4) == [6, 12, 25, 50]
     assert feasible_num_neighbors([6, 12], 96, 6) == [6, 12]
     assert feasible_num_neighbors([50], 60, 30) == [1, 3, 6, 12, 25, 50]
+
+
+@pytest.mark.parametrize("missing", ["visual", "audio"])
+def test_labels_are_corrected_with_one_modality(missing: str):
+    scene = make_scene(0.4, 0.0)
+    present = {name: torch.full((1000,), name != missing) for name in MODALITIES}
+    correction = scene.correct(has_modality=present)
+    assert accuracy(correction.posterior, scene.true) > 0.95
+    assert abs(correction.label_rate.estimate - 0.4) < 0.05
+    assert bool((correction.correspondence == 1).all())
+
+
+def test_features_of_a_missing_modality_have_no_effect():
+    scene = make_scene(0.4, 0.3, num_samples=600)
+    present = {"visual": torch.arange(600) % 3 != 0, "audio": torch.arange(600) % 3 != 1}
+    first = scene.correct(has_modality=present)
+    for name, features in (("visual", scene.visual), ("audio", scene.audio)):
+        features[~present[name]] = 3 * features[~present[name]] + 1
+    second = scene.correct(has_modality=present)
+    torch.testing.assert_close(second.posterior, first.posterior)
+    assert accuracy(first.posterior, scene.true) > 0.85
+    single = ~(present["visual"] & present["audio"])
+    assert bool((first.correspondence[single] == 1).all()) and float(first.correspondence[~single].min()) < 0.5
+
+
+def test_equal_features_carry_no_signal():
+    scene = make_scene(0.2, 0.0, num_samples=200)
+    scene.visual, scene.audio = torch.ones(200, 8), torch.ones(200, 8)
+    correction = scene.correct()
+    assert not correction.has_signal and torch.equal(correction.posterior.argmax(1), scene.given)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distav.data.modalities import MODALITIES
 from distav.noise import calibration
 from distav.noise.calibration import VoteCalibrator
 from distav.noise.class_agreement import class_agreement, pair_posterior
@@ -116,7 +117,8 @@ def measure_correction(num_samples: int, with_prior: bool) -> int:
             for _ in range(2)
         )
         given = torch.where(torch.rand(size, generator=generator) < 0.3, (true + 1) % NUM_CLASSES, true)
-        dataset = given, NUM_CLASSES, torch.arange(size), torch.ones(size, dtype=torch.bool)
+        has_modality = dict.fromkeys(MODALITIES, torch.ones(size, dtype=torch.bool))
+        dataset = given, NUM_CLASSES, torch.arange(size), has_modality
         optional = ()
         if with_prior:
             log_likelihood = torch.zeros(91, dtype=torch.float64)

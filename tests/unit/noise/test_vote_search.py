@@ -53,7 +53,7 @@ def test_released_votes_are_counted_again_if_their_configuration_is_selected(
     calibrator = ScriptedCalibrator(given, 10, valid)
     calibrator.figures = list(figures)
     search_space = VoteSearchSpace((20,), (0, 20), (0.1,), (0.0, 0.5))
-    task = VoteTask(given, given, 10, groups, valid, valid, search_space, calibrator)
+    task = VoteTask(given, given, 10, groups, valid, valid, {}, search_space, calibrator)
     space = FeatureSpace("rows", scene.visual, scene.audio)
     vote = select_label_vote(task, [space], lambda space: space.visual, None)
     config = vote_configs([space], search_space)[selected]
