@@ -15,6 +15,7 @@ from distav.data.pipeline.decoder_selection import Decoder
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.sampler import PADDING
 from tests.conftest import make_shards
+from tests.helpers.modalities import members_of, mixed_shards, write_mixed_folder
 
 CPU = torch.device("cpu")
 DATA = DataConfig(num_frames=3, frame_stride=2, frame_size=24, audio_s=0.5)
@@ -216,3 +217,25 @@ def test_invalid_datasets_are_reported(copied: Path, tmp_path: Path):
     (copied / "index.parquet").write_bytes(b"invalid!")
     with pytest.raises(UserError, match="index.parquet has 8 bytes"):
         shards.split("test")
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "vp9", "h264"])
+def test_a_missing_modality_is_marked_and_zero(codec: str, tmp_path: Path):
+    files = write_mixed_folder(tmp_path / "files", ("cat",))
+    split = ShardedDataset.open(mixed_shards(files, tmp_path / "shards", "--short-side=32", f"--codec={codec}")).split(
+        "train"
+    )
+    mixed_loader = Loader(split, DATA, AugmentConfig(), 0, len(split), CPU)
+    batch = mixed_loader.load(np.append(np.arange(len(split) - 1), PADDING), epoch=0)
+    assert batch.valid.tolist() == [True] * (len(split) - 1) + [False] and not mixed_loader.quarantine.reasons
+    for row, source in enumerate(split.columns["source"][:-1]):
+        members = members_of(source)
+        for modality, media in (("visual", "frames"), ("audio", "audio")):
+            present = {"visual": "video", "audio": "audio"}[modality] in members
+            assert bool(batch.present[modality][row]) == present
+            assert present or not batch.media[media][row].any()
+    assert all(
+        batch.media[media][batch.present[name]].any() for name, media in (("visual", "frames"), ("audio", "audio"))
+    )
+    assert not batch.present["visual"][-1] and not batch.present["audio"][-1]
+    mixed_loader.close()
