@@ -196,6 +196,13 @@ class SupervisedPhase:
     elr_momentum: float = field(default=0.7, metadata=between(0, 1))
     """Momentum of the stored predictions: weight of the previous value in each update (Liu et al. 2020: 0.7 on
     CIFAR-10)."""
+    class_balance: float = field(default=0.0, metadata=between(0, 1))
+    """Balanced sampling: a class with n clips is drawn with probability proportional to n^(1 - class_balance). 0 draws
+    every clip once per epoch, 0.5 is square-root sampling, and 1 draws all classes equally often (Kang et al. 2020).
+    Classes are those of `targets`."""
+    logit_adjustment: float = field(default=0.0, metadata=at_least(0))
+    """Factor tau of logit adjustment: tau * log(class prior) is added to the logits in the loss (Menon et al. 2021: 1).
+    The prior is that of `targets` as `class_balance` draws them. 0 disables it."""
     instance_weight: float = field(default=0.0, metadata=at_least(0))
     """Weight of instance discrimination against the memory bank as a regularizer; 0 disables it."""
     temperature: float = field(default=0.07, metadata=above(0))

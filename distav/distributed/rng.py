@@ -23,8 +23,8 @@ def _mix(values: Tensor) -> Tensor:
     return values ^ _logical_shift_right(values, 31)
 
 
-def sample_seeds(seed: int, epoch: int, ids: Tensor) -> Tensor:
-    """Return one seed per sample and epoch: ids [b] int64 -> [b] int64."""
+def sample_seeds(seed: int, epoch: int | Tensor, ids: Tensor) -> Tensor:
+    """Return one seed per sample and epoch: ids [b] int64, and one epoch or [b] int64 epochs -> [b] int64."""
     start = _mix(torch.full_like(ids, seed) * _GAMMA + epoch)
     return _mix(start + (ids + 1) * _GAMMA)
 

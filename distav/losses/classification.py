@@ -44,7 +44,7 @@ class ClassificationLoss(ABC):
 
         Args:
             global_batch: ids of the batch of all ranks, to read and write columns of the memory bank.
-            logits: [b, C] for each classifier, with gradient.
+            logits: [b, C] for each classifier, with gradient; adjusted by `logit_adjustment`.
             targets: [b, C] class distributions for each classifier.
         """
 

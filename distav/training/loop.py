@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 import torch
 from torch import Tensor
 
+from distav.data.pipeline.class_balance import ClassBalance
 from distav.data.pipeline.loader import Batch
 from distav.data.pipeline.sampler import Ids
 from distav.distributed.rendezvous import set_stage
@@ -26,6 +27,7 @@ def train(
     losses_of: Callable[[Batch, float], Losses],
     begin_epoch: Callable[[int, float], None] | None = None,
     reinitialize: bool = False,
+    balance: ClassBalance | None = None,
 ) -> None:
     """Train to the end of the current phase, from its last checkpoint if the run was restarted.
 
@@ -37,8 +39,9 @@ def train(
         losses_of: computes the losses of a micro-batch at a progress of the phase, 0..1.
         begin_epoch: called with the epoch and the progress before the first step of the epoch.
         reinitialize: whether the phase starts with new weights and bank embeddings.
+        balance: number of draws of each sample in an epoch; None: every sample once.
     """
-    loop = TrainingLoop(run, name, epochs, rates, losses_of, begin_epoch)
+    loop = TrainingLoop(run, name, epochs, rates, losses_of, begin_epoch, balance)
     while True:
         if reinitialize and run.progress.step == 0:
             run.reinitialize()
@@ -59,11 +62,12 @@ class TrainingLoop:
         rates: tuple[float, float],
         losses_of: Callable[[Batch, float], Losses],
         begin_epoch: Callable[[int, float], None] | None,
+        balance: ClassBalance | None,
     ):
         self.run, self.name = run, name
         self.losses_of, self.begin_epoch = losses_of, begin_epoch
         self.tower_lr, self.head_lr = rates
-        self.sampler = run.sampler(run.progress.phase)
+        self.sampler = run.sampler(run.progress.phase, balance)
         self.total_steps = epochs * self.sampler.steps_per_epoch
         self.logger = StepLogger(run, name, self.total_steps)
         self.guard = AnomalyGuard(run, name)
@@ -90,13 +94,12 @@ class TrainingLoop:
 
     def _batches(self) -> Generator[Batch, None, None]:
         """Yield this rank's micro-batches of the remaining steps, decoded in the background."""
-        run, steps_per_epoch = self.run, self.sampler.steps_per_epoch
+        run = self.run
         first, skipped = run.progress.step, run.progress.skipped_batches
 
-        def plan() -> Iterator[tuple[Ids, int]]:
+        def plan() -> Iterator[tuple[Ids, Ids]]:
             for position in range(first + skipped, self.total_steps + skipped):
-                for ids in self.sampler.micro_batches(position, run.world.rank, run.world.world_size):
-                    yield ids, position // steps_per_epoch
+                yield from self.sampler.micro_batches(position, run.world.rank, run.world.world_size)
 
         yield from run.loader.batches(plan())
 

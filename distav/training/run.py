@@ -11,6 +11,7 @@ from distav.config.errors import UserError
 from distav.config.schema import Config
 from distav.data.data_module import DataModule
 from distav.data.dataset import Split
+from distav.data.pipeline.class_balance import ClassBalance
 from distav.data.pipeline.loader import Batch, Loader, Quarantine
 from distav.data.pipeline.sampler import GlobalBatchSampler, Ids, micro_batch_size
 from distav.distributed.collectives import all_gather_objects, any_across_ranks
@@ -63,8 +64,8 @@ class Run:
         optim = self.config.optim
         return micro_batch_size(optim.global_batch, optim.gradient_accumulation_steps, self.world.world_size)
 
-    def sampler(self, phase: int) -> GlobalBatchSampler:
-        """Return the sampler of a phase, given by its number."""
+    def sampler(self, phase: int, balance: ClassBalance | None = None) -> GlobalBatchSampler:
+        """Return the sampler of a phase, given by its number, and by the number of draws of each sample."""
         config, sizes = self.config, self.data.train.shard_sizes
         seed = config.run.seed * 1000 + phase
         return GlobalBatchSampler(
@@ -73,6 +74,7 @@ class Run:
             config.data.shuffle_block_shards,
             config.optim.global_batch,
             config.optim.gradient_accumulation_steps,
+            balance,
         )
 
     def start_phase_timer(self, reset: bool = False) -> None:

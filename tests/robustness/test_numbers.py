@@ -117,5 +117,5 @@ def test_global_batch_does_not_depend_on_the_number_of_ranks(tiny_shards: Path):
     sampler = GlobalBatchSampler(sizes, 0, 64, 24, 1)
     for ranks in (1, 2, 3, 4, 6):
         for step in (0, 5, 11):
-            micro_batches = [sampler.micro_batches(step, rank, ranks)[0] for rank in range(ranks)]
+            micro_batches = [sampler.micro_batches(step, rank, ranks)[0][0] for rank in range(ranks)]
             assert np.concatenate(micro_batches).tolist() == sampler.batch(step).tolist()

@@ -140,8 +140,11 @@ class Loader:
             self._pool.shutdown(wait=False, cancel_futures=True)
         self.reader.close()
 
-    def batches(self, plan: Iterable[tuple[Ids, int]]) -> Iterator[Batch]:
+    def batches(self, plan: Iterable[tuple[Ids, int | Ids]]) -> Iterator[Batch]:
         """Yield a batch for each (ids, epoch); a thread decodes up to `data.prefetch` batches ahead.
+
+        Args:
+            plan: [b] ids of each batch, and the epoch of its random transforms or [b] epochs of its rows.
 
         Raises:
             RuntimeError: if most samples of a batch cannot be decoded, or the device fails.
@@ -178,14 +181,16 @@ class Loader:
             stop.set()
             thread.join()
 
-    def load(self, ids: Ids, epoch: int) -> Batch:
+    def load(self, ids: Ids, epoch: int | Ids) -> Batch:
         """Return one batch, read and decoded in the calling thread."""
         return self._record_stream(self._decode_batch(ids, epoch, list(self._members(ids))))
 
-    def _read_ahead(self, plan: Iterable[tuple[Ids, int]]) -> Iterator[tuple[Ids, int, Iterator[Members | None]]]:
+    def _read_ahead(
+        self, plan: Iterable[tuple[Ids, int | Ids]]
+    ) -> Iterator[tuple[Ids, int | Ids, Iterator[Members | None]]]:
         """Yield each (ids, epoch) with its members; the next batches of a remote dataset are requested in advance."""
         ahead = self.data.prefetch if self._pool else 0
-        requested: deque[tuple[Ids, int, Iterator[Members | None]]] = deque()
+        requested: deque[tuple[Ids, int | Ids, Iterator[Members | None]]] = deque()
         for ids, epoch in plan:
             requested.append((ids, epoch, self._members(ids)))
             if len(requested) > ahead:
@@ -209,11 +214,13 @@ class Loader:
             self.quarantine.reasons[sample] = str(error)
             return None
 
-    def _decode_batch(self, ids: Ids, epoch: int, members: list[Members | None]) -> Batch:
+    def _decode_batch(self, ids: Ids, epoch: int | Ids, members: list[Members | None]) -> Batch:
         """Decode a batch; on a GPU in a stream of its own, so that it does not wait for queued training steps."""
         transforms = [None] * len(ids)
+        epochs = np.broadcast_to(epoch, ids.shape)
         if self.transform_sampler:
-            transforms = [self.transform_sampler.sample(max(0, int(sample)), epoch) for sample in ids]
+            rows = zip(np.maximum(ids, 0).tolist(), epochs.tolist(), strict=True)
+            transforms = [self.transform_sampler.sample(sample, row_epoch) for sample, row_epoch in rows]
         with torch.cuda.stream(self._stream):
             decoded = self._decode_valid(ids, members, transforms)
             valid = torch.zeros(len(ids), dtype=torch.bool)
@@ -225,7 +232,7 @@ class Loader:
                     name: to_device(valid & torch.from_numpy(has_modality[np.maximum(ids, 0)]), self.device)
                     for name, has_modality in self._has_modality.items()
                 },
-                seeds=to_device(sample_seeds(self.seed, epoch, torch.from_numpy(ids)), self.device),
+                seeds=to_device(sample_seeds(self.seed, torch.tensor(epochs), torch.from_numpy(ids)), self.device),
                 media=self._assemble(decoded, len(ids)),
             )
         if self._stream:

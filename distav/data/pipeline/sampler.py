@@ -1,4 +1,4 @@
-"""Order of samples: a pure function of (shard sizes, seed, epoch), divided among ranks at the end.
+"""Order of samples: a pure function of (shard sizes, seed, epoch, class balance), divided among ranks at the end.
 
 A global batch is a slice of the epoch's permutation, and a rank takes its part of the slice. The sequence of samples is
 therefore the same for any number of ranks and restarts, and the step alone determines the position of a run.
@@ -13,14 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distav.config.errors import UserError
+from distav.data.pipeline.class_balance import ClassBalance
 
 Ids = NDArray[np.int64]
 PADDING = -1
 """Id of a row without a sample in an incomplete batch; such rows are masked."""
+_REPEAT_STRIDE = 2**32
+"""Distance of the augmentation epochs of two draws of a sample in one epoch."""
 
 
-def permutation(shard_sizes: Sequence[int], seed: int, epoch: int, block: int) -> Ids:
-    """Return all ids in the order of one epoch.
+def permutation(
+    shard_sizes: Sequence[int], seed: int, epoch: int, block: int, balance: ClassBalance | None = None
+) -> Ids:
+    """Return the draws of one epoch in order.
 
     Shards are shuffled and grouped into blocks, and the samples of each block are shuffled, so that consecutive reads
     access few files.
@@ -30,24 +35,37 @@ def permutation(shard_sizes: Sequence[int], seed: int, epoch: int, block: int) -
         seed: seed of the run.
         epoch: number of the epoch.
         block: shards per block.
+        balance: number of draws of each sample; None: every sample once.
 
     Returns:
-        [N] int64, every id from 0 to N-1 once.
+        [N] int64. Draw d is draw number d // N, from 0, of the sample with id d % N; without `balance`, the draws are
+        the ids from 0 to N-1.
     """
     rng = np.random.default_rng([seed, 4, epoch])
     ends: list[int] = [0, *accumulate(shard_sizes)]
     shards: list[int] = rng.permutation(len(shard_sizes)).tolist()
+    counts = balance.draw(np.random.default_rng([seed, 6, epoch])) if balance else None
     blocks: list[Ids] = []
     for start in range(0, len(shards), block):
         members: list[Ids] = [np.arange(ends[shard], ends[shard + 1]) for shard in shards[start : start + block]]
-        blocks.append(rng.permutation(np.concatenate(members)))
+        draws = np.concatenate(members)
+        blocks.append(rng.permutation(draws if counts is None else _repeated(draws, counts[draws], ends[-1])))
     return np.concatenate(blocks).astype(np.int64) if blocks else np.zeros(0, np.int64)
 
 
+def _repeated(ids: Ids, counts: Ids, num_samples: int) -> Ids:
+    """Return the draws of samples: [m] ids drawn [m] times."""
+    starts: Ids = np.cumsum(counts) - counts
+    repeats: Ids = np.arange(int(counts.sum())) - np.repeat(starts, counts)
+    return np.repeat(ids, counts) + num_samples * repeats
+
+
 @lru_cache(maxsize=4)
-def _cached_permutation(shard_sizes: tuple[int, ...], seed: int, epoch: int, block: int) -> Ids:
+def _cached_permutation(
+    shard_sizes: tuple[int, ...], seed: int, epoch: int, block: int, balance: ClassBalance | None
+) -> Ids:
     """Return a permutation from the cache, because every step of an epoch uses the same one."""
-    return permutation(shard_sizes, seed, epoch, block)
+    return permutation(shard_sizes, seed, epoch, block, balance)
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,7 @@ class GlobalBatchSampler:
         block: shards that are shuffled together.
         global_batch: samples of an optimizer step over all ranks.
         accumulation: micro-batches per optimizer step.
+        balance: number of draws of each sample in an epoch; None: every sample once.
     """
 
     shard_sizes: Sequence[int]
@@ -67,6 +86,7 @@ class GlobalBatchSampler:
     block: int
     global_batch: int
     accumulation: int
+    balance: ClassBalance | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -75,14 +95,23 @@ class GlobalBatchSampler:
 
     def batch(self, step: int) -> Ids:
         """Return the ids of one optimizer step over all ranks and micro-batches, [global_batch]."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        order = _cached_permutation(tuple(self.shard_sizes), self.seed, epoch, self.block)
-        return order[position * self.global_batch : (position + 1) * self.global_batch]
+        return self._draws(step) % sum(self.shard_sizes)
 
-    def micro_batches(self, step: int, rank: int, world_size: int) -> list[Ids]:
-        """Return the ids of one rank in one optimizer step, one array per micro-batch."""
-        micro_batches = self.batch(step).reshape(self.accumulation, world_size, -1)
-        return [micro_batches[number, rank] for number in range(self.accumulation)]
+    def micro_batches(self, step: int, rank: int, world_size: int) -> list[tuple[Ids, Ids]]:
+        """Return the rows of one rank in one optimizer step, one (ids, epochs) per micro-batch.
+
+        Epochs are those of the random transforms. Each draw of a sample in an epoch has its own one, so that repeated
+        samples are augmented differently.
+        """
+        epoch, num_samples = step // self.steps_per_epoch, sum(self.shard_sizes)
+        draws = self._draws(step).reshape(self.accumulation, world_size, -1)[:, rank]
+        return [(rows % num_samples, epoch + rows // num_samples * _REPEAT_STRIDE) for rows in draws]
+
+    def _draws(self, step: int) -> Ids:
+        """Return the draws of one optimizer step, [global_batch]; see `permutation`."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = _cached_permutation(tuple(self.shard_sizes), self.seed, epoch, self.block, self.balance)
+        return order[position * self.global_batch : (position + 1) * self.global_batch]
 
 
 def micro_batch_size(global_batch: int, accumulation: int, world_size: int) -> int:
