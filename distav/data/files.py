@@ -140,7 +140,8 @@ def first_difference(recorded: Any, requested: Any, name_of: Callable[[str], str
                 subkey = f"{key}.{name}" if key else name
                 return first_difference(recorded.get(name), requested.get(name), name_of, subkey)
     name = name_of(key) if key else "content"
-    return f"{name}: {_shorten(recorded)} recorded, {_shorten(requested)} requested"
+    old, new = ("nothing" if value is None else _shorten(value) for value in (recorded, requested))
+    return f"{name}: {old} recorded, {new} requested"
 
 
 def _shorten(value: Any, limit: int = 60) -> str:

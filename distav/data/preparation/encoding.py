@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 import av
+import av.error
 import numpy as np
 import soundfile
 from av.video.stream import VideoStream
@@ -75,13 +76,17 @@ class Clip:
         """Return the encoded members of the sample by name.
 
         Raises:
-            RejectedClip: if the clip lacks a modality, unless `encoding` allows it, or has none.
+            RejectedClip: if the clip lacks a modality, unless `encoding` allows it, or has none, or if it cannot be
+                encoded.
         """
         members: dict[str, bytes] = {}
-        if self.frames is not None:
-            members["video"] = encode_video(self.frames, encoding)
-        if self.waveform is not None:
-            members["audio"] = encode_audio(self.waveform, encoding.sample_rate_hz)
+        try:
+            if self.frames is not None:
+                members["video"] = encode_video(self.frames, encoding)
+            if self.waveform is not None:
+                members["audio"] = encode_audio(self.waveform, encoding.sample_rate_hz)
+        except (av.error.FFmpegError, soundfile.SoundFileError, ValueError, MemoryError) as error:
+            raise RejectedClip(f"not supported: the clip cannot be encoded: {error}") from None
         for name in ("video", "audio"):
             if name not in members and (encoding.modalities == "both" or not members):
                 hint = f"; {ANY_HINT}" if members else ""

@@ -242,3 +242,10 @@ def test_the_ray_example_builds_the_same_dataset(expected: dict[str, str], tmp_p
     command = [sys.executable, str(tmp_path / "example.py"), "synthetic", str(tmp_path / "set"), *options]
     subprocess.run(command, cwd=ROOT, check=True, timeout=180)
     assert digests(tmp_path / "set") == expected
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "vp9", "h264"])
+def test_a_clip_that_cannot_be_encoded_is_rejected(codec: str):
+    clip = Clip(np.zeros((2, 2, 70000, 3), np.uint8), np.zeros(16000, np.float32))
+    with pytest.raises(RejectedClip, match="cannot be encoded"):
+        clip.members(Encoding(codec))
