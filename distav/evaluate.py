@@ -6,7 +6,7 @@ deepspeed --num_gpus 8 distav/evaluate.py runs/mine/export shards/other --tasks 
 
 knn and linear_probe train on frozen features of the training split: visual, audio and both. fine_tune trains towers and
 classifiers, as `train.py` does with model.pretrained. All metrics are computed on the test split; those of a modality
-on the clips that have it.
+on the clips that have it. A balanced accuracy is the mean recall of the classes.
 """
 
 import argparse
@@ -50,6 +50,7 @@ from distav.distributed.collectives import (
 )
 from distav.distributed.process_group import World, process_group
 from distav.distributed.signals import EXIT_INTERRUPTED, Interrupted
+from distav.evaluation.class_metrics import ClassScores, class_counts
 from distav.evaluation.embedding import Embedder
 from distav.evaluation.metrics import retrieval
 from distav.evaluation.probing import LinearProbe, knn_class_probs
@@ -213,25 +214,32 @@ def _embed_split(embedder: Embedder, split: Split, classes: Tensor) -> EmbeddedS
 
 
 def _knn_accuracy(train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int, k: int) -> dict[str, float]:
-    """Return the accuracy of k-NN votes by modality; each rank votes on its part of the test split."""
-    accuracy: dict[str, float] = {}
+    """Return the accuracies of k-NN votes by modality; each rank votes on its part of the test split."""
+    accuracies: dict[str, float] = {}
     for modality, keys in train.features.items():
         if queries := test.features.get(modality):
             votes = knn_class_probs(keys.features, keys.classes, local_shard(queries.features), num_classes, k)
-            correct = (votes.argmax(1) == local_shard(queries.classes)).sum().double()
-            accuracy[modality] = float(all_reduce_sum_(correct)) / len(queries.classes)
-    return accuracy
+            counts = class_counts(votes.argmax(1), local_shard(queries.classes), num_classes)
+            accuracies |= _accuracies(modality, all_reduce_sum_(counts))
+    return accuracies
 
 
 def _probe_accuracy(train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int) -> dict[str, float]:
-    """Return the accuracy of linear probes by modality; rank 0 fits them."""
-    accuracy: dict[str, float] = {}
+    """Return the accuracies of linear probes by modality; rank 0 fits them."""
+    accuracies: dict[str, float] = {}
     if get_rank() == 0:
         for modality, clips in train.features.items():
             if queries := test.features.get(modality):
                 probe = LinearProbe(clips.features, clips.classes, num_classes, clips.groups)
-                accuracy[modality] = float((probe(queries.features).argmax(1) == queries.classes).float().mean())
-    return broadcast(accuracy)
+                counts = class_counts(probe(queries.features).argmax(1), queries.classes, num_classes)
+                accuracies |= _accuracies(modality, counts)
+    return broadcast(accuracies)
+
+
+def _accuracies(modality: str, counts: Tensor) -> dict[str, float]:
+    """Return accuracy and balanced accuracy for the counts of `class_counts`."""
+    scores = ClassScores.of(counts)
+    return {modality: scores.accuracy, f"balanced_{modality}": scores.balanced_accuracy}
 
 
 def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: World) -> dict[str, Any]:
@@ -275,7 +283,8 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
         if not values:
             print(f"{task}: not possible, since no test clip has both modalities")
             continue
-        texts = [f"{name} {100 * value:.1f} %" for name, value in values.items() if name != "rsum"]
+        rates = {name: value for name, value in values.items() if name not in ("rsum", "by_class")}
+        texts = [f"{name} {100 * value:.1f} %" for name, value in rates.items()]
         if "rsum" in values:
             texts.append(f"rSum {values['rsum']:.1f} of 600")
         print(f"{task}: {', '.join(texts)}")

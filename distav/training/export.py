@@ -59,7 +59,9 @@ def _description(run: Run) -> dict[str, Any]:
 
 def _model_card(run: Run, inputs: dict[str, Any], report: dict[str, Any]) -> str:
     data = run.data
-    figures = json.dumps({name: report[name] for name in _CARD_FIGURES if name in report}, indent=1)
+    figures = {name: report[name] for name in _CARD_FIGURES if name in report}
+    if "test" in figures:  # Datasets may have hundreds of classes.
+        figures["test"] = {name: value for name, value in figures["test"].items() if name != "by_class"}
     title, input_lines, usage = _parser_card(run) if data.train.streams else _encoder_card(run, inputs)
     return f"""# {run.config.run.name}
 
@@ -73,7 +75,7 @@ def _model_card(run: Run, inputs: dict[str, Any], report: dict[str, Any]) -> str
 Metrics:
 
 ```json
-{figures}
+{json.dumps(figures, indent=1)}
 ```
 
 Usage: `{usage}`.

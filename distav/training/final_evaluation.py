@@ -1,5 +1,6 @@
 """Metrics of a trained network on the test split: accuracy and retrieval, or event parsing."""
 
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
@@ -7,13 +8,16 @@ import torch
 from torch import Tensor
 
 from distav.config.phases import SupervisedPhase
+from distav.data.pipeline.loader import Batch
 from distav.data.pipeline.sampler import local_batches
 from distav.distributed.collectives import all_gather_variable_rows, all_reduce_sum_
+from distav.evaluation.class_metrics import ClassScores, class_counts
 from distav.evaluation.event_metrics import event_metrics, predicted_events, segment_accuracy
 from distav.evaluation.inference import clip_logits
 from distav.evaluation.metrics import retrieval
 from distav.training.run import Run
 
+_CLASSIFIERS = ("both", "visual", "audio")
 _EVENT_THRESHOLD = 0.5
 
 
@@ -22,39 +26,51 @@ def evaluate_clips(run: Run) -> dict[str, Any] | None:
 
     Returns:
         The metrics of `retrieval` over clips with both modalities. If classifiers were trained, also `top1` of the
-        modalities that a clip has, and `top1_visual` and `top1_audio` over clips with that modality.
+        modalities that a clip has, and `top1_visual` and `top1_audio` over clips with that modality; the mean recall of
+        the classes as `balanced_accuracy`, `balanced_accuracy_visual` and `balanced_accuracy_audio`; and in `by_class`,
+        the scores of each class for the classifiers `both`, `visual` and `audio`, see `ClassScores.by_class`.
     """
     split, labels = run.data.test, run.data.test_labels
     if split is None or labels is None:
         return None
-    device, world = run.world.device, run.world
-    targets = torch.from_numpy(labels.given if labels.true is None else labels.true).to(device)
-    counts = torch.zeros(3, 2, device=device)
+    world, num_classes = run.world, len(labels.classes)
+    has_classifiers = any(isinstance(phase, SupervisedPhase) for phase in run.config.phases.values())
+    targets = torch.from_numpy(labels.given if labels.true is None else labels.true).to(world.device)
+    counts = torch.zeros(len(_CLASSIFIERS), 3, num_classes, dtype=torch.float64, device=world.device)
     embeddings: list[tuple[Tensor, Tensor, Tensor]] = []
     batches = local_batches(len(split), run.micro_batch, world.rank, world.world_size)
     with closing(run.iter_outputs(split, batches)) as evaluated_batches:
         for _, batch, outputs in evaluated_batches:
             classes = targets[batch.ids]
-            counts += torch.stack(
-                [
-                    _count_correct(clip_logits(outputs, batch.present), classes, batch.valid),
-                    _count_correct(outputs["visual_logits"], classes, batch.present["visual"]),
-                    _count_correct(outputs["audio_logits"], classes, batch.present["audio"]),
-                ]
-            )
+            if has_classifiers:
+                counts += _batch_counts(batch, outputs, classes, num_classes)
             paired = batch.paired
             embeddings.append((outputs["visual"][paired], outputs["audio"][paired], classes[paired]))
-    totals = zip(("top1", "top1_visual", "top1_audio"), all_reduce_sum_(counts).tolist(), strict=True)
-    accuracy = {}
-    if any(isinstance(phase, SupervisedPhase) for phase in run.config.phases.values()):
-        accuracy = {name: correct / count for name, (correct, count) in totals if count}
+    all_reduce_sum_(counts)
+    metrics = _classification_metrics([ClassScores.of(head) for head in counts], labels.classes)
     visual, audio, classes = (torch.cat(column) for column in zip(*embeddings, strict=True))
-    return accuracy | retrieval(visual, audio, classes)
+    return metrics | retrieval(visual, audio, classes)
 
 
-def _count_correct(logits: Tensor, classes: Tensor, counted: Tensor) -> Tensor:
-    """Return the number of clips that are classified correctly, and of all counted clips: [2]."""
-    return torch.stack([((logits.argmax(1) == classes) & counted).sum(), counted.sum()]).float()
+def _batch_counts(batch: Batch, outputs: dict[str, Tensor], classes: Tensor, num_classes: int) -> Tensor:
+    """Return the counts of each classifier in a batch, [3, 3, C]; see `class_counts`."""
+    heads = (
+        (clip_logits(outputs, batch.present), batch.valid),
+        (outputs["visual_logits"], batch.present["visual"]),
+        (outputs["audio_logits"], batch.present["audio"]),
+    )
+    return torch.stack([class_counts(logits.argmax(1)[rows], classes[rows], num_classes) for logits, rows in heads])
+
+
+def _classification_metrics(scores: Sequence[ClassScores], classes: list[str]) -> dict[str, Any]:
+    """Return the metrics of the classifiers that have test clips; empty if none has."""
+    tested = {name: head for name, head in zip(_CLASSIFIERS, scores, strict=True) if sum(head.clips)}
+    if not tested:
+        return {}
+    suffixes = {name: "" if name == "both" else f"_{name}" for name in tested}
+    metrics: dict[str, Any] = {f"top1{suffixes[name]}": head.accuracy for name, head in tested.items()}
+    metrics |= {f"balanced_accuracy{suffixes[name]}": head.balanced_accuracy for name, head in tested.items()}
+    return metrics | {"by_class": {name: head.by_class(classes) for name, head in tested.items()}}
 
 
 def evaluate_events(run: Run) -> dict[str, Any] | None:

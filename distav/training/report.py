@@ -5,12 +5,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distav.config.phases import EventParsingPhase
+import numpy as np
+
+from distav.config.phases import EventParsingPhase, SupervisedPhase
 from distav.data.files import write_atomically
 from distav.training import final_evaluation
 from distav.training.export import export
 from distav.training.run import Run
 
+_IMBALANCE_FACTOR = 2
+"""Ratio of the largest to the smallest class from which the summary gives the balanced accuracy."""
 _MAX_INTERVAL_WIDTH = 0.5
 """Width of a 95 % interval above which a noise rate counts as not identified."""
 
@@ -27,7 +31,8 @@ def write_report(run: Run) -> None:
     report = _training_figures(run)
     if test is not None:
         report["test"] = test
-        run.logger.log_metrics(run.progress.total_steps, {f"test/{name}": value for name, value in test.items()})
+        scalars = {f"test/{name}": value for name, value in test.items() if name != "by_class"}
+        run.logger.log_metrics(run.progress.total_steps, scalars)
     if events is not None:
         report["events"] = events
         scalars = {
@@ -46,8 +51,12 @@ def write_report(run: Run) -> None:
 
 def _training_figures(run: Run) -> dict[str, Any]:
     figures = run.state.report
-    report: dict[str, Any] = {
-        "samples": len(run.data.train),
+    report: dict[str, Any] = {"samples": len(run.data.train)}
+    if any(isinstance(phase, SupervisedPhase) for phase in run.config.phases.values()):
+        labels = run.data.labels
+        counts = np.bincount(labels.given, minlength=len(labels.classes)).tolist()
+        report["given_labels_by_class"] = dict(zip(labels.classes, counts, strict=True))
+    report |= {
         "phases": figures.phases,
         "checkpointing": asdict(figures.checkpointing),
     }
@@ -115,9 +124,8 @@ def _label_entries(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _test_entries(report: dict[str, Any], num_classes: int) -> list[tuple[str, str]]:
     entries, test = [], report.get("test") or {}
     if "top1" in test:
-        names = {"top1": "video and audio", "top1_visual": "video only", "top1_audio": "audio only"}
-        accuracies = ", ".join(f"{_percent(test[key])} ({name})" for key, name in names.items() if key in test)
-        entries.append(("Test", f"top-1 {accuracies}; chance {_percent(1 / num_classes)}"))
+        entries.append(("Test", f"top-1 {_accuracies(test, 'top1')}; chance {_percent(1 / num_classes)}"))
+        entries += _class_entries(report)
     if "rsum" in test:
         text = (
             f"mAP video-to-audio {_percent(test['v2a_map'])}, audio-to-video {_percent(test['a2v_map'])}; "
@@ -133,6 +141,22 @@ def _test_entries(report: dict[str, Any], num_classes: int) -> list[tuple[str, s
         )
         entries.append(("Events", text))
     return entries
+
+
+def _accuracies(test: dict[str, Any], metric: str) -> str:
+    """Return the values of a metric for the classifiers that have test clips."""
+    names = {metric: "video and audio", f"{metric}_visual": "video only", f"{metric}_audio": "audio only"}
+    return ", ".join(f"{_percent(test[key])} ({name})" for key, name in names.items() if key in test)
+
+
+def _class_entries(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the entry on balanced accuracy; none if the classes have similar numbers of training and test clips."""
+    test, train_counts = report["test"], report["given_labels_by_class"].values()
+    test_counts = [scores["clips"] for scores in test["by_class"]["both"].values() if scores["clips"]]
+    if not any(max(counts) >= _IMBALANCE_FACTOR * min(counts) for counts in (train_counts, test_counts)):
+        return []
+    sizes = f"{min(train_counts)} to {max(train_counts)} training clips per class"
+    return [("Classes", f"balanced accuracy {_accuracies(test, 'balanced_accuracy')}; {sizes}")]
 
 
 def _noise_entries(correction: dict[str, Any], has_signal: bool) -> list[tuple[str, str]]:

@@ -31,10 +31,8 @@ class LongTailedSource(SyntheticSource):
         return train + test
 
 
-def long_tailed_shards(
-    out: Path, source: LongTailedSource, short_side: int = 24, label_noise: LabelNoise | None = None
-) -> Path:
+def long_tailed_shards(out: Path, source: LongTailedSource, label_noise: LabelNoise | None = None) -> Path:
     """Render a long-tailed dataset and return its directory."""
-    encoding = Encoding(short_side=short_side, clip_s=1.0, sample_rate_hz=8000)
+    encoding = Encoding(short_side=24, clip_s=1.0, sample_rate_hz=8000)
     build_dataset(source, out, BuildConfig(encoding, shard_samples=40, label_noise=label_noise), workers=1)
     return out

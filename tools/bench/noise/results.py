@@ -105,7 +105,8 @@ def save(records: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> dict[st
 
 def _figures(report: dict[str, Any]) -> dict[str, float]:
     """Return the figures of a run's report.json, rates in %."""
-    figures = {f"test_{key}": value if key == "rsum" else 100 * value for key, value in report["test"].items()}
+    test = {key: value for key, value in report["test"].items() if key != "by_class"}
+    figures = {f"test_{key}": value if key == "rsum" else 100 * value for key, value in test.items()}
     if report.get("correspondence"):
         last = report["correspondence"][-1]
         figures |= {f"correspondence_{key}": 100 * value for key, value in last.items() if key.startswith("auroc")}
