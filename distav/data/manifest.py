@@ -13,6 +13,7 @@
 | `annotated_splits` | splits whose events are in events.parquet |
 | `tables` | `bytes` and `sha256` of each Parquet table |
 | `recipe`, `rejected`, `num_relabeled` | how the dataset was made, numbers of rejected and of relabeled clips |
+| `review` | agreement and conflicts of several reviewers, in a cleaned dataset |
 """
 
 import json

@@ -1,6 +1,7 @@
 """The command line of tools/make_shards.py."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from distav.data.preparation.encoding import ANY_HINT, CODECS, MODALITY_CHOICES,
 from distav.data.preparation.noise_injection import LabelNoise
 from distav.data.preparation.output_dir import BuildResult, format_reasons
 from distav.data.preparation.registry import SOURCES
+from distav.data.preparation.reviewers import REVIEW, format_review, review_from_json
 from distav.data.preparation.shared_work import Part
 from distav.data.storage.object_store import is_url
 
@@ -36,7 +38,9 @@ _CLEAN_EPILOG = """exit status:
   2  the command line could not be parsed
   3  some clips were removed, see OUT/rejected.csv; the dataset is complete
 
-An empty label in the decisions FILE leaves the label unchanged. A clip in FILE is kept unless its pair is mismatched.
+An empty label in the decisions FILE leaves the label unchanged. A clip in FILE is kept unless its pair is mismatched or
+its action is remove. With several FILES, the majority of the reviewers who decided a clip is applied; a tie leaves the
+clip unchanged. Their conflicts and agreement are printed, and stored in OUT/manifest.json.
 Rerun the same command to resume an interrupted run; the resulting files have the same bytes."""
 
 _CLEAN_EXAMPLE = (
@@ -83,7 +87,7 @@ def _clean(options: argparse.Namespace) -> int:
         raise UserError(f"{options.shards}: `clean` copies local files; download the dataset first.")
     config = CleaningConfig(
         Path(options.shards),
-        options.decisions,
+        tuple(options.decisions),
         options.labels,
         options.min_confidence,
         options.min_correspondence,
@@ -96,6 +100,9 @@ def _clean(options: argparse.Namespace) -> int:
         f"{options.out}: {_clip_counts(result)} clips copied, {result.num_relabeled} relabeled, "
         f"{result.rejected} removed{details}"
     )
+    manifest = json.loads((options.out / "manifest.json").read_text())
+    if REVIEW in manifest:
+        print(format_review(review_from_json(manifest[REVIEW]), len(options.decisions)))
     return 3 if result.rejected else 0
 
 
@@ -215,8 +222,11 @@ def _add_clean_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--decisions",
         type=Path,
+        nargs="+",
+        default=[],
         metavar="FILE",
-        help="csv or parquet: key, label[, pair], where pair is mismatched, matched or empty",
+        help="csv or parquet, one per reviewer: key, label[, pair][, action], where pair is mismatched, matched or "
+        "empty, and action is remove, keep or empty; the majority decides, and a tie changes nothing",
     )
     add(
         "--labels",

@@ -28,6 +28,7 @@ from distav.data.preparation.output_dir import (
     write_rejected,
 )
 from distav.data.preparation.review_decisions import ReviewResult, apply_decisions
+from distav.data.preparation.reviewers import REVIEW, review_to_json
 from distav.data.preparation.shard_writer import SplitWriter
 
 CLEANED_SPLIT = "train"
@@ -39,7 +40,7 @@ class CleaningConfig:
 
     Attributes:
         root: directory of the dataset.
-        decisions: table of a person's decisions.
+        decisions: tables of the reviewers' decisions, one per reviewer.
         labels: table of a run's corrected labels.
         min_confidence: confidence from which a corrected label replaces the given label.
         min_correspondence: correspondence probability below which a clip is removed.
@@ -47,7 +48,7 @@ class CleaningConfig:
     """
 
     root: Path
-    decisions: Path | None = None
+    decisions: tuple[Path, ...] = ()
     labels: Path | None = None
     min_confidence: float = 0.9
     min_correspondence: float = 0.0
@@ -69,16 +70,16 @@ class CleaningConfig:
         Raises:
             UserError: if one cannot be read.
         """
-        files = {"SHARDS": self.root / "manifest.json", "--decisions": self.decisions, "--labels": self.labels}
-        digests = {}
-        for argument, path in files.items():
-            if path is None:
-                continue
+        files = [("SHARDS", self.root / "manifest.json"), *(("--decisions", path) for path in self.decisions)]
+        if self.labels:
+            files.append(("--labels", self.labels))
+        digests: dict[str, list[str]] = {}
+        for argument, path in files:
             try:
-                digests[argument] = hashlib.sha256(path.read_bytes()).hexdigest()
+                digests.setdefault(argument, []).append(hashlib.sha256(path.read_bytes()).hexdigest())
             except OSError as error:
                 raise UserError(f"{argument}={path}: {error.strerror}.") from None
-        return digests
+        return {argument: " ".join(values) for argument, values in digests.items()}
 
 
 def clean_dataset(config: CleaningConfig, out: Path, workers: int) -> BuildResult:
@@ -108,7 +109,11 @@ def clean_dataset(config: CleaningConfig, out: Path, workers: int) -> BuildResul
     write_rejected(out, [_rejected_row(shards, train, review, sample) for sample in sorted(review.removed)])
     manifest = _copy(shards, review, out, config.shard_samples, workers)
     num_relabeled = int((review.given != review.reviewed)[review.kept].sum())
-    write_manifest(out, manifest | {"recipe": recipe, "rejected": len(review.removed), "num_relabeled": num_relabeled})
+    manifest |= {"recipe": recipe, "rejected": len(review.removed), "num_relabeled": num_relabeled}
+    manifest.pop(REVIEW, None)  # A dataset that was cleaned before has one of its own.
+    if review.review:
+        manifest[REVIEW] = review_to_json(review.review)
+    write_manifest(out, manifest)
     result = read_result(out, recipe)
     assert result
     return result

@@ -1,7 +1,8 @@
-"""Review decisions about training clips, made by a person or by a run: tables by key."""
+"""Review decisions about training clips, made by reviewers or by a run: tables by key."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from distav.config.errors import UserError
 from distav.data.annotations.labels import class_index, load_labels, sample_ids
 from distav.data.annotations.tables import TableFormat, read_user_table
 from distav.data.dataset import ShardedDataset, Split
+from distav.data.preparation.reviewers import Review, merge_decisions, read_decisions
 
-PAIR_VALUES = ("mismatched", "matched", "")
-_DECISIONS = TableFormat("key,label[,pair]", ("key", "label"), ("pair",), others_allowed=True)
 _ROUNDING = 1e-6
 """Amount by which a probability in float32 may exceed 0 or 1."""
 
@@ -26,11 +26,13 @@ class ReviewResult:
         given: [N] int64, labels before the review.
         reviewed: [N] int64, labels after it.
         removed: reason of removal by id.
+        review: merged decisions of several reviewers; None with fewer than two.
     """
 
     given: np.ndarray
     reviewed: np.ndarray
     removed: dict[int, str]
+    review: Review | None = None
 
     @property
     def kept(self) -> np.ndarray:
@@ -41,17 +43,18 @@ class ReviewResult:
 def apply_decisions(
     shards: ShardedDataset,
     split: Split,
-    decisions: Path | None,
+    decisions: Sequence[Path],
     labels: Path | None,
     min_confidence: float,
     min_correspondence: float,
 ) -> ReviewResult:
-    """Apply the table of a run, then the decisions of a person, which take precedence.
+    """Apply the table of a run, then the merged decisions of the reviewers, which take precedence.
 
     Args:
         shards: a dataset with one class per clip.
         split: one of its splits.
-        decisions: CSV or Parquet table with `key`, `label` (empty: unchanged) and optionally `pair`.
+        decisions: CSV or Parquet table of each reviewer with `key`, `label` (empty: unchanged), and optionally `pair`
+            and `action`.
         labels: table of a run with `key`, `corrected_label`, `confidence` and `correspondence`.
         min_confidence: confidence from which a corrected label replaces the given label.
         min_correspondence: correspondence probability below which a clip is removed.
@@ -63,9 +66,10 @@ def apply_decisions(
     review = ReviewResult(given, given.copy(), {})
     if labels:
         _apply_run_table(review, labels, shards.classes, split, min_confidence, min_correspondence)
-    if decisions:
-        _apply_decisions_table(review, decisions, shards.classes, split)
-    return review
+    reviewers = [read_decisions(path, shards.classes, split) for path in decisions]
+    merged = merge_decisions(reviewers, split)
+    _apply_merged_decisions(review, merged, shards.classes)
+    return replace(review, review=merged) if len(reviewers) > 1 else review
 
 
 def _apply_run_table(
@@ -94,20 +98,16 @@ def _apply_run_table(
                 review.removed[sample] = f"correspondence {correspondence:.3f} is below {min_correspondence:g}"
 
 
-def _apply_decisions_table(review: ReviewResult, path: Path, classes: list[str], split: Split) -> None:
-    """Apply the decisions of a person to `review`."""
-    table = read_user_table(path, f"--decisions={path}", _DECISIONS)
-    columns = table.columns
-    for row, sample in enumerate(sample_ids(table, "key", split)):
-        where = table.position(row)
-        pair = columns["pair"][row] or "" if "pair" in columns else ""
-        if pair not in PAIR_VALUES:
-            raise UserError(f"{where}: pair '{pair}'; allowed: mismatched, matched, or empty.")
-        if columns["label"][row]:
-            review.reviewed[sample] = class_index(columns["label"][row], classes, where)
+def _apply_merged_decisions(review: ReviewResult, merged: Review, classes: list[str]) -> None:
+    """Apply decisions to `review`; a clip with a decision is kept unless it is to be removed."""
+    for sample, decided in merged.merged.items():
+        if "label" in decided:
+            review.reviewed[sample] = classes.index(decided["label"])
         review.removed.pop(sample, None)
-        if pair == "mismatched":
+        if decided.get("pair") == "mismatched":
             review.removed[sample] = "mismatched pair"
+        elif decided.get("action") == "remove":
+            review.removed[sample] = "removed by review"
 
 
 def _parse_probability(value: Any, where: str) -> float:

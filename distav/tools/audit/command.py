@@ -1,16 +1,19 @@
-"""Write a page for reviewing label issues and mismatched pairs of a run.
+"""Find label issues, mismatched pairs, duplicates, leaks, off-topic and silent or black clips of a run's dataset.
 
 tools/audit.py runs/mine
 tools/audit.py runs/mine --limit 5000 --out mine.html --embeddings embeddings/mine
+tools/audit.py runs/mine --export labelstudio
 
-The page needs no server: open it in a browser. It ranks the issues of the run's last label correction, each with
-frames, audio and the most similar clips. Issues are accepted or rejected with keys; `Save decisions` writes a CSV file.
-tools/make_shards.py clean SHARDS OUT --decisions FILE creates a cleaned dataset from it; data.label_overrides=FILE
-applies its labels in training.
+The page needs no server: open it in a browser. It ranks the issues, each with frames, audio and the most similar clips.
+Labels and pairs are those of the run's last label correction. Issues are accepted or rejected with keys; `Save
+decisions` writes a CSV file. tools/make_shards.py clean SHARDS OUT --decisions FILE creates a cleaned dataset from it;
+data.label_overrides=FILE applies its labels in training. issues.parquet and issues.csv, beside the page, have a row per
+clip. --export writes the listed clips as files for FiftyOne or Label Studio, or with a CSV table.
 """
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,14 @@ from omegaconf import OmegaConf
 
 from distav.config.cli import CommandParser, check_minimums, exit_with_error, name_arguments
 from distav.config.errors import UserError
+from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset, Split
 from distav.evaluation.embedding import Embedder, Embeddings
-from distav.tools.audit.issues import describe_no_issues, label_issues, last_correction, neighbors_of, pair_issues
+from distav.tools.audit.data_issues import DataIssues, find_data_issues
+from distav.tools.audit.exports import EXPORT_FORMATS, Export, write_export
+from distav.tools.audit.issue_table import issue_table, write_issue_table
+from distav.tools.audit.issues import describe_no_issues, last_correction, neighbors_of
+from distav.tools.audit.media_check import MediaCheck
 from distav.tools.audit.page import Audit, write_page
 
 
@@ -32,22 +40,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     out = options.out or options.run / "audit.html"
     try:
-        check_minimums(options, limit=0, neighbors=1, thumbnail_height=16, batch_size=1)
-        audit = _audit(options)
+        check_minimums(options, limit=0, neighbors=1, thumbnail_height=16, batch_size=1, workers=1)
+        if options.export_dir and not options.export:
+            raise UserError(f"--export-dir={options.export_dir}: also give --export FORMAT.")
+        data, audit = _audit(options)
+        table = issue_table(data)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_page(audit, out, options.thumbnail_height)
+            tables = write_issue_table(table, out.parent)
         except OSError as error:
             raise UserError(f"--out={out}: {error.strerror}; choose another file.") from None
+        _print_summary(audit, out, tables)
+        if options.export:
+            folder = options.export_dir or out.parent / f"audit-{options.export}"
+            write_export(options.export, Export(audit, data, table), folder)
     except UserError as error:
         return exit_with_error(error, "audit")
-    counts = ", ".join(f"{len(issues.ids)} {issues.kind} issues" for issues in audit.issues)
+    return 0
+
+
+def _print_summary(audit: Audit, out: Path, tables: list[Path]) -> None:
+    counts = ", ".join(f"{len(issues.ids)} {issues.kind.replace('_', '-')} issues" for issues in audit.issues)
     print(f"{out}: {counts}, {len(audit.clip_ids())} clips, {out.stat().st_size / 2**20:.1f} MiB; open it in a browser")
+    print(f"{' and '.join(map(str, tables))}: the issues of every clip")
     has_signal = bool(audit.correction["label_noise_rate_by_class"])
     empty = [issues.kind for issues in audit.issues if not issues.total]
     for text in dict.fromkeys(describe_no_issues(kind, has_signal) for kind in empty):
         print(text)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,10 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--embeddings", type=Path, metavar="DIR", help="output of tools/embed.py for the dataset, to skip embedding it")
     add("--thumbnail-height", type=int, default=96, metavar="PIXELS", help="largest height of a frame (%(default)s)")
     add("--batch-size", type=int, default=32, help="clips embedded at a time (%(default)s)")
+    add("--skip-media", action="store_true", help="do not decode all clips to find silent, black and still ones")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that decode them (%(default)s)")
+    add("--export", choices=EXPORT_FORMATS, help="also write the listed clips for another tool")
+    add("--export-dir", type=Path, metavar="DIR", help="directory for --export (audit-FORMAT beside the page)")
     return parser
 
 
-def _audit(options: argparse.Namespace) -> Audit:
+def _audit(options: argparse.Namespace) -> tuple[DataIssues, Audit]:
     run: Path = options.run
     if not (run / "report.json").is_file():
         raise UserError(f"{run}: no report.json; specify the directory of a finished run, runs/NAME.")
@@ -73,20 +97,38 @@ def _audit(options: argparse.Namespace) -> Audit:
     shards = _open_dataset(options.shards, config.data.root, run)
     split = shards.split(config.data.train_split)
     table = last_correction(run, report, split)
-    issues = [label_issues(table), pair_issues(table)]
+    test = shards.split(config.data.test_split) if config.data.get("test_split") else None
+    embeddings, data = _find_issues(options, shards, split, test, table)
+    test_labels = data.test_labels
     facts = {
         "run": f"{config.run.name} ({', '.join(config.phases)})",
         "dataset": f"{shards.location}, split {split.name}",
         "clips": f"{len(split)} in {len(shards.classes)} classes",
-        "label issues": f"{issues[0].total}",
-        "pair issues": f"{issues[1].total}",
+        **{f"{issues.kind.replace('_', '-')} issues": f"{issues.total}" for issues in data.issues},
         "quarantined clips": f"{len(report['quarantined_samples'])}",
     }
-    issues = [ranked.first(options.limit) for ranked in issues]
-    embeddings = _embeddings(options, split)
+    if not data.media.measured:
+        facts["media issues"] = "not measured (--skip-media)"
+    issues = [ranked.first(options.limit) for ranked in data.issues]
     neighbors = [neighbors_of(embeddings, split, ranked.ids, options.neighbors) for ranked in issues]
     title = f"{config.run.name} · audit"
-    return Audit(title, split, shards.classes, table, report["corrections"][-1], issues, neighbors, facts)
+    correction = report["corrections"][-1]
+    audit = Audit(title, split, shards.classes, table, correction, issues, neighbors, facts, test, test_labels)
+    return data, audit
+
+
+def _find_issues(
+    options: argparse.Namespace, shards: ShardedDataset, split: Split, test: Split | None, table: Any
+) -> tuple[Embeddings, DataIssues]:
+    """Embed the clips, check their media, and search all issues; returns the embeddings of the training clips."""
+    embeddings = _embeddings(options, split)
+    test_embeddings = _embeddings(options, test) if test else None
+    test_labels: list[str] = []
+    if test:
+        labels = load_labels(shards, test)
+        test_labels = [labels.classes[label] for label in labels.given]
+    media = MediaCheck.skipped(len(split)) if options.skip_media else MediaCheck.measure(split, options.workers)
+    return embeddings, find_data_issues(split, test, table, test_labels, embeddings, test_embeddings, media)
 
 
 def _open_dataset(specified: str, recorded: str, run: Path) -> ShardedDataset:

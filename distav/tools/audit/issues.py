@@ -1,9 +1,9 @@
-"""Ranked label issues and pair issues of a dataset, and the nearest neighbors of the listed clips.
+"""Ranked issues of a dataset, and the nearest neighbors of the listed clips.
 
 Legend: N training clips, I issues, k neighbors.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from distav.evaluation.embedding import Embeddings, normalize_rows
 from distav.evaluation.metrics import MISMATCH_THRESHOLD
 from distav.memory.knn import MAX_K, nearest_neighbors
 
+KINDS = ("label", "pair", "duplicate", "leak", "off_topic", "media")
+"""Types of issues, in the order of the lists of the page."""
 COLUMNS = (
     "id",
     "key",
@@ -36,20 +38,31 @@ class Issues:
     """Clips with an issue of one type, in order of decreasing score.
 
     Attributes:
-        kind: `label` or `pair`.
+        kind: one of `KINDS`.
         ids: [I] int64 clips.
-        scores: [I] probabilities that the label or the pair is wrong.
+        scores: [I] from 0 to 1: the probability that the label or the pair is wrong, or the severity of another issue.
         total: number of clips with such an issue, including those that are not listed.
+        notes: what the issue of each clip is, I texts; empty for labels and pairs, which the page describes.
+        matches: [I] int64 row of the clip that an issue refers to, training clips before test clips, or -1; None if no
+            issue refers to another clip.
     """
 
     kind: str
     ids: np.ndarray
     scores: np.ndarray
     total: int
+    notes: list[str] = field(default_factory=list[str])
+    matches: np.ndarray | None = None
 
     def first(self, limit: int) -> "Issues":
         """Return the first `limit` issues; all of them if `limit` is 0."""
-        return Issues(self.kind, self.ids[: limit or None], self.scores[: limit or None], self.total)
+        part = slice(limit or None)
+        matches = None if self.matches is None else self.matches[part]
+        return Issues(self.kind, self.ids[part], self.scores[part], self.total, self.notes[part], matches)
+
+    def with_notes(self, notes: list[str], matches: np.ndarray | None = None) -> "Issues":
+        """Return the same issues with notes and the clips that they refer to."""
+        return replace(self, notes=notes, matches=matches)
 
 
 def rank_issues(kind: str, scores: np.ndarray, is_issue: np.ndarray) -> Issues:
@@ -79,25 +92,30 @@ def describe_no_issues(kind: str, has_signal: bool) -> str:
     """Return why a page lists no issues of a type, and what to do.
 
     Args:
-        kind: `label` or `pair`.
+        kind: one of `KINDS`.
         has_signal: whether the last correction found a label signal; without one, it leaves labels and pairs unchanged.
     """
-    if not has_signal:
+    if not has_signal and kind in KINDS[:2]:
         return (
             "The last label correction of this run found no label signal: the nearest neighbors of a clip predict its "
             "label no better than the class frequencies do. It left all labels and pairs unchanged, so there is "
             "nothing to review. Train with more epochs (phases.NAME.epochs) under another run.name, and run audit.py "
             "on that run."
         )
-    if kind == "label":
-        return (
-            "No label issues: the held-out votes of the last label correction agree with every given label. No action "
-            "is needed."
-        )
-    return (
-        f"No pair issues: every clip has a correspondence probability of {MISMATCH_THRESHOLD:g} or more. No action is "
-        "needed."
-    )
+    return {
+        "label": "No label issues: the held-out votes of the last label correction agree with every given label. No "
+        "action is needed.",
+        "pair": f"No pair issues: every clip has a correspondence probability of {MISMATCH_THRESHOLD:g} or more. No "
+        "action is needed.",
+        "duplicate": "No duplicates: no training clip is a copy or a near-duplicate of another one. No action is "
+        "needed.",
+        "leak": "No leaks: no training clip shares its source with a test clip or is a near-duplicate of one. No "
+        "action is needed.",
+        "off_topic": "No off-topic clips: no clip is far from all others with a label that its neighbors do not "
+        "support. No action is needed.",
+        "media": "No silent, black, still or unreadable clips; with --skip-media, they are not searched. No action is "
+        "needed.",
+    }[kind]
 
 
 def last_correction(run: Path, report: dict[str, Any], split: Split) -> pa.Table:

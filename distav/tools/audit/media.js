@@ -19,6 +19,14 @@ function makeAudio(clip) {
   return make("p", { className: "dim", textContent: text });
 }
 
+// The clip that an issue refers to, such as the clip that is duplicated.
+function makeMatch(clip) {
+  const url = mediaUrl("audio", clip);
+  return [make("h2", { textContent: "Compare with" }), make("div", { className: "match" }, makeStrip(clip, "four frames of the other clip"),
+    make("p", { className: "dim", textContent: `${classes[clips.given_label[clip]]}: ${clips.key[clip]}, ${clips.source[clip]} from ${clips.start_s[clip]} s` }),
+    ...(url ? [make("audio", { controls: true, src: url })] : []))];
+}
+
 function makeNeighbors(title, neighbors, clip, audible) {
   const figures = neighbors.map(([neighbor, cosine]) => {
     const given = classes[clips.given_label[neighbor]], proposed = classes[clips.knn_label[neighbor]];

@@ -4,9 +4,11 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const { classes, clips, issues } = data;
 const ROW_HEIGHT = 72, EXTRA_ROWS = 6, STORAGE_KEY = "distav-audit-" + data.digest;
-const KEYS = [["J / ↓", "next"], ["K / ↑", "previous"], ["A", "accept the proposed change"], ["R", "reject it and keep the given label or pair"],
+const KEYS = [["J / ↓", "next"], ["K / ↑", "previous"], ["A", "accept the proposed change or removal"],
+  ["R", "reject it and keep the given label, pair or clip"],
   ["C", "choose another label"], ["U", "undo the last decision"], ["Space", "play the audio"], ["S", "save decisions"],
-  ["1 2 3", "labels, pairs, overview"]];
+  ["1 … 6", "labels, pairs, duplicates, leaks, off-topic, silent or black"], ["0", "overview"]];
+const VIEWS = ["label", "pair", "duplicate", "leak", "off_topic", "media"];
 const $ = (selector) => document.querySelector(selector);
 const undoStack = [];
 let view = "label", shown = [], selected = -1, decisions = {};
@@ -39,10 +41,10 @@ function storeDecisions() {
 }
 
 function updateCounts() {
-  const listed = { label: 0, pair: 0 };
+  const listed = Object.fromEntries(VIEWS.map((kind) => [kind, 0]));
   issues.kind.forEach((kind) => listed[kind]++);
   document.querySelectorAll("nav span").forEach((span, index) => {
-    const kind = ["label", "pair"][index], total = data.totals[kind];
+    const kind = VIEWS[index], total = data.totals[kind] ?? 0;
     span.textContent = listed[kind] < total ? `${listed[kind]} of ${total}` : total;
   });
   const count = Object.keys(decisions).length;
@@ -75,14 +77,15 @@ function drawRows() {
 
 function makeRow(index) {
   const issue = shown[index], clip = issues.clip[issue], state = stateOf(issue);
-  const title = issues.kind[issue] === "label"
+  const kind = issues.kind[issue], title = kind === "label"
     ? [make("span", { className: "given", textContent: classes[clips.given_label[clip]] }), " → ",
       make("span", { className: "proposed", textContent: classes[clips.knn_label[clip]] })]
-    : [make("span", { textContent: classes[clips.knn_label[clip]] }), " with mismatched audio?"];
+    : kind === "pair" ? [make("span", { textContent: classes[clips.knn_label[clip]] }), " with mismatched audio?"]
+    : [make("span", { className: "given", textContent: classes[clips.given_label[clip]] }), issues.note[issue] && ": " + issues.note[issue]];
   const node = make("div", { className: "row" + (index === selected ? " selected" : ""), role: "option" },
     makeStrip(clip, ""),
     make("div", {}, make("p", {}, ...title), make("p", { className: "dim", textContent: clips.source[clip] })),
-    make("span", { className: "mark " + state, textContent: state === "open" ? percent(issues.score[issue]) : state }));
+    make("span", { className: "mark " + state, textContent: state === "open" ? scoreText(issue) : state }));
   node.style.top = index * ROW_HEIGHT + "px";
   node.dataset.index = index;
   node.setAttribute("aria-selected", index === selected);
@@ -92,6 +95,12 @@ function makeRow(index) {
 function percent(fraction) {
   const value = 100 * fraction;
   return (value > 99.95 && value < 100 ? ">99.9" : value.toFixed(1)) + " %";
+}
+
+// Labels and pairs have probabilities, duplicates and leaks similarities, and the other lists have a rank alone.
+function scoreText(issue) {
+  const kind = issues.kind[issue], score = issues.score[issue];
+  return kind === "media" ? "" : kind === "label" || kind === "pair" ? percent(score) : score.toFixed(3);
 }
 
 function select(index) {
@@ -110,25 +119,42 @@ function emptyText() {
 function drawDetail() {
   const pane = $("#detail");
   if (selected < 0) return pane.replaceChildren(make("p", { className: "dim", textContent: emptyText() }));
-  const issue = shown[selected], clip = issues.clip[issue], isLabel = issues.kind[issue] === "label";
-  const given = classes[clips.given_label[clip]], proposed = classes[clips.knn_label[clip]];
-  const question = isLabel
-    ? [`Given `, make("b", { className: "given", textContent: given }), `, proposed `, make("b", { className: "proposed", textContent: proposed })]
-    : [`Does the audio belong to this `, make("b", { textContent: proposed }), `?`];
-  const probability = percent(issues.score[issue]);
-  const facts = (isLabel ? `Probability that the given label is wrong, by held-out k-NN votes: ${probability}. The run's label: ${classes[clips.corrected_label[clip]]}. `
-    : `Probability that audio and video are mismatched: ${probability}. Given label: ${given}. `)
-    + `${clips.key[clip]}, ${clips.source[clip]} from ${clips.start_s[clip]} s`;
+  const issue = shown[selected], clip = issues.clip[issue], match = issues.match[issue];
+  const [question, explanation] = describeIssue(issue);
+  const facts = `${explanation} ${clips.key[clip]}, ${clips.source[clip]} from ${clips.start_s[clip]} s`;
   pane.replaceChildren(
     makeStrip(clip, "four frames of the clip"), makeAudio(clip),
     make("p", { className: "question" }, ...question), make("p", { className: "dim", textContent: facts }),
-    makeChoices(issue, isLabel),
+    makeChoices(issue), ...(match < 0 ? [] : makeMatch(match)),
     ...(clips.has_frames[clip] ? makeNeighbors("Most similar video", issues.visual[issue], clip, false) : []),
     ...(clips.has_audio[clip] ? makeNeighbors("Most similar audio", issues.audio[issue], clip, true) : []));
 }
 
-function makeChoices(issue, isLabel) {
-  const decision = decisionOf(issue);
+// The question that a decision answers, as nodes, and an explanation of the score.
+function describeIssue(issue) {
+  const clip = issues.clip[issue], given = classes[clips.given_label[clip]], proposed = classes[clips.knn_label[clip]];
+  const probability = percent(issues.score[issue]), label = make("b", { className: "given", textContent: given });
+  switch (issues.kind[issue]) {
+    case "label":
+      return [["Given ", label, ", proposed ", make("b", { className: "proposed", textContent: proposed })],
+        `Probability that the given label is wrong, by held-out k-NN votes: ${probability}. The run's label: ${classes[clips.corrected_label[clip]]}.`];
+    case "pair":
+      return [["Does the audio belong to this ", make("b", { textContent: proposed }), "?"],
+        `Probability that audio and video are mismatched: ${probability}. Given label: ${given}.`];
+    case "off_topic":
+      return [["Is this ", label, ", or does it belong to none of the classes?"],
+        `Far from all other clips in each modality, with a label that its neighbors do not support. Score: ${scoreText(issue)}.`];
+    case "media":
+      return [["Remove this clip? ", make("b", { textContent: issues.note[issue] })], `Given label: ${given}.`];
+    default:
+      return [["Remove this clip? ", make("b", { textContent: issues.note[issue] })],
+        `Given label: ${given}. Similarity: ${scoreText(issue)}.`];
+  }
+}
+
+function makeChoices(issue) {
+  const decision = decisionOf(issue), kind = issues.kind[issue], isLabel = kind === "label";
+  const [accept, reject] = { label: ["Accept", "Keep given"], pair: ["Mismatched", "Matched"] }[kind] ?? ["Remove", "Keep"];
   const pick = make("select", { id: "pick" }, make("option", { value: "", textContent: "another label …" }),
     ...classes.map((name, index) => make("option", { value: index, textContent: name })));
   if (Number.isInteger(decision)) pick.value = decision;
@@ -138,9 +164,8 @@ function makeChoices(issue, isLabel) {
     node.setAttribute("aria-pressed", decision === value);
     return node;
   };
-  return make("div", { className: "choices" }, button(isLabel ? "Accept" : "Mismatched", "A", "accepted"),
-    button(isLabel ? "Keep given" : "Matched", "R", "rejected"), ...(isLabel ? [pick] : []),
-    make("button", { onclick: undo, disabled: !undoStack.length }, "Undo ", make("kbd", { textContent: "U" })));
+  return make("div", { className: "choices" }, button(accept, "A", "accepted"), button(reject, "R", "rejected"),
+    ...(isLabel ? [pick] : []), make("button", { onclick: undo, disabled: !undoStack.length }, "Undo ", make("kbd", { textContent: "U" })));
 }
 
 function decide(decision) {
@@ -237,7 +262,7 @@ async function loadDecisions(file) {
 const ACTIONS = { j: () => select(selected + 1), arrowdown: () => select(selected + 1), k: () => select(selected - 1), arrowup: () => select(selected - 1),
   a: () => decide("accepted"), r: () => decide("rejected"), u: undo, c: () => { const pick = $("#pick"); pick?.focus(); pick?.showPicker?.(); }, s: saveDecisions,
   " ": () => { const audio = $("#audio"); if (audio) audio.paused ? audio.play() : audio.pause(); },
-  1: () => showView("label"), 2: () => showView("pair"), 3: () => showView("overview"), "?": () => $("#keys").showModal() };
+  ...Object.fromEntries(VIEWS.map((name, index) => [index + 1, () => showView(name)])), 0: () => showView("overview"), "?": () => $("#keys").showModal() };
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || $("#keys").open || event.target.matches("input, select")) return;

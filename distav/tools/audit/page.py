@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from distav.data.dataset import Split
 from distav.data.files import temporary_path
 from distav.data.pipeline.decoding import decode_clip
 from distav.data.pipeline.reader import CorruptSampleError, DecodeError, ShardReader
-from distav.tools.audit.issues import Issues, describe_no_issues
+from distav.tools.audit.issues import KINDS, Issues, describe_no_issues
 from distav.tools.audit.thumbnails import encode_opus, encode_strip
 
 Neighbors = dict[str, tuple[np.ndarray, ...]]
@@ -38,6 +38,8 @@ class Audit:
         issues: ranked issues of each type.
         neighbors: neighbors of the clips of each list of issues.
         facts: additional lines of the overview.
+        test: test split, whose clips have the ids after those of `split`; None if no issue refers to a test clip.
+        test_labels: given labels of its clips.
     """
 
     title: str
@@ -48,13 +50,24 @@ class Audit:
     issues: list[Issues]
     neighbors: list[Neighbors]
     facts: dict[str, str]
+    test: Split | None = None
+    test_labels: list[str] = field(default_factory=list[str])
 
     def clip_ids(self) -> np.ndarray:
-        """Return the sorted ids of all clips on the page, those with issues and their neighbors."""
+        """Return the sorted ids of all clips on the page: those with issues, their matches and their neighbors."""
         neighbor_ids = [ids.ravel() for neighbors in self.neighbors for ids, _ in neighbors.values()]
         issue_ids = [issues.ids for issues in self.issues]
-        ids = np.unique(np.concatenate([np.zeros(0, np.int64), *issue_ids, *neighbor_ids]))
+        matches = [issues.matches for issues in self.issues if issues.matches is not None]
+        ids = np.unique(np.concatenate([np.zeros(0, np.int64), *issue_ids, *matches, *neighbor_ids]))
         return ids[ids >= 0]
+
+    def splits(self, clip_ids: np.ndarray) -> list[tuple[Split, np.ndarray]]:
+        """Return the sorted clips by split, each with the ids in the split; the training split comes first."""
+        first_test = len(self.split)
+        parts = [(self.split, clip_ids[clip_ids < first_test])]
+        if self.test:
+            parts.append((self.test, clip_ids[clip_ids >= first_test] - first_test))
+        return parts
 
 
 def write_page(audit: Audit, path: Path, height: int) -> None:
@@ -82,23 +95,33 @@ def write_page(audit: Audit, path: Path, height: int) -> None:
 
 def _media(audit: Audit, height: int) -> Iterator[str]:
     """Yield an inert script element for the frames and for the audio of every clip that has them, if decodable."""
-    reader = ShardReader(audit.split)
-    try:
-        for index, sample in enumerate(tqdm(audit.clip_ids(), unit="clip", desc="encoding clips", mininterval=1)):
+    clip_ids, index = audit.clip_ids(), 0
+    with tqdm(total=len(clip_ids), unit="clip", desc="encoding clips", mininterval=1) as bar:
+        for split, samples in audit.splits(clip_ids):
+            reader = ShardReader(split)
             try:
-                frames, audio = decode_clip(reader.read(int(sample)))
-            except (CorruptSampleError, DecodeError):
-                continue
-            media: dict[str, bytes] = {}
-            if frames is not None:
-                media["frames"] = encode_strip(frames, height)
-            if audio is not None:
-                media["audio"] = encode_opus(audio, audit.split.sample_rate_hz)
-            for medium, content in media.items():
-                text = base64.b64encode(content).decode()
-                yield f'<script type="text/plain" id="{medium}{index}">{text}</script>\n'
-    finally:
-        reader.close()
+                for sample in samples.tolist():
+                    for medium, content in _encode(reader, sample, height).items():
+                        text = base64.b64encode(content).decode()
+                        yield f'<script type="text/plain" id="{medium}{index}">{text}</script>\n'
+                    index += 1
+                    bar.update()
+            finally:
+                reader.close()
+
+
+def _encode(reader: ShardReader, sample: int, height: int) -> dict[str, bytes]:
+    """Return the frames and the audio of a clip for the page; empty if it cannot be decoded."""
+    try:
+        frames, audio = decode_clip(reader.read(sample))
+    except (CorruptSampleError, DecodeError):
+        return {}
+    media: dict[str, bytes] = {}
+    if frames is not None:
+        media["frames"] = encode_strip(frames, height)
+    if audio is not None:
+        media["audio"] = encode_opus(audio, reader.split.sample_rate_hz)
+    return media
 
 
 def _page_data(audit: Audit) -> dict[str, Any]:
@@ -106,19 +129,26 @@ def _page_data(audit: Audit) -> dict[str, Any]:
     clip_ids = audit.clip_ids()
     class_index = {name: index for index, name in enumerate(audit.classes)}
     given, knn, corrected = (
-        np.array([class_index[name] for name in audit.table.column(column).to_pylist()], dtype=np.int64)
+        np.array(
+            [class_index[name] for name in audit.table.column(column).to_pylist() + audit.test_labels], dtype=np.int64
+        )
         for column in ("given_label", "knn_label", "corrected_label")
     )
     confusion = np.zeros((len(audit.classes),) * 2, dtype=np.int64)
-    np.add.at(confusion, (given, corrected), 1)
-    columns = audit.split.columns
+    num_train = len(audit.split)
+    np.add.at(confusion, (given[:num_train], corrected[:num_train]), 1)
+    parts = audit.splits(clip_ids)
+
+    def stored(column: str) -> list[Any]:
+        return [value for split, samples in parts for value in split.columns[column][samples].tolist()]
+
     rates_by_class = audit.correction["label_noise_rate_by_class"]
     return {
         "title": audit.title,
         "digest": _digest(audit.table),
         "classes": audit.classes,
         "totals": {issues.kind: issues.total for issues in audit.issues},
-        "no_issues": {kind: describe_no_issues(kind, bool(rates_by_class)) for kind in ("label", "pair")},
+        "no_issues": {kind: describe_no_issues(kind, bool(rates_by_class)) for kind in KINDS},
         "facts": list(audit.facts.items()),
         # Rates are estimated only if the votes carry information on the labels.
         "rates": {
@@ -129,14 +159,16 @@ def _page_data(audit: Audit) -> dict[str, Any]:
         "counts": {"given": confusion.sum(1).tolist(), "corrected": confusion.sum(0).tolist()},
         "confusion": confusion.tolist(),
         "clips": {
-            "key": columns["key"][clip_ids].tolist(),
-            "source": [str(source) for source in columns["source"][clip_ids]],
-            "start_s": columns["start_s"][clip_ids].tolist(),
+            "key": stored("key"),
+            "source": [str(source) for source in stored("source")],
+            "start_s": stored("start_s"),
             "given_label": given[clip_ids].tolist(),
             "knn_label": knn[clip_ids].tolist(),
             "corrected_label": corrected[clip_ids].tolist(),
-            "has_frames": audit.split.has_modality("visual")[clip_ids].tolist(),
-            "has_audio": audit.split.has_modality("audio")[clip_ids].tolist(),
+            **{
+                name: [bool(has) for split, samples in parts for has in split.has_modality(modality)[samples]]
+                for name, modality in (("has_frames", "visual"), ("has_audio", "audio"))
+            },
         },
         "issues": _issue_columns(audit, clip_ids),
     }
@@ -144,11 +176,14 @@ def _page_data(audit: Audit) -> dict[str, Any]:
 
 def _issue_columns(audit: Audit, clip_ids: np.ndarray) -> dict[str, list[Any]]:
     """Return the columns of the issues of all types, one after the other."""
-    columns: dict[str, list[Any]] = {name: [] for name in ("kind", "clip", "score", "visual", "audio")}
+    columns: dict[str, list[Any]] = {name: [] for name in ("kind", "clip", "score", "note", "match", "visual", "audio")}
     for issues, neighbors in zip(audit.issues, audit.neighbors, strict=True):
         columns["kind"] += [issues.kind] * len(issues.ids)
         columns["clip"] += np.searchsorted(clip_ids, issues.ids).tolist()
         columns["score"] += issues.scores.tolist()
+        columns["note"] += issues.notes or [""] * len(issues.ids)
+        matches = np.full(len(issues.ids), -1) if issues.matches is None else issues.matches
+        columns["match"] += np.where(matches < 0, -1, np.searchsorted(clip_ids, matches)).tolist()
         for modality, (ids, cosines) in neighbors.items():
             for row_ids, row_cosines in zip(ids, cosines, strict=True):
                 columns[modality].append(
