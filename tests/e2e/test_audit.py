@@ -17,6 +17,8 @@ from distav.data.files import write_table
 from distav.tools.audit.command import main
 from distav.tools.audit.issues import Issues
 from distav.tools.audit.page import Audit, write_page
+from distav.tools.make_shards import main as clean
+from tests.helpers.issues import planted_issues
 from tests.helpers.modalities import audit_of, mixed_shards, write_mixed_folder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -72,7 +74,8 @@ def test_issues_are_reviewed_with_keys_and_decisions_are_applied_to_a_training(
 ):
     page, messages = open_page(browser, page_file)
     assert page.locator(".row").first.inner_text().endswith("99.9 %")
-    assert page.locator("nav button").all_inner_texts() == ["Labels 38", "Pairs 12", "Overview"]
+    tabs = page.locator("nav button").all_inner_texts()
+    assert tabs[:2] == ["Labels 38", "Pairs 12"] and tabs[-1] == "Overview" and len(tabs) == 7
     strip = page.locator(".row.selected img").evaluate(
         "image => [image.naturalWidth / image.naturalHeight, image.complete]"
     )
@@ -143,7 +146,7 @@ def test_issues_are_reviewed_with_keys_and_decisions_are_applied_to_a_training(
     assert kept["elsewhere"]["pair"] == "mismatched" and len(kept) == 2
     assert kept[other_run.split(",")[0]]["label"] == other_run.split(",")[1]
     assert kept[other_run.split(",")[0]]["label_decision"] == "accepted"
-    page.keyboard.press("3")
+    page.keyboard.press("0")
     assert page.locator(".confusion td").first.is_visible() and page.locator(".bar").count() == len(shards.classes)
     assert not messages
 
@@ -213,6 +216,42 @@ def test_clips_without_video_or_audio_are_shown_as_such(browser: Browser, tmp_pa
         assert headings == ["Most similar video"] * visual + ["Most similar audio"] * audio
         page.keyboard.press("j")
     assert not messages
+
+
+def test_duplicates_leaks_and_other_clips_are_removed_by_decisions(browser: Browser, tiny_shards: Path, tmp_path: Path):
+    data, audit = planted_issues(tiny_shards)
+    write_page(audit, tmp_path / "page.html", 48)
+    page, messages = open_page(browser, tmp_path / "page.html")
+    expected = {"3": "Duplicates 5", "4": "Leaks 2", "5": "Off-topic 6", "6": "Silent or black 3"}
+    removed = []
+    for key, name in expected.items():
+        page.keyboard.press(key)
+        assert page.locator("nav [aria-selected=true]").inner_text() == name
+        has_match = key in "34"
+        assert (page.locator("h2").first.inner_text() == "Compare with") == has_match
+        assert page.locator(".match img").count() == has_match
+        removed.append(page.locator("#detail .dim").first.inner_text().split(", ")[-2].split()[-1])
+        page.keyboard.press("a")
+        page.keyboard.press("r")
+    assert "no decisions" not in page.locator("#decided").inner_text()
+    with page.expect_download() as download:
+        page.click("#save")
+    decisions = tmp_path / "decisions.csv"
+    download.value.save_as(decisions)
+    rows = {row["key"]: row for row in csv.DictReader(decisions.open())}
+    assert sorted(row["action"] for row in rows.values()) == ["keep"] * 4 + ["remove"] * 4
+    assert all(rows[key]["action"] == "remove" and key in data.keys for key in removed)
+    page.evaluate("localStorage.clear()")
+    page.reload()
+    page.set_input_files("#load", str(decisions))
+    page.wait_for_function("document.getElementById('decided').textContent.startsWith('8 clips loaded')")
+    with page.expect_download() as again:
+        page.click("#save")
+    again.value.save_as(tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_text() == decisions.read_text()
+    assert clean(["clean", str(tiny_shards), str(tmp_path / "out"), "--workers=1", "--decisions", str(decisions)]) == 3
+    kept = set(ShardedDataset.open(tmp_path / "out").split("train").keys.tolist())
+    assert set(data.keys[: len(data.train)]) - kept == set(removed) and not messages
 
 
 def test_ten_thousand_issues_scroll_quickly_and_names_are_not_markup(

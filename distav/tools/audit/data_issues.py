@@ -3,7 +3,7 @@
 Legend: N training clips, M test clips, R = N + M rows, I issues.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,11 +11,18 @@ import pyarrow as pa
 
 from distav.data.dataset import Split
 from distav.evaluation.embedding import Embeddings
-from distav.tools.audit.duplicates import Leaks, Matches, duplicate_groups, find_leaks, find_matches
+from distav.tools.audit.duplicates import (
+    MODALITY_NAMES,
+    Leaks,
+    Matches,
+    duplicate_groups,
+    find_leaks,
+    find_matches,
+)
 from distav.tools.audit.issues import Issues, label_issues, pair_issues, rank_issues
 from distav.tools.audit.media_check import MediaCheck
 from distav.tools.audit.neighborhoods import find_neighborhoods
-from distav.tools.audit.off_topic import is_supported, off_topic_scores
+from distav.tools.audit.off_topic import is_supported, num_neighbors, off_topic_scores
 
 
 @dataclass(frozen=True)
@@ -77,11 +84,17 @@ class DataIssues:
         ]
 
     def _duplicates(self) -> Issues:
-        """Return the clips that duplicate another clip; the first clip of each group is not listed."""
+        """Return the clips that duplicate another clip; the first clip of each group is not listed.
+
+        Duplicates in the audio alone come last, since videos share music.
+        """
         num_train = len(self.train)
         scores = self.matches.cosines[:num_train].astype(np.float64)
         is_listed = (self.duplicate_groups >= 0) & (self.duplicate_groups != np.arange(num_train))
         ranked = rank_issues("duplicate", scores, is_listed & (self.matches.ids[:num_train] >= 0))
+        audio_alone = self.matches.modalities[ranked.ids] == MODALITY_NAMES["audio"]
+        order = np.argsort(audio_alone, kind="stable")
+        ranked = replace(ranked, ids=ranked.ids[order], scores=ranked.scores[order])
         notes = []
         for clip in ranked.ids.tolist():
             match = int(self.matches.ids[clip])
@@ -100,7 +113,11 @@ class DataIssues:
         notes = []
         for clip in ranked.ids.tolist():
             key, reason = self.keys[partners[clip]], self.leaks.reasons[clip]
-            relation = f"Of the same source as test clip {key}" if reason == "same source" else f"A {reason} of {key}"
+            relation = (
+                f"Of the same source as test clip {key}"
+                if reason == "same source"
+                else f"{reason.capitalize()} of {key}"
+            )
             notes.append(relation)
         return ranked.with_notes(notes, partners[ranked.ids])
 
@@ -135,7 +152,9 @@ def find_data_issues(
     matches = find_matches(neighborhoods, train, test, excluded)
     given, knn = (np.array(table.column(name).to_pylist()) for name in ("given_label", "knn_label"))
     supported = is_supported(table.column("self_confidence").to_numpy(), given == knn)
-    neighborhoods = find_neighborhoods(embeddings, train.source_codes, excluded=excluded, candidates=supported)
+    neighborhoods = find_neighborhoods(
+        embeddings, train.source_codes, excluded=excluded, candidates=supported, k=num_neighbors(given, supported)
+    )
     scores, is_off_topic = off_topic_scores(neighborhoods, supported)
     leaks = find_leaks(matches, train, test)
     return DataIssues(train, test, table, test_labels, matches, leaks, scores, is_off_topic, media)

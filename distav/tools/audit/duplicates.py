@@ -193,7 +193,7 @@ def duplicate_groups(ids: np.ndarray) -> np.ndarray:
         ids: [N] training clip that each training clip duplicates, -1 for none.
     """
     clips = (ids >= 0).nonzero()[0]
-    links = coo_matrix((np.ones(len(clips)), (clips, ids[clips])), shape=(len(ids),) * 2)
+    links = coo_matrix((np.ones(len(clips)), (clips, ids[clips])), shape=(len(ids), len(ids)))
     components = connected_components(links, directed=False)[1]
     lowest = np.full(components.max(initial=0) + 1, len(ids))
     np.minimum.at(lowest, components, np.arange(len(ids)))

@@ -9,6 +9,8 @@ from distav.tools.audit.neighborhoods import Neighborhoods
 
 MIN_SELF_CONFIDENCE = 0.5
 """Probability of the given label, by the votes of the neighbors, from which they support it."""
+MIN_NEIGHBORS, MAX_NEIGHBORS = 3, 10
+"""Limits of the number of supported neighbors that the radius of a clip reaches to."""
 MIN_CLIPS = 50
 """Number of supported clips from which off-topic clips are searched."""
 LOW_QUANTILE = 0.1587
@@ -26,6 +28,19 @@ def is_supported(self_confidence: np.ndarray, predicts_given: np.ndarray) -> np.
         predicts_given: [N] bool, whether the votes predict the given label.
     """
     return predicts_given & (self_confidence >= MIN_SELF_CONFIDENCE)
+
+
+def num_neighbors(labels: np.ndarray, supported: np.ndarray) -> int:
+    """Return the number of neighbors for off-topic scores: half of the supported clips of a typical class, within limits.
+
+    With more, the neighbors of a clip would be of other classes.
+
+    Args:
+        labels: [N] given labels.
+        supported: [N] result of `is_supported`.
+    """
+    counts = np.unique(labels[supported], return_counts=True)[1]
+    return int(np.clip(np.median(counts) // 2 if len(counts) else 0, MIN_NEIGHBORS, MAX_NEIGHBORS))
 
 
 def off_topic_scores(neighborhoods: dict[str, Neighborhoods], supported: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

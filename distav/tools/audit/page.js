@@ -81,10 +81,10 @@ function makeRow(index) {
     ? [make("span", { className: "given", textContent: classes[clips.given_label[clip]] }), " → ",
       make("span", { className: "proposed", textContent: classes[clips.knn_label[clip]] })]
     : kind === "pair" ? [make("span", { textContent: classes[clips.knn_label[clip]] }), " with mismatched audio?"]
-    : [make("span", { className: "given", textContent: classes[clips.given_label[clip]] }), issues.note[issue] && ": " + issues.note[issue]];
+    : [make("span", { className: "given", textContent: classes[clips.given_label[clip]] })];
   const node = make("div", { className: "row" + (index === selected ? " selected" : ""), role: "option" },
     makeStrip(clip, ""),
-    make("div", {}, make("p", {}, ...title), make("p", { className: "dim", textContent: clips.source[clip] })),
+    make("div", {}, make("p", {}, ...title), make("p", { className: "dim", textContent: issues.note[issue] || clips.source[clip] })),
     make("span", { className: "mark " + state, textContent: state === "open" ? scoreText(issue) : state }));
   node.style.top = index * ROW_HEIGHT + "px";
   node.dataset.index = index;
