@@ -51,7 +51,8 @@ def test_report_contents(finished: tuple[Path, str], tiny_shards: Path):
     assert report["label_accuracy"]["given"] == 0.75
     assert 0 <= report["correspondence_auroc"] <= 1
     recalls = {f"{direction}_recall@{k}" for direction in ("v2a", "a2v") for k in (1, 5, 10)}
-    assert report["test"].keys() == {"top1", "top1_visual", "top1_audio", "v2a_map", "a2v_map", "rsum"} | recalls
+    accuracies = {f"{metric}{head}" for metric in ("top1", "balanced_accuracy") for head in ("", "_visual", "_audio")}
+    assert report["test"].keys() == accuracies | {"by_class", "v2a_map", "a2v_map", "rsum"} | recalls
     assert "of wrong labels fixed" in output and "Test:" in output
 
 
@@ -75,7 +76,7 @@ def test_run_directory_contents(finished: tuple[Path, str], tiny_shards: Path):
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "audio": 0}).Reload()
     tags = events.Tags()
     assert {"train/loss", "train/lr", "train/grad_norm", "time/clips_per_s", "time/data_wait_pct", "memory/peak_gib",
-            "test/top1"} <= set(tags["scalars"])  # fmt: skip
+            "test/top1", "test/balanced_accuracy"} <= set(tags["scalars"])  # fmt: skip
     assert {"correspondence/similarity", "correspondence/weight", "labels/confidence"} <= set(tags["histograms"])
     assert {"input/frames", "input/spectrogram", "labels/given_vs_corrected"} <= set(tags["images"])
     assert "input/audio_0" in tags["audio"]

@@ -21,6 +21,7 @@ from distav.losses.classification import (
     soft_cross_entropy,
 )
 from distav.losses.reduction import weighted_mean
+from distav.training.final_evaluation import evaluate_clips
 from distav.training.phases import supervised
 from distav.training.phases.classifier_targets import ClassifierTargets
 from distav.training.run import Run
@@ -141,6 +142,39 @@ def priors_of_two_classes(file: Path, root: Path, shards: Path) -> np.ndarray:
     with open_run(loading.load(file, overrides), World(0, 1, 0, torch.device("cpu"))) as run:
         run.data.labels.given[:] = np.arange(96) < 6
         return ClassifierTargets(run, Targets.given).log_priors(None).numpy()
+
+
+def evaluated(file: Path, root: Path, shards: Path, hide_audio: bool) -> tuple[Any, dict[str, Any]]:
+    """Return the metrics of an untrained network on clips with one modality, and the labels by classifier."""
+    overrides = [f"data.root={shards}", f"run.root={root}"]
+    world = World(get_rank(), get_world_size(), 0, torch.device("cpu"))
+    with open_run(loading.load(file, overrides), world) as run:
+        test, labels = run.data.test, run.data.test_labels
+        assert test is not None and labels is not None and labels.true is not None
+        labels.true[labels.true == 4] = 3  # A class without test clips.
+        has = {"visual": np.arange(len(test)) % 4 > 0, "audio": (np.arange(len(test)) % 4 < 2) & (not hide_audio)}
+        for name, column in (("visual", "video_bytes"), ("audio", "audio_bytes")):
+            test.columns[column] = test.columns[column] * has[name]
+        metrics = evaluate_clips(run)
+        return metrics, {name: labels.true[present] for name, present in has.items()} | {"both": labels.true}
+
+
+@pytest.mark.parametrize(("num_ranks", "hide_audio"), [(1, False), (2, False), (1, True)])
+def test_clips_with_one_modality_and_classes_without_clips_are_scored(
+    tiny_shards: Path, tmp_path: Path, num_ranks: int, hide_audio: bool
+):
+    results = on_ranks(num_ranks, evaluated, tiny_config(tmp_path), tmp_path, tiny_shards, hide_audio)
+    metrics, labels = results[0]
+    assert metrics["by_class"].keys() == {"both", "visual"} if hide_audio else {"both", "visual", "audio"}
+    assert ("balanced_accuracy_audio" in metrics) == ("top1_audio" in metrics) == (not hide_audio)
+    for name, scores in metrics["by_class"].items():
+        suffix = "" if name == "both" else f"_{name}"
+        clips = np.bincount(labels[name], minlength=6)
+        assert [values["clips"] for values in scores.values()] == clips.tolist() and clips[4] == 0
+        assert [values["recall"] is None for values in scores.values()] == (clips == 0).tolist()
+        recalls = [values["recall"] for values in scores.values() if values["clips"]]
+        assert metrics[f"balanced_accuracy{suffix}"] == pytest.approx(np.mean(recalls))
+        assert metrics[f"top1{suffix}"] == pytest.approx(np.average(recalls, weights=clips[clips > 0]))
 
 
 def test_balance_of_one_class_draws_every_clip_once():

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from distav.training.report import format_summary
 
 FOLDER = Path("runs/tiny")
@@ -28,8 +30,17 @@ def correction(label_rate: dict[str, float], pair_rate: dict[str, float]) -> dic
 
 def test_summary_of_a_run_with_ground_truth():
     accuracy = {"given": 0.6, "corrected": 0.95, "wrong_labels_fixed": 0.931, "right_labels_broken": 0.01}
-    test = {"top1": 0.9, "top1_visual": 0.8, "top1_audio": 0.7, "v2a_map": 0.451, "a2v_map": 0.44, "rsum": 212.34}
+    test: dict[str, Any] = {
+        "top1": 0.9,
+        "top1_visual": 0.8,
+        "top1_audio": 0.7,
+        "v2a_map": 0.451,
+        "a2v_map": 0.44,
+        "rsum": 212.34,
+    }
+    test["by_class"] = {"both": {"cat": {"clips": 12}, "dog": {"clips": 15}}}
     content = report(
+        given_labels_by_class={"cat": 40, "dog": 56},
         label_accuracy=accuracy,
         correspondence_auroc=0.9531,
         test=test,
@@ -48,6 +59,27 @@ def test_summary_of_a_run_with_ground_truth():
         "  Network:    runs/tiny/export",
         "  Metrics:    tensorboard --logdir runs/tiny",
         "  Report:     runs/tiny/report.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "tested", "sizes"),
+    [([480, 5], [10, 10], "5 to 480"), ([48, 48], [20, 10], "48 to 48"), ([9, 0], [5, 0], "0 to 9")],
+)
+def test_summary_of_imbalanced_classes(given: list[int], tested: list[int], sizes: str):
+    test: dict[str, Any] = {
+        "top1": 0.9,
+        "top1_visual": 0.8,
+        "balanced_accuracy": 0.4123,
+        "balanced_accuracy_visual": 0.3,
+    }
+    test["by_class"] = {"both": {name: {"clips": clips} for name, clips in zip(("cat", "dog"), tested, strict=True)}}
+    content = report(test=test, given_labels_by_class=dict(zip(("cat", "dog"), given, strict=True)))
+    lines = format_summary(content, FOLDER, 2, has_signal=False).splitlines()
+    assert lines[2:4] == [
+        "  Test:       top-1 90.0 % (video and audio), 80.0 % (video only); chance 50.0 %",
+        "  Classes:    balanced accuracy 41.2 % (video and audio), 30.0 % (video only); "
+        f"{sizes} training clips per class",
     ]
 
 

@@ -43,6 +43,17 @@ def test_augmented_sample_is_the_same_in_any_batch(tiny_shards: Path):
     assert audio.shape == (6, 4000) and 0.01 < audio.abs().max() <= 1.1
 
 
+def test_rows_of_a_batch_may_have_epochs_of_their_own(tiny_shards: Path):
+    repeated = loader(tiny_shards, 3, AugmentConfig()).load(np.array([4, 4, 1]), epoch=np.array([3, 3 + 2**32, 0]))
+    for row, (sample, epoch) in enumerate([(4, 3), (4, 3 + 2**32), (1, 0)]):
+        alone = loader(tiny_shards, 1, AugmentConfig()).load(np.array([sample]), epoch)
+        assert torch.equal(repeated.seeds[row], alone.seeds[0])
+        assert all(torch.equal(repeated.media[name][row], values[0]) for name, values in alone.media.items())
+    frames, audio = repeated.media["frames"], repeated.media["audio"]
+    assert repeated.seeds[0] != repeated.seeds[1]
+    assert not torch.equal(frames[0], frames[1]) and not torch.equal(audio[0], audio[1])
+
+
 def test_transforms_stay_within_their_limits(tiny_shards: Path):
     split = ShardedDataset.open(tiny_shards).split("train")
     sampler = ClipTransformSampler(split, DATA, AugmentConfig(audio_shift_s=0.3, crop_area_min=0.3), 0)
