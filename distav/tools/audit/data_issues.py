@@ -116,7 +116,7 @@ class DataIssues:
             relation = (
                 f"Of the same source as test clip {key}"
                 if reason == "same source"
-                else f"{reason.capitalize()} of {key}"
+                else f"{str(reason).capitalize()} of {key}"
             )
             notes.append(relation)
         return ranked.with_notes(notes, partners[ranked.ids])

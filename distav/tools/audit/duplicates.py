@@ -25,6 +25,8 @@ MIN_RELATIVE_RADIUS = 0.25
 radius near zero."""
 BOTH, MODALITY_NAMES = "video and audio", {"visual": "video", "audio": "audio"}
 _DIMENSION_QUANTILE = 0.8
+_BETTER = {("audio",): (BOTH, "video"), ("visual",): (BOTH,), ("visual", "audio"): ()}
+"""Modalities of a near-duplicate that a copy in some modalities does not replace."""
 
 
 @dataclass(frozen=True)
@@ -180,10 +182,10 @@ def _add_exact(
         for row, match in [(first, int(is_other[0])), *((int(row), first) for row in is_other)]:
             if match >= len(train):
                 continue
-            if len(modalities) == 1 and matches.modalities[row] == BOTH:
+            if matches.modalities[row] in _BETTER[modalities]:
                 continue
             matches.ids[row], matches.cosines[row], matches.exact[row] = match, 1.0, True
-            matches.modalities[row] = BOTH if len(modalities) > 1 else MODALITY_NAMES[modalities[0]]
+            matches.modalities[row] = " and ".join(MODALITY_NAMES[modality] for modality in modalities)
 
 
 def duplicate_groups(ids: np.ndarray) -> np.ndarray:
@@ -193,7 +195,7 @@ def duplicate_groups(ids: np.ndarray) -> np.ndarray:
         ids: [N] training clip that each training clip duplicates, -1 for none.
     """
     clips = (ids >= 0).nonzero()[0]
-    links = coo_matrix((np.ones(len(clips)), (clips, ids[clips])), shape=(len(ids), len(ids)))
+    links = coo_matrix((np.ones(len(clips)), (clips, ids[clips])), (len(ids), len(ids)))
     components = connected_components(links, directed=False)[1]
     lowest = np.full(components.max(initial=0) + 1, len(ids))
     np.minimum.at(lowest, components, np.arange(len(ids)))
@@ -217,9 +219,10 @@ class Leaks:
 
 
 def find_leaks(matches: Matches, train: Split, test: Split | None) -> Leaks:
-    """Find clips of one source in both splits, and test clips that duplicate a training clip in any modality.
+    """Find clips of one source in both splits, and test clips that duplicate a training clip.
 
-    A near-duplicate in the audio alone is no leak, since videos share music.
+    All training clips of a group of duplicates leak if one of them does. A duplicate in the audio alone is no leak,
+    since videos share music.
     """
     num_train, num_rows = len(train), len(matches.ids)
     leaks = Leaks(np.full(num_rows, -1), np.full(num_rows, "", dtype=object), np.zeros(num_rows, np.float32))
@@ -230,6 +233,7 @@ def find_leaks(matches: Matches, train: Split, test: Split | None) -> Leaks:
     for row in duplicated[np.argsort(-matches.cosines[duplicated], kind="stable")].tolist():
         reason = "copy" if matches.exact[row] else "near-duplicate"
         _add_leak(leaks, row, int(matches.ids[row]), reason, float(matches.cosines[row]))
+    _add_groups(leaks, matches, num_train)
     sources = np.concatenate([train.columns["source"], test.columns["source"]]).astype(str)
     train_of = {source: clip for clip, source in reversed(list(enumerate(sources[:num_train].tolist())))}
     test_of = {source: num_train + clip for clip, source in reversed(list(enumerate(sources[num_train:].tolist())))}
@@ -238,6 +242,23 @@ def find_leaks(matches: Matches, train: Split, test: Split | None) -> Leaks:
         if partner is not None and leaks.partners[row] < 0:
             leaks.partners[row], leaks.reasons[row], leaks.scores[row] = partner, "same source", 1.0
     return leaks
+
+
+def _add_groups(leaks: Leaks, matches: Matches, num_train: int) -> None:
+    """Add the training clips that duplicate a training clip with a leak."""
+    in_video = matches.modalities[:num_train] != MODALITY_NAMES["audio"]
+    groups = duplicate_groups(np.where(in_video, matches.ids[:num_train], -1))
+    leaking = (leaks.partners[:num_train] >= 0).nonzero()[0]
+    leak_of_group = {int(groups[clip]): clip for clip in leaking[::-1].tolist() if groups[clip] >= 0}
+    for clip in ((groups >= 0) & (leaks.partners[:num_train] < 0)).nonzero()[0].tolist():
+        leak = leak_of_group.get(int(groups[clip]))
+        if leak is not None:
+            score = min(float(leaks.scores[leak]), float(matches.cosines[clip]))
+            leaks.partners[clip], leaks.reasons[clip], leaks.scores[clip] = (
+                leaks.partners[leak],
+                "near-duplicate",
+                score,
+            )
 
 
 def _add_leak(leaks: Leaks, test_row: int, train_row: int, reason: str, score: float) -> None:

@@ -31,7 +31,7 @@ def is_supported(self_confidence: np.ndarray, predicts_given: np.ndarray) -> np.
 
 
 def num_neighbors(labels: np.ndarray, supported: np.ndarray) -> int:
-    """Return the number of neighbors for off-topic scores: half of the supported clips of a typical class, within limits.
+    """Return the number of neighbors for off-topic scores: half the supported clips of a typical class, within limits.
 
     With more, the neighbors of a clip would be of other classes.
 
