@@ -70,13 +70,13 @@ def kill_in_step_11(_rank: int) -> None:
 
     original = TrainingLoop._step
 
-    def step(self, number, batches):
+    def kill_or_step(self, step, batches):
         if self.run.progress.total_steps == 10:
             self.run.finish_saving()
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, number, batches)
+        return original(self, step, batches)
 
-    TrainingLoop._step = step
+    TrainingLoop._step = kill_or_step
 
 
 def test_run_killed_within_a_balanced_epoch_resumes_to_the_same_bytes(

@@ -3,6 +3,7 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_support
@@ -23,7 +24,7 @@ def test_scores_equal_those_of_scikit_learn():
     scores = ClassScores.of(counts)
     assert scores.accuracy == pytest.approx(float((predicted == classes).double().mean()))
     assert scores.balanced_accuracy == pytest.approx(balanced_accuracy_score(classes, predicted))
-    precision, recall, f1, clips = precision_recall_fscore_support(classes, predicted, average=None)
+    precision, recall, f1, clips = map(np.asarray, precision_recall_fscore_support(classes, predicted, average=None))
     for number, values in enumerate(scores.by_class(NAMES[:4]).values()):
         expected = {"clips": clips[number], "recall": recall[number], "precision": precision[number], "f1": f1[number]}
         assert values == pytest.approx(expected)
