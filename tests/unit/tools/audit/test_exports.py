@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distav.config.errors import UserError
+from distav.tools.audit.command import main
 from distav.tools.audit.export_media import write_mp4
 from distav.tools.audit.exports import EXPORT_FORMATS, Export, write_export
 from distav.tools.audit.issue_table import issue_table
@@ -99,3 +100,11 @@ def test_a_directory_that_cannot_be_written_is_an_error(exported: tuple[Export, 
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--export-dir=.*file/out: Not a directory; choose another directory"):
         write_export("csv", exported[0], tmp_path / "file" / "out")
+
+
+def test_invalid_export_options_are_reported(capsys: pytest.CaptureFixture[str]):
+    assert main(["runs/nope", "--export-dir", "out"]) == 1
+    assert "--export-dir=out: also give --export FORMAT" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["runs/nope", "--export", "label-studio"])
+    assert "Did you mean 'labelstudio'" in capsys.readouterr().err
