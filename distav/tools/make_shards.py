@@ -165,9 +165,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _local_dir(text: str) -> Path:
+    """Return the path of a local directory.
+
+    Raises:
+        argparse.ArgumentTypeError: for a URL, which would become a directory with the name of its scheme.
+    """
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{text} is a URL; datasets are written to local directories and then copied")
+    return Path(text)
+
+
 def _add_build_options(parser: argparse.ArgumentParser, default: Encoding) -> None:
     add = parser.add_argument
-    add("out", type=Path, metavar="OUT", help="directory of the dataset")
+    add("out", type=_local_dir, metavar="OUT", help="directory of the dataset")
     add("--codec", default=default.codec, help=f"{', '.join(CODECS)} (default: %(default)s)")
     add("--fps", type=finite_float, default=default.fps, help="frames per second (default: %(default)s)")
     add(
@@ -218,7 +229,7 @@ def _add_build_options(parser: argparse.ArgumentParser, default: Encoding) -> No
 def _add_clean_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("shards", metavar="SHARDS", help="directory of a dataset with one label per sample, of clips or features")
-    add("out", type=Path, metavar="OUT", help="directory of the new dataset; only its training split differs")
+    add("out", type=_local_dir, metavar="OUT", help="directory of the new dataset; only its training split differs")
     add(
         "--decisions",
         type=Path,

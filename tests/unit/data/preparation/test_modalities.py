@@ -247,3 +247,9 @@ def test_truncated_files_of_digits_are_reported(tmp_path: Path):
         cut.write_bytes(content)
         with pytest.raises(UserError, match=r"cut-\d+.gz: truncated or damaged gzip file"):
             DigitsSource(cut, labels, archives[0]).candidates()
+
+
+def test_a_dataset_is_not_written_to_a_url(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        main(["synthetic", "s3://bucket/dataset"])
+    assert stopped.value.code == 2 and "s3://bucket/dataset is a URL" in capsys.readouterr().err
