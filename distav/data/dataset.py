@@ -111,8 +111,11 @@ class Split:
     @cached_property
     def sides(self) -> tuple[int, int]:
         """Shortest and longest side of all stored frames, in pixels; zeros if no sample has frames."""
-        sides = np.concatenate([self.columns["width"], self.columns["height"]])[np.tile(self.has_modality("visual"), 2)]
-        return int(sides.min(initial=2**31 - 1 if len(sides) else 0)), int(sides.max(initial=0))
+        has_frames = self.has_modality("visual")
+        if not has_frames.any():
+            return 0, 0
+        sides = np.concatenate([self.columns[name][has_frames] for name in ("width", "height")])
+        return int(sides.min()), int(sides.max())
 
     def has_modality(self, modality: str) -> np.ndarray:
         """Return whether each sample has a modality, [N] bool; a missing member has 0 bytes in the index."""

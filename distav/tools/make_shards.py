@@ -169,10 +169,12 @@ def _local_dir(text: str) -> Path:
     """Return the path of a local directory.
 
     Raises:
-        argparse.ArgumentTypeError: for a URL, which would become a directory with the name of its scheme.
+        argparse.ArgumentTypeError: for a file, or a URL, which would become a directory with the name of its scheme.
     """
     if is_url(text):
         raise argparse.ArgumentTypeError(f"{text} is a URL; datasets are written to local directories and then copied")
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file; give a directory")
     return Path(text)
 
 

@@ -9,10 +9,9 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
-from distav.data.dataset import Split
+from distav.data.dataset import MEMBERS, Split
 from distav.evaluation.embedding import Embeddings
 from distav.tools.audit.duplicates import (
-    MODALITY_NAMES,
     Leaks,
     Matches,
     duplicate_groups,
@@ -92,7 +91,7 @@ class DataIssues:
         scores = self.matches.cosines[:num_train].astype(np.float64)
         is_listed = (self.duplicate_groups >= 0) & (self.duplicate_groups != np.arange(num_train))
         ranked = rank_issues("duplicate", scores, is_listed & (self.matches.ids[:num_train] >= 0))
-        audio_alone = self.matches.modalities[ranked.ids] == MODALITY_NAMES["audio"]
+        audio_alone = self.matches.modalities[ranked.ids] == MEMBERS["audio"]
         order = np.argsort(audio_alone, kind="stable")
         ranked = replace(ranked, ids=ranked.ids[order], scores=ranked.scores[order])
         notes = []

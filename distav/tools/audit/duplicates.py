@@ -23,7 +23,7 @@ MIN_CLIPS = 50
 MIN_RELATIVE_RADIUS = 0.25
 """Smallest radius that a distance is compared with, relative to the median radius: a group of more than k copies has a
 radius near zero."""
-BOTH, MODALITY_NAMES = "video and audio", {"visual": "video", "audio": "audio"}
+BOTH = "video and audio"
 _DIMENSION_QUANTILE = 0.8
 _BETTER = {("audio",): (BOTH, "video"), ("visual",): (BOTH,), ("visual", "audio"): ()}
 """Modalities of a near-duplicate that a copy in some modalities does not replace."""
@@ -153,7 +153,7 @@ def _add_near(
         row = rows[pair]
         if matches.ids[row] < 0 or (both[pair] and matches.modalities[row] != BOTH):
             matches.ids[row] = ids[pair]
-            matches.modalities[row] = BOTH if both[pair] else MODALITY_NAMES[name]
+            matches.modalities[row] = BOTH if both[pair] else MEMBERS[name]
             matches.cosines[row] = min(cosines[name][pair], cosines[other][pair]) if both[pair] else cosines[name][pair]
 
 
@@ -185,7 +185,7 @@ def _add_exact(
             if matches.modalities[row] in _BETTER[modalities]:
                 continue
             matches.ids[row], matches.cosines[row], matches.exact[row] = match, 1.0, True
-            matches.modalities[row] = " and ".join(MODALITY_NAMES[modality] for modality in modalities)
+            matches.modalities[row] = " and ".join(MEMBERS[modality] for modality in modalities)
 
 
 def duplicate_groups(ids: np.ndarray) -> np.ndarray:
@@ -229,7 +229,7 @@ def find_leaks(matches: Matches, train: Split, test: Split | None) -> Leaks:
     if not test:
         return leaks
     rows = np.arange(num_train, num_rows)
-    duplicated = rows[(matches.ids[rows] >= 0) & (matches.modalities[rows] != MODALITY_NAMES["audio"])]
+    duplicated = rows[(matches.ids[rows] >= 0) & (matches.modalities[rows] != MEMBERS["audio"])]
     for row in duplicated[np.argsort(-matches.cosines[duplicated], kind="stable")].tolist():
         reason = "copy" if matches.exact[row] else "near-duplicate"
         _add_leak(leaks, row, int(matches.ids[row]), reason, float(matches.cosines[row]))
@@ -246,7 +246,7 @@ def find_leaks(matches: Matches, train: Split, test: Split | None) -> Leaks:
 
 def _add_groups(leaks: Leaks, matches: Matches, num_train: int) -> None:
     """Add the training clips that duplicate a training clip with a leak."""
-    in_video = matches.modalities[:num_train] != MODALITY_NAMES["audio"]
+    in_video = matches.modalities[:num_train] != MEMBERS["audio"]
     groups = duplicate_groups(np.where(in_video, matches.ids[:num_train], -1))
     leaking = (leaks.partners[:num_train] >= 0).nonzero()[0]
     leak_of_group = {int(groups[clip]): clip for clip in leaking[::-1].tolist() if groups[clip] >= 0}

@@ -78,7 +78,9 @@ def write_export(export_format: str, export: Export, folder: Path) -> None:
             write_atomically(folder / name, content)
     except OSError as error:
         raise UserError(f"--export-dir={folder}: {error.strerror}; choose another directory.") from None
-    print(f"{folder}: {len(rows)} clips for {export_format} in {' and '.join(files)}")
+    num_skipped = len(export.rows()) - len(rows)
+    skipped = f"; {num_skipped} clips cannot be decoded and are left out" if num_skipped else ""
+    print(f"{folder}: {len(rows)} clips for {export_format} in {' and '.join(files)}{skipped}")
 
 
 def _write_media(split: Split, rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch import library as operators
 
 from distav.models.layers import GlobalBatchNorm, _FusedGlobalNormalize, _GlobalNormalize, apply_blocks
 from tests.helpers.normalization import normalized
@@ -82,9 +83,9 @@ OPERATORS = {
 }
 
 
-def cpu_operators() -> tuple[torch.library.Library, list[str]]:
-    """Register the operators for the CPU while the library exists; returns the library and the names of all calls."""
-    library, called = torch.library.Library("aten", "IMPL", "CPU"), list[str]()
+def cpu_operators() -> tuple[operators.Library, list[str]]:
+    """Register the operators for the CPU while the registry exists; returns the registry and the names of all calls."""
+    registry, called = operators.Library("aten", "IMPL", "CPU"), list[str]()
 
     def recorded(name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -94,15 +95,15 @@ def cpu_operators() -> tuple[torch.library.Library, list[str]]:
         return call
 
     for name in OPERATORS:
-        library.impl(name, recorded(name))
-    return library, called
+        registry.impl(name, recorded(name))
+    return registry, called
 
 
 @pytest.fixture(autouse=True)
 def called() -> Iterator[list[str]]:
-    library, called = cpu_operators()
+    registry, called = cpu_operators()
     yield called
-    library._destroy()
+    registry._destroy()
 
 
 def inputs(dtype: torch.dtype, shape: tuple[int, ...] = (6, 5, 3, 4, 2)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -148,11 +149,11 @@ def test_the_input_is_the_only_saved_tensor_of_its_size():
 
 
 def normalize_on_each_rank(dtype: torch.dtype) -> list[Tensor]:
-    library, _ = cpu_operators()
+    registry, _ = cpu_operators()
     x, weight, bias, grad = inputs(dtype)
     rows = slice(3 * torch.distributed.get_rank(), 3 * torch.distributed.get_rank() + 3)
     results = normalized(_FusedGlobalNormalize, x[rows], weight, bias, grad[rows])
-    library._destroy()
+    registry._destroy()
     return results
 
 

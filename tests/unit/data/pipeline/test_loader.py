@@ -9,7 +9,7 @@ import torch
 
 from distav.config.errors import UserError
 from distav.config.schema import AugmentConfig, DataConfig
-from distav.data.dataset import ShardedDataset
+from distav.data.dataset import MEMBERS, ShardedDataset
 from distav.data.pipeline.augmentation import ClipTransformSampler
 from distav.data.pipeline.decoder_selection import Decoder
 from distav.data.pipeline.loader import Loader
@@ -242,7 +242,7 @@ def test_a_missing_modality_is_marked_and_zero(codec: str, tmp_path: Path):
     for row, source in enumerate(split.columns["source"][:-1]):
         members = members_of(source)
         for modality, media in (("visual", "frames"), ("audio", "audio")):
-            present = {"visual": "video", "audio": "audio"}[modality] in members
+            present = MEMBERS[modality] in members
             assert bool(batch.present[modality][row]) == present
             assert present or not batch.media[media][row].any()
     assert all(

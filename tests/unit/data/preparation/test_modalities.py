@@ -249,7 +249,9 @@ def test_truncated_files_of_digits_are_reported(tmp_path: Path):
             DigitsSource(cut, labels, archives[0]).candidates()
 
 
-def test_a_dataset_is_not_written_to_a_url(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as stopped:
-        main(["synthetic", "s3://bucket/dataset"])
-    assert stopped.value.code == 2 and "s3://bucket/dataset is a URL" in capsys.readouterr().err
+def test_a_dataset_is_written_neither_to_a_url_nor_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text("content")
+    for out, reason in (("s3://bucket/dataset", "is a URL"), (str(tmp_path / "file"), "is a file")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["synthetic", out])
+        assert stopped.value.code == 2 and f"{out} {reason}" in capsys.readouterr().err
