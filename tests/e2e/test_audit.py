@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset
@@ -57,7 +57,10 @@ def page_file(finished: tuple[Path, str], tiny_shards: Path, tmp_path_factory: p
 
 
 def open_page(browser: Browser, path: Path) -> tuple[Page, list[str]]:
-    """Open the page; the list collects console messages, errors and requests to the network."""
+    """Open the page; the list collects console messages, errors and requests to the network.
+
+    ``page.wait_for_function`` is not for these tests: it calls ``eval``, which the page's policy forbids and reports.
+    """
     page, messages = browser.new_page(viewport={"width": 1300, "height": 800}), []
     page.on("console", lambda message: messages.append(message.text))
     page.on("pageerror", lambda error: messages.append(str(error)))
@@ -80,7 +83,9 @@ def test_issues_are_reviewed_with_keys_and_decisions_are_applied_to_a_training(
         "image => [image.naturalWidth / image.naturalHeight, image.complete]"
     )
     assert strip == [4, True]
-    page.wait_for_function("document.getElementById('audio').duration > 0.9")
+    audio = page.locator("#audio")
+    audio.evaluate("audio => audio.readyState || new Promise((done) => (audio.onloadedmetadata = done))")
+    assert audio.evaluate("audio => audio.duration") > 0.9
     assert page.locator(".near figure").count() == 6
     page.keyboard.press("a")
     page.keyboard.press("r")
@@ -122,9 +127,9 @@ def test_issues_are_reviewed_with_keys_and_decisions_are_applied_to_a_training(
     page.reload()
     assert page.locator("#decided").inner_text() == "no decisions"
     page.set_input_files("#load", str(decisions))
-    page.wait_for_function("document.getElementById('decided').textContent.startsWith('5 clips loaded')")
+    expect(page.locator("#decided")).to_contain_text("5 clips loaded")
     page.evaluate("location.reload()")  # Loaded decisions are stored like those made on the page.
-    page.wait_for_function("document.getElementById('decided')?.textContent === '6 decided'")
+    expect(page.locator("#decided")).to_have_text("6 decided")
     with page.expect_download() as again:
         page.click("#save")
     again.value.save_as(tmp_path / "again.csv")
@@ -138,7 +143,7 @@ def test_issues_are_reviewed_with_keys_and_decisions_are_applied_to_a_training(
     page.evaluate("localStorage.clear()")
     page.reload()
     page.set_input_files("#load", str(tmp_path / "other_run.csv"))
-    page.wait_for_function("document.getElementById('decided').textContent.includes('1 not on this page kept')")
+    expect(page.locator("#decided")).to_contain_text("1 not on this page kept")
     with page.expect_download() as third:
         page.click("#save")
     third.value.save_as(tmp_path / "third.csv")
@@ -245,7 +250,7 @@ def test_duplicates_leaks_and_other_clips_are_removed_by_decisions(browser: Brow
     page.evaluate("localStorage.clear()")
     page.reload()
     page.set_input_files("#load", str(decisions))
-    page.wait_for_function("document.getElementById('decided').textContent.startsWith('8 clips loaded')")
+    expect(page.locator("#decided")).to_contain_text("8 clips loaded")
     with page.expect_download() as again:
         page.click("#save")
     again.value.save_as(tmp_path / "again.csv")

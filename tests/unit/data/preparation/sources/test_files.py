@@ -185,6 +185,9 @@ def test_an_incomplete_file_does_not_remain_on_a_full_disk(tree: Path, tmp_path:
 
 def test_an_output_path_that_is_a_file_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "out").touch()
-    assert main(["synthetic", str(tmp_path / "out"), "--train-clips=1", "--test-clips=1"]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        main(["synthetic", str(tmp_path / "out"), "--train-clips=1", "--test-clips=1"])
+    assert "is a file; give a directory" in capsys.readouterr().err
+    assert main(["synthetic", str(tmp_path / "out" / "below"), "--train-clips=1", "--test-clips=1"]) == 1
     error = capsys.readouterr().err
     assert "cannot be written" in error and "Traceback" not in error
