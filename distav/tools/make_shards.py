@@ -14,6 +14,7 @@ from distav.data.preparation.build_config import BuildConfig
 from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.cleaning import CleaningConfig, clean_dataset
 from distav.data.preparation.encoding import ANY_HINT, CODECS, MODALITY_CHOICES, Encoding
+from distav.data.preparation.multi_label_noise import ClassRates
 from distav.data.preparation.noise_injection import LabelNoise
 from distav.data.preparation.output_dir import BuildResult, format_reasons
 from distav.data.preparation.registry import SOURCES
@@ -74,6 +75,8 @@ def _build(options: argparse.Namespace) -> int:
         LabelNoise.parse(options.label_noise),
         options.correspondence_noise,
         options.cross_class_only,
+        ClassRates.parse(options.missing_labels, "--missing-labels"),
+        ClassRates.parse(options.wrong_labels, "--wrong-labels"),
     )
     source = SOURCES[options.command].from_options(options)
     result = build_dataset(source, options.out, config, options.workers, part)
@@ -221,6 +224,17 @@ def _add_build_options(parser: argparse.ArgumentParser, default: Encoding) -> No
         help="fraction of training clips with the audio of another clip, among those with video and audio "
         "(default: %(default)s)",
     )
+    for name, meaning in (
+        ("missing", "labels that are removed"),
+        ("wrong", "clips without a class that get its label"),
+    ):
+        add(
+            f"--{name}-labels",
+            default="",
+            metavar="RATE",
+            help=f"fraction of {meaning}, in the training split of a multi-label source: 0.3 for all classes, or "
+            "0.1:0.5 from the first to the last class (default: none)",
+        )
     add("--cross-class-only", action="store_true", help="swap audio only between clips of different classes")
     add("--shard-samples", type=int, default=1000, help="samples per shard (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the order, the noise and the rendering (default: %(default)s)")

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from distav.config.errors import UserError, did_you_mean, format_list
-from distav.data.annotations.labels import class_indices, load_labels, multi_labels
+from distav.data.annotations.labels import load_labels
+from distav.data.annotations.multi_labels import load_multi_labels
 from distav.data.dataset import EVENTS, ShardedDataset, Split
 from distav.data.files import read_table
 from distav.data.modalities import MODALITIES
@@ -59,11 +60,10 @@ def load_events(shards: ShardedDataset, split: Split, override: str = "") -> Eve
     Raises:
         UserError: for unknown classes or an invalid table.
     """
-    weak = np.zeros((len(split), len(shards.classes)), dtype=bool)
     if shards.multi_label:
-        for row, names in enumerate(multi_labels(shards, split)):
-            weak[row, class_indices(names, shards.classes, shards.root / "labels.parquet")] = True
+        weak = load_multi_labels(shards, split, override).given
     else:
+        weak = np.zeros((len(split), len(shards.classes)), dtype=bool)
         weak[np.arange(len(split)), load_labels(shards, split, override).given] = True
     segments, events = num_segments(split), None
     if split.name in shards.manifest.get("annotated_splits", ()):

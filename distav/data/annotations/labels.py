@@ -43,25 +43,22 @@ class Labels:
 def load_labels(shards: ShardedDataset, split: Split, override: str = "") -> Labels:
     """Read the labels of a split; a user's table may replace given labels.
 
-    In a multi-label dataset, every combination of classes becomes one class.
+    In a multi-label dataset, every combination of classes becomes one class; `multi_labels.load_multi_labels` reads
+    its lists.
 
     Args:
         shards: the dataset.
         split: its split.
-        override: .parquet or .csv table with `id` or `key`, and `label` or `corrected_label`; empty: none. Must be
-            empty for a multi-label dataset.
+        override: .parquet or .csv table with `id` or `key`, and `label` or `corrected_label`; empty: none. Not used
+            for a multi-label dataset.
 
     Raises:
         UserError: for unknown classes, ids or keys, or an invalid table.
     """
     if shards.multi_label:
-        if override:
-            raise UserError(
-                f"data.label_overrides={override}: clips of {shards.location} may have several classes; leave it empty."
-            )
         return _combination_labels(shards, split)
     path = shards.root / "labels.parquet"
-    table = _stored_labels(shards, split)
+    table = stored_labels(shards, split)
 
     def indices(column: str) -> np.ndarray | None:
         if column not in table.column_names or table.column(column).null_count:
@@ -76,7 +73,7 @@ def load_labels(shards: ShardedDataset, split: Split, override: str = "") -> Lab
     return Labels(shards.classes, given, indices("true_label"), _pair_ids(table))
 
 
-def _stored_labels(shards: ShardedDataset, split: Split) -> pa.Table:
+def stored_labels(shards: ShardedDataset, split: Split) -> pa.Table:
     """Return the rows of labels.parquet for a split, one per id, in order."""
     path = shards.root / "labels.parquet"
     table = shards.table("labels.parquet", split.name)
@@ -101,7 +98,7 @@ def multi_labels(shards: ShardedDataset, split: Split) -> list[list[str]]:
     Raises:
         UserError: if labels.parquet does not store lists.
     """
-    table = _stored_labels(shards, split)
+    table = stored_labels(shards, split)
     if "label" not in table.column_names or not pa.types.is_list(table.schema.field("label").type):
         raise UserError(
             f"{shards.root / 'labels.parquet'}: column 'label' is missing or does not contain lists of classes; make "
@@ -114,7 +111,7 @@ def _combination_labels(shards: ShardedDataset, split: Split) -> Labels:
     """Return labels in which every occurring combination of classes is one class."""
     combinations = [", ".join(sorted(map(str, names))) for names in multi_labels(shards, split)]
     classes, given = np.unique(np.array(combinations, dtype=object), return_inverse=True)
-    pair_id = _pair_ids(_stored_labels(shards, split))
+    pair_id = _pair_ids(stored_labels(shards, split))
     return Labels([str(name) for name in classes], given.astype(np.int64), None, pair_id)
 
 

@@ -138,15 +138,31 @@ def _source_info(source: Source, config: BuildConfig) -> SourceInfo:
         UserError: if it does not fit the configuration.
     """
     if not isinstance(source, AnnotatedSource):
-        return SourceInfo()
+        return _checked_noise(SourceInfo(), config)
     if source.clip_seconds is not None and config.encoding.clip_s != source.clip_seconds:
         raise UserError(
             f"--clip-s={config.encoding.clip_s:g}: has to be {source.clip_seconds:g}, the duration of the annotations; "
             "leave the option out."
         )
-    info = source.info()
+    return _checked_noise(source.info(), config)
+
+
+def _checked_noise(info: SourceInfo, config: BuildConfig) -> SourceInfo:
+    """Return `info` if the noise of the configuration suits the labels of the source.
+
+    Raises:
+        UserError: otherwise.
+    """
     if info.multi_label and (config.label_noise or config.cross_class_only):
-        raise UserError("--label-noise and --cross-class-only need one class per sample; this source is multi-label.")
+        raise UserError(
+            "--label-noise and --cross-class-only need one class per sample; this source is multi-label. Use "
+            "--missing-labels and --wrong-labels for noise in label lists."
+        )
+    if config.corrupts_lists and not info.multi_label:
+        raise UserError(
+            "--missing-labels and --wrong-labels need a source with several classes per sample; use --label-noise for "
+            "one class per sample."
+        )
     return info
 
 
@@ -208,7 +224,7 @@ def _write_tables(
     for split in written:
         samples, name = split.samples, split.samples.name
         splits[name] = {"clips": len(samples.clips), "shards": split.shards}
-        if name == "train" and (config.label_noise or config.correspondence_noise):
+        if name == "train" and (config.label_noise or config.correspondence_noise or config.corrupts_lists):
             splits[name]["noise"] = noise_rates(samples, info.multi_label)
         index += split.rows
         labels.append(labels_table(samples, classes, info.multi_label, config))

@@ -37,11 +37,15 @@ def list_candidates(source: Source, out: Path) -> list[ClipSource]:
         if not SPLIT_NAME.fullmatch(split):
             raise UserError(f"split '{split}'; allowed in names of splits: {SPLIT_NAME_RULE}.")
     if not isinstance(source, AnnotatedSource):
-        similar = similar_names({candidate.label for candidate in candidates})
-        if similar:
-            pairs = format_list(("/".join(map(repr, names)) for names in similar), 3)
-            log.warning("classes with names that differ only in case, whitespace or Unicode form: %s", pairs)
+        warn_of_similar_names({candidate.label for candidate in candidates})
     return candidates
+
+
+def warn_of_similar_names(names: Iterable[str]) -> None:
+    """Log a warning about class names that are easily confused."""
+    if similar := similar_names(names):
+        pairs = format_list(("/".join(map(repr, group)) for group in similar), 3)
+        log.warning("classes with names that differ only in case, whitespace or Unicode form: %s", pairs)
 
 
 def similar_names(names: Iterable[str]) -> list[list[str]]:

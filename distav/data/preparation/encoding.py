@@ -37,7 +37,7 @@ class ClipSource:
 
     Attributes:
         source: path or name, written to the index.
-        label: its class; for multi-label sources all of its classes, separated by `source.LABEL_SEPARATOR`.
+        label: its class; for multi-label sources all of its classes, separated by `multi_labels.LABEL_SEPARATOR`.
         split: name of its split.
         start_s, end_s: interval in seconds; None: to the end of the file.
         detail: anything else that the source needs to make the clip.

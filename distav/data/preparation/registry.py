@@ -16,6 +16,7 @@ from distav.data.preparation.sources.published.youtube import (
     VGGSoundList,
 )
 from distav.data.preparation.sources.synthetic import SyntheticSource
+from distav.data.preparation.sources.synthetic_multi import SyntheticMultiSource
 from distav.data.preparation.sources.tars import TarFiles
 
 SOURCES: Registry[type[CommandLineSource]] = Registry(
@@ -28,6 +29,7 @@ SOURCES: Registry[type[CommandLineSource]] = Registry(
         "parquet": ParquetFiles,
         "digits": DigitsSource,
         "synthetic": SyntheticSource,
+        "synthetic-multi": SyntheticMultiSource,
         "llp": LLPSource,
         "ave": AVESource,
         "vggsound": VGGSoundList,

@@ -11,9 +11,6 @@ import numpy as np
 from distav.data.modalities import FeatureStream
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, Features
 
-LABEL_SEPARATOR = "|"
-"""Separates the classes of a candidate of a multi-label source in `ClipSource.label`."""
-
 
 class Source(Protocol):
     """A list of candidates and a method that returns the clips of each.

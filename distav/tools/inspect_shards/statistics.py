@@ -61,6 +61,7 @@ def _contents(shards: ShardedDataset, split: Split) -> dict[str, Any]:
         "sources": len(clips_of_source),
         "sources_by_clips": _counts(clips_of_source.tolist()),
         "classes": _classes(shards, split),
+        **_list_lengths(shards, split),
         "tars": len(split.shards),
         "tar_bytes": sum(shard["bytes"] for shard in shards.manifest["splits"][split.name]["shards"]),
         "member_bytes": {name: distribution(sizes[sizes > 0]) for name, sizes in member_sizes.items()},
@@ -94,6 +95,14 @@ def _classes(shards: ShardedDataset, split: Split) -> dict[str, dict[str, float]
         counts[name] = counts.get(name, 0) + 1
     ordered = sorted(counts.items(), key=lambda item: -item[1])
     return {name: {"clips": count, "fraction": count / max(1, len(split))} for name, count in ordered}
+
+
+def _list_lengths(shards: ShardedDataset, split: Split) -> dict[str, Any]:
+    """Return `labels_per_clip`: mean, and number of clips by number of labels; empty for one label per clip."""
+    if not shards.multi_label:
+        return {}
+    lengths = [len(names) for names in multi_labels(shards, split)]
+    return {"labels_per_clip": {"mean": float(np.mean(lengths or [0])), "clips": _counts(lengths)}}
 
 
 def distribution(values: Any) -> dict[str, float] | None:
@@ -157,6 +166,9 @@ def _format_split(name: str, split: dict[str, Any], limit: int) -> list[str]:
     ]
     classes = [(label, entry["clips"], 100 * entry["fraction"]) for label, entry in split["classes"].items()]
     lines += _format_rows(("class", "clips", "%"), classes, limit)
+    if lists := split.get("labels_per_clip"):
+        lines += ["", f"{lists['mean']:.2f} labels per clip"]
+        lines += _format_rows(("labels per clip", "clips"), list(lists["clips"].items()), limit)
     clips_of_source = [(int(clips), sources) for clips, sources in split["sources_by_clips"].items()]
     lines += _format_rows(("clips per source", "sources"), clips_of_source, limit)
     modalities = split.get("modalities", {})

@@ -12,6 +12,7 @@ from typing import Any
 from distav.config.errors import UserError
 from distav.data.annotations.events import load_events
 from distav.data.annotations.labels import load_labels
+from distav.data.annotations.multi_labels import load_multi_labels
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.pipeline.reader import CorruptSampleError, ShardReader
 from distav.data.storage.errors import ObjectNotFoundError, StorageError
@@ -50,9 +51,11 @@ def verify(root: str | Path, labels: str = "") -> Iterator[str]:
 
 def _label_faults(shards: ShardedDataset, split: Split, table: str) -> Iterator[str]:
     try:
-        if shards.multi_label or split.name in shards.manifest.get("annotated_splits", ()):
+        if split.name in shards.manifest.get("annotated_splits", ()):
             load_events(shards, split)
-        if not shards.multi_label:
+        if shards.multi_label:
+            load_multi_labels(shards, split, table)
+        else:
             load_labels(shards, split, table)
     except UserError as error:
         yield str(error)

@@ -12,12 +12,13 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from distav.config.errors import UserError, format_list
+from distav.data.annotations.multi_labels import LABEL_SEPARATOR
 from distav.data.modalities import MODALITIES, STREAM_NAME, FeatureStream
 from distav.data.pipeline.features import decode_features, read_header
 from distav.data.pipeline.reader import DecodeError
 from distav.data.preparation.encoding import MODALITY_CHOICES, Clip, ClipSource, Encoding, Features, RejectedClip
 from distav.data.preparation.media.decoding import decode_clips
-from distav.data.preparation.source import LABEL_SEPARATOR, SourceInfo
+from distav.data.preparation.source import SourceInfo
 
 YOUTUBE_ID_LENGTH = 11
 """Characters of a YouTube id; published feature files are named after it."""

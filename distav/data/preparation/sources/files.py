@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -14,11 +14,15 @@ import numpy as np
 
 from distav.config.cli import finite_float
 from distav.config.errors import UserError, did_you_mean, format_list
+from distav.data.annotations.multi_labels import LABEL_SEPARATOR
 from distav.data.annotations.tables import Table, TableFormat, read_csv
-from distav.data.preparation.candidates import SPLIT_NAME, SPLIT_NAME_RULE
-from distav.data.preparation.encoding import Clip, ClipSource, Encoding
+from distav.data.preparation.candidates import SPLIT_NAME, SPLIT_NAME_RULE, warn_of_similar_names
+from distav.data.preparation.encoding import OMIT_DEFAULT, Clip, ClipSource, Encoding
 from distav.data.preparation.media.decoding import decode_clips
+from distav.data.preparation.source import SourceInfo
+from distav.data.preparation.sources.label_lists import join_list_labels, merge_rows
 from distav.data.preparation.sources.media_tree import SkippedPaths, list_directory, printable_name, walk_files
+from distav.data.preparation.sources.sample_labels import add_separator_argument
 
 log = logging.getLogger("distav")
 
@@ -100,19 +104,24 @@ class VideoFolder:
 class ClipList:
     """`csv FILE`: columns path, label and optionally start_s, end_s, split; paths are relative to the file.
 
-    Splits are named `train`, `val` or `test`, or one of `splits`.
+    Splits are named `train`, `val` or `test`, or one of `splits`. With `label_separator`, a label may contain several
+    classes; with `repeated_rows`, the rows of the same clip are its classes.
     """
 
     description: ClassVar[str] = "Cut the videos in a CSV list into clips."
     example: ClassVar[str] = "make_shards.py csv clips.csv shards/mine --codec h264 --fps 16"
     default_encoding: ClassVar[Encoding] = Encoding()
 
+    clip_seconds: ClassVar[float | None] = None
+
     file: Path
     splits: tuple[str, ...] = ()
+    label_separator: str = field(default="", metadata={OMIT_DEFAULT: True})
+    repeated_rows: bool = field(default=False, metadata={OMIT_DEFAULT: True})
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the list and `--splits`."""
+        """Add the list, `--splits`, `--label-separator` and `--repeated-rows`."""
         parser.add_argument("file", type=Path, metavar="FILE", help=f"csv: {_LIST.header}")
         parser.add_argument(
             "--splits",
@@ -121,25 +130,58 @@ class ClipList:
             metavar="NAME",
             help=f"names that the column split may contain besides {', '.join(SPLITS)}",
         )
+        add_separator_argument(parser)
+        parser.add_argument(
+            "--repeated-rows",
+            action="store_true",
+            help="rows with the same path and interval are one clip, with the label of each (default: several clips)",
+        )
 
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> Self:
         """Return the source for parsed options."""
-        return cls(options.file, tuple(options.splits))
+        return cls(options.file, tuple(options.splits), options.label_separator, options.repeated_rows)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether clips may have several classes."""
+        return bool(self.label_separator) or self.repeated_rows
+
+    def info(self) -> SourceInfo:
+        """Return the classes, if clips may have several; otherwise the builder collects them."""
+        if not self.multi_label:
+            return SourceInfo()
+        names = {name for candidate in self._read() for name in candidate.label.split(LABEL_SEPARATOR)}
+        return SourceInfo(sorted(names), multi_label=True)
 
     def candidates(self) -> list[ClipSource]:
-        """Return all rows.
+        """Return all rows, or with `repeated_rows` all clips.
 
         Raises:
             UserError: for a missing file or column, or an invalid row, with its line number.
         """
+        candidates = self._read()
+        warn_of_similar_names(
+            {name for candidate in candidates for name in candidate.label.split(LABEL_SEPARATOR)}
+            if self.multi_label
+            else {candidate.label for candidate in candidates}
+        )
+        return candidates
+
+    def _read(self) -> list[ClipSource]:
         for name in self.splits:
             if not SPLIT_NAME.fullmatch(name):
                 raise UserError(f"--splits: '{name}'; allowed in names of splits: {SPLIT_NAME_RULE}.")
         table = read_csv(self.file, f"csv {self.file}", _LIST)
         if not len(table):
             raise UserError(f"{table.name}: has a header, but no rows.")
-        return [_parse_row(table, row, SPLITS + self.splits) for row in range(len(table))]
+        rows = [_parse_row(table, row, SPLITS + self.splits) for row in range(len(table))]
+        if self.multi_label:
+            rows = [
+                join_list_labels(candidate, self.label_separator, table.position(row))
+                for row, candidate in enumerate(rows)
+            ]
+        return merge_rows(rows, table) if self.repeated_rows else rows
 
     def clips(self, candidate: ClipSource, encoding: Encoding, rng: np.random.Generator) -> Iterator[Clip]:
         """Decode the interval and cut it into clips."""

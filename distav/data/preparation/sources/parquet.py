@@ -44,6 +44,7 @@ class ParquetFiles:
         class_names: class names by index; empty: those of the Hugging Face metadata, or the indices.
         first_label: whether to use only the first label of a list.
         modalities: `both`: rows need a video; `any`: audio suffices, so that the column of the videos may be missing.
+        label_separator: separates the classes in a text; empty: a text is one class.
     """
 
     description: ClassVar[str] = "Cut the videos in Parquet tables (Hugging Face layout) into clips."
@@ -58,6 +59,7 @@ class ParquetFiles:
     class_names: tuple[str, ...] = ()
     first_label: bool = False
     modalities: str = field(default="both", metadata={OMIT_DEFAULT: True})
+    label_separator: str = field(default="", metadata={OMIT_DEFAULT: True})
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -84,6 +86,7 @@ class ParquetFiles:
             class_names_of(options),
             options.first_label,
             options.modalities,
+            options.label_separator,
         )
 
     def candidates(self) -> list[ClipSource]:
@@ -201,11 +204,11 @@ def _read_file(source: ParquetFiles, path: Path, split: str) -> _LabeledFile:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"parquet {path}: cannot be read: {str(error).splitlines()[0]}") from None
     names = source.class_names or _hub_class_names(schema.metadata, source.label)
-    in_lists = any(isinstance(value, list) for value in values)
+    in_lists = bool(source.label_separator) or any(isinstance(value, list) for value in values)
     labels: list[tuple[str, ...] | RejectedClip] = []
     for value in values:
         try:
-            parsed = parse_labels(value, names)
+            parsed = parse_labels(value, names, source.label_separator)
             labels.append(parsed[:1] if source.first_label else parsed)
         except RejectedClip as reason:
             labels.append(reason)

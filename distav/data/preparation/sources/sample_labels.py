@@ -6,27 +6,34 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from distav.config.errors import UserError, format_list
+from distav.data.annotations.multi_labels import LABEL_SEPARATOR, LABEL_SEPARATORS
 from distav.data.preparation.encoding import RejectedClip
-from distav.data.preparation.source import LABEL_SEPARATOR, SourceInfo
+from distav.data.preparation.source import SourceInfo
 
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 """Control characters, and surrogates, which JSON may contain, but no UTF-8."""
 
 
-def parse_labels(value: object, names: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the classes of a sample, each once.
+def parse_labels(value: object, names: Sequence[str] = (), separator: str = "") -> tuple[str, ...]:
+    """Return the classes of a sample.
 
     Args:
         value: class name, index of a class, or a list of these.
         names: class names by index; empty: indices are the names.
+        separator: separates the classes in a text; empty: a text is one class.
 
     Raises:
-        RejectedClip: if the value is none of these, if an index has no name, or if a name is not text in one line.
+        RejectedClip: if the value is none of these, if an index has no name, if a name is not text in one line, or if
+            a class occurs twice.
     """
+    if separator and isinstance(value, str) and value.strip():
+        value = value.split(separator)
     values = value if isinstance(value, list) else [value]
-    labels = tuple(dict.fromkeys(_parse_label(item, names) for item in values))
+    labels = tuple(_parse_label(item, names) for item in values)
     if not labels:
         raise RejectedClip("no label: the list is empty")
+    if repeated := next((label for position, label in enumerate(labels) if label in labels[:position]), None):
+        raise RejectedClip(f"repeated label: {ascii(repeated)[:80]} occurs twice in the list")
     return labels
 
 
@@ -91,9 +98,20 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def add_label_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--class-names` and `--first-label`."""
+    """Add `--class-names`, `--first-label` and `--label-separator`."""
     parser.add_argument("--class-names", type=Path, metavar="FILE", help="class names by index, one per line")
     parser.add_argument("--first-label", action="store_true", help="use only the first label of a list")
+    add_separator_argument(parser)
+
+
+def add_separator_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--label-separator`."""
+    parser.add_argument(
+        "--label-separator",
+        default="",
+        choices=LABEL_SEPARATORS,
+        help="separator of the classes in a label, as in 'dog|rain'; clips then have several classes (default: none)",
+    )
 
 
 def class_names_of(options: argparse.Namespace) -> tuple[str, ...]:

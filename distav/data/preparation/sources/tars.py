@@ -65,6 +65,7 @@ class TarFiles:
         first_label: whether to use only the first label of a list.
         key_to_last_dot: whether a key ends at the last dot of a name instead of the first one.
         modalities: `both`: samples need a video; `any`: an audio file suffices.
+        label_separator: separates the classes in a text; empty: a text is one class.
     """
 
     description: ClassVar[str] = "Cut the videos in WebDataset tar files of other tools into clips."
@@ -78,6 +79,7 @@ class TarFiles:
     first_label: bool = False
     key_to_last_dot: bool = False
     modalities: str = field(default="both", metadata={OMIT_DEFAULT: True})
+    label_separator: str = field(default="", metadata={OMIT_DEFAULT: True})
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -112,6 +114,7 @@ class TarFiles:
             options.first_label,
             options.key_to_last_dot,
             options.modalities,
+            options.label_separator,
         )
 
     def candidates(self) -> list[ClipSource]:
@@ -229,13 +232,13 @@ def _indexed(
             raise RejectedClip("; ".join(sample.faults))
         value = _label_value(sample, extension, key, source.modalities)
         media = _media(sample, source.modalities)
-        labels = parse_labels(value, source.class_names)
+        labels = parse_labels(value, source.class_names, source.label_separator)
     except RejectedClip as reason:
         fault = str(reason)
         if sample.repeated and fault.startswith(("no video", "no label: no member")):
             fault = f"not adjacent: other members have the same key, and this part has {_extensions(sample)}"
         return _IndexedSample(name, split, fault=fault)
-    return _IndexedSample(name, split, labels, isinstance(value, list), (tar, *media))
+    return _IndexedSample(name, split, labels, isinstance(value, list) or bool(source.label_separator), (tar, *media))
 
 
 def _media(sample: TarSample, modalities: str) -> tuple[str | int, ...]:

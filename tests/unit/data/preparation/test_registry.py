@@ -127,4 +127,4 @@ def test_the_help_of_a_command_shows_the_defaults_of_its_source(name: str, capsy
 def test_annotated_sources_are_recognized_by_their_interface():
     annotated = {name for name, source in SOURCES.items() if isinstance(object.__new__(source), AnnotatedSource)}
     lists = {"vggsound", "kinetics", "kinetics-sounds", "audioset", "ucf101", "hmdb51", "esc50"}
-    assert annotated == {"llp", "ave", "tars", "parquet"} | lists
+    assert annotated == {"llp", "ave", "tars", "parquet", "csv", "synthetic-multi"} | lists
