@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from distav.config.bounds import above, at_least, between
+from distav.config.bounds import above, at_least, between, satisfies
 from distav.config.registry import Registry
 from distav.config.setting_types import FilePath
 
@@ -186,9 +186,10 @@ class SupervisedPhase:
     targets: Targets = Targets.posterior
     """Targets: given, posterior, held_out, hybrid or oracle."""
     loss: str = "ce"
-    """Loss: ce (cross-entropy), gce (generalized cross-entropy), elr (early-learning regularization), or the name of an
-    installed one. If the targets are corrected labels and the correction had no label signal, gce on the
-    given labels is used."""
+    """Loss: ce (cross-entropy), gce (generalized cross-entropy), elr (early-learning regularization), bce (binary
+    cross-entropy of each class), asymmetric (asymmetric loss), or the name of an installed one. Datasets with several
+    labels per clip need bce or asymmetric. If the targets are corrected labels and the correction had no label signal,
+    the given labels are used, with gce if clips have one label."""
     gce_q: float = field(default=0.7, metadata=above(0))
     """Exponent q of generalized cross-entropy (Zhang and Sabuncu 2018: 0.7)."""
     elr_weight: float = field(default=3.0, metadata=at_least(0))
@@ -196,6 +197,12 @@ class SupervisedPhase:
     elr_momentum: float = field(default=0.7, metadata=between(0, 1))
     """Momentum of the stored predictions: weight of the previous value in each update (Liu et al. 2020: 0.7 on
     CIFAR-10)."""
+    asymmetric_gamma_negative: float = field(default=4.0, metadata=at_least(0))
+    """Focusing exponent of absent classes in the asymmetric loss (Ridnik et al. 2021: 4)."""
+    asymmetric_gamma_positive: float = field(default=0.0, metadata=at_least(0))
+    """Focusing exponent of present classes in the asymmetric loss (Ridnik et al. 2021: 0)."""
+    asymmetric_clip: float = field(default=0.05, metadata=satisfies(lambda clip: 0 <= clip < 1, "0 or more, below 1"))
+    """Probability up to which an absent class has no loss in the asymmetric loss (Ridnik et al. 2021: 0.05)."""
     class_balance: float = field(default=0.0, metadata=between(0, 1))
     """Balanced sampling: a class with n clips is drawn with probability proportional to n^(1 - class_balance). 0 draws
     every clip once per epoch, 0.5 is square-root sampling, and 1 draws all classes equally often (Kang et al. 2020).

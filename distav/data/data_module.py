@@ -7,10 +7,18 @@ from pathlib import Path
 import numpy as np
 
 from distav.config.errors import UserError, format_list
-from distav.config.phases import ContrastivePhase, EventParsingPhase, LabelCorrectionPhase
+from distav.config.phases import (
+    ContrastivePhase,
+    EventParsingPhase,
+    LabelCorrectionPhase,
+    PhaseConfig,
+    SupervisedPhase,
+    Targets,
+)
 from distav.config.schema import Config
 from distav.data.annotations.events import EventLabels, load_events, num_segments, read_events
 from distav.data.annotations.labels import Labels, load_labels
+from distav.data.annotations.multi_labels import MultiLabels, load_multi_labels
 from distav.data.annotations.teacher_scores import check_scores, read_teacher_probs
 from distav.data.dataset import MEMBERS, ShardedDataset, Split
 from distav.distributed.collectives import get_world_size
@@ -34,13 +42,23 @@ class DataModule:
 
     @cached_property
     def labels(self) -> Labels:
-        """Labels of the training clips, one class each."""
-        return load_labels(self.shards, self.train, self.override)
+        """Labels of the training clips, one class each; in a multi-label dataset, one combination of classes each."""
+        return load_labels(self.shards, self.train, "" if self.shards.multi_label else self.override)
 
     @cached_property
     def test_labels(self) -> Labels | None:
-        """Labels of the test clips, one class each."""
+        """Labels of the test clips, likewise."""
         return load_labels(self.shards, self.test) if self.test else None
+
+    @cached_property
+    def multi_labels(self) -> MultiLabels:
+        """Label lists of the training clips of a multi-label dataset."""
+        return load_multi_labels(self.shards, self.train, self.override)
+
+    @cached_property
+    def test_multi_labels(self) -> MultiLabels | None:
+        """Label lists of the test clips of a multi-label dataset."""
+        return load_multi_labels(self.shards, self.test) if self.test else None
 
     @cached_property
     def events(self) -> EventLabels:
@@ -106,6 +124,8 @@ class DataModule:
         uses_events = [isinstance(phase, EventParsingPhase) for phase in config.phases.values()]
         if not all(uses_events):
             _ = self.labels, self.test_labels
+            if self.shards.multi_label:
+                _ = self.multi_labels, self.test_multi_labels
         if any(uses_events):
             _ = self.events, self.test_events
 
@@ -133,11 +153,21 @@ class DataModule:
                 raise UserError(
                     f"phases.{name}.kind={phase.kind}: {self.shards.location} holds features; allowed: parsing."
                 )
-            if self.shards.multi_label and not isinstance(phase, ContrastivePhase):
-                raise UserError(
-                    f"phases.{name}.kind={phase.kind}: clips of {self.shards.location} may have several classes; "
-                    "allowed: parsing, contrastive."
-                )
+            if self.shards.multi_label:
+                self._check_multi_label(name, phase)
+
+    def _check_multi_label(self, name: str, phase: PhaseConfig) -> None:
+        """Verify that a phase supports several classes per clip; its loss is checked when the run is opened."""
+        several = f"clips of {self.shards.location} may have several classes"
+        if not isinstance(phase, ContrastivePhase | LabelCorrectionPhase | SupervisedPhase):
+            raise UserError(
+                f"phases.{name}.kind={phase.kind}: {several}; allowed: contrastive, label_correction, supervised, "
+                "parsing."
+            )
+        if isinstance(phase, LabelCorrectionPhase) and phase.pseudo_labels:
+            raise UserError(f"phases.{name}.pseudo_labels={phase.pseudo_labels}: {several}; leave it empty.")
+        if isinstance(phase, SupervisedPhase) and phase.targets is Targets.hybrid:
+            raise UserError(f"phases.{name}.targets=hybrid: {several}; allowed: given, posterior, held_out, oracle.")
 
     def _check_modalities(self) -> None:
         """Verify that all clips have both modalities, as event parsing needs."""

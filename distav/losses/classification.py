@@ -1,5 +1,7 @@
 """Classification losses for labels that may be wrong: cross-entropy, generalized cross-entropy and ELR.
 
+Two losses for several labels per clip: binary cross-entropy and the asymmetric loss.
+
 `phases.*.loss` of a supervised phase names an entry of `CLASSIFICATION_LOSSES`. Another package adds a loss by an entry
 point of the group `distav.classification_losses` that refers to a subclass of `ClassificationLoss`:
 
@@ -13,12 +15,14 @@ Legend: b samples of this rank, H classifiers, C classes.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from distav.config.phases import SupervisedPhase
 from distav.config.registry import Registry
+from distav.losses.multi_label import asymmetric_loss, binary_cross_entropy
 from distav.memory.bank import Bank
 from distav.memory.global_batch import GlobalBatch
 
@@ -27,11 +31,15 @@ class ClassificationLoss(ABC):
     """Loss of the classifiers of a model.
 
     Attributes:
+        multi_label: whether the targets may be a probability of each class, instead of one distribution over the
+            classes; such a loss treats the classes as independent.
         config: settings of the phase.
         bank: memory bank; a loss with a state per sample keeps it in a column of its own, which checkpoints contain.
         num_heads: number of classifiers H.
         num_classes: number of classes C.
     """
+
+    multi_label: ClassVar[bool] = False
 
     def __init__(self, config: SupervisedPhase, bank: Bank, num_heads: int, num_classes: int):
         self.config, self.bank, self.num_heads, self.num_classes = config, bank, num_heads, num_classes
@@ -45,7 +53,8 @@ class ClassificationLoss(ABC):
         Args:
             global_batch: ids of the batch of all ranks, to read and write columns of the memory bank.
             logits: [b, C] for each classifier, with gradient; adjusted by `logit_adjustment`.
-            targets: [b, C] class distributions for each classifier.
+            targets: [b, C] class distributions for each classifier; independent probabilities of the classes if the
+                dataset is multi-label.
         """
 
 
@@ -102,10 +111,42 @@ class EarlyLearning(ClassificationLoss):
         return average
 
 
+class BinaryCrossEntropy(ClassificationLoss):
+    """Binary cross-entropy, summed over the classes."""
+
+    multi_label = True
+
+    def __call__(
+        self, global_batch: GlobalBatch, logits: Sequence[Tensor], targets: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Return the losses: [b] for each classifier."""
+        return [binary_cross_entropy(head, target) for head, target in zip(logits, targets, strict=True)]
+
+
+class AsymmetricLoss(ClassificationLoss):
+    """Asymmetric loss (ASL; Ridnik et al. 2021), summed over the classes."""
+
+    multi_label = True
+
+    def __call__(
+        self, global_batch: GlobalBatch, logits: Sequence[Tensor], targets: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Return the losses: [b] for each classifier."""
+        config = self.config
+        focusing = config.asymmetric_gamma_negative, config.asymmetric_gamma_positive, config.asymmetric_clip
+        return [asymmetric_loss(head, target, *focusing) for head, target in zip(logits, targets, strict=True)]
+
+
 CLASSIFICATION_LOSSES: Registry[type[ClassificationLoss]] = Registry(
     "phases.*.loss",
     "distav.classification_losses",
-    {"ce": CrossEntropy, "gce": GeneralizedCrossEntropy, "elr": EarlyLearning},
+    {
+        "ce": CrossEntropy,
+        "gce": GeneralizedCrossEntropy,
+        "elr": EarlyLearning,
+        "bce": BinaryCrossEntropy,
+        "asymmetric": AsymmetricLoss,
+    },
 )
 """Classification losses by the name that `phases.*.loss` of a supervised phase gives."""
 

@@ -110,7 +110,10 @@ def _noise_estimates(report: dict[str, Any]) -> str:
         return "not estimated"
     last = report["corrections"][-1]
     estimates = []
-    for name, key in (("label noise rate", "label_noise_rate"), ("pair mismatch rate", "pair_mismatch_rate")):
+    rates = {"label noise rate": "label_noise_rate", "pair mismatch rate": "pair_mismatch_rate"}
+    if last.get("multi_label"):
+        rates = {"missing label rate": "missing_label_rate", "wrong label rate": "wrong_label_rate"}
+    for name, key in rates.items():
         rate = last[key]
         interval = f"95 % interval {rate['ci95_low']:.1%} to {rate['ci95_high']:.1%}"
         estimates.append(f"{name} {rate['estimate']:.1%} ({interval})")

@@ -11,6 +11,8 @@ from distav.config.phases import EventParsingPhase, SupervisedPhase
 from distav.data.files import write_atomically
 from distav.training import final_evaluation
 from distav.training.export import export
+from distav.training.multi_label_evaluation import evaluate_multi_label_clips
+from distav.training.multi_label_report import list_label_entries, list_noise_entries, list_test_entries
 from distav.training.run import Run
 
 _IMBALANCE_FACTOR = 2
@@ -22,7 +24,8 @@ _MAX_INTERVAL_WIDTH = 0.5
 def write_report(run: Run) -> None:
     """Evaluate on the test split, export the network, write report.json and print the summary; all ranks call this."""
     parses_events = [isinstance(phase, EventParsingPhase) for phase in run.config.phases.values()]
-    test = None if all(parses_events) else final_evaluation.evaluate_clips(run)
+    evaluate = evaluate_multi_label_clips if run.data.shards.multi_label else final_evaluation.evaluate_clips
+    test = None if all(parses_events) else evaluate(run)
     events = final_evaluation.evaluate_events(run) if any(parses_events) else None
     weights = run.engine.full_state_dict()
     quarantined = run.quarantined_samples()
@@ -53,9 +56,12 @@ def _training_figures(run: Run) -> dict[str, Any]:
     figures = run.state.report
     report: dict[str, Any] = {"samples": len(run.data.train)}
     if any(isinstance(phase, SupervisedPhase) for phase in run.config.phases.values()):
-        labels = run.data.labels
-        counts = np.bincount(labels.given, minlength=len(labels.classes)).tolist()
-        report["given_labels_by_class"] = dict(zip(labels.classes, counts, strict=True))
+        classes, data = run.data.shards.classes, run.data
+        if data.shards.multi_label:
+            counts = data.multi_labels.given.sum(0)
+        else:
+            counts = np.bincount(data.labels.given, minlength=len(classes))
+        report["given_labels_by_class"] = dict(zip(classes, counts.tolist(), strict=True))
     report |= {
         "phases": figures.phases,
         "checkpointing": asdict(figures.checkpointing),
@@ -104,6 +110,9 @@ def format_summary(report: dict[str, Any], folder: Path, num_classes: int, has_s
 
 
 def _label_entries(report: dict[str, Any]) -> list[tuple[str, str]]:
+    corrections = report.get("corrections")
+    if corrections and corrections[-1].get("multi_label"):
+        return list_label_entries(corrections[-1])
     entries = []
     if "label_accuracy" in report:
         accuracy = report["label_accuracy"]
@@ -122,7 +131,8 @@ def _label_entries(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _test_entries(report: dict[str, Any], num_classes: int) -> list[tuple[str, str]]:
-    entries, test = [], report.get("test") or {}
+    test = report.get("test") or {}
+    entries = list_test_entries(test)
     if "top1" in test:
         entries.append(("Test", f"top-1 {_accuracies(test, 'top1')}; chance {_percent(1 / num_classes)}"))
         entries += _class_entries(report)
@@ -160,6 +170,8 @@ def _class_entries(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _noise_entries(correction: dict[str, Any], has_signal: bool) -> list[tuple[str, str]]:
+    if correction.get("multi_label"):
+        return list_noise_entries(correction)
     if not has_signal:
         text = "not estimated: k-NN votes carry no label signal, the given labels are kept; train for more epochs"
         return [("Noise", text)]

@@ -28,6 +28,7 @@ from distav.training.metric_logger import MetricLogger
 from distav.training.run import Run
 from distav.training.run_dir import lock_run_dir
 from distav.training.run_state import Progress, RunState
+from distav.training.validation import validate_multi_label_losses
 
 
 @contextmanager
@@ -38,6 +39,7 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
         UserError: if config and data are inconsistent, or the run directory belongs to another run.
     """
     data = DataModule.open(config)
+    validate_multi_label_losses(config, data)
     folder = Path(config.run.root) / config.run.name
     with ExitStack() as stack:
         stack.enter_context(lock_run_dir(folder, config, world))

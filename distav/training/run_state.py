@@ -36,11 +36,14 @@ class CorrectionState:
         has_signal: whether the votes of the last correction predict the given labels better than class frequencies do.
         rate_log_likelihood, rate_log_likelihood_credible: log-likelihoods of the noise rates from the first correction
             with a signal, see `distav.noise.label_correction.Correction`; None before it.
+        label_rate_logits: [C, 4] rates of missing and wrong labels of each class from that correction on a multi-label
+            dataset, see `distav.noise.multi_label_correction.ListCorrection`.
     """
 
     has_signal: bool
     rate_log_likelihood: list[float] | None = None
     rate_log_likelihood_credible: list[float] | None = None
+    label_rate_logits: list[list[float]] | None = None
 
 
 @dataclass

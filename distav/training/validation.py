@@ -1,7 +1,9 @@
 """Check of the names of components in a configuration: contrastive objectives, classification losses and towers."""
 
+from distav.config.errors import UserError, format_list
 from distav.config.phases import ContrastivePhase, EventParsingPhase, SupervisedPhase
 from distav.config.schema import Config
+from distav.data.data_module import DataModule
 from distav.losses.classification import CLASSIFICATION_LOSSES
 from distav.losses.contrastive_objectives import select_objective
 from distav.models.av_model import check_towers
@@ -22,3 +24,20 @@ def validate_names(config: Config) -> None:
             select_objective(phase, key).validate(phase, key)
         if isinstance(phase, SupervisedPhase):
             CLASSIFICATION_LOSSES.select(phase.loss, f"{key}.loss")
+
+
+def validate_multi_label_losses(config: Config, data: DataModule) -> None:
+    """Check that all losses of the supervised phases accept the labels of a multi-label dataset.
+
+    Raises:
+        UserError: naming the key, its value and what is allowed.
+    """
+    if not data.shards.multi_label:
+        return
+    allowed = [name for name, loss in CLASSIFICATION_LOSSES.items() if loss.multi_label]
+    for name, phase in config.phases.items():
+        if isinstance(phase, SupervisedPhase) and phase.loss not in allowed:
+            raise UserError(
+                f"phases.{name}.loss={phase.loss}: clips of {data.shards.location} may have several classes; allowed: "
+                f"{format_list(allowed)}."
+            )

@@ -94,7 +94,7 @@ def class_matrix(lists: Sequence[Sequence[Any]], classes: list[str], where: str)
 
 def label_lists(matrix: np.ndarray, classes: Sequence[str]) -> list[list[str]]:
     """Return the class names of each row of a matrix [N, C] bool."""
-    return [[classes[column] for column in np.flatnonzero(row)] for row in matrix]
+    return [[classes[column] for column in np.flatnonzero(row).tolist()] for row in matrix]
 
 
 def split_label_text(text: str, separator: str, where: str) -> tuple[str, ...]:

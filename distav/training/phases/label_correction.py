@@ -10,12 +10,16 @@ from distav.noise.label_correction import Correction, CorrectionPrior, correct_l
 from distav.noise.vote_search import VoteSearchSpace
 from distav.training.feature_extraction import extract_features
 from distav.training.phases.correction_summary import build_summary, gather_result, log_correction, write_labels_table
+from distav.training.phases.multi_label_correction import run_multi_label_correction
 from distav.training.run import Run
 from distav.training.run_state import CorrectionState
 
 
 def run_correction(run: Run, name: str, config: LabelCorrectionPhase) -> None:
     """Correct the labels, store the result in the memory bank, and write the table `labels/<phase>.parquet`."""
+    if run.data.shards.multi_label:
+        run_multi_label_correction(run, name, config)
+        return
     correction = compute_correction(run, name, config)
     store_correction(run, correction)
     result = gather_result(run, correction)

@@ -14,6 +14,7 @@ from distav.memory.global_batch import GlobalBatch
 from distav.noise.correspondence import sample_weights
 from distav.training.loop import Losses, train
 from distav.training.phases.classifier_targets import ClassifierTargets
+from distav.training.phases.multi_label_targets import has_true_labels, make_targets
 from distav.training.run import Run
 
 HEADS = ("logits", "visual_logits", "audio_logits")
@@ -28,26 +29,30 @@ def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
     With corrected labels, the audio classifier learns the class that the correction assigned to the audio, and the
     audio-visual classifier weights each sample by its correspondence probability. Classifiers leave out samples that
     lack a modality they need. If the targets are corrected labels and the correction had no label signal, the phase
-    trains on the given labels with generalized cross-entropy.
+    trains on the given labels, with generalized cross-entropy if clips have one label.
 
     For long-tailed classes, `class_balance` changes how often clips are drawn (Kang et al. 2020), and
     `logit_adjustment` adds the logarithm of the class prior to the logits in the loss (Menon et al. 2021, equation 10).
     Both follow the targets that the phase trains on.
 
+    Clips of a multi-label dataset have a target for each class; the loss treats the classes as independent, and
+    `logit_adjustment` adds the logit of the class frequency.
+
     Raises:
         UserError: if the targets are true labels and the dataset has none.
     """
-    if config.targets is Targets.oracle and run.data.labels.true is None:
+    if config.targets is Targets.oracle and not has_true_labels(run):
         raise UserError(
             f"phases.{name}.targets=oracle: the dataset has no true labels. Set phases.{name}.targets=given or "
             "posterior."
         )
     correction = run.state.correction
     fall_back = config.targets in NEED_CORRECTION and not (correction and correction.has_signal)
-    classifier_targets = ClassifierTargets(run, Targets.given if fall_back else config.targets)
+    classifier_targets = make_targets(run, Targets.given if fall_back else config.targets)
     if classifier_targets.kind is Targets.given and config.tower_lr_scale:
         run.state.given_labels_learned = True
-    loss_type = CLASSIFICATION_LOSSES.select("gce" if fall_back else config.loss, f"phases.{name}.loss")
+    robust = fall_back and not run.data.shards.multi_label
+    loss_type = CLASSIFICATION_LOSSES.select("gce" if robust else config.loss, f"phases.{name}.loss")
     classification_loss = loss_type(config, run.bank, len(HEADS), len(run.data.shards.classes))
     balance = _class_balance(run, name, config, classifier_targets)
     offsets = config.logit_adjustment * classifier_targets.log_priors(balance) if config.logit_adjustment else None

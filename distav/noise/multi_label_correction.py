@@ -1,0 +1,167 @@
+"""Correction of label lists with held-out k-NN votes: each class of each clip is present with a probability.
+
+The votes of the visual, the audio and the joint features (`distav.noise.multi_label_votes`) are calibrated for each
+class, together with the rates of its missing and wrong labels (`distav.noise.multi_label_model`). True labels are never
+used.
+Legend: N samples, n samples of this rank, C classes, E feature width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distav.distributed.collectives import all_reduce_sum_, broadcast, local_shard
+from distav.noise.multi_label_model import LabelVotes, MultiLabelModel, fit_model, frequency_log_likelihood
+from distav.noise.multi_label_votes import ListVoteSearch, ListVoteTask, class_offsets, select_votes
+from distav.noise.tiling import map_tiles
+
+NUM_DRAWS = 1000
+"""Draws of the parameters from which the intervals of the overall rates are computed."""
+
+
+@dataclass(frozen=True)
+class ListRate:
+    """A rate of missing or wrong labels.
+
+    Attributes:
+        estimate: the rate.
+        ci95_low, ci95_high: bounds of the 95 % interval.
+    """
+
+    estimate: float
+    ci95_low: float
+    ci95_high: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Return the values, rounded for a report."""
+        return {name: round(getattr(self, name), 4) for name in ("estimate", "ci95_low", "ci95_high")}
+
+
+@dataclass(frozen=True)
+class ListCorrection:
+    """Corrected label lists of this rank's samples, and the noise estimates.
+
+    Attributes:
+        held_out: [n, C] P(class present) that does not depend on the sample's own labels; the given labels where there
+            are no votes or no signal.
+        posterior: [n, C] P(class present) that also depends on the sample's own labels, by the noise model.
+        missing_rate, wrong_rate: P(label missing | class present) and P(label given | class absent), over all classes.
+        class_missing_rates, class_wrong_rates: the same of each class.
+        rate_logits: [C, 4] logits of both rates of each class, and their standard deviations, for later corrections.
+        log_likelihood_gain: gain of the votes over the class frequencies in predicting the given labels, in nats, less
+            the number of parameters.
+        has_signal: whether the gain exceeds the threshold.
+        selected_votes: configuration of each vote.
+    """
+
+    held_out: Tensor
+    posterior: Tensor
+    missing_rate: ListRate
+    wrong_rate: ListRate
+    class_missing_rates: list[ListRate]
+    class_wrong_rates: list[ListRate]
+    rate_logits: Tensor
+    log_likelihood_gain: float
+    has_signal: bool
+    selected_votes: dict[str, str]
+
+
+def correct_label_lists(
+    spaces: Mapping[str, tuple[Tensor, Tensor]],
+    given: Tensor,
+    groups: Tensor,
+    has_modality: Mapping[str, Tensor],
+    search: ListVoteSearch,
+    min_log_likelihood_gain: float,
+    earlier_rates: Tensor | None = None,
+) -> ListCorrection:
+    """Correct label lists with the calibrated votes of visual, audio and joint neighbors.
+
+    A later correction keeps the rates and intervals of the first one with a signal: features that were trained on
+    corrected labels depend on the given labels, which then seem to be right more often than they are.
+
+    If the votes predict the given labels no better than the class frequencies do, the labels are returned unchanged.
+
+    Args:
+        spaces: visual and audio features [n, E] of this rank's samples, `shard_range(N)`, by name of the space.
+        given: [N, C] bool given labels of all samples.
+        groups: [N] int64; samples of one group do not vote for each other.
+        has_modality: [N] bool by modality. Samples without any do not vote and keep their labels.
+        search: candidate configurations of the votes.
+        min_log_likelihood_gain: gain below which the labels are kept, in nats.
+        earlier_rates: [C, 4] `rate_logits` of an earlier correction; None for the first.
+    """
+    usable = torch.stack(list(has_modality.values())).any(0)
+    task = ListVoteTask(given, groups, has_modality, class_offsets(given[usable]))
+    local_given, present = local_shard(given), local_shard(usable)
+    if not task.members() or not bool(given.any()):
+        return identity_correction(given)
+    selected = select_votes(spaces, task, search)
+    votes = torch.stack([member_votes for _, member_votes in selected.values()], dim=2)
+    observed = LabelVotes(votes[present], local_given[present], task.offsets)
+    model = fit_model(observed, None if earlier_rates is None else earlier_rates[:, :2])
+    gain = model.log_likelihood - model.effective_parameters
+    gain -= frequency_log_likelihood(observed.given) - given.shape[1]
+    has_signal = gain > min_log_likelihood_gain
+    width = votes.shape[1] * votes.shape[2]
+    held_out = map_tiles(width, lambda rows: model.held_out(rows, task.offsets), votes)
+    posterior = map_tiles(width, model.posterior, held_out, local_given)
+    kept = ~present if has_signal else torch.ones_like(present)
+    for probs in (held_out, posterior):
+        probs[kept] = local_given[kept].float()
+    rate_logits = _rate_logits(model)
+    if earlier_rates is not None:
+        rate_logits = torch.cat([rate_logits[:, :2], earlier_rates[:, 2:]], dim=1)
+    rates = _estimate_rates(rate_logits, posterior)
+    configs = {name: str(config) for name, (config, _) in selected.items()}
+    return ListCorrection(held_out, posterior, *rates, rate_logits, gain, has_signal, configs)
+
+
+def identity_correction(given: Tensor) -> ListCorrection:
+    """Return a correction without signal that keeps all labels, [N, C] bool."""
+    local, num_classes = local_shard(given).float(), given.shape[1]
+    unknown = ListRate(0.0, 0.0, 1.0)
+    rate_logits = torch.zeros(num_classes, 4, dtype=torch.float64, device=given.device)
+    unknown_rates = [unknown] * num_classes
+    return ListCorrection(
+        local, local.clone(), unknown, unknown, unknown_rates, unknown_rates, rate_logits, 0.0, False, {}
+    )
+
+
+def _estimate_rates(
+    rate_logits: Tensor, posterior: Tensor
+) -> tuple[ListRate, ListRate, list[ListRate], list[ListRate]]:
+    """Return missing and wrong rate over all classes, then of each class, with intervals.
+
+    The overall rates weight the classes by their expected numbers of clips with and without the class. Intervals are
+    quantiles of draws from the Laplace approximation.
+    """
+    counts = torch.stack([posterior.double().sum(0), (1 - posterior.double()).sum(0)])
+    counts = all_reduce_sum_(counts)
+    generator = torch.Generator().manual_seed(0)
+    num_classes = len(rate_logits)
+    noise = torch.randn(NUM_DRAWS, num_classes, 2, generator=generator, dtype=torch.float64)
+    # The same on all ranks, whatever the last bits of their factorizations are.
+    rate_logits = broadcast(rate_logits.cpu())
+    logits = rate_logits[:, :2] + rate_logits[:, 2:] * noise
+    overall, by_class = [], []
+    for column, weights in enumerate(counts.cpu()):
+        rates = logits[:, :, column].sigmoid()
+        estimates = rate_logits[:, column].sigmoid()
+        weights = weights / weights.sum().clamp_min(1e-9)
+        overall.append(_rate(float(estimates @ weights), rates @ weights))
+        by_class.append([_rate(float(estimates[index]), rates[:, index]) for index in range(num_classes)])
+    return overall[0], overall[1], by_class[0], by_class[1]
+
+
+def _rate_logits(model: MultiLabelModel) -> Tensor:
+    """Return the logits of both rates of each class, and their standard deviations: [C, 4]."""
+    deviations = model.covariance.diagonal(dim1=1, dim2=2)[:, -2:].clamp_min(0).sqrt()
+    return torch.cat([model.parameters[:, -2:], deviations], dim=1)
+
+
+def _rate(estimate: float, draws: Tensor) -> ListRate:
+    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return ListRate(estimate, min(low, estimate), max(high, estimate))
