@@ -6,14 +6,15 @@ deepspeed --num_gpus 8 distav/evaluate.py runs/mine/export shards/other --tasks 
 
 knn and linear_probe train on frozen features of the training split: visual, audio and both. fine_tune trains towers and
 classifiers, as `train.py` does with model.pretrained. All metrics are computed on the test split; those of a modality
-on the clips that have it. A balanced accuracy is the mean recall of the classes.
+on the clips that have it. A balanced accuracy is the mean recall of the classes. On datasets with several labels per
+clip, the metrics are mAP (macro), F1 at a probability of 0.5, and d-prime; retrieval compares complete label lists.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,6 @@ from typing import Any
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from distav.config.cli import (
     RANK_ARGUMENTS,
@@ -38,22 +37,15 @@ from distav.config.errors import UserError
 from distav.config.phases import SupervisedPhase, Targets
 from distav.config.schema import Config, Device, OptimConfig, RunConfig
 from distav.data.annotations.labels import load_labels
+from distav.data.annotations.multi_labels import load_multi_labels
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.files import write_atomically
-from distav.distributed.collectives import (
-    all_gather_variable_rows,
-    all_reduce_sum_,
-    broadcast,
-    get_rank,
-    local_shard,
-    shard_range,
-)
+from distav.distributed.collectives import broadcast, local_shard
 from distav.distributed.process_group import World, process_group
 from distav.distributed.signals import EXIT_INTERRUPTED, Interrupted
-from distav.evaluation.class_metrics import ClassScores, class_counts
 from distav.evaluation.embedding import Embedder
+from distav.evaluation.frozen_tasks import embed_split, knn_metrics, probe_metrics
 from distav.evaluation.metrics import retrieval
-from distav.evaluation.probing import LinearProbe, knn_class_probs
 from distav.models.pretrained import input_config, model_config
 
 FROZEN_TASKS = ("knn", "linear_probe", "retrieval")
@@ -122,127 +114,54 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclass(frozen=True)
-class LabeledFeatures:
-    """Features of clips, on every rank.
-
-    Attributes:
-        features: [n, E].
-        classes: [n] classes of the clips.
-        groups: [n] source videos of the clips.
-    """
-
-    features: Tensor
-    classes: Tensor
-    groups: Tensor
-
-
-@dataclass(frozen=True)
-class EmbeddedSplit:
-    """Embeddings of all readable clips of a split, on every rank.
-
-    Attributes:
-        features: features by modality, `visual`, `audio` and `both`, of the clips that have it; `both` contains all
-            clips, with zeros for a missing modality. A modality that no clip has is left out.
-        visual_embedding, audio_embedding: [n, D] unit vectors of the clips with both modalities.
-        paired_classes: [n] their classes.
-    """
-
-    features: dict[str, LabeledFeatures]
-    visual_embedding: Tensor
-    audio_embedding: Tensor
-    paired_classes: Tensor
-
-
 def _evaluate(options: argparse.Namespace, world: World) -> dict[str, Any]:
     shards = ShardedDataset.open(options.shards)
-    if shards.multi_label:
-        raise UserError(f"{shards.location} has several classes per clip; these metrics need one class per clip.")
     embedder = Embedder.open(options.export, world.device, options.batch_size)
     train_split = shards.split(options.train_split, "--train-split")
     test_split = shards.split(options.test_split, "--test-split")
-    train_labels, test_labels = load_labels(shards, train_split, options.labels), load_labels(shards, test_split)
+    train_labels = _labels(shards, train_split, options.labels, evaluated=False)
+    test_labels = _labels(shards, test_split, "", evaluated=True)
     metrics: dict[str, Any] = {}
     frozen_tasks = [task for task in options.tasks if task in FROZEN_TASKS]
     if frozen_tasks:
         num_classes = len(shards.classes)
-        target = test_labels.given if test_labels.true is None else test_labels.true
-        test = _embed_split(embedder, test_split, torch.from_numpy(target))
+        test = embed_split(embedder, test_split, *test_labels)
         train = test
         if set(frozen_tasks) != {"retrieval"}:
-            train = _embed_split(embedder, train_split, torch.from_numpy(train_labels.given))
+            train = embed_split(embedder, train_split, *train_labels)
         for task in frozen_tasks:
             if task == "knn":
-                metrics[task] = _knn_accuracy(train, test, num_classes, options.neighbors)
+                metrics[task] = knn_metrics(train, test, num_classes, options.neighbors)
             elif task == "linear_probe":
-                metrics[task] = _probe_accuracy(train, test, num_classes)
+                metrics[task] = probe_metrics(train, test, num_classes)
             else:
                 rows = local_shard(test.visual_embedding), local_shard(test.audio_embedding)
                 metrics[task] = retrieval(*rows, local_shard(test.paired_classes))
     if "fine_tune" in options.tasks:
-        metrics["fine_tune"] = _fine_tune(options, embedder.description, world)
+        metrics["fine_tune"] = _fine_tune(options, embedder.description, world, shards.multi_label)
     return metrics
 
 
-def _embed_split(embedder: Embedder, split: Split, classes: Tensor) -> EmbeddedSplit:
-    rows = shard_range(len(split))
-    embeddings = embedder.embed_clips(split, np.arange(rows.start, rows.stop))
+def _labels(shards: ShardedDataset, split: Split, override: str, evaluated: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels of a split, [N] or [N, C] bool, and the classes or combinations of classes, [N].
 
-    def gather(values: np.ndarray) -> Tensor:
-        return all_gather_variable_rows(torch.from_numpy(values).to(embedder.device))
-
-    classes, groups = classes.to(embedder.device), torch.from_numpy(split.source_codes).to(embedder.device)
-    has_visual, has_audio = (
-        gather(mask.astype("float32")) > 0 for mask in (embeddings.has_visual, embeddings.has_audio)
-    )
-    features = {}
-    for name, rows, exists in (
-        ("visual", embeddings.visual, has_visual),
-        ("audio", embeddings.audio, has_audio),
-        ("both", embeddings.joint_features(), has_visual | has_audio),
-    ):
-        gathered = gather(rows)
-        if exists.any():
-            features[name] = LabeledFeatures(gathered[exists], classes[exists], groups[exists])
-    paired = has_visual & has_audio
-    return EmbeddedSplit(
-        features,
-        gather(embeddings.visual_embedding)[paired],
-        gather(embeddings.audio_embedding)[paired],
-        classes[paired],
-    )
+    Args:
+        shards: the dataset.
+        split: its split.
+        override: table of labels that replace those of the dataset; empty for none.
+        evaluated: whether to use the true labels, if the dataset stores them.
+    """
+    labels = load_labels(shards, split, override)
+    classes = labels.true if evaluated and labels.true is not None else labels.given
+    if not shards.multi_label:
+        return classes, classes
+    lists = load_multi_labels(shards, split, override)
+    return (lists.reference if evaluated else lists.given), classes
 
 
-def _knn_accuracy(train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int, k: int) -> dict[str, float]:
-    """Return the accuracies of k-NN votes by modality; each rank votes on its part of the test split."""
-    accuracies: dict[str, float] = {}
-    for modality, keys in train.features.items():
-        if queries := test.features.get(modality):
-            votes = knn_class_probs(keys.features, keys.classes, local_shard(queries.features), num_classes, k)
-            counts = class_counts(votes.argmax(1), local_shard(queries.classes), num_classes)
-            accuracies |= _accuracies(modality, all_reduce_sum_(counts))
-    return accuracies
-
-
-def _probe_accuracy(train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int) -> dict[str, float]:
-    """Return the accuracies of linear probes by modality; rank 0 fits them."""
-    accuracies: dict[str, float] = {}
-    if get_rank() == 0:
-        for modality, clips in train.features.items():
-            if queries := test.features.get(modality):
-                probe = LinearProbe(clips.features, clips.classes, num_classes, clips.groups)
-                counts = class_counts(probe(queries.features).argmax(1), queries.classes, num_classes)
-                accuracies |= _accuracies(modality, counts)
-    return broadcast(accuracies)
-
-
-def _accuracies(modality: str, counts: Tensor) -> dict[str, float]:
-    """Return accuracy and balanced accuracy for the counts of `class_counts`."""
-    scores = ClassScores.of(counts)
-    return {modality: scores.accuracy, f"balanced_{modality}": scores.balanced_accuracy}
-
-
-def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: World) -> dict[str, Any]:
+def _fine_tune(
+    options: argparse.Namespace, description: dict[str, Any], world: World, multi_label: bool
+) -> dict[str, Any]:
     """Train towers and classifiers in a run of its own; return the test metrics of its report."""
     # Imported late, since importing DeepSpeed takes seconds.
     from distav.config.validation import validate
@@ -250,7 +169,12 @@ def _fine_tune(options: argparse.Namespace, description: dict[str, Any], world: 
     from distav.training.report import write_report
     from distav.training.run_setup import open_run
 
-    phase = SupervisedPhase(epochs=options.epochs, targets=Targets.given, tower_lr_scale=FINE_TUNE_TOWER_LR_SCALE)
+    phase = SupervisedPhase(
+        epochs=options.epochs,
+        targets=Targets.given,
+        tower_lr_scale=FINE_TUNE_TOWER_LR_SCALE,
+        loss="bce" if multi_label else "ce",
+    )
     config = Config(
         run=RunConfig(
             name=options.out.name,
@@ -284,7 +208,10 @@ def _print_metrics(metrics: dict[str, Any]) -> None:
             print(f"{task}: not possible, since no test clip has both modalities")
             continue
         rates = {name: value for name, value in values.items() if name not in ("rsum", "by_class")}
-        texts = [f"{name} {100 * value:.1f} %" for name, value in rates.items()]
+        texts = [
+            f"{name} {value:.2f}" if name.startswith("d_prime") else f"{name} {100 * value:.1f} %"
+            for name, value in rates.items()
+        ]
         if "rsum" in values:
             texts.append(f"rSum {values['rsum']:.1f} of 600")
         print(f"{task}: {', '.join(texts)}")

@@ -3,9 +3,13 @@
 Legend: N training clips, m test clips, E width, C classes.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from distav.losses.multi_label import binary_cross_entropy
 
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Candidate L2 penalties of a linear probe."""
@@ -32,16 +36,47 @@ def knn_class_probs(
         [m, C] votes; the weight of the nearest neighbor is 1.
     """
     present = keys.norm(dim=1) > 0
-    keys, classes = F.normalize(keys[present].float(), dim=1), classes[present]
-    votes = torch.zeros(len(queries), num_classes, device=queries.device)
+    votes, classes = torch.zeros(len(queries), num_classes, device=queries.device), classes[present]
+    for part, neighbors, weights in _weighted_neighbors(keys[present], queries, k, temperature):
+        votes[part].scatter_add_(1, classes[neighbors], weights)
+    return votes
+
+
+def knn_label_probs(keys: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
+    """Return the weighted fraction of the k nearest neighbors that have each label; see `knn_class_probs`.
+
+    Args:
+        keys: [N, E] features; rows that are zero have no vote.
+        labels: [N, C] bool labels of the keys.
+        queries: [m, E] features.
+        k: number of neighbors, at most N.
+        temperature: temperature of the weights.
+
+    Returns:
+        [m, C] probabilities.
+    """
+    present = keys.norm(dim=1) > 0
+    probs, labels = torch.zeros(len(queries), labels.shape[1], device=queries.device), labels[present].float()
+    for part, neighbors, weights in _weighted_neighbors(keys[present], queries, k, temperature):
+        weights = weights / weights.sum(1, keepdim=True)
+        # One neighbor at a time, to hold no table of the labels of all neighbors.
+        for rank in range(neighbors.shape[1]):
+            probs[part] += weights[:, rank, None] * labels[neighbors[:, rank]]
+    return probs
+
+
+def _weighted_neighbors(
+    keys: Tensor, queries: Tensor, k: int, temperature: float
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield blocks of queries with the ids of their nearest keys and the weights of these, [b, k] each."""
+    keys = F.normalize(keys.float(), dim=1)
     block = max(1, _BLOCK_SCORES // max(1, len(keys)))
     for start in range(0, len(queries), block):
         rows = F.normalize(queries[start : start + block].float(), dim=1)
         nearest = (rows @ keys.T).topk(min(k, len(keys)), dim=1)
         # Relative to the largest weight, so that none overflows.
         weights = ((nearest.values - nearest.values[:, :1]) / temperature).exp()
-        votes[start : start + block].scatter_add_(1, classes[nearest.indices], weights)
-    return votes
+        yield slice(start, start + block), nearest.indices, weights
 
 
 class LinearProbe:
@@ -71,7 +106,7 @@ class LinearProbe:
         if held_out.any() and not held_out.all():
             candidates = [self._fit(inputs[~held_out], classes[~held_out], penalty) for penalty in PENALTIES]
             losses = [
-                float(F.cross_entropy(_logits(inputs[held_out], coefficients), classes[held_out]))
+                float(self._loss(_logits(inputs[held_out], coefficients), classes[held_out]))
                 for coefficients in candidates
             ]
             self.penalty = PENALTIES[losses.index(min(losses))]
@@ -80,6 +115,11 @@ class LinearProbe:
     def __call__(self, features: Tensor) -> Tensor:
         """Return logits: [m, E] -> [m, C]."""
         return _logits(self._standardize(features), self.coefficients)
+
+    @staticmethod
+    def _loss(logits: Tensor, classes: Tensor) -> Tensor:
+        """Return the mean loss of the clips, a scalar."""
+        return F.cross_entropy(logits, classes)
 
     def _standardize(self, features: Tensor) -> Tensor:
         return (features - self.mean) / self.std
@@ -91,14 +131,22 @@ class LinearProbe:
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            cross_entropy = F.cross_entropy(_logits(inputs, coefficients), classes)
-            value = cross_entropy + penalty * coefficients[:-1].square().sum()
+            value = self._loss(_logits(inputs, coefficients), classes) + penalty * coefficients[:-1].square().sum()
             value.backward()
             return value
 
         with torch.enable_grad():
             optimizer.step(loss)  # pyright: ignore[reportArgumentType]
         return coefficients.detach()
+
+
+class MultiLabelProbe(LinearProbe):
+    """Logistic regression of each class on standardized features; its labels are [N, C] probabilities."""
+
+    @staticmethod
+    def _loss(logits: Tensor, classes: Tensor) -> Tensor:
+        """Return the binary cross-entropy, summed over the classes, a scalar mean over the clips."""
+        return binary_cross_entropy(logits, classes).mean()
 
 
 def _logits(inputs: Tensor, coefficients: Tensor) -> Tensor:
