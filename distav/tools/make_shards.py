@@ -244,7 +244,7 @@ def _add_build_options(parser: argparse.ArgumentParser, default: Encoding) -> No
 
 def _add_clean_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("shards", metavar="SHARDS", help="directory of a dataset with one label per sample, of clips or features")
+    add("shards", metavar="SHARDS", help="directory of a dataset of clips or features")
     add("out", type=_local_dir, metavar="OUT", help="directory of the new dataset; only its training split differs")
     add(
         "--decisions",
@@ -253,7 +253,8 @@ def _add_clean_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE",
         help="csv or parquet, one per reviewer: key, label[, pair][, action], where pair is mismatched, matched or "
-        "empty, and action is remove, keep or empty; the majority decides, and a tie changes nothing",
+        "empty, and action is remove, keep or empty; with several labels per clip: key, class, decision (add, remove, "
+        "keep or empty); the majority decides, and a tie changes nothing",
     )
     add(
         "--labels",

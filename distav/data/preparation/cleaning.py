@@ -13,10 +13,13 @@ import pyarrow as pa
 
 from distav.config.errors import UserError
 from distav.data.annotations.labels import load_labels
+from distav.data.annotations.multi_labels import LABEL_SEPARATOR, class_matrix, label_lists, load_multi_labels
 from distav.data.dataset import EVENTS, ShardedDataset, Split
 from distav.data.files import write_table
 from distav.data.preparation.encode_workers import EncodedClip
 from distav.data.preparation.encoding import Encoding
+from distav.data.preparation.list_decisions import apply_list_decisions
+from distav.data.preparation.multi_label_noise import multi_label_rates
 from distav.data.preparation.output_dir import (
     WORK,
     BuildResult,
@@ -91,24 +94,31 @@ def clean_dataset(config: CleaningConfig, out: Path, workers: int) -> BuildResul
         workers: shards that are written in parallel.
 
     Raises:
-        UserError: for a multi-label dataset, tables that do not fit it, corrupt members, or if no clip would be kept.
+        UserError: for tables that do not fit the dataset, corrupt members, or if no clip would be kept.
     """
     shards = ShardedDataset.open(config.root)
-    if shards.multi_label:
-        raise UserError(f"{config.root}: the dataset is multi-label; `clean` needs one class per clip.")
+    if shards.multi_label and config.min_correspondence:
+        raise UserError(
+            f"--min-correspondence={config.min_correspondence}: mismatched pairs are not estimated on {config.root}, "
+            "because its clips may have several classes; leave the option out."
+        )
     recipe = make_recipe(config, config.digests())
     if result := read_result(out, recipe):
         return result
     train = shards.split(CLEANED_SPLIT, "clean: split")
-    review = apply_decisions(
-        shards, train, config.decisions, config.labels, config.min_confidence, config.min_correspondence
-    )
+    if shards.multi_label:
+        review = apply_list_decisions(shards, train, config.decisions, config.labels, config.min_confidence)
+    else:
+        review = apply_decisions(
+            shards, train, config.decisions, config.labels, config.min_confidence, config.min_correspondence
+        )
     if not len(review.kept):
         raise UserError(f"{config.root}: all clips of {CLEANED_SPLIT} would be removed; lower --min-correspondence.")
     claim_work_dir(out / WORK, recipe)
     write_rejected(out, [_rejected_row(shards, train, review, sample) for sample in sorted(review.removed)])
     manifest = _copy(shards, review, out, config.shard_samples, workers)
-    num_relabeled = int((review.given != review.reviewed)[review.kept].sum())
+    changed = review.given != review.reviewed
+    num_relabeled = int(changed.reshape(len(changed), -1).any(1)[review.kept].sum())
     manifest |= {"recipe": recipe, "rejected": len(review.removed), "num_relabeled": num_relabeled}
     manifest.pop(REVIEW, None)  # A dataset that was cleaned before has one of its own.
     if review.review:
@@ -125,9 +135,16 @@ def _rejected_row(shards: ShardedDataset, split: Split, review: ReviewResult, sa
         "path": split.columns["source"][sample],
         "start_s": start,
         "end_s": start + float(split.columns["duration_s"][sample]),
-        "label": shards.classes[review.given[sample]],
+        "label": _label_text(shards, review.given[sample]),
         "reason": review.removed[sample],
     }
+
+
+def _label_text(shards: ShardedDataset, label: Any) -> str:
+    """Return the name of a class, given by its index, or the names of a list, given as [C] bool."""
+    if shards.multi_label:
+        return LABEL_SEPARATOR.join(label_lists(label[None], shards.classes)[0])
+    return shards.classes[label]
 
 
 def _copy(shards: ShardedDataset, review: ReviewResult, out: Path, shard_samples: int, workers: int) -> dict[str, Any]:
@@ -142,7 +159,7 @@ def _copy(shards: ShardedDataset, review: ReviewResult, out: Path, shard_samples
         if name == CLEANED_SPLIT:
             given, kept = review.reviewed, review.kept
         else:
-            given, kept = load_labels(shards, split).given, np.arange(len(split))
+            given, kept = _given_labels(shards, split), np.arange(len(split))
         members = split.members
         writer = _split_writer(shards, split, kept, out)
         writer.write(out, shard_samples, workers)
@@ -152,7 +169,7 @@ def _copy(shards: ShardedDataset, review: ReviewResult, out: Path, shard_samples
         table = _labels_table(shards, split, kept, given, bool(review.removed))
         labels.append(table)
         if "noise" in original and "true_label" in table.column_names:
-            splits[name]["noise"] = {"label_rate": _label_noise_rate(table)}
+            splits[name]["noise"] = _label_noise(shards, table)
         if name in shards.manifest.get("annotated_splits", ()):
             events.append(_events_table(shards, split, kept))
     write_index(out, index, members)
@@ -214,15 +231,37 @@ def _labels_table(
 ) -> pa.Table:
     """Return the rows of labels.parquet; `pair_id` refers to the original ids, and is dropped if they change."""
     table = shards.table("labels.parquet", split.name).take(kept)
-    labels = np.array(shards.classes, dtype=object)[given[kept]]
+    if shards.multi_label:
+        labels = pa.array(_reviewed_lists(shards, table, given[kept]), pa.list_(pa.string()))
+    else:
+        labels = pa.array(np.array(shards.classes, dtype=object)[given[kept]], pa.string())
     table = _set_column(table, "id", pa.array(np.arange(len(kept))))
-    table = _set_column(table, "label", pa.array(labels, pa.string()))
+    table = _set_column(table, "label", labels)
     return table.drop_columns(["pair_id"]) if clips_removed and "pair_id" in table.column_names else table
 
 
-def _label_noise_rate(table: pa.Table) -> float:
+def _given_labels(shards: ShardedDataset, split: Split) -> np.ndarray:
+    """Return the labels of a split, [N] int64 or [N, C] bool."""
+    return load_multi_labels(shards, split).given if shards.multi_label else load_labels(shards, split).given
+
+
+def _reviewed_lists(shards: ShardedDataset, table: pa.Table, reviewed: np.ndarray) -> list[list[str]]:
+    """Return the label lists of clips [M, C] bool; those that did not change keep the order of the original."""
+    original = [names or [] for names in table.column("label").to_pylist()]
+    return [
+        old if set(old) == set(new) else new
+        for old, new in zip(original, label_lists(reviewed, shards.classes), strict=True)
+    ]
+
+
+def _label_noise(shards: ShardedDataset, table: pa.Table) -> dict[str, float]:
+    """Return the rates of wrong labels of a cleaned split, for the manifest."""
     labels, true_labels = table.column("label").to_pylist(), table.column("true_label").to_pylist()
-    return float(np.mean([label != true_label for label, true_label in zip(labels, true_labels, strict=True)]))
+    if shards.multi_label:
+        given, true = (class_matrix(lists, shards.classes, "labels.parquet") for lists in (labels, true_labels))
+        return multi_label_rates(true, given)
+    wrong = [label != true_label for label, true_label in zip(labels, true_labels, strict=True)]
+    return {"label_rate": float(np.mean(wrong))}
 
 
 def _events_table(shards: ShardedDataset, split: Split, kept: np.ndarray) -> pa.Table:

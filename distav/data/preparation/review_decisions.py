@@ -23,8 +23,8 @@ class ReviewResult:
     """Labels and removed clips of a split after a review.
 
     Attributes:
-        given: [N] int64, labels before the review.
-        reviewed: [N] int64, labels after it.
+        given: [N] int64, labels before the review; [N, C] bool in a multi-label dataset.
+        reviewed: labels after it, likewise.
         removed: reason of removal by id.
         review: merged decisions of several reviewers; None with fewer than two.
     """

@@ -34,7 +34,7 @@ class Conflict:
 
     Attributes:
         key: key of the clip.
-        column: `label`, `pair` or `action`.
+        column: `label`, `pair` or `action`; in a multi-label dataset the class.
         values: the reviewers' values, in the order of the files; empty where a reviewer has not decided.
         merged: value of the majority; empty if there is a tie, and the clip is left unchanged.
     """
@@ -50,7 +50,7 @@ class Agreement:
     """Agreement of the reviewers in a column, over the clips that at least two of them have decided.
 
     Attributes:
-        column: `label`, `pair` or `action`.
+        column: `label`, `pair` or `action`; in a multi-label dataset the class.
         num_clips: number of these clips.
         percent: mean percentage of agreeing pairs of reviewers.
         kappa: Cohen's kappa for two reviewers, else Fleiss' kappa; None if it is not defined, because all values are
@@ -103,18 +103,19 @@ def read_decisions(path: Path, classes: list[str], split: Split) -> Decisions:
     return decisions
 
 
-def merge_decisions(reviewers: Sequence[Decisions], split: Split) -> Review:
+def merge_decisions(reviewers: Sequence[Decisions], split: Split, columns: Sequence[str] = COLUMNS) -> Review:
     """Merge the decisions of several reviewers: the majority of those who decided; a tie changes nothing.
 
     Args:
         reviewers: decisions of each reviewer.
         split: split of the clips.
+        columns: names of the decided values: columns of the tables, or classes of a multi-label dataset.
     """
     merged: Decisions = {}
     conflicts: list[Conflict] = []
     for sample in sorted({sample for decisions in reviewers for sample in decisions}):
         merged[sample] = {}
-        for column in COLUMNS:
+        for column in columns:
             values = [decisions.get(sample, {}).get(column, "") for decisions in reviewers]
             counts = Counter(value for value in values if value).most_common(2)
             is_tie = len(counts) == 2 and counts[0][1] == counts[1][1]
@@ -123,7 +124,7 @@ def merge_decisions(reviewers: Sequence[Decisions], split: Split) -> Review:
                 merged[sample][column] = winner
             if len(counts) == 2:
                 conflicts.append(Conflict(str(split.keys[sample]), column, values, winner))
-    agreement = [result for column in COLUMNS if (result := measure_agreement(reviewers, column))]
+    agreement = [result for column in columns if (result := measure_agreement(reviewers, column))]
     return Review(merged, conflicts, agreement)
 
 
