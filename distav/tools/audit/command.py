@@ -8,13 +8,17 @@ The page needs no server: open it in a browser. It ranks the issues, each with f
 Labels and pairs are those of the run's last label correction. Issues are accepted or rejected with keys; `Save
 decisions` writes a CSV file. tools/make_shards.py clean SHARDS OUT --decisions FILE creates a cleaned dataset from it;
 data.label_overrides=FILE applies its labels in training. issues.parquet and issues.csv, beside the page, have a row per
-clip. --export writes the listed clips as files for FiftyOne or Label Studio, or with a CSV table.
+clip. With several labels per clip, the issues are missing and wrong labels, one row for each clip and class; only
+`clean` reads their decisions. --export writes the listed clips as files for FiftyOne or Label Studio, or with a CSV
+table.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +34,32 @@ from distav.evaluation.embedding import Embedder, Embeddings
 from distav.tools.audit.data_issues import DataIssues, find_data_issues
 from distav.tools.audit.exports import EXPORT_FORMATS, Export, write_export
 from distav.tools.audit.issue_table import issue_table, write_issue_table
-from distav.tools.audit.issues import describe_no_issues, last_correction, neighbors_of
+from distav.tools.audit.issues import check_corrected, describe_no_issues, last_correction, neighbors_of
+from distav.tools.audit.list_audit import audit_lists, list_summary, write_list_audit
+from distav.tools.audit.list_exports import write_list_export
 from distav.tools.audit.media_check import MediaCheck
 from distav.tools.audit.page import Audit, write_page
+
+
+@dataclass(frozen=True)
+class _AuditedRun:
+    """A finished run and its dataset.
+
+    Attributes:
+        name: its name and its phases.
+        short_name: its name.
+        shards: the dataset.
+        split: its training split.
+        test_split: name of its test split; empty without one.
+        report: its report.json.
+    """
+
+    name: str
+    short_name: str
+    shards: ShardedDataset
+    split: Split
+    test_split: str
+    report: dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,21 +70,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_minimums(options, limit=0, neighbors=1, thumbnail_height=16, batch_size=1, workers=1)
         if options.export_dir and not options.export:
             raise UserError(f"--export-dir={options.export_dir}: also give --export FORMAT.")
-        data, audit = _audit(options)
-        table = issue_table(data)
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_page(audit, out, options.thumbnail_height)
-            tables = write_issue_table(table, out.parent)
-        except OSError as error:
-            raise UserError(f"--out={out}: {error.strerror}; choose another file.") from None
-        _print_summary(audit, out, tables)
-        if options.export:
-            folder = options.export_dir or out.parent / f"audit-{options.export}"
-            write_export(options.export, Export(audit, data, table), folder)
+        run = _open_run(options)
+        if run.shards.multi_label:
+            _audit_lists(options, run, out)
+        else:
+            _audit_classes(options, run, out)
     except UserError as error:
         return exit_with_error(error, "audit")
     return 0
+
+
+def _audit_classes(options: argparse.Namespace, run: _AuditedRun, out: Path) -> None:
+    """Write page, issue table and exports of a dataset with one label per clip."""
+    data, audit = _audit(options, run)
+    table = issue_table(data)
+    with _report_write_errors(out):
+        write_page(audit, out, options.thumbnail_height)
+        tables = write_issue_table(table, out.parent)
+    _print_summary(audit, out, tables)
+    if options.export:
+        write_export(options.export, Export(audit, data, table), _export_dir(options, out))
+
+
+def _audit_lists(options: argparse.Namespace, run: _AuditedRun, out: Path) -> None:
+    """Write page, issue table and exports of a multi-label dataset."""
+    check_corrected(options.run, run.report)
+    audit = audit_lists(options, run.shards, run.split, run.report, run.name, _embeddings(options, run.split))
+    with _report_write_errors(out):
+        tables = write_list_audit(audit, out, options.thumbnail_height)
+    print("\n".join(list_summary(audit, out, tables)))
+    if options.export:
+        write_list_export(options.export, audit, _export_dir(options, out))
+
+
+def _export_dir(options: argparse.Namespace, out: Path) -> Path:
+    return options.export_dir or out.parent / f"audit-{options.export}"
+
+
+@contextmanager
+def _report_write_errors(out: Path) -> Iterator[None]:
+    """Create the directory of the page; raises a UserError if a file cannot be written."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"--out={out}: {error.strerror}; choose another file.") from None
 
 
 def _print_summary(audit: Audit, out: Path, tables: list[Path]) -> None:
@@ -88,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _audit(options: argparse.Namespace) -> tuple[DataIssues, Audit]:
+def _open_run(options: argparse.Namespace) -> _AuditedRun:
     run: Path = options.run
     if not (run / "report.json").is_file():
         raise UserError(f"{run}: no report.json; specify the directory of a finished run, runs/NAME.")
@@ -96,12 +153,18 @@ def _audit(options: argparse.Namespace) -> tuple[DataIssues, Audit]:
     report: dict[str, Any] = json.loads((run / "report.json").read_text())
     shards = _open_dataset(options.shards, config.data.root, run)
     split = shards.split(config.data.train_split)
-    table = last_correction(run, report, split)
-    test = shards.split(config.data.test_split) if config.data.get("test_split") else None
+    name = f"{config.run.name} ({', '.join(config.phases)})"
+    return _AuditedRun(name, config.run.name, shards, split, config.data.get("test_split") or "", report)
+
+
+def _audit(options: argparse.Namespace, run: _AuditedRun) -> tuple[DataIssues, Audit]:
+    shards, split, report = run.shards, run.split, run.report
+    table = last_correction(options.run, report, split)
+    test = shards.split(run.test_split) if run.test_split else None
     embeddings, data = _find_issues(options, shards, split, test, table)
     test_labels = data.test_labels
     facts = {
-        "run": f"{config.run.name} ({', '.join(config.phases)})",
+        "run": run.name,
         "dataset": f"{shards.location}, split {split.name}",
         "clips": f"{len(split)} in {len(shards.classes)} classes",
         **{f"{issues.kind.replace('_', '-')} issues": f"{issues.total}" for issues in data.issues},
@@ -111,7 +174,7 @@ def _audit(options: argparse.Namespace) -> tuple[DataIssues, Audit]:
         facts["media issues"] = "not measured (--skip-media)"
     issues = [ranked.first(options.limit) for ranked in data.issues]
     neighbors = [neighbors_of(embeddings, split, ranked.ids, options.neighbors) for ranked in issues]
-    title = f"{config.run.name} · audit"
+    title = f"{run.short_name} · audit"
     correction = report["corrections"][-1]
     audit = Audit(title, split, shards.classes, table, correction, issues, neighbors, facts, test, test_labels)
     return data, audit

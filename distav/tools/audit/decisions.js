@@ -28,20 +28,7 @@ function decisionsToCsv() {
     }
     rows.set(row.key, row);
   }
-  const quote = (value = "") => /[",\r\n]|^\s|\s$/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : value;
-  const lines = [COLUMNS, ...[...rows.values()].map((row) => COLUMNS.map((name) => quote(row[name])))];
-  return lines.map((line) => line.join(",") + "\n").join("");
-}
-
-function parseCsv(text) {
-  const lines = [[]];
-  for (const [, quoted, plain, end] of text.matchAll(/(?:"((?:[^"]|"")*)"|([^,\r\n]*))(,|\r?\n|$)/g)) {
-    lines.at(-1).push(quoted === undefined ? plain : quoted.replaceAll('""', '"'));
-    if (end === "") break;
-    if (end !== ",") lines.push([]);
-  }
-  const [head, ...body] = lines.filter((line) => line.length > 1);
-  return body.map((line) => Object.fromEntries(head.map((name, column) => [name, line[column]])));
+  return formatCsv(COLUMNS, [...rows.values()]);
 }
 
 // Apply the rows of a file. Labels are compared by name, since the page of another run may propose other labels.

@@ -72,7 +72,7 @@ def write_export(export_format: str, export: Export, folder: Path) -> None:
     """
     try:
         (folder / MEDIA).mkdir(parents=True, exist_ok=True)
-        rows = _write_media(export.audit.split, export.rows(), folder)
+        rows = write_media(export.audit.split, export.rows(), folder)
         files = EXPORT_FORMATS[export_format](export, rows)
         for name, content in files.items():
             write_atomically(folder / name, content)
@@ -83,7 +83,7 @@ def write_export(export_format: str, export: Export, folder: Path) -> None:
     print(f"{folder}: {len(rows)} clips for {export_format} in {' and '.join(files)}{skipped}")
 
 
-def _write_media(split: Split, rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+def write_media(split: Split, rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """Write the clips and return the rows of those that can be decoded, with their `path` in the folder."""
     written: list[dict[str, Any]] = []
     reader = ShardReader(split)
@@ -123,13 +123,13 @@ def _fiftyone(export: Export, rows: list[dict[str, Any]]) -> dict[str, bytes]:
         sample |= {name: row[name] for name in (*texts, *numbers)}
         samples.append(sample)
     info = {"classes": export.audit.classes, "created_by": MODEL_VERSION}
-    return {"metadata.json": _json_bytes({"info": info}), "samples.json": _json_bytes({"samples": samples})}
+    return {"metadata.json": json_bytes({"info": info}), "samples.json": json_bytes({"samples": samples})}
 
 
 def _label_studio(export: Export, rows: list[dict[str, Any]]) -> dict[str, bytes]:
     """Return tasks with predictions, and the labeling configuration that they refer to."""
     tasks = [_label_studio_task(row) for row in rows]
-    return {"tasks.json": _json_bytes(tasks), "config.xml": _label_studio_config(export.audit.classes)}
+    return {"tasks.json": json_bytes(tasks), "config.xml": _label_studio_config(export.audit.classes)}
 
 
 def _label_studio_task(row: dict[str, Any]) -> dict[str, Any]:
@@ -169,7 +169,9 @@ def _label_studio_config(classes: list[str]) -> bytes:
     return ElementTree.tostring(view, encoding="utf-8") + b"\n"
 
 
-def _json_bytes(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """Return a value as the content of a JSON file."""
+
     def plain(number: Any) -> Any:
         return number.item() if isinstance(number, np.generic) else str(number)
 

@@ -118,6 +118,15 @@ def describe_no_issues(kind: str, has_signal: bool) -> str:
     }[kind]
 
 
+def check_corrected(run: Path, report: dict[str, Any]) -> None:
+    """Raise a UserError if a run corrected no labels, according to its report.json."""
+    if not report.get("corrections"):
+        raise UserError(
+            f"{run}: no phase of this run corrected labels; add one of kind: label_correction, as in "
+            "configs/quickstart.yaml."
+        )
+
+
 def last_correction(run: Path, report: dict[str, Any], split: Split) -> pa.Table:
     """Return the labels table of a run's last label correction.
 
@@ -129,11 +138,7 @@ def last_correction(run: Path, report: dict[str, Any], split: Split) -> pa.Table
     Raises:
         UserError: if the run corrected no labels, or the table belongs to another dataset.
     """
-    if not report.get("corrections"):
-        raise UserError(
-            f"{run}: no phase of this run corrected labels; add one of kind: label_correction, as in "
-            "configs/quickstart.yaml."
-        )
+    check_corrected(run, report)
     path = run / "labels" / f"{report['corrections'][-1]['phase']}.parquet"
     table = read_table(path)
     missing = [name for name in COLUMNS if name not in table.column_names]

@@ -27,12 +27,9 @@ function makeMatch(clip) {
     ...(url ? [make("audio", { controls: true, src: url })] : []))];
 }
 
-function makeNeighbors(title, neighbors, clip, audible) {
+function makeNeighbors(title, neighbors, issue, audible) {
   const figures = neighbors.map(([neighbor, cosine]) => {
-    const given = classes[clips.given_label[neighbor]], proposed = classes[clips.knn_label[neighbor]];
-    const name = given === proposed ? given : `${given} → ${proposed}`;
-    const supports = clips.knn_label[neighbor] === clips.knn_label[clip] ? "proposed"
-      : clips.knn_label[neighbor] === clips.given_label[clip] ? "given" : "";
+    const [name, supports] = describeNeighbor(neighbor, issue);
     const url = mediaUrl("frames", neighbor), frame = make("i", { textContent: url ? "" : "no video" });
     if (url) frame.style.backgroundImage = `url("${url}")`;
     const play = () => {

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -70,6 +70,35 @@ class Audit:
         return parts
 
 
+@dataclass(frozen=True)
+class PageLayout:
+    """Parts of a page that depend on the issues.
+
+    Attributes:
+        tabs: titles of the lists by kind of issue.
+        filters: captions of the filters by class, by name.
+        scripts: files with the issues and the decisions.
+    """
+
+    tabs: dict[str, str]
+    filters: dict[str, str]
+    scripts: tuple[str, ...]
+
+
+LAYOUT = PageLayout(
+    {
+        "label": "Labels",
+        "pair": "Pairs",
+        "duplicate": "Duplicates",
+        "leak": "Leaks",
+        "off_topic": "Off-topic",
+        "media": "Silent or black",
+    },
+    {"given": "Given", "proposed": "Proposed"},
+    ("decisions.js", "page.js"),
+)
+
+
 def write_page(audit: Audit, path: Path, height: int) -> None:
     """Write the page atomically.
 
@@ -78,26 +107,50 @@ def write_page(audit: Audit, path: Path, height: int) -> None:
         path: the file.
         height: height of a frame in pixels.
     """
-    names = ("page.html", "page.css", "decisions.js", "media.js", "page.js")
+    write_document(path, LAYOUT, _page_data(audit), encode_media(audit.splits(audit.clip_ids()), height))
+
+
+def write_document(path: Path, layout: PageLayout, data: dict[str, Any], media: Iterable[str]) -> None:
+    """Write a page atomically.
+
+    Args:
+        path: the file.
+        layout: parts that depend on the issues.
+        data: the JSON object that the scripts read.
+        media: elements with the media of the clips.
+    """
+    names = ("page.html", "page.css", "review.js", "media.js", *layout.scripts)
     html, style, *scripts = (files("distav.tools.audit").joinpath(name).read_text() for name in names)
-    before, after = html.split("<!--MEDIA-->")
+    tabs = "\n".join(
+        f'    <button role="tab" data-view="{name}">{title} <span></span></button>'
+        for name, title in layout.tabs.items()
+    )
+    filters = "\n".join(
+        f'      <label>{title} <select name="{name}"></select></label>' for name, title in layout.filters.items()
+    )
+    before, after = html.replace("<!--TABS-->", tabs).replace("<!--FILTERS-->", filters).split("<!--MEDIA-->")
     # The data contains arbitrary names, which must not open a tag inside the script element.
-    data = json.dumps(_page_data(audit), separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
-    before = before.replace("/*STYLE*/", style).replace("/*DATA*/", data)
+    content = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+    before = before.replace("/*STYLE*/", style).replace("/*DATA*/", content)
     partial = temporary_path(path)
     with open(partial, "w", encoding="utf-8") as file:
         file.write(before)
-        for line in _media(audit, height):
+        for line in media:
             file.write(line)
         file.write(after.replace("/*SCRIPT*/", "\n".join(scripts)))
     os.replace(partial, path)
 
 
-def _media(audit: Audit, height: int) -> Iterator[str]:
-    """Yield an inert script element for the frames and for the audio of every clip that has them, if decodable."""
-    clip_ids, index = audit.clip_ids(), 0
-    with tqdm(total=len(clip_ids), unit="clip", desc="encoding clips", mininterval=1) as bar:
-        for split, samples in audit.splits(clip_ids):
+def encode_media(parts: Sequence[tuple[Split, np.ndarray]], height: int) -> Iterator[str]:
+    """Yield an inert script element for the frames and for the audio of every clip that has them, if decodable.
+
+    Args:
+        parts: splits, and the clips of each.
+        height: height of a frame in pixels.
+    """
+    index = 0
+    with tqdm(total=sum(len(ids) for _, ids in parts), unit="clip", desc="encoding clips", mininterval=1) as bar:
+        for split, samples in parts:
             reader = ShardReader(split)
             try:
                 for sample in samples.tolist():
@@ -145,7 +198,7 @@ def _page_data(audit: Audit) -> dict[str, Any]:
     rates_by_class = audit.correction["label_noise_rate_by_class"]
     return {
         "title": audit.title,
-        "digest": _digest(audit.table),
+        "digest": digest_of(audit.table, ("key", "given_label", "knn_label")),
         "classes": audit.classes,
         "totals": {issues.kind: issues.total for issues in audit.issues},
         "no_issues": {kind: describe_no_issues(kind, bool(rates_by_class)) for kind in KINDS},
@@ -174,6 +227,21 @@ def _page_data(audit: Audit) -> dict[str, Any]:
     }
 
 
+def neighbor_columns(neighbors: Neighbors, clip_ids: np.ndarray) -> dict[str, list[Any]]:
+    """Return by modality the neighbors of each issue, as pairs of index on the page and cosine similarity."""
+    return {
+        modality: [
+            [
+                [int(np.searchsorted(clip_ids, neighbor)), round(float(cosine), 4)]
+                for neighbor, cosine in zip(row_ids, row_cosines, strict=True)
+                if neighbor >= 0
+            ]
+            for row_ids, row_cosines in zip(ids, cosines, strict=True)
+        ]
+        for modality, (ids, cosines) in neighbors.items()
+    }
+
+
 def _issue_columns(audit: Audit, clip_ids: np.ndarray) -> dict[str, list[Any]]:
     """Return the columns of the issues of all types, one after the other."""
     columns: dict[str, list[Any]] = {name: [] for name in ("kind", "clip", "score", "note", "match", "visual", "audio")}
@@ -184,18 +252,12 @@ def _issue_columns(audit: Audit, clip_ids: np.ndarray) -> dict[str, list[Any]]:
         columns["note"] += issues.notes or [""] * len(issues.ids)
         matches = np.full(len(issues.ids), -1) if issues.matches is None else issues.matches
         columns["match"] += np.where(matches < 0, -1, np.searchsorted(clip_ids, matches)).tolist()
-        for modality, (ids, cosines) in neighbors.items():
-            for row_ids, row_cosines in zip(ids, cosines, strict=True):
-                columns[modality].append(
-                    [
-                        [int(np.searchsorted(clip_ids, neighbor)), round(float(cosine), 4)]
-                        for neighbor, cosine in zip(row_ids, row_cosines, strict=True)
-                        if neighbor >= 0
-                    ]
-                )
+        for modality, rows in neighbor_columns(neighbors, clip_ids).items():
+            columns[modality] += rows
     return columns
 
 
-def _digest(table: pa.Table) -> str:
-    text = json.dumps([table.column(name).to_pylist() for name in ("key", "given_label", "knn_label")])
+def digest_of(table: pa.Table, columns: Sequence[str]) -> str:
+    """Return a digest of some columns, under which the browser stores the decisions."""
+    text = json.dumps([table.column(name).to_pylist() for name in columns])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
