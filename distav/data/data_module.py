@@ -145,6 +145,8 @@ class DataModule:
             if isinstance(phase, EventParsingPhase):
                 self.pseudo_label_events(name, phase)
                 continue
+            if self.shards.multi_label:
+                self._check_multi_label(name, phase)
             if isinstance(phase, LabelCorrectionPhase):
                 self._check_correction(name, phase)
             if isinstance(phase, ContrastivePhase):
@@ -153,8 +155,6 @@ class DataModule:
                 raise UserError(
                     f"phases.{name}.kind={phase.kind}: {self.shards.location} holds features; allowed: parsing."
                 )
-            if self.shards.multi_label:
-                self._check_multi_label(name, phase)
 
     def _check_multi_label(self, name: str, phase: PhaseConfig) -> None:
         """Verify that a phase supports several classes per clip; its loss is checked when the run is opened."""
