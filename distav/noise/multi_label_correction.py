@@ -49,7 +49,8 @@ class ListCorrection:
         posterior: [n, C] P(class present) that also depends on the sample's own labels, by the noise model.
         missing_rate, wrong_rate: P(label missing | class present) and P(label given | class absent), over all classes.
         class_missing_rates, class_wrong_rates: the same of each class.
-        rate_logits: [C, 4] logits of both rates of each class, and their standard deviations, for later corrections.
+        rate_logits: [C, 6] logits of both rates of each class, their standard deviations, and those that all classes
+            share, for later corrections.
         log_likelihood_gain: gain of the votes over the class frequencies in predicting the given labels, in nats, less
             the number of parameters.
         has_signal: whether the gain exceeds the threshold.
@@ -91,7 +92,7 @@ def correct_label_lists(
         has_modality: [N] bool by modality. Samples without any do not vote and keep their labels.
         search: candidate configurations of the votes.
         min_log_likelihood_gain: gain below which the labels are kept, in nats.
-        earlier_rates: [C, 4] `rate_logits` of an earlier correction; None for the first.
+        earlier_rates: [C, 6] `rate_logits` of an earlier correction; None for the first.
     """
     usable = torch.stack(list(has_modality.values())).any(0)
     task = ListVoteTask(given, groups, has_modality, class_offsets(given[usable]))
@@ -123,7 +124,7 @@ def identity_correction(given: Tensor) -> ListCorrection:
     """Return a correction without signal that keeps all labels, [N, C] bool."""
     local, num_classes = local_shard(given).float(), given.shape[1]
     unknown = ListRate(0.0, 0.0, 1.0)
-    rate_logits = torch.zeros(num_classes, 4, dtype=torch.float64, device=given.device)
+    rate_logits = torch.zeros(num_classes, 6, dtype=torch.float64, device=given.device)
     unknown_rates = [unknown] * num_classes
     return ListCorrection(
         local, local.clone(), unknown, unknown, unknown_rates, unknown_rates, rate_logits, 0.0, False, {}
@@ -142,10 +143,11 @@ def _estimate_rates(
     counts = all_reduce_sum_(counts)
     generator = torch.Generator().manual_seed(0)
     num_classes = len(rate_logits)
-    noise = torch.randn(NUM_DRAWS, num_classes, 2, generator=generator, dtype=torch.float64)
+    noise = torch.randn(NUM_DRAWS, num_classes + 1, 2, generator=generator, dtype=torch.float64)
     # The same on all ranks, whatever the last bits of their factorizations are.
     rate_logits = broadcast(rate_logits.cpu())
-    logits = rate_logits[:, :2] + rate_logits[:, 2:] * noise
+    center, own, shared = rate_logits.split(2, dim=1)
+    logits = center + own * noise[:, 1:] + shared * noise[:, :1]
     overall, by_class = [], []
     for column, weights in enumerate(counts.cpu()):
         rates = logits[:, :, column].sigmoid()
@@ -157,9 +159,8 @@ def _estimate_rates(
 
 
 def _rate_logits(model: MultiLabelModel) -> Tensor:
-    """Return the logits of both rates of each class, and their standard deviations: [C, 4]."""
-    deviations = model.covariance.diagonal(dim1=1, dim2=2)[:, -2:].clamp_min(0).sqrt()
-    return torch.cat([model.parameters[:, -2:], deviations], dim=1)
+    """Return the logits of both rates of each class with their own and their shared standard deviations: [C, 6]."""
+    return torch.cat([table[:, -2:] for table in (model.parameters, model.deviations, model.shared_deviations)], dim=1)
 
 
 def _rate(estimate: float, draws: Tensor) -> ListRate:

@@ -29,7 +29,7 @@ SMALLEST = 1e-9
 """Lower bound of the probability of a given label, and of its absence."""
 MISSING_PRIOR, WRONG_PRIOR = (-1.7, 1.5), (-3.9, 1.5)
 """Mean and standard deviation of the typical logit of both rates: 15 % and 2 %, each within a factor of about four."""
-TYPICAL_WEIGHT_SUM = 3.0
+TYPICAL_WEIGHT_SUM = 5.0
 """Typical sum of the weights of the members."""
 TYPICAL_DEVIATIONS = (1.0, 0.5, 0.7, 0.7)
 """Expected standard deviations over the classes of the offset, the weights, and the logits of both rates."""
@@ -68,13 +68,16 @@ class MultiLabelModel:
 
     Attributes:
         parameters: [C, P] float64: offset, weights of the members, logits of the missing and of the wrong rate.
-        covariance: [C, P, P] of the parameters (Laplace approximation).
+        deviations: [C, P] standard deviations of the parameters for a known prior (Laplace approximation).
+        shared_deviations: [C, P] further deviations from the uncertain mean of the prior, by the same number of
+            standard deviations in all classes.
         log_likelihood: log-likelihood of the given labels of all ranks, in nats.
         effective_parameters: number of parameters that the labels determine, over all classes.
     """
 
     parameters: Tensor
-    covariance: Tensor
+    deviations: Tensor
+    shared_deviations: Tensor
     log_likelihood: float
     effective_parameters: float
 
@@ -195,7 +198,23 @@ def fit_model(votes: LabelVotes, earlier_rates: Tensor | None = None, num_rounds
     parameters, log_likelihood, information = _maximize(votes, parameters, prior)
     covariance = torch.linalg.inv(information + torch.diag_embed(1 / prior.variance))
     effective = torch.einsum("cpq,cqp->", covariance, information)
-    return MultiLabelModel(parameters, covariance, float(log_likelihood.sum()), float(effective))
+    variances = covariance.diagonal(dim1=1, dim2=2)
+    shared = _shared_deviations(variances, prior, spread)
+    return MultiLabelModel(parameters, variances.sqrt(), shared, float(log_likelihood.sum()), float(effective))
+
+
+def _shared_deviations(variances: Tensor, prior: ClassPrior, spread: Tensor) -> Tensor:
+    """Return the standard deviations that the uncertain mean of the prior adds to the parameters: [C, P].
+
+    Args:
+        variances: [C, P] of the parameters for a known prior.
+        prior: the prior.
+        spread: [P] variance of its mean before the labels are known.
+    """
+    shrinkage = (variances / prior.variance).clamp_max(1)
+    # Each class measures the mean with the variance over the classes and that of its own likelihood.
+    precision = ((1 - shrinkage) / prior.variance).sum(0) + 1 / spread
+    return shrinkage / precision.sqrt()
 
 
 def _with_earlier_rates(prior: ClassPrior, earlier_rates: Tensor | None) -> ClassPrior:

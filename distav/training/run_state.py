@@ -36,7 +36,7 @@ class CorrectionState:
         has_signal: whether the votes of the last correction predict the given labels better than class frequencies do.
         rate_log_likelihood, rate_log_likelihood_credible: log-likelihoods of the noise rates from the first correction
             with a signal, see `distav.noise.label_correction.Correction`; None before it.
-        label_rate_logits: [C, 4] rates of missing and wrong labels of each class from that correction on a multi-label
+        label_rate_logits: [C, 6] rates of missing and wrong labels of each class from that correction on a multi-label
             dataset, see `distav.noise.multi_label_correction.ListCorrection`.
     """
 
