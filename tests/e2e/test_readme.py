@@ -143,6 +143,9 @@ def test_tools_run_as_the_readmes_say(
                 container.mux(stream.encode())  # pyright: ignore[reportAttributeAccessIssue]
         labels.append(f"clips/{path.parent.name}/{path.name},{path.parent.name}")
     (tmp_path / "clips.csv").write_text("\n".join(["path,label", *labels]) + "\n")
+    (tmp_path / "tags.csv").write_text("\n".join(["path,label", *(f"{row};loud" for row in labels)]) + "\n")
+    repeated = [f"{row.split(',')[0]},loud" for row in labels]
+    (tmp_path / "events.csv").write_text("\n".join(["path,label", *labels, *repeated]) + "\n")
     shutil.copytree(finished[0], tmp_path / "runs" / "mine")
     # The READMEs use the name of a correction phase that this run does not have.
     table = next((tmp_path / "runs" / "mine" / "labels").glob("*.parquet"))
@@ -175,7 +178,7 @@ def test_tools_run_as_the_readmes_say(
     assert {next(start for start in RUN_SMALL if command.startswith(start)) for command in done} == set(RUN_SMALL)
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     embedded = {f"embeddings/{name}-000000.parquet" for name in ("mine/train", "clips/files")}
-    datasets = {f"shards/{name}/manifest.json" for name in ("listed", "parts", "clean", "cleaner")}
+    datasets = {f"shards/{name}/manifest.json" for name in ("listed", "parts", "clean", "cleaner", "tags", "events")}
     assert {"sheet.png", "runs/mine/audit.html"} | embedded | datasets <= written
 
 
