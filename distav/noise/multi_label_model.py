@@ -132,7 +132,7 @@ class LabelVotes:
         num_classes, num_parameters = parameters.shape
         totals = parameters.new_zeros(num_classes, 1 + num_parameters + num_parameters**2)
         missing, wrong = parameters[:, -2].sigmoid(), parameters[:, -1].sigmoid()
-        for part in tiles(len(self.votes), num_classes * num_parameters**2, parameters.device):
+        for part in tiles(len(self.votes), num_classes * num_parameters, parameters.device):
             votes, given = self.votes[part].double(), self.given[part].double()
             presence = _presence(parameters, votes, self.offsets)
             probs = (presence * (1 - missing) + (1 - presence) * wrong).clamp(SMALLEST, 1 - SMALLEST)

@@ -19,8 +19,8 @@ MEMBERS = ("visual", "audio", "joint")
 """Features whose neighbors vote."""
 PSEUDO_VOTES = 1.0
 """Number of votes with the class frequencies that is added to those of the neighbors."""
-MAX_SELECTION_SAMPLES = 20_000
-"""Samples on which configurations are compared; more samples do not change the selection."""
+MAX_SELECTION_PAIRS = 1_000_000
+"""Pairs of a sample and a class on which configurations are compared; more do not change the selection."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _selection_rows(task: ListVoteTask) -> Tensor:
     """Return the rows of this rank on which configurations are compared."""
     usable = local_shard(task.has_any).nonzero().squeeze(1)
     total = int(all_reduce_sum_(torch.tensor([float(len(usable))], dtype=torch.float64, device=usable.device)))
-    return usable[:: max(1, -(-total // MAX_SELECTION_SAMPLES))]
+    return usable[:: max(1, -(-total * task.given.shape[1] // MAX_SELECTION_PAIRS))]
 
 
 def _pooled_log_likelihood(votes: Tensor, given: Tensor, offsets: Tensor) -> float:
