@@ -17,6 +17,8 @@ from distav.noise.multi_label_model import LabelVotes, MultiLabelModel, fit_mode
 from distav.noise.multi_label_votes import ListVoteSearch, ListVoteTask, class_offsets, select_votes
 from distav.noise.tiling import map_tiles
 
+ZERO_TEST = 1.92
+"""Loss of log-likelihood below which a rate of 0 is not rejected: half the 95 % quantile of chi-squared."""
 NUM_DRAWS = 1000
 """Draws of the parameters from which the intervals of the overall rates are computed."""
 
@@ -49,8 +51,8 @@ class ListCorrection:
         posterior: [n, C] P(class present) that also depends on the sample's own labels, by the noise model.
         missing_rate, wrong_rate: P(label missing | class present) and P(label given | class absent), over all classes.
         class_missing_rates, class_wrong_rates: the same of each class.
-        rate_logits: [C, 6] logits of both rates of each class, their standard deviations, and those that all classes
-            share, for later corrections.
+        rate_logits: [C, 8] logits of both rates of each class, their standard deviations, those that all classes share,
+            and the log-likelihoods that are lost if a rate is 0, for later corrections.
         log_likelihood_gain: gain of the votes over the class frequencies in predicting the given labels, in nats, less
             the number of parameters.
         has_signal: whether the gain exceeds the threshold.
@@ -92,7 +94,7 @@ def correct_label_lists(
         has_modality: [N] bool by modality. Samples without any do not vote and keep their labels.
         search: candidate configurations of the votes.
         min_log_likelihood_gain: gain below which the labels are kept, in nats.
-        earlier_rates: [C, 6] `rate_logits` of an earlier correction; None for the first.
+        earlier_rates: [C, 8] `rate_logits` of an earlier correction; None for the first.
     """
     usable = torch.stack(list(has_modality.values())).any(0)
     task = ListVoteTask(given, groups, has_modality, class_offsets(given[usable]))
@@ -115,7 +117,7 @@ def correct_label_lists(
     rate_logits = _rate_logits(model)
     if earlier_rates is not None:
         rate_logits = torch.cat([rate_logits[:, :2], earlier_rates[:, 2:]], dim=1)
-    rates = _estimate_rates(rate_logits, posterior)
+    rates = _estimate_rates(rate_logits, posterior) if has_signal else _unknown_rates(given.shape[1])
     configs = {name: str(config) for name, (config, _) in selected.items()}
     return ListCorrection(held_out, posterior, *rates, rate_logits, gain, has_signal, configs)
 
@@ -123,12 +125,14 @@ def correct_label_lists(
 def identity_correction(given: Tensor) -> ListCorrection:
     """Return a correction without signal that keeps all labels, [N, C] bool."""
     local, num_classes = local_shard(given).float(), given.shape[1]
+    rate_logits = torch.zeros(num_classes, 8, dtype=torch.float64, device=given.device)
+    return ListCorrection(local, local.clone(), *_unknown_rates(num_classes), rate_logits, 0.0, False, {})
+
+
+def _unknown_rates(num_classes: int) -> tuple[ListRate, ListRate, list[ListRate], list[ListRate]]:
+    """Return the result of `_estimate_rates` without a label signal."""
     unknown = ListRate(0.0, 0.0, 1.0)
-    rate_logits = torch.zeros(num_classes, 6, dtype=torch.float64, device=given.device)
-    unknown_rates = [unknown] * num_classes
-    return ListCorrection(
-        local, local.clone(), unknown, unknown, unknown_rates, unknown_rates, rate_logits, 0.0, False, {}
-    )
+    return unknown, unknown, [unknown] * num_classes, [unknown] * num_classes
 
 
 def _estimate_rates(
@@ -137,7 +141,8 @@ def _estimate_rates(
     """Return missing and wrong rate over all classes, then of each class, with intervals.
 
     The overall rates weight the classes by their expected numbers of clips with and without the class. Intervals are
-    quantiles of draws from the Laplace approximation.
+    quantiles of draws from the Laplace approximation, which excludes 0; they reach to 0 if a rate of 0 explains the
+    labels about as well (likelihood-ratio test at 5 %).
     """
     counts = torch.stack([posterior.double().sum(0), (1 - posterior.double()).sum(0)])
     counts = all_reduce_sum_(counts)
@@ -146,23 +151,28 @@ def _estimate_rates(
     noise = torch.randn(NUM_DRAWS, num_classes + 1, 2, generator=generator, dtype=torch.float64)
     # The same on all ranks, whatever the last bits of their factorizations are.
     rate_logits = broadcast(rate_logits.cpu())
-    center, own, shared = rate_logits.split(2, dim=1)
+    center, own, shared, zero_losses = rate_logits.split(2, dim=1)
     logits = center + own * noise[:, 1:] + shared * noise[:, :1]
     overall, by_class = [], []
     for column, weights in enumerate(counts.cpu()):
         rates = logits[:, :, column].sigmoid()
         estimates = rate_logits[:, column].sigmoid()
         weights = weights / weights.sum().clamp_min(1e-9)
-        overall.append(_rate(float(estimates @ weights), rates @ weights))
-        by_class.append([_rate(float(estimates[index]), rates[:, index]) for index in range(num_classes)])
+        losses = zero_losses[:, column]
+        overall.append(_rate(float(estimates @ weights), rates @ weights, float(losses.sum())))
+        by_class.append(
+            [_rate(float(estimates[index]), rates[:, index], float(losses[index])) for index in range(num_classes)]
+        )
     return overall[0], overall[1], by_class[0], by_class[1]
 
 
 def _rate_logits(model: MultiLabelModel) -> Tensor:
-    """Return the logits of both rates of each class with their own and their shared standard deviations: [C, 6]."""
-    return torch.cat([table[:, -2:] for table in (model.parameters, model.deviations, model.shared_deviations)], dim=1)
+    """Return `ListCorrection.rate_logits` of a model: [C, 8]."""
+    tables = (model.parameters, model.deviations, model.shared_deviations, model.zero_losses)
+    return torch.cat([table[:, -2:] for table in tables], dim=1)
 
 
-def _rate(estimate: float, draws: Tensor) -> ListRate:
+def _rate(estimate: float, draws: Tensor, zero_loss: float) -> ListRate:
+    """Return a rate with its interval; `zero_loss` is the log-likelihood that is lost if it is 0."""
     low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return ListRate(estimate, min(low, estimate), max(high, estimate))
+    return ListRate(estimate, 0.0 if zero_loss < ZERO_TEST else min(low, estimate), max(high, estimate))

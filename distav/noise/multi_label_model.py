@@ -39,6 +39,8 @@ LATER_DEVIATION = 0.05
 """Standard deviation of the logit of a rate around its estimate from an earlier correction."""
 NUM_ROUNDS, NUM_STEPS = 12, 12
 """Updates of the prior, and largest number of Newton steps in each."""
+ZERO_LOGIT = -16.0
+"""Logit of a rate of 0, as far as any number of labels can show."""
 TOLERANCE = 1e-4
 """Improvement of the log-likelihood of every class, in nats, at which the steps end."""
 PRIOR_TOLERANCE = 0.01
@@ -71,6 +73,7 @@ class MultiLabelModel:
         deviations: [C, P] standard deviations of the parameters for a known prior (Laplace approximation).
         shared_deviations: [C, P] further deviations from the uncertain mean of the prior, by the same number of
             standard deviations in all classes.
+        zero_losses: [C, 2] log-likelihood that is lost if the missing, or the wrong rate of a class is 0, in nats.
         log_likelihood: log-likelihood of the given labels of all ranks, in nats.
         effective_parameters: number of parameters that the labels determine, over all classes.
     """
@@ -78,6 +81,7 @@ class MultiLabelModel:
     parameters: Tensor
     deviations: Tensor
     shared_deviations: Tensor
+    zero_losses: Tensor
     log_likelihood: float
     effective_parameters: float
 
@@ -200,7 +204,13 @@ def fit_model(votes: LabelVotes, earlier_rates: Tensor | None = None, num_rounds
     effective = torch.einsum("cpq,cqp->", covariance, information)
     variances = covariance.diagonal(dim1=1, dim2=2)
     shared = _shared_deviations(variances, prior, spread)
-    return MultiLabelModel(parameters, variances.sqrt(), shared, float(log_likelihood.sum()), float(effective))
+    losses: list[Tensor] = []
+    for column in (-2, -1):
+        without = parameters.clone()
+        without[:, column] = ZERO_LOGIT
+        losses.append(log_likelihood - votes.evaluate(without)[0])
+    total = float(log_likelihood.sum())
+    return MultiLabelModel(parameters, variances.sqrt(), shared, torch.stack(losses, 1), total, float(effective))
 
 
 def _shared_deviations(variances: Tensor, prior: ClassPrior, spread: Tensor) -> Tensor:

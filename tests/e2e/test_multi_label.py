@@ -171,16 +171,20 @@ def test_two_ranks_train_as_one(shards: Path, tmp_path: Path):
     phases = (
         "phases:\n"
         "  given: {kind: supervised, epochs: 1, targets: given, loss: bce, class_balance: 0.5, logit_adjustment: 1}\n"
+        "  after: {kind: label_correction, num_neighbors: [10], vote_temperatures: [0.2], whitening_powers: [0.5]}\n"
     )
     results = []
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
         folder.mkdir()
-        train(tiny_config(folder, BASE + phases), f"data.root={shards}", f"run.root={folder}", ranks=ranks)
+        output = train(tiny_config(folder, BASE + phases), f"data.root={shards}", f"run.root={folder}", ranks=ranks)
+        assert "the features were trained on the given labels: their votes reproduce wrong labels" in output
         report = json.loads((folder / "tiny" / "report.json").read_text())
-        results.append((losses(folder / "tiny"), report["test"]["map"]))
+        posterior = pq.read_table(folder / "tiny" / "labels" / "after.parquet").column("posterior").to_pylist()
+        results.append((losses(folder / "tiny"), report["test"]["map"], np.array(posterior)))
     np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-3)
     assert results[1][1] == pytest.approx(results[0][1], abs=0.02)
+    assert results[1][2].shape == (360, 6) and np.abs(results[1][2] - results[0][2]).mean() < 0.02
 
 
 @pytest.mark.parametrize(

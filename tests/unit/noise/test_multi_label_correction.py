@@ -88,6 +88,7 @@ def test_random_features_have_no_signal_and_labels_are_kept(scene: MultiLabelSce
     small = multi_label_scene(400)
     correction = correct(replace(small, spaces={"towers": (visual, audio)}))
     assert not correction.has_signal and correction.log_likelihood_gain < 10
+    assert correction.missing_rate.ci95_low == 0 and correction.missing_rate.ci95_high == 1
     assert torch.equal(correction.posterior > 0.5, small.given) and torch.equal(correction.held_out > 0.5, small.given)
 
 
@@ -95,6 +96,7 @@ def test_clean_labels_have_small_rates_and_are_kept():
     clean = multi_label_scene(600, missing=(0.0,) * 6, wrong=(0.0,) * 6)
     correction = correct(clean)
     assert correction.missing_rate.estimate < 0.015 and correction.wrong_rate.estimate < 0.005
+    assert correction.missing_rate.ci95_low == 0 == correction.wrong_rate.ci95_low
     assert ((correction.posterior > 0.5) != clean.true).float().mean() < 0.003
 
 
