@@ -190,6 +190,18 @@ class OptimConfig:
 
 
 @dataclass
+class FusionConfig:
+    """Fusion of the joint, the visual and the audio classifier (`distav.evaluation.fusion`)."""
+
+    held_out_fraction: float = field(default=0.05, metadata=between(0, 0.5))
+    """Fraction of the training clips that the losses of supervised phases leave out, at most 5000 clips. The weights of
+    the classifiers are fitted to their given labels. 0 classifies clips by the joint classifier alone."""
+    min_clips: int = field(default=100, metadata=at_least(1))
+    """Minimum number of these clips with both modalities. If there are fewer, no clip is left out, and the joint
+    classifier alone is used."""
+
+
+@dataclass
 class DeepSpeedConfig:
     """Settings of DeepSpeed's configuration."""
 
@@ -223,6 +235,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     memory_bank: MemoryBankConfig = field(default_factory=MemoryBankConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     phases: dict[str, PhaseConfig] = field(default_factory=dict[str, PhaseConfig])

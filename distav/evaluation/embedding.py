@@ -18,6 +18,7 @@ from distav.data.dataset import Split
 from distav.data.modalities import MODALITIES
 from distav.data.pipeline.loader import Batch, Loader
 from distav.data.pipeline.sampler import PADDING, padded_batches
+from distav.evaluation.fusion import Fusion
 from distav.evaluation.inference import clip_logits, iter_outputs
 from distav.models.av_model import AVModel
 from distav.models.pretrained import input_config, load_encoders
@@ -33,7 +34,8 @@ class Embeddings:
     Attributes:
         visual, audio: [n, E] float32 features of the towers.
         visual_embedding, audio_embedding: [n, D] float32 unit vectors in a common space.
-        logits: [n, C] float32 of the classifier on the modalities of the clip; random if the run did not train it.
+        logits: [n, C] float32 of the classifiers on the modalities of the clip, fused as the network was exported;
+            random if the run did not train them.
         has_visual, has_audio: [n] bool, whether the clip could be read and has the modality; the other rows are zero.
     """
 
@@ -186,7 +188,7 @@ class Embedder:
         with torch.no_grad():
             outputs = self.model(frames, audio, seeds)
         visual, audio_present = present["visual"], present["audio"]
-        outputs["logits"] = clip_logits(outputs, present)
+        outputs["logits"] = clip_logits(outputs, present, Fusion.from_description(self.description))
         rows = {
             "visual_features": visual,
             "audio_features": audio_present,

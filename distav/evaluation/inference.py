@@ -8,6 +8,7 @@ from torch import Tensor
 
 from distav.data.pipeline.loader import Batch, Loader
 from distav.data.pipeline.sampler import Ids
+from distav.evaluation.fusion import Fusion
 
 Outputs = TypeVar("Outputs")
 
@@ -30,12 +31,14 @@ def iter_outputs(
         yield ids, batch, outputs
 
 
-def clip_logits(outputs: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
+def clip_logits(outputs: Mapping[str, Tensor], present: Mapping[str, Tensor], fusion: Fusion | None = None) -> Tensor:
     """Return the logits of clips from the modalities that they have: [b, C].
 
     Args:
         outputs: `logits`, `visual_logits` and `audio_logits` of the network, [b, C] each.
         present: [b] bool by modality.
+        fusion: combines the classifiers for clips with both modalities; None: the joint classifier alone.
     """
+    both = outputs["logits"] if fusion is None else fusion(outputs)
     single = torch.where(present["visual"][:, None], outputs["visual_logits"], outputs["audio_logits"])
-    return torch.where((present["visual"] & present["audio"])[:, None], outputs["logits"], single)
+    return torch.where((present["visual"] & present["audio"])[:, None], both, single)

@@ -15,7 +15,7 @@ from distav.data.modalities import FeatureStream
 from distav.models.av_model import AVModel
 from distav.models.event_parser import FeatureParser
 
-EXPORT_FORMAT = 2
+EXPORT_FORMAT = 3
 """Version of the files in an `export/` directory: names of settings and of weights."""
 
 
@@ -27,7 +27,8 @@ def load_encoders(folder: str | Path) -> tuple[AVModel, dict[str, Any]]:
 
     Returns:
         The model, with the towers `.visual` (frames [B, T, H, W, 3] uint8) and `.audio` (audio [B, N] float32), and its
-        description, with the input format and the names of the classes.
+        description, with the input format, the names of the classes, and the weights with which
+        `distav.evaluation.fusion.Fusion.from_description` combines the classifiers.
 
     Raises:
         UserError: if the directory holds no export of encoders in the current format.

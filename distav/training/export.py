@@ -9,35 +9,38 @@ import safetensors.torch
 from torch import Tensor
 
 from distav.data.files import write_atomically
+from distav.evaluation.fusion import Fusion
 from distav.models.pretrained import EXPORT_FORMAT
 from distav.training.run import Run
 
 _CARD_FIGURES = ("label_accuracy", "correspondence_auroc", "test", "events")
 
 
-def export(run: Run, weights: dict[str, Tensor], report: dict[str, Any]) -> None:
+def export(run: Run, weights: dict[str, Tensor], report: dict[str, Any], fusion: Fusion | None = None) -> None:
     """Write `export/` in the run directory: weights, config.json to rebuild the network, and a model card.
 
     Args:
         run: the run.
         weights: full state dict of the network.
         report: the content of report.json; the card contains some of its figures.
+        fusion: fusion of the classifiers; None: the joint classifier alone.
     """
     folder = run.folder / "export"
     folder.mkdir(exist_ok=True)
     write_atomically(folder / "model.safetensors", safetensors.torch.save(weights))
-    description = _description(run)
+    description = _description(run, fusion)
     write_atomically(folder / "config.json", (json.dumps(description, indent=1) + "\n").encode())
     write_atomically(folder / "README.md", _model_card(run, description["input"], report).encode())
 
 
-def _description(run: Run) -> dict[str, Any]:
+def _description(run: Run, fusion: Fusion | None) -> dict[str, Any]:
     split, data = run.data.train, run.config.data
     description = {
         "format": EXPORT_FORMAT,
         "model": dataclasses.asdict(run.config.model),
         "segments": run.engine.model.segments,
         "classes": run.data.shards.classes,
+        "fusion": None if fusion is None else dataclasses.asdict(fusion),
     }
     if split.streams:
         streams = {name: dataclasses.asdict(stream) for name, stream in split.streams.items()}

@@ -13,6 +13,7 @@ from distav.data.pipeline.sampler import local_batches
 from distav.distributed.collectives import all_gather_variable_rows, all_reduce_sum_
 from distav.evaluation.class_metrics import ClassScores, class_counts
 from distav.evaluation.event_metrics import event_metrics, predicted_events, segment_accuracy
+from distav.evaluation.fusion import Fusion
 from distav.evaluation.inference import clip_logits
 from distav.evaluation.metrics import retrieval
 from distav.training.run import Run
@@ -21,8 +22,12 @@ _CLASSIFIERS = ("both", "visual", "audio")
 _EVENT_THRESHOLD = 0.5
 
 
-def evaluate_clips(run: Run) -> dict[str, Any] | None:
+def evaluate_clips(run: Run, fusion: Fusion | None = None) -> dict[str, Any] | None:
     """Return classification and retrieval metrics on the test split; None without a test split.
+
+    Args:
+        run: the run.
+        fusion: combines the classifiers for clips with both modalities; None: the joint classifier alone.
 
     Returns:
         The metrics of `retrieval` over clips with both modalities. If classifiers were trained, also `top1` of the
@@ -43,7 +48,7 @@ def evaluate_clips(run: Run) -> dict[str, Any] | None:
         for _, batch, outputs in evaluated_batches:
             classes = targets[batch.ids]
             if has_classifiers:
-                counts += _batch_counts(batch, outputs, classes, num_classes)
+                counts += _batch_counts(batch, outputs, classes, num_classes, fusion)
             paired = batch.paired
             embeddings.append((outputs["visual"][paired], outputs["audio"][paired], classes[paired]))
     all_reduce_sum_(counts)
@@ -52,10 +57,12 @@ def evaluate_clips(run: Run) -> dict[str, Any] | None:
     return metrics | retrieval(visual, audio, classes)
 
 
-def _batch_counts(batch: Batch, outputs: dict[str, Tensor], classes: Tensor, num_classes: int) -> Tensor:
+def _batch_counts(
+    batch: Batch, outputs: dict[str, Tensor], classes: Tensor, num_classes: int, fusion: Fusion | None
+) -> Tensor:
     """Return the counts of each classifier in a batch, [3, 3, C]; see `class_counts`."""
     heads = (
-        (clip_logits(outputs, batch.present), batch.valid),
+        (clip_logits(outputs, batch.present, fusion), batch.valid),
         (outputs["visual_logits"], batch.present["visual"]),
         (outputs["audio_logits"], batch.present["audio"]),
     )

@@ -10,6 +10,7 @@ import numpy as np
 from distav.config.phases import EventParsingPhase, SupervisedPhase
 from distav.data.files import write_atomically
 from distav.training import final_evaluation
+from distav.training.classifier_fusion import fit_run_fusion
 from distav.training.export import export
 from distav.training.multi_label_evaluation import evaluate_multi_label_clips
 from distav.training.multi_label_report import list_label_entries, list_noise_entries, list_test_entries
@@ -22,16 +23,26 @@ _MAX_INTERVAL_WIDTH = 0.5
 
 
 def write_report(run: Run) -> None:
-    """Evaluate on the test split, export the network, write report.json and print the summary; all ranks call this."""
+    """Fuse the classifiers, evaluate on the test split, export the network, write report.json and print the summary.
+
+    All ranks call this.
+    """
     parses_events = [isinstance(phase, EventParsingPhase) for phase in run.config.phases.values()]
-    evaluate = evaluate_multi_label_clips if run.data.shards.multi_label else final_evaluation.evaluate_clips
-    test = None if all(parses_events) else evaluate(run)
+    fusion = fit_run_fusion(run)
+    if all(parses_events):
+        test = None
+    elif run.data.shards.multi_label:
+        test = evaluate_multi_label_clips(run)
+    else:
+        test = final_evaluation.evaluate_clips(run, fusion)
     events = final_evaluation.evaluate_events(run) if any(parses_events) else None
     weights = run.engine.full_state_dict()
     quarantined = run.quarantined_samples()
     if not run.world.is_main:
         return
     report = _training_figures(run)
+    if fusion is not None:
+        report["fusion"] = asdict(fusion)
     if test is not None:
         report["test"] = test
         scalars = {f"test/{name}": value for name, value in test.items() if name != "by_class"}
@@ -46,7 +57,7 @@ def write_report(run: Run) -> None:
     report["quarantined_samples"] = [
         {"id": sample, "key": str(keys[sample]), "reason": reason} for sample, reason in quarantined.items()
     ]
-    export(run, weights, report)
+    export(run, weights, report, fusion)
     write_atomically(run.folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
     has_signal = run.state.correction is not None and run.state.correction.has_signal
     run.logger.info(format_summary(report, run.folder, len(run.data.shards.classes), has_signal))

@@ -1,5 +1,6 @@
 """Supervised phase: trains classifiers on given or corrected labels (phase 2 of NTL, and the baselines)."""
 
+import torch
 from torch import Tensor
 
 from distav.config.errors import UserError
@@ -12,6 +13,7 @@ from distav.losses.instance_discrimination import instance_losses
 from distav.losses.reduction import weighted_mean
 from distav.memory.global_batch import GlobalBatch
 from distav.noise.correspondence import sample_weights
+from distav.training.classifier_fusion import held_out_clips
 from distav.training.loop import Losses, train
 from distav.training.phases.classifier_targets import ClassifierTargets
 from distav.training.phases.multi_label_targets import has_true_labels, make_targets
@@ -30,6 +32,9 @@ def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
     audio-visual classifier weights each sample by its correspondence probability. Classifiers leave out samples that
     lack a modality they need. If the targets are corrected labels and the correction had no label signal, the phase
     trains on the given labels, with generalized cross-entropy if clips have one label.
+
+    Clips that are held out for the fusion of the classifiers have no weight in the losses of the classifiers, see
+    `distav.training.classifier_fusion`.
 
     For long-tailed classes, `class_balance` changes how often clips are drawn (Kang et al. 2020), and
     `logit_adjustment` adds the logarithm of the class prior to the logits in the loss (Menon et al. 2021, equation 10).
@@ -55,6 +60,8 @@ def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
     loss_type = CLASSIFICATION_LOSSES.select("gce" if robust else config.loss, f"phases.{name}.loss")
     classification_loss = loss_type(config, run.bank, len(HEADS), len(run.data.shards.classes))
     balance = _class_balance(run, name, config, classifier_targets)
+    held_out = held_out_clips(run)
+    trained = None if held_out is None else torch.from_numpy(~held_out).float().to(run.world.device)
     offsets = config.logit_adjustment * classifier_targets.log_priors(balance) if config.logit_adjustment else None
 
     def losses_of(batch: Batch, _progress: float) -> Losses:
@@ -63,6 +70,8 @@ def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
         targets, pair_weights = classifier_targets.of_batch(batch.ids, global_batch.ids)
         paired = batch.paired.float()
         weights = (paired * pair_weights, batch.present["visual"].float(), batch.present["audio"].float())
+        if trained is not None:
+            weights = tuple(weight * trained[batch.ids] for weight in weights)
         logits = [outputs[head] for head in HEADS]
         if offsets is not None:
             logits = [head + offset for head, offset in zip(logits, offsets, strict=True)]
