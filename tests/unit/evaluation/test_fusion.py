@@ -99,7 +99,7 @@ def test_clips_with_one_modality_have_the_logits_of_its_classifier():
         weight * outputs[name].log_softmax(1)
         for weight, name in zip((0.5, 0.25, 2.0), CLASSIFIERS.values(), strict=True)
     ]
-    torch.testing.assert_close(logits[[0, 3]], sum(probs)[[0, 3]])
+    torch.testing.assert_close(logits[[0, 3]], torch.stack(probs).sum(0)[[0, 3]])
     assert torch.equal(logits[1], outputs["visual_logits"][1]) and torch.equal(logits[2], outputs["audio_logits"][2])
     assert torch.equal(clip_logits(outputs, present)[[0, 3]], outputs["logits"][[0, 3]])
 
