@@ -33,8 +33,8 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
     order = np.argsort(-scores, kind="stable")
     ordered, hits = scores[order], positive[order].cumsum()
     ends = np.append(np.flatnonzero(np.diff(ordered)), len(ordered) - 1)
-    found = np.diff(hits[ends], prepend=0)
-    return float((found * hits[ends] / (ends + 1)).sum() / hits[-1])
+    group_hits = np.diff(hits[ends], prepend=0)
+    return float((group_hits * hits[ends] / (ends + 1)).sum() / hits[-1])
 
 
 @dataclass(frozen=True)
