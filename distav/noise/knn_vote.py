@@ -63,14 +63,24 @@ def pca_whiten(features: Tensor, present: Tensor, num_components: int, power: fl
     return map_tiles(feature_width, project, features, present)
 
 
+def source_weights(groups: Tensor) -> Tensor:
+    """Return the reciprocal of the number of samples in the group of each sample: [N] -> [N] float32."""
+    _, inverse, counts = groups.unique(return_inverse=True, return_counts=True)
+    return 1 / counts.float()[inverse]
+
+
 class NeighborGraph:
     """The nearest neighbors of this rank's samples."""
 
     def __init__(self, features: Tensor, k: int, groups: Tensor, valid: Tensor):
-        """Search k neighbors; see `nearest_neighbors` for the arguments and errors. Invalid samples have none."""
+        """Search k neighbors; see `nearest_neighbors` for the arguments and errors. Invalid samples have none.
+
+        Samples of one group may share an error of their label, so a group of several samples has the weight of one.
+        """
         ids, self.similarity = nearest_neighbors(features, k, groups, valid)
         self.ids = ids.int()  # int32: with many neighbors and few classes this is the largest table.
         self.ids.masked_fill_(~local_shard(valid)[:, None], -1)
+        self.voter_weights = source_weights(groups)
 
     def vote(self, labels: Tensor, num_classes: int, k: int, temperature: float) -> "KnnVote":
         """Return the vote of the k nearest neighbors with their labels.
@@ -86,6 +96,7 @@ class NeighborGraph:
     def vote_weights(self, part: slice, k: int, temperature: float) -> Tensor:
         """Return the weights of the k nearest neighbors of a slice of rows: [t, k]; 0 for missing neighbors."""
         weights = ((self.similarity[part, :k] - 1) / temperature).exp_()
+        weights *= self.voter_weights[self.ids[part, :k].clamp_min(0)]
         return weights.masked_fill_(self.ids[part, :k] < 0, 0.0)
 
 
@@ -123,10 +134,11 @@ class KnnVote:
             [n, C], rows sum to 1.
         """
         first, runner_up, margin, total_weight, farthest = self._first_round
-        votes = torch.empty_like(self.probs)
+        votes, own_weights = torch.empty_like(self.probs), local_shard(self.graph.voter_weights)
         for part in self._tiles():
             neighbors, similarity = self.graph.ids[part, :k].clamp_min(0), self.graph.similarity[part, :k]
-            own_vote = ((similarity - 1) / self.temperature).exp_() / total_weight[neighbors].clamp_min_(SMALLEST)
+            own_vote = ((similarity - 1) / self.temperature).exp_() * own_weights[part, None]
+            own_vote /= total_weight[neighbors].clamp_min_(SMALLEST)
             own_vote.masked_fill_(similarity < farthest[neighbors] - SIMILARITY_TOLERANCE, 0.0)
             predicted = first[neighbors]
             depends_on_own = (predicted == labels[part, None]) & (margin[neighbors] < own_vote)

@@ -1,63 +1,91 @@
-"""Label correction with a calibrated ensemble of held-out k-NN votes.
+"""Label correction with held-out k-NN votes of both modalities.
 
-Every choice (features, whitening, number of neighbors, temperature, voting rounds, modality) maximizes the likelihood
-of the given labels under held-out votes (`distav.noise.calibration`); true labels are never used.
-Legend: N samples, n samples of this rank, t samples of a tile, C classes, E feature width, R noise rates, M members of
-the ensemble.
+Neighbors in the visual, the audio and the concatenated features vote with the given labels. The configuration of each
+vote (features, whitening, number of neighbors, temperature, voting rounds) maximizes the likelihood of these labels.
+The latent-variable model of `distav.noise.vote_model` combines the votes and estimates the noise. True labels are never
+used.
+Legend: N samples, n samples of this rank, C classes, R candidate rates.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from distav.distributed.collectives import local_shard
-from distav.noise.calibration import VoteCalibrator
-from distav.noise.noise_rate import (
-    RateEstimate,
-    candidate_rates,
-    class_rates,
-    estimate_rate,
-    estimate_transition_matrix,
+from distav.noise.knn_vote import source_weights
+from distav.noise.label_model import LabelModel, fit_label_model
+from distav.noise.noise_rate import RateEstimate, candidate_rates, class_rates, estimate_rate, transition_matrix
+from distav.noise.tiling import tiles
+from distav.noise.vote_model import Posterior, Votes
+from distav.noise.vote_score import VoteScorer, log_votes
+from distav.noise.vote_search import (
+    FeatureSpace,
+    SelectedVote,
+    VoteSearchSpace,
+    VoteTask,
+    joint_features,
+    select_vote,
 )
-from distav.noise.tiling import map_tiles
-from distav.noise.vote_ensemble import CorrectionPrior, fuse, vote_ensemble
-from distav.noise.vote_search import FeatureSpace, VoteSearchSpace, VoteTask
+
+MAX_KNOWN_WIDTH = 0.3
+"""Width of the 95 % interval from which on a rate counts as unknown."""
+
+
+@dataclass(frozen=True)
+class CorrectionPrior:
+    """Results of earlier corrections that a later one uses.
+
+    The features of later rounds are trained on votes that depend slightly on every label. The noise rate of the first
+    correction is therefore the most reliable.
+
+    Attributes:
+        held_out: [n, C] held-out probabilities of the previous correction, one of the votes.
+        rate_log_likelihood: [R] of the first correction; see `Correction`.
+    """
+
+    held_out: Tensor
+    rate_log_likelihood: Tensor
 
 
 @dataclass(frozen=True)
 class Correction:
     """Corrected labels of this rank's samples, and the noise estimates.
 
+    The label of a mismatched pair names the class of one of its modalities, its owner.
+
     Attributes:
-        held_out: [n, C] class probabilities that do not depend on the sample's own label; the given label where there
-            are no votes or no signal.
-        posterior: [n, C] class probabilities that also depend on the sample's own label, by the noise model.
-        audio_held_out, audio_posterior: [n, C] the same for the class of the audio, which differs in a mismatched pair.
+        held_out: [n, C] probabilities of the class of the label's owner that do not depend on the sample's own label;
+            the given label where there are no votes or no signal.
+        posterior: [n, C] the same probabilities that also depend on the sample's own label, by the noise model.
+        visual_held_out, visual_posterior: [n, C] the same for the class of the frames.
+        audio_held_out, audio_posterior: [n, C] the same for the class of the audio.
         correspondence: [n] probability that audio and frames show the same class; 1 for samples with one modality.
         rate_log_likelihood: [R] log-likelihood of the noise rates, the prior of later corrections.
-        rate_log_likelihood_credible: [R] the same over all configurations that predict the labels about as well, for
-            the interval of the noise rate.
         label_rate: label-noise rate.
         transition_matrix: [C, C + 1] P(given | true), and the estimated number of samples of each class in the last
             column.
         pair_rate: mismatch rate of the pairs.
-        log_likelihood_gain: gain of the best vote over the class frequencies in predicting the given labels, in nats.
+        visual_owner: fraction of the mismatched pairs whose label names the class of the frames.
+        log_likelihood_gain: gain of the votes over the class frequencies in predicting the given labels, in nats.
         has_signal: whether the gain exceeds `min_log_likelihood_gain`.
-        selected_votes: configuration of each vote, and the weights of the ensemble.
+        selected_votes: configuration of each vote.
     """
 
     held_out: Tensor
     posterior: Tensor
+    visual_held_out: Tensor
+    visual_posterior: Tensor
     audio_held_out: Tensor
     audio_posterior: Tensor
     correspondence: Tensor
     rate_log_likelihood: Tensor
-    rate_log_likelihood_credible: Tensor
     label_rate: RateEstimate
     transition_matrix: Tensor
     pair_rate: RateEstimate
+    visual_owner: float
     log_likelihood_gain: float
     has_signal: bool
     selected_votes: dict[str, str]
@@ -78,24 +106,13 @@ def correct_labels(
     prior: CorrectionPrior | None = None,
     teachers: tuple[Tensor, Tensor] | None = None,
 ) -> Correction:
-    """Correct labels with a calibrated ensemble of held-out k-NN votes.
+    """Correct labels with held-out k-NN votes of both modalities.
 
-    The ensemble has these members:
+    The visual and the audio votes come first; the correspondence probabilities of a first fit scale the audio in the
+    concatenated features of the joint vote, and a second fit uses all votes. If the votes predict the given labels no
+    better than class frequencies do (``min_log_likelihood_gain``), the labels are returned unchanged.
 
-    - ``visual``: visual neighbors vote with the given labels.
-    - ``fused``: the visual vote times the audio vote, gated by the correspondence probability. Audio neighbors vote
-      with the classes of the visual vote, so that the audio gets a class of its own.
-    - ``cross_modal``: visual neighbors vote with the audio classes. Corrects visual clusters in which wrong labels form
-      a majority.
-    - ``joint``: neighbors in the concatenated space vote with the given labels; audio is scaled by the correspondence
-      probability.
-    - ``previous``, ``visual_teacher``, ``audio_teacher``: the previous correction and the teachers, where given.
-
-    Members are calibrated on the given labels and combined as a weighted product; the weights are averaged over their
-    likelihood. If the votes predict the given labels no better than class frequencies do
-    (``min_log_likelihood_gain``), the labels are returned unchanged.
-
-    At most M + 2 tables [n, C] float32 are held at a time, in addition to the arguments.
+    At most three tables [n, C] of votes and the six of the result are held at a time, in addition to the arguments.
 
     Args:
         spaces: features of this rank's samples, `shard_range(N)`.
@@ -107,48 +124,83 @@ def correct_labels(
         search_space: configurations of the votes.
         prior: results of earlier corrections.
         teachers: class probabilities [n, C] of frames and audio from networks that were trained without the labels:
-            two members of the ensemble, and another candidate for the audio vote.
+            another vote of each modality.
     """
     valid = torch.stack(list(has_modality.values())).any(0)
     local_labels, present = local_shard(given), local_shard(valid)
     search_space = feasible_search_space(search_space, len(given), num_classes)
-    calibrator = VoteCalibrator(local_labels, num_classes, present)
-    task = VoteTask(given, local_labels, num_classes, groups, valid, present, has_modality, search_space, calibrator)
-    combined, ensemble = vote_ensemble(task, spaces, prior, teachers)
+    scorer = VoteScorer(local_labels, num_classes, present)
+    task = VoteTask(given, local_labels, num_classes, groups, valid, present, has_modality, search_space, scorer)
+    sample_weights = local_shard(source_weights(groups))
+    rate_prior = prior.rate_log_likelihood if prior else None
 
-    calibration = calibrator.calibrate(combined, (prior or ensemble).rate_log_likelihood)
-    held_out = calibration.calibrate(combined)
-    del combined
-    credible = (prior or ensemble).rate_log_likelihood_credible
-    label_rate = estimate_rate(calibration.rate_log_likelihood, num_classes).spanning(
-        estimate_rate(credible, num_classes)
-    )
-    posterior, matrix = estimate_transition_matrix(
-        held_out, local_labels, label_rate.estimate, calibration.error_distribution
-    )
-    correspondence = ensemble.correspondence
-    audio_held_out = map_tiles(num_classes, fuse, ensemble.audio_probs, held_out, correspondence)
-    audio_posterior = map_tiles(num_classes, fuse, ensemble.audio_probs, posterior, correspondence)
-    gain = (ensemble.per_sample - calibrator.prior_log_likelihood()) * calibration.num_samples
-    has_signal = gain > search_space.min_log_likelihood_gain
+    def fit(votes: Votes, is_preliminary: bool) -> LabelModel:
+        rows = present.nonzero().squeeze(1)
+        data = votes.rows(rows), local_labels[rows], num_classes, sample_weights[rows]
+        return fit_label_model(*data, rate_prior, is_preliminary)
+
+    visual = select_vote(task.restricted("visual"), spaces, lambda space: space.visual)
+    audio = select_vote(task.restricted("audio"), spaces, lambda space: space.audio)
+    votes = _votes(task, visual, audio, prior, teachers)
+    correspondence = _posterior(fit(votes, is_preliminary=True), votes, local_labels).correspondence
+    joint = select_vote(task, spaces, partial(joint_features, task, correspondence))
+    votes = replace(votes, joint=[log_votes(joint.votes), *votes.joint])
+    model = fit(votes, is_preliminary=False)
+    result = _posterior(model, votes, local_labels)
+    has_signal = model.gain > search_space.min_log_likelihood_gain
     corrected = present if has_signal else torch.zeros_like(present)
-    for probs in (held_out, posterior, audio_held_out, audio_posterior):
+    for probs in (getattr(result, field.name) for field in fields(result) if field.name != "correspondence"):
         _restore_labels(probs, local_labels, ~corrected)
     return Correction(
-        held_out=held_out,
-        posterior=posterior,
-        audio_held_out=audio_held_out,
-        audio_posterior=audio_posterior,
-        correspondence=torch.where(corrected, correspondence, torch.ones_like(correspondence)),
-        rate_log_likelihood=calibration.rate_log_likelihood,
-        rate_log_likelihood_credible=credible,
-        label_rate=label_rate,
-        transition_matrix=matrix,
-        pair_rate=ensemble.pair_rate,
-        log_likelihood_gain=gain,
+        held_out=result.owner_held_out,
+        posterior=result.owner,
+        visual_held_out=result.visual_held_out,
+        visual_posterior=result.visual,
+        audio_held_out=result.audio_held_out,
+        audio_posterior=result.audio,
+        correspondence=torch.where(corrected, result.correspondence, torch.ones_like(result.correspondence)),
+        rate_log_likelihood=model.rate_log_likelihood.to(given.device),
+        label_rate=model.label_rate,
+        transition_matrix=transition_matrix(result.owner[corrected], local_labels[corrected]),
+        pair_rate=model.pair_rate,
+        visual_owner=float(model.pair.visual_owner),
+        log_likelihood_gain=model.gain,
         has_signal=has_signal,
-        selected_votes=ensemble.selected_votes,
+        selected_votes={"visual": str(visual.config), "audio": str(audio.config), "joint": str(joint.config)},
     )
+
+
+def _votes(
+    task: VoteTask,
+    visual: SelectedVote,
+    audio: SelectedVote,
+    prior: CorrectionPrior | None,
+    teachers: tuple[Tensor, Tensor] | None,
+) -> Votes:
+    """Return the votes without the joint one."""
+    visual_teacher, audio_teacher = ([], []) if teachers is None else ([log_votes(probs)] for probs in teachers)
+    return Votes(
+        visual=[log_votes(visual.votes), *visual_teacher],
+        audio=[log_votes(audio.votes), *audio_teacher],
+        joint=[log_votes(prior.held_out)] if prior else [],
+        has_visual=local_shard(task.has_modality["visual"]),
+        has_audio=local_shard(task.has_modality["audio"]),
+    )
+
+
+def _posterior(model: LabelModel, votes: Votes, labels: Tensor) -> Posterior:
+    """Return the class probabilities of all samples of this rank, computed in tiles."""
+    num_classes, num_rates = votes.visual[0].shape[1], sum(len(weights) for weights in model.weights)
+    table = votes.visual[0].new_empty
+    shapes = [
+        (len(labels),) if field.name == "correspondence" else (len(labels), num_classes) for field in fields(Posterior)
+    ]
+    result = Posterior(*(table(shape) for shape in shapes))
+    for part in tiles(len(labels), num_classes * num_rates, labels.device):
+        rows = model.posterior(votes.rows(part), labels[part])
+        for field in fields(Posterior):
+            getattr(result, field.name)[part] = getattr(rows, field.name)
+    return result
 
 
 def feasible_search_space(search_space: VoteSearchSpace, num_samples: int, num_classes: int) -> VoteSearchSpace:
@@ -184,14 +236,16 @@ def identity_correction(given: Tensor, num_classes: int) -> Correction:
     return Correction(
         held_out=probs,
         posterior=probs.clone(),
+        visual_held_out=probs.clone(),
+        visual_posterior=probs.clone(),
         audio_held_out=probs.clone(),
         audio_posterior=probs.clone(),
         correspondence=torch.ones_like(probs[:, 0]),
         rate_log_likelihood=log_likelihood,
-        rate_log_likelihood_credible=log_likelihood,
         label_rate=rate,
         transition_matrix=probs.new_zeros(num_classes, num_classes + 1),
         pair_rate=rate,
+        visual_owner=1.0,
         log_likelihood_gain=0.0,
         has_signal=False,
         selected_votes={},

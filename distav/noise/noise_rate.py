@@ -3,9 +3,12 @@
 Legend: N samples, n samples of this rank, C classes, R rates.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.interpolate import PchipInterpolator
 from scipy.stats import beta
 from torch import Tensor
 
@@ -13,10 +16,8 @@ from distav.distributed.collectives import all_reduce_sum_
 from distav.noise.probabilities import normalize_likelihood, normalize_rows
 from distav.noise.tiling import tiles
 
-NUM_RATES = 91
+NUM_RATES = 181
 """R, the number of candidate rates."""
-MATRIX_PRIOR = 10.0
-"""Weight of the prior transition matrix, in samples per class."""
 
 
 def candidate_rates(num_classes: int) -> Tensor:
@@ -42,10 +43,6 @@ class RateEstimate:
         """Width of the 95 % interval."""
         return self.ci95_high - self.ci95_low
 
-    def spanning(self, other: "RateEstimate") -> "RateEstimate":
-        """Return the same estimate with an interval that also covers the interval of `other`."""
-        return RateEstimate(self.estimate, min(self.ci95_low, other.ci95_low), max(self.ci95_high, other.ci95_high))
-
     def as_dict(self) -> dict[str, float]:
         """Return the values, rounded for a report."""
         return {name: round(getattr(self, name), 4) for name in ("estimate", "ci95_low", "ci95_high")}
@@ -68,47 +65,35 @@ def estimate_rate(log_likelihood: Tensor, num_classes: int) -> RateEstimate:
     return RateEstimate(float(posterior @ rates), quantile(0.025), quantile(0.975))
 
 
-def uniform_transition_matrix(rate: float, num_classes: int) -> Tensor:
-    """Return T[c, y] of symmetric noise at this rate: [C, C]."""
-    matrix = torch.full((num_classes, num_classes), rate / (num_classes - 1))
-    return matrix.fill_diagonal_(1 - rate)
-
-
-def estimate_transition_matrix(
-    probs: Tensor, labels: Tensor, rate: float, error_distribution: Tensor, num_iterations: int = 30
-) -> tuple[Tensor, Tensor]:
-    """Estimate the noise transition matrix and the posterior of each true class given the label (Bayes' rule).
-
-    Expectation-maximization over T[c, y] = P(given y | true c) with the prior (1 - e) I + e D, which counts as
-    `MATRIX_PRIOR` samples per class; e is the current noise rate.
+def interpolate_profile(rates: Sequence[float], log_likelihood: Tensor, positions: Tensor) -> Tensor:
+    """Return a profile likelihood at other rates, interpolated monotonically: [G], [R] -> [R] float64.
 
     Args:
-        probs: [n, C] calibrated held-out class probabilities.
+        rates: G increasing rates.
+        log_likelihood: [G] at these rates.
+        positions: [R] rates; outside the range of `rates`, the value at the nearest of them is returned.
+    """
+    curve = PchipInterpolator(np.asarray(rates), log_likelihood.double().cpu().numpy())
+    clamped = positions.double().cpu().numpy().clip(rates[0], rates[-1])
+    return torch.from_numpy(curve(clamped)).to(positions.device)
+
+
+def transition_matrix(posterior: Tensor, labels: Tensor) -> Tensor:
+    """Return the noise transition matrix that follows from class probabilities.
+
+    Args:
+        posterior: [n, C] class probabilities of this rank's samples given the labels.
         labels: [n] int64 given labels.
-        rate: initial e.
-        error_distribution: [C, C] D.
-        num_iterations: iterations of expectation-maximization.
 
     Returns:
-        [n, C] posteriors, and [C, C + 1]: T, with the estimated number of samples of each class in the last column.
+        [C, C + 1] float64: P(given | true), and the expected number of samples of each class in the last column.
     """
-    error_distribution = error_distribution.double()
-    num_classes = len(error_distribution)
-    identity = torch.eye(num_classes, dtype=torch.float64, device=error_distribution.device)
-    matrix = torch.lerp(identity, error_distribution, rate)
-    posterior = torch.empty_like(probs)
-    counts = matrix
-    for iteration in range(num_iterations):
-        by_label, counts = matrix.T.contiguous(), torch.zeros_like(matrix)
-        for part in tiles(len(probs), num_classes, probs.device):
-            joint = normalize_rows(probs[part] * by_label[labels[part]])
-            counts.index_add_(0, labels[part], joint)
-            if iteration + 1 == num_iterations:
-                posterior[part] = joint
-        counts = all_reduce_sum_(counts).T
-        current_rate = 1 - counts.diagonal().sum() / counts.sum().clamp_min(1e-9)
-        matrix = normalize_rows(counts + MATRIX_PRIOR * torch.lerp(identity, error_distribution, current_rate))
-    return posterior, torch.cat([matrix, counts.sum(1, keepdim=True)], dim=1)
+    num_classes = posterior.shape[1]
+    counts = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=posterior.device)
+    for part in tiles(len(posterior), num_classes, posterior.device):
+        counts.index_add_(0, labels[part], posterior[part].double())
+    counts = all_reduce_sum_(counts).T
+    return torch.cat([normalize_rows(counts), counts.sum(1, keepdim=True)], dim=1)
 
 
 def class_rates(matrix: Tensor, overall: RateEstimate) -> list[RateEstimate]:
@@ -117,7 +102,7 @@ def class_rates(matrix: Tensor, overall: RateEstimate) -> list[RateEstimate]:
     Intervals are those of a Beta distribution, widened by the relative width of the overall interval.
 
     Args:
-        matrix: [C, C + 1] result of `estimate_transition_matrix`.
+        matrix: [C, C + 1] result of `transition_matrix`.
         overall: noise rate of all samples.
     """
     low_ratio = min(overall.ci95_low / max(overall.estimate, 1e-9), 1.0)

@@ -1,7 +1,7 @@
 """Search over configurations of the k-NN vote.
 
-Label votes are selected by the likelihood of the given labels, audio votes by their agreement with the frames.
-Legend: N samples, n samples of this rank, t samples of a tile, C classes, E feature width, R noise rates.
+Votes are selected by the likelihood of the given labels, see `distav.noise.vote_score`.
+Legend: N samples, n samples of this rank, C classes, E feature width.
 """
 
 import itertools
@@ -12,15 +12,8 @@ import torch
 from torch import Tensor
 
 from distav.distributed.collectives import all_gather_variable_rows, local_shard
-from distav.noise.calibration import Calibration, VoteCalibrator
 from distav.noise.knn_vote import NeighborGraph, pca_whiten
-
-GAIN_TOLERANCE = 0.05
-"""Votes within this fraction of the best log-likelihood gain count as equally good."""
-ASYMMETRIC_GAIN_TOLERANCE = 0.15
-"""The same for votes with asymmetric label noise; see `select`."""
-MAX_ENTROPY_RATIO = 2.0
-"""Equally good votes of at most this multiple of the least entropy contribute to the interval of the noise rate."""
+from distav.noise.vote_score import VoteScorer
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ class VoteTask:
         present: [n] bool, those of this rank.
         has_modality: [N] bool by modality, samples with its features.
         search_space: configurations.
-        calibrator: calibrates votes on the given labels.
+        scorer: scores votes on the given labels.
     """
 
     labels: Tensor
@@ -82,7 +75,7 @@ class VoteTask:
     present: Tensor
     has_modality: Mapping[str, Tensor]
     search_space: VoteSearchSpace
-    calibrator: VoteCalibrator
+    scorer: VoteScorer
 
     def restricted(self, modality: str) -> "VoteTask":
         """Return the task for votes of the samples that have a modality; votes of all others are uniform."""
@@ -105,7 +98,6 @@ class VoteConfig:
         k: voters of the first round.
         temperature: temperature of the similarity in the weights of the voters.
         second_round_neighbors: voters of the second round; 0 for a single round.
-        with_teacher: whether the vote is averaged with a teacher's probabilities.
     """
 
     space: FeatureSpace
@@ -113,14 +105,12 @@ class VoteConfig:
     k: int
     temperature: float
     second_round_neighbors: int = 0
-    with_teacher: bool = False
 
     def __str__(self) -> str:
         rounds = f"second round k {self.second_round_neighbors}" if self.second_round_neighbors else "single round"
-        teacher = ", with teacher" if self.with_teacher else ""
         return (
             f"{self.space.name}, whitening {self.whitening_power:g}, k {self.k}, temperature {self.temperature:g}, "
-            f"{rounds}{teacher}"
+            f"{rounds}"
         )
 
 
@@ -169,101 +159,41 @@ def iter_votes(
         del vote
 
 
-@dataclass(frozen=True, eq=False)
-class ScoredConfig:
-    """A configuration and the fit of its votes to the given labels."""
-
-    config: VoteConfig
-    calibration: Calibration
-
-
 @dataclass(frozen=True)
 class SelectedVote:
-    """The selected vote.
+    """The vote that predicts the given labels best.
 
     Attributes:
-        name: description of its configuration.
-        probs: [n, C] calibrated class probabilities.
-        calibration: fit to the given labels.
-        rate_log_likelihood_credible: [R] log-likelihood of the noise rates, averaged over the configurations that
-            predict the given labels about as well with about as little entropy.
+        config: its configuration.
+        votes: [n, C] its votes.
+        score: see `VoteScorer.score`.
     """
 
-    name: str
-    probs: Tensor
-    calibration: Calibration
-    rate_log_likelihood_credible: Tensor
+    config: VoteConfig
+    votes: Tensor
+    score: float
 
 
-def select(candidates: Sequence[ScoredConfig], baseline: float) -> tuple[ScoredConfig, list[ScoredConfig]]:
-    """Select the configuration of least entropy among those that predict the given labels about as well as the best.
+def select_vote(task: VoteTask, spaces: Sequence[FeatureSpace], features_of: FeaturesOf) -> SelectedVote:
+    """Search the configuration whose votes predict the given labels best.
 
-    A vote that is split between two classes and a confident vote with asymmetric noise explain the labels equally well,
-    but a sample has one class. The split vote gains by every label error that it repeats, so confident votes with
-    asymmetric noise have a larger tolerance.
+    Only the votes of the configuration that is selected so far are kept.
 
     Args:
-        candidates: at least one.
-        baseline: log-likelihood per sample of the class frequencies.
-
-    Returns:
-        The selected candidate, and all within the tolerance. Others cannot be selected when more candidates follow.
-    """
-    best = max(candidate.calibration.per_sample for candidate in candidates)
-    gain = max(best - baseline, 0.0)
-
-    def is_within_tolerance(calibration: Calibration) -> bool:
-        tolerance = ASYMMETRIC_GAIN_TOLERANCE if calibration.is_asymmetric else GAIN_TOLERANCE
-        return calibration.per_sample >= best - tolerance * gain
-
-    credible = [candidate for candidate in candidates if is_within_tolerance(candidate.calibration)]
-    return min(credible, key=lambda candidate: candidate.calibration.entropy), credible
-
-
-def select_label_vote(
-    task: VoteTask, spaces: Sequence[FeatureSpace], features_of: FeaturesOf, rate_prior: Tensor | None
-) -> SelectedVote:
-    """Search the configuration whose votes predict the given labels best; see `select`.
-
-    Only the votes of the configuration that is selected so far are kept. A configuration may be selected after its
-    votes were released, when a better one excludes the selected one; its votes are then counted again.
-
-    Args:
-        task: labels that neighbors vote with, and the calibrator that scores the votes.
+        task: labels that neighbors vote with, and the scorer of the votes.
         spaces: feature spaces.
         features_of: features of a space that neighbors are searched in.
-        rate_prior: [R] log-probability of the noise rates.
     """
-    baseline = task.calibrator.prior_log_likelihood()
-    selected: ScoredConfig | None = None
-    credible: list[ScoredConfig] = []
-    kept: tuple[VoteConfig, Tensor] | None = None
+    selected: SelectedVote | None = None
     for graph, configs in iter_graphs(task, features_of, vote_configs(spaces, task.search_space)):
         for config, votes in iter_votes(task, graph, configs):
-            scored = ScoredConfig(config, task.calibrator.calibrate(votes, rate_prior))
-            selected, credible = select([*credible, scored], baseline)
-            if selected is scored:
-                kept = config, votes
+            score = task.scorer.score(votes)
+            if selected is None or score > selected.score:
+                selected = SelectedVote(config, votes, score)
             del votes
         del graph
     assert selected is not None
-    calibration = selected.calibration
-    if kept is None or kept[0] is not selected.config:
-        kept = None  # Released before the votes are counted again.
-        graph, configs = next(iter_graphs(task, features_of, [selected.config]))
-        kept = next(iter_votes(task, graph, configs))
-        del graph
-    rate_log_likelihoods = [
-        candidate.calibration.rate_log_likelihood
-        for candidate in credible
-        if candidate.calibration.entropy <= MAX_ENTROPY_RATIO * calibration.entropy
-    ]
-    return SelectedVote(
-        name=str(selected.config),
-        probs=calibration.calibrate(kept[1]),
-        calibration=calibration,
-        rate_log_likelihood_credible=torch.stack(rate_log_likelihoods).log_softmax(1).logsumexp(0),
-    )
+    return selected
 
 
 def joint_features(task: VoteTask, correspondence: Tensor, space: FeatureSpace) -> Tensor:

@@ -34,15 +34,14 @@ class CorrectionState:
 
     Attributes:
         has_signal: whether the votes of the last correction predict the given labels better than class frequencies do.
-        rate_log_likelihood, rate_log_likelihood_credible: log-likelihoods of the noise rates from the first correction
-            with a signal, see `distav.noise.label_correction.Correction`; None before it.
-        label_rate_logits: [C, 6] rates of missing and wrong labels of each class from that correction on a multi-label
+        rate_log_likelihood: log-likelihood of the noise rates from the first correction with a signal, see
+            `distav.noise.label_correction.Correction`; None before it.
+        label_rate_logits: [C, 8] rates of missing and wrong labels of each class from that correction on a multi-label
             dataset, see `distav.noise.multi_label_correction.ListCorrection`.
     """
 
     has_signal: bool
     rate_log_likelihood: list[float] | None = None
-    rate_log_likelihood_credible: list[float] | None = None
     label_rate_logits: list[list[float]] | None = None
 
 

@@ -93,8 +93,9 @@ class ClassifierTargets:
             pair_weights = torch.ones_like(visual[:, 0]) if self.matched is None else self.matched[ids]
             return (visual, visual, audio), pair_weights
         column = "held_out" if self.kind is Targets.held_out else "posterior"
-        visual, audio, pair_weights = columns(column, f"audio_{column}", "correspondence")
+        names = (column, f"visual_{column}", f"audio_{column}", "correspondence")
+        joint, visual, audio, pair_weights = columns(*names)
         if self.kind is Targets.hybrid:
             votes = columns("held_out")[0]
-            visual = hybrid_targets(self.visual_labels[ids], votes, votes.amax(1))
-        return (visual, visual, audio), pair_weights
+            joint = visual = hybrid_targets(self.visual_labels[ids], votes, votes.amax(1))
+        return (joint, visual, audio), pair_weights

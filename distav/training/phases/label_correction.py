@@ -14,6 +14,17 @@ from distav.training.phases.multi_label_correction import run_multi_label_correc
 from distav.training.run import Run
 from distav.training.run_state import CorrectionState
 
+CORRECTION_COLUMNS = (
+    "held_out",
+    "posterior",
+    "visual_held_out",
+    "visual_posterior",
+    "audio_held_out",
+    "audio_posterior",
+    "correspondence",
+)
+"""Columns of the memory bank with the class probabilities of a correction; see `Correction`."""
+
 
 def run_correction(run: Run, name: str, config: LabelCorrectionPhase) -> None:
     """Correct the labels, store the result in the memory bank, and write the table `labels/<phase>.parquet`."""
@@ -86,9 +97,6 @@ def _correction_prior(run: Run) -> CorrectionPrior | None:
     return CorrectionPrior(
         held_out=run.bank.columns["held_out"],
         rate_log_likelihood=torch.tensor(state.rate_log_likelihood, dtype=torch.float64, device=device),
-        rate_log_likelihood_credible=torch.tensor(
-            state.rate_log_likelihood_credible, dtype=torch.float64, device=device
-        ),
     )
 
 
@@ -103,11 +111,10 @@ def _teacher_probs(run: Run, name: str, config: LabelCorrectionPhase) -> tuple[T
 
 def store_correction(run: Run, correction: Correction) -> None:
     """Store the result in the memory bank and the run state, for checkpoints and later phases."""
-    for name in ("held_out", "posterior", "audio_held_out", "audio_posterior", "correspondence"):
+    for name in CORRECTION_COLUMNS:
         run.bank.store_column(name, getattr(correction, name))
     state = run.state.correction or CorrectionState(correction.has_signal)
     state.has_signal = correction.has_signal
     if state.rate_log_likelihood is None and correction.has_signal:
         state.rate_log_likelihood = correction.rate_log_likelihood.tolist()
-        state.rate_log_likelihood_credible = correction.rate_log_likelihood_credible.tolist()
     run.state.correction = state

@@ -37,7 +37,7 @@ def store_correction(run: Run) -> dict[str, torch.Tensor]:
     """Store a random correction in the memory bank, the same for any number of ranks, and return it."""
     generator = torch.Generator().manual_seed(3)
     shape = (len(run.data.train), len(run.data.shards.classes))
-    names = ("posterior", "audio_posterior", "held_out", "audio_held_out")
+    names = ("posterior", "visual_posterior", "audio_posterior", "held_out", "visual_held_out", "audio_held_out")
     columns = {name: (3 * torch.randn(shape, generator=generator)).softmax(1) for name in names}
     columns["correspondence"] = torch.rand(shape[0], generator=generator)
     for name, column in columns.items():
@@ -62,7 +62,7 @@ def expected_targets(run: Run, kind: Targets, columns: dict[str, torch.Tensor]) 
     if kind is Targets.hybrid:
         votes = columns["held_out"]
         return [hybrid_targets(given, votes, votes.amax(1))] * 2 + [columns["audio_posterior"]]
-    return [columns[kind.name]] * 2 + [columns[f"audio_{kind.name}"]]
+    return [columns[f"{role}{kind.name}"] for role in ("", "visual_", "audio_")]
 
 
 def priors_differ(file: Path, root: Path, shards: Path) -> dict[str, tuple[Any, Any]]:

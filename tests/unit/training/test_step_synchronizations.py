@@ -47,7 +47,7 @@ def synchronizations(file: Path, *overrides: str) -> list[str]:
 def _store_correction(run: Run) -> None:
     """Store corrected labels where a supervised phase reads them."""
     size, classes = len(run.bank.rows), len(run.data.shards.classes)
-    for name in ("posterior", "audio_posterior", "held_out", "audio_held_out"):
+    for name in ("posterior", "visual_posterior", "audio_posterior", "held_out", "visual_held_out", "audio_held_out"):
         run.bank.store_column(name, torch.full((size, classes), 1 / classes))
     run.state.correction = CorrectionState(has_signal=True)
 

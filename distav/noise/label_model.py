@@ -1,0 +1,178 @@
+"""The fitted model of a label correction: estimates of the rates, and class probabilities of all samples.
+
+Symmetric and asymmetric label noise are both fitted, see `distav.noise.model_fit`; the result is averaged over both and
+over the noise rate, weighted by the tempered profile likelihood. Diffuse votes with few wrong labels and sharp votes
+with many are confounded, under asymmetric noise almost completely. Because a sample has one class, the entropy of the
+class probabilities is a penalty, as in the minimum-entropy regularization of Grandvalet and Bengio (2004).
+Legend: n samples of this rank, C classes, G noise rates of the grid, R candidate rates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distav.distributed.collectives import all_gather_variable_rows, all_reduce_sum_, broadcast
+from distav.noise.composite_likelihood import CompositeLikelihood
+from distav.noise.model_fit import Profile, fit_pair_profile, fit_profile
+from distav.noise.noise_rate import RateEstimate, candidate_rates, estimate_rate, interpolate_profile
+from distav.noise.vote_model import Parameters, Posterior, Votes, posterior
+
+GRID = (0.002, 0.03, 0.08, 0.13, 0.18, 0.235, 0.29, 0.345, 0.4, 0.46, 0.52, 0.58, 0.64, 0.7, 0.76, 0.82, 0.88, 0.94)
+"""Noise rates of the fits, relative to that of random labels."""
+COARSE_GRID = GRID[::3]
+MISMATCH_GRID = (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.36, 0.42, 0.5, 0.6, 0.75, 0.9)
+SYMMETRIC_ENTROPY_PENALTY, ASYMMETRIC_ENTROPY_PENALTY = 0.03, 0.1
+"""Weights of the entropy under symmetric and asymmetric noise."""
+ASYMMETRY_PENALTY = 5.0
+"""Log-likelihood that asymmetric noise must gain to be as probable as symmetric noise, in nats."""
+MIN_CERTAINTY = 0.75
+"""Certainty of the classes below which entropy is not penalized, and intervals are wider; see `Profile`."""
+MIN_TEMPERATURE = 2.0
+"""Temperature of a profile without gain: each label enters the composite likelihood twice."""
+RELATIVE_MISFIT, UNCERTAIN_MISFIT = 0.002, 0.01
+"""Increase of the temperature per nat of gain: the better the votes predict the labels, the more a small misfit of the
+model counts. The second value is used below `MIN_CERTAINTY`."""
+NEGLIGIBLE_WEIGHT = 0.01
+"""Noise rates of less weight are left out of averages."""
+MAX_FIT_SAMPLES, MIN_FIT_SAMPLES, MAX_FIT_ELEMENTS = 3000, 1200, 300_000
+"""Largest and smallest number of samples of a fit, and the table size n C between them."""
+
+
+@dataclass(frozen=True)
+class LabelModel:
+    """Result of a fit.
+
+    Attributes:
+        parameters: parameters at the noise rates that are averaged over, for symmetric and for asymmetric noise; a kind
+            of noise without weight is left out.
+        weights: weights of these rates, sum 1 over all.
+        pair: parameters at the most likely mismatch rate.
+        rate_log_likelihood: [R] tempered log-likelihood of `candidate_rates(C)`, maximum 0.
+        label_rate: label-noise rate.
+        pair_rate: rate of pairs whose modalities show different classes.
+        gain: gain in the log-likelihood of the labels over the class frequencies, in nats.
+        certainty: see `Profile`.
+    """
+
+    parameters: Sequence[Parameters]
+    weights: Sequence[Tensor]
+    pair: Parameters
+    rate_log_likelihood: Tensor
+    label_rate: RateEstimate
+    pair_rate: RateEstimate
+    gain: float
+    certainty: float
+
+    def posterior(self, votes: Votes, labels: Tensor) -> Posterior:
+        """Return class probabilities of samples, averaged over the noise rate and the kind of noise."""
+        device, pair = labels.device, self.pair.to(labels.device)
+        parts = [
+            posterior(parameters.to(device), weights.to(device), pair, votes, labels)
+            for parameters, weights in zip(self.parameters, self.weights, strict=True)
+        ]
+        return sum(parts[1:], parts[0])
+
+
+def fit_label_model(
+    votes: Votes,
+    labels: Tensor,
+    num_classes: int,
+    weights: Tensor,
+    rate_prior: Tensor | None = None,
+    is_preliminary: bool = False,
+) -> LabelModel:
+    """Fit the model to the labels of this rank's samples; all ranks return the same result.
+
+    Args:
+        votes: votes of n samples.
+        labels: [n] int64 given labels.
+        num_classes: C.
+        weights: [n] weights of the samples.
+        rate_prior: [R] log-probability of the noise rates from an earlier correction.
+        is_preliminary: whether to fit symmetric noise only, on a coarse grid.
+    """
+    likelihood = _gathered_likelihood(votes, labels, num_classes, weights)
+    largest_rate = float(candidate_rates(num_classes)[-1])
+    grid = [largest_rate * rate for rate in (COARSE_GRID if is_preliminary else GRID)]
+    profiles = [fit_profile(likelihood, grid, symmetric=True)]
+    if not is_preliminary:
+        profiles.append(fit_profile(likelihood, grid, symmetric=False))
+    gain = max(profile.gain for profile in profiles)
+    certainty = max(float(profile.certainty[profile.objective.argmax()]) for profile in profiles)
+    is_certain = certainty >= MIN_CERTAINTY
+    temperature = MIN_TEMPERATURE + (RELATIVE_MISFIT if is_certain else UNCERTAIN_MISFIT) * max(gain, 0.0)
+    penalties = (SYMMETRIC_ENTROPY_PENALTY, ASYMMETRIC_ENTROPY_PENALTY if is_certain else 0.0)
+    curves = [_penalized(*pair) for pair in zip(profiles, penalties, strict=False)]
+    curves = [(curve - kind * ASYMMETRY_PENALTY) / temperature for kind, curve in enumerate(curves)]
+    positions = candidate_rates(num_classes)
+    if rate_prior is not None:
+        prior = interpolate_profile(positions.tolist(), rate_prior.cpu(), torch.tensor(grid))
+        curves = [curve + prior for curve in curves]
+    log_likelihood = torch.stack([interpolate_profile(grid, curve, positions) for curve in curves]).logsumexp(0)
+    log_likelihood -= log_likelihood.max()
+    weights_by_kind = torch.cat(curves).softmax(0).float().chunk(len(curves))
+    cpu = torch.device("cpu")
+    kept = [
+        (profile.parameters.to(cpu).select(rows), part[rows])
+        for profile, part in zip(profiles, weights_by_kind, strict=True)
+        if len(rows := (part > NEGLIGIBLE_WEIGHT).nonzero().squeeze(1))
+    ]
+    total = sum(float(part.sum()) for _, part in kept)
+    best_parameters, best_weights = max(kept, key=lambda item: float(item[1].max()))
+    pair, pair_rate = _fit_pairs(
+        likelihood, best_parameters.select(best_weights.argmax()[None]).to(labels.device), temperature
+    )
+    model = LabelModel(
+        parameters=[parameters for parameters, _ in kept],
+        weights=[part / total for _, part in kept],
+        pair=pair.to(cpu),
+        rate_log_likelihood=log_likelihood,
+        label_rate=estimate_rate(log_likelihood, num_classes),
+        pair_rate=pair_rate,
+        gain=gain / 2,
+        certainty=certainty,
+    )
+    return broadcast(model)
+
+
+def _penalized(profile: Profile, entropy_penalty: float) -> Tensor:
+    """Return the objective minus the penalty of the entropy, on the CPU: [G].
+
+    The penalty compares the rates under one kind of noise; it does not change the maximum, by which symmetric and
+    asymmetric noise are compared.
+    """
+    curve = profile.objective - entropy_penalty * profile.entropy
+    return (curve - curve.max() + profile.objective.max()).cpu()
+
+
+def _fit_pairs(
+    likelihood: CompositeLikelihood, parameters: Parameters, temperature: float
+) -> tuple[Parameters, RateEstimate]:
+    """Return the parameters at the most likely mismatch rate, and the rate of pairs with different classes."""
+    parameters, objective = fit_pair_profile(likelihood, parameters, MISMATCH_GRID)
+    rates = candidate_rates(likelihood.num_classes)
+    curve = interpolate_profile(MISMATCH_GRID, objective.cpu() / temperature, rates / rates[-1])
+    estimate = estimate_rate(curve, likelihood.num_classes)
+    # Independent classes differ less often if some classes are frequent.
+    ratio = float((1 - likelihood.frequencies.square().sum()) / rates[-1])
+    estimate = RateEstimate(ratio * estimate.estimate, ratio * estimate.ci95_low, ratio * estimate.ci95_high)
+    return parameters.select(objective.argmax()[None]), estimate
+
+
+def _gathered_likelihood(votes: Votes, labels: Tensor, num_classes: int, weights: Tensor) -> CompositeLikelihood:
+    """Return the likelihood of a regular subset of the samples of all ranks."""
+    total = int(all_reduce_sum_(torch.tensor(float(len(labels)), dtype=torch.float64)))
+    limit = min(MAX_FIT_SAMPLES, max(MIN_FIT_SAMPLES, MAX_FIT_ELEMENTS // num_classes))
+    stride = max(1, -(-total // limit))
+    subset = votes.rows(slice(None, None, stride)).map(_gather)
+    weights = _gather(weights[::stride])
+    return CompositeLikelihood(subset, _gather(labels[::stride]), num_classes, weights / weights.mean())
+
+
+def _gather(rows: Tensor) -> Tensor:
+    """Return the rows of all ranks; bool columns are exchanged as numbers."""
+    if rows.dtype == torch.bool:
+        return all_gather_variable_rows(rows.float()) > 0
+    return all_gather_variable_rows(rows)

@@ -1,0 +1,201 @@
+"""Fit of the model of `distav.noise.vote_model` to the given labels, at each noise rate of a grid.
+
+The noise rate e and the sharpness of the votes are nearly confounded: diffuse votes with few wrong labels explain the
+given labels about as well as sharp votes with many. The other parameters are therefore fitted at each e, and the
+maxima form the profile likelihood of e.
+Legend: n samples, C classes, G noise rates, S parameters of the votes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from distav.noise.composite_likelihood import CompositeLikelihood
+from distav.noise.vote_model import LabelNoise, Parameters
+
+STEPS, STEP_SIZE = 10, 0.2
+"""Steps of Adam between two updates by expectation-maximization, and the first step size."""
+START_ROUNDS, ROUNDS, LAST_ROUNDS, PAIR_ROUNDS = 2, 2, 2, 3
+"""Rounds of such steps from each start, twice from the best candidates, and for each mismatch rate."""
+STARTS = ((0.0, 0.95), (0.5, 0.5), (0.0, 0.05))
+"""Starts of a fit: shift of the logarithms of the inverse temperatures, and w."""
+START_STRIDE = 3
+"""Every third noise rate is fitted from all starts; the results are candidates at all rates."""
+MAX_ELEMENTS = 2**22
+"""Elements of a table [G, n, C] of a fit; noise rates are fitted in parts."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Fit at each noise rate.
+
+    Attributes:
+        parameters: parameters at G noise rates.
+        objective: [G] composite log-likelihood with the priors.
+        entropy: [G] summed entropy of the class probabilities of the label's owner without the label, in nats.
+        certainty: [G] mean over the classes of the probability of their most certain tenth of samples.
+        baseline: composite log-likelihood of the class frequencies alone.
+    """
+
+    parameters: Parameters
+    objective: Tensor
+    entropy: Tensor
+    certainty: Tensor
+    baseline: float
+
+    @property
+    def gain(self) -> float:
+        """Gain of the best fit over the class frequencies, in nats."""
+        return float(self.objective.max()) - self.baseline
+
+
+def fit_profile(likelihood: CompositeLikelihood, rates: Sequence[float], symmetric: bool) -> Profile:
+    """Fit the model at each noise rate.
+
+    Args:
+        likelihood: likelihood of the labels.
+        rates: G increasing noise rates.
+        symmetric: whether all wrong labels are equally likely; otherwise T is estimated.
+    """
+    device = likelihood.labels.device
+    grid = torch.tensor(rates, device=device)
+    coarse = grid[START_STRIDE // 2 :: START_STRIDE] if len(rates) > START_STRIDE else grid
+    starts = [_start(likelihood, coarse, shift, owner, symmetric) for shift, owner in STARTS]
+    fitted = [_ascend(likelihood, likelihood.objective, start, START_ROUNDS) for start in starts]
+    objectives = torch.stack([objective for _, objective in fitted])
+    best = objectives.argmax(0) * len(coarse) + torch.arange(len(coarse), device=device)
+    candidates = join_parameters([parameters for parameters, _ in fitted]).select(best)
+    for num_rounds in (ROUNDS, LAST_ROUNDS):
+        parameters, objective = _ascend(
+            likelihood, likelihood.objective, _best_candidates(likelihood, candidates, grid), num_rounds
+        )
+        candidates = parameters
+    with torch.no_grad():
+        parts = [likelihood.sharpness(parameters.select(rows)) for rows in _parts(likelihood, len(rates))]
+    entropy, certainty = (torch.cat(values) for values in zip(*parts, strict=True))
+    return Profile(parameters, objective, entropy, certainty, likelihood.baseline)
+
+
+def fit_pair_profile(
+    likelihood: CompositeLikelihood, parameters: Parameters, mismatches: Sequence[float]
+) -> tuple[Parameters, Tensor]:
+    """Fit the model at each mismatch rate and one noise rate; the agreement of the modalities is evidence here.
+
+    Args:
+        likelihood: likelihood of the labels.
+        parameters: parameters at one noise rate, the start of the fit.
+        mismatches: mismatch rates m.
+
+    Returns:
+        The parameters at each m, and the log-likelihood [len(mismatches)].
+    """
+    rates = torch.tensor(mismatches, device=likelihood.labels.device)[:, None]
+    parameters = replace(parameters.select(torch.zeros(len(rates), dtype=torch.long)), mismatch=rates)
+    return _ascend(likelihood, likelihood.pair_objective, parameters, PAIR_ROUNDS, updates_mismatch=False)
+
+
+def _best_candidates(likelihood: CompositeLikelihood, candidates: Parameters, rates: Tensor) -> Parameters:
+    """Return the best of the candidates at each noise rate: the start of an ascent."""
+    num_candidates = len(candidates.votes)
+    index = torch.arange(num_candidates, device=rates.device).repeat_interleave(len(rates))
+    crossed, all_rates = candidates.select(index), rates.repeat(num_candidates)
+    noise = candidates.noise
+    matrices = None if noise.matrices is None else _scaled(noise, index, all_rates)
+    crossed = replace(crossed, noise=LabelNoise(all_rates, matrices))
+    objectives: list[Tensor] = []
+    with torch.no_grad():
+        for rows in _parts(likelihood, len(index)):
+            part = crossed.select(rows)
+            label_probs = part.noise.probabilities(likelihood.labels, likelihood.fold)
+            objectives.append(likelihood.objective(part, label_probs))
+    best = torch.cat(objectives).view(num_candidates, len(rates)).argmax(0)
+    return crossed.select(best * len(rates) + torch.arange(len(rates), device=rates.device))
+
+
+def _scaled(noise: LabelNoise, index: Tensor, rates: Tensor) -> Tensor:
+    """Return the matrices of some noise rates with their errors scaled to other rates: [len(index), 2, C, C]."""
+    assert noise.matrices is not None
+    matrices = noise.matrices[index]
+    wrong = 1 - matrices.diagonal(dim1=-2, dim2=-1)
+    scaled = (wrong * (rates / noise.rates[index])[:, None, None]).clamp(max=0.999)
+    errors = (matrices - torch.diag_embed(1 - wrong)) / wrong.clamp_min(1e-9)[..., None]
+    return torch.diag_embed(1 - scaled) + scaled[..., None] * errors
+
+
+Objective = Callable[[Parameters, Tensor | None], Tensor]
+
+
+def _ascend(
+    likelihood: CompositeLikelihood,
+    objective: Objective,
+    parameters: Parameters,
+    num_rounds: int,
+    updates_mismatch: bool = True,
+) -> tuple[Parameters, Tensor]:
+    """Maximize an objective by Adam and expectation-maximization in turn; return the parameters and maxima [G]."""
+    fitted: list[Parameters] = []
+    maxima: list[Tensor] = []
+    for rows in _parts(likelihood, len(parameters.votes)):
+        part = parameters.select(rows)
+        variables = part.votes.clone().requires_grad_()
+        optimizer = torch.optim.Adam([variables], lr=STEP_SIZE, betas=(0.8, 0.95))
+        label_probs = part.noise.probabilities(likelihood.labels, likelihood.fold)
+        for round_index in range(num_rounds):
+            optimizer.param_groups[0]["lr"] = STEP_SIZE * (1 - round_index / num_rounds) ** 0.7
+            for _ in range(STEPS):
+                optimizer.zero_grad()
+                loss = -objective(part.with_votes(variables), label_probs).sum() / len(likelihood.labels)
+                loss.backward()
+                optimizer.step()
+            part = part.with_votes(variables.detach())
+            if round_index + 1 < num_rounds:
+                updated = likelihood.maximize(part, 4)
+                part = updated if updates_mismatch else replace(part, visual_owner=updated.visual_owner)
+                label_probs = part.noise.probabilities(likelihood.labels, likelihood.fold)
+        fitted.append(part)
+        with torch.no_grad():
+            maxima.append(objective(part, label_probs))
+    return join_parameters(fitted), torch.cat(maxima)
+
+
+def _parts(likelihood: CompositeLikelihood, count: int) -> list[Tensor]:
+    """Return the numbers of the noise rates in parts whose tables are small enough; see `MAX_ELEMENTS`."""
+    size = max(1, MAX_ELEMENTS // (len(likelihood.labels) * likelihood.num_classes))
+    return list(torch.arange(count, device=likelihood.labels.device).split(size))
+
+
+def _start(
+    likelihood: CompositeLikelihood, rates: Tensor, shift: float, visual_owner: float, symmetric: bool
+) -> Parameters:
+    """Return the parameters at the start of a fit; see `STARTS`."""
+    votes = likelihood.prior_mean.repeat(len(rates), 1)
+    votes[:, :-3] += shift
+    return Parameters(
+        votes,
+        torch.full_like(votes[:, :1], 0.2),
+        torch.full_like(votes[:, :1], visual_owner),
+        likelihood.frequencies.expand(len(rates), -1),
+        LabelNoise(rates, None if symmetric else _symmetric_matrices(rates, likelihood.num_classes)),
+    )
+
+
+def join_parameters(parts: Sequence[Parameters]) -> Parameters:
+    """Return the parameters of several groups of noise rates as one."""
+    matrices = [part.noise.matrices for part in parts if part.noise.matrices is not None]
+    return Parameters(
+        torch.cat([part.votes for part in parts]),
+        torch.cat([part.mismatch for part in parts]),
+        torch.cat([part.visual_owner for part in parts]),
+        torch.cat([part.frequencies for part in parts]),
+        LabelNoise(torch.cat([part.noise.rates for part in parts]), torch.cat(matrices) if matrices else None),
+    )
+
+
+def _symmetric_matrices(rates: Tensor, num_classes: int) -> Tensor:
+    """Return T of symmetric noise for both folds: [G] -> [G, 2, C, C]."""
+    identity = torch.eye(num_classes, device=rates.device)
+    uniform = (1 - identity) / (num_classes - 1)
+    matrix = (1 - rates)[:, None, None] * identity + rates[:, None, None] * uniform
+    return matrix[:, None].expand(-1, 2, -1, -1)
