@@ -9,11 +9,12 @@ accurate than the better one. The class probabilities of clips with both modalit
 The weights w maximize the likelihood of the given labels y of clips on whose labels no classifier was trained, times a
 prior. v and a are the class probabilities of the single modalities, each with an inverse temperature of its own; pi are
 the class frequencies, and T is the noise transition matrix. With probability m the audio of a clip does not belong to
-its video; the label is that of the video:
+its video; the label is then that of the video with probability u:
 
-    L = prod_i sum_c T(c, y_i) [(1 - m) r_i p_i(c) + m v_i(c)],  r_i = sum_c v_i(c) a_i(c) / pi(c)
+    L = prod_i sum_c T(c, y_i) [(1 - m) r_i p_i(c) + m (u v_i(c) + (1 - u) a_i(c))],  r_i = sum_c v_i(c) a_i(c) / pi(c)
 
-Without the second term, mismatched pairs would count as errors of the audio.
+Without the second term, mismatched pairs would count as errors of the audio. u is not fitted: an error of the visual
+classifier and a mismatched pair whose label is that of the audio have the same labels.
 Legend: n clips, C classes.
 """
 
@@ -99,6 +100,7 @@ def fit_fusion(
     labels: Tensor,
     transition_matrix: Tensor | None = None,
     mismatch_prior: tuple[float, float] = MISMATCH_PRIOR,
+    visual_owner: float = 1.0,
 ) -> Fusion:
     """Fit the weights to clips with both modalities.
 
@@ -108,10 +110,11 @@ def fit_fusion(
         transition_matrix: [C, C] T(c, y) = P(given label y | true class c); None for symmetric noise, whose rate is
             then estimated.
         mismatch_prior: mean and standard deviation of the log-odds of the mismatch rate.
+        visual_owner: u, the fraction of the mismatched pairs whose label is that of the video.
     """
     prior = torch.tensor(list((_PRIOR | {"log odds of m": mismatch_prior}).values()), dtype=torch.float64)
     parameters = prior[:, 0].clone().requires_grad_()
-    likelihood = _Likelihood(log_probs.double(), labels, transition_matrix)
+    likelihood = _Likelihood(log_probs.double(), labels, transition_matrix, visual_owner)
     optimizer = torch.optim.LBFGS(
         [parameters], max_iter=_MAX_ITERATIONS, tolerance_change=1e-7, line_search_fn="strong_wolfe"
     )
@@ -136,8 +139,8 @@ def _weights(parameters: Tensor) -> Tensor:
 class _Likelihood:
     """The logarithm of L, see the head of this file, as a function of the parameters in the order of `_PRIOR`."""
 
-    def __init__(self, log_probs: Tensor, labels: Tensor, transition_matrix: Tensor | None):
-        self.log_probs, self.labels = log_probs, labels
+    def __init__(self, log_probs: Tensor, labels: Tensor, transition_matrix: Tensor | None, visual_owner: float):
+        self.log_probs, self.labels, self.visual_owner = log_probs, labels, visual_owner
         self.num_classes = log_probs.shape[2]
         counts = torch.bincount(labels, minlength=self.num_classes).double() + 1
         self.class_frequencies = counts / counts.sum()
@@ -152,7 +155,8 @@ class _Likelihood:
         visual, audio = (inverse_temperatures[:, None, None] * self.log_probs[1:]).softmax(2)
         agreement = (visual * audio / self.class_frequencies).sum(1)
         matched = (1 - mismatch_rate) * agreement * (fused * label_probs).sum(1)
-        mismatched = mismatch_rate * (visual * label_probs).sum(1)
+        owner = self.visual_owner * visual + (1 - self.visual_owner) * audio
+        mismatched = mismatch_rate * (owner * label_probs).sum(1)
         return (matched + mismatched).clamp_min(_MIN_LIKELIHOOD).log().sum()
 
     def _symmetric_label_probs(self, noise: Tensor) -> Tensor:

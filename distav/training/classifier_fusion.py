@@ -22,7 +22,7 @@ from distav.distributed.collectives import (
     get_world_size,
     shard_range,
 )
-from distav.evaluation.fusion import MISMATCH_PRIOR, Fusion, classifier_log_probs, fit_fusion
+from distav.evaluation.fusion import Fusion, classifier_log_probs, fit_fusion
 from distav.training.run import Run
 
 _MAX_HELD_OUT = 5000
@@ -57,8 +57,9 @@ def held_out_clips(run: Run) -> NDArray[np.bool_] | None:
 def fit_run_fusion(run: Run) -> Fusion | None:
     """Return the fusion of the classifiers, fitted to the held-out clips; None if there are none.
 
-    The noise transition matrix of the given labels and the mismatch rate are those of the last label correction.
-    Without one, the noise is symmetric, and both rates are estimated with the weights.
+    The noise transition matrix of the given labels, the mismatch rate and the owner of the labels of mismatched pairs
+    are those of the last label correction. Without one, the noise is symmetric, both rates are estimated with the
+    weights, and the labels are those of the video.
     """
     held_out = held_out_clips(run)
     if held_out is None or not any(isinstance(phase, SupervisedPhase) for phase in run.config.phases.values()):
@@ -66,11 +67,16 @@ def fit_run_fusion(run: Run) -> Fusion | None:
     split = run.data.train
     ids = np.flatnonzero(held_out & split.has_modality("visual") & split.has_modality("audio"))
     log_probs, ids = _classify(run, ids)
-    matrix, mismatch_prior = _transition_matrix(run), _mismatch_prior(run)
+    matrix = _transition_matrix(run)
+    correction = run.state.report.corrections[-1] if matrix is not None and run.state.report.corrections else None
     labels = torch.from_numpy(run.data.labels.given)[ids]
     fusion = None
     if get_rank() == 0 and len(ids):
-        fusion = fit_fusion(log_probs, labels, matrix, mismatch_prior)
+        if correction is None:
+            fusion = fit_fusion(log_probs, labels, matrix)
+        else:
+            mismatch_prior = _mismatch_prior(correction["pair_mismatch_rate"])
+            fusion = fit_fusion(log_probs, labels, matrix, mismatch_prior, correction["visual_owner"])
     fusion = broadcast(fusion)
     if fusion is not None:
         weights = ", ".join(f"{name} {weight:.3g}" for name, weight in asdict(fusion).items())
@@ -110,12 +116,8 @@ def _transition_matrix(run: Run) -> Tensor | None:
     return counts / counts.sum(1, keepdim=True)
 
 
-def _mismatch_prior(run: Run) -> tuple[float, float]:
-    """Return mean and standard deviation of the log-odds of the mismatch rate, from the last label correction."""
-    correction = run.state.correction
-    if correction is None or not correction.has_signal or not run.state.report.corrections:
-        return MISMATCH_PRIOR
-    rate = run.state.report.corrections[-1]["pair_mismatch_rate"]
+def _mismatch_prior(rate: dict[str, float]) -> tuple[float, float]:
+    """Return mean and standard deviation of the log-odds of the mismatch rate that a label correction estimated."""
     mean, low, high = (_log_odds(rate[name]) for name in ("estimate", "ci95_low", "ci95_high"))
     return mean, max(_MIN_MISMATCH_DEVIATION, (high - low) / (2 * 1.96))
 

@@ -84,6 +84,7 @@ def build_summary(name: str, labels: Labels, correction: Correction, result: Cor
         "label_noise_rate": correction.label_rate.as_dict(),
         "label_noise_rate_by_class": {label: rate.as_dict() for label, rate in class_rates},
         "pair_mismatch_rate": correction.pair_rate.as_dict(),
+        "visual_owner": round(correction.visual_owner, 4),
     }
     if labels.true is not None:
         accuracy = label_accuracy(labels.given, result.corrected, labels.true)

@@ -70,6 +70,19 @@ def test_mismatched_pairs_do_not_count_as_errors_of_the_audio():
     assert fused[-0.6] >= audio - 0.003 > fused[-6.0] + 0.05, fused
 
 
+def test_labels_of_the_audio_do_not_count_as_errors_of_the_video():
+    outputs, labels, _ = simulated_clips(1000, (0.9, 0.9), mismatch=0.0, noise=0.0, seed=0)
+    # In 40 % of the pairs the video has another class than the audio, and the label is that of the audio.
+    mismatched = torch.arange(1000) % 5 < 2
+    visual = torch.where(mismatched[:, None], outputs["visual_logits"].roll(1, 1), outputs["visual_logits"])
+    outputs = {**outputs, "visual_logits": visual, "logits": visual + outputs["audio_logits"]}
+    weights = {
+        owner: fit_fusion(classifier_log_probs(outputs), labels, mismatch_prior=(-0.4, 0.1), visual_owner=owner)
+        for owner in (0.0, 1.0)
+    }
+    assert weights[0.0].visual / weights[0.0].audio > 2 * weights[1.0].visual / weights[1.0].audio, weights
+
+
 def test_class_dependent_noise_needs_its_transition_matrix():
     outputs, _, classes = simulated_clips(1000, (0.95, 0.3), mismatch=0.0, noise=0.0, seed=0)
     swapped = torch.where(torch.rand(1000, generator=torch.Generator().manual_seed(2)) < 0.45, classes ^ 1, classes)

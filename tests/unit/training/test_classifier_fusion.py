@@ -93,7 +93,7 @@ def test_supervised_losses_ignore_the_labels_of_held_out_clips(tiny_shards: Path
 def store_correction(run: Run) -> None:
     """Store a correction of the given labels by a fixed permutation of the classes."""
     run.state.correction = CorrectionState(has_signal=True)
-    run.state.report.corrections.append({"pair_mismatch_rate": FIGURES, "label_noise_rate": FIGURES})
+    run.state.report.corrections.append({"pair_mismatch_rate": FIGURES, "visual_owner": 0.75})
     labels = torch.from_numpy(run.data.labels.given[run.bank.rows.start : run.bank.rows.stop])
     run.bank.store_column("posterior", torch.eye(6)[(labels + 1) % 6])
 
@@ -113,7 +113,7 @@ def fitted(file: Path, root: Path, shards: Path, corrected: bool) -> Any:
 @pytest.mark.parametrize("corrected", [False, True])
 def test_the_fit_is_that_of_one_rank_and_uses_the_last_correction(tiny_shards: Path, tmp_path: Path, corrected: bool):
     file = supervised_config(tmp_path)
-    (labels, (log_probs, given, matrix, prior), fusion), (_, _, other) = on_ranks(
+    (labels, (log_probs, given, matrix, *pairs), fusion), (_, _, other) = on_ranks(
         2, fitted, file, tmp_path / "two", tiny_shards, corrected
     )
     assert fusion == other and log_probs.shape == (3, 24, 6)
@@ -124,11 +124,12 @@ def test_the_fit_is_that_of_one_rank_and_uses_the_last_correction(tiny_shards: P
         [fusion.both, fusion.visual, fusion.audio], [alone[2].both, alone[2].visual, alone[2].audio], rtol=1e-3
     )
     if corrected:
-        assert matrix.argmax(1).tolist() == [5, 0, 1, 2, 3, 4] and prior[0] == pytest.approx(np.log(0.25))
+        assert matrix.argmax(1).tolist() == [5, 0, 1, 2, 3, 4] and pairs[1] == 0.75
+        assert pairs[0][0] == pytest.approx(np.log(0.25))
         np.testing.assert_allclose(matrix.sum(1), 1)
         np.testing.assert_allclose(alone[1][2], matrix)
     else:
-        assert matrix is None and prior == classifier_fusion.MISMATCH_PRIOR
+        assert matrix is None and not pairs
 
 
 def reported(file: Path, root: Path, shards: Path) -> Path:
