@@ -1,9 +1,12 @@
 """Held-out k-NN votes and whitening."""
 
+import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from distav.noise.knn_vote import NeighborGraph, pca_whiten
-from tests.unit.noise.scenes import make_scene
+from distav.noise.knn_vote import NeighborGraph, pca_whiten, source_weights
+from tests.unit.noise.scenes import Scene, make_scene
 
 
 def test_labels_never_contribute_to_their_own_vote():
@@ -23,6 +26,62 @@ def test_labels_never_contribute_to_their_own_vote():
             torch.testing.assert_close(before[sample], after[sample], rtol=1e-5, atol=1e-6)
             num_changed[voters] += not torch.allclose(before, after, rtol=1e-5, atol=1e-6)
     assert num_changed[0] == 100 and num_changed[10] > 50
+
+
+def grouped_scene() -> tuple[Scene, NeighborGraph, Tensor]:
+    """Return a scene with groups of one to five samples, and its neighbor graph."""
+    scene = make_scene(0.5, 0.0, num_samples=300, spread=2.0)
+    generator = torch.Generator().manual_seed(2)
+    groups = torch.repeat_interleave(torch.arange(100), torch.arange(100) % 5 + 1)[:300]
+    groups = groups[torch.randperm(300, generator=generator)]
+    valid = torch.ones(300, dtype=torch.bool)
+    return scene, NeighborGraph(pca_whiten(scene.visual, valid, 16, 0.5), 30, groups, valid), groups
+
+
+def test_a_group_of_several_samples_weighs_as_much_as_one_sample():
+    """Sample 0 has three neighbors of equal similarity: two of one group, and one alone."""
+    features = F.normalize(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [1.0, 0.0, 1.0]]), dim=1)
+    valid = torch.ones(4, dtype=torch.bool)
+    labels = torch.tensor([0, 1, 1, 2])
+    for groups, expected in (([0, 1, 1, 2], [0.0, 0.5, 0.5]), ([0, 1, 2, 3], [0.0, 2 / 3, 1 / 3])):
+        vote = NeighborGraph(features, 3, torch.tensor(groups), valid).vote(labels, 3, 3, 0.2)
+        assert vote.probs[0].tolist() == pytest.approx(expected)
+
+
+def test_repeating_all_samples_of_a_group_does_not_change_the_votes_of_others():
+    scene = make_scene(0.3, 0.0, num_samples=100, spread=1.5)
+    features = pca_whiten(scene.visual, torch.ones(100, dtype=torch.bool), 16, 0.5)
+    repeated = torch.cat([torch.arange(100), torch.arange(0, 100, 3).repeat(2)])
+    single, several = (
+        NeighborGraph(features[rows], len(rows) - 1, rows, torch.ones(len(rows), dtype=torch.bool)).vote(
+            scene.given[rows], 10, len(rows) - 1, 0.2
+        )
+        for rows in (torch.arange(100), repeated)
+    )
+    torch.testing.assert_close(several.probs[:100], single.probs, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_samples_sum_to_1_in_each_group():
+    groups = torch.tensor([7, 3, 3, 9, 3, 7])
+    weights = source_weights(groups)
+    assert weights.tolist() == pytest.approx([1 / 2, 1 / 3, 1 / 3, 1, 1 / 3, 1 / 2])
+    assert float(weights.sum()) == pytest.approx(3)
+
+
+def test_labels_never_contribute_to_their_own_second_round_with_weights_of_groups():
+    scene, graph, groups = grouped_scene()
+    assert len(groups.unique()) == 100 and float(graph.voter_weights.min()) == pytest.approx(0.2)
+    num_changed = 0
+    for sample in range(0, 300, 3):
+        for offset in (1, 4):
+            changed = scene.given.clone()
+            changed[sample] = (scene.given[sample] + offset) % 10
+            before, after = (
+                graph.vote(labels, 10, 30, 0.2).second_round(labels, 10) for labels in (scene.given, changed)
+            )
+            torch.testing.assert_close(before[sample], after[sample], rtol=1e-5, atol=1e-6)
+            num_changed += not torch.allclose(before, after, rtol=1e-5, atol=1e-6)
+    assert num_changed > 30
 
 
 def test_full_whitening_equalizes_the_variances():
