@@ -112,7 +112,8 @@ def correct_labels(
     concatenated features of the joint vote, and a second fit uses all votes. If the votes predict the given labels no
     better than class frequencies do (``min_log_likelihood_gain``), the labels are returned unchanged.
 
-    At most three tables [n, C] of votes and the six of the result are held at a time, in addition to the arguments.
+    At most three tables [n, C] of votes and the six of the result are held at a time, in addition to the arguments and
+    one table for each of the votes of `prior` and `teachers`.
 
     Args:
         spaces: features of this rank's samples, `shard_range(N)`.
@@ -142,11 +143,16 @@ def correct_labels(
     visual = select_vote(task.restricted("visual"), spaces, lambda space: space.visual)
     audio = select_vote(task.restricted("audio"), spaces, lambda space: space.audio)
     votes = _votes(task, visual, audio, prior, teachers)
+    selected_votes = {"visual": str(visual.config), "audio": str(audio.config)}
+    del visual, audio  # Their tables.
     correspondence = _posterior(fit(votes, is_preliminary=True), votes, local_labels).correspondence
     joint = select_vote(task, spaces, partial(joint_features, task, correspondence))
     votes = replace(votes, joint=[log_votes(joint.votes), *votes.joint])
+    selected_votes["joint"] = str(joint.config)
+    del joint
     model = fit(votes, is_preliminary=False)
     result = _posterior(model, votes, local_labels)
+    del votes
     has_signal = model.gain > search_space.min_log_likelihood_gain
     corrected = present if has_signal else torch.zeros_like(present)
     for probs in (getattr(result, field.name) for field in fields(result) if field.name != "correspondence"):
@@ -166,7 +172,7 @@ def correct_labels(
         visual_owner=float(model.pair.visual_owner),
         log_likelihood_gain=model.gain,
         has_signal=has_signal,
-        selected_votes={"visual": str(visual.config), "audio": str(audio.config), "joint": str(joint.config)},
+        selected_votes=selected_votes,
     )
 
 
