@@ -7,7 +7,6 @@ from torch import Tensor
 
 from distav.config.model import AudioConfig, ModelConfig, VisualConfig
 from distav.config.schema import DataConfig
-from distav.data.modalities import MODALITIES
 from distav.distributed.collectives import (
     all_gather_rows,
     all_gather_variable_rows,
@@ -31,11 +30,14 @@ from distav.memory.negative_sampling import NegativeSampling
 from distav.memory.softmax import attend, merge_across_ranks
 from distav.models.av_model import AVModel
 from distav.models.layers import GlobalBatchNorm
-from distav.noise.label_correction import FeatureSpace, VoteSearchSpace, correct_labels
+from distav.noise import label_model
+from distav.noise.label_correction import Correction, correct_labels
+from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
 from tests.helpers.bank import global_batch_of, unit
 from tests.helpers.spawn import on_ranks
 
 NUM_SAMPLES, DIM = 37, 8
+TABLES = ("held_out", "posterior", "visual_held_out", "visual_posterior", "audio_held_out", "audio_posterior")
 
 
 def losses_and_gradients(replicated: bool = False) -> dict[str, Tensor]:
@@ -123,29 +125,54 @@ def sharded_neighbors() -> tuple[Tensor, Tensor]:
     return all_gather_variable_rows(ring[0]), all_gather_variable_rows(ring[1])
 
 
-def sharded_correction() -> Tensor:
-    valid = torch.ones(NUM_SAMPLES, dtype=torch.bool)
-    search_space = VoteSearchSpace((4, 8), (0, 4), (0.1, 0.4), (0.0, 0.5), 6)
-    given = torch.arange(NUM_SAMPLES) % 3
-    visual, audio = own_rows(unit(NUM_SAMPLES, DIM, seed=1)), own_rows(unit(NUM_SAMPLES, DIM, seed=2))
-    features = [FeatureSpace("rows", visual, audio)]
-    correction = correct_labels(
-        features, given, 3, torch.arange(NUM_SAMPLES), dict.fromkeys(MODALITIES, valid), search_space
+def correct_shard() -> Correction:
+    """Correct labels of which every fifth is wrong; every fourth pair is mismatched, and one sample has no features."""
+    sample = torch.arange(NUM_SAMPLES)
+    true = sample % 3
+    given = torch.where(sample % 5 == 0, (true + 1) % 3, true)
+    audio_class = torch.where(sample % 4 == 1, (true + 2) % 3, true)
+    visual, audio = (
+        own_rows(2 * unit(3, DIM, seed=seed)[classes] + unit(NUM_SAMPLES, DIM, seed=seed + 2))
+        for seed, classes in ((1, true), (2, audio_class))
     )
-    columns = correction.held_out, correction.posterior, correction.audio_posterior, correction.correspondence[:, None]
-    return all_gather_variable_rows(torch.cat(columns, dim=1))
+    search_space = VoteSearchSpace((4, 8), (0, 4), (0.1, 0.4), (0.0, 0.5), 6, min_log_likelihood_gain=1.0)
+    has_modality = {"visual": sample != 7, "audio": (sample != 7) & (sample % 6 != 2)}
+    spaces = [FeatureSpace("rows", visual, audio)]
+    return correct_labels(spaces, given, 3, sample // 2, has_modality, search_space)
 
 
-def neighbors_and_correction() -> tuple[Tensor, ...]:
-    return *sharded_neighbors(), sharded_correction()
+def sharded_correction() -> tuple[Tensor, Tensor, dict[str, str]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(label_model, "GRID", label_model.GRID[::3])
+        patch.setattr(label_model, "MISMATCH_GRID", label_model.MISMATCH_GRID[::3])
+        correction = correct_shard()
+    assert correction.has_signal
+    columns = [getattr(correction, name) for name in TABLES] + [correction.correspondence[:, None]]
+    rates = [
+        correction.label_rate.estimate,
+        correction.label_rate.ci95_low,
+        correction.label_rate.ci95_high,
+        correction.pair_rate.estimate,
+        correction.visual_owner,
+        correction.log_likelihood_gain,
+    ]
+    estimates = [torch.tensor(rates), correction.transition_matrix.flatten(), correction.rate_log_likelihood]
+    return all_gather_variable_rows(torch.cat(columns, dim=1)), torch.cat(estimates), correction.selected_votes
+
+
+def neighbors_and_correction() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, dict[str, str]]]:
+    return sharded_neighbors(), sharded_correction()
 
 
 def test_neighbors_and_corrections_equal_those_of_one_rank():
-    expected_ids, expected_similarity, expected_votes = neighbors_and_correction()
-    for ids, similarity, votes in on_ranks(3, neighbors_and_correction):
-        assert torch.equal(ids, expected_ids)
-        torch.testing.assert_close(similarity, expected_similarity)
-        torch.testing.assert_close(votes, expected_votes, rtol=1e-4, atol=1e-5)
+    expected_neighbors, (expected_probs, expected_estimates, expected_votes) = neighbors_and_correction()
+    assert float((expected_probs[:, :3] - expected_probs[:, 3:6]).abs().max()) > 0.1
+    for (ids, similarity), (probs, estimates, votes) in on_ranks(3, neighbors_and_correction):
+        assert torch.equal(ids, expected_neighbors[0])
+        torch.testing.assert_close(similarity, expected_neighbors[1])
+        assert votes == expected_votes
+        torch.testing.assert_close(probs, expected_probs, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(estimates, expected_estimates, rtol=1e-3, atol=1e-3)
 
 
 def sharded_attention(num_rows: int) -> tuple[Tensor, Tensor]:

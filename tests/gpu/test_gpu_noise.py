@@ -1,6 +1,7 @@
 """Votes, noise rates and event-parsing losses on a GPU: equal to the CPU, with little memory, and safe with NaN."""
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import pytest
 import torch
@@ -9,12 +10,15 @@ from torch import Tensor
 
 from distav.data.modalities import MODALITIES
 from distav.losses.event_parsing import modality_losses, segment_losses, video_losses
-from distav.noise.calibration import VoteCalibrator
-from distav.noise.class_agreement import class_agreement, pair_posterior
+from distav.noise import label_model
 from distav.noise.correspondence import fit_mixture, gmm_correspondence
+from distav.noise.knn_vote import NeighborGraph
 from distav.noise.label_correction import Correction, CorrectionPrior, correct_labels
-from distav.noise.noise_rate import estimate_transition_matrix, uniform_transition_matrix
+from distav.noise.label_model import fit_label_model
+from distav.noise.noise_rate import transition_matrix
 from distav.noise.tiling import TILE_ELEMENTS
+from distav.noise.vote_model import LabelNoise, Parameters, Votes, class_probs, posterior
+from distav.noise.vote_score import VoteScorer, log_votes
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -25,34 +29,52 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def compute_tables(device: torch.device, num_samples: int = 9000, num_classes: int = 700) -> dict[str, Tensor]:
-    """Return the results of all functions of complete tables."""
-    labels = (torch.arange(num_samples) % num_classes).to(device)
-    votes, visual = (
-        (2 * draw(num_samples, num_classes, seed=seed) + 5 * F.one_hot(labels.cpu(), num_classes)).softmax(1).to(device)
-        for seed in (0, 1)
+def draw_votes(num_samples: int, num_classes: int, device: torch.device) -> tuple[Votes, Tensor]:
+    """Return votes of both modalities, some of which are missing, and labels of which a third is wrong."""
+    sample = torch.arange(num_samples)
+    visual_class = sample % num_classes
+    audio_class = torch.where(sample // num_classes % 5 == 0, (visual_class + 1) % num_classes, visual_class)
+    given = torch.where(sample // num_classes % 3 == 0, (visual_class + 1 + sample // 7) % num_classes, visual_class)
+    visual, audio = (
+        log_votes((2 * draw(num_samples, num_classes, seed=seed) + 5 * F.one_hot(classes, num_classes)).softmax(1))
+        for seed, classes in enumerate((visual_class, audio_class))
     )
+    has_visual, has_audio = sample % 11 != 3, sample % 13 != 4
+    votes = Votes([visual], [audio], [(visual + audio).log_softmax(1)], has_visual, has_audio)
+    return votes.map(lambda table: table.to(device)), given.to(device)
+
+
+def make_parameters(votes: Votes, num_classes: int, device: torch.device) -> Parameters:
+    """Return parameters at three noise rates, with asymmetric noise."""
+    rates = torch.tensor([0.1, 0.3, 0.5], device=device)
+    identity = torch.eye(num_classes, device=device)
+    matrices = (1 - rates)[:, None, None] * identity + rates[:, None, None] * identity.roll(1, 1)
+    variables = draw(3, votes.num_parameters, seed=7).mul_(0.3).to(device)
+    return Parameters(
+        variables,
+        torch.full_like(rates, 0.3)[:, None],
+        torch.full_like(rates, 0.7)[:, None],
+        torch.full_like(matrices[:, 0], 1 / num_classes),
+        LabelNoise(rates, matrices[:, None].expand(-1, 2, -1, -1)),
+    )
+
+
+def compute_tables(device: torch.device, num_samples: int = 3000, num_classes: int = 300) -> dict[str, Tensor]:
+    """Return the results of all functions of complete tables."""
+    votes, labels = draw_votes(num_samples, num_classes, device)
     usable = labels != 3
-    calibrator = VoteCalibrator(labels, num_classes, usable)
-    calibration = calibrator.calibrate(votes)
-    agreement = class_agreement(visual, votes, usable)
-    pairs = pair_posterior(visual, votes, agreement, agreement.rate_log_likelihood, usable)
-    combined, weights = calibrator.fit_ensemble([votes, visual], calibration.error_distribution)
-    errors = uniform_transition_matrix(1.0, num_classes).to(device)
-    posterior, matrix = estimate_transition_matrix(visual, labels, 0.3, errors, 5)
+    scorer = VoteScorer(labels, num_classes, usable)
+    probs = votes.visual[0].exp()
+    parameters = make_parameters(votes, num_classes, device)
+    weights, pair = torch.tensor([0.2, 0.5, 0.3], device=device), parameters.select(torch.tensor([1]))
+    result = posterior(parameters, weights, pair, votes, labels)
+    classes = class_probs(parameters, votes)
     return {
-        "log_likelihood": calibration.log_likelihood - calibration.log_likelihood.max(),
-        "scores": torch.tensor([calibration.per_sample, calibration.entropy, calibrator.prior_log_likelihood()]),
-        "error_distribution": calibration.error_distribution,
-        "calibrated": calibration.calibrate(votes),
-        "agreement": agreement.log_likelihood,
-        "agreement_scores": torch.tensor([agreement.per_sample, agreement.entropy]),
-        "correspondence": pairs.correspondence,
-        "audio_probs": pairs.audio_probs,
-        "combined": combined,
-        "weights": torch.tensor(weights),
-        "posterior": posterior,
-        "matrix": matrix,
+        "scores": torch.tensor([scorer.score(probs), scorer.score(votes.audio[0].exp())]),
+        "log_votes": log_votes(probs),
+        "transition_matrix": transition_matrix(probs, labels),
+        **{f"probs {field.name}": getattr(classes, field.name) for field in fields(classes)},
+        **{f"posterior {field.name}": getattr(result, field.name) for field in fields(result)},
     }
 
 
@@ -62,6 +84,25 @@ def test_tables_are_equal_on_cpu_and_gpu():
         torch.testing.assert_close(
             on_gpu[name].cpu(), expected, rtol=1e-4, atol=1e-5, msg=lambda message, name=name: f"{name}: {message}"
         )
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_fitted_models_are_equal_on_cpu_and_gpu(asymmetric: bool):
+    models = []
+    for device in (CPU, CUDA):
+        votes, given = draw_votes(1500, 6, device)
+        if asymmetric:
+            sample = torch.arange(1500, device=device)
+            given = torch.where(sample // 6 % 3 == 0, (sample + 1) % 6, sample % 6)
+        models.append(fit_label_model(votes, given, 6, torch.ones(1500, device=device)))
+        assert models[-1].posterior(votes, given).owner.device.type == device.type
+    on_cpu, on_gpu = models
+    assert on_gpu.gain == pytest.approx(on_cpu.gain, rel=1e-3)
+    assert on_gpu.certainty == pytest.approx(on_cpu.certainty, abs=1e-2)
+    assert float(on_gpu.pair.visual_owner) == pytest.approx(float(on_cpu.pair.visual_owner), abs=2e-2)
+    for name in ("label_rate", "pair_rate"):
+        assert getattr(on_gpu, name).estimate == pytest.approx(getattr(on_cpu, name).estimate, abs=5e-3), name
+    assert all(not parameters.votes.is_cuda for parameters in on_gpu.parameters) and not on_gpu.pair.votes.is_cuda
 
 
 def correct(device: torch.device, previous: Correction | None = None) -> Correction:
@@ -75,23 +116,14 @@ def correct(device: torch.device, previous: Correction | None = None) -> Correct
     given = torch.where(sample // 10 % 5 < 2, (true + 1 + sample // 50 % 7) % 10, true)
     spaces = [FeatureSpace("rows", visual.to(device), audio.to(device))]
     search_space = VoteSearchSpace((20, 60), (0, 20), (0.1, 0.3), (0.0, 0.5), 16)
-    arguments = (
-        given.to(device),
-        10,
-        sample.to(device),
-        dict.fromkeys(MODALITIES, (sample != 7).to(device)),
-        search_space,
-    )
+    has_modality: dict[str, Tensor] = {name: (sample != 7).to(device) for name in MODALITIES}
+    arguments = given.to(device), 10, sample.to(device), has_modality, search_space
     if previous is None:
         return correct_labels(spaces, *arguments)
     visual_teacher, audio_teacher = (
         (3 * F.one_hot(classes, 10) + draw(3000, 10, seed=5)).softmax(1).to(device) for classes in (true, audio_class)
     )
-    prior = CorrectionPrior(
-        previous.held_out.to(device),
-        previous.rate_log_likelihood.to(device),
-        previous.rate_log_likelihood_credible.to(device),
-    )
+    prior = CorrectionPrior(previous.held_out.to(device), previous.rate_log_likelihood.to(device))
     return correct_labels(spaces, *arguments, prior, (visual_teacher, audio_teacher))
 
 
@@ -100,18 +132,25 @@ def test_corrections_are_equal_on_cpu_and_gpu(with_prior: bool):
     previous = correct(CPU) if with_prior else None
     on_cpu, on_gpu = correct(CPU, previous), correct(CUDA, previous)
     assert on_gpu.has_signal and on_cpu.has_signal
-    for vote in ("visual", "audio", "joint", "cross_modal"):
+    for vote in ("visual", "audio", "joint"):
         assert on_cpu.selected_votes[vote] == on_gpu.selected_votes[vote]
-    for name in ("held_out", "posterior", "audio_held_out", "audio_posterior"):
+    for name in (
+        "held_out",
+        "posterior",
+        "visual_held_out",
+        "visual_posterior",
+        "audio_held_out",
+        "audio_posterior",
+    ):
         expected, actual = getattr(on_cpu, name), getattr(on_gpu, name).cpu()
-        assert (expected.argmax(1) == actual.argmax(1)).double().mean() > 0.999, name
-        assert (expected - actual).abs().mean() < 1e-4, name
-    assert (on_cpu.correspondence - on_gpu.correspondence.cpu()).abs().mean() < 1e-4
+        assert (expected.argmax(1) == actual.argmax(1)).double().mean() > 0.995, name
+        assert (expected - actual).abs().mean() < 1e-3, name
+    assert (on_cpu.correspondence - on_gpu.correspondence.cpu()).abs().mean() < 2e-3
     for name in ("label_rate", "pair_rate"):
         expected, actual = getattr(on_cpu, name), getattr(on_gpu, name)
         for figure in ("estimate", "ci95_low", "ci95_high"):
-            assert getattr(actual, figure) == pytest.approx(getattr(expected, figure), abs=1e-3), (name, figure)
-    torch.testing.assert_close(on_gpu.transition_matrix.cpu(), on_cpu.transition_matrix, rtol=1e-3, atol=1e-3)
+            assert getattr(actual, figure) == pytest.approx(getattr(expected, figure), abs=1e-2), (name, figure)
+    torch.testing.assert_close(on_gpu.transition_matrix.cpu(), on_cpu.transition_matrix, rtol=1e-2, atol=1e-2)
 
 
 def peak_growth(work: Callable[[], object]) -> int:
@@ -129,19 +168,17 @@ def test_functions_take_little_more_memory_than_the_table_that_they_return():
     num_samples, num_classes = 250_000, 700
     labels = torch.arange(num_samples, device=CUDA) % num_classes
     valid = torch.ones(num_samples, dtype=torch.bool, device=CUDA)
-    votes, visual = (torch.rand(num_samples, num_classes, device=CUDA).pow_(4) for _ in range(2))
-    for probs in (votes, visual):
-        probs.div_(probs.sum(1, keepdim=True))
-    errors = uniform_transition_matrix(1.0, num_classes).double().to(CUDA)
-    calibrator, agreement = VoteCalibrator(labels, num_classes, valid), class_agreement(visual, votes, valid)
-    calibration = calibrator.calibrate(votes)
+    votes = torch.rand(num_samples, num_classes, device=CUDA).pow_(4)
+    votes.div_(votes.sum(1, keepdim=True))
+    scorer = VoteScorer(labels, num_classes, valid)
+    features = torch.randn(num_samples, 16, device=CUDA)
+    graph = NeighborGraph(features, 10, torch.arange(num_samples, device=CUDA) // 3, valid)
+    vote = graph.vote(labels, num_classes, 10, 0.2)
     functions: dict[str, tuple[int, Callable[[], object]]] = {
-        "class_agreement": (0, lambda: class_agreement(visual, votes, valid)),
-        "pair_posterior": (1, lambda: pair_posterior(visual, votes, agreement, agreement.rate_log_likelihood, valid)),
-        "VoteCalibrator.calibrate": (0, lambda: calibrator.calibrate(votes)),
-        "Calibration.calibrate": (1, lambda: calibration.calibrate(votes)),
-        "fit_ensemble": (1, lambda: calibrator.fit_ensemble([visual, votes], errors)),
-        "estimate_transition_matrix": (1, lambda: estimate_transition_matrix(votes, labels, 0.4, errors)),
+        "VoteScorer.score": (0, lambda: scorer.score(votes)),
+        "transition_matrix": (0, lambda: transition_matrix(votes, labels)),
+        "vote": (1, lambda: graph.vote(labels, num_classes, 10, 0.2)),
+        "second_round": (1, lambda: vote.second_round(labels, 10)),
     }
     table, overhead = num_samples * num_classes * 4, 12 * TILE_ELEMENTS["cuda"] * 8
     measured = {name: (num_tables, peak_growth(work)) for name, (num_tables, work) in functions.items()}
@@ -151,6 +188,29 @@ def test_functions_take_little_more_memory_than_the_table_that_they_return():
         if growth > 1.3 * num_tables * table + overhead
     }
     assert not exceeding, f"tables: {exceeding}"
+
+
+def test_correction_holds_three_tables_of_votes_and_the_six_of_its_result(monkeypatch: pytest.MonkeyPatch):
+    """Peak above the arguments <= 9 tables + half a table + thirty float32 numbers per element of a tile."""
+    num_samples, num_classes = 150_000, 350
+    monkeypatch.setattr(label_model, "GRID", (0.2, 0.4))
+    monkeypatch.setattr(label_model, "COARSE_GRID", (0.2, 0.4))
+    monkeypatch.setattr(label_model, "MISMATCH_GRID", (0.05, 0.3))
+    monkeypatch.setattr(label_model, "MIN_FIT_SAMPLES", 300)
+    monkeypatch.setattr(label_model, "MAX_FIT_SAMPLES", 300)
+    sample = torch.arange(num_samples)
+    true = sample % num_classes
+    given = torch.where(sample // num_classes % 3 == 0, (true + 1) % num_classes, true).to(CUDA)
+    visual, audio = (
+        (4 * draw(num_classes, 16, seed=seed)[true] + draw(num_samples, 16, seed=seed + 2)).to(CUDA) for seed in (0, 1)
+    )
+    has_modality: dict[str, Tensor] = {name: (sample >= 0).to(CUDA) for name in MODALITIES}
+    search_space = VoteSearchSpace((8,), (0, 8), (0.2,), (0.0,), 16)
+    spaces = [FeatureSpace("rows", visual, audio)]
+    arguments = spaces, given, num_classes, sample.to(CUDA), has_modality, search_space
+    growth, table = peak_growth(lambda: correct_labels(*arguments)), num_samples * num_classes * 4
+    allowed = 9.5 * table + 30 * TILE_ELEMENTS["cuda"] * 4
+    assert growth <= allowed, f"{growth / table:.2f} tables, allowed {allowed / table:.2f}"
 
 
 def test_mixtures_are_equal_on_cpu_and_gpu_for_any_number_of_pairs():

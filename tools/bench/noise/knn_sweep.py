@@ -14,8 +14,8 @@ from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset
 from distav.data.preparation.noise_injection import LabelNoise, flip_labels
 from distav.evaluation.embedding import Embedder
-from distav.noise.calibration import VoteCalibrator
 from distav.noise.knn_vote import NeighborGraph, pca_whiten
+from distav.noise.vote_score import VoteScorer
 from distav.noise.vote_search import VoteSearchSpace
 
 NUM_NEIGHBORS = (5, 10, 20, 50, 100, 200, 400, 800)
@@ -51,13 +51,15 @@ def sweep(run: Path, shards: Path, noises: Sequence[str], seed: int) -> list[dic
         assert label_noise is not None
         rng = np.random.default_rng([seed, 7])
         given = torch.from_numpy(flip_labels(labels.given, num_classes, label_noise, rng))
-        calibrator = VoteCalibrator(given, num_classes, valid)
+        scorer = VoteScorer(given, num_classes, valid)
+        frequencies = scorer.class_counts / scorer.num_samples
+        baseline = float((frequencies * frequencies.clamp_min(1e-12).log()).sum())
         for k in (k for k in NUM_NEIGHBORS if k < len(split)):
             vote = graph.vote(given, num_classes, k, TEMPERATURE)
             for voters in (voters for voters in (0, SECOND_ROUND_NEIGHBORS) if voters <= k):
                 votes = vote.second_round(given, voters) if voters else vote.probs
                 accuracy = (votes.argmax(1).numpy() == labels.given).mean()
-                gain = calibrator.calibrate(votes).per_sample - calibrator.prior_log_likelihood()
+                gain = scorer.score(votes) - baseline
                 row = {"label_noise": noise, "k": k, "second_round_neighbors": voters}
-                rows.append(row | {"label_accuracy": 100 * float(accuracy), "log_likelihood_gain": float(gain)})
+                rows.append(row | {"label_accuracy": 100 * float(accuracy), "log_likelihood_gain": gain})
     return rows
