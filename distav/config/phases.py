@@ -165,7 +165,7 @@ class LabelCorrectionPhase:
     num_components: int = field(default=48, metadata=at_least(1))
     """Number of principal components of the features that are kept."""
     pseudo_labels: FilePath = ""
-    """Output directory of tools/pseudo_label.py, whose teachers then join the ensemble; empty for none."""
+    """Output directory of tools/pseudo_label.py, whose teachers give each modality another vote; empty for none."""
     min_log_likelihood_gain: float = field(default=10.0, metadata=at_least(0))
     """Minimum log-likelihood gain, in nats over all clips, of the votes over class frequencies in predicting the given
     labels. Below it, labels stay unchanged. Random features reach about 1."""

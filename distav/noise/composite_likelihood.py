@@ -48,7 +48,9 @@ class CompositeLikelihood:
             weights: [n] weights of the samples, mean 1.
         """
         self.votes, self.labels, self.num_classes, self.weights = votes, labels, num_classes, weights
-        self.fold = torch.arange(len(labels), device=labels.device) % 2
+        # Random, because the classes of a dataset may be interleaved.
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        self.fold = (order % 2).to(labels.device)
         counts = weights.new_zeros(num_classes).index_add_(0, labels, weights) + 1
         self.frequencies = counts / counts.sum()
         uses = (len(votes.visual), len(votes.audio), len(votes.visual) + len(votes.audio) + len(votes.joint))
@@ -133,6 +135,13 @@ class CompositeLikelihood:
                 )
                 parameters = self._update_matrices(parameters, classes * label_probs)
         return parameters
+
+    @torch.no_grad()
+    def count_matrices(self, parameters: Parameters) -> Parameters:
+        """Estimate T and pi from the most probable class of each sample, as if the votes were certain."""
+        fused = class_probs(parameters, self.votes).fused
+        predicted = torch.zeros_like(fused).scatter_(-1, fused.argmax(-1, keepdim=True), 1.0)
+        return self._update_matrices(parameters, predicted)
 
     def _update_matrices(self, parameters: Parameters, classes: Tensor) -> Parameters:
         """Estimate T and pi from class probabilities given the labels [G, n, C]; each fold gets those of the other."""

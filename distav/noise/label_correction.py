@@ -30,9 +30,6 @@ from distav.noise.vote_search import (
     select_vote,
 )
 
-MAX_KNOWN_WIDTH = 0.3
-"""Width of the 95 % interval from which on a rate counts as unknown."""
-
 
 @dataclass(frozen=True)
 class CorrectionPrior:

@@ -25,8 +25,12 @@ COARSE_GRID = GRID[::3]
 MISMATCH_GRID = (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.36, 0.42, 0.5, 0.6, 0.75, 0.9)
 SYMMETRIC_ENTROPY_PENALTY, ASYMMETRIC_ENTROPY_PENALTY = 0.03, 0.1
 """Weights of the entropy under symmetric and asymmetric noise."""
-ASYMMETRY_PENALTY = 5.0
-"""Log-likelihood that asymmetric noise must gain to be as probable as symmetric noise, in nats."""
+ASYMMETRY_PENALTY_PER_CLASS, ASYMMETRY_PENALTY_PER_ENTRY = 2.0, 0.25
+"""Log-likelihood in nats that asymmetric noise must gain to be as probable as symmetric noise, for each class and for
+each free entry of the transition matrix; the smaller sum counts. The folds are not fully independent, because samples
+vote for each other."""
+MAX_ENTROPY_BONUS = 3.0
+"""Asymmetric noise that explains the labels with less entropy gains up to this multiple of its penalty."""
 MIN_CERTAINTY = 0.75
 """Certainty of the classes below which entropy is not penalized, and intervals are wider; see `Profile`."""
 MIN_TEMPERATURE = 2.0
@@ -99,13 +103,20 @@ def fit_label_model(
     profiles = [fit_profile(likelihood, grid, symmetric=True)]
     if not is_preliminary:
         profiles.append(fit_profile(likelihood, grid, symmetric=False))
-    gain = max(profile.gain for profile in profiles)
+    penalty = min(
+        ASYMMETRY_PENALTY_PER_CLASS * num_classes, ASYMMETRY_PENALTY_PER_ENTRY * num_classes * (num_classes - 1)
+    )
+    gain = max(profile.gain - kind * penalty for kind, profile in enumerate(profiles))
     certainty = max(float(profile.certainty[profile.objective.argmax()]) for profile in profiles)
     is_certain = certainty >= MIN_CERTAINTY
     temperature = MIN_TEMPERATURE + (RELATIVE_MISFIT if is_certain else UNCERTAIN_MISFIT) * max(gain, 0.0)
     penalties = (SYMMETRIC_ENTROPY_PENALTY, ASYMMETRIC_ENTROPY_PENALTY if is_certain else 0.0)
     curves = [_penalized(*pair) for pair in zip(profiles, penalties, strict=False)]
-    curves = [(curve - kind * ASYMMETRY_PENALTY) / temperature for kind, curve in enumerate(curves)]
+    if len(profiles) > 1:
+        entropies = [float(profile.entropy[curve.argmax()]) for profile, curve in zip(profiles, curves, strict=True)]
+        bonus = penalties[1] * max(entropies[0] - entropies[1], 0.0)
+        curves[1] = curves[1] - penalty + min(bonus, MAX_ENTROPY_BONUS * penalty)
+    curves = [curve / temperature for curve in curves]
     positions = candidate_rates(num_classes)
     if rate_prior is not None:
         prior = interpolate_profile(positions.tolist(), rate_prior.cpu(), torch.tensor(grid))
@@ -162,13 +173,15 @@ def _fit_pairs(
 
 
 def _gathered_likelihood(votes: Votes, labels: Tensor, num_classes: int, weights: Tensor) -> CompositeLikelihood:
-    """Return the likelihood of a regular subset of the samples of all ranks."""
+    """Return the likelihood of a random subset of the samples of all ranks."""
     total = int(all_reduce_sum_(torch.tensor(float(len(labels)), dtype=torch.float64)))
     limit = min(MAX_FIT_SAMPLES, max(MIN_FIT_SAMPLES, MAX_FIT_ELEMENTS // num_classes))
-    stride = max(1, -(-total // limit))
-    subset = votes.rows(slice(None, None, stride)).map(_gather)
-    weights = _gather(weights[::stride])
-    return CompositeLikelihood(subset, _gather(labels[::stride]), num_classes, weights / weights.mean())
+    kept = min(len(labels), round(len(labels) * limit / max(total, 1)))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
+    rows = order[:kept].sort().values
+    weights = _gather(weights[rows])
+    subset = votes.rows(rows).map(_gather)
+    return CompositeLikelihood(subset, _gather(labels[rows]), num_classes, weights / weights.mean())
 
 
 def _gather(rows: Tensor) -> Tensor:

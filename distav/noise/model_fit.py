@@ -21,6 +21,9 @@ START_ROUNDS, ROUNDS, LAST_ROUNDS, PAIR_ROUNDS = 2, 2, 2, 3
 """Rounds of such steps from each start, twice from the best candidates, and for each mismatch rate."""
 STARTS = ((0.0, 0.95), (0.5, 0.5), (0.0, 0.05))
 """Starts of a fit: shift of the logarithms of the inverse temperatures, and w."""
+SHARP_STARTS = ((1.0, 0.9), (2.0, 0.9), (2.0, 0.1))
+"""Additional starts under asymmetric noise, from a T that is counted against the predictions of the votes: otherwise
+votes that are split between two classes are a local maximum."""
 START_STRIDE = 3
 """Every third noise rate is fitted from all starts; the results are candidates at all rates."""
 MAX_ELEMENTS = 2**22
@@ -63,6 +66,8 @@ def fit_profile(likelihood: CompositeLikelihood, rates: Sequence[float], symmetr
     grid = torch.tensor(rates, device=device)
     coarse = grid[START_STRIDE // 2 :: START_STRIDE] if len(rates) > START_STRIDE else grid
     starts = [_start(likelihood, coarse, shift, owner, symmetric) for shift, owner in STARTS]
+    if not symmetric:
+        starts += [likelihood.count_matrices(_start(likelihood, coarse, *start, symmetric)) for start in SHARP_STARTS]
     fitted = [_ascend(likelihood, likelihood.objective, start, START_ROUNDS) for start in starts]
     objectives = torch.stack([objective for _, objective in fitted])
     best = objectives.argmax(0) * len(coarse) + torch.arange(len(coarse), device=device)

@@ -37,7 +37,7 @@ def log_votes(votes: Tensor) -> Tensor:
 
 
 class VoteScorer:
-    """Scores votes on the given labels of all samples, or of a regular subset of a large dataset.
+    """Scores votes on the given labels of all samples, or of a random subset of a large dataset.
 
     Each rank processes its own samples in tiles; the sums are reduced over all ranks.
     """
@@ -51,8 +51,11 @@ class VoteScorer:
             usable: [n] bool, samples that may be selected.
         """
         self.num_classes = num_classes
-        stride = max(1, -(-int(all_reduce_sum_(usable.sum().double())) // MAX_SCORED_SAMPLES))
-        self.samples = usable.nonzero().squeeze(1)[::stride]
+        samples = usable.nonzero().squeeze(1)
+        fraction = min(1.0, MAX_SCORED_SAMPLES / max(1.0, float(all_reduce_sum_(usable.sum().double()))))
+        # Random, because the classes of a dataset may be interleaved.
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).to(samples.device)
+        self.samples = samples[order[: round(fraction * len(samples))].sort().values]
         self.labels = labels[self.samples]
         self.class_counts = all_reduce_sum_(torch.bincount(self.labels, minlength=num_classes).double())
         self.num_samples = max(1, int(self.class_counts.sum()))
