@@ -105,28 +105,27 @@ def _best_candidates(likelihood: CompositeLikelihood, candidates: Parameters, ra
     """Return the best of the candidates at each noise rate: the start of an ascent."""
     num_candidates = len(candidates.votes)
     index = torch.arange(num_candidates, device=rates.device).repeat_interleave(len(rates))
-    crossed, all_rates = candidates.select(index), rates.repeat(num_candidates)
-    noise = candidates.noise
-    matrices = None if noise.matrices is None else _scaled(noise, index, all_rates)
-    crossed = replace(crossed, noise=LabelNoise(all_rates, matrices))
+    all_rates = rates.repeat(num_candidates)
     objectives: list[Tensor] = []
     with torch.no_grad():
         for rows in _parts(likelihood, len(index)):
-            part = crossed.select(rows)
+            part = _at_rates(candidates, index[rows], all_rates[rows])
             label_probs = part.noise.probabilities(likelihood.labels, likelihood.fold)
             objectives.append(likelihood.objective(part, label_probs))
     best = torch.cat(objectives).view(num_candidates, len(rates)).argmax(0)
-    return crossed.select(best * len(rates) + torch.arange(len(rates), device=rates.device))
+    return _at_rates(candidates, best, rates)
 
 
-def _scaled(noise: LabelNoise, index: Tensor, rates: Tensor) -> Tensor:
-    """Return the matrices of some noise rates with their errors scaled to other rates: [len(index), 2, C, C]."""
-    assert noise.matrices is not None
-    matrices = noise.matrices[index]
-    wrong = 1 - matrices.diagonal(dim1=-2, dim2=-1)
-    scaled = (wrong * (rates / noise.rates[index])[:, None, None]).clamp(max=0.999)
-    errors = (matrices - torch.diag_embed(1 - wrong)) / wrong.clamp_min(1e-9)[..., None]
-    return torch.diag_embed(1 - scaled) + scaled[..., None] * errors
+def _at_rates(parameters: Parameters, index: Tensor, rates: Tensor) -> Parameters:
+    """Return some of the parameters at other noise rates, with the errors of their matrices scaled: [len(index)]."""
+    selected = parameters.select(index)
+    matrices = selected.noise.matrices
+    if matrices is not None:
+        wrong = 1 - matrices.diagonal(dim1=-2, dim2=-1)
+        scaled = (wrong * (rates / selected.noise.rates)[:, None, None]).clamp(max=0.999)
+        errors = (matrices - torch.diag_embed(1 - wrong)) / wrong.clamp_min(1e-9)[..., None]
+        matrices = torch.diag_embed(1 - scaled) + scaled[..., None] * errors
+    return replace(selected, noise=LabelNoise(rates, matrices))
 
 
 Objective = Callable[[Parameters, Tensor | None], Tensor]

@@ -267,8 +267,8 @@ def posterior(parameters: Parameters, weights: Tensor, pair: Parameters, votes: 
     matched = likelihood.matched * likelihood.fused / likelihood.owner
     by_visual = (1 - likelihood.matched) * owner * likelihood.visual / likelihood.owner
     by_audio = (1 - matched - by_visual).clamp_min(0.0)
-    same_class = (probs.visual * probs.audio).sum(-1)
-    correspondence = torch.where(paired, matched + (1 - matched) * same_class, 1.0)
+    same_class = by_visual * (visual * probs.audio).sum(-1) + by_audio * (probs.visual * audio).sum(-1)
+    correspondence = torch.where(paired, matched + same_class, 1.0)
     before, owner = likelihood.matched[..., None], owner[..., None]
     matched, by_visual, by_audio = (value[..., None] for value in (matched, by_visual, by_audio))
 
