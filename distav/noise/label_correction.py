@@ -17,7 +17,7 @@ from torch import Tensor
 from distav.distributed.collectives import local_shard
 from distav.noise.knn_vote import source_weights
 from distav.noise.label_model import LabelModel, fit_label_model
-from distav.noise.noise_rate import RateEstimate, candidate_rates, class_rates, estimate_rate, transition_matrix
+from distav.noise.noise_rate import RateEstimate, candidate_rates, class_rates, transition_matrix, unknown_rate
 from distav.noise.tiling import tiles
 from distav.noise.vote_model import Posterior, Votes
 from distav.noise.vote_score import VoteScorer, log_votes
@@ -163,9 +163,9 @@ def correct_labels(
         audio_posterior=result.audio,
         correspondence=torch.where(corrected, result.correspondence, torch.ones_like(result.correspondence)),
         rate_log_likelihood=model.rate_log_likelihood.to(given.device),
-        label_rate=model.label_rate,
+        label_rate=model.label_rate if has_signal else unknown_rate(num_classes),
         transition_matrix=transition_matrix(result.owner[corrected], local_labels[corrected]),
-        pair_rate=model.pair_rate,
+        pair_rate=model.pair_rate if has_signal else unknown_rate(num_classes),
         visual_owner=float(model.pair.visual_owner),
         log_likelihood_gain=model.gain,
         has_signal=has_signal,
@@ -235,7 +235,7 @@ def identity_correction(given: Tensor, num_classes: int) -> Correction:
     labels = local_shard(given)
     probs = torch.zeros(len(labels), num_classes, device=given.device).scatter_(1, labels[:, None], 1.0)
     log_likelihood = torch.zeros_like(candidate_rates(num_classes), device=given.device)
-    rate = estimate_rate(log_likelihood, num_classes)
+    rate = unknown_rate(num_classes)
     return Correction(
         held_out=probs,
         posterior=probs.clone(),

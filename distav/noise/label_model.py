@@ -35,9 +35,11 @@ MIN_CERTAINTY = 0.75
 """Certainty of the classes below which entropy is not penalized, and intervals are wider; see `Profile`."""
 MIN_TEMPERATURE = 2.0
 """Temperature of a profile without gain: each label enters the composite likelihood twice."""
-RELATIVE_MISFIT, UNCERTAIN_MISFIT = 0.002, 0.01
+RELATIVE_MISFIT = 0.002
 """Increase of the temperature per nat of gain: the better the votes predict the labels, the more a small misfit of the
-model counts. The second value is used below `MIN_CERTAINTY`."""
+model counts."""
+UNCERTAIN_FACTOR = 3.0
+"""Factor of the temperature below `MIN_CERTAINTY`."""
 NEGLIGIBLE_WEIGHT = 0.01
 """Noise rates of less weight are left out of averages."""
 MAX_FIT_SAMPLES, MIN_FIT_SAMPLES, MAX_FIT_ELEMENTS = 3000, 1200, 300_000
@@ -109,7 +111,8 @@ def fit_label_model(
     gain = max(profile.gain - kind * penalty for kind, profile in enumerate(profiles))
     certainty = max(float(profile.certainty[profile.objective.argmax()]) for profile in profiles)
     is_certain = certainty >= MIN_CERTAINTY
-    temperature = MIN_TEMPERATURE + (RELATIVE_MISFIT if is_certain else UNCERTAIN_MISFIT) * max(gain, 0.0)
+    temperature = MIN_TEMPERATURE + RELATIVE_MISFIT * max(gain, 0.0)
+    temperature *= 1.0 if is_certain else UNCERTAIN_FACTOR
     penalties = (SYMMETRIC_ENTROPY_PENALTY, ASYMMETRIC_ENTROPY_PENALTY if is_certain else 0.0)
     curves = [_penalized(*pair) for pair in zip(profiles, penalties, strict=False)]
     if len(profiles) > 1:

@@ -65,6 +65,11 @@ def estimate_rate(log_likelihood: Tensor, num_classes: int) -> RateEstimate:
     return RateEstimate(float(posterior @ rates), quantile(0.025), quantile(0.975))
 
 
+def unknown_rate(num_classes: int) -> RateEstimate:
+    """Return the estimate of a rate of which nothing is known: all candidate rates are equally likely."""
+    return estimate_rate(torch.zeros_like(candidate_rates(num_classes)), num_classes)
+
+
 def interpolate_profile(rates: Sequence[float], log_likelihood: Tensor, positions: Tensor) -> Tensor:
     """Return a profile likelihood at other rates, interpolated monotonically: [G], [R] -> [R] float64.
 

@@ -61,6 +61,7 @@ def test_labels_are_unchanged_without_class_information_in_the_features():
     correction = scene.correct()
     assert not correction.has_signal
     assert torch.equal(correction.posterior.argmax(1), scene.given)
+    assert correction.label_rate.ci95_width > 0.8 and correction.pair_rate.ci95_width > 0.8
 
 
 def test_visual_clusters_with_a_wrong_majority_are_corrected_by_their_audio():
