@@ -35,16 +35,17 @@ from distav.noise.vote_search import (
 class CorrectionPrior:
     """Results of earlier corrections that a later one uses.
 
-    The features of later rounds are trained on votes that depend slightly on every label. The noise rate of the first
-    correction is therefore the most reliable.
+    The features of later rounds are trained on votes that depend slightly on every label. The rates of the first
+    correction are therefore the most reliable.
 
     Attributes:
         held_out: [n, C] held-out probabilities of the previous correction, one of the votes.
-        rate_log_likelihood: [R] of the first correction; see `Correction`.
+        rate_log_likelihood, pair_rate_log_likelihood: [R] of the first correction; see `Correction`.
     """
 
     held_out: Tensor
     rate_log_likelihood: Tensor
+    pair_rate_log_likelihood: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Correction:
         visual_held_out, visual_posterior: [n, C] the same for the class of the frames.
         audio_held_out, audio_posterior: [n, C] the same for the class of the audio.
         correspondence: [n] probability that audio and frames show the same class; 1 for samples with one modality.
-        rate_log_likelihood: [R] log-likelihood of the noise rates, the prior of later corrections.
+        rate_log_likelihood, pair_rate_log_likelihood: [R] log-likelihoods of the label-noise rates and of the mismatch
+            rates, the priors of later corrections.
         label_rate: label-noise rate.
         transition_matrix: [C, C + 1] P(given | true), and the estimated number of samples of each class in the last
             column.
@@ -79,6 +81,7 @@ class Correction:
     audio_posterior: Tensor
     correspondence: Tensor
     rate_log_likelihood: Tensor
+    pair_rate_log_likelihood: Tensor
     label_rate: RateEstimate
     transition_matrix: Tensor
     pair_rate: RateEstimate
@@ -130,12 +133,12 @@ def correct_labels(
     scorer = VoteScorer(local_labels, num_classes, present)
     task = VoteTask(given, local_labels, num_classes, groups, valid, present, has_modality, search_space, scorer)
     sample_weights = local_shard(source_weights(groups))
-    rate_prior = prior.rate_log_likelihood if prior else None
+    rate_priors = (prior.rate_log_likelihood, prior.pair_rate_log_likelihood) if prior else None
 
     def fit(votes: Votes, is_preliminary: bool) -> LabelModel:
         rows = present.nonzero().squeeze(1)
         data = votes.rows(rows), local_labels[rows], num_classes, sample_weights[rows]
-        return fit_label_model(*data, rate_prior, is_preliminary)
+        return fit_label_model(*data, rate_priors, is_preliminary)
 
     visual = select_vote(task.restricted("visual"), spaces, lambda space: space.visual)
     audio = select_vote(task.restricted("audio"), spaces, lambda space: space.audio)
@@ -163,6 +166,7 @@ def correct_labels(
         audio_posterior=result.audio,
         correspondence=torch.where(corrected, result.correspondence, torch.ones_like(result.correspondence)),
         rate_log_likelihood=model.rate_log_likelihood.to(given.device),
+        pair_rate_log_likelihood=model.pair_rate_log_likelihood.to(given.device),
         label_rate=model.label_rate if has_signal else unknown_rate(num_classes),
         transition_matrix=transition_matrix(result.owner[corrected], local_labels[corrected]),
         pair_rate=model.pair_rate if has_signal else unknown_rate(num_classes),
@@ -245,6 +249,7 @@ def identity_correction(given: Tensor, num_classes: int) -> Correction:
         audio_posterior=probs.clone(),
         correspondence=torch.ones_like(probs[:, 0]),
         rate_log_likelihood=log_likelihood,
+        pair_rate_log_likelihood=log_likelihood,
         label_rate=rate,
         transition_matrix=probs.new_zeros(num_classes, num_classes + 1),
         pair_rate=rate,

@@ -56,6 +56,7 @@ class LabelModel:
         weights: weights of these rates, sum 1 over all.
         pair: parameters at the most likely mismatch rate.
         rate_log_likelihood: [R] tempered log-likelihood of `candidate_rates(C)`, maximum 0.
+        pair_rate_log_likelihood: [R] the same of the mismatch rates.
         label_rate: label-noise rate.
         pair_rate: rate of pairs whose modalities show different classes.
         gain: gain in the log-likelihood of the labels over the class frequencies, in nats.
@@ -66,6 +67,7 @@ class LabelModel:
     weights: Sequence[Tensor]
     pair: Parameters
     rate_log_likelihood: Tensor
+    pair_rate_log_likelihood: Tensor
     label_rate: RateEstimate
     pair_rate: RateEstimate
     gain: float
@@ -86,7 +88,7 @@ def fit_label_model(
     labels: Tensor,
     num_classes: int,
     weights: Tensor,
-    rate_prior: Tensor | None = None,
+    rate_priors: tuple[Tensor, Tensor] | None = None,
     is_preliminary: bool = False,
 ) -> LabelModel:
     """Fit the model to the labels of this rank's samples; all ranks return the same result.
@@ -96,7 +98,7 @@ def fit_label_model(
         labels: [n] int64 given labels.
         num_classes: C.
         weights: [n] weights of the samples.
-        rate_prior: [R] log-probability of the noise rates from an earlier correction.
+        rate_priors: [R] log-probability of the label-noise rates and of the mismatch rates from an earlier correction.
         is_preliminary: whether to fit symmetric noise only, on a coarse grid.
     """
     likelihood = _gathered_likelihood(votes, labels, num_classes, weights)
@@ -121,8 +123,8 @@ def fit_label_model(
         curves[1] = curves[1] - penalty + min(bonus, MAX_ENTROPY_BONUS * penalty)
     curves = [curve / temperature for curve in curves]
     positions = candidate_rates(num_classes)
-    if rate_prior is not None:
-        prior = interpolate_profile(positions.tolist(), rate_prior.cpu(), torch.tensor(grid))
+    if rate_priors is not None:
+        prior = interpolate_profile(positions.tolist(), rate_priors[0].cpu(), torch.tensor(grid))
         curves = [curve + prior for curve in curves]
     log_likelihood = torch.stack([interpolate_profile(grid, curve, positions) for curve in curves]).logsumexp(0)
     log_likelihood -= log_likelihood.max()
@@ -135,16 +137,16 @@ def fit_label_model(
     ]
     total = sum(float(part.sum()) for _, part in kept)
     best_parameters, best_weights = max(kept, key=lambda item: float(item[1].max()))
-    pair, pair_rate = _fit_pairs(
-        likelihood, best_parameters.select(best_weights.argmax()[None]).to(labels.device), temperature
-    )
+    best = best_parameters.select(best_weights.argmax()[None]).to(labels.device)
+    pair, pair_log_likelihood = _fit_pairs(likelihood, best, temperature, rate_priors and rate_priors[1])
     model = LabelModel(
         parameters=[parameters for parameters, _ in kept],
         weights=[part / total for _, part in kept],
         pair=pair.to(cpu),
         rate_log_likelihood=log_likelihood,
+        pair_rate_log_likelihood=pair_log_likelihood,
         label_rate=estimate_rate(log_likelihood, num_classes),
-        pair_rate=pair_rate,
+        pair_rate=_pair_rate(likelihood, pair_log_likelihood),
         gain=gain / 2,
         certainty=certainty,
     )
@@ -162,17 +164,28 @@ def _penalized(profile: Profile, entropy_penalty: float) -> Tensor:
 
 
 def _fit_pairs(
-    likelihood: CompositeLikelihood, parameters: Parameters, temperature: float
-) -> tuple[Parameters, RateEstimate]:
-    """Return the parameters at the most likely mismatch rate, and the rate of pairs with different classes."""
+    likelihood: CompositeLikelihood, parameters: Parameters, temperature: float, prior: Tensor | None
+) -> tuple[Parameters, Tensor]:
+    """Return the parameters at the most likely mismatch rate, and the log-likelihood of the mismatch rates.
+
+    The mismatch rate is that of independent pairs; `candidate_rates(C)` are the rates of different classes that follow
+    from it in balanced data.
+    """
     parameters, objective = fit_pair_profile(likelihood, parameters, MISMATCH_GRID)
     rates = candidate_rates(likelihood.num_classes)
-    curve = interpolate_profile(MISMATCH_GRID, objective.cpu() / temperature, rates / rates[-1])
-    estimate = estimate_rate(curve, likelihood.num_classes)
-    # Independent classes differ less often if some classes are frequent.
-    ratio = float((1 - likelihood.frequencies.square().sum()) / rates[-1])
-    estimate = RateEstimate(ratio * estimate.estimate, ratio * estimate.ci95_low, ratio * estimate.ci95_high)
-    return parameters.select(objective.argmax()[None]), estimate
+    curve = objective.cpu() / temperature
+    if prior is not None:
+        curve = curve + interpolate_profile((rates / rates[-1]).tolist(), prior.cpu(), torch.tensor(MISMATCH_GRID))
+    log_likelihood = interpolate_profile(MISMATCH_GRID, curve, rates / rates[-1])
+    return parameters.select(curve.argmax()[None]), log_likelihood - log_likelihood.max()
+
+
+def _pair_rate(likelihood: CompositeLikelihood, log_likelihood: Tensor) -> RateEstimate:
+    """Return the rate of pairs with different classes, which is smaller if some classes are frequent."""
+    estimate = estimate_rate(log_likelihood, likelihood.num_classes)
+    largest_rate = candidate_rates(likelihood.num_classes)[-1]
+    ratio = float((1 - likelihood.frequencies.square().sum()) / largest_rate)
+    return RateEstimate(ratio * estimate.estimate, ratio * estimate.ci95_low, ratio * estimate.ci95_high)
 
 
 def _gathered_likelihood(votes: Votes, labels: Tensor, num_classes: int, weights: Tensor) -> CompositeLikelihood:

@@ -34,14 +34,15 @@ class CorrectionState:
 
     Attributes:
         has_signal: whether the votes of the last correction predict the given labels better than class frequencies do.
-        rate_log_likelihood: log-likelihood of the noise rates from the first correction with a signal, see
-            `distav.noise.label_correction.Correction`; None before it.
+        rate_log_likelihood, pair_rate_log_likelihood: log-likelihoods of the label-noise and mismatch rates from the
+            first correction with a signal, see `distav.noise.label_correction.Correction`; None before it.
         label_rate_logits: [C, 8] rates of missing and wrong labels of each class from that correction on a multi-label
             dataset, see `distav.noise.multi_label_correction.ListCorrection`.
     """
 
     has_signal: bool
     rate_log_likelihood: list[float] | None = None
+    pair_rate_log_likelihood: list[float] | None = None
     label_rate_logits: list[list[float]] | None = None
 
 

@@ -123,7 +123,11 @@ def correct(device: torch.device, previous: Correction | None = None) -> Correct
     visual_teacher, audio_teacher = (
         (3 * F.one_hot(classes, 10) + draw(3000, 10, seed=5)).softmax(1).to(device) for classes in (true, audio_class)
     )
-    prior = CorrectionPrior(previous.held_out.to(device), previous.rate_log_likelihood.to(device))
+    prior = CorrectionPrior(
+        previous.held_out.to(device),
+        previous.rate_log_likelihood.to(device),
+        previous.pair_rate_log_likelihood.to(device),
+    )
     return correct_labels(spaces, *arguments, prior, (visual_teacher, audio_teacher))
 
 

@@ -97,6 +97,7 @@ def _correction_prior(run: Run) -> CorrectionPrior | None:
     return CorrectionPrior(
         held_out=run.bank.columns["held_out"],
         rate_log_likelihood=torch.tensor(state.rate_log_likelihood, dtype=torch.float64, device=device),
+        pair_rate_log_likelihood=torch.tensor(state.pair_rate_log_likelihood, dtype=torch.float64, device=device),
     )
 
 
@@ -117,4 +118,5 @@ def store_correction(run: Run, correction: Correction) -> None:
     state.has_signal = correction.has_signal
     if state.rate_log_likelihood is None and correction.has_signal:
         state.rate_log_likelihood = correction.rate_log_likelihood.tolist()
+        state.pair_rate_log_likelihood = correction.pair_rate_log_likelihood.tolist()
     run.state.correction = state

@@ -32,6 +32,13 @@ def test_audio_gets_its_own_label_and_mismatched_pairs_are_detected():
     assert accuracy(correction.audio_posterior, scene.audio_class) > 0.95
     assert auroc(correction.correspondence.numpy(), ~scene.mismatched) > 0.97
     assert correction.pair_rate.estimate == pytest.approx(scene.mismatched.mean(), abs=0.04)
+    prior = CorrectionPrior(correction.held_out, correction.rate_log_likelihood, correction.pair_rate_log_likelihood)
+    # In later rounds both modalities were trained on the same votes and agree where they do not match.
+    scene.audio = torch.where(
+        torch.rand(1000, 1, generator=torch.Generator().manual_seed(2)) < 0.5, scene.visual, scene.audio
+    )
+    alone, later = scene.correct().pair_rate, scene.correct(prior=prior).pair_rate
+    assert later.estimate - alone.estimate > 0.05
 
 
 @pytest.mark.parametrize("spread", [0.7, 2.0, 2.8])
@@ -127,6 +134,7 @@ def test_correction_does_not_depend_on_the_tile_size(monkeypatch: pytest.MonkeyP
         "correspondence",
         "transition_matrix",
         "rate_log_likelihood",
+        "pair_rate_log_likelihood",
     ):
         torch.testing.assert_close(getattr(small, name), getattr(large, name), rtol=1e-4, atol=1e-5, msg=name)
 
@@ -163,7 +171,8 @@ def test_interval_of_the_noise_rate_covers_it_for_confident_and_diffuse_votes(is
         first = scene.correct()
         wrong = scene.given != scene.true
         wrong_by_class = [float(wrong[scene.true == label].double().mean()) for label in range(10)]
-        for correction in (first, scene.correct(prior=CorrectionPrior(first.held_out, first.rate_log_likelihood))):
+        prior = CorrectionPrior(first.held_out, first.rate_log_likelihood, first.pair_rate_log_likelihood)
+        for correction in (first, scene.correct(prior=prior)):
             overall = correction.label_rate
             assert overall.ci95_low <= wrong.double().mean() <= overall.ci95_high
             covered = [
