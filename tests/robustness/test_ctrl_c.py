@@ -15,7 +15,7 @@ from tests.helpers.rank_group import RankGroup
 
 
 def test_make_shards_stops_and_resumes(tmp_path: Path):
-    options = ["--train-clips=400", "--test-clips=4", "--short-side=16", "--workers=2"]
+    options = ["--train-clips=1200", "--test-clips=4", "--short-side=16", "--workers=2"]
     command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), "synthetic", str(tmp_path / "set"), *options]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("set/.work/chunk-*.json")):
@@ -26,7 +26,7 @@ def test_make_shards_stops_and_resumes(tmp_path: Path):
     assert process.returncode == EXIT_CTRL_C, errors
     assert "Traceback" not in errors and "interrupted" in errors
     assert not (tmp_path / "set" / "manifest.json").exists()
-    assert "400 train" in make_shards("synthetic", tmp_path / "set", *options).stdout
+    assert "1200 train" in make_shards("synthetic", tmp_path / "set", *options).stdout
 
 
 def test_training_saves_a_checkpoint(tmp_path: Path, tiny_shards: Path):
