@@ -1,6 +1,6 @@
-"""Normalization and entropy of probability tables.
+"""Normalization of probability tables.
 
-Legend: t rows, C classes, R rates, S inverse temperatures.
+Legend: t rows, C classes, R rates.
 """
 
 from torch import Tensor
@@ -13,19 +13,7 @@ def normalize_rows(table: Tensor) -> Tensor:
     return table / table.sum(1, keepdim=True).clamp_min(SMALLEST)
 
 
-def row_entropy(probs: Tensor) -> Tensor:
-    """Return the entropy of each row in nats: [t, C] -> [t]."""
-    return -(probs * probs.clamp_min(SMALLEST).log_()).sum(1)
-
-
-def normalize_likelihood(log_likelihood: Tensor, marginalized_dim: int | None = None) -> Tensor:
-    """Return the posterior under a uniform prior: likelihoods scaled to sum 1.
-
-    Args:
-        log_likelihood: [R] or [R, S].
-        marginalized_dim: dimension that is summed out; None keeps all.
-    """
+def normalize_likelihood(log_likelihood: Tensor) -> Tensor:
+    """Return the posterior under a uniform prior, likelihoods scaled to sum 1: [R] -> [R]."""
     likelihood = (log_likelihood - log_likelihood.max()).exp()
-    if marginalized_dim is not None:
-        likelihood = likelihood.sum(marginalized_dim)
     return likelihood / likelihood.sum()

@@ -46,11 +46,6 @@ class Votes:
         """Samples with both modalities: [n] bool."""
         return self.has_visual & self.has_audio
 
-    @property
-    def num_parameters(self) -> int:
-        """S: an inverse temperature for each use of a vote, and three weights of the class frequencies."""
-        return 2 * (len(self.visual) + len(self.audio)) + len(self.joint) + 3
-
     def rows(self, index: Tensor | slice) -> "Votes":
         """Return the votes of some samples."""
         return self.map(lambda table: table[index])

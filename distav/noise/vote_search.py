@@ -82,11 +82,6 @@ class VoteTask:
         valid = self.has_modality[modality]
         return replace(self, valid=valid, present=local_shard(valid))
 
-    @property
-    def paired(self) -> Tensor:
-        """Samples of this rank with features of both modalities: [n] bool."""
-        return local_shard(self.has_modality["visual"] & self.has_modality["audio"])
-
 
 @dataclass(frozen=True)
 class VoteConfig:

@@ -169,11 +169,12 @@ def test_prior_of_an_earlier_correction_narrows_the_interval():
     positions = candidate_rates(NUM_CLASSES)
     prior = -0.5 * ((positions - 0.3) / 0.02) ** 2
     alone, informed = (
-        fit_label_model(votes, given, NUM_CLASSES, torch.ones(300), rate_prior, is_preliminary=True).label_rate
-        for rate_prior in (None, prior)
+        fit_label_model(votes, given, NUM_CLASSES, torch.ones(300), rate_priors, is_preliminary=True)
+        for rate_priors in (None, (prior, prior))
     )
-    assert informed.ci95_width < alone.ci95_width
-    assert informed.ci95_low <= 0.3 <= informed.ci95_high
+    for name in ("label_rate", "pair_rate"):
+        assert getattr(informed, name).ci95_width < getattr(alone, name).ci95_width
+    assert informed.label_rate.ci95_low <= 0.3 <= informed.label_rate.ci95_high
 
 
 def test_grids_are_increasing_rates_relative_to_random_labels():
