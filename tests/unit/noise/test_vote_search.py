@@ -138,7 +138,6 @@ def test_samples_without_the_modality_neither_vote_nor_get_votes():
     assert accuracy(audio.votes[has_audio], scene.true[has_audio]) > 0.9
     visual = select_vote(task.restricted("visual"), [space], lambda space: space.visual)
     assert accuracy(visual.votes[has_audio], scene.true[has_audio]) < 0.9
-    assert torch.equal(task.paired, has_audio)
 
 
 def test_similarity_of_joint_features_scales_audio_by_the_correspondence_of_both_samples():
