@@ -32,7 +32,8 @@ vote for each other."""
 MAX_ENTROPY_BONUS = 3.0
 """Asymmetric noise that explains the labels with less entropy gains up to this multiple of its penalty."""
 MIN_CERTAINTY = 0.75
-"""Certainty of the classes below which entropy is not penalized, and intervals are wider; see `Profile`."""
+"""Certainty of the classes below which entropy is not penalized under asymmetric noise, and intervals are wider; see
+`Profile`."""
 MIN_TEMPERATURE = 2.0
 """Temperature of a profile without gain: each label enters the composite likelihood twice."""
 RELATIVE_MISFIT = 0.002
@@ -190,7 +191,7 @@ def _pair_rate(likelihood: CompositeLikelihood, log_likelihood: Tensor) -> RateE
 
 def _gathered_likelihood(votes: Votes, labels: Tensor, num_classes: int, weights: Tensor) -> CompositeLikelihood:
     """Return the likelihood of a random subset of the samples of all ranks."""
-    total = int(all_reduce_sum_(torch.tensor(float(len(labels)), dtype=torch.float64)))
+    total = int(all_reduce_sum_(torch.tensor(float(len(labels)), dtype=torch.float64, device=labels.device)))
     limit = min(MAX_FIT_SAMPLES, max(MIN_FIT_SAMPLES, MAX_FIT_ELEMENTS // num_classes))
     kept = min(len(labels), round(len(labels) * limit / max(total, 1)))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)

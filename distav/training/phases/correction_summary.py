@@ -103,11 +103,12 @@ def build_summary(name: str, labels: Labels, correction: Correction, result: Cor
     return summary
 
 
-def correction_warning(summary: dict[str, Any]) -> str | None:
+def correction_warning(summary: dict[str, Any], column: str = "confidence") -> str | None:
     """Return what makes a correction unreliable and what to do, or None.
 
     Args:
         summary: entry of the correction in report.json.
+        column: column of the labels table with the probabilities of the labels.
     """
     confidence, accuracy = summary["changed_confidence"], summary.get("label_accuracy")
     findings: list[str] = []
@@ -125,7 +126,7 @@ def correction_warning(summary: dict[str, Any]) -> str | None:
         return None
     return (
         f"{'; '.join(findings)}. The features do not separate the classes well enough. Train the phases before this "
-        "correction for more epochs; to use its labels, select by the column `confidence`."
+        f"correction for more epochs; to use its labels, select by the column `{column}`."
     )
 
 

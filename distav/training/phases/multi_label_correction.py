@@ -15,13 +15,12 @@ from distav.evaluation.multi_label_metrics import label_list_accuracy
 from distav.noise.multi_label_correction import ListCorrection, correct_label_lists, identity_correction
 from distav.noise.multi_label_votes import ListVoteSearch
 from distav.training.feature_extraction import extract_features
+from distav.training.phases.correction_summary import correction_warning
 from distav.training.run import Run
 from distav.training.run_state import CorrectionState
 
 PRESENT = 0.5
 """Posterior probability above which a corrected list has a class."""
-MIN_CHANGE_CONFIDENCE = 0.8
-"""Mean confidence of the changed labels below which a correction counts as unreliable."""
 
 
 @dataclass(frozen=True)
@@ -125,31 +124,9 @@ def build_list_summary(
         summary[key] = {label: rate.as_dict() for label, rate in by_class}
     if labels.true is not None:
         summary["label_accuracy"] = label_list_accuracy(labels.given, result.corrected, labels.true)
-    if warning := _warning(summary):
+    if warning := correction_warning(summary, column="posterior"):
         summary["warning"] = warning
     return summary
-
-
-def _warning(summary: dict[str, Any]) -> str | None:
-    """Return what makes a correction unreliable and what to do, or None."""
-    confidence, accuracy = summary["changed_confidence"], summary.get("label_accuracy")
-    findings: list[str] = []
-    if accuracy and accuracy["corrected"] < accuracy["given"]:
-        findings.append(
-            f"the corrected labels are less accurate ({accuracy['corrected']:.1%}) than the given labels "
-            f"({accuracy['given']:.1%})"
-        )
-    if confidence is not None and confidence < MIN_CHANGE_CONFIDENCE:
-        findings.append(
-            f"the changed labels have a mean confidence of {confidence:.0%}: about {1 - confidence:.0%} of the changes "
-            "are probably wrong"
-        )
-    if not findings:
-        return None
-    return (
-        f"{'; '.join(findings)}. The features do not separate the classes well enough. Train the phases before this "
-        "correction for more epochs; to use its labels, select by the column `posterior`."
-    )
 
 
 def _log(run: Run, summary: dict[str, Any], posterior: np.ndarray, min_gain: float) -> None:

@@ -4,6 +4,7 @@ The implementations check the arguments: they reject types and layouts that the 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -83,9 +84,10 @@ OPERATORS = {
 }
 
 
-def cpu_operators() -> tuple[operators.Library, list[str]]:
-    """Register the operators for the CPU while the registry exists; returns the registry and the names of all calls."""
-    registry, called = operators.Library("aten", "IMPL", "CPU"), list[str]()
+@contextmanager
+def cpu_operators() -> Iterator[list[str]]:
+    """Register the operators for the CPU within the context, which yields the names of all calls."""
+    called: list[str] = []
 
     def recorded(name: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -94,16 +96,16 @@ def cpu_operators() -> tuple[operators.Library, list[str]]:
 
         return call
 
-    for name in OPERATORS:
-        registry.impl(name, recorded(name))
-    return registry, called
+    with operators._scoped_library("aten", "IMPL", "CPU") as registry:
+        for name in OPERATORS:
+            registry.impl(name, recorded(name))
+        yield called
 
 
 @pytest.fixture(autouse=True)
 def called() -> Iterator[list[str]]:
-    registry, called = cpu_operators()
-    yield called
-    registry._destroy()
+    with cpu_operators() as called:
+        yield called
 
 
 def inputs(dtype: torch.dtype, shape: tuple[int, ...] = (6, 5, 3, 4, 2)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -149,12 +151,10 @@ def test_the_input_is_the_only_saved_tensor_of_its_size():
 
 
 def normalize_on_each_rank(dtype: torch.dtype) -> list[Tensor]:
-    registry, _ = cpu_operators()
     x, weight, bias, grad = inputs(dtype)
     rows = slice(3 * torch.distributed.get_rank(), 3 * torch.distributed.get_rank() + 3)
-    results = normalized(_FusedGlobalNormalize, x[rows], weight, bias, grad[rows])
-    registry._destroy()
-    return results
+    with cpu_operators():
+        return normalized(_FusedGlobalNormalize, x[rows], weight, bias, grad[rows])
 
 
 def test_two_ranks_normalize_over_the_global_batch():
