@@ -39,12 +39,17 @@ class MetricLogger:
             handler = logging.FileHandler(folder / "logs" / f"rank_{world.rank:03d}.log", delay=True)
             handler.setLevel(logging.WARNING)
         handler.setFormatter(logging.Formatter("%(message)s"))
+        self._original = (log.handlers, log.level, log.propagate)
         log.handlers = [handler]
         log.setLevel(logging.INFO)
         log.propagate = False
 
     def close(self) -> None:
-        """Flush and close the files."""
+        """Flush and close the files; the logger of the package is as it was before."""
+        for handler in log.handlers:
+            handler.close()
+        log.handlers, level, log.propagate = self._original
+        log.setLevel(level)
         if self._writer:
             self._writer.close()
             self._metrics.close()

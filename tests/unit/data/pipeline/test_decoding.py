@@ -261,7 +261,6 @@ def test_clips_are_decoded_on_the_cpu_if_nvdec_fails(codec: str, tmp_path: Path,
     pipeline = loaders[1].pipeline
     pipeline.route, pipeline._nvdec_tested = Route(VIDEO, True), False  # pyright: ignore
     with caplog.at_level(logging.WARNING, "distav"):
-        logging.getLogger("distav").propagate = True
         batches = [loader.load(np.arange(4), 0) for loader in loaders]
     assert batches[1].valid.all() and not loaders[1].quarantine.reasons
     assert torch.equal(batches[0].media["frames"], batches[1].media["frames"])

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import logging
 import multiprocessing
 import os
 import shutil
@@ -320,7 +319,6 @@ def test_reading_continues_if_the_cache_cannot_be_written(
     shutil.rmtree(tmp_path / "cache" / "parts")
     (tmp_path / "cache" / "parts").write_text("not a directory")
     monkeypatch.setattr("distav.data.storage.cache._PAUSE_S", 0.0)
-    monkeypatch.setattr(logging.getLogger("distav"), "propagate", True)
     reader = ShardReader(split)
     assert reader.read(0) and reader.read(1) and reader.read(0)
     assert len([message for message in caplog.messages if "caching is paused" in message]) == 1
