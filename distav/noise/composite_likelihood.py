@@ -3,8 +3,8 @@
     sum_i log P(y_i | V_i, A_i) + (log P(y_i | V_i) + log P(y_i | A_i)) / 2
 
 plus weak priors of the inverse temperatures. The agreement of the two modalities determines only the mismatch rate and
-the owner of the labels, by expectation-maximization: neighbors that vote in both modalities make wrong votes agree, and
-without a label signal this agreement must not make votes look informative.
+the owner of the labels, by expectation-maximization: without a label signal it must not make votes look informative.
+The inverse temperatures of the votes of the halves maximize the likelihood of the labels under each modality alone.
 
 Under asymmetric noise T is estimated by expectation-maximization in two folds of the samples; each fold uses the T of
 the other, so that the free parameters of T gain no likelihood by chance.
@@ -12,19 +12,21 @@ Legend: n samples, C classes, G noise rates, F = 2 folds, S parameters of the vo
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from distav.noise.model_parameters import LabelNoise, Parameters, Votes
 from distav.noise.vote_model import (
     ClassProbs,
-    LabelLikelihood,
-    LabelNoise,
-    Parameters,
-    Votes,
+    agreement_ratios,
     class_probs,
+    half_probs,
     label_likelihood,
+    match_probability,
+    pair_ratios,
 )
 
 SINGLE_WEIGHT = 0.5
@@ -33,6 +35,26 @@ MATRIX_PRIOR = 20.0
 """Weight of symmetric noise in an estimated transition matrix, in samples per class."""
 MIN_ERROR_PRIOR = 5.0
 """Smallest weight of symmetric noise in the distribution of the wrong labels of a class, in samples."""
+ITERATIONS, SYMMETRIC_ITERATIONS = 4, 40
+"""Iterations of expectation-maximization; under symmetric noise the likelihoods do not change, and they are cheap."""
+HALF_FACTORS = (0.5, 0.7, 1.0, 1.4, 2.0)
+"""Factors by which an update may change the inverse temperatures of the votes of the halves."""
+MIN_HALF_SCALE, MAX_HALF_SCALE = 0.02, 10.0
+"""Their range; at the smallest, the votes of a modality say nothing."""
+BISECTIONS = 30
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What does not change while the inverse temperatures are fitted.
+
+    Attributes:
+        label_probs: [G, n, C] P(y_i | c); None for symmetric noise.
+        ratios: [R, G, n] r of the pairs.
+    """
+
+    label_probs: Tensor | None
+    ratios: Tensor
 
 
 class CompositeLikelihood:
@@ -69,72 +91,145 @@ class CompositeLikelihood:
         single = SINGLE_WEIGHT * (self.votes.has_visual.float() + self.votes.has_audio.float())
         return float((self.frequencies.log()[self.labels] * self.weights * (1 + single)).sum())
 
-    def pair_objective(self, parameters: Parameters, label_probs: Tensor | None) -> Tensor:
-        """Return the objective with the log-likelihood of the agreement of both modalities: [G] float64."""
-        ratio = class_probs(parameters, self.votes).ratio
-        mismatch, paired = parameters.mismatch, self.votes.paired
-        agreement = ((1 - mismatch) * ratio + mismatch).log() * paired
-        return self.objective(parameters, label_probs) + (agreement * self.weights).double().sum(1)
+    def evidence(self, parameters: Parameters) -> Evidence:
+        """Return the evidence for `objective`."""
+        label_probs = parameters.noise.probabilities(self.labels, self.fold)
+        return Evidence(label_probs, agreement_ratios(parameters, self.votes))
 
-    def objective(self, parameters: Parameters, label_probs: Tensor | None) -> Tensor:
+    def pair_objective(self, parameters: Parameters, evidence: Evidence) -> Tensor:
+        """Return the objective with the log-likelihood of the agreement of both modalities: [G] float64."""
+        mismatch, paired = parameters.mismatch, self.votes.paired
+        agreement = ((1 - mismatch) * evidence.ratios + mismatch).log().mean(0) * paired
+        return self.objective(parameters, evidence) + (agreement * self.weights).double().sum(1)
+
+    def objective(self, parameters: Parameters, evidence: Evidence) -> Tensor:
         """Return the composite log-likelihood plus the logarithm of the priors: [G] float64."""
-        probs = class_probs(parameters, self.votes)
-        likelihood = label_likelihood(parameters, probs, self.labels, label_probs, self.votes.paired)
-        single_visual, single_audio = self._single_likelihoods(parameters, likelihood)
+        probs = class_probs(parameters, self.votes, evidence.ratios)
+        likelihood = label_likelihood(parameters, probs, self.labels, evidence.label_probs, self.votes.paired)
+        single_visual, single_audio = self._single_likelihoods(parameters, probs, evidence.label_probs)
         total = likelihood.owner.clamp_min(1e-12).log()
         total = total + SINGLE_WEIGHT * (single_visual.clamp_min(1e-12).log() * self.votes.has_visual)
         total = total + SINGLE_WEIGHT * (single_audio.clamp_min(1e-12).log() * self.votes.has_audio)
         deviations = (parameters.votes - self.prior_mean) / self.prior_deviation
         return (total * self.weights).double().sum(1) - 0.5 * deviations.double().square().sum(1)
 
-    def _single_likelihoods(self, parameters: Parameters, likelihood: LabelLikelihood) -> tuple[Tensor, Tensor]:
+    def _single_likelihoods(
+        self, parameters: Parameters, probs: ClassProbs, label_probs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return P(y | V) and P(y | A): [G, n] each."""
+        visual, audio = (
+            parameters.noise.likelihood(table, self.labels, label_probs) for table in (probs.visual, probs.audio)
+        )
         mismatch = torch.where(self.votes.paired, parameters.mismatch, 0.0)
-        owner, frequencies = parameters.visual_owner, parameters.frequencies
-        matrices = parameters.noise.matrices
-        if matrices is None:
-            chance = parameters.noise.likelihood(
-                frequencies[:, None].expand(-1, len(self.labels), -1), self.labels, None
-            )
-        else:
-            chance = torch.einsum("gc,gfcy->gfy", frequencies, matrices)[:, self.fold, self.labels]
+        owner, chance = parameters.visual_owner, self._chance(parameters)
         visual_unknown, audio_unknown = mismatch * (1 - owner), mismatch * owner
         return (
-            (1 - visual_unknown) * likelihood.visual + visual_unknown * chance,
-            (1 - audio_unknown) * likelihood.audio + audio_unknown * chance,
+            (1 - visual_unknown) * visual + visual_unknown * chance,
+            (1 - audio_unknown) * audio + audio_unknown * chance,
         )
 
+    def _chance(self, parameters: Parameters) -> Tensor:
+        """Return P(y) of the labels, without votes: [G, n]."""
+        frequencies, matrices = parameters.frequencies, parameters.noise.matrices
+        if matrices is None:
+            table = frequencies[:, None].expand(-1, len(self.labels), -1)
+            return parameters.noise.likelihood(table, self.labels, None)
+        return torch.einsum("gc,gfcy->gfy", frequencies, matrices)[:, self.fold, self.labels]
+
     @torch.no_grad()
-    def maximize(self, parameters: Parameters, iterations: int) -> Parameters:
-        """Update m, w and, under asymmetric noise, T and pi by expectation-maximization at fixed votes."""
-        probs, paired = class_probs(parameters, self.votes), self.votes.paired
-        for _ in range(iterations):
-            label_probs = parameters.noise.probabilities(self.labels, self.fold)
-            likelihood = label_likelihood(parameters, probs, self.labels, label_probs, paired)
+    def maximize(self, parameters: Parameters, fits_mismatch: bool) -> Parameters:
+        """Update the votes of the halves, m if it is fitted, and under asymmetric noise T and pi.
+
+        All but the first are updated by expectation-maximization.
+        """
+        parameters = self._update_half_votes(parameters)
+        paired = self.votes.paired
+        probs = class_probs(parameters, self.votes, agreement_ratios(parameters, self.votes))
+        label_probs = parameters.noise.probabilities(self.labels, self.fold)
+        likelihood = label_likelihood(parameters, probs, self.labels, label_probs, paired)
+        for _ in range(SYMMETRIC_ITERATIONS if label_probs is None else ITERATIONS):
             mismatch, owner = parameters.mismatch, parameters.visual_owner
-            matched = (1 - mismatch) * probs.ratio * likelihood.fused
+            matched = (1 - mismatch) * probs.ratios * likelihood.fused
             visual = mismatch * owner * likelihood.visual
             audio = mismatch * (1 - owner) * likelihood.audio
             total = matched + visual + audio
             matched, visual, audio = (
-                torch.where(paired, part / total, fill)
+                torch.where(paired, (part / total).mean(0), fill)
                 for part, fill in zip((matched, visual, audio), (1.0, 0.0, 0.0), strict=True)
             )
-            weights = self.weights * paired
-            visual_sum, audio_sum = ((part * weights).sum(1, keepdim=True) for part in (visual, audio))
-            parameters = replace(
-                parameters,
-                mismatch=((visual_sum + audio_sum + 1) / (weights.sum() + 4)).clamp(1e-4, 0.97),
-                visual_owner=((visual_sum + 0.7) / (visual_sum + audio_sum + 1)).clamp(0.005, 0.995),
-            )
+            if fits_mismatch:
+                weights = self.weights * paired
+                mismatched = ((visual + audio) * weights).sum(1, keepdim=True)
+                parameters = replace(parameters, mismatch=((mismatched + 1) / (weights.sum() + 4)).clamp(1e-4, 0.97))
             if label_probs is not None:
                 shares = [matched / likelihood.fused, visual / likelihood.visual, audio / likelihood.audio]
                 classes = sum(
                     share[..., None] * table
-                    for share, table in zip(shares, (probs.fused, probs.visual, probs.audio), strict=True)
+                    for share, table in zip(shares, (probs.fused, probs.visual_owner, probs.audio_owner), strict=True)
                 )
                 parameters = self._update_matrices(parameters, classes * label_probs)
+                label_probs = parameters.noise.probabilities(self.labels, self.fold)
+                likelihood = label_likelihood(parameters, probs, self.labels, label_probs, paired)
         return parameters
+
+    def _update_half_votes(self, parameters: Parameters) -> Parameters:
+        """Search better inverse temperatures of the votes of the halves near the present ones."""
+        scales = []
+        for role, halves in enumerate((self.votes.visual_halves, self.votes.audio_halves)):
+            current = parameters.half_votes[:, role]
+            if halves:
+                factors = torch.tensor(HALF_FACTORS, device=current.device)
+                candidates = (current * factors[:, None]).clamp(MIN_HALF_SCALE, MAX_HALF_SCALE)
+                candidates = torch.cat([candidates, torch.full_like(candidates[:1], MIN_HALF_SCALE)])
+                label_probs = parameters.noise.probabilities(self.labels, self.fold)
+                scores = [self._half_score(parameters, scale, halves, role, label_probs) for scale in candidates]
+                current = candidates.gather(0, torch.stack(scores).argmax(0)[None]).squeeze(0)
+            scales.append(current)
+        return replace(parameters, half_votes=torch.stack(scales, 1))
+
+    def _half_score(
+        self,
+        parameters: Parameters,
+        scale: Tensor,
+        halves: Sequence[Tensor],
+        role: int,
+        label_probs: Tensor | None,
+    ) -> Tensor:
+        """Return the log-likelihood of the labels given the votes of the halves of one modality: [G] float64."""
+        present = (self.votes.has_visual, self.votes.has_audio)[role]
+        mismatch = torch.where(self.votes.paired, parameters.mismatch, 0.0)
+        unknown = mismatch * ((1 - parameters.visual_owner) if role == 0 else parameters.visual_owner)
+        chance = self._chance(parameters)
+        total = torch.zeros_like(scale, dtype=torch.float64)
+        for table in halves:
+            known = parameters.noise.likelihood(half_probs(scale, table), self.labels, label_probs)
+            logs = ((1 - unknown) * known + unknown * chance).clamp_min(1e-12).log()
+            total += (logs * present * self.weights).double().sum(1)
+        return total
+
+    def without_joint_votes(self) -> "CompositeLikelihood":
+        """Return the likelihood of the same samples without the joint votes."""
+        votes = replace(self.votes, joint=[])
+        return CompositeLikelihood(votes, self.labels, self.num_classes, self.weights)
+
+    @torch.no_grad()
+    def match_calibrated(self, parameters: Parameters) -> Parameters:
+        """Return the parameters with the m at which z of the whole votes has the mean 1 - m of the given parameters.
+
+        The votes of the halves estimate the mismatch rate; those of all voters decide which pairs match.
+        """
+        paired, mismatch = self.votes.paired, parameters.mismatch
+        if not bool(paired.any()):
+            return parameters
+        ratios = pair_ratios(parameters, self.votes)[..., paired]
+        weights = self.weights[paired] / self.weights[paired].sum()
+        low, high = torch.full_like(mismatch, 1e-6), torch.full_like(mismatch, 1 - 1e-6)
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            matches = (match_probability(middle, ratios, paired[paired]) * weights).sum(1, keepdim=True)
+            too_small = matches > 1 - mismatch
+            low, high = torch.where(too_small, middle, low), torch.where(too_small, high, middle)
+        return replace(parameters, mismatch=(low + high) / 2)
 
     @torch.no_grad()
     def count_matrices(self, parameters: Parameters) -> Parameters:
@@ -167,22 +262,16 @@ class CompositeLikelihood:
             frequencies = frequencies + prior / 2
         return replace(parameters, frequencies=frequencies, noise=LabelNoise(rates, torch.stack(matrices, 1)))
 
-    def sharpness(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
-        """Return the entropy and the certainty of the label owner's class probabilities: [G] each; see `Profile`."""
-        probs = class_probs(parameters, self.votes)
+    def entropy(self, parameters: Parameters) -> Tensor:
+        """Return the entropy of the label owner's class probabilities, in nats: [G] float64; see `Profile`."""
+        probs = class_probs(parameters, self.votes, agreement_ratios(parameters, self.votes))
         owner = held_out(parameters, probs, self.votes.paired)
         entropy = -(owner * owner.clamp_min(1e-12).log()).sum(-1)
-        largest, predicted = owner.max(-1)
-        certainty = []
-        for values, classes in zip(largest, predicted, strict=True):
-            tops = [values[classes == label].sort(descending=True).values for label in range(self.num_classes)]
-            certainty.append(torch.stack([top[: max(1, len(top) // 10)].mean() for top in tops if len(top)]).mean())
-        return (entropy * self.weights).double().sum(1), torch.stack(certainty)
+        return (entropy * self.weights).double().sum(1)
 
 
 def held_out(parameters: Parameters, probs: ClassProbs, paired: Tensor) -> Tensor:
     """Return the class probabilities of the label's owner without the label: [G, n, C]."""
-    matched = (1 - parameters.mismatch) * probs.ratio
-    matched = torch.where(paired, matched / (matched + parameters.mismatch), 1.0)[..., None]
+    matched = match_probability(parameters.mismatch, probs.ratios, paired)[..., None]
     owner = parameters.visual_owner[..., None]
-    return matched * probs.fused + (1 - matched) * (owner * probs.visual + (1 - owner) * probs.audio)
+    return matched * probs.fused + (1 - matched) * (owner * probs.visual_owner + (1 - owner) * probs.audio_owner)

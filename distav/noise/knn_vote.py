@@ -17,6 +17,7 @@ from distav.noise.tiling import map_tiles, tiles
 
 SIMILARITY_TOLERANCE = 1e-6
 """Difference up to which a similarity counts as that of the farthest voter."""
+NUM_HALVES = 2
 
 
 def pca_whiten(features: Tensor, present: Tensor, num_components: int, power: float) -> Tensor:
@@ -69,6 +70,13 @@ def source_weights(groups: Tensor) -> Tensor:
     return 1 / counts.float()[inverse]
 
 
+def source_halves(groups: Tensor) -> Tensor:
+    """Divide the samples into two halves at random; those of one group are in the same: [N] -> [N] uint8."""
+    unique, inverse = groups.unique(return_inverse=True)
+    order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(0))
+    return (order % NUM_HALVES).to(groups.device, torch.uint8)[inverse]
+
+
 class NeighborGraph:
     """The nearest neighbors of this rank's samples."""
 
@@ -81,6 +89,7 @@ class NeighborGraph:
         self.ids = ids.int()  # int32: with many neighbors and few classes this is the largest table.
         self.ids.masked_fill_(~local_shard(valid)[:, None], -1)
         self.voter_weights = source_weights(groups)
+        self._half_of_voter = source_halves(groups)
 
     def vote(self, labels: Tensor, num_classes: int, k: int, temperature: float) -> "KnnVote":
         """Return the vote of the k nearest neighbors with their labels.
@@ -93,8 +102,19 @@ class NeighborGraph:
         """
         return KnnVote(self, labels, num_classes, k, temperature)
 
-    def vote_weights(self, part: slice, k: int, temperature: float) -> Tensor:
-        """Return the weights of the k nearest neighbors of a slice of rows: [t, k]; 0 for missing neighbors."""
+    def half_votes(self, rows: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float) -> list[Tensor]:
+        """Return the votes of the voters of either half of the sources, see `source_halves`: [t, C] each.
+
+        Args:
+            rows: [t] row numbers of the samples that are voted for.
+            labels, num_classes, k, temperature: see `vote`.
+        """
+        ids, weights = self.ids[rows, :k].clamp_min(0), self.vote_weights(rows, k, temperature)
+        halves = self._half_of_voter[ids]
+        return [_count_votes(labels[ids], weights * (halves == half), num_classes) for half in range(NUM_HALVES)]
+
+    def vote_weights(self, part: slice | Tensor, k: int, temperature: float) -> Tensor:
+        """Return the weights of the k nearest neighbors of some rows: [t, k]; 0 for missing neighbors."""
         weights = ((self.similarity[part, :k] - 1) / temperature).exp_()
         weights *= self.voter_weights[self.ids[part, :k].clamp_min(0)]
         return weights.masked_fill_(self.ids[part, :k] < 0, 0.0)

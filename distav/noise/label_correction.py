@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from distav.distributed.collectives import local_shard
+from distav.noise.class_posterior import Posterior
 from distav.noise.knn_vote import source_weights
-from distav.noise.label_model import LabelModel, fit_label_model
+from distav.noise.label_model import LabelModel, fit_label_model, select_fit_rows
+from distav.noise.model_fit import PairAssumption
+from distav.noise.model_parameters import Votes
 from distav.noise.noise_rate import RateEstimate, candidate_rates, class_rates, transition_matrix, unknown_rate
 from distav.noise.tiling import tiles
-from distav.noise.vote_model import Posterior, Votes
 from distav.noise.vote_score import VoteScorer, log_votes
 from distav.noise.vote_search import (
     FeatureSpace,
@@ -29,6 +31,13 @@ from distav.noise.vote_search import (
     joint_features,
     select_vote,
 )
+
+VISUAL_OWNERS = (0.97, 0.03, 0.5)
+"""Assumptions on the fraction of mismatched pairs whose label names the class of the frames: nearly all, nearly none,
+and half of them."""
+MIN_MISMATCH = 0.05
+"""Mismatch rate below which the owner of the labels hardly matters; if it is below under all assumptions, only the
+first one is tried."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +49,13 @@ class CorrectionPrior:
 
     Attributes:
         held_out: [n, C] held-out probabilities of the previous correction, one of the votes.
-        rate_log_likelihood, pair_rate_log_likelihood: [R] of the first correction; see `Correction`.
+        rate_log_likelihood, pair_rate_log_likelihood, visual_owner: of the first correction; see `Correction`.
     """
 
     held_out: Tensor
     rate_log_likelihood: Tensor
     pair_rate_log_likelihood: Tensor
+    visual_owner: float
 
 
 @dataclass(frozen=True)
@@ -109,11 +119,13 @@ def correct_labels(
     """Correct labels with held-out k-NN votes of both modalities.
 
     The visual and the audio votes come first; the correspondence probabilities of a first fit scale the audio in the
-    concatenated features of the joint vote, and a second fit uses all votes. If the votes predict the given labels no
+    concatenated features of the joint vote, and a second fit uses all votes. In the first correction of a run this is
+    repeated for each assumption on the owner of the labels, unless nearly all pairs match; the one under which the
+    votes predict the given labels best is kept. If the votes predict the given labels no
     better than class frequencies do (``min_log_likelihood_gain``), the labels are returned unchanged.
 
-    At most three tables [n, C] of votes and the six of the result are held at a time, in addition to the arguments and
-    one table for each of the votes of `prior` and `teachers`.
+    At most five tables [n, C] of votes, or three and the six of the result, are held at a time, in addition to the
+    arguments and one table for each of the votes of `prior` and `teachers`.
 
     Args:
         spaces: features of this rank's samples, `shard_range(N)`.
@@ -131,26 +143,42 @@ def correct_labels(
     local_labels, present = local_shard(given), local_shard(valid)
     search_space = feasible_search_space(search_space, len(given), num_classes)
     scorer = VoteScorer(local_labels, num_classes, present)
-    task = VoteTask(given, local_labels, num_classes, groups, valid, present, has_modality, search_space, scorer)
+    fit_rows = select_fit_rows(present, num_classes)
+    task = VoteTask(
+        given, local_labels, num_classes, groups, valid, present, has_modality, search_space, scorer, fit_rows
+    )
     sample_weights = local_shard(source_weights(groups))
     rate_priors = (prior.rate_log_likelihood, prior.pair_rate_log_likelihood) if prior else None
 
-    def fit(votes: Votes, is_preliminary: bool) -> LabelModel:
-        rows = present.nonzero().squeeze(1)
-        data = votes.rows(rows), local_labels[rows], num_classes, sample_weights[rows]
-        return fit_label_model(*data, rate_priors, is_preliminary)
+    def fit(votes: Votes, pairs: PairAssumption, is_preliminary: bool) -> LabelModel:
+        subset = replace(votes.rows(fit_rows), visual_halves=halves[0], audio_halves=halves[1])
+        data = subset, local_labels[fit_rows], num_classes, sample_weights[fit_rows]
+        return fit_label_model(*data, pairs, rate_priors, is_preliminary)
 
     visual = select_vote(task.restricted("visual"), spaces, lambda space: space.visual)
     audio = select_vote(task.restricted("audio"), spaces, lambda space: space.audio)
     votes = _votes(task, visual, audio, prior, teachers)
+    halves = [[log_votes(table) for table in vote.half_votes] for vote in (visual, audio)]
     selected_votes = {"visual": str(visual.config), "audio": str(audio.config)}
     del visual, audio  # Their tables.
-    correspondence = _posterior(fit(votes, is_preliminary=True), votes, local_labels).correspondence
-    joint = select_vote(task, spaces, partial(joint_features, task, correspondence))
-    votes = replace(votes, joint=[log_votes(joint.votes), *votes.joint])
-    selected_votes["joint"] = str(joint.config)
-    del joint
-    model = fit(votes, is_preliminary=False)
+    owners = [prior.visual_owner] if prior else VISUAL_OWNERS
+    models = [fit(votes, PairAssumption(owner), is_preliminary=True) for owner in owners]
+    if all(model.pair_mismatch < MIN_MISMATCH for model in models):
+        models = models[:1]
+    best: tuple[float, PairAssumption, Votes] | None = None
+    for model in models:
+        correspondence = _posterior(model, votes, local_labels).correspondence
+        joint = select_vote(task, spaces, partial(joint_features, task, correspondence))
+        candidate = replace(votes, joint=[log_votes(joint.votes), *votes.joint])
+        gain = fit(candidate, model.pairs, is_preliminary=True).gain if len(models) > 1 else 0.0
+        if best is None or gain > best[0]:
+            best = (gain, model.pairs, candidate)
+            selected_votes["joint"] = str(joint.config)
+        del joint, candidate
+    assert best is not None
+    _, pairs, votes = best
+    del best
+    model = fit(votes, pairs, is_preliminary=False)
     result = _posterior(model, votes, local_labels)
     del votes
     has_signal = model.gain > search_space.min_log_likelihood_gain

@@ -7,6 +7,7 @@ class probabilities is a penalty, as in the minimum-entropy regularization of Gr
 Legend: n samples of this rank, C classes, G noise rates of the grid, R candidate rates.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,33 +15,31 @@ import torch
 from torch import Tensor
 
 from distav.distributed.collectives import all_gather_variable_rows, all_reduce_sum_, broadcast
+from distav.noise.class_posterior import Posterior, posterior
 from distav.noise.composite_likelihood import CompositeLikelihood
-from distav.noise.model_fit import Profile, fit_pair_profile, fit_profile
+from distav.noise.model_fit import PairAssumption, Profile, fit_pair_profile, fit_profile, without_joint_votes
+from distav.noise.model_parameters import Parameters, Votes
 from distav.noise.noise_rate import RateEstimate, candidate_rates, estimate_rate, interpolate_profile
-from distav.noise.vote_model import Parameters, Posterior, Votes, posterior
 
 GRID = (0.002, 0.03, 0.08, 0.13, 0.18, 0.235, 0.29, 0.345, 0.4, 0.46, 0.52, 0.58, 0.64, 0.7, 0.76, 0.82, 0.88, 0.94)
 """Noise rates of the fits, relative to that of random labels."""
 COARSE_GRID = GRID[::3]
 MISMATCH_GRID = (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.36, 0.42, 0.5, 0.6, 0.75, 0.9)
-SYMMETRIC_ENTROPY_PENALTY, ASYMMETRIC_ENTROPY_PENALTY = 0.03, 0.1
+SYMMETRIC_ENTROPY_PENALTY, ASYMMETRIC_ENTROPY_PENALTY = 0.02, 0.1
 """Weights of the entropy under symmetric and asymmetric noise."""
+ENTROPY_PENALTY_PER_GAIN = 0.25
+"""Largest weight of the entropy for a mean gain of one nat per label: it does not outweigh what the labels say."""
 ASYMMETRY_PENALTY_PER_CLASS, ASYMMETRY_PENALTY_PER_ENTRY = 2.0, 0.25
 """Log-likelihood in nats that asymmetric noise must gain to be as probable as symmetric noise, for each class and for
 each free entry of the transition matrix; the smaller sum counts. The folds are not fully independent, because samples
 vote for each other."""
 MAX_ENTROPY_BONUS = 3.0
-"""Asymmetric noise that explains the labels with less entropy gains up to this multiple of its penalty."""
-MIN_CERTAINTY = 0.75
-"""Certainty of the classes below which entropy is not penalized under asymmetric noise, and intervals are wider; see
-`Profile`."""
-MIN_TEMPERATURE = 2.0
-"""Temperature of a profile without gain: each label enters the composite likelihood twice."""
-RELATIVE_MISFIT = 0.002
-"""Increase of the temperature per nat of gain: the better the votes predict the labels, the more a small misfit of the
-model counts."""
-UNCERTAIN_FACTOR = 3.0
-"""Factor of the temperature below `MIN_CERTAINTY`."""
+"""Asymmetric noise that explains the labels better and with less entropy gains up to this multiple of its penalty."""
+TEMPERATURE, INTERVAL_SLOPE, AVERAGE_SLOPE = 4.0, 32.0, 4.0
+"""Temperature of a profile if the classes are certain, and its relative increase per square of the mean entropy, which
+is 1 for uniform class probabilities, in intervals and in averages over the rates: each label enters the composite
+likelihood twice, and the more diffuse the votes are, the more a misfit of the model counts. Labels that are corrected
+at the likely rates are more accurate than an average over all rates of a wide interval."""
 NEGLIGIBLE_WEIGHT = 0.01
 """Noise rates of less weight are left out of averages."""
 MAX_FIT_SAMPLES, MIN_FIT_SAMPLES, MAX_FIT_ELEMENTS = 3000, 1200, 300_000
@@ -55,24 +54,30 @@ class LabelModel:
         parameters: parameters at the noise rates that are averaged over, for symmetric and for asymmetric noise; a kind
             of noise without weight is left out.
         weights: weights of these rates, sum 1 over all.
-        pair: parameters at the most likely mismatch rate.
+        pair: parameters without joint votes at the most likely mismatch rate; the mismatch rate is changed as by
+            `CompositeLikelihood.match_calibrated`.
+        pair_mismatch: most likely mismatch rate.
         rate_log_likelihood: [R] tempered log-likelihood of `candidate_rates(C)`, maximum 0.
         pair_rate_log_likelihood: [R] the same of the mismatch rates.
         label_rate: label-noise rate.
         pair_rate: rate of pairs whose modalities show different classes.
         gain: gain in the log-likelihood of the labels over the class frequencies, in nats.
-        certainty: see `Profile`.
     """
 
     parameters: Sequence[Parameters]
     weights: Sequence[Tensor]
     pair: Parameters
+    pair_mismatch: float
     rate_log_likelihood: Tensor
     pair_rate_log_likelihood: Tensor
     label_rate: RateEstimate
     pair_rate: RateEstimate
     gain: float
-    certainty: float
+
+    @property
+    def pairs(self) -> PairAssumption:
+        """The estimated mismatch rate and the owner, for another fit."""
+        return PairAssumption(float(self.pair.visual_owner), self.pair_mismatch)
 
     def posterior(self, votes: Votes, labels: Tensor) -> Posterior:
         """Return class probabilities of samples, averaged over the noise rate and the kind of noise."""
@@ -89,47 +94,43 @@ def fit_label_model(
     labels: Tensor,
     num_classes: int,
     weights: Tensor,
+    pairs: PairAssumption,
     rate_priors: tuple[Tensor, Tensor] | None = None,
     is_preliminary: bool = False,
 ) -> LabelModel:
-    """Fit the model to the labels of this rank's samples; all ranks return the same result.
+    """Fit the model to the labels of the samples that `select_fit_rows` selects; all ranks return the same result.
 
     Args:
-        votes: votes of n samples.
+        votes: votes of n samples of this rank.
         labels: [n] int64 given labels.
         num_classes: C.
         weights: [n] weights of the samples.
+        pairs: assumption on the pairs while the labels are fitted; the mismatch rate is estimated afterwards.
         rate_priors: [R] log-probability of the label-noise rates and of the mismatch rates from an earlier correction.
         is_preliminary: whether to fit symmetric noise only, on a coarse grid.
     """
-    likelihood = _gathered_likelihood(votes, labels, num_classes, weights)
+    weights = _gather(weights)
+    likelihood = CompositeLikelihood(votes.map(_gather), _gather(labels), num_classes, weights / weights.mean())
     largest_rate = float(candidate_rates(num_classes)[-1])
     grid = [largest_rate * rate for rate in (COARSE_GRID if is_preliminary else GRID)]
-    profiles = [fit_profile(likelihood, grid, symmetric=True)]
+    profiles = [fit_profile(likelihood, grid, symmetric=True, pairs=pairs)]
     if not is_preliminary:
-        profiles.append(fit_profile(likelihood, grid, symmetric=False))
-    penalty = min(
-        ASYMMETRY_PENALTY_PER_CLASS * num_classes, ASYMMETRY_PENALTY_PER_ENTRY * num_classes * (num_classes - 1)
+        profiles.append(fit_profile(likelihood, grid, symmetric=False, pairs=pairs))
+    gain = max(profile.gain - kind * _asymmetry_penalty(num_classes) for kind, profile in enumerate(profiles))
+    curves, entropy = _penalized_curves(likelihood, profiles, gain)
+    temperature, average_temperature = (
+        TEMPERATURE * (1 + slope * entropy**2) for slope in (INTERVAL_SLOPE, AVERAGE_SLOPE)
     )
-    gain = max(profile.gain - kind * penalty for kind, profile in enumerate(profiles))
-    certainty = max(float(profile.certainty[profile.objective.argmax()]) for profile in profiles)
-    is_certain = certainty >= MIN_CERTAINTY
-    temperature = MIN_TEMPERATURE + RELATIVE_MISFIT * max(gain, 0.0)
-    temperature *= 1.0 if is_certain else UNCERTAIN_FACTOR
-    penalties = (SYMMETRIC_ENTROPY_PENALTY, ASYMMETRIC_ENTROPY_PENALTY if is_certain else 0.0)
-    curves = [_penalized(*pair) for pair in zip(profiles, penalties, strict=False)]
-    if len(profiles) > 1:
-        entropies = [float(profile.entropy[curve.argmax()]) for profile, curve in zip(profiles, curves, strict=True)]
-        bonus = penalties[1] * max(entropies[0] - entropies[1], 0.0)
-        curves[1] = curves[1] - penalty + min(bonus, MAX_ENTROPY_BONUS * penalty)
-    curves = [curve / temperature for curve in curves]
     positions = candidate_rates(num_classes)
+    prior = torch.zeros(len(grid), dtype=torch.float64)
     if rate_priors is not None:
         prior = interpolate_profile(positions.tolist(), rate_priors[0].cpu(), torch.tensor(grid))
-        curves = [curve + prior for curve in curves]
-    log_likelihood = torch.stack([interpolate_profile(grid, curve, positions) for curve in curves]).logsumexp(0)
+    log_likelihood = torch.stack(
+        [interpolate_profile(grid, curve / temperature + prior, positions) for curve in curves]
+    ).logsumexp(0)
     log_likelihood -= log_likelihood.max()
-    weights_by_kind = torch.cat(curves).softmax(0).float().chunk(len(curves))
+    all_weights = torch.cat([curve / average_temperature + prior for curve in curves]).softmax(0).float()
+    weights_by_kind = all_weights.chunk(len(curves))
     cpu = torch.device("cpu")
     kept = [
         (profile.parameters.to(cpu).select(rows), part[rows])
@@ -143,15 +144,45 @@ def fit_label_model(
     model = LabelModel(
         parameters=[parameters for parameters, _ in kept],
         weights=[part / total for _, part in kept],
-        pair=pair.to(cpu),
+        pair=likelihood.match_calibrated(pair).to(cpu),
+        pair_mismatch=float(pair.mismatch),
         rate_log_likelihood=log_likelihood,
         pair_rate_log_likelihood=pair_log_likelihood,
         label_rate=estimate_rate(log_likelihood, num_classes),
         pair_rate=_pair_rate(likelihood, pair_log_likelihood),
         gain=gain / 2,
-        certainty=certainty,
     )
     return broadcast(model)
+
+
+def _asymmetry_penalty(num_classes: int) -> float:
+    """Return the log-likelihood that asymmetric noise must gain, in nats; see `ASYMMETRY_PENALTY_PER_CLASS`."""
+    entries = num_classes * (num_classes - 1)
+    return min(ASYMMETRY_PENALTY_PER_CLASS * num_classes, ASYMMETRY_PENALTY_PER_ENTRY * entries)
+
+
+def _penalized_curves(
+    likelihood: CompositeLikelihood, profiles: Sequence[Profile], gain: float
+) -> tuple[list[Tensor], float]:
+    """Return the penalized profile of each kind of noise [G] on the CPU, and the mean entropy of the better one.
+
+    Args:
+        likelihood: likelihood of the labels.
+        profiles: profile of symmetric noise and, unless the fit is preliminary, of asymmetric noise.
+        gain: gain over the class frequencies, in nats.
+    """
+    num_samples, num_classes = len(likelihood.labels), likelihood.num_classes
+    largest_penalty = ENTROPY_PENALTY_PER_GAIN * max(gain, 0.0) / num_samples
+    penalties = [min(penalty, largest_penalty) for penalty in (SYMMETRIC_ENTROPY_PENALTY, ASYMMETRIC_ENTROPY_PENALTY)]
+    curves = [_penalized(*pair) for pair in zip(profiles, penalties, strict=False)]
+    entropies = [float(profile.entropy[curve.argmax()]) for profile, curve in zip(profiles, curves, strict=True)]
+    if len(profiles) > 1:
+        explains_more = float(profiles[1].objective.max()) > float(profiles[0].objective.max())
+        bonus = penalties[1] * max(entropies[0] - entropies[1], 0.0) * explains_more
+        penalty = _asymmetry_penalty(num_classes)
+        curves[1] = curves[1] - penalty + min(bonus, MAX_ENTROPY_BONUS * penalty)
+    best_kind = max(range(len(curves)), key=lambda kind: float(curves[kind].max()))
+    return curves, entropies[best_kind] / (num_samples * math.log(num_classes))
 
 
 def _penalized(profile: Profile, entropy_penalty: float) -> Tensor:
@@ -170,8 +201,9 @@ def _fit_pairs(
     """Return the parameters at the most likely mismatch rate, and the log-likelihood of the mismatch rates.
 
     The mismatch rate is that of independent pairs; `candidate_rates(C)` are the rates of different classes that follow
-    from it in balanced data.
+    from it in balanced data. The joint votes are left out, because they say nothing on the class of a modality alone.
     """
+    likelihood, parameters = likelihood.without_joint_votes(), without_joint_votes(parameters, likelihood)
     parameters, objective = fit_pair_profile(likelihood, parameters, MISMATCH_GRID)
     rates = candidate_rates(likelihood.num_classes)
     curve = objective.cpu() / temperature
@@ -189,16 +221,19 @@ def _pair_rate(likelihood: CompositeLikelihood, log_likelihood: Tensor) -> RateE
     return RateEstimate(ratio * estimate.estimate, ratio * estimate.ci95_low, ratio * estimate.ci95_high)
 
 
-def _gathered_likelihood(votes: Votes, labels: Tensor, num_classes: int, weights: Tensor) -> CompositeLikelihood:
-    """Return the likelihood of a random subset of the samples of all ranks."""
-    total = int(all_reduce_sum_(torch.tensor(float(len(labels)), dtype=torch.float64, device=labels.device)))
+def select_fit_rows(present: Tensor, num_classes: int) -> Tensor:
+    """Return the row numbers of this rank's samples that a model is fitted to: a random subset of a large dataset.
+
+    Args:
+        present: [n] bool, samples with votes.
+        num_classes: C.
+    """
+    rows = present.nonzero().squeeze(1)
+    total = int(all_reduce_sum_(torch.tensor(float(len(rows)), dtype=torch.float64, device=present.device)))
     limit = min(MAX_FIT_SAMPLES, max(MIN_FIT_SAMPLES, MAX_FIT_ELEMENTS // num_classes))
-    kept = min(len(labels), round(len(labels) * limit / max(total, 1)))
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
-    rows = order[:kept].sort().values
-    weights = _gather(weights[rows])
-    subset = votes.rows(rows).map(_gather)
-    return CompositeLikelihood(subset, _gather(labels[rows]), num_classes, weights / weights.mean())
+    kept = min(len(rows), round(len(rows) * limit / max(total, 1)))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).to(present.device)
+    return rows[order[:kept].sort().values]
 
 
 def _gather(rows: Tensor) -> Tensor:

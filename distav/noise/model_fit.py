@@ -12,22 +12,39 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distav.noise.composite_likelihood import CompositeLikelihood
-from distav.noise.vote_model import LabelNoise, Parameters
+from distav.noise.composite_likelihood import CompositeLikelihood, Evidence
+from distav.noise.model_parameters import LabelNoise, Parameters
 
 STEPS, STEP_SIZE = 10, 0.2
 """Steps of Adam between two updates by expectation-maximization, and the first step size."""
-START_ROUNDS, ROUNDS, LAST_ROUNDS, PAIR_ROUNDS = 2, 2, 2, 3
+START_ROUNDS, ROUNDS, LAST_ROUNDS, PAIR_ROUNDS = 2, 2, 2, 4
 """Rounds of such steps from each start, twice from the best candidates, and for each mismatch rate."""
-STARTS = ((0.0, 0.95), (0.5, 0.5), (0.0, 0.05))
-"""Starts of a fit: shift of the logarithms of the inverse temperatures, and w."""
-SHARP_STARTS = ((1.0, 0.9), (2.0, 0.9), (2.0, 0.1))
-"""Additional starts under asymmetric noise, from a T that is counted against the predictions of the votes: otherwise
-votes that are split between two classes are a local maximum."""
+STARTS = (0.0, 0.5)
+"""Shifts of the logarithms of the inverse temperatures at the starts of a fit."""
+SHARP_STARTS = (1.0, 2.0)
+"""Shifts at additional starts under asymmetric noise, from a T that is counted against the predictions of the votes:
+otherwise votes that are split between two classes are a local maximum."""
+START_MISMATCH = 0.2
 START_STRIDE = 3
 """Every third noise rate is fitted from all starts; the results are candidates at all rates."""
 MAX_ELEMENTS = 2**22
 """Elements of a table [G, n, C] of a fit; noise rates are fitted in parts."""
+
+
+@dataclass(frozen=True)
+class PairAssumption:
+    """What is assumed of the pairs in a fit.
+
+    The owner of the labels of mismatched pairs is not estimated: a label that follows the more informative modality
+    would be taken for evidence that this modality owns it.
+
+    Attributes:
+        visual_owner: w.
+        mismatch: m; None if it is estimated.
+    """
+
+    visual_owner: float
+    mismatch: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,14 +55,12 @@ class Profile:
         parameters: parameters at G noise rates.
         objective: [G] composite log-likelihood with the priors.
         entropy: [G] summed entropy of the class probabilities of the label's owner without the label, in nats.
-        certainty: [G] mean over the classes of the probability of their most certain tenth of samples.
         baseline: composite log-likelihood of the class frequencies alone.
     """
 
     parameters: Parameters
     objective: Tensor
     entropy: Tensor
-    certainty: Tensor
     baseline: float
 
     @property
@@ -54,33 +69,37 @@ class Profile:
         return float(self.objective.max()) - self.baseline
 
 
-def fit_profile(likelihood: CompositeLikelihood, rates: Sequence[float], symmetric: bool) -> Profile:
+def fit_profile(
+    likelihood: CompositeLikelihood, rates: Sequence[float], symmetric: bool, pairs: PairAssumption
+) -> Profile:
     """Fit the model at each noise rate.
 
     Args:
         likelihood: likelihood of the labels.
         rates: G increasing noise rates.
         symmetric: whether all wrong labels are equally likely; otherwise T is estimated.
+        pairs: w, and m if it is known.
     """
     device = likelihood.labels.device
     grid = torch.tensor(rates, device=device)
     coarse = grid[START_STRIDE // 2 :: START_STRIDE] if len(rates) > START_STRIDE else grid
-    starts = [_start(likelihood, coarse, shift, owner, symmetric) for shift, owner in STARTS]
+    fits_mismatch = pairs.mismatch is None
+    starts = [_start(likelihood, coarse, shift, symmetric, pairs) for shift in STARTS]
     if not symmetric:
-        starts += [likelihood.count_matrices(_start(likelihood, coarse, *start, symmetric)) for start in SHARP_STARTS]
-    fitted = [_ascend(likelihood, likelihood.objective, start, START_ROUNDS) for start in starts]
+        starts += [
+            likelihood.count_matrices(_start(likelihood, coarse, shift, symmetric, pairs)) for shift in SHARP_STARTS
+        ]
+    fitted = [_ascend(likelihood, likelihood.objective, start, START_ROUNDS, fits_mismatch) for start in starts]
     objectives = torch.stack([objective for _, objective in fitted])
     best = objectives.argmax(0) * len(coarse) + torch.arange(len(coarse), device=device)
     candidates = join_parameters([parameters for parameters, _ in fitted]).select(best)
     for num_rounds in (ROUNDS, LAST_ROUNDS):
-        parameters, objective = _ascend(
-            likelihood, likelihood.objective, _best_candidates(likelihood, candidates, grid), num_rounds
-        )
-        candidates = parameters
+        candidates = _best_candidates(likelihood, candidates, grid)
+        candidates, objective = _ascend(likelihood, likelihood.objective, candidates, num_rounds, fits_mismatch)
+    parameters = candidates
     with torch.no_grad():
-        parts = [likelihood.sharpness(parameters.select(rows)) for rows in _parts(likelihood, len(rates))]
-    entropy, certainty = (torch.cat(values) for values in zip(*parts, strict=True))
-    return Profile(parameters, objective, entropy, certainty, likelihood.baseline)
+        parts = [likelihood.entropy(parameters.select(rows)) for rows in _parts(likelihood, len(rates))]
+    return Profile(parameters, objective, torch.cat(parts), likelihood.baseline)
 
 
 def fit_pair_profile(
@@ -98,7 +117,7 @@ def fit_pair_profile(
     """
     rates = torch.tensor(mismatches, device=likelihood.labels.device)[:, None]
     parameters = replace(parameters.select(torch.zeros(len(rates), dtype=torch.long)), mismatch=rates)
-    return _ascend(likelihood, likelihood.pair_objective, parameters, PAIR_ROUNDS, updates_mismatch=False)
+    return _ascend(likelihood, likelihood.pair_objective, parameters, PAIR_ROUNDS, fits_mismatch=False)
 
 
 def _best_candidates(likelihood: CompositeLikelihood, candidates: Parameters, rates: Tensor) -> Parameters:
@@ -110,8 +129,7 @@ def _best_candidates(likelihood: CompositeLikelihood, candidates: Parameters, ra
     with torch.no_grad():
         for rows in _parts(likelihood, len(index)):
             part = _at_rates(candidates, index[rows], all_rates[rows])
-            label_probs = part.noise.probabilities(likelihood.labels, likelihood.fold)
-            objectives.append(likelihood.objective(part, label_probs))
+            objectives.append(likelihood.objective(part, likelihood.evidence(part)))
     best = torch.cat(objectives).view(num_candidates, len(rates)).argmax(0)
     return _at_rates(candidates, best, rates)
 
@@ -128,7 +146,7 @@ def _at_rates(parameters: Parameters, index: Tensor, rates: Tensor) -> Parameter
     return replace(selected, noise=LabelNoise(rates, matrices))
 
 
-Objective = Callable[[Parameters, Tensor | None], Tensor]
+Objective = Callable[[Parameters, Evidence], Tensor]
 
 
 def _ascend(
@@ -136,7 +154,7 @@ def _ascend(
     objective: Objective,
     parameters: Parameters,
     num_rounds: int,
-    updates_mismatch: bool = True,
+    fits_mismatch: bool,
 ) -> tuple[Parameters, Tensor]:
     """Maximize an objective by Adam and expectation-maximization in turn; return the parameters and maxima [G]."""
     fitted: list[Parameters] = []
@@ -145,22 +163,21 @@ def _ascend(
         part = parameters.select(rows)
         variables = part.votes.clone().requires_grad_()
         optimizer = torch.optim.Adam([variables], lr=STEP_SIZE, betas=(0.8, 0.95))
-        label_probs = part.noise.probabilities(likelihood.labels, likelihood.fold)
+        evidence = likelihood.evidence(part)
         for round_index in range(num_rounds):
             optimizer.param_groups[0]["lr"] = STEP_SIZE * (1 - round_index / num_rounds) ** 0.7
             for _ in range(STEPS):
                 optimizer.zero_grad()
-                loss = -objective(part.with_votes(variables), label_probs).sum() / len(likelihood.labels)
+                loss = -objective(part.with_votes(variables), evidence).sum() / len(likelihood.labels)
                 loss.backward()
                 optimizer.step()
             part = part.with_votes(variables.detach())
             if round_index + 1 < num_rounds:
-                updated = likelihood.maximize(part, 4)
-                part = updated if updates_mismatch else replace(part, visual_owner=updated.visual_owner)
-                label_probs = part.noise.probabilities(likelihood.labels, likelihood.fold)
+                part = likelihood.maximize(part, fits_mismatch)
+                evidence = likelihood.evidence(part)
         fitted.append(part)
         with torch.no_grad():
-            maxima.append(objective(part, label_probs))
+            maxima.append(objective(part, evidence))
     return join_parameters(fitted), torch.cat(maxima)
 
 
@@ -171,18 +188,25 @@ def _parts(likelihood: CompositeLikelihood, count: int) -> list[Tensor]:
 
 
 def _start(
-    likelihood: CompositeLikelihood, rates: Tensor, shift: float, visual_owner: float, symmetric: bool
+    likelihood: CompositeLikelihood, rates: Tensor, shift: float, symmetric: bool, pairs: PairAssumption
 ) -> Parameters:
     """Return the parameters at the start of a fit; see `STARTS`."""
     votes = likelihood.prior_mean.repeat(len(rates), 1)
     votes[:, :-3] += shift
     return Parameters(
         votes,
-        torch.full_like(votes[:, :1], 0.2),
-        torch.full_like(votes[:, :1], visual_owner),
+        torch.full_like(votes[:, :1], START_MISMATCH if pairs.mismatch is None else pairs.mismatch),
+        torch.full_like(votes[:, :1], pairs.visual_owner),
         likelihood.frequencies.expand(len(rates), -1),
         LabelNoise(rates, None if symmetric else _symmetric_matrices(rates, likelihood.num_classes)),
+        torch.ones_like(votes[:, :2]),
     )
+
+
+def without_joint_votes(parameters: Parameters, likelihood: CompositeLikelihood) -> Parameters:
+    """Return the parameters of the model without joint votes; the product starts with the votes of the modalities."""
+    single = parameters.votes[:, : len(likelihood.votes.visual) + len(likelihood.votes.audio)]
+    return parameters.with_votes(torch.cat([single, single, parameters.votes[:, -3:]], dim=1))
 
 
 def join_parameters(parts: Sequence[Parameters]) -> Parameters:
@@ -194,6 +218,7 @@ def join_parameters(parts: Sequence[Parameters]) -> Parameters:
         torch.cat([part.visual_owner for part in parts]),
         torch.cat([part.frequencies for part in parts]),
         LabelNoise(torch.cat([part.noise.rates for part in parts]), torch.cat(matrices) if matrices else None),
+        torch.cat([part.half_votes for part in parts]),
     )
 
 

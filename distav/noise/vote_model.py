@@ -9,145 +9,45 @@ Votes V of the visual neighbors and A of the audio neighbors become class probab
 p(c) = (1 - eps) softmax(b log V)(c) + eps pi(c), with the class frequencies pi; those of the common class of a matched
 pair, f(c), come from the weighted product of all votes, joint ones included. No modality has a special role. With the
 likelihood ratio of the pair against chance, r = sum_c p_V(c) p_A(c) / pi(c), a pair matches with the probability
-z = (1 - m) r / ((1 - m) r + m), and the given label has the probability
+z = (1 - m) r / ((1 - m) r + m). Samples that vote in both modalities would make wrong votes agree; where votes of
+disjoint halves of the voters are given, r and z are therefore those of the visual votes of one half and the audio votes
+of the other, and z is the mean over both ways. The product f without the votes of the other modality gives the class of
+the owner of a mismatched pair, f_V or f_A; without joint votes these are p_V and p_A. The given label has the
+probability
 
-    P(y | V, A) = z L(f) + (1 - z) (w L(p_V) + (1 - w) L(p_A)),    L(p) = sum_c p(c) T[c, y]
+    P(y | V, A) = z L(f) + (1 - z) (w L(f_V) + (1 - w) L(f_A)),    L(p) = sum_c p(c) T[c, y]
 
-Legend: n samples, C classes, G noise rates, K votes of a role, S parameters of the votes.
+Legend: n samples, C classes, G noise rates, K votes of a role, S parameters of the votes, R ratios of a pair.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from distav.noise.model_parameters import Parameters, Votes
 
 MAX_EPSILON = 0.5
 """Largest weight of the class frequencies in the class probabilities."""
 
 
 @dataclass(frozen=True)
-class Votes:
-    """Logarithms of the votes by role, and which samples have them.
-
-    Attributes:
-        visual, audio, joint: K tables [n, C] each; a missing vote is uniform.
-        has_visual, has_audio: [n] bool.
-    """
-
-    visual: Sequence[Tensor]
-    audio: Sequence[Tensor]
-    joint: Sequence[Tensor]
-    has_visual: Tensor
-    has_audio: Tensor
-
-    @property
-    def paired(self) -> Tensor:
-        """Samples with both modalities: [n] bool."""
-        return self.has_visual & self.has_audio
-
-    def rows(self, index: Tensor | slice) -> "Votes":
-        """Return the votes of some samples."""
-        return self.map(lambda table: table[index])
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Votes":
-        """Return the votes with a function applied to each table and to the columns of the modalities."""
-        visual, audio, joint = (
-            [function(table) for table in tables] for tables in (self.visual, self.audio, self.joint)
-        )
-        return Votes(visual, audio, joint, function(self.has_visual), function(self.has_audio))
-
-
-@dataclass(frozen=True)
-class LabelNoise:
-    """P(given | true) at each of G noise rates.
-
-    Attributes:
-        rates: [G] e.
-        matrices: [G, F, C, C] T for each of F folds of the samples; None for symmetric noise.
-    """
-
-    rates: Tensor
-    matrices: Tensor | None = None
-
-    def probabilities(self, labels: Tensor, fold: Tensor | None = None) -> Tensor | None:
-        """Return P(y_i | c): [G, n, C]; None for symmetric noise.
-
-        Args:
-            labels: [n] y.
-            fold: [n] fold of each sample; None averages over the folds.
-        """
-        if self.matrices is None:
-            return None
-        by_label = self.matrices.transpose(-1, -2)
-        return by_label.mean(1)[:, labels] if fold is None else by_label[:, fold, labels]
-
-    def likelihood(self, probs: Tensor, labels: Tensor, label_probs: Tensor | None) -> Tensor:
-        """Return L(p): [G, n, C], [n] -> [G, n]."""
-        if label_probs is not None:
-            return (probs * label_probs).sum(-1)
-        correct = probs.gather(-1, labels.expand(len(probs), -1)[..., None]).squeeze(-1)
-        rates = self.rates[:, None]
-        return correct * (1 - rates) + (1 - correct) * rates / (probs.shape[-1] - 1)
-
-    def bayes(self, probs: Tensor, labels: Tensor, label_probs: Tensor | None) -> Tensor:
-        """Return the class probabilities given the label too, not normalized: [G, n, C], [n] -> [G, n, C]."""
-        if label_probs is not None:
-            return probs * label_probs
-        rates = self.rates.view(-1, 1, 1)
-        right = torch.zeros_like(probs).scatter_(-1, labels.expand(len(probs), -1)[..., None], 1.0)
-        return probs * (right * (1 - rates) + (1 - right) * rates / (probs.shape[-1] - 1))
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Parameters of the model at G noise rates.
-
-    Attributes:
-        votes: [G, S] logarithms of the inverse temperatures (visual, audio, and all votes in the product), and logits
-            of the three weights of the class frequencies relative to `MAX_EPSILON`.
-        mismatch: [G, 1] m.
-        visual_owner: [G, 1] w.
-        frequencies: [G, C] pi.
-        noise: T.
-    """
-
-    votes: Tensor
-    mismatch: Tensor
-    visual_owner: Tensor
-    frequencies: Tensor
-    noise: LabelNoise
-
-    def select(self, index: Tensor) -> "Parameters":
-        """Return the parameters at some of the noise rates."""
-        matrices = self.noise.matrices
-        noise = LabelNoise(self.noise.rates[index], None if matrices is None else matrices[index])
-        return Parameters(
-            self.votes[index], self.mismatch[index], self.visual_owner[index], self.frequencies[index], noise
-        )
-
-    def to(self, device: torch.device) -> "Parameters":
-        """Return the parameters on a device."""
-        matrices = self.noise.matrices
-        noise = LabelNoise(self.noise.rates.to(device), None if matrices is None else matrices.to(device))
-        votes, mismatch, visual_owner, frequencies = (
-            table.to(device) for table in (self.votes, self.mismatch, self.visual_owner, self.frequencies)
-        )
-        return Parameters(votes, mismatch, visual_owner, frequencies, noise)
-
-    def with_votes(self, votes: Tensor) -> "Parameters":
-        """Return the same parameters with other inverse temperatures: [G, S]."""
-        return replace(self, votes=votes)
-
-
-@dataclass(frozen=True)
 class ClassProbs:
-    """Class probabilities of the modalities and of a matched pair: [G, n, C] each; `ratio` is r: [G, n]."""
+    """Class probabilities of samples.
+
+    Attributes:
+        visual, audio, fused: p_V, p_A and f: [G, n, C] each.
+        visual_owner, audio_owner: f_V and f_A: [G, n, C] each.
+        ratios: [R, G, n] r.
+    """
 
     visual: Tensor
     audio: Tensor
     fused: Tensor
-    ratio: Tensor
+    visual_owner: Tensor
+    audio_owner: Tensor
+    ratios: Tensor
 
 
 @dataclass(frozen=True)
@@ -155,8 +55,8 @@ class LabelLikelihood:
     """Probabilities of the given labels: [G, n] each.
 
     Attributes:
-        visual, audio, fused: L of the three tables of `ClassProbs`.
-        matched: z, the probability that the pair matches; 1 for samples with one modality.
+        visual, audio, fused: L of f_V, f_A and f.
+        matched: z, the probability that the pair matches, mean over the ratios; 1 for samples with one modality.
         owner: P(y | V, A).
     """
 
@@ -167,27 +67,100 @@ class LabelLikelihood:
     owner: Tensor
 
 
-def class_probs(parameters: Parameters, votes: Votes) -> ClassProbs:
-    """Return the class probabilities of both modalities and of matched pairs."""
+def class_probs(parameters: Parameters, votes: Votes, ratios: Tensor | None = None) -> ClassProbs:
+    """Return the class probabilities of both modalities and of matched pairs.
+
+    Args:
+        parameters: parameters of the model.
+        votes: votes of n samples.
+        ratios: [R, G, n] r; that of the class probabilities by default.
+    """
+    visual, audio = _modality_probs(parameters, votes)
     num_visual, num_audio = len(votes.visual), len(votes.audio)
-    scales, frequencies = parameters.votes[:, :-3].exp(), parameters.frequencies[:, None, :]
-    epsilon = MAX_EPSILON * parameters.votes[:, -3:].sigmoid()
+    first = num_visual + num_audio
+    visual_logits = _logits(parameters, votes.visual, first)
+    audio_logits = _logits(parameters, votes.audio, first + num_visual)
+    visual_owner, audio_owner, joint_logits = visual, audio, 0
+    if votes.joint:
+        joint_logits = _logits(parameters, votes.joint, first + num_visual + num_audio)
+        visual_owner, audio_owner = (
+            _normalized(parameters, logits + joint_logits, 2) for logits in (visual_logits, audio_logits)
+        )
+    fused = _normalized(parameters, visual_logits + audio_logits + joint_logits, 2)
+    if ratios is None:
+        ratios = _ratios_of(parameters, visual, audio)
+    return ClassProbs(visual, audio, fused, visual_owner, audio_owner, ratios)
 
-    def product(tables: Sequence[Tensor], first: int, role: int) -> Tensor:
-        logits = sum(scales[:, first + i, None, None] * table for i, table in enumerate(tables))
-        assert isinstance(logits, Tensor)
-        weight = epsilon[:, role, None, None]
-        # Several times faster than softmax(-1) on the CPU, whose kernel is slow for few classes.
-        odds = (logits - logits.detach().amax(-1, keepdim=True)).exp()
-        return (1 - weight) / odds.sum(-1, keepdim=True) * odds + weight * frequencies
 
-    visual = product(votes.visual, 0, 0)
-    audio = product(votes.audio, num_visual, 1)
-    fused = product([*votes.visual, *votes.audio, *votes.joint], num_visual + num_audio, 2)
+def pair_ratios(parameters: Parameters, votes: Votes) -> Tensor:
+    """Return r of the visual and the audio votes of all voters: [1, G, n]. Parameters of joint votes are not used."""
+    return _ratios_of(parameters, *_modality_probs(parameters, votes))
+
+
+def _ratios_of(parameters: Parameters, visual: Tensor, audio: Tensor) -> Tensor:
+    return (visual * audio / parameters.frequencies[:, None, :]).sum(-1)[None]
+
+
+def _modality_probs(parameters: Parameters, votes: Votes) -> tuple[Tensor, Tensor]:
+    """Return p_V and p_A: [G, n, C] each; the class frequencies where a modality is missing."""
+    visual = _normalized(parameters, _logits(parameters, votes.visual, 0), 0)
+    audio = _normalized(parameters, _logits(parameters, votes.audio, len(votes.visual)), 1)
     if not bool(votes.paired.all()):
+        frequencies = parameters.frequencies[:, None, :]
         visual = torch.where(votes.has_visual[:, None], visual, frequencies)
         audio = torch.where(votes.has_audio[:, None], audio, frequencies)
-    return ClassProbs(visual, audio, fused, (visual * audio / frequencies).sum(-1))
+    return visual, audio
+
+
+def _logits(parameters: Parameters, tables: Sequence[Tensor], first: int) -> Tensor:
+    """Return the logarithms of a weighted product of votes, whose parameters start at `first`: [G, n, C]."""
+    scales = parameters.votes[:, first : first + len(tables)].exp()
+    logits = sum(scales[:, i, None, None] * table for i, table in enumerate(tables))
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _normalized(parameters: Parameters, logits: Tensor, role: int) -> Tensor:
+    """Return class probabilities with the weight of the class frequencies of a role: [G, n, C]."""
+    weight = MAX_EPSILON * parameters.votes[:, role - 3, None, None].sigmoid()
+    odds = _odds(logits)
+    return (1 - weight) / odds.sum(-1, keepdim=True) * odds + weight * parameters.frequencies[:, None, :]
+
+
+def _odds(logits: Tensor) -> Tensor:
+    """Return class probabilities that are not normalized; much faster on a CPU than softmax(-1) for few classes."""
+    return (logits - logits.detach().amax(-1, keepdim=True)).exp()
+
+
+def half_probs(half_votes: Tensor, table: Tensor) -> Tensor:
+    """Return the class probabilities of the votes of a half: inverse temperatures [G], votes [n, C] -> [G, n, C]."""
+    odds = _odds(half_votes[:, None, None] * table)
+    return odds / odds.sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def agreement_ratios(parameters: Parameters, votes: Votes) -> Tensor:
+    """Return r of the votes of disjoint voters, or of the same ones where there are no halves: [R, G, n]."""
+    if not votes.visual_halves:
+        return pair_ratios(parameters, votes)
+    ratios = []
+    for visual, audio in zip(votes.visual_halves, reversed(votes.audio_halves), strict=True):
+        visual = half_probs(parameters.half_votes[:, 0], visual)
+        audio = half_probs(parameters.half_votes[:, 1], audio)
+        ratios.append(_pair_ratio(visual, audio, parameters.frequencies, votes.paired))
+    return torch.stack(ratios)
+
+
+def _pair_ratio(visual: Tensor, audio: Tensor, frequencies: Tensor, paired: Tensor) -> Tensor:
+    """Return r of class probabilities whose means over the pairs are not exactly the class frequencies: [G, n].
+
+    Classes that the votes of both modalities prefer would otherwise make independent pairs agree; the mean of r over
+    all combinations of a visual and an audio part is 1.
+    """
+    if not bool(paired.any()):
+        return torch.ones_like(visual[..., 0])
+    means = visual[:, paired].mean(1, keepdim=True) * audio[:, paired].mean(1, keepdim=True)
+    return (visual * audio * (frequencies[:, None, :] / means.clamp_min(1e-12))).sum(-1)
 
 
 def label_likelihood(
@@ -202,82 +175,15 @@ def label_likelihood(
         label_probs: result of `LabelNoise.probabilities`.
         paired: [n] bool, samples with both modalities.
     """
-    tables = (probs.visual, probs.audio, probs.fused)
+    tables = (probs.visual_owner, probs.audio_owner, probs.fused)
     visual, audio, fused = (parameters.noise.likelihood(table, labels, label_probs) for table in tables)
-    mismatch, owner = parameters.mismatch, parameters.visual_owner
-    matched = (1 - mismatch) * probs.ratio
-    matched = torch.where(paired, matched / (matched + mismatch), 1.0)
+    owner, matched = parameters.visual_owner, match_probability(parameters.mismatch, probs.ratios, paired)
     return LabelLikelihood(
         visual, audio, fused, matched, matched * fused + (1 - matched) * (owner * visual + (1 - owner) * audio)
     )
 
 
-@dataclass(frozen=True)
-class Posterior:
-    """Class probabilities of samples: [n, C] each; correspondence [n].
-
-    Attributes:
-        owner, visual, audio: classes of the label's owner, the frames and the audio, given the label.
-        owner_held_out, visual_held_out, audio_held_out: the same, not given the sample's own label.
-        correspondence: probability that both modalities show the same class; 1 for samples with one modality.
-    """
-
-    owner: Tensor
-    visual: Tensor
-    audio: Tensor
-    owner_held_out: Tensor
-    visual_held_out: Tensor
-    audio_held_out: Tensor
-    correspondence: Tensor
-
-    def __add__(self, other: "Posterior") -> "Posterior":
-        """Return the sums of all tables."""
-        return Posterior(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
-
-
-def posterior(parameters: Parameters, weights: Tensor, pair: Parameters, votes: Votes, labels: Tensor) -> Posterior:
-    """Return class probabilities averaged over the noise rates.
-
-    Args:
-        parameters: parameters at G noise rates.
-        weights: [G] weight of each noise rate.
-        pair: parameters at one mismatch rate, which determine whether the pairs match and who owns their labels.
-        votes: votes of n samples.
-        labels: [n] given labels.
-    """
-    probs = replace(class_probs(parameters, votes), ratio=class_probs(pair, votes).ratio)
-    parameters = replace(parameters, mismatch=pair.mismatch, visual_owner=pair.visual_owner)
-    noise, paired = parameters.noise, votes.paired
-    label_probs = noise.probabilities(labels)
-    likelihood = label_likelihood(parameters, probs, labels, label_probs, paired)
-    visual, audio, fused = (
-        noise.bayes(table, labels, label_probs) / value.clamp_min(1e-30)[..., None]
-        for table, value in (
-            (probs.visual, likelihood.visual),
-            (probs.audio, likelihood.audio),
-            (probs.fused, likelihood.fused),
-        )
-    )
-    owner = parameters.visual_owner
-    matched = likelihood.matched * likelihood.fused / likelihood.owner
-    by_visual = (1 - likelihood.matched) * owner * likelihood.visual / likelihood.owner
-    by_audio = (1 - matched - by_visual).clamp_min(0.0)
-    same_class = by_visual * (visual * probs.audio).sum(-1) + by_audio * (probs.visual * audio).sum(-1)
-    correspondence = torch.where(paired, matched + same_class, 1.0)
-    before, owner = likelihood.matched[..., None], owner[..., None]
-    matched, by_visual, by_audio = (value[..., None] for value in (matched, by_visual, by_audio))
-
-    def average(values: Tensor) -> Tensor:
-        return torch.einsum("g,g...->...", weights, values)
-
-    return Posterior(
-        owner=average(matched * fused + by_visual * visual + by_audio * audio),
-        visual=average(matched * fused + by_visual * visual + by_audio * probs.visual),
-        audio=average(matched * fused + by_visual * probs.audio + by_audio * audio),
-        owner_held_out=average(
-            before * probs.fused + (1 - before) * (owner * probs.visual + (1 - owner) * probs.audio)
-        ),
-        visual_held_out=average(before * probs.fused + (1 - before) * probs.visual),
-        audio_held_out=average(before * probs.fused + (1 - before) * probs.audio),
-        correspondence=average(correspondence),
-    )
+def match_probability(mismatch: Tensor, ratios: Tensor, paired: Tensor) -> Tensor:
+    """Return z: [G, 1], [R, G, n], [n] bool -> [G, n]; 1 for samples with one modality."""
+    matched = (1 - mismatch) * ratios
+    return torch.where(paired, (matched / (matched + mismatch)).mean(0), 1.0)

@@ -65,6 +65,7 @@ class VoteTask:
         has_modality: [N] bool by modality, samples with its features.
         search_space: configurations.
         scorer: scores votes on the given labels.
+        fit_rows: [t] row numbers of the samples that the model is fitted to.
     """
 
     labels: Tensor
@@ -76,6 +77,7 @@ class VoteTask:
     has_modality: Mapping[str, Tensor]
     search_space: VoteSearchSpace
     scorer: VoteScorer
+    fit_rows: Tensor
 
     def restricted(self, modality: str) -> "VoteTask":
         """Return the task for votes of the samples that have a modality; votes of all others are uniform."""
@@ -162,11 +164,13 @@ class SelectedVote:
         config: its configuration.
         votes: [n, C] its votes.
         score: see `VoteScorer.score`.
+        half_votes: votes of the first round by the voters of either half, for `VoteTask.fit_rows`: [t, C] each.
     """
 
     config: VoteConfig
     votes: Tensor
     score: float
+    half_votes: Sequence[Tensor]
 
 
 def select_vote(task: VoteTask, spaces: Sequence[FeatureSpace], features_of: FeaturesOf) -> SelectedVote:
@@ -184,7 +188,8 @@ def select_vote(task: VoteTask, spaces: Sequence[FeatureSpace], features_of: Fea
         for config, votes in iter_votes(task, graph, configs):
             score = task.scorer.score(votes)
             if selected is None or score > selected.score:
-                selected = SelectedVote(config, votes, score)
+                halves = graph.half_votes(task.fit_rows, task.labels, task.num_classes, config.k, config.temperature)
+                selected = SelectedVote(config, votes, score, halves)
             del votes
         del graph
     assert selected is not None

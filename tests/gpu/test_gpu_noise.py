@@ -11,13 +11,16 @@ from torch import Tensor
 from distav.data.modalities import MODALITIES
 from distav.losses.event_parsing import modality_losses, segment_losses, video_losses
 from distav.noise import label_model
+from distav.noise.class_posterior import posterior
 from distav.noise.correspondence import fit_mixture, gmm_correspondence
 from distav.noise.knn_vote import NeighborGraph
 from distav.noise.label_correction import Correction, CorrectionPrior, correct_labels
 from distav.noise.label_model import fit_label_model
+from distav.noise.model_fit import PairAssumption
+from distav.noise.model_parameters import LabelNoise, Parameters, Votes
 from distav.noise.noise_rate import transition_matrix
 from distav.noise.tiling import TILE_ELEMENTS
-from distav.noise.vote_model import LabelNoise, Parameters, Votes, class_probs, posterior
+from distav.noise.vote_model import class_probs
 from distav.noise.vote_score import VoteScorer, log_votes
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
 
@@ -49,13 +52,15 @@ def make_parameters(votes: Votes, num_classes: int, device: torch.device) -> Par
     rates = torch.tensor([0.1, 0.3, 0.5], device=device)
     identity = torch.eye(num_classes, device=device)
     matrices = (1 - rates)[:, None, None] * identity + rates[:, None, None] * identity.roll(1, 1)
-    variables = draw(3, votes.num_parameters, seed=7).mul_(0.3).to(device)
+    num_single = len(votes.visual) + len(votes.audio)
+    variables = draw(3, 2 * num_single + len(votes.joint) + 3, seed=7).mul_(0.3).to(device)
     return Parameters(
         variables,
         torch.full_like(rates, 0.3)[:, None],
         torch.full_like(rates, 0.7)[:, None],
         torch.full_like(matrices[:, 0], 1 / num_classes),
         LabelNoise(rates, matrices[:, None].expand(-1, 2, -1, -1)),
+        torch.ones(3, 2, device=device),
     )
 
 
@@ -94,7 +99,7 @@ def test_fitted_models_are_equal_on_cpu_and_gpu(asymmetric: bool):
         if asymmetric:
             sample = torch.arange(1500, device=device)
             given = torch.where(sample // 6 % 3 == 0, (sample + 1) % 6, sample % 6)
-        models.append(fit_label_model(votes, given, 6, torch.ones(1500, device=device)))
+        models.append(fit_label_model(votes, given, 6, torch.ones(1500, device=device), PairAssumption(0.97)))
         assert models[-1].posterior(votes, given).owner.device.type == device.type
     on_cpu, on_gpu = models
     assert on_gpu.gain == pytest.approx(on_cpu.gain, rel=1e-3)
@@ -127,6 +132,7 @@ def correct(device: torch.device, previous: Correction | None = None) -> Correct
         previous.held_out.to(device),
         previous.rate_log_likelihood.to(device),
         previous.pair_rate_log_likelihood.to(device),
+        previous.visual_owner,
     )
     return correct_labels(spaces, *arguments, prior, (visual_teacher, audio_teacher))
 

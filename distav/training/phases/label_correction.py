@@ -98,6 +98,7 @@ def _correction_prior(run: Run) -> CorrectionPrior | None:
         held_out=run.bank.columns["held_out"],
         rate_log_likelihood=torch.tensor(state.rate_log_likelihood, dtype=torch.float64, device=device),
         pair_rate_log_likelihood=torch.tensor(state.pair_rate_log_likelihood, dtype=torch.float64, device=device),
+        visual_owner=state.visual_owner,
     )
 
 
@@ -119,4 +120,5 @@ def store_correction(run: Run, correction: Correction) -> None:
     if state.rate_log_likelihood is None and correction.has_signal:
         state.rate_log_likelihood = correction.rate_log_likelihood.tolist()
         state.pair_rate_log_likelihood = correction.pair_rate_log_likelihood.tolist()
+        state.visual_owner = correction.visual_owner
     run.state.correction = state

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distav.noise.knn_vote import NeighborGraph, pca_whiten, source_weights
+from distav.noise.knn_vote import NeighborGraph, pca_whiten, source_halves, source_weights
 from tests.unit.noise.scenes import Scene, make_scene
 
 
@@ -66,6 +66,28 @@ def test_weights_of_samples_sum_to_1_in_each_group():
     weights = source_weights(groups)
     assert weights.tolist() == pytest.approx([1 / 2, 1 / 3, 1 / 3, 1, 1 / 3, 1 / 2])
     assert float(weights.sum()) == pytest.approx(3)
+
+
+def test_halves_have_equal_numbers_of_sources_and_do_not_divide_any():
+    groups = torch.arange(40).repeat_interleave(torch.arange(40) % 3 + 1)
+    halves = source_halves(groups)
+    by_group = [halves[groups == group].unique() for group in range(40)]
+    assert all(len(values) == 1 for values in by_group)
+    assert int(torch.cat(by_group).sum()) == 20
+
+
+def test_votes_of_a_half_do_not_depend_on_the_labels_of_the_other_half():
+    scene, graph, groups = grouped_scene()
+    rows, halves = torch.arange(0, 300, 7), source_halves(groups)
+    votes = graph.half_votes(rows, scene.given, 10, 30, 0.2)
+    changed = graph.half_votes(rows, torch.where(halves == 0, (scene.given + 1) % 10, scene.given), 10, 30, 0.2)
+    assert torch.equal(changed[1], votes[1]) and not torch.equal(changed[0], votes[0])
+    # The vote of all is the mean of both halves, weighted by their voters.
+    weights = graph.vote_weights(rows, 30, 0.2)
+    shares = torch.stack([(weights * (halves[graph.ids[rows, :30]] == half)).sum(1) for half in (0, 1)])
+    shares /= shares.sum(0)
+    expected = (torch.stack(votes) * shares[..., None]).sum(0)
+    torch.testing.assert_close(graph.vote(scene.given, 10, 30, 0.2).probs[rows], expected)
 
 
 def test_labels_never_contribute_to_their_own_second_round_with_weights_of_groups():

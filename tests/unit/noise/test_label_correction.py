@@ -32,7 +32,9 @@ def test_audio_gets_its_own_label_and_mismatched_pairs_are_detected():
     assert accuracy(correction.audio_posterior, scene.audio_class) > 0.95
     assert auroc(correction.correspondence.numpy(), ~scene.mismatched) > 0.97
     assert correction.pair_rate.estimate == pytest.approx(scene.mismatched.mean(), abs=0.04)
-    prior = CorrectionPrior(correction.held_out, correction.rate_log_likelihood, correction.pair_rate_log_likelihood)
+    prior = CorrectionPrior(
+        correction.held_out, correction.rate_log_likelihood, correction.pair_rate_log_likelihood, 1.0
+    )
     # In later rounds both modalities were trained on the same votes and agree where they do not match.
     scene.audio = torch.where(
         torch.rand(1000, 1, generator=torch.Generator().manual_seed(2)) < 0.5, scene.visual, scene.audio
@@ -171,7 +173,9 @@ def test_interval_of_the_noise_rate_covers_it_for_confident_and_diffuse_votes(is
         first = scene.correct()
         wrong = scene.given != scene.true
         wrong_by_class = [float(wrong[scene.true == label].double().mean()) for label in range(10)]
-        prior = CorrectionPrior(first.held_out, first.rate_log_likelihood, first.pair_rate_log_likelihood)
+        prior = CorrectionPrior(
+            first.held_out, first.rate_log_likelihood, first.pair_rate_log_likelihood, first.visual_owner
+        )
         for correction in (first, scene.correct(prior=prior)):
             overall = correction.label_rate
             assert overall.ci95_low <= wrong.double().mean() <= overall.ci95_high

@@ -122,7 +122,7 @@ def measure_correction(num_samples: int, with_prior: bool) -> int:
         optional = ()
         if with_prior:
             rates = torch.zeros_like(candidate_rates(num_classes))
-            prior = CorrectionPrior(draw_probs(size, 1, num_classes), rates, rates)
+            prior = CorrectionPrior(draw_probs(size, 1, num_classes), rates, rates, 0.97)
             optional = prior, (draw_probs(size, 2, num_classes), draw_probs(size, 3, num_classes))
         spaces = [FeatureSpace("rows", visual, audio)]
         growth = peak_growth(partial(correct_labels, spaces, *dataset, search_space, *optional))

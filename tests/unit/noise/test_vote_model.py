@@ -7,16 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distav.noise.vote_model import (
-    ClassProbs,
-    LabelNoise,
-    Parameters,
-    Posterior,
-    Votes,
-    class_probs,
-    label_likelihood,
-    posterior,
-)
+from distav.noise.class_posterior import Posterior, posterior
+from distav.noise.model_parameters import LabelNoise, Parameters, Votes
+from distav.noise.vote_model import ClassProbs, agreement_ratios, class_probs, label_likelihood, match_probability
 
 NUM_SAMPLES, NUM_CLASSES = 24, 4
 RATE, MISMATCH, VISUAL_OWNER = 0.3, 0.35, 0.8
@@ -59,15 +52,16 @@ def make_parameters(asymmetric: bool, rates: tuple[float, ...] = (RATE,)) -> Par
     ones = torch.ones(len(rates), 1, dtype=torch.float64)
     matrices = torch.stack([asymmetric_matrix(rate) for rate in rates])[:, None].expand(-1, 2, -1, -1)
     noise = LabelNoise(torch.tensor(rates, dtype=torch.float64), matrices if asymmetric else None)
-    return Parameters(votes * ones, MISMATCH * ones, VISUAL_OWNER * ones, FREQUENCIES * ones, noise)
+    half_votes = torch.tensor([[1.3, 0.6]], dtype=torch.float64) * ones
+    return Parameters(votes * ones, MISMATCH * ones, VISUAL_OWNER * ones, FREQUENCIES * ones, noise, half_votes)
 
 
 def given_labels() -> Tensor:
     return torch.arange(NUM_SAMPLES) % NUM_CLASSES
 
 
-def known_probs(parameters: Parameters, votes: Votes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return p_V, p_A and f at one noise rate by the formulas of the model: [n, C] float64 each."""
+def known_probs(parameters: Parameters, votes: Votes) -> tuple[np.ndarray, ...]:
+    """Return p_V, p_A, f, f_V and f_A at one noise rate by the formulas of the model: [n, C] float64 each."""
     scales = parameters.votes[0, :-3].exp().tolist()
     epsilon = (0.5 / (1 + np.exp(-parameters.votes[0, -3:].numpy()))).tolist()
     visual, audio, joint = ([table.numpy() for table in tables] for tables in (votes.visual, votes.audio, votes.joint))
@@ -76,11 +70,12 @@ def known_probs(parameters: Parameters, votes: Votes) -> tuple[np.ndarray, np.nd
         product = np.exp(sum(scale * table for scale, table in zip(temperatures, tables, strict=True)))
         return (1 - weight) * product / product.sum(1, keepdims=True) + weight * FREQUENCIES.numpy()
 
-    fused = [*visual, *audio, *joint]
     return (
         probs(visual, scales[:2], epsilon[0]),
         probs(audio, scales[2:3], epsilon[1]),
-        probs(fused, scales[3:], epsilon[2]),
+        probs([*visual, *audio, *joint], scales[3:], epsilon[2]),
+        probs([*visual, *joint], [*scales[3:5], scales[6]], epsilon[2]),
+        probs([*audio, *joint], scales[5:], epsilon[2]),
     )
 
 
@@ -91,18 +86,20 @@ class Enumeration:
     joint: np.ndarray
 
     @classmethod
-    def of(cls, visual: np.ndarray, audio: np.ndarray, fused: np.ndarray, matrix: np.ndarray) -> "Enumeration":
+    def of(cls, probs: tuple[np.ndarray, ...], matrix: np.ndarray) -> "Enumeration":
         """Compute the probability of each combination from the class probabilities [C] of a sample."""
+        visual, audio, fused, visual_owner, audio_owner = probs
         ratio = sum(visual[c] * audio[c] / float(FREQUENCIES[c]) for c in range(NUM_CLASSES))
         matched = (1 - MISMATCH) * ratio / ((1 - MISMATCH) * ratio + MISMATCH)
         joint = np.zeros((NUM_CLASSES, NUM_CLASSES, 2, 2, NUM_CLASSES))
         for v in range(NUM_CLASSES):
             for a in range(NUM_CLASSES):
+                mismatched = (visual_owner[v] * audio[a], visual[v] * audio_owner[a])
                 for owner, owner_prob, true in ((0, VISUAL_OWNER, v), (1, 1 - VISUAL_OWNER, a)):
                     for y in range(NUM_CLASSES):
                         classes = fused[v] if v == a else 0.0
                         joint[v, a, 1, owner, y] = matched * classes * owner_prob * matrix[true, y]
-                        joint[v, a, 0, owner, y] = (1 - matched) * visual[v] * audio[a] * owner_prob * matrix[true, y]
+                        joint[v, a, 0, owner, y] = (1 - matched) * mismatched[owner] * owner_prob * matrix[true, y]
         return cls(joint)
 
     def class_tables(self, joint: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -113,14 +110,15 @@ class Enumeration:
 
 
 def enumerate_samples(parameters: Parameters, votes: Votes, matrix: Tensor) -> list[Enumeration]:
-    return [Enumeration.of(*rows, matrix.numpy()) for rows in zip(*known_probs(parameters, votes), strict=True)]
+    return [Enumeration.of(rows, matrix.numpy()) for rows in zip(*known_probs(parameters, votes), strict=True)]
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_label_probabilities_equal_an_enumeration_of_the_latent_variables(asymmetric: bool):
     parameters, votes, labels = make_parameters(asymmetric), make_votes(), given_labels()
     probs = class_probs(parameters, votes)
-    for table, expected in zip((probs.visual, probs.audio, probs.fused), known_probs(parameters, votes), strict=True):
+    tables = (probs.visual, probs.audio, probs.fused, probs.visual_owner, probs.audio_owner)
+    for table, expected in zip(tables, known_probs(parameters, votes), strict=True):
         np.testing.assert_allclose(table[0], expected, rtol=1e-10)
     label_probs = parameters.noise.probabilities(labels)
     likelihood = label_likelihood(parameters, probs, labels, label_probs, votes.paired)
@@ -261,4 +259,22 @@ def test_rows_select_samples_of_all_votes():
     parameters = make_parameters(asymmetric=True)
     complete, partial = class_probs(parameters, votes), class_probs(parameters, part)
     for field in fields(ClassProbs):
-        torch.testing.assert_close(getattr(partial, field.name), getattr(complete, field.name)[:, 8:11])
+        rows = (..., slice(8, 11)) if field.name == "ratios" else (slice(None), slice(8, 11))
+        torch.testing.assert_close(getattr(partial, field.name), getattr(complete, field.name)[rows])
+
+
+def test_votes_of_disjoint_halves_determine_the_ratios():
+    votes, parameters = make_votes(), make_parameters(asymmetric=False)
+    halves = [draw_logs(seed) for seed in (5, 6, 7, 8)]
+    votes = replace(votes, visual_halves=halves[:2], audio_halves=halves[2:])
+    ratios = agreement_ratios(parameters, votes)
+    for ratio, visual, audio in zip(ratios, halves[:2], (halves[3], halves[2]), strict=True):
+        visual, audio = (1.3 * visual).softmax(1), (0.6 * audio).softmax(1)
+        expected = (visual * audio * FREQUENCIES / (visual.mean(0) * audio.mean(0))).sum(1)
+        torch.testing.assert_close(ratio[0], expected)
+        # The mean over all combinations of a visual and an audio part is that of independent classes.
+        combinations = visual[:, None] * audio[None] * FREQUENCIES / (visual.mean(0) * audio.mean(0))
+        assert float(combinations.sum(-1).mean()) == pytest.approx(1)
+    matched = match_probability(parameters.mismatch, ratios, votes.paired)
+    expected = [(1 - MISMATCH) * ratio / ((1 - MISMATCH) * ratio + MISMATCH) for ratio in ratios]
+    torch.testing.assert_close(matched, (expected[0] + expected[1]) / 2)

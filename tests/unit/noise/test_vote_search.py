@@ -43,7 +43,8 @@ def make_task(
     scorer = scorer or VoteScorer(given, NUM_CLASSES, valid)
     groups = torch.arange(len(given)) if groups is None else groups
     has_modality = has_modality or dict.fromkeys(MODALITIES, valid)
-    return VoteTask(given, given, NUM_CLASSES, groups, valid, valid, has_modality, search_space, scorer)
+    rows = torch.arange(len(given))
+    return VoteTask(given, given, NUM_CLASSES, groups, valid, valid, has_modality, search_space, scorer, rows)
 
 
 def votes_of(task: VoteTask, config: VoteConfig, features: Tensor) -> Tensor:

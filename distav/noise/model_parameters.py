@@ -1,0 +1,133 @@
+"""Inputs and parameters of the model of `distav.noise.vote_model`, which defines the symbols.
+
+Legend: n samples, C classes, G noise rates, K votes of a role, F folds of the samples, S parameters of the votes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Votes:
+    """Logarithms of the votes by role, and which samples have them.
+
+    Attributes:
+        visual, audio, joint: K tables [n, C] each; a missing vote is uniform.
+        has_visual, has_audio: [n] bool.
+        visual_halves, audio_halves: two tables [n, C] each, of the voters of either half; may be missing.
+    """
+
+    visual: Sequence[Tensor]
+    audio: Sequence[Tensor]
+    joint: Sequence[Tensor]
+    has_visual: Tensor
+    has_audio: Tensor
+    visual_halves: Sequence[Tensor] = ()
+    audio_halves: Sequence[Tensor] = ()
+
+    @property
+    def paired(self) -> Tensor:
+        """Samples with both modalities: [n] bool."""
+        return self.has_visual & self.has_audio
+
+    def rows(self, index: Tensor | slice) -> "Votes":
+        """Return the votes of some samples."""
+        return self.map(lambda table: table[index])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Votes":
+        """Return the votes with a function applied to each table and to the columns of the modalities."""
+        roles = (self.visual, self.audio, self.joint, self.visual_halves, self.audio_halves)
+        visual, audio, joint, visual_halves, audio_halves = ([function(table) for table in tables] for tables in roles)
+        has_visual, has_audio = function(self.has_visual), function(self.has_audio)
+        return Votes(visual, audio, joint, has_visual, has_audio, visual_halves, audio_halves)
+
+
+@dataclass(frozen=True)
+class LabelNoise:
+    """P(given | true) at each of G noise rates.
+
+    Attributes:
+        rates: [G] e.
+        matrices: [G, F, C, C] T for each of F folds of the samples; None for symmetric noise.
+    """
+
+    rates: Tensor
+    matrices: Tensor | None = None
+
+    def probabilities(self, labels: Tensor, fold: Tensor | None = None) -> Tensor | None:
+        """Return P(y_i | c): [G, n, C]; None for symmetric noise.
+
+        Args:
+            labels: [n] y.
+            fold: [n] fold of each sample; None averages over the folds.
+        """
+        if self.matrices is None:
+            return None
+        by_label = self.matrices.transpose(-1, -2)
+        return by_label.mean(1)[:, labels] if fold is None else by_label[:, fold, labels]
+
+    def likelihood(self, probs: Tensor, labels: Tensor, label_probs: Tensor | None) -> Tensor:
+        """Return L(p): [G, n, C], [n] -> [G, n]."""
+        if label_probs is not None:
+            return (probs * label_probs).sum(-1)
+        correct = probs.gather(-1, labels.expand(len(probs), -1)[..., None]).squeeze(-1)
+        rates = self.rates[:, None]
+        return correct * (1 - rates) + (1 - correct) * rates / (probs.shape[-1] - 1)
+
+    def bayes(self, probs: Tensor, labels: Tensor, label_probs: Tensor | None) -> Tensor:
+        """Return the class probabilities given the label too, not normalized: [G, n, C], [n] -> [G, n, C]."""
+        if label_probs is not None:
+            return probs * label_probs
+        rates = self.rates.view(-1, 1, 1)
+        right = torch.zeros_like(probs).scatter_(-1, labels.expand(len(probs), -1)[..., None], 1.0)
+        return probs * (right * (1 - rates) + (1 - right) * rates / (probs.shape[-1] - 1))
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of the model at G noise rates.
+
+    Attributes:
+        votes: [G, S] logarithms of the inverse temperatures (visual, audio, and all votes in the product), and logits
+            of the three weights of the class frequencies relative to `MAX_EPSILON`.
+        mismatch: [G, 1] m.
+        visual_owner: [G, 1] w.
+        frequencies: [G, C] pi.
+        noise: T.
+        half_votes: [G, 2] inverse temperatures of the visual and of the audio votes of the halves.
+    """
+
+    votes: Tensor
+    mismatch: Tensor
+    visual_owner: Tensor
+    frequencies: Tensor
+    noise: LabelNoise
+    half_votes: Tensor
+
+    def select(self, index: Tensor) -> "Parameters":
+        """Return the parameters at some of the noise rates."""
+        matrices = self.noise.matrices
+        noise = LabelNoise(self.noise.rates[index], None if matrices is None else matrices[index])
+        return Parameters(
+            self.votes[index],
+            self.mismatch[index],
+            self.visual_owner[index],
+            self.frequencies[index],
+            noise,
+            self.half_votes[index],
+        )
+
+    def to(self, device: torch.device) -> "Parameters":
+        """Return the parameters on a device."""
+        matrices = self.noise.matrices
+        noise = LabelNoise(self.noise.rates.to(device), None if matrices is None else matrices.to(device))
+        tables = (self.votes, self.mismatch, self.visual_owner, self.frequencies, self.half_votes)
+        votes, mismatch, visual_owner, frequencies, half_votes = (table.to(device) for table in tables)
+        return Parameters(votes, mismatch, visual_owner, frequencies, noise, half_votes)
+
+    def with_votes(self, votes: Tensor) -> "Parameters":
+        """Return the same parameters with other inverse temperatures: [G, S]."""
+        return replace(self, votes=votes)
