@@ -28,6 +28,7 @@ from distav.noise.vote_search import (
     SelectedVote,
     VoteSearchSpace,
     VoteTask,
+    feasible_search_space,
     joint_features,
     select_vote,
 )
@@ -120,11 +121,11 @@ def correct_labels(
 
     The visual and the audio votes come first; the correspondence probabilities of a first fit scale the audio in the
     concatenated features of the joint vote, and a second fit uses all votes. In the first correction of a run this is
-    repeated for each assumption on the owner of the labels, unless nearly all pairs match; the one under which the
-    votes predict the given labels best is kept. If the votes predict the given labels no
+    repeated for each assumption on the owner of the labels, unless nearly all pairs match, and the likely one is kept.
+    If the votes predict the given labels no
     better than class frequencies do (``min_log_likelihood_gain``), the labels are returned unchanged.
 
-    At most five tables [n, C] of votes, or three and the six of the result, are held at a time, in addition to the
+    At most seven tables [n, C] of votes, or three and the six of the result, are held at a time, in addition to the
     arguments and one table for each of the votes of `prior` and `teachers`.
 
     Args:
@@ -165,19 +166,17 @@ def correct_labels(
     models = [fit(votes, PairAssumption(owner), is_preliminary=True) for owner in owners]
     if all(model.pair_mismatch < MIN_MISMATCH for model in models):
         models = models[:1]
-    best: tuple[float, PairAssumption, Votes] | None = None
+    candidates = []
     for model in models:
         correspondence = _posterior(model, votes, local_labels).correspondence
         joint = select_vote(task, spaces, partial(joint_features, task, correspondence))
-        candidate = replace(votes, joint=[log_votes(joint.votes), *votes.joint])
-        gain = fit(candidate, model.pairs, is_preliminary=True).gain if len(models) > 1 else 0.0
-        if best is None or gain > best[0]:
-            best = (gain, model.pairs, candidate)
-            selected_votes["joint"] = str(joint.config)
-        del joint, candidate
-    assert best is not None
-    _, pairs, votes = best
-    del best
+        joined = replace(votes, joint=[log_votes(joint.votes), *votes.joint])
+        fitted = fit(joined, model.pairs, is_preliminary=True) if len(models) > 1 else model
+        candidates.append(_Candidate(fitted, joined, str(joint.config)))
+        del joint, joined
+    chosen = _likely_owner(candidates)
+    pairs, votes, selected_votes["joint"] = chosen.model.pairs, chosen.votes, chosen.joint_config
+    del candidates, chosen
     model = fit(votes, pairs, is_preliminary=False)
     result = _posterior(model, votes, local_labels)
     del votes
@@ -203,6 +202,28 @@ def correct_labels(
         has_signal=has_signal,
         selected_votes=selected_votes,
     )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Model and votes under one assumption on the owner of the labels."""
+
+    model: LabelModel
+    votes: Votes
+    joint_config: str
+
+
+def _likely_owner(candidates: Sequence[_Candidate]) -> _Candidate:
+    """Return the assumption that is nearest to the average over all, weighted by their likelihood.
+
+    If the votes say little on the owner, this is the one that half of the labels belong to each modality.
+    """
+    models = [candidate.model for candidate in candidates]
+    gains, temperatures, owners = torch.tensor(
+        [(2 * model.gain, model.temperature, model.pairs.visual_owner) for model in models], dtype=torch.float64
+    ).T
+    average = (gains / temperatures.mean()).softmax(0) @ owners
+    return candidates[int((owners - average).abs().argmin())]
 
 
 def _votes(
@@ -236,25 +257,6 @@ def _posterior(model: LabelModel, votes: Votes, labels: Tensor) -> Posterior:
         for field in fields(Posterior):
             getattr(result, field.name)[part] = getattr(rows, field.name)
     return result
-
-
-def feasible_search_space(search_space: VoteSearchSpace, num_samples: int, num_classes: int) -> VoteSearchSpace:
-    """Return the search space restricted to numbers of neighbors that the dataset has."""
-    num_neighbors = feasible_num_neighbors(search_space.num_neighbors, num_samples, num_classes)
-    second_round = [k for k in search_space.second_round_neighbors if k <= max(num_neighbors)]
-    return replace(search_space, num_neighbors=num_neighbors, second_round_neighbors=second_round or [0])
-
-
-def feasible_num_neighbors(num_neighbors: Sequence[int], num_samples: int, num_classes: int) -> list[int]:
-    """Return the numbers of neighbors below the number of samples; for small datasets, smaller ones are added.
-
-    The smallest is halved until it is at most half the average class size, because more neighbors belong to other
-    classes.
-    """
-    feasible = [k for k in num_neighbors if k < num_samples]
-    while feasible and min(feasible) > max(2, num_samples / (2 * num_classes)):
-        feasible.insert(0, min(feasible) // 2)
-    return feasible
 
 
 def identity_correction(given: Tensor, num_classes: int) -> Correction:

@@ -34,7 +34,7 @@ ASYMMETRY_PENALTY_PER_CLASS, ASYMMETRY_PENALTY_PER_ENTRY = 2.0, 0.25
 each free entry of the transition matrix; the smaller sum counts. The folds are not fully independent, because samples
 vote for each other."""
 MAX_ENTROPY_BONUS = 3.0
-"""Asymmetric noise that explains the labels better and with less entropy gains up to this multiple of its penalty."""
+"""Asymmetric noise that explains the labels with less entropy gains up to this multiple of its penalty."""
 TEMPERATURE, INTERVAL_SLOPE, AVERAGE_SLOPE = 4.0, 32.0, 4.0
 """Temperature of a profile if the classes are certain, and its relative increase per square of the mean entropy, which
 is 1 for uniform class probabilities, in intervals and in averages over the rates: each label enters the composite
@@ -62,6 +62,7 @@ class LabelModel:
         label_rate: label-noise rate.
         pair_rate: rate of pairs whose modalities show different classes.
         gain: gain in the log-likelihood of the labels over the class frequencies, in nats.
+        temperature: temperature of the composite log-likelihood in averages.
     """
 
     parameters: Sequence[Parameters]
@@ -73,6 +74,7 @@ class LabelModel:
     label_rate: RateEstimate
     pair_rate: RateEstimate
     gain: float
+    temperature: float
 
     @property
     def pairs(self) -> PairAssumption:
@@ -151,6 +153,7 @@ def fit_label_model(
         label_rate=estimate_rate(log_likelihood, num_classes),
         pair_rate=_pair_rate(likelihood, pair_log_likelihood),
         gain=gain / 2,
+        temperature=average_temperature,
     )
     return broadcast(model)
 
@@ -177,8 +180,7 @@ def _penalized_curves(
     curves = [_penalized(*pair) for pair in zip(profiles, penalties, strict=False)]
     entropies = [float(profile.entropy[curve.argmax()]) for profile, curve in zip(profiles, curves, strict=True)]
     if len(profiles) > 1:
-        explains_more = float(profiles[1].objective.max()) > float(profiles[0].objective.max())
-        bonus = penalties[1] * max(entropies[0] - entropies[1], 0.0) * explains_more
+        bonus = penalties[1] * max(entropies[0] - entropies[1], 0.0)
         penalty = _asymmetry_penalty(num_classes)
         curves[1] = curves[1] - penalty + min(bonus, MAX_ENTROPY_BONUS * penalty)
     best_kind = max(range(len(curves)), key=lambda kind: float(curves[kind].max()))

@@ -38,6 +38,25 @@ class VoteSearchSpace:
     min_log_likelihood_gain: float = 10.0
 
 
+def feasible_search_space(search_space: VoteSearchSpace, num_samples: int, num_classes: int) -> VoteSearchSpace:
+    """Return the search space restricted to numbers of neighbors that the dataset has."""
+    num_neighbors = feasible_num_neighbors(search_space.num_neighbors, num_samples, num_classes)
+    second_round = [k for k in search_space.second_round_neighbors if k <= max(num_neighbors)]
+    return replace(search_space, num_neighbors=num_neighbors, second_round_neighbors=second_round or [0])
+
+
+def feasible_num_neighbors(num_neighbors: Sequence[int], num_samples: int, num_classes: int) -> list[int]:
+    """Return the numbers of neighbors below the number of samples; for small datasets, smaller ones are added.
+
+    The smallest is halved until it is at most half the average class size, because more neighbors belong to other
+    classes.
+    """
+    feasible = [k for k in num_neighbors if k < num_samples]
+    while feasible and min(feasible) > max(2, num_samples / (2 * num_classes)):
+        feasible.insert(0, min(feasible) // 2)
+    return feasible
+
+
 @dataclass(frozen=True, eq=False)
 class FeatureSpace:
     """Features of this rank's samples in which neighbors are searched: [n, E] of each modality."""

@@ -14,10 +14,17 @@ from tests.helpers.launch import arguments
 from tests.helpers.rank_group import RankGroup
 
 
+def _restore_sigint() -> None:
+    """Restore Ctrl-C, which is ignored if the tests run in the background of a shell script."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_make_shards_stops_and_resumes(tmp_path: Path):
     options = ["--train-clips=1200", "--test-clips=4", "--short-side=16", "--workers=2"]
     command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), "synthetic", str(tmp_path / "set"), *options]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, start_new_session=True, stderr=subprocess.PIPE, text=True, preexec_fn=_restore_sigint
+    )
     while not list(tmp_path.glob("set/.work/chunk-*.json")):
         assert process.poll() is None
         time.sleep(0.02)
