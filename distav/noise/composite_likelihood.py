@@ -2,8 +2,8 @@
 
     sum_i log P(y_i | V_i, A_i) + (log P(y_i | V_i) + log P(y_i | A_i)) / 2
 
-plus weak priors of the inverse temperatures. The agreement of the two modalities determines only the mismatch rate and
-the owner of the labels, by expectation-maximization: without a label signal it must not make votes look informative.
+plus weak priors of the inverse temperatures. The agreement of the two modalities determines only the mismatch rate,
+by expectation-maximization: without a label signal it must not make votes look informative.
 The inverse temperatures of the votes of the halves maximize the likelihood of the labels under each modality alone.
 
 Under asymmetric noise T is estimated by expectation-maximization in two folds of the samples; each fold uses the T of

@@ -96,10 +96,9 @@ def fit_profile(
     for num_rounds in (ROUNDS, LAST_ROUNDS):
         candidates = _best_candidates(likelihood, candidates, grid)
         candidates, objective = _ascend(likelihood, likelihood.objective, candidates, num_rounds, fits_mismatch)
-    parameters = candidates
     with torch.no_grad():
-        parts = [likelihood.entropy(parameters.select(rows)) for rows in _parts(likelihood, len(rates))]
-    return Profile(parameters, objective, torch.cat(parts), likelihood.baseline)
+        parts = [likelihood.entropy(candidates.select(rows)) for rows in _parts(likelihood, len(rates))]
+    return Profile(candidates, objective, torch.cat(parts), likelihood.baseline)
 
 
 def fit_pair_profile(
