@@ -166,9 +166,9 @@ def correct_labels(
     models = [fit(votes, PairAssumption(owner), is_preliminary=True) for owner in owners]
     if all(model.pair_mismatch < MIN_MISMATCH for model in models):
         models = models[:1]
+    correspondences = [_posterior(model, votes, local_labels).correspondence for model in models]
     candidates = []
-    for model in models:
-        correspondence = _posterior(model, votes, local_labels).correspondence
+    for model, correspondence in zip(models, correspondences, strict=True):
         joint = select_vote(task, spaces, partial(joint_features, task, correspondence))
         joined = replace(votes, joint=[log_votes(joint.votes), *votes.joint])
         fitted = fit(joined, model.pairs, is_preliminary=True) if len(models) > 1 else model

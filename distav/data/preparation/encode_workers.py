@@ -139,7 +139,8 @@ def _encode_in_pool(
                 index = _chunk_index(task)
                 arguments = source, encoding, seed, index, chunks[index], work_dir
                 try:
-                    running[pool.submit(_encode_chunk, *arguments)] = index
+                    with _ctrl_c_blocked():
+                        running[pool.submit(_encode_chunk, *arguments)] = index
                 except BrokenProcessPool:
                     crashed.append(index)
             if not running:
@@ -158,6 +159,17 @@ def _encode_in_pool(
 def _ignore_ctrl_c() -> None:
     """Leave Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextlib.contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Context in which Ctrl-C waits; processes that start here inherit this until they ignore it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 @contextlib.contextmanager
