@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distav.noise.model_parameters import Parameters, Votes
-from distav.noise.vote_model import class_probs, label_likelihood, pair_ratios
+from distav.noise.vote_model import class_probs, held_out_probs, label_likelihood, pair_ratios
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def posterior(parameters: Parameters, weights: Tensor, pair: Parameters, votes: 
     visual, audio, fused = (
         noise.bayes(table, labels, label_probs) / value.clamp_min(1e-30)[..., None]
         for table, value in (
-            (probs.visual_owner, likelihood.visual),
-            (probs.audio_owner, likelihood.audio),
+            (probs.owner_if_visual, likelihood.visual),
+            (probs.owner_if_audio, likelihood.audio),
             (probs.fused, likelihood.fused),
         )
     )
@@ -75,14 +75,12 @@ def posterior(parameters: Parameters, weights: Tensor, pair: Parameters, votes: 
         owner=average(matched * fused + by_visual * visual + by_audio * audio),
         visual=average(matched * fused + by_visual * visual + by_audio * probs.visual),
         audio=average(matched * fused + by_visual * probs.audio + by_audio * audio),
-        owner_held_out=average(
-            before * probs.fused + (1 - before) * (owner * probs.visual_owner + (1 - owner) * probs.audio_owner)
-        ),
+        owner_held_out=average(held_out_probs(parameters, probs, paired)),
         visual_held_out=average(
-            before * probs.fused + (1 - before) * (owner * probs.visual_owner + (1 - owner) * probs.visual)
+            before * probs.fused + (1 - before) * (owner * probs.owner_if_visual + (1 - owner) * probs.visual)
         ),
         audio_held_out=average(
-            before * probs.fused + (1 - before) * (owner * probs.audio + (1 - owner) * probs.audio_owner)
+            before * probs.fused + (1 - before) * (owner * probs.audio + (1 - owner) * probs.owner_if_audio)
         ),
         correspondence=average(correspondence),
     )

@@ -2,9 +2,9 @@
 
     sum_i log P(y_i | V_i, A_i) + (log P(y_i | V_i) + log P(y_i | A_i)) / 2
 
-plus weak priors of the inverse temperatures. The agreement of the two modalities determines only the mismatch rate,
-by expectation-maximization: without a label signal it must not make votes look informative.
-The inverse temperatures of the votes of the halves maximize the likelihood of the labels under each modality alone.
+plus weak priors of the inverse temperatures. The agreement of the two modalities determines only the mismatch rate, by
+expectation-maximization: without a label signal it must not make votes look informative. The inverse temperatures of
+the votes of the halves maximize the likelihood of the labels under each modality alone.
 
 Under asymmetric noise T is estimated by expectation-maximization in two folds of the samples; each fold uses the T of
 the other, so that the free parameters of T gain no likelihood by chance.
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from distav.noise.model_parameters import LabelNoise, Parameters, Votes
 from distav.noise.vote_model import (
-    ClassProbs,
     agreement_ratios,
     class_probs,
     half_probs,
+    held_out_probs,
     label_likelihood,
     match_probability,
     pair_ratios,
@@ -106,27 +106,28 @@ class CompositeLikelihood:
         """Return the composite log-likelihood plus the logarithm of the priors: [G] float64."""
         probs = class_probs(parameters, self.votes, evidence.ratios)
         likelihood = label_likelihood(parameters, probs, self.labels, evidence.label_probs, self.votes.paired)
-        single_visual, single_audio = self._single_likelihoods(parameters, probs, evidence.label_probs)
         total = likelihood.owner.clamp_min(1e-12).log()
-        total = total + SINGLE_WEIGHT * (single_visual.clamp_min(1e-12).log() * self.votes.has_visual)
-        total = total + SINGLE_WEIGHT * (single_audio.clamp_min(1e-12).log() * self.votes.has_audio)
+        for role, table in enumerate((probs.visual, probs.audio)):
+            total = total + SINGLE_WEIGHT * self._single_log_likelihood(parameters, table, role, evidence.label_probs)
         deviations = (parameters.votes - self.prior_mean) / self.prior_deviation
         return (total * self.weights).double().sum(1) - 0.5 * deviations.double().square().sum(1)
 
-    def _single_likelihoods(
-        self, parameters: Parameters, probs: ClassProbs, label_probs: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return P(y | V) and P(y | A): [G, n] each."""
-        visual, audio = (
-            parameters.noise.likelihood(table, self.labels, label_probs) for table in (probs.visual, probs.audio)
-        )
-        mismatch = torch.where(self.votes.paired, parameters.mismatch, 0.0)
-        owner, chance = parameters.visual_owner, self._chance(parameters)
-        visual_unknown, audio_unknown = mismatch * (1 - owner), mismatch * owner
-        return (
-            (1 - visual_unknown) * visual + visual_unknown * chance,
-            (1 - audio_unknown) * audio + audio_unknown * chance,
-        )
+    def _single_log_likelihood(
+        self, parameters: Parameters, probs: Tensor, role: int, label_probs: Tensor | None
+    ) -> Tensor:
+        """Return log P(y | votes of one modality), 0 for samples without it: [G, n].
+
+        Args:
+            parameters: parameters of the model.
+            probs: [G, n, C] class probabilities of the modality.
+            role: 0 for the visual, 1 for the audio modality.
+            label_probs: result of `LabelNoise.probabilities`.
+        """
+        owner = parameters.visual_owner
+        unknown = torch.where(self.votes.paired, parameters.mismatch, 0.0) * (owner if role else 1 - owner)
+        known = parameters.noise.likelihood(probs, self.labels, label_probs)
+        likelihood = (1 - unknown) * known + unknown * self._chance(parameters)
+        return likelihood.clamp_min(1e-12).log() * (self.votes.has_audio if role else self.votes.has_visual)
 
     def _chance(self, parameters: Parameters) -> Tensor:
         """Return P(y) of the labels, without votes: [G, n]."""
@@ -138,14 +139,15 @@ class CompositeLikelihood:
 
     @torch.no_grad()
     def maximize(self, parameters: Parameters, fits_mismatch: bool) -> Parameters:
-        """Update the votes of the halves, m if it is fitted, and under asymmetric noise T and pi.
+        """Update the inverse temperatures of the halves, m if it is fitted, and under asymmetric noise T and pi.
 
         All but the first are updated by expectation-maximization.
         """
-        parameters = self._update_half_votes(parameters)
-        paired = self.votes.paired
+        parameters = self._update_half_scales(parameters)
+        label_probs, paired = parameters.noise.probabilities(self.labels, self.fold), self.votes.paired
+        if label_probs is None and not fits_mismatch:
+            return parameters
         probs = class_probs(parameters, self.votes, agreement_ratios(parameters, self.votes))
-        label_probs = parameters.noise.probabilities(self.labels, self.fold)
         likelihood = label_likelihood(parameters, probs, self.labels, label_probs, paired)
         for _ in range(SYMMETRIC_ITERATIONS if label_probs is None else ITERATIONS):
             mismatch, owner = parameters.mismatch, parameters.visual_owner
@@ -165,18 +167,20 @@ class CompositeLikelihood:
                 shares = [matched / likelihood.fused, visual / likelihood.visual, audio / likelihood.audio]
                 classes = sum(
                     share[..., None] * table
-                    for share, table in zip(shares, (probs.fused, probs.visual_owner, probs.audio_owner), strict=True)
+                    for share, table in zip(
+                        shares, (probs.fused, probs.owner_if_visual, probs.owner_if_audio), strict=True
+                    )
                 )
                 parameters = self._update_matrices(parameters, classes * label_probs)
                 label_probs = parameters.noise.probabilities(self.labels, self.fold)
                 likelihood = label_likelihood(parameters, probs, self.labels, label_probs, paired)
         return parameters
 
-    def _update_half_votes(self, parameters: Parameters) -> Parameters:
+    def _update_half_scales(self, parameters: Parameters) -> Parameters:
         """Search better inverse temperatures of the votes of the halves near the present ones."""
         scales = []
         for role, halves in enumerate((self.votes.visual_halves, self.votes.audio_halves)):
-            current = parameters.half_votes[:, role]
+            current = parameters.half_scales[:, role]
             if halves:
                 factors = torch.tensor(HALF_FACTORS, device=current.device)
                 candidates = (current * factors[:, None]).clamp(MIN_HALF_SCALE, MAX_HALF_SCALE)
@@ -185,27 +189,16 @@ class CompositeLikelihood:
                 scores = [self._half_score(parameters, scale, halves, role, label_probs) for scale in candidates]
                 current = candidates.gather(0, torch.stack(scores).argmax(0)[None]).squeeze(0)
             scales.append(current)
-        return replace(parameters, half_votes=torch.stack(scales, 1))
+        return replace(parameters, half_scales=torch.stack(scales, 1))
 
     def _half_score(
-        self,
-        parameters: Parameters,
-        scale: Tensor,
-        halves: Sequence[Tensor],
-        role: int,
-        label_probs: Tensor | None,
+        self, parameters: Parameters, scale: Tensor, halves: Sequence[Tensor], role: int, label_probs: Tensor | None
     ) -> Tensor:
         """Return the log-likelihood of the labels given the votes of the halves of one modality: [G] float64."""
-        present = (self.votes.has_visual, self.votes.has_audio)[role]
-        mismatch = torch.where(self.votes.paired, parameters.mismatch, 0.0)
-        unknown = mismatch * ((1 - parameters.visual_owner) if role == 0 else parameters.visual_owner)
-        chance = self._chance(parameters)
-        total = torch.zeros_like(scale, dtype=torch.float64)
-        for table in halves:
-            known = parameters.noise.likelihood(half_probs(scale, table), self.labels, label_probs)
-            logs = ((1 - unknown) * known + unknown * chance).clamp_min(1e-12).log()
-            total += (logs * present * self.weights).double().sum(1)
-        return total
+        logs = [
+            self._single_log_likelihood(parameters, half_probs(scale, table), role, label_probs) for table in halves
+        ]
+        return (torch.stack(logs).sum(0) * self.weights).double().sum(1)
 
     def without_joint_votes(self) -> "CompositeLikelihood":
         """Return the likelihood of the same samples without the joint votes."""
@@ -265,13 +258,6 @@ class CompositeLikelihood:
     def entropy(self, parameters: Parameters) -> Tensor:
         """Return the entropy of the label owner's class probabilities, in nats: [G] float64; see `Profile`."""
         probs = class_probs(parameters, self.votes, agreement_ratios(parameters, self.votes))
-        owner = held_out(parameters, probs, self.votes.paired)
+        owner = held_out_probs(parameters, probs, self.votes.paired)
         entropy = -(owner * owner.clamp_min(1e-12).log()).sum(-1)
         return (entropy * self.weights).double().sum(1)
-
-
-def held_out(parameters: Parameters, probs: ClassProbs, paired: Tensor) -> Tensor:
-    """Return the class probabilities of the label's owner without the label: [G, n, C]."""
-    matched = match_probability(parameters.mismatch, probs.ratios, paired)[..., None]
-    owner = parameters.visual_owner[..., None]
-    return matched * probs.fused + (1 - matched) * (owner * probs.visual_owner + (1 - owner) * probs.audio_owner)

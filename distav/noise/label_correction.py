@@ -122,8 +122,8 @@ def correct_labels(
     The visual and the audio votes come first; the correspondence probabilities of a first fit scale the audio in the
     concatenated features of the joint vote, and a second fit uses all votes. In the first correction of a run this is
     repeated for each assumption on the owner of the labels, unless nearly all pairs match, and the likely one is kept.
-    If the votes predict the given labels no
-    better than class frequencies do (``min_log_likelihood_gain``), the labels are returned unchanged.
+    If the votes predict the given labels no better than class frequencies do (``min_log_likelihood_gain``), the labels
+    are returned unchanged.
 
     At most seven tables [n, C] of votes, or three and the six of the result, are held at a time, in addition to the
     arguments and one table for each of the votes of `prior` and `teachers`.

@@ -132,13 +132,7 @@ def fit_label_model(
     ).logsumexp(0)
     log_likelihood -= log_likelihood.max()
     all_weights = torch.cat([curve / average_temperature + prior for curve in curves]).softmax(0).float()
-    weights_by_kind = all_weights.chunk(len(curves))
-    cpu = torch.device("cpu")
-    kept = [
-        (profile.parameters.to(cpu).select(rows), part[rows])
-        for profile, part in zip(profiles, weights_by_kind, strict=True)
-        if len(rows := (part > NEGLIGIBLE_WEIGHT).nonzero().squeeze(1))
-    ]
+    kept = _likely_parameters(profiles, all_weights.chunk(len(profiles)))
     total = sum(float(part.sum()) for _, part in kept)
     best_parameters, best_weights = max(kept, key=lambda item: float(item[1].max()))
     best = best_parameters.select(best_weights.argmax()[None]).to(labels.device)
@@ -146,7 +140,7 @@ def fit_label_model(
     model = LabelModel(
         parameters=[parameters for parameters, _ in kept],
         weights=[part / total for _, part in kept],
-        pair=likelihood.match_calibrated(pair).to(cpu),
+        pair=likelihood.match_calibrated(pair).to(torch.device("cpu")),
         pair_mismatch=float(pair.mismatch),
         rate_log_likelihood=log_likelihood,
         pair_rate_log_likelihood=pair_log_likelihood,
@@ -156,6 +150,15 @@ def fit_label_model(
         temperature=average_temperature,
     )
     return broadcast(model)
+
+
+def _likely_parameters(profiles: Sequence[Profile], weights: Sequence[Tensor]) -> list[tuple[Parameters, Tensor]]:
+    """Return the parameters and weights of the rates whose weight is not negligible, by kind of noise, on the CPU."""
+    return [
+        (profile.parameters.to(torch.device("cpu")).select(rows), part[rows])
+        for profile, part in zip(profiles, weights, strict=True)
+        if len(rows := (part > NEGLIGIBLE_WEIGHT).nonzero().squeeze(1))
+    ]
 
 
 def _asymmetry_penalty(num_classes: int) -> float:

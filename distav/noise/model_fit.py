@@ -217,7 +217,7 @@ def join_parameters(parts: Sequence[Parameters]) -> Parameters:
         torch.cat([part.visual_owner for part in parts]),
         torch.cat([part.frequencies for part in parts]),
         LabelNoise(torch.cat([part.noise.rates for part in parts]), torch.cat(matrices) if matrices else None),
-        torch.cat([part.half_votes for part in parts]),
+        torch.cat([part.half_scales for part in parts]),
     )
 
 

@@ -97,7 +97,7 @@ class Parameters:
         visual_owner: [G, 1] w.
         frequencies: [G, C] pi.
         noise: T.
-        half_votes: [G, 2] inverse temperatures of the visual and of the audio votes of the halves.
+        half_scales: [G, 2] inverse temperatures of the visual and of the audio votes of the halves.
     """
 
     votes: Tensor
@@ -105,7 +105,7 @@ class Parameters:
     visual_owner: Tensor
     frequencies: Tensor
     noise: LabelNoise
-    half_votes: Tensor
+    half_scales: Tensor
 
     def select(self, index: Tensor) -> "Parameters":
         """Return the parameters at some of the noise rates."""
@@ -117,16 +117,16 @@ class Parameters:
             self.visual_owner[index],
             self.frequencies[index],
             noise,
-            self.half_votes[index],
+            self.half_scales[index],
         )
 
     def to(self, device: torch.device) -> "Parameters":
         """Return the parameters on a device."""
         matrices = self.noise.matrices
         noise = LabelNoise(self.noise.rates.to(device), None if matrices is None else matrices.to(device))
-        tables = (self.votes, self.mismatch, self.visual_owner, self.frequencies, self.half_votes)
-        votes, mismatch, visual_owner, frequencies, half_votes = (table.to(device) for table in tables)
-        return Parameters(votes, mismatch, visual_owner, frequencies, noise, half_votes)
+        tables = (self.votes, self.mismatch, self.visual_owner, self.frequencies, self.half_scales)
+        votes, mismatch, visual_owner, frequencies, half_scales = (table.to(device) for table in tables)
+        return Parameters(votes, mismatch, visual_owner, frequencies, noise, half_scales)
 
     def with_votes(self, votes: Tensor) -> "Parameters":
         """Return the same parameters with other inverse temperatures: [G, S]."""

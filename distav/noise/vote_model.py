@@ -38,15 +38,15 @@ class ClassProbs:
 
     Attributes:
         visual, audio, fused: p_V, p_A and f: [G, n, C] each.
-        visual_owner, audio_owner: f_V and f_A: [G, n, C] each.
+        owner_if_visual, owner_if_audio: f_V and f_A: [G, n, C] each.
         ratios: [R, G, n] r.
     """
 
     visual: Tensor
     audio: Tensor
     fused: Tensor
-    visual_owner: Tensor
-    audio_owner: Tensor
+    owner_if_visual: Tensor
+    owner_if_audio: Tensor
     ratios: Tensor
 
 
@@ -80,16 +80,16 @@ def class_probs(parameters: Parameters, votes: Votes, ratios: Tensor | None = No
     first = num_visual + num_audio
     visual_logits = _logits(parameters, votes.visual, first)
     audio_logits = _logits(parameters, votes.audio, first + num_visual)
-    visual_owner, audio_owner, joint_logits = visual, audio, 0
+    owner_if_visual, owner_if_audio, joint_logits = visual, audio, 0
     if votes.joint:
         joint_logits = _logits(parameters, votes.joint, first + num_visual + num_audio)
-        visual_owner, audio_owner = (
+        owner_if_visual, owner_if_audio = (
             _normalized(parameters, logits + joint_logits, 2) for logits in (visual_logits, audio_logits)
         )
     fused = _normalized(parameters, visual_logits + audio_logits + joint_logits, 2)
     if ratios is None:
         ratios = _ratios_of(parameters, visual, audio)
-    return ClassProbs(visual, audio, fused, visual_owner, audio_owner, ratios)
+    return ClassProbs(visual, audio, fused, owner_if_visual, owner_if_audio, ratios)
 
 
 def pair_ratios(parameters: Parameters, votes: Votes) -> Tensor:
@@ -132,9 +132,9 @@ def _odds(logits: Tensor) -> Tensor:
     return (logits - logits.detach().amax(-1, keepdim=True)).exp()
 
 
-def half_probs(half_votes: Tensor, table: Tensor) -> Tensor:
+def half_probs(half_scales: Tensor, table: Tensor) -> Tensor:
     """Return the class probabilities of the votes of a half: inverse temperatures [G], votes [n, C] -> [G, n, C]."""
-    odds = _odds(half_votes[:, None, None] * table)
+    odds = _odds(half_scales[:, None, None] * table)
     return odds / odds.sum(-1, keepdim=True)
 
 
@@ -145,13 +145,13 @@ def agreement_ratios(parameters: Parameters, votes: Votes) -> Tensor:
         return pair_ratios(parameters, votes)
     ratios = []
     for visual, audio in zip(votes.visual_halves, reversed(votes.audio_halves), strict=True):
-        visual = half_probs(parameters.half_votes[:, 0], visual)
-        audio = half_probs(parameters.half_votes[:, 1], audio)
-        ratios.append(_pair_ratio(visual, audio, parameters.frequencies, votes.paired))
+        visual = half_probs(parameters.half_scales[:, 0], visual)
+        audio = half_probs(parameters.half_scales[:, 1], audio)
+        ratios.append(_ratio_of_halves(visual, audio, parameters.frequencies, votes.paired))
     return torch.stack(ratios)
 
 
-def _pair_ratio(visual: Tensor, audio: Tensor, frequencies: Tensor, paired: Tensor) -> Tensor:
+def _ratio_of_halves(visual: Tensor, audio: Tensor, frequencies: Tensor, paired: Tensor) -> Tensor:
     """Return r of class probabilities whose means over the pairs are not exactly the class frequencies: [G, n].
 
     Classes that the votes of both modalities prefer would otherwise make independent pairs agree; the mean of r over
@@ -175,7 +175,7 @@ def label_likelihood(
         label_probs: result of `LabelNoise.probabilities`.
         paired: [n] bool, samples with both modalities.
     """
-    tables = (probs.visual_owner, probs.audio_owner, probs.fused)
+    tables = (probs.owner_if_visual, probs.owner_if_audio, probs.fused)
     visual, audio, fused = (parameters.noise.likelihood(table, labels, label_probs) for table in tables)
     owner, matched = parameters.visual_owner, match_probability(parameters.mismatch, probs.ratios, paired)
     return LabelLikelihood(
@@ -187,3 +187,10 @@ def match_probability(mismatch: Tensor, ratios: Tensor, paired: Tensor) -> Tenso
     """Return z: [G, 1], [R, G, n], [n] bool -> [G, n]; 1 for samples with one modality."""
     matched = (1 - mismatch) * ratios
     return torch.where(paired, (matched / (matched + mismatch)).mean(0), 1.0)
+
+
+def held_out_probs(parameters: Parameters, probs: ClassProbs, paired: Tensor) -> Tensor:
+    """Return the class probabilities of the label's owner without the label: [G, n, C]."""
+    matched = match_probability(parameters.mismatch, probs.ratios, paired)[..., None]
+    owner = parameters.visual_owner[..., None]
+    return matched * probs.fused + (1 - matched) * (owner * probs.owner_if_visual + (1 - owner) * probs.owner_if_audio)

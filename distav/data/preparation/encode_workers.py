@@ -12,7 +12,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import signal
 import time
 import uuid
 import zlib
@@ -31,6 +30,7 @@ from distav.data.files import write_atomically
 from distav.data.preparation.encoding import ClipSource, Encoding, RejectedClip
 from distav.data.preparation.shared_work import Part, SharedWork, wait_for_others
 from distav.data.preparation.source import Source
+from distav.data.worker_processes import ctrl_c_blocked, ignore_ctrl_c, workers_terminated_by_ctrl_c
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,15 @@ def _encode_in_pool(
     context = multiprocessing.get_context("spawn")
     running: dict[Future[None], int] = {}
     crashed: list[int] = []
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_ctrl_c) as pool, _terminated_by_ctrl_c():
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=ignore_ctrl_c)
+    # The chunks of terminated workers are encoded again by the next command.
+    with pool, workers_terminated_by_ctrl_c():
         while not crashed or running:
             while not crashed and len(running) < workers and (task := work.next()) is not None:
                 index = _chunk_index(task)
                 arguments = source, encoding, seed, index, chunks[index], work_dir
                 try:
-                    with _ctrl_c_blocked():
+                    with ctrl_c_blocked():
                         running[pool.submit(_encode_chunk, *arguments)] = index
                 except BrokenProcessPool:
                     crashed.append(index)
@@ -154,33 +156,6 @@ def _encode_in_pool(
                 except BrokenProcessPool:
                     crashed.append(index)
     return sorted(crashed)
-
-
-def _ignore_ctrl_c() -> None:
-    """Leave Ctrl-C to the main process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-@contextlib.contextmanager
-def _ctrl_c_blocked() -> Iterator[None]:
-    """Context in which Ctrl-C waits; processes that start here inherit this until they ignore it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-@contextlib.contextmanager
-def _terminated_by_ctrl_c() -> Iterator[None]:
-    """Context in which Ctrl-C terminates the child processes; their chunks are encoded again by the next command."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
 
 
 def read_lists(work_dir: Path, indices: Iterable[int]) -> tuple[list[EncodedClip], list[dict[str, Any]]]:

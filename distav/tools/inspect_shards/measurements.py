@@ -4,7 +4,6 @@ Legend: T frames, H W pixels, N audio samples.
 """
 
 import multiprocessing
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,6 +19,7 @@ from distav.data.dataset import ShardedDataset, Split
 from distav.data.pipeline.decoding import decode_clip
 from distav.data.pipeline.features import decode_features
 from distav.data.pipeline.reader import CorruptSampleError, DecodeError, ShardReader
+from distav.data.worker_processes import ctrl_c_blocked, ignore_ctrl_c
 
 SILENT_DBFS = -60.0
 """A clip is silent if its peak is below this level."""
@@ -82,7 +82,9 @@ def _measure_in_processes(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_open_reader, initargs=(root, split.name)) as pool:
         try:
-            yield from pool.map(_measure_batch, batches)
+            with ctrl_c_blocked():
+                measured = pool.map(_measure_batch, batches)
+            yield from measured
         except BrokenProcessPool:
             raise UserError(
                 f"{root}: a worker process died while decoding {split.name}, because of a clip or of insufficient "
@@ -91,7 +93,7 @@ def _measure_in_processes(
 
 
 def _open_reader(root: str | Path, split: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is left to the main process.
+    ignore_ctrl_c()
     import torch
 
     global _reader

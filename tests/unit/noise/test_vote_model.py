@@ -117,7 +117,7 @@ def enumerate_samples(parameters: Parameters, votes: Votes, matrix: Tensor) -> l
 def test_label_probabilities_equal_an_enumeration_of_the_latent_variables(asymmetric: bool):
     parameters, votes, labels = make_parameters(asymmetric), make_votes(), given_labels()
     probs = class_probs(parameters, votes)
-    tables = (probs.visual, probs.audio, probs.fused, probs.visual_owner, probs.audio_owner)
+    tables = (probs.visual, probs.audio, probs.fused, probs.owner_if_visual, probs.owner_if_audio)
     for table, expected in zip(tables, known_probs(parameters, votes), strict=True):
         np.testing.assert_allclose(table[0], expected, rtol=1e-10)
     label_probs = parameters.noise.probabilities(labels)
