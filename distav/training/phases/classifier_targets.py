@@ -21,8 +21,9 @@ _BLOCK_ROWS = 2**16
 class ClassifierTargets:
     """Targets of the three classifiers, and weights of the pairs."""
 
-    def __init__(self, run: Run, kind: Targets):
-        self.run, self.bank, self.kind = run, run.bank, kind
+    def __init__(self, run: Run, kind: Targets, temperature: float = 1.0):
+        """Store the kind of targets; `temperature` is that of corrected labels, see `sharpened`."""
+        self.run, self.bank, self.kind, self.temperature = run, run.bank, kind, temperature
         labels, device = run.data.labels, run.world.device
         oracle = kind is Targets.oracle
         known = labels.true if oracle and labels.true is not None else labels.given
@@ -94,8 +95,17 @@ class ClassifierTargets:
             return (visual, visual, audio), pair_weights
         column = "held_out" if self.kind is Targets.held_out else "posterior"
         names = (column, f"visual_{column}", f"audio_{column}", "correspondence")
-        joint, visual, audio, pair_weights = columns(*names)
+        *tables, pair_weights = columns(*names)
+        joint, visual, audio = (sharpened(probs, self.temperature) for probs in tables)
         if self.kind is Targets.hybrid:
-            votes = columns("held_out")[0]
+            votes = sharpened(columns("held_out")[0], self.temperature)
             joint = visual = hybrid_targets(self.visual_labels[ids], votes, votes.amax(1))
         return (joint, visual, audio), pair_weights
+
+
+def sharpened(probs: Tensor, temperature: float) -> Tensor:
+    """Return p^(1/T), normalized over the last dimension (Berthelot et al. 2019, equation 7): [..., C] -> [..., C]."""
+    if temperature == 1:
+        return probs
+    powers = (probs / probs.amax(-1, keepdim=True)).pow(1 / temperature)
+    return powers / powers.sum(-1, keepdim=True)

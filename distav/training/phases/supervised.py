@@ -53,7 +53,7 @@ def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
         )
     correction = run.state.correction
     fall_back = config.targets in NEED_CORRECTION and not (correction and correction.has_signal)
-    classifier_targets = make_targets(run, Targets.given if fall_back else config.targets)
+    classifier_targets = make_targets(run, Targets.given if fall_back else config.targets, config.target_temperature)
     if classifier_targets.kind is Targets.given and config.tower_lr_scale:
         run.state.given_labels_learned = True
     robust = fall_back and not run.data.shards.multi_label
