@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from distav.distributed.collectives import local_shard
-from distav.noise.class_posterior import Posterior
 from distav.noise.knn_vote import source_weights
 from distav.noise.label_model import LabelModel, fit_label_model, select_fit_rows
 from distav.noise.model_fit import PairAssumption
 from distav.noise.model_parameters import Votes
 from distav.noise.noise_rate import RateEstimate, candidate_rates, class_rates, transition_matrix, unknown_rate
-from distav.noise.tiling import tiles
 from distav.noise.vote_score import VoteScorer, log_votes
 from distav.noise.vote_search import (
     FeatureSpace,
     SelectedVote,
+    VoteConfig,
     VoteSearchSpace,
     VoteTask,
     feasible_search_space,
@@ -125,8 +124,8 @@ def correct_labels(
     If the votes predict the given labels no better than class frequencies do (``min_log_likelihood_gain``), the labels
     are returned unchanged.
 
-    At most seven tables [n, C] of votes, or three and the six of the result, are held at a time, in addition to the
-    arguments and one table for each of the votes of `prior` and `teachers`.
+    At most three tables [n, C] of votes and the six of the result are held at a time, in addition to the arguments and
+    one table for each of the votes of `prior` and `teachers`.
 
     Args:
         spaces: features of this rank's samples, `shard_range(N)`.
@@ -166,19 +165,24 @@ def correct_labels(
     models = [fit(votes, PairAssumption(owner), is_preliminary=True) for owner in owners]
     if all(model.pair_mismatch < MIN_MISMATCH for model in models):
         models = models[:1]
-    correspondences = [_posterior(model, votes, local_labels).correspondence for model in models]
-    candidates = []
-    for model, correspondence in zip(models, correspondences, strict=True):
-        joint = select_vote(task, spaces, partial(joint_features, task, correspondence))
-        joined = replace(votes, joint=[log_votes(joint.votes), *votes.joint])
-        fitted = fit(joined, model.pairs, is_preliminary=True) if len(models) > 1 else model
-        candidates.append(_Candidate(fitted, joined, str(joint.config)))
-        del joint, joined
+    candidates = [_Candidate(model, model.posterior(votes, local_labels).correspondence) for model in models]
+
+    def select_joint(candidate: _Candidate) -> SelectedVote:
+        features_of = partial(joint_features, task, candidate.correspondence)
+        return select_vote(task, spaces, features_of, candidate.configs)
+
+    if len(candidates) > 1:
+        for index, candidate in enumerate(candidates):
+            joint = select_joint(candidate)
+            model = fit(votes.with_joint(log_votes(joint.votes)), candidate.model.pairs, is_preliminary=True)
+            candidates[index] = _Candidate(model, candidate.correspondence, [joint.config])
+            del joint
     chosen = _likely_owner(candidates)
-    pairs, votes, selected_votes["joint"] = chosen.model.pairs, chosen.votes, chosen.joint_config
-    del candidates, chosen
-    model = fit(votes, pairs, is_preliminary=False)
-    result = _posterior(model, votes, local_labels)
+    joint = select_joint(chosen)
+    votes, selected_votes["joint"] = votes.with_joint(log_votes(joint.votes)), str(joint.config)
+    del joint
+    model = fit(votes, chosen.model.pairs, is_preliminary=False)
+    result = model.posterior(votes, local_labels)
     del votes
     has_signal = model.gain > search_space.min_log_likelihood_gain
     corrected = present if has_signal else torch.zeros_like(present)
@@ -206,11 +210,17 @@ def correct_labels(
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Model and votes under one assumption on the owner of the labels."""
+    """Model under one assumption on the owner of the labels.
+
+    Attributes:
+        model: preliminary model.
+        correspondence: [n] probabilities that scale the audio in the joint vote.
+        configs: configurations of the joint vote to search, all by default.
+    """
 
     model: LabelModel
-    votes: Votes
-    joint_config: str
+    correspondence: Tensor
+    configs: Sequence[VoteConfig] | None = None
 
 
 def _likely_owner(candidates: Sequence[_Candidate]) -> _Candidate:
@@ -242,21 +252,6 @@ def _votes(
         has_visual=local_shard(task.has_modality["visual"]),
         has_audio=local_shard(task.has_modality["audio"]),
     )
-
-
-def _posterior(model: LabelModel, votes: Votes, labels: Tensor) -> Posterior:
-    """Return the class probabilities of all samples of this rank, computed in tiles."""
-    num_classes, num_rates = votes.visual[0].shape[1], sum(len(weights) for weights in model.weights)
-    table = votes.visual[0].new_empty
-    shapes = [
-        (len(labels),) if field.name == "correspondence" else (len(labels), num_classes) for field in fields(Posterior)
-    ]
-    result = Posterior(*(table(shape) for shape in shapes))
-    for part in tiles(len(labels), num_classes * num_rates, labels.device):
-        rows = model.posterior(votes.rows(part), labels[part])
-        for field in fields(Posterior):
-            getattr(result, field.name)[part] = getattr(rows, field.name)
-    return result
 
 
 def identity_correction(given: Tensor, num_classes: int) -> Correction:

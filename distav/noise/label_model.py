@@ -9,7 +9,7 @@ Legend: n samples of this rank, C classes, G noise rates of the grid, R candidat
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from distav.noise.composite_likelihood import CompositeLikelihood
 from distav.noise.model_fit import PairAssumption, Profile, fit_pair_profile, fit_profile, without_joint_votes
 from distav.noise.model_parameters import Parameters, Votes
 from distav.noise.noise_rate import RateEstimate, candidate_rates, estimate_rate, interpolate_profile
+from distav.noise.tiling import tiles
 
 GRID = (0.002, 0.03, 0.08, 0.13, 0.18, 0.235, 0.29, 0.345, 0.4, 0.46, 0.52, 0.58, 0.64, 0.7, 0.76, 0.82, 0.88, 0.94)
 """Noise rates of the fits, relative to that of random labels."""
@@ -82,7 +83,22 @@ class LabelModel:
         return PairAssumption(float(self.pair.visual_owner), self.pair_mismatch)
 
     def posterior(self, votes: Votes, labels: Tensor) -> Posterior:
-        """Return class probabilities of samples, averaged over the noise rate and the kind of noise."""
+        """Return class probabilities of samples, averaged over the noise rate and the kind of noise, in tiles."""
+        num_classes, num_rates = votes.visual[0].shape[1], sum(len(weights) for weights in self.weights)
+        table = votes.visual[0].new_empty
+        result = Posterior(
+            *(
+                table((len(labels),) if field.name == "correspondence" else (len(labels), num_classes))
+                for field in fields(Posterior)
+            )
+        )
+        for part in tiles(len(labels), num_classes * num_rates, labels.device):
+            rows = self._posterior_of_rows(votes.rows(part), labels[part])
+            for field in fields(Posterior):
+                getattr(result, field.name)[part] = getattr(rows, field.name)
+        return result
+
+    def _posterior_of_rows(self, votes: Votes, labels: Tensor) -> Posterior:
         device, pair = labels.device, self.pair.to(labels.device)
         parts = [
             posterior(parameters.to(device), weights.to(device), pair, votes, labels)

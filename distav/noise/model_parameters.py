@@ -33,6 +33,10 @@ class Votes:
         """Samples with both modalities: [n] bool."""
         return self.has_visual & self.has_audio
 
+    def with_joint(self, table: Tensor) -> "Votes":
+        """Return the votes with another joint vote in front: [n, C]."""
+        return replace(self, joint=[table, *self.joint])
+
     def rows(self, index: Tensor | slice) -> "Votes":
         """Return the votes of some samples."""
         return self.map(lambda table: table[index])

@@ -192,7 +192,12 @@ class SelectedVote:
     half_votes: Sequence[Tensor]
 
 
-def select_vote(task: VoteTask, spaces: Sequence[FeatureSpace], features_of: FeaturesOf) -> SelectedVote:
+def select_vote(
+    task: VoteTask,
+    spaces: Sequence[FeatureSpace],
+    features_of: FeaturesOf,
+    configs: Sequence[VoteConfig] | None = None,
+) -> SelectedVote:
     """Search the configuration whose votes predict the given labels best.
 
     Only the votes of the configuration that is selected so far are kept.
@@ -201,10 +206,11 @@ def select_vote(task: VoteTask, spaces: Sequence[FeatureSpace], features_of: Fea
         task: labels that neighbors vote with, and the scorer of the votes.
         spaces: feature spaces.
         features_of: features of a space that neighbors are searched in.
+        configs: configurations to try; those of the search space by default.
     """
     selected: SelectedVote | None = None
-    for graph, configs in iter_graphs(task, features_of, vote_configs(spaces, task.search_space)):
-        for config, votes in iter_votes(task, graph, configs):
+    for graph, group in iter_graphs(task, features_of, configs or vote_configs(spaces, task.search_space)):
+        for config, votes in iter_votes(task, graph, group):
             score = task.scorer.score(votes)
             if selected is None or score > selected.score:
                 halves = graph.half_votes(task.fit_rows, task.labels, task.num_classes, config.k, config.temperature)

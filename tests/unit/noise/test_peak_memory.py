@@ -1,10 +1,12 @@
 """Peak memory of votes in tables [n, C], each measured in its own process."""
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -39,7 +41,9 @@ def peak_growth(work: Callable[[], object]) -> int:
 
 
 def in_own_process(function: Callable[..., Any], *arguments: object) -> Any:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    """Return the result of a function in a process that returns freed blocks to the system at once."""
+    thresholds = {"MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_TRIM_THRESHOLD_": str(2**17)}
+    with mock.patch.dict(os.environ, thresholds), multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
