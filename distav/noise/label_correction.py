@@ -16,8 +16,8 @@ from torch import Tensor
 
 from distav.distributed.collectives import local_shard
 from distav.noise.knn_vote import source_weights
-from distav.noise.label_model import LabelModel, fit_label_model, select_fit_rows
-from distav.noise.model_fit import PairAssumption
+from distav.noise.label_model import fit_label_model, tempered_gain
+from distav.noise.model_fit import PairAssumption, select_fit_rows
 from distav.noise.model_parameters import Votes
 from distav.noise.noise_rate import RateEstimate, candidate_rates, class_rates, transition_matrix, unknown_rate
 from distav.noise.vote_score import VoteScorer, log_votes
@@ -150,10 +150,9 @@ def correct_labels(
     sample_weights = local_shard(source_weights(groups))
     rate_priors = (prior.rate_log_likelihood, prior.pair_rate_log_likelihood) if prior else None
 
-    def fit(votes: Votes, pairs: PairAssumption, is_preliminary: bool) -> LabelModel:
+    def fit_data(votes: Votes) -> tuple[Votes, Tensor, int, Tensor]:
         subset = replace(votes.rows(fit_rows), visual_halves=halves[0], audio_halves=halves[1])
-        data = subset, local_labels[fit_rows], num_classes, sample_weights[fit_rows]
-        return fit_label_model(*data, pairs, rate_priors, is_preliminary)
+        return subset, local_labels[fit_rows], num_classes, sample_weights[fit_rows]
 
     visual = select_vote(task.restricted("visual"), spaces, lambda space: space.visual)
     audio = select_vote(task.restricted("audio"), spaces, lambda space: space.audio)
@@ -162,10 +161,11 @@ def correct_labels(
     selected_votes = {"visual": str(visual.config), "audio": str(audio.config)}
     del visual, audio  # Their tables.
     owners = [prior.visual_owner] if prior else VISUAL_OWNERS
-    models = [fit(votes, PairAssumption(owner), is_preliminary=True) for owner in owners]
+    data = fit_data(votes)
+    models = [fit_label_model(*data, PairAssumption(owner), rate_priors, is_preliminary=True) for owner in owners]
     if all(model.pair_mismatch < MIN_MISMATCH for model in models):
         models = models[:1]
-    candidates = [_Candidate(model, model.posterior(votes, local_labels).correspondence) for model in models]
+    candidates = [_Candidate(model.pairs, model.posterior(votes, local_labels).correspondence) for model in models]
 
     def select_joint(candidate: _Candidate) -> SelectedVote:
         features_of = partial(joint_features, task, candidate.correspondence)
@@ -174,14 +174,14 @@ def correct_labels(
     if len(candidates) > 1:
         for index, candidate in enumerate(candidates):
             joint = select_joint(candidate)
-            model = fit(votes.with_joint(log_votes(joint.votes)), candidate.model.pairs, is_preliminary=True)
-            candidates[index] = _Candidate(model, candidate.correspondence, [joint.config])
+            gain, temperature = tempered_gain(*fit_data(votes.with_joint(log_votes(joint.votes))), candidate.pairs)
+            candidates[index] = replace(candidate, configs=[joint.config], gain=gain, temperature=temperature)
             del joint
     chosen = _likely_owner(candidates)
     joint = select_joint(chosen)
     votes, selected_votes["joint"] = votes.with_joint(log_votes(joint.votes)), str(joint.config)
     del joint
-    model = fit(votes, chosen.model.pairs, is_preliminary=False)
+    model = fit_label_model(*fit_data(votes), chosen.pairs, rate_priors)
     result = model.posterior(votes, local_labels)
     del votes
     has_signal = model.gain > search_space.min_log_likelihood_gain
@@ -210,17 +210,20 @@ def correct_labels(
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Model under one assumption on the owner of the labels.
+    """An assumption on the owner of the labels.
 
     Attributes:
-        model: preliminary model.
+        pairs: the assumption, with the mismatch rate that follows from it.
         correspondence: [n] probabilities that scale the audio in the joint vote.
         configs: configurations of the joint vote to search, all by default.
+        gain, temperature: see `tempered_gain`.
     """
 
-    model: LabelModel
+    pairs: PairAssumption
     correspondence: Tensor
     configs: Sequence[VoteConfig] | None = None
+    gain: float = 0.0
+    temperature: float = 1.0
 
 
 def _likely_owner(candidates: Sequence[_Candidate]) -> _Candidate:
@@ -228,9 +231,9 @@ def _likely_owner(candidates: Sequence[_Candidate]) -> _Candidate:
 
     If the votes say little on the owner, this is the one that half of the labels belong to each modality.
     """
-    models = [candidate.model for candidate in candidates]
     gains, temperatures, owners = torch.tensor(
-        [(2 * model.gain, model.temperature, model.pairs.visual_owner) for model in models], dtype=torch.float64
+        [(candidate.gain, candidate.temperature, candidate.pairs.visual_owner) for candidate in candidates],
+        dtype=torch.float64,
     ).T
     average = (gains / temperatures.mean()).softmax(0) @ owners
     return candidates[int((owners - average).abs().argmin())]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import all_gather_variable_rows, all_reduce_sum_, broadcast
+from distav.distributed.collectives import all_gather_variable_rows, broadcast
 from distav.noise.class_posterior import Posterior, posterior
 from distav.noise.composite_likelihood import CompositeLikelihood
 from distav.noise.model_fit import PairAssumption, Profile, fit_pair_profile, fit_profile, without_joint_votes
@@ -43,8 +43,6 @@ likelihood twice, and the more diffuse the votes are, the more a misfit of the m
 at the likely rates are more accurate than an average over all rates of a wide interval."""
 NEGLIGIBLE_WEIGHT = 0.01
 """Noise rates of less weight are left out of averages."""
-MAX_FIT_SAMPLES, MIN_FIT_SAMPLES, MAX_FIT_ELEMENTS = 3000, 1200, 300_000
-"""Largest and smallest number of samples of a fit, and the table size n C between them."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,6 @@ class LabelModel:
         label_rate: label-noise rate.
         pair_rate: rate of pairs whose modalities show different classes.
         gain: gain in the log-likelihood of the labels over the class frequencies, in nats.
-        temperature: temperature of the composite log-likelihood in averages.
     """
 
     parameters: Sequence[Parameters]
@@ -75,7 +72,6 @@ class LabelModel:
     label_rate: RateEstimate
     pair_rate: RateEstimate
     gain: float
-    temperature: float
 
     @property
     def pairs(self) -> PairAssumption:
@@ -107,6 +103,29 @@ class LabelModel:
         return sum(parts[1:], parts[0])
 
 
+@dataclass(frozen=True)
+class _RateFit:
+    """Fits at the noise rates of a grid.
+
+    Attributes:
+        grid: G noise rates.
+        profiles: profile of each kind of noise.
+        curves: its penalized log-likelihood [G].
+        entropy: mean relative entropy of the class probabilities under the better kind.
+        gain: composite log-likelihood that it gains over the class frequencies, in nats.
+    """
+
+    grid: Sequence[float]
+    profiles: Sequence[Profile]
+    curves: Sequence[Tensor]
+    entropy: float
+    gain: float
+
+    def temperature(self, slope: float) -> float:
+        """Return the temperature of the log-likelihood; see `TEMPERATURE`."""
+        return TEMPERATURE * (1 + slope * self.entropy**2)
+
+
 def fit_label_model(
     votes: Votes,
     labels: Tensor,
@@ -127,28 +146,19 @@ def fit_label_model(
         rate_priors: [R] log-probability of the label-noise rates and of the mismatch rates from an earlier correction.
         is_preliminary: whether to fit symmetric noise only, on a coarse grid.
     """
-    weights = _gather(weights)
-    likelihood = CompositeLikelihood(votes.map(_gather), _gather(labels), num_classes, weights / weights.mean())
-    largest_rate = float(candidate_rates(num_classes)[-1])
-    grid = [largest_rate * rate for rate in (COARSE_GRID if is_preliminary else GRID)]
-    profiles = [fit_profile(likelihood, grid, symmetric=True, pairs=pairs)]
-    if not is_preliminary:
-        profiles.append(fit_profile(likelihood, grid, symmetric=False, pairs=pairs))
-    gain = max(profile.gain - kind * _asymmetry_penalty(num_classes) for kind, profile in enumerate(profiles))
-    curves, entropy = _penalized_curves(likelihood, profiles, gain)
-    temperature, average_temperature = (
-        TEMPERATURE * (1 + slope * entropy**2) for slope in (INTERVAL_SLOPE, AVERAGE_SLOPE)
-    )
+    likelihood = _likelihood(votes, labels, num_classes, weights)
+    fit = _fit_rates(likelihood, pairs, is_preliminary)
+    temperature, average_temperature = fit.temperature(INTERVAL_SLOPE), fit.temperature(AVERAGE_SLOPE)
     positions = candidate_rates(num_classes)
-    prior = torch.zeros(len(grid), dtype=torch.float64)
+    prior = torch.zeros(len(fit.grid), dtype=torch.float64)
     if rate_priors is not None:
-        prior = interpolate_profile(positions.tolist(), rate_priors[0].cpu(), torch.tensor(grid))
+        prior = interpolate_profile(positions.tolist(), rate_priors[0].cpu(), torch.tensor(fit.grid))
     log_likelihood = torch.stack(
-        [interpolate_profile(grid, curve / temperature + prior, positions) for curve in curves]
+        [interpolate_profile(fit.grid, curve / temperature + prior, positions) for curve in fit.curves]
     ).logsumexp(0)
     log_likelihood -= log_likelihood.max()
-    all_weights = torch.cat([curve / average_temperature + prior for curve in curves]).softmax(0).float()
-    kept = _likely_parameters(profiles, all_weights.chunk(len(profiles)))
+    all_weights = torch.cat([curve / average_temperature + prior for curve in fit.curves]).softmax(0).float()
+    kept = _likely_parameters(fit.profiles, all_weights.chunk(len(fit.profiles)))
     total = sum(float(part.sum()) for _, part in kept)
     best_parameters, best_weights = max(kept, key=lambda item: float(item[1].max()))
     best = best_parameters.select(best_weights.argmax()[None]).to(labels.device)
@@ -162,10 +172,37 @@ def fit_label_model(
         pair_rate_log_likelihood=pair_log_likelihood,
         label_rate=estimate_rate(log_likelihood, num_classes),
         pair_rate=_pair_rate(likelihood, pair_log_likelihood),
-        gain=gain / 2,
-        temperature=average_temperature,
+        gain=fit.gain / 2,
     )
     return broadcast(model)
+
+
+def tempered_gain(
+    votes: Votes, labels: Tensor, num_classes: int, weights: Tensor, pairs: PairAssumption
+) -> tuple[float, float]:
+    """Return the gain in the composite log-likelihood over the class frequencies, in nats, and its temperature.
+
+    A preliminary fit with the arguments of `fit_label_model`; all ranks return the same result.
+    """
+    fit = _fit_rates(_likelihood(votes, labels, num_classes, weights), pairs, is_preliminary=True)
+    return broadcast((fit.gain, fit.temperature(AVERAGE_SLOPE)))
+
+
+def _likelihood(votes: Votes, labels: Tensor, num_classes: int, weights: Tensor) -> CompositeLikelihood:
+    """Return the likelihood of the samples of all ranks."""
+    weights = _gather(weights)
+    return CompositeLikelihood(votes.map(_gather), _gather(labels), num_classes, weights / weights.mean())
+
+
+def _fit_rates(likelihood: CompositeLikelihood, pairs: PairAssumption, is_preliminary: bool) -> _RateFit:
+    num_classes = likelihood.num_classes
+    largest_rate = float(candidate_rates(num_classes)[-1])
+    grid = [largest_rate * rate for rate in (COARSE_GRID if is_preliminary else GRID)]
+    profiles = [fit_profile(likelihood, grid, symmetric=True, pairs=pairs)]
+    if not is_preliminary:
+        profiles.append(fit_profile(likelihood, grid, symmetric=False, pairs=pairs))
+    gain = max(profile.gain - kind * _asymmetry_penalty(num_classes) for kind, profile in enumerate(profiles))
+    return _RateFit(grid, profiles, *_penalized_curves(likelihood, profiles, gain), gain)
 
 
 def _likely_parameters(profiles: Sequence[Profile], weights: Sequence[Tensor]) -> list[tuple[Parameters, Tensor]]:
@@ -240,21 +277,6 @@ def _pair_rate(likelihood: CompositeLikelihood, log_likelihood: Tensor) -> RateE
     largest_rate = candidate_rates(likelihood.num_classes)[-1]
     ratio = float((1 - likelihood.frequencies.square().sum()) / largest_rate)
     return RateEstimate(ratio * estimate.estimate, ratio * estimate.ci95_low, ratio * estimate.ci95_high)
-
-
-def select_fit_rows(present: Tensor, num_classes: int) -> Tensor:
-    """Return the row numbers of this rank's samples that a model is fitted to: a random subset of a large dataset.
-
-    Args:
-        present: [n] bool, samples with votes.
-        num_classes: C.
-    """
-    rows = present.nonzero().squeeze(1)
-    total = int(all_reduce_sum_(torch.tensor(float(len(rows)), dtype=torch.float64, device=present.device)))
-    limit = min(MAX_FIT_SAMPLES, max(MIN_FIT_SAMPLES, MAX_FIT_ELEMENTS // num_classes))
-    kept = min(len(rows), round(len(rows) * limit / max(total, 1)))
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).to(present.device)
-    return rows[order[:kept].sort().values]
 
 
 def _gather(rows: Tensor) -> Tensor:

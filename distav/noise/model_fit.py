@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from distav.distributed.collectives import all_reduce_sum_
 from distav.noise.composite_likelihood import CompositeLikelihood, Evidence
 from distav.noise.model_parameters import LabelNoise, Parameters
 
@@ -29,6 +30,8 @@ START_STRIDE = 3
 """Every third noise rate is fitted from all starts; the results are candidates at all rates."""
 MAX_ELEMENTS = 2**22
 """Elements of a table [G, n, C] of a fit; noise rates are fitted in parts."""
+MAX_FIT_SAMPLES, MIN_FIT_SAMPLES, MAX_FIT_ELEMENTS = 3000, 1200, 300_000
+"""Largest and smallest number of samples of a fit, and the table size n C between them."""
 
 
 @dataclass(frozen=True)
@@ -227,3 +230,18 @@ def _symmetric_matrices(rates: Tensor, num_classes: int) -> Tensor:
     uniform = (1 - identity) / (num_classes - 1)
     matrix = (1 - rates)[:, None, None] * identity + rates[:, None, None] * uniform
     return matrix[:, None].expand(-1, 2, -1, -1)
+
+
+def select_fit_rows(present: Tensor, num_classes: int) -> Tensor:
+    """Return the row numbers of this rank's samples that a model is fitted to: a random subset of a large dataset.
+
+    Args:
+        present: [n] bool, samples with votes.
+        num_classes: C.
+    """
+    rows = present.nonzero().squeeze(1)
+    total = int(all_reduce_sum_(torch.tensor(float(len(rows)), dtype=torch.float64, device=present.device)))
+    limit = min(MAX_FIT_SAMPLES, max(MIN_FIT_SAMPLES, MAX_FIT_ELEMENTS // num_classes))
+    kept = min(len(rows), round(len(rows) * limit / max(total, 1)))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).to(present.device)
+    return rows[order[:kept].sort().values]

@@ -13,7 +13,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,11 +31,12 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(_PRELOADED)
 
 
-def new_process(target: Callable[..., None], *arguments: Any, daemon: bool = False) -> ForkServerProcess:
-    """Return a process, not yet started, that is forked from the server; DeepSpeed uses the CPU in it."""
-    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):
-        forkserver.ensure_running()
-    return context.Process(target=target, args=arguments, daemon=daemon)
+class CpuProcess(ForkServerProcess):
+    """A process that is forked from the server; DeepSpeed uses the CPU in it."""
+
+    def start(self) -> None:
+        with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # The server may start here.
+            super().start()
 
 
 class RankGroup:
@@ -59,7 +59,9 @@ class RankGroup:
             port = free.getsockname()[1]
         self.logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
         self.processes = [
-            new_process(_rank, rank, num_ranks, port, tuple(arguments), str(self.logs[rank]), before, module)
+            CpuProcess(
+                target=_rank, args=(rank, num_ranks, port, tuple(arguments), str(self.logs[rank]), before, module)
+            )
             for rank in range(num_ranks)
         ]
         for process in self.processes:

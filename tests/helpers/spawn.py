@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tests.helpers.rank_group import context, new_process
+from tests.helpers.rank_group import CpuProcess, context
 
 
 def on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 60) -> list[Any]:
@@ -20,7 +20,7 @@ def on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, time
     with tempfile.TemporaryDirectory() as folder:
         results: Any = context.Queue()
         target = (function, arguments, num_ranks, str(Path(folder) / "rendezvous"), results, timeout_s)
-        processes = [new_process(_work, rank, *target, daemon=True) for rank in range(num_ranks)]
+        processes = [CpuProcess(target=_work, args=(rank, *target), daemon=True) for rank in range(num_ranks)]
         for process in processes:
             process.start()
         values: dict[int, Any] = {}

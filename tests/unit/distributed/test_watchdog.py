@@ -15,7 +15,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from distav.distributed.collectives import get_rank
 from distav.distributed.watchdog import EXIT_WATCHDOG, Watchdog
-from tests.helpers.rank_group import new_process
+from tests.helpers.rank_group import CpuProcess
 from tests.helpers.spawn import on_ranks
 
 TIMEOUT_S = 2.0
@@ -132,7 +132,7 @@ def fail_while_aborting() -> None:
 
 
 def test_an_aborting_rank_exits_with_the_watchdog_status():
-    process = new_process(fail_while_aborting)
+    process = CpuProcess(target=fail_while_aborting)
     process.start()
     process.join(60)
     assert process.exitcode == EXIT_WATCHDOG

@@ -110,7 +110,7 @@ def measure_correction(num_samples: int, with_prior: bool) -> int:
     search_space = VoteSearchSpace((8,), (0, 8), (0.2,), (0.0,), 16)
     # A short fit to few samples, whose memory does not depend on the number of samples.
     vote_score.MAX_SCORED_SAMPLES = 1000
-    label_model.MAX_FIT_SAMPLES = label_model.MIN_FIT_SAMPLES = 100
+    model_fit.MAX_FIT_SAMPLES = model_fit.MIN_FIT_SAMPLES = 100
     model_fit.STEPS = 2
     label_model.GRID, label_model.COARSE_GRID, label_model.MISMATCH_GRID = (0.2, 0.4), (0.2, 0.4), (0.05, 0.3)
     for size, num_classes in ((300, 20), (num_samples, CORRECTION_CLASSES)):
