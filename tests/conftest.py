@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+if num_workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Before torch is imported; workers that use all cores each would wait for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(num_workers))))
 
 
 @pytest.fixture(scope="session")

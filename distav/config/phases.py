@@ -185,9 +185,6 @@ class SupervisedPhase:
     """Additional factor for the towers; 0 trains the classifiers alone, a linear probe."""
     targets: Targets = Targets.posterior
     """Targets: given, posterior, held_out, hybrid or oracle."""
-    target_temperature: float = field(default=1.0, metadata=above(0))
-    """Temperature T of corrected labels: class probabilities p become p^(1/T), normalized (Berthelot et al. 2019,
-    equation 7: 0.5). Below 1, targets are sharper than the correction is certain."""
     loss: str = "ce"
     """Loss: ce (cross-entropy), gce (generalized cross-entropy), elr (early-learning regularization), bce (binary
     cross-entropy of each class), asymmetric (asymmetric loss), or the name of an installed one. Datasets with several

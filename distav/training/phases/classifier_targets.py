@@ -12,6 +12,7 @@ from distav.config.phases import Targets
 from distav.data.pipeline.class_balance import ClassBalance
 from distav.distributed.collectives import all_gather_variable_rows, all_reduce_sum_
 from distav.losses.classification import hybrid_targets
+from distav.noise.probabilities import SMALLEST
 from distav.training.run import Run
 
 _BLOCK_ROWS = 2**16
@@ -21,9 +22,8 @@ _BLOCK_ROWS = 2**16
 class ClassifierTargets:
     """Targets of the three classifiers, and weights of the pairs."""
 
-    def __init__(self, run: Run, kind: Targets, temperature: float = 1.0):
-        """Store the kind of targets; `temperature` is that of corrected labels, see `sharpened`."""
-        self.run, self.bank, self.kind, self.temperature = run, run.bank, kind, temperature
+    def __init__(self, run: Run, kind: Targets):
+        self.run, self.bank, self.kind = run, run.bank, kind
         labels, device = run.data.labels, run.world.device
         oracle = kind is Targets.oracle
         known = labels.true if oracle and labels.true is not None else labels.given
@@ -94,18 +94,19 @@ class ClassifierTargets:
             pair_weights = torch.ones_like(visual[:, 0]) if self.matched is None else self.matched[ids]
             return (visual, visual, audio), pair_weights
         column = "held_out" if self.kind is Targets.held_out else "posterior"
-        names = (column, f"visual_{column}", f"audio_{column}", "correspondence")
-        *tables, pair_weights = columns(*names)
-        joint, visual, audio = (sharpened(probs, self.temperature) for probs in tables)
+        visual, audio, pair_weights = columns(f"visual_{column}", f"audio_{column}", "correspondence")
+        joint = _matched_class(visual, audio)
         if self.kind is Targets.hybrid:
-            votes = sharpened(columns("held_out")[0], self.temperature)
+            votes = columns("held_out")[0]
             joint = visual = hybrid_targets(self.visual_labels[ids], votes, votes.amax(1))
         return (joint, visual, audio), pair_weights
 
 
-def sharpened(probs: Tensor, temperature: float) -> Tensor:
-    """Return p^(1/T), normalized over the last dimension (Berthelot et al. 2019, equation 7): [..., C] -> [..., C]."""
-    if temperature == 1:
-        return probs
-    powers = (probs / probs.amax(-1, keepdim=True)).pow(1 / temperature)
-    return powers / powers.sum(-1, keepdim=True)
+def _matched_class(visual: Tensor, audio: Tensor) -> Tensor:
+    """Return the normalized geometric mean of the class probabilities of both modalities: [b, C] -> [b, C].
+
+    The joint classifier weights a pair by the probability that both have the same class, and learns that class. The
+    class of the label's owner would teach it to trust the owner in mismatched pairs that are taken for matched ones.
+    """
+    means = (visual * audio).clamp_min(SMALLEST).sqrt()
+    return means / means.sum(1, keepdim=True)

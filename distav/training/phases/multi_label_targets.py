@@ -12,16 +12,15 @@ from torch import Tensor
 from distav.config.phases import Targets
 from distav.data.pipeline.class_balance import ClassBalance
 from distav.distributed.collectives import all_gather_variable_rows, all_reduce_sum_
-from distav.training.phases.classifier_targets import ClassifierTargets, sharpened
+from distav.training.phases.classifier_targets import ClassifierTargets
 from distav.training.run import Run
 
 
 class MultiLabelTargets(ClassifierTargets):
     """Target probabilities of each class, the same for the three classifiers; mismatched pairs are not estimated."""
 
-    def __init__(self, run: Run, kind: Targets, temperature: float = 1.0):
-        """Store the kind of targets; `temperature` is that of corrected labels, see `sharpened`."""
-        self.run, self.bank, self.kind, self.temperature = run, run.bank, kind, temperature
+    def __init__(self, run: Run, kind: Targets):
+        self.run, self.bank, self.kind = run, run.bank, kind
         labels, device = run.data.multi_labels, run.world.device
         known = labels.true if kind is Targets.oracle and labels.true is not None else labels.given
         self.labels = torch.from_numpy(known).to(device)
@@ -71,15 +70,13 @@ class MultiLabelTargets(ClassifierTargets):
         if self.kind in (Targets.given, Targets.oracle):
             targets = self.labels[ids].float()
         else:
-            (probs,) = columns("held_out" if self.kind is Targets.held_out else "posterior")
-            targets = sharpened(torch.stack([probs, 1 - probs], dim=-1), self.temperature)[..., 0]
+            (targets,) = columns("held_out" if self.kind is Targets.held_out else "posterior")
         return (targets, targets, targets), torch.ones_like(targets[:, 0])
 
 
-def make_targets(run: Run, kind: Targets, temperature: float = 1.0) -> ClassifierTargets:
-    """Return the targets of a phase for the labels of the dataset; `temperature` is that of corrected labels."""
-    targets = MultiLabelTargets if run.data.shards.multi_label else ClassifierTargets
-    return targets(run, kind, temperature)
+def make_targets(run: Run, kind: Targets) -> ClassifierTargets:
+    """Return the targets of a phase for the labels of the dataset."""
+    return MultiLabelTargets(run, kind) if run.data.shards.multi_label else ClassifierTargets(run, kind)
 
 
 def has_true_labels(run: Run) -> bool:

@@ -28,9 +28,9 @@ MIN_PAIR_WEIGHT = 0.25
 def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
     """Train the classifiers, and the towers at their own learning rate.
 
-    With corrected labels, the audio classifier learns the class that the correction assigned to the audio, and the
-    audio-visual classifier weights each sample by its correspondence probability. Classifiers leave out samples that
-    lack a modality they need. If the targets are corrected labels and the correction had no label signal, the phase
+    With corrected labels, the visual and the audio classifier learn the class that the correction assigned to their
+    modality, and the joint classifier the class of a matched pair, weighted by the correspondence probability.
+    Classifiers leave out samples that lack a modality they need. If the targets are corrected labels and the correction had no label signal, the phase
     trains on the given labels, with generalized cross-entropy if clips have one label.
 
     Clips that are held out for the fusion of the classifiers have no weight in the losses of the classifiers, see
@@ -53,7 +53,7 @@ def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
         )
     correction = run.state.correction
     fall_back = config.targets in NEED_CORRECTION and not (correction and correction.has_signal)
-    classifier_targets = make_targets(run, Targets.given if fall_back else config.targets, config.target_temperature)
+    classifier_targets = make_targets(run, Targets.given if fall_back else config.targets)
     if classifier_targets.kind is Targets.given and config.tower_lr_scale:
         run.state.given_labels_learned = True
     robust = fall_back and not run.data.shards.multi_label

@@ -72,7 +72,7 @@ def searches(draw: st.DrawFn) -> tuple[Tensor, int, Tensor, Tensor, Tiling]:
     return features, k, groups, valid, tiling
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(searches(), st.sampled_from([2**24, 500]))
 def test_a_coarse_first_pass_changes_neither_neighbors_nor_similarities(
     search: tuple[Tensor, int, Tensor, Tensor, Tiling], max_candidates: int
