@@ -30,8 +30,8 @@ def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
 
     With corrected labels, the visual and the audio classifier learn the class that the correction assigned to their
     modality, and the joint classifier the class of a matched pair, weighted by the correspondence probability.
-    Classifiers leave out samples that lack a modality they need. If the targets are corrected labels and the correction had no label signal, the phase
-    trains on the given labels, with generalized cross-entropy if clips have one label.
+    Classifiers leave out samples that lack a modality they need. If the targets are corrected labels and the correction
+    had no label signal, the phase trains on the given labels, with generalized cross-entropy if clips have one label.
 
     Clips that are held out for the fusion of the classifiers have no weight in the losses of the classifiers, see
     `distav.training.classifier_fusion`.
