@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distav.data.modalities import MODALITIES
 from distav.losses.event_parsing import modality_losses, segment_losses, video_losses
-from distav.noise import label_model
+from distav.noise import label_model, model_fit
 from distav.noise.class_posterior import posterior
 from distav.noise.correspondence import fit_mixture, gmm_correspondence
 from distav.noise.knn_vote import NeighborGraph
@@ -206,8 +206,8 @@ def test_correction_holds_three_tables_of_votes_and_the_six_of_its_result(monkey
     monkeypatch.setattr(label_model, "GRID", (0.2, 0.4))
     monkeypatch.setattr(label_model, "COARSE_GRID", (0.2, 0.4))
     monkeypatch.setattr(label_model, "MISMATCH_GRID", (0.05, 0.3))
-    monkeypatch.setattr(label_model, "MIN_FIT_SAMPLES", 300)
-    monkeypatch.setattr(label_model, "MAX_FIT_SAMPLES", 300)
+    monkeypatch.setattr(model_fit, "MIN_FIT_SAMPLES", 300)
+    monkeypatch.setattr(model_fit, "MAX_FIT_SAMPLES", 300)
     sample = torch.arange(num_samples)
     true = sample % num_classes
     given = torch.where(sample // num_classes % 3 == 0, (true + 1) % num_classes, true).to(CUDA)
