@@ -59,11 +59,14 @@ def _measure(run: Path) -> dict[str, Any]:
         "run": run.name,
         "wrong_labels": int(wrong.sum()),
         "mismatched_pairs": int(mismatched.sum()),
-        "labels": {
-            name: {str(first): float(wrong[ids[:first]].mean()) for first in FIRST} for name, ids in rankings.items()
-        },
-        "pairs": {str(first): float(mismatched[pairs[:first]].mean()) for first in FIRST},
+        "labels": {name: precision_of_first(wrong, ids) for name, ids in rankings.items()},
+        "pairs": precision_of_first(mismatched, pairs),
     }
+
+
+def precision_of_first(issues: np.ndarray, ids: np.ndarray) -> dict[str, float | None]:
+    """Return the fraction of issues among the first clips of a ranking; None if the ranking has no clips."""
+    return {str(first): float(issues[ids[:first]].mean()) if len(ids) else None for first in FIRST}
 
 
 def _rank(given: np.ndarray, pred_probs: np.ndarray, method: str) -> np.ndarray:
@@ -79,6 +82,7 @@ def table(results: dict[str, Any]) -> str:
         rankings = {f"labels, {name}": precision for name, precision in row["labels"].items()}
         rankings["pairs, distav"] = row["pairs"]
         for name, precision in rankings.items():
-            values = (f"{100 * precision[str(first)]:.1f} %" for first in FIRST)
+            fractions = (precision[str(first)] for first in FIRST)
+            values = ("none listed" if fraction is None else f"{100 * fraction:.1f} %" for fraction in fractions)
             lines.append(f"| {' | '.join([row['run'].partition('_')[0], name, *values])} |")
     return "\n".join(lines)
