@@ -169,6 +169,10 @@ class LabelCorrectionPhase:
     min_log_likelihood_gain: float = field(default=10.0, metadata=at_least(0))
     """Minimum log-likelihood gain, in nats over all clips, of the votes over class frequencies in predicting the given
     labels. Below it, labels stay unchanged. Random features reach about 1."""
+    min_change_odds: float = field(default=2.0, metadata=at_least(1))
+    """A label changes if another class is at least this many times as probable as the given one: a right label that is
+    changed costs as much as this many wrong ones that stay. Targets of supervised phases do not depend on it, nor do
+    lists of labels."""
 
 
 @dataclass

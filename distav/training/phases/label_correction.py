@@ -33,7 +33,7 @@ def run_correction(run: Run, name: str, config: LabelCorrectionPhase) -> None:
         return
     correction = compute_correction(run, name, config)
     store_correction(run, correction)
-    result = gather_result(run, correction)
+    result = gather_result(run, correction, config.min_change_odds)
     summary = build_summary(name, run.data.labels, correction, result)
     run.state.report.corrections.append(summary)
     if run.world.is_main:
