@@ -1,4 +1,4 @@
-"""Class probabilities of samples from the fitted model of `distav.noise.vote_model`.
+"""Class probabilities of samples from the fitted model of `distav.noise.vote_model`, and the labels that follow.
 
 Legend: n samples, C classes, G noise rates.
 """
@@ -84,3 +84,18 @@ def posterior(parameters: Parameters, weights: Tensor, pair: Parameters, votes: 
         ),
         correspondence=average(correspondence),
     )
+
+
+def corrected_labels(posterior: Tensor, given: Tensor, min_odds: float) -> Tensor:
+    """Return the labels after correction: [n, C], [n] -> [n].
+
+    The given label, unless another class is at least `min_odds` times as probable. This minimizes the expected cost if
+    a wrong label costs 1, and a right one that is changed `min_odds`.
+    """
+    largest, likely = posterior.max(1)
+    return torch.where(largest >= min_odds * probability_of(given, posterior), likely, given)
+
+
+def probability_of(labels: Tensor, probs: Tensor) -> Tensor:
+    """Return the probabilities of labels: [n], [n, C] -> [n]."""
+    return probs.gather(1, labels[:, None]).squeeze(1)

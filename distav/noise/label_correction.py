@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distav.distributed.collectives import local_shard
 from distav.noise.knn_vote import source_weights
-from distav.noise.label_model import fit_label_model, tempered_gain
+from distav.noise.label_model import fit_label_model, gain_and_temperature
 from distav.noise.model_fit import PairAssumption, select_fit_rows
 from distav.noise.model_parameters import Votes
 from distav.noise.noise_rate import RateEstimate, candidate_rates, class_rates, transition_matrix, unknown_rate
@@ -174,7 +174,9 @@ def correct_labels(
     if len(candidates) > 1:
         for index, candidate in enumerate(candidates):
             joint = select_joint(candidate)
-            gain, temperature = tempered_gain(*fit_data(votes.with_joint(log_votes(joint.votes))), candidate.pairs)
+            gain, temperature = gain_and_temperature(
+                *fit_data(votes.with_joint(log_votes(joint.votes))), candidate.pairs
+            )
             candidates[index] = replace(candidate, configs=[joint.config], gain=gain, temperature=temperature)
             del joint
     chosen = _likely_owner(candidates)
@@ -216,7 +218,7 @@ class _Candidate:
         pairs: the assumption, with the mismatch rate that follows from it.
         correspondence: [n] probabilities that scale the audio in the joint vote.
         configs: configurations of the joint vote to search, all by default.
-        gain, temperature: see `tempered_gain`.
+        gain, temperature: see `gain_and_temperature`.
     """
 
     pairs: PairAssumption

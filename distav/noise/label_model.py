@@ -177,7 +177,7 @@ def fit_label_model(
     return broadcast(model)
 
 
-def tempered_gain(
+def gain_and_temperature(
     votes: Votes, labels: Tensor, num_classes: int, weights: Tensor, pairs: PairAssumption
 ) -> tuple[float, float]:
     """Return the gain in the composite log-likelihood over the class frequencies, in nats, and its temperature.

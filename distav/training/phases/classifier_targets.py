@@ -95,10 +95,11 @@ class ClassifierTargets:
             return (visual, visual, audio), pair_weights
         column = "held_out" if self.kind is Targets.held_out else "posterior"
         visual, audio, pair_weights = columns(f"visual_{column}", f"audio_{column}", "correspondence")
-        joint = _matched_class(visual, audio)
         if self.kind is Targets.hybrid:
             votes = columns("held_out")[0]
             joint = visual = hybrid_targets(self.visual_labels[ids], votes, votes.amax(1))
+        else:
+            joint = _matched_class(visual, audio)
         return (joint, visual, audio), pair_weights
 
 

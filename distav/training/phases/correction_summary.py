@@ -19,6 +19,7 @@ from distav.evaluation.metrics import (
     label_accuracy,
     noise_kinds,
 )
+from distav.noise.class_posterior import corrected_labels, probability_of
 from distav.noise.label_correction import Correction
 from distav.training.run import Run
 
@@ -31,7 +32,7 @@ class CorrectionResult:
     """Result of a correction for the samples of all ranks.
 
     Attributes:
-        corrected: [N] int64 classes after correction; see `changed_labels`.
+        corrected: [N] int64 classes after correction; see `distav.noise.class_posterior.corrected_labels`.
         knn_labels: [N] int64 classes predicted by the held-out votes.
         confidence: [N] float32 probability of the corrected class.
         self_confidence: [N] float32 probability of the given class under held-out votes.
@@ -48,10 +49,10 @@ class CorrectionResult:
 
 
 def gather_result(run: Run, correction: Correction, min_change_odds: float) -> CorrectionResult:
-    """Gather the result of a correction from all ranks; see `changed_labels` for the odds."""
+    """Gather the result of a correction from all ranks; see `corrected_labels` for the odds."""
     labels = run.data.labels
     given = local_shard(torch.from_numpy(labels.given)).to(run.world.device)
-    corrected = changed_labels(correction.posterior, given, min_change_odds)
+    corrected = corrected_labels(correction.posterior, given, min_change_odds)
     errors = {}
     if labels.true is not None:
         errors = {
@@ -61,25 +62,11 @@ def gather_result(run: Run, correction: Correction, min_change_odds: float) -> C
     return CorrectionResult(
         corrected=_gather(corrected),
         knn_labels=_gather(correction.held_out.argmax(1)),
-        confidence=_gather(_probability_of(corrected, correction.posterior)),
-        self_confidence=_gather(_probability_of(given, correction.held_out)),
+        confidence=_gather(probability_of(corrected, correction.posterior)),
+        self_confidence=_gather(probability_of(given, correction.held_out)),
         correspondence=run.bank.gather_column("correspondence").cpu().numpy(),
         calibration_errors=errors,
     )
-
-
-def changed_labels(posterior: Tensor, given: Tensor, min_odds: float) -> Tensor:
-    """Return the labels after correction: [n, C], [n] -> [n].
-
-    The given label, unless another class is at least `min_odds` times as probable. This minimizes the expected cost if
-    a wrong label costs 1, and a right one that is changed `min_odds`.
-    """
-    largest, likely = posterior.max(1)
-    return torch.where(largest >= min_odds * _probability_of(given, posterior), likely, given)
-
-
-def _probability_of(labels: Tensor, probs: Tensor) -> Tensor:
-    return probs.gather(1, labels[:, None]).squeeze(1)
 
 
 def _gather(values: Tensor) -> np.ndarray:
