@@ -173,7 +173,8 @@ def test_a_subset_has_problems_of_all_families():
 
 def _estimates(data: CoverageData, posterior: np.ndarray, rate: RateEstimate) -> Estimates:
     rates = [rate] * data.num_classes
-    return Estimates(posterior, posterior, posterior, np.ones(len(posterior)), rate, rate, rates, True)
+    corrected, ones = posterior.argmax(1), np.ones(len(posterior))
+    return Estimates(posterior, posterior, posterior, corrected, ones, rate, rate, rates, True)
 
 
 def test_scores_compare_the_estimates_with_the_truth():

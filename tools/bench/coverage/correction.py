@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from distav.config.phases import LabelCorrectionPhase
 from distav.data.modalities import MODALITIES
+from distav.noise.class_posterior import corrected_labels
 from distav.noise.label_correction import correct_labels
 from distav.noise.noise_rate import RateEstimate
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
@@ -22,6 +24,7 @@ class Estimates:
 
     Attributes:
         posterior, audio_posterior, held_out: [N, C] class probabilities; see `distav.noise.label_correction`.
+        corrected: [N] labels after the correction.
         correspondence: [N] probability that audio and frames show the same class.
         label_rate, pair_rate: rates with 95 % intervals.
         class_rates: label-noise rate of each class.
@@ -31,6 +34,7 @@ class Estimates:
     posterior: np.ndarray
     audio_posterior: np.ndarray
     held_out: np.ndarray
+    corrected: np.ndarray
     correspondence: np.ndarray
     label_rate: RateEstimate
     pair_rate: RateEstimate
@@ -39,10 +43,11 @@ class Estimates:
 
 
 def run_correction(data: CoverageData) -> Estimates:
-    """Correct the labels with the default search space, without results of earlier corrections or teachers."""
+    """Correct the labels with the default settings, without results of earlier corrections or teachers."""
+    given = torch.from_numpy(data.given)
     correction = correct_labels(
         [FeatureSpace("features", data.visual, data.audio)],
-        torch.from_numpy(data.given),
+        given,
         data.num_classes,
         groups=torch.from_numpy(data.groups),
         has_modality=dict.fromkeys(MODALITIES, torch.ones(len(data.given), dtype=torch.bool)),
@@ -52,6 +57,7 @@ def run_correction(data: CoverageData) -> Estimates:
         posterior=correction.posterior.numpy(),
         audio_posterior=correction.audio_posterior.numpy(),
         held_out=correction.held_out.numpy(),
+        corrected=corrected_labels(correction.posterior, given, LabelCorrectionPhase.min_change_odds).numpy(),
         correspondence=correction.correspondence.numpy(),
         label_rate=correction.label_rate,
         pair_rate=correction.pair_rate,

@@ -16,7 +16,7 @@ from tools.bench.coverage.families import work
 from tools.bench.coverage.problem import CoverageProblem
 from tools.bench.coverage.scores import score_problem
 
-MEASURED_SOURCES = ("noise/*.py", "memory/knn.py", "evaluation/metrics.py")
+MEASURED_SOURCES = ("noise/*.py", "config/phases.py", "memory/knn.py", "evaluation/metrics.py")
 """Modules of distav that the scores depend on."""
 HARNESS_SOURCES = (
     "problem.py",

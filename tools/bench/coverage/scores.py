@@ -5,9 +5,8 @@
 - The mismatch rate is the fraction of pairs whose modalities are of different classes: audio of another clip of the
   same class matches, and so does the own audio of an open-set sample.
 - The label-noise rate of a class is the fraction of wrong labels among the samples that truly belong to it.
-- A right label is broken if the most likely class of the posterior is another one. If the posterior is right, the
-  fraction of broken labels is expected to be its mean probability of the given label over the changed samples, divided
-  by that over all samples.
+- A right label is broken if the correction changes it. If the posterior is right, the fraction of broken labels is
+  expected to be its mean probability of the given label over the changed samples, divided by that over all samples.
 - All rates are those of the drawn samples, not of the distribution that they were drawn from.
 """
 
@@ -73,7 +72,7 @@ def score(data: CoverageData, estimates: Estimates) -> dict[str, Any]:
     rows = np.arange(len(data.given))
     known = data.true < data.num_classes
     given_probs = estimates.posterior[rows, data.given].astype(np.float64)
-    corrected = estimates.posterior.argmax(1)
+    corrected = estimates.corrected
     changed, right = corrected != data.given, ~data.wrong
     expected_right = max(given_probs.sum(), 1e-9)
     ranking = auroc(estimates.correspondence, ~data.mismatched)
