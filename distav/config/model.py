@@ -1,18 +1,54 @@
 """Settings of the network: towers, heads and event parser."""
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from distav.config.bounds import above, at_least, between, satisfies
 from distav.config.setting_types import FilePath
 
 
 @dataclass
-class VisualConfig:
-    """The visual tower."""
+class TowerConfig:
+    """Settings that both towers share."""
 
     name: str = "small_conv"
-    """Entry of `distav.models.visual_encoders.VISUAL_TOWERS`: small_conv, r2plus1d_18, vit_tiny, vit_small, vit_base,
-    vit_large, vit_huge, or one of an installed package."""
+    """Entry of `VISUAL_TOWERS` or `AUDIO_TOWERS` in `distav.models.towers`: a network of distav (small_conv, vit_tiny,
+    vit_small, vit_base, vit_large, vit_huge; visual: r2plus1d_18; audio: avid_conv), a pretrained one (hf:REPOSITORY or
+    hf:DIRECTORY; visual: torchvision:NAME@WEIGHTS, timm:NAME.TAG), or one of an installed package."""
+    weights: FilePath = ""
+    """Initial weights: a file (safetensors, or a PyTorch file without code) or a directory that holds one; empty for
+    those that `name` selects; none for random ones."""
+    freeze: int = field(default=0, metadata=at_least(-1, "-1 for all"))
+    """Number of blocks from the input that are not trained, embeddings of patches and positions included; -1: the
+    complete network."""
+    unfreeze_after: int = field(default=0, metadata=at_least(0))
+    """Epochs of the run, counted over its phases, after which frozen blocks are trained too; 0 for never."""
+    lr_decay: float = field(default=1.0, metadata=satisfies(lambda decay: 0 < decay <= 1, "above 0, up to 1"))
+    """Factor on the learning rate from each block to the one before it (layer-wise decay; BEiT: 0.65 to 0.95)."""
+    drop_path: float = field(default=0.0, metadata=between(0, 0.9))
+    """Probability of skipping the last residual block for a clip in training; it increases linearly from 0 at the first
+    block (stochastic depth, Huang et al. 2016)."""
+    batch_norm: Literal["batch", "running"] = "batch"
+    """Statistics of batch normalization in training: batch (those of the global batch) or running (those of the
+    weights, which then stay unchanged)."""
+    interpolate_positions: bool = False
+    """Interpolate position embeddings where clips have another size or length than those of the weights."""
+    lora_rank: int = field(default=0, metadata=at_least(0))
+    """Rank of low-rank adapters of the linear layers, which are trained instead of the network (LoRA, Hu et al. 2022);
+    0 for none. Needs peft."""
+    lora_alpha: float = field(default=16.0, metadata=above(0))
+    """Scale of the adapters times their rank."""
+    architecture: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Layers and preprocessing of a pretrained network, as exports store them; empty: read from where `name` says."""
+
+
+@dataclass
+class VisualConfig(TowerConfig):
+    """The visual tower."""
+
+    frame_pooling: Literal["mean", "attention", "transformer"] = "mean"
+    """Pooling over time of networks that see single frames: mean, attention (a learned query) or transformer (two
+    layers)."""
     width: int = field(default=32, metadata=at_least(1))
     """Channels of the first layer of small_conv."""
     patch: int = field(default=16, metadata=at_least(1))
@@ -22,12 +58,9 @@ class VisualConfig:
 
 
 @dataclass
-class AudioConfig:
-    """The audio tower with its log-mel front end."""
+class AudioConfig(TowerConfig):
+    """The audio tower with its log-mel front end. Pretrained networks have front ends of their own."""
 
-    name: str = "small_conv"
-    """Entry of `distav.models.audio_encoders.AUDIO_TOWERS`: small_conv, avid_conv, vit_tiny, vit_small, vit_base,
-    vit_large, vit_huge, or one of an installed package."""
     width: int = field(default=32, metadata=at_least(1))
     """Channels of the first layer of small_conv."""
     patch: int = field(default=16, metadata=at_least(1))

@@ -18,6 +18,9 @@ class Registry(Mapping[str, T], Generic[T]):
         [project.entry-points."distav.visual_towers"]
         my_tower = "my_package.towers:MyTower"
 
+    A component whose name ends with a colon stands for all names that start with it, such as `timm:` for
+    `timm:resnet18`.
+
     Attributes:
         key: setting that selects a component, for error messages, e.g. `model.visual.name`.
         group: entry point group, e.g. `distav.visual_towers`.
@@ -36,11 +39,11 @@ class Registry(Mapping[str, T], Generic[T]):
         return sum(1 for _ in self)
 
     def __contains__(self, name: object) -> bool:
-        return any(name == known for known in self)
+        return isinstance(name, str) and any(_entry(name) == known for known in self)
 
     def __getitem__(self, name: str) -> T:
         """Return the component with this name; import it if another package provides it."""
-        return self._load(name, self.key)
+        return self._load(_entry(name), self.key)
 
     def _load(self, name: str, key: str) -> T:
         if name not in self._components:
@@ -65,5 +68,17 @@ class Registry(Mapping[str, T], Generic[T]):
             UserError: if there is no such component, or if it cannot be imported.
         """
         if name not in self:
-            raise UserError(f"{key or self.key}={name}: allowed: {format_list(self)}.{did_you_mean(name, self)}")
-        return self._load(name, key or self.key)
+            allowed = [self.describe(known) for known in self]
+            raise UserError(f"{key or self.key}={name}: allowed: {format_list(allowed)}.{did_you_mean(name, self)}")
+        return self._load(_entry(name), key or self.key)
+
+    @staticmethod
+    def describe(name: str) -> str:
+        """Return the name of an entry as messages show it."""
+        return f"{name}NAME" if name.endswith(":") else name
+
+
+def _entry(name: str) -> str:
+    """Return the name of the entry that a value selects."""
+    family, colon, _ = name.partition(":")
+    return family + colon

@@ -97,16 +97,17 @@ class DataConfig:
     """Test split; empty for none."""
     label_overrides: FilePath = ""
     """Table (Parquet or CSV with `id` or `key`, and `label`) of labels that replace the given labels."""
-    num_frames: int = field(default=4, metadata=at_least(1))
-    """Number of frames passed to the visual tower."""
-    frame_stride: int = field(default=2, metadata=at_least(1))
-    """Distance of two of these frames, in stored frames."""
-    frame_size: int = field(default=32, metadata=at_least(1))
-    """Height and width of these frames in pixels."""
+    num_frames: int = field(default=0, metadata=at_least(0))
+    """Number of frames passed to the visual tower; 0: those that the tower was made for (4 for networks of distav)."""
+    frame_stride: int = field(default=0, metadata=at_least(0))
+    """Distance of two of these frames, in stored frames; 0: by the frame rate that the tower was made for (2 where none
+    is stated)."""
+    frame_size: int = field(default=0, metadata=at_least(0))
+    """Height and width of these frames in pixels; 0: those that the tower was made for (32 for networks of distav)."""
     squash: bool = False
     """Without augmentation, resize the full frame to a square instead of cropping the largest square."""
-    audio_s: float = field(default=1.0, metadata=above(0, "in seconds"))
-    """Seconds of audio passed to the audio tower."""
+    audio_s: float = field(default=0.0, metadata=at_least(0, "in seconds"))
+    """Seconds of audio passed to the audio tower; 0: what the tower was made for (1 for networks of distav)."""
     shuffle_block_shards: int = field(default=64, metadata=at_least(1))
     """Number of shards whose samples are shuffled together. Reads stay inside such a block."""
     decode_threads: int = field(default=0, metadata=at_least(0, "0 to choose by the device"))

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from distav.config.errors import UserError
-from distav.config.model import ModelConfig
+from distav.config.model import ModelConfig, TowerConfig
 from distav.config.registry import Registry
 from distav.config.schema import DataConfig
-from distav.models.audio_encoders import AUDIO_TOWERS, AudioTower
 from distav.models.event_parser import TokenSpec, build_parser
 from distav.models.heads import CategoryHead, Classifiers, Projection
 from distav.models.input_checks import check_audio, check_frames, check_seeds
-from distav.models.visual_encoders import VISUAL_TOWERS, VisualTower
+from distav.models.towers import AUDIO_TOWERS, VISUAL_TOWERS, AudioTower, Tower, VisualTower
 
 INITIAL_TEMPERATURE, MIN_TEMPERATURE = 0.07, 0.01
 
@@ -32,16 +31,17 @@ def check_towers(config: ModelConfig, parses_clips: bool = False) -> None:
     Raises:
         UserError: for an unknown tower, or one that does not support segments where it has to.
     """
-    _check_tower(VISUAL_TOWERS, config.visual.name, parses_clips)
-    _check_tower(AUDIO_TOWERS, config.audio.name, parses_clips)
+    _check_tower(VISUAL_TOWERS, config.visual, parses_clips)
+    _check_tower(AUDIO_TOWERS, config.audio, parses_clips)
 
 
-def _check_tower(towers: Registry[Any], name: str, parses_clips: bool) -> None:
-    tower = towers.select(name)
+def _check_tower(towers: Registry[Any], config: TowerConfig, parses_clips: bool) -> None:
+    tower = towers.select(config.name)
+    tower.check(config)
     if parses_clips and not tower.supports_segments:
-        allowed = [other for other in towers if towers[other].supports_segments]
+        allowed = [towers.describe(other) for other in towers if towers[other].supports_segments]
         raise UserError(
-            f"{towers.key}={name}: allowed: {', '.join(allowed)}, since a phase of kind parsing encodes single "
+            f"{towers.key}={config.name}: allowed: {', '.join(allowed)}, since a phase of kind parsing encodes single "
             "segments of a clip."
         )
 
@@ -74,6 +74,12 @@ class AVModel(nn.Module):
         self.categorize_visual = CategoryHead(visual_dim, config.hidden_dim, num_categories)
         self.categorize_audio = CategoryHead(audio_dim, config.hidden_dim, num_categories)
         self.classify = Classifiers(visual_dim, audio_dim, num_classes, config.dropout)
+        for key, tower in (("model.visual.name", self.visual), ("model.audio.name", self.audio)):
+            if num_segments and not tower.net.supports_segments:
+                raise UserError(
+                    f"{key}: this network takes complete clips only; choose another one, since a phase of kind parsing "
+                    "encodes single segments of a clip."
+                )
         self.segments = num_segments
         if num_segments:
             audio_tokens, visual_tokens = [TokenSpec("audio", audio_dim)], [TokenSpec("visual", visual_dim)]
@@ -102,7 +108,7 @@ class AVModel(nn.Module):
         self._check_inputs(frames, audio, seeds, parse)
         if parse:
             return self._parse_segments(frames, audio, seeds)
-        visual_features, audio_features = self.visual(frames), self.audio(audio, seeds)
+        visual_features, audio_features = self.visual(frames, seeds), self.audio(audio, seeds)
         logits, visual_logits, audio_logits = self.classify(visual_features, audio_features, seeds)
         outputs = {
             "visual_features": visual_features,
@@ -138,21 +144,21 @@ class AVModel(nn.Module):
         frames = frames.unflatten(1, (self.segments, -1)).flatten(0, 1)
         audio = audio[:, : segment_length * self.segments].reshape(num_clips * self.segments, segment_length)
         segment_seeds = (seeds[:, None] + torch.arange(self.segments, device=seeds.device)).flatten()
-        visual_features = self.visual(frames).unflatten(0, (num_clips, -1))
+        visual_features = self.visual(frames, segment_seeds).unflatten(0, (num_clips, -1))
         audio_features = self.audio(audio, segment_seeds).unflatten(0, (num_clips, -1))
         return self.parse([audio_features], [visual_features], seeds)._asdict()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Group the parameters of a model by learning rate and weight decay, for the optimizer.
+    """Group the trained parameters of a model by learning rate and weight decay, for the optimizer.
 
     Parameters inside a module with `lr_group = "towers"` belong to the towers, all other parameters to the heads. A new
     head therefore trains at the learning rate of heads without further declaration. Matrices and kernels have weight
     decay, vectors have none.
 
     Returns:
-        Parameter groups with `params`, `weight_decay` and `lr_group` ("towers" or "heads"); a phase sets the learning
-        rate of each `lr_group`.
+        Parameter groups with `params`, `weight_decay`, `lr_group` ("towers" or "heads"), `lr_scale`, a factor on the
+        learning rate of the group that a phase sets, and `first_epoch`, before which the parameters are not trained.
     """
     tower_parameters = {
         id(parameter)
@@ -160,13 +166,27 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         if getattr(module, "lr_group", "heads") == "towers"
         for parameter in module.parameters()
     }
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    options = {
+        id(parameter): module.learning_options(name)
+        for module in model.modules()
+        if isinstance(module, Tower)
+        for name, parameter in module.net.named_parameters()
+    }
+    groups: dict[tuple[str, float, int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         lr_group = "towers" if id(parameter) in tower_parameters else "heads"
         # Decided by name and not by number of dimensions: with ZeRO-3, parameters here are empty vectors.
         decays = name.endswith("weight") and len(getattr(parameter, "ds_shape", parameter.shape)) > 1
-        groups.setdefault((lr_group, decays), []).append(parameter)
+        groups.setdefault((lr_group, *options.get(id(parameter), (1.0, 0)), decays), []).append(parameter)
     return [
-        {"params": parameters, "lr_group": lr_group, "weight_decay": weight_decay if decays else 0.0}
-        for (lr_group, decays), parameters in groups.items()
+        {
+            "params": parameters,
+            "lr_group": lr_group,
+            "lr_scale": lr_scale,
+            "first_epoch": first_epoch,
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (lr_group, lr_scale, first_epoch, decays), parameters in groups.items()
     ]

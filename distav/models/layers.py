@@ -4,14 +4,13 @@ Legend: B rows of this rank, C channels.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from distav.distributed.collectives import all_gather_rows, all_reduce_sum_, get_world_size
 from distav.distributed.rng import uniform
@@ -113,6 +112,9 @@ class GlobalBatchNorm(nn.Module):
     All ranks must have batches of the same size. Running statistics stay in float32 when the model is cast, keep the
     previous value of a channel with statistics that are not finite, and count a batch once under activation
     checkpointing.
+
+    Attributes:
+        uses_batch: whether training uses the statistics of the batch; otherwise the running statistics are constant.
     """
 
     running_mean: Tensor
@@ -120,7 +122,7 @@ class GlobalBatchNorm(nn.Module):
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__()
-        self.eps, self.momentum = eps, momentum
+        self.eps, self.momentum, self.uses_batch = eps, momentum, True
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         # Under ZeRO-3, new tensors have the precision of training.
@@ -134,7 +136,7 @@ class GlobalBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize [B, C, ...] per channel."""
-        if not self.training:
+        if not (self.training and self.uses_batch):
             weight, bias = self.weight.float(), self.bias.float()
             return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
         if x.dim() == 3:  # Channels last exists for four and five dimensions.
@@ -167,34 +169,38 @@ class SeededDropout(nn.Module):
         return x * kept / max(1 - self.rate, 1e-6)
 
 
+class _GlobalBatchNormAct(GlobalBatchNorm):
+    """`GlobalBatchNorm` with the activation that timm's batch normalization includes."""
+
+    def __init__(self, channels: int, eps: float, momentum: float, act: nn.Module):
+        super().__init__(channels, eps, momentum)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
 def with_global_batch_norm(module: nn.Module) -> nn.Module:
-    """Replace every batch normalization inside a module by `GlobalBatchNorm`, and return the module."""
+    """Replace every batch normalization inside a module by `GlobalBatchNorm`, and return the module.
+
+    Weights and running statistics start at their defaults.
+    """
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-            setattr(module, name, GlobalBatchNorm(child.num_features, child.eps, child.momentum or 0.1))
+            options = (child.num_features, child.eps, child.momentum or 0.1)
+            act = getattr(child, "act", None)
+            norm = GlobalBatchNorm(*options) if act is None else _GlobalBatchNormAct(*options, act)
+            setattr(module, name, norm)
         else:
             with_global_batch_norm(child)
     return module
 
 
 @contextlib.contextmanager
-def _recomputation() -> Iterator[None]:
+def recomputation() -> Iterator[None]:
+    """Inside, activations are recomputed, and running statistics already include the batch."""
     token = _recomputing.set(True)
     try:
         yield
     finally:
         _recomputing.reset(token)
-
-
-def _checkpoint_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    return contextlib.nullcontext(), _recomputation()
-
-
-def apply_blocks(blocks: Iterable[nn.Module], x: Tensor, activation_checkpointing: bool) -> Tensor:
-    """Apply blocks one after the other; with checkpointing, the backward pass recomputes the activations in them."""
-    for block in blocks:
-        if activation_checkpointing and torch.is_grad_enabled():
-            x = cast(Tensor, checkpoint(block, x, use_reentrant=False, context_fn=_checkpoint_contexts))
-        else:
-            x = block(x)
-    return x

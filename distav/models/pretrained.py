@@ -15,7 +15,7 @@ from distav.data.modalities import FeatureStream
 from distav.models.av_model import AVModel
 from distav.models.event_parser import FeatureParser
 
-EXPORT_FORMAT = 3
+EXPORT_FORMAT = 4
 """Version of the files in an `export/` directory: names of settings and of weights."""
 
 

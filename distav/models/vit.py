@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
-from distav.models.layers import apply_blocks
-
 VIT_SIZES = {
     "vit_tiny": (192, 12, 3),
     "vit_small": (384, 12, 6),
@@ -22,16 +20,14 @@ VIT_SIZES = {
 class TokenEncoder(nn.Module):
     """Position embeddings, transformer blocks and the mean over tokens."""
 
-    def __init__(self, size: str, num_tokens: int, activation_checkpointing: bool):
+    def __init__(self, size: str, num_tokens: int):
         super().__init__()
         width, depth, heads = VIT_SIZES[size]
         self.feature_dim = width
-        self.activation_checkpointing = activation_checkpointing
         self.positions = nn.Parameter(torch.randn(1, num_tokens, width) * 0.02)
-        self.blocks = nn.ModuleList(EncoderBlock(heads, width, 4 * width, 0.0, 0.0) for _ in range(depth))
+        self.blocks = nn.Sequential(*(EncoderBlock(heads, width, 4 * width, 0.0, 0.0) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Encode [B, L, E] to [B, E]."""
-        x = apply_blocks(self.blocks, tokens + self.positions, self.activation_checkpointing)
-        return self.norm(x).mean(dim=1)
+        return self.norm(self.blocks(tokens + self.positions)).mean(dim=1)

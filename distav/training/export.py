@@ -8,8 +8,10 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from distav.config.model import ModelConfig, TowerConfig
 from distav.data.files import write_atomically
 from distav.evaluation.fusion import Fusion
+from distav.models import lora
 from distav.models.pretrained import EXPORT_FORMAT
 from distav.training.run import Run
 
@@ -27,7 +29,7 @@ def export(run: Run, weights: dict[str, Tensor], report: dict[str, Any], fusion:
     """
     folder = run.folder / "export"
     folder.mkdir(exist_ok=True)
-    write_atomically(folder / "model.safetensors", safetensors.torch.save(weights))
+    write_atomically(folder / "model.safetensors", safetensors.torch.save(_merged_weights(weights, run.config.model)))
     description = _description(run, fusion)
     write_atomically(folder / "config.json", (json.dumps(description, indent=1) + "\n").encode())
     write_atomically(folder / "README.md", _model_card(run, description["input"], report).encode())
@@ -37,7 +39,7 @@ def _description(run: Run, fusion: Fusion | None) -> dict[str, Any]:
     split, data = run.data.train, run.config.data
     description = {
         "format": EXPORT_FORMAT,
-        "model": dataclasses.asdict(run.config.model),
+        "model": dataclasses.asdict(_exported_model(run.config.model)),
         "segments": run.engine.model.segments,
         "classes": run.data.shards.classes,
         "fusion": None if fusion is None else dataclasses.asdict(fusion),
@@ -58,6 +60,19 @@ def _description(run: Run, fusion: Fusion | None) -> dict[str, Any]:
     duration_s = float(split.columns["duration_s"][0])
     stored = {"codec": split.codec, "short_side": split.sides[0] or data.frame_size, "clip_s": duration_s}
     return description | {"input": inputs, "stored": stored}
+
+
+def _exported_model(model: ModelConfig) -> ModelConfig:
+    """Return the settings of the network as exported: adapters are merged, and all weights are in the export."""
+    exported = {"weights": "none", "freeze": 0, "unfreeze_after": 0, "lora_rank": 0}
+    visual, audio = (dataclasses.replace(tower, **exported) for tower in (model.visual, model.audio))
+    return dataclasses.replace(model, visual=visual, audio=audio, pretrained="")
+
+
+def _merged_weights(weights: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Return the weights without adapters."""
+    towers = {"visual": model.visual, "audio": model.audio}
+    return lora.merged(weights, {name: tower.lora_alpha / max(1, tower.lora_rank) for name, tower in towers.items()})
 
 
 def _model_card(run: Run, inputs: dict[str, Any], report: dict[str, Any]) -> str:
@@ -96,7 +111,7 @@ def _parser_card(run: Run) -> tuple[str, str, str]:
 
 def _encoder_card(run: Run, inputs: dict[str, Any]) -> tuple[str, str, str]:
     model = run.config.model
-    input_lines = f"""- Towers: visual `{model.visual.name}`, audio `{model.audio.name}`.
+    input_lines = f"""- Towers: visual {_origin(model.visual)}, audio {_origin(model.audio)}.
 - Input: {inputs["num_frames"]} frames of {inputs["frame_size"]} x {inputs["frame_size"]} pixels, uint8, every
   {inputs["frame_stride"]} frames at {inputs["fps"]:g} fps; {inputs["audio_s"]:g} s of mono audio at
   {inputs["sample_rate_hz"]} Hz, float32 in [-1, 1]."""
@@ -105,6 +120,14 @@ def _encoder_card(run: Run, inputs: dict[str, Any]) -> tuple[str, str, str]:
         input_lines,
         'model, description = distav.load_encoders("export")`; `model.visual(frames)`, `model.audio(audio)',
     )
+
+
+def _origin(tower: TowerConfig) -> str:
+    """Return name, source and licence of a tower, for the card."""
+    source = tower.architecture.get("source")
+    if not source or tower.weights == "none":
+        return f"`{tower.name}`"
+    return f"`{tower.name}` (initial weights: {source}, licence: {tower.architecture.get('licence', 'see the source')})"
 
 
 def _noise_estimates(report: dict[str, Any]) -> str:

@@ -69,6 +69,7 @@ class TrainingLoop:
         self.tower_lr, self.head_lr = rates
         self.sampler = run.sampler(run.progress.phase, balance)
         self.total_steps = epochs * self.sampler.steps_per_epoch
+        self.first_epoch = run.epochs_before(run.progress.phase)
         self.logger = StepLogger(run, name, self.total_steps)
         self.guard = AnomalyGuard(run, name)
 
@@ -107,6 +108,7 @@ class TrainingLoop:
         """Do one optimizer step and log it; returns False if its loss is a spike."""
         run, optim = self.run, self.run.config.optim
         factor = lr_factor((step + 1) / self.total_steps, optim.warmup_fraction, optim.min_lr_fraction)
+        run.engine.set_epoch(self.first_epoch + step // self.sampler.steps_per_epoch)
         run.engine.set_lr(self.tower_lr * factor, self.head_lr * factor)
         micro_batches, grad_norm = self._accumulate(step, batches)
         run.progress.step += 1

@@ -104,13 +104,13 @@ class MetricLogger:
             )
             self._writer.add_text(tag, head + body, step)
 
-    def media(self, frames: Tensor, audio: Tensor, spectrogram: Tensor, sample_rate_hz: int, step: int) -> None:
+    def media(self, frames: Tensor, audio: Tensor, spectrogram: Tensor | None, sample_rate_hz: int, step: int) -> None:
         """Log clips to TensorBoard, as the network receives them.
 
         Args:
             frames: [M, T, H, W, 3] uint8.
             audio: [M, N] float32.
-            spectrogram: [M, F, L].
+            spectrogram: [M, F, L]; None if the audio tower takes waveforms.
             sample_rate_hz: sample rate of the audio.
             step: step of the run.
         """
@@ -118,11 +118,12 @@ class MetricLogger:
             return
         strips = [torch.cat(list(clip), dim=1) for clip in frames.cpu()]
         self._writer.add_image("input/frames", torch.cat(strips), step, dataformats="HWC")
-        low, high = spectrogram.amin((1, 2), keepdim=True), spectrogram.amax((1, 2), keepdim=True)
-        levels = ((spectrogram - low) / (high - low + 1e-6)).flip(1).float().cpu()
-        gaps = torch.ones(*levels.shape[:2], 2)
-        row = torch.cat(list(torch.cat([levels, gaps], dim=2)), dim=1)
-        self._writer.add_image("input/spectrogram", row, step, dataformats="HW")
+        if spectrogram is not None:
+            low, high = spectrogram.amin((1, 2), keepdim=True), spectrogram.amax((1, 2), keepdim=True)
+            levels = ((spectrogram - low) / (high - low + 1e-6)).flip(1).float().cpu()
+            gaps = torch.ones(*levels.shape[:2], 2)
+            row = torch.cat(list(torch.cat([levels, gaps], dim=2)), dim=1)
+            self._writer.add_image("input/spectrogram", row, step, dataformats="HW")
         for number, waveform in enumerate(audio.float().cpu()):
             self._writer.add_audio(f"input/audio_{number}", waveform.clamp(-1, 1), step, sample_rate_hz)
 

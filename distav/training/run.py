@@ -64,6 +64,10 @@ class Run:
         optim = self.config.optim
         return micro_batch_size(optim.global_batch, optim.gradient_accumulation_steps, self.world.world_size)
 
+    def epochs_before(self, phase: int) -> int:
+        """Return the number of epochs in the phases before one, given by its number."""
+        return sum(getattr(earlier, "epochs", 0) for earlier in list(self.config.phases.values())[:phase])
+
     def sampler(self, phase: int, balance: ClassBalance | None = None) -> GlobalBatchSampler:
         """Return the sampler of a phase, given by its number, and by the number of draws of each sample."""
         config, sizes = self.config, self.data.train.shard_sizes

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from distav.config.errors import UserError, format_list
 from distav.config.phases import ContrastivePhase, EventParsingPhase
 from distav.config.schema import Config
 from distav.data.annotations.events import num_segments
@@ -21,9 +21,10 @@ from distav.distributed.signals import handle_signals
 from distav.memory.bank import Bank
 from distav.models.av_model import AVModel
 from distav.models.event_parser import FeatureParser
-from distav.models.pretrained import load_weights
+from distav.models.tower_inputs import describe_towers, with_tower_inputs
 from distav.training.checkpoint.manager import CheckpointManager
 from distav.training.engine.deepspeed_engine import Engine, trains_in_bf16
+from distav.training.initial_weights import InitialWeights
 from distav.training.metric_logger import MetricLogger
 from distav.training.run import Run
 from distav.training.run_dir import lock_run_dir
@@ -40,16 +41,22 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
     """
     data = DataModule.open(config)
     validate_multi_label_losses(config, data)
+    if not data.train.streams:
+        model = describe_towers(config.model)
+        config = replace(config, model=model, data=with_tower_inputs(config.data, model, data.train.fps))
     folder = Path(config.run.root) / config.run.name
     with ExitStack() as stack:
         stack.enter_context(lock_run_dir(folder, config, world))
         set_record_dir(folder / "logs" / "collectives")
         logger = MetricLogger(folder, world)
         stack.callback(logger.close)
-        engine = Engine(lambda: _build_model(config, data), config, world)
+        initial_weights = InitialWeights(config.model, logger)
+        engine = Engine(lambda: _build_model(config, data), config, world, initial_weights)
         bank = _build_bank(config, world, data.train, len(data.shards.classes))
         checkpoints = CheckpointManager(folder / "checkpoints", config.run.keep_checkpoints)
-        progress, state = checkpoints.restore(engine, bank, logger.warn) or _initialize(engine, config, logger)
+        progress, state = checkpoints.restore(engine, bank, logger.warn) or _initialize(
+            engine, config, initial_weights.has_sources
+        )
         micro_batch = micro_batch_size(
             config.optim.global_batch, config.optim.gradient_accumulation_steps, world.world_size
         )
@@ -72,21 +79,10 @@ def _build_model(config: Config, data: DataModule) -> AVModel | FeatureParser:
     return AVModel(config.model, config.data, rate, num_classes, segments if parses_events else 0)
 
 
-def _initialize(engine: Engine, config: Config, logger: MetricLogger) -> tuple[Progress, RunState]:
-    """Return progress and state of a new run; loads the weights of `model.pretrained`, if set."""
-    source = config.model.pretrained
-    if source:
-        try:
-            weights = load_weights(Path(source).expanduser())
-        except UserError as error:
-            raise UserError(f"model.pretrained={source}: {error}") from None
-        loaded = engine.reinitialize(config.run.seed, weights)
-        if not loaded:
-            raise UserError(
-                f"model.pretrained={source}: none of its weights fits this network; use its `model` settings."
-            )
-        skipped = sorted({name.split(".")[0] for name in set(weights) - set(loaded)})
-        logger.info(f"initialized from {source}" + (f", except {format_list(skipped)}" if skipped else ""))
+def _initialize(engine: Engine, config: Config, is_pretrained: bool) -> tuple[Progress, RunState]:
+    """Return progress and state of a new run, and load the initial weights if there are others than random ones."""
+    if is_pretrained:
+        engine.reinitialize(config.run.seed)
     return Progress(), RunState()
 
 

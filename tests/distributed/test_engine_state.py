@@ -23,15 +23,16 @@ State = dict[str, Tensor]
 
 
 class Net(nn.Module):
-    """A network with buffers, and with parameters whose sizes no world size divides."""
+    """A network with buffers, constant parameters, and parameters whose sizes no world size divides."""
 
     def __init__(self):
         super().__init__()
+        self.constant = nn.Linear(5, 5).requires_grad_(False)
         self.visual = nn.Sequential(nn.Linear(5, 7, bias=False), GlobalBatchNorm(7), nn.ReLU())
         self.classify = nn.Linear(7, 3)
 
     def forward(self, frames: Tensor, seeds: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.classify(self.visual(frames.to(self.classify.weight.dtype)))}
+        return {"logits": self.classify(self.visual(self.constant(frames.to(self.classify.weight.dtype))))}
 
 
 def new_engine(stage: int, precision: Precision) -> Engine:

@@ -24,13 +24,12 @@ from distav.config.errors import UserError
 from distav.losses.classification import ClassificationLoss, soft_cross_entropy
 from distav.losses.contrastive_objectives import ContrastiveObjective, PairLosses
 from distav.losses.info_nce import InBatchNegatives
-from distav.models.audio_encoders import AudioEncoder
-from distav.models.visual_encoders import VisualEncoder
+from distav.models.encoder import AudioEncoder, VisualEncoder
 
 
 class MeanColor(VisualEncoder):
-    def __init__(self, config, data, activation_checkpointing):
-        super().__init__(config, data, activation_checkpointing)
+    def __init__(self, config, data):
+        super().__init__(config, data)
         self.feature_dim = config.width
         self.colors = nn.Linear(3, config.width)
 
@@ -39,8 +38,8 @@ class MeanColor(VisualEncoder):
 
 
 class MeanLevel(AudioEncoder):
-    def __init__(self, config, num_frames, activation_checkpointing):
-        super().__init__(config, num_frames, activation_checkpointing)
+    def __init__(self, config, num_frames):
+        super().__init__(config, num_frames)
         self.feature_dim = config.width
         self.levels = nn.Linear(config.num_mels, config.width)
 

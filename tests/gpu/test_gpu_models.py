@@ -15,7 +15,7 @@ from torch import Tensor
 from distav.config.model import VisualConfig
 from distav.config.schema import DataConfig
 from distav.models.layers import GlobalBatchNorm, _FusedGlobalNormalize, _GlobalNormalize
-from distav.models.visual_encoders import VisualTower
+from distav.models.towers import VisualTower
 from tests.conftest import make_shards
 from tests.helpers.launch import ROOT, TINY, tiny_config
 from tests.helpers.normalization import normalized

@@ -109,7 +109,7 @@ def run(setting: Setting, towers: str, batch: int | None, clips: int, overrides:
             f"run.device={'gpu' if setting.device.type == 'cuda' else 'cpu'}", *overrides,
         )  # fmt: skip
         with process_group(settings.run.device.name, 600, setting.threads) as world, open_run(settings, world) as run:
-            _measure(results, setting, settings, run, world.device)
+            _measure(results, setting, run.config, run, world.device)
     return results
 
 

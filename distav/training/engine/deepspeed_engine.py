@@ -5,7 +5,6 @@ import importlib
 import logging
 import os
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from distav.data.pipeline.loader import Batch
 from distav.data.pipeline.sampler import micro_batch_size
 from distav.distributed.process_group import World, collective_timeout
 from distav.models.av_model import parameter_groups
+from distav.models.towers import Tower
 from distav.training.engine.sharded_state import export_sharded_state, load_sharded_state
 
 DERIVED_KEYS = (
@@ -107,10 +107,17 @@ class Engine:
     Attributes:
         config: the DeepSpeed config.
         stage: the ZeRO stage.
+        initial_weights: returns the weights of a new network that are not random, by name.
         skipped: whether the last step left the weights unchanged because a gradient was not finite.
     """
 
-    def __init__(self, build_model: Callable[[], nn.Module], config: Config, world: World):
+    def __init__(
+        self,
+        build_model: Callable[[], nn.Module],
+        config: Config,
+        world: World,
+        initial_weights: Callable[[nn.Module], Mapping[str, Tensor]] = lambda model: {},
+    ):
         # The import takes seconds and selects the accelerator, so it must come after `_set_accelerator`.
         _set_accelerator(world.device, config.run.device)
         import deepspeed
@@ -138,8 +145,8 @@ class Engine:
             betas=(optim.beta1, optim.beta2),
             fused=world.device.type == "cuda" or None,
         )
-        self.skipped = False
-        self._build_model = build_model
+        self.skipped, self._epoch = False, 0
+        self.initial_weights, self._build_model = initial_weights, build_model
         self._gathered = deepspeed.zero.GatheredParameters
         self._engine: Any
         self._optimizer: Any
@@ -192,10 +199,18 @@ class Engine:
         norms = [parameter.grad.float().norm() for parameter in self.model.parameters() if parameter.grad is not None]
         return torch.stack(norms).norm() if norms else None
 
+    def set_epoch(self, epoch: int) -> None:
+        """Train the parts of the towers that are frozen before this epoch of the run."""
+        self._epoch = epoch
+        for module in self.model.modules():
+            if isinstance(module, Tower):
+                module.set_epoch(epoch)
+
     def set_lr(self, towers: float, heads: float) -> None:
-        """Set the learning rates of the towers and of the heads."""
+        """Set the learning rates of the towers and of the heads; those of frozen parameters are 0."""
         for group in self._optimizer.param_groups:
-            group["lr"] = towers if group.get("lr_group") == "towers" else heads
+            rate = towers if group.get("lr_group") == "towers" else heads
+            group["lr"] = rate * group.get("lr_scale", 1.0) * (self._epoch >= group.get("first_epoch", 0))
 
     def state(self) -> tuple[dict[str, Tensor], int]:
         """Return this rank's ranges of weights, buffers and optimizer state, and the steps of the optimizer."""
@@ -205,28 +220,19 @@ class Engine:
         """Load a saved state; all ranks call this. See `load_sharded_state` for the arguments."""
         load_sharded_state(self._engine, read, steps, names)
 
-    def reinitialize(self, seed: int, weights: Mapping[str, Tensor] = MappingProxyType({})) -> list[str]:
-        """Reinitialize the weights and reset the optimizer state; all ranks call this.
+    def reinitialize(self, seed: int) -> None:
+        """Start with new weights, those of `initial_weights` or random ones, and reset the optimizer; on all ranks.
 
         Args:
-            seed: seed of the initial weights.
-            weights: replace initial weights of the same name and shape.
-
-        Returns:
-            The names of the weights that were replaced.
+            seed: seed of the random weights.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self._build_model()
-        initial = model.state_dict()
-        loaded = {
-            name: values for name, values in weights.items() if name in initial and initial[name].shape == values.shape
-        }
-        model.load_state_dict(loaded, strict=False)
+        model.load_state_dict(self.initial_weights(model), strict=False)
         tensors = {f"weight/{name}": values.detach().flatten() for name, values in model.named_parameters()}
         tensors |= {f"buffer/{name}": values.flatten() for name, values in model.named_buffers()}
         load_sharded_state(self._engine, lambda name, start, size: tensors[name][start : start + size], 0, [])
-        return list(loaded)
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Return all parameters and buffers as float32 on the CPU; sharded parameters are gathered."""
@@ -234,4 +240,9 @@ class Engine:
         context = self._gathered(parameters) if self.stage == 3 else contextlib.nullcontext()
         with context:
             state = self.model.state_dict()
-            return {name: value.detach().float().cpu().clone().contiguous() for name, value in state.items()}
+            return {name: _full_precision(value).cpu().clone().contiguous() for name, value in state.items()}
+
+
+def _full_precision(values: Tensor) -> Tensor:
+    values = values.detach()
+    return values.float() if values.is_floating_point() else values

@@ -26,6 +26,8 @@ class ParameterShard:
         master: float32 tensor that the optimizer updates; it may hold ranges of many parameters.
         offset: index of the first element in the flattened `master`.
         size: number of elements.
+        is_trained: whether the optimizer updates it. Ranges of constant parameters are held by all ranks, except at
+            ZeRO-3.
     """
 
     name: str
@@ -33,6 +35,7 @@ class ParameterShard:
     master: Tensor
     offset: int
     size: int
+    is_trained: bool = True
 
     def view_of(self, values: Tensor) -> Tensor:
         """Return this range of `master` or of a tensor with its layout: a view [size]."""
@@ -40,12 +43,14 @@ class ParameterShard:
 
 
 def parameter_shards(engine: Any) -> Iterator[ParameterShard]:
-    """Yield the ranges that this rank holds, for every trained parameter of a DeepSpeed engine."""
+    """Yield the ranges that this rank holds, for every parameter of a DeepSpeed engine."""
     optimizer = engine.optimizer
     masters: dict[int, Any] = {id(low): high for low, high in _low_and_high_precision(optimizer)}
     flat_masters = [flat for group in engine.basic_optimizer.param_groups for flat in group["params"]]
     for name, parameter in engine.module.named_parameters():
-        if hasattr(parameter, "ds_id"):  # ZeRO-3: equal shards of each parameter, the last one padded.
+        if not parameter.requires_grad:
+            yield _constant_shard(name, parameter)
+        elif hasattr(parameter, "ds_id"):  # ZeRO-3: equal shards of each parameter, the last one padded.
             group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = size * optimizer._get_param_partition_rank(parameter)
             size = max(0, min(size, parameter.ds_numel - start))
@@ -59,6 +64,17 @@ def parameter_shards(engine: Any) -> Iterator[ParameterShard]:
                 yield ParameterShard(name, address.start, master, offset, address.numel)
         else:
             yield ParameterShard(name, 0, masters.get(id(parameter), parameter), 0, parameter.numel())
+
+
+def _constant_shard(name: str, parameter: Any) -> ParameterShard:
+    """Return the range of a parameter that is not trained; it has no float32 master."""
+    if not hasattr(parameter, "ds_id"):
+        return ParameterShard(name, 0, parameter, 0, parameter.numel(), is_trained=False)
+    size = parameter.ds_tensor.numel()
+    start = size * get_rank()
+    return ParameterShard(
+        name, start, parameter.ds_tensor, 0, max(0, min(size, parameter.ds_numel - start)), is_trained=False
+    )
 
 
 def _low_and_high_precision(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -77,10 +93,11 @@ def export_sharded_state(engine: Any) -> tuple[dict[str, Tensor], int]:
     """
     tensors: dict[str, Tensor] = {}
     steps, states = 0, engine.basic_optimizer.state
-    is_replicated = engine.zero_optimization_stage() == 0
+    stage = engine.zero_optimization_stage()
     for position, shard in enumerate(parameter_shards(engine)):
         state = states.get(shard.master, {})
         steps = int(state.get("step", steps))
+        is_replicated = stage == 0 or (stage < 3 and not shard.is_trained)
         if shard.size and (not is_replicated or position % get_world_size() == get_rank()):
             for name, values in ((WEIGHT, shard.master), *_elementwise_state(state, shard.master)):
                 tensors[f"{name}/{shard.name}/{shard.start}"] = shard.view_of(values).to("cpu", copy=True)
@@ -119,7 +136,7 @@ def load_sharded_state(engine: Any, read: Callable[[str, int, int], Tensor], ste
         if not shard.size:
             continue
         shard.view_of(shard.master).copy_(read(f"{WEIGHT}/{shard.name}", shard.start, shard.size))
-        if steps:
+        if steps and shard.is_trained:
             state = states[shard.master]
             state["step"] = torch.tensor(float(steps), device=shard.master.device if is_fused else "cpu")
             for name in names:

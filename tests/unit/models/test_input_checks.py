@@ -10,10 +10,9 @@ from torch import Tensor
 from distav.config.model import AudioConfig, ModelConfig, ParserConfig, VisualConfig
 from distav.config.schema import DataConfig
 from distav.data.modalities import FeatureStream
-from distav.models.audio_encoders import AudioTower
 from distav.models.av_model import AVModel
 from distav.models.event_parser import FeatureParser
-from distav.models.visual_encoders import VisualTower
+from distav.models.towers import AudioTower, VisualTower
 
 DATA = DataConfig(num_frames=4, frame_size=32, audio_s=0.5)
 RATE = 8000

@@ -1,0 +1,210 @@
+"""Networks of transformers by their model type: description, construction, weights and pooling.
+
+A network is named `hf:REPOSITORY`, `hf:REPOSITORY@REVISION` or `hf:DIRECTORY`. Of networks of several modalities, such
+as CLIP, CLAP and PE-AV, only the part for one of them is created. No code of a repository is executed.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distav.config.errors import UserError
+from distav.config.model import TowerConfig
+from distav.models.weights import missing_library, unavailable
+
+PARTS = {
+    "visual": ("audio_video_config", "video_config", "vision_config"),
+    "audio": ("audio_video_config", "audio_config"),
+}
+"""Names under which networks of several modalities have the settings of the part for one of them."""
+RANDOM_PARTS = ("layerdrop", "apply_spec_augment", "drop_path_rate")
+"""Settings of random parts of a network, whose random numbers would depend on the number of ranks, besides dropout."""
+_KEY_MAPPINGS = {"clap_audio_model": {r"^audio_model\.": ""}}
+"""Changes of names in checkpoints of several modalities that transformers does not make itself."""
+_PREPROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+
+
+def describe(config: TowerConfig, modality: str) -> dict[str, Any]:
+    """Return the settings of network and preprocessor, and the source of the weights.
+
+    Args:
+        config: settings of the tower.
+        modality: visual or audio.
+
+    Raises:
+        UserError: if transformers is missing, or the settings cannot be read.
+    """
+    transformers, (source, revision) = _transformers(config, modality), _source(config)
+    try:
+        with _quiet(transformers):
+            settings = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise unavailable(f"model.{modality}.name", config.name, error, _advice(source)) from None
+    for part in PARTS[modality]:
+        settings = getattr(settings, part, None) or settings
+    values = settings.to_dict() | {"model_type": settings.model_type}
+    _remove_randomness(values)
+    return {
+        "network": values,
+        "preprocessor": _preprocessor(transformers, source, revision),
+        "source": config.weights or source,
+        "licence": "see the source",
+    }
+
+
+def build(description: dict[str, Any], **options: Any) -> nn.Module:
+    """Return a network with random weights; options replace its settings."""
+    import transformers
+
+    settings = transformers.AutoConfig.for_model(**{**description["network"], **options})
+    return _trim(_network_class(settings)(settings))
+
+
+def download(config: TowerConfig, modality: str, description: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of the network that a tower names, by the names in the network of `build`.
+
+    Raises:
+        UserError: if they are neither in a directory or the cache of the hub, nor can be downloaded.
+    """
+    transformers, (source, revision) = _transformers(config, modality), _source(config)
+    settings = transformers.AutoConfig.for_model(**description["network"])
+    try:
+        with _quiet(transformers):
+            net, loaded = _network_class(settings).from_pretrained(
+                source,
+                revision=revision,
+                config=settings,
+                dtype=torch.float32,
+                weights_only=True,
+                output_loading_info=True,
+                key_mapping=_KEY_MAPPINGS.get(settings.model_type),
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise unavailable(f"model.{modality}.name", config.name, error, _advice(source)) from None
+    missing = set(loaded["missing_keys"])  # Transformers has given them random values.
+    weights = {name: values for name, values in net.state_dict().items() if name not in missing}
+    prefix = "encoder." if getattr(net.config, "is_encoder_decoder", False) else ""
+    return {name.removeprefix(prefix): values for name, values in weights.items() if name.startswith(prefix)}
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Suppress messages of transformers, such as its report on weights, which lists those of other modalities."""
+    logging = transformers.utils.logging
+    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_progress:
+            logging.enable_progress_bar()
+
+
+def pooled(outputs: Any, net: Any) -> Tensor:
+    """Return the features of clips from the outputs of a network: its pooled output, class token, or mean over tokens.
+
+    Returns:
+        [B, E], for B images, videos or clips of audio.
+    """
+    if getattr(outputs, "pooler_output", None) is not None:
+        return outputs.pooler_output.flatten(1)
+    tokens = outputs.last_hidden_state
+    if tokens.dim() == 4:  # [B, E, H, W]
+        return tokens.mean((2, 3))
+    has_class_token = any(name.endswith("cls_token") for name, _ in net.named_parameters())
+    return tokens[:, 0] if has_class_token else tokens.mean(1)
+
+
+def feature_dim(settings: dict[str, Any], net: Any) -> int:
+    """Return the width of the features."""
+    hidden = settings.get("hidden_sizes") or settings.get("embed_dims")
+    if hidden and "hidden_size" not in settings:
+        return int(hidden[-1])
+    return int(getattr(net.config, "hidden_size", 0) or net.config.d_model)
+
+
+def _trim(net: Any) -> nn.Module:
+    """Return the network without parts that do not contribute to its features."""
+    if getattr(net.config, "is_encoder_decoder", False):
+        net = net.get_encoder()
+    pooler = getattr(net, "pooler", None)
+    if pooler is not None and isinstance(getattr(pooler, "dense", None), nn.Linear):
+        net.pooler = None  # Most checkpoints have no weights for it.
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return net
+
+
+def _network_class(settings: Any) -> Any:
+    import transformers
+
+    if type(settings) is transformers.ClapAudioConfig:  # The only part that the table of transformers lacks.
+        return transformers.ClapAudioModel
+    return transformers.AutoModel._model_mapping[type(settings)]
+
+
+def _remove_randomness(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _remove_randomness(value)
+        elif isinstance(value, int | float) and (
+            name in RANDOM_PARTS or "dropout" in name or name.endswith(("drop_prob", "dropout_prob"))
+        ):
+            values[name] = type(value)(0)
+
+
+def _preprocessor(transformers: Any, source: str, revision: str) -> dict[str, Any]:
+    """Return the settings of the preprocessor; empty if the repository has none."""
+    for name in _PREPROCESSOR_FILES:
+        try:
+            path = transformers.utils.cached_file(
+                source, name, revision=revision, _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )  # fmt: skip
+        except OSError:
+            continue
+        if path:
+            return json.loads(Path(path).read_text())
+    return {}
+
+
+def _source(config: TowerConfig) -> tuple[str, str]:
+    """Return repository or directory, and revision."""
+    name = config.name.partition(":")[2]
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return str(directory), "main"
+    repository, _, revision = name.partition("@")
+    return repository, revision or "main"
+
+
+def _transformers(config: TowerConfig, modality: str) -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise missing_library(f"model.{modality}.name", config.name, "transformers") from None
+    return transformers
+
+
+def _advice(source: str) -> str:
+    return (
+        f"Where there is a network, run: hf download {source}; the files are then in the cache of the hub, "
+        "~/.cache/huggingface/hub, which can be copied. Or use hf:DIRECTORY with a directory that holds config.json "
+        "and model.safetensors."
+    )
+
+
+def unsupported(modality: str, name: str, model_type: str, reason: str) -> UserError:
+    """Return the error for a network that cannot be a tower."""
+    return UserError(
+        f"model.{modality}.name={name}: a network of type {model_type} {reason}; allowed: image, video and audio "
+        "encoders of transformers."
+    )

@@ -1,0 +1,157 @@
+"""Image and video networks of transformers: CLIP, SigLIP, ViT, DINOv2, VideoMAE, TimeSformer, V-JEPA 2, PE and others.
+
+Legend: B clips, T frames, H W pixels, E feature width.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from distav.config.errors import UserError
+from distav.config.model import VisualConfig
+from distav.config.schema import DataConfig
+from distav.models.blocks import find_blocks
+from distav.models.encoder import IMAGENET_MEAN, IMAGENET_STD, VisualEncoder, VisualInput
+from distav.models.families import transformers_networks as networks
+from distav.models.families.frame_pooling import FramePooling, encode_frames
+from distav.models.layers import with_global_batch_norm
+from distav.models.weights import interpolate_positions, read_weights, with_names_of
+
+KEY = "model.visual.name"
+SIZE_KEYS, LENGTH_KEYS = ("image_size", "crop_size"), ("num_frames", "frames_per_clip")
+VIDEO_MAE_RATE_HZ = 7.5
+"""Frames per second of the clips of VideoMAE: every fourth frame of a video with 30 (Tong et al. 2022, section 4)."""
+
+
+class TransformersVisual(VisualEncoder):
+    """The visual part of a network of transformers; image networks see one frame at a time."""
+
+    supports_segments = True
+
+    def __init__(self, config: VisualConfig, data: DataConfig):
+        super().__init__(config, data)
+        description = config.architecture or self.describe(config)
+        self.check_input(config, data)
+        settings = description["network"]
+        options: dict[str, Any] = {}
+        if config.interpolate_positions:
+            options = {key: data.frame_size for key in SIZE_KEYS if key in settings}
+            options |= {key: data.num_frames for key in LENGTH_KEYS if key in settings}
+        self.network: Any = with_global_batch_norm(networks.build(description, **options))
+        self.argument = self.network.main_input_name
+        if not self.argument.startswith("pixel_values"):
+            raise networks.unsupported("visual", config.name, settings["model_type"], f"takes {self.argument}")
+        self.feature_dim = networks.feature_dim(settings, self.network)
+        self.is_video = _is_video(settings)
+        self.pool = None if self.is_video else FramePooling(config.frame_pooling, self.feature_dim, data.num_frames)
+        self.supports_segments = not self.is_video and config.frame_pooling != "transformer"
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """Encode [B, 3, T, H, W] to [B, E]."""
+        if self.pool is None:
+            return self._encode(clip.transpose(1, 2))
+        return self.pool(encode_frames(self._encode, clip))
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return networks.pooled(self.network(**{self.argument: pixels}), self.network)
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the blocks of the network; those of the pooling over frames are always trained."""
+        return find_blocks(self.network)
+
+    @classmethod
+    def check(cls, config: VisualConfig) -> None:
+        """Check that the description of the network can be read."""
+        if not config.architecture:
+            cls.describe(config)
+
+    @classmethod
+    def describe(cls, config: VisualConfig) -> dict[str, Any]:
+        """Return the settings of network and preprocessor, and the source of the weights."""
+        return networks.describe(config, "visual")
+
+    @classmethod
+    def input_format(cls, config: VisualConfig) -> VisualInput:
+        """Return the clips that the network was trained with."""
+        description = config.architecture or cls.describe(config)
+        settings, preprocessor = description["network"], description["preprocessor"]
+        sizes = (_first(settings, SIZE_KEYS), _size_of(preprocessor))
+        size = next(filter(None, sizes if _has_positions(settings) else reversed(sizes)), 224)
+        num_frames = _first(settings, LENGTH_KEYS) or VisualInput.num_frames
+        rate = VIDEO_MAE_RATE_HZ if settings["model_type"] == "videomae" else 0.0
+        mean, std = preprocessor.get("image_mean", IMAGENET_MEAN), preprocessor.get("image_std", IMAGENET_STD)
+        return VisualInput(num_frames, size, rate, mean, std)
+
+    @classmethod
+    def check_input(cls, config: VisualConfig, data: DataConfig) -> None:
+        """Check size and number of frames against those of the network."""
+        description = config.architecture or cls.describe(config)
+        settings, native = description["network"], cls.input_format(config)
+        for key, names, value, own in (
+            ("data.frame_size", SIZE_KEYS, data.frame_size, native.frame_size),
+            ("data.num_frames", LENGTH_KEYS, data.num_frames, native.num_frames),
+        ):
+            is_fixed = _first(settings, names) and _has_positions(settings)
+            if is_fixed and value != own and not config.interpolate_positions:
+                raise UserError(
+                    f"{key}={value} contradicts {KEY}={config.name}, whose weights are for {own}; remove {key} or set "
+                    "model.visual.interpolate_positions=true."
+                )
+        tubelet = _listed(settings.get("tubelet_size", 1))
+        patch = _listed(settings.get("patch_size", tubelet[-1]))[-1] if _has_positions(settings) else 1
+        for key, value, part in (("frame_size", data.frame_size, patch), ("num_frames", data.num_frames, tubelet[0])):
+            if value % part:
+                raise UserError(f"data.{key}={value} contradicts {KEY}={config.name}; allowed: multiples of {part}.")
+
+    def initial_weights(self, config: VisualConfig) -> Mapping[str, Tensor]:
+        """Return the weights, with position embeddings of this network's size."""
+        if config.weights == "none":
+            return {}
+        description = config.architecture or self.describe(config)
+        if config.weights:
+            weights = read_weights(Path(config.weights).expanduser(), "model.visual.weights")
+        else:
+            weights = networks.download(config, "visual", description)
+        own = self.network.state_dict()
+        weights = with_names_of(weights, list(own))
+        for name, positions in weights.items():
+            if "position" in name and name in own and positions.shape != own[name].shape:
+                weights[name] = _resized(positions, own[name])
+        return {f"network.{name}": values for name, values in weights.items()}
+
+
+def _resized(positions: Tensor, own: Tensor) -> Tensor:
+    """Return embeddings of a square grid, after at most one special token, for the grid of another network."""
+    dim = positions.dim() - 2
+    old, new = positions.shape[dim], own.shape[dim]
+    for special in (0, 1):
+        sides = [math.isqrt(length - special) for length in (old, new)]
+        if [side**2 + special for side in sides] == [old, new]:
+            return interpolate_positions(positions, new, (sides[0],) * 2, (sides[1],) * 2, dim)
+    return positions
+
+
+def _has_positions(settings: dict[str, Any]) -> bool:
+    """Return whether a network has embeddings of positions: transformers have, convolutional networks do not."""
+    return "num_attention_heads" in settings
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _is_video(settings: dict[str, Any]) -> bool:
+    return _first(settings, LENGTH_KEYS) is not None or settings["model_type"].startswith("pe_video")
+
+
+def _first(settings: dict[str, Any], names: tuple[str, ...]) -> int | None:
+    """Return the first setting that exists, such as the size of images; one number for both sides."""
+    return next((_listed(settings[name])[-1] for name in names if settings.get(name)), None)
+
+
+def _size_of(preprocessor: dict[str, Any]) -> int | None:
+    size = preprocessor.get("crop_size") or preprocessor.get("size")
+    return next(iter(size.values())) if isinstance(size, dict) else size

@@ -1,0 +1,66 @@
+"""Front ends of audio networks: what computes their input from audio, and distav's own, a log-mel spectrogram.
+
+Legend: B clips, N audio samples, F mel bins, L spectrogram frames.
+"""
+
+import torch
+import torchaudio.functional as AF
+from torch import Tensor, nn
+
+from distav.config.model import AudioConfig
+
+
+class FrontEnd(nn.Module):
+    """Base class of front ends: modules without parameters that take audio [B, N].
+
+    Attributes:
+        min_samples: number of audio samples below which there is no output.
+        mel_dim, time_dim: dimensions of mel bins and time in the output; None if it has none.
+    """
+
+    min_samples: int = 1
+    mel_dim: int | None = None
+    time_dim: int | None = None
+
+    def num_frames(self, num_samples: int) -> int:
+        """Return the size of the time dimension of the output for a number N of audio samples."""
+        raise NotImplementedError
+
+
+class LogMel(FrontEnd):
+    """Log-mel spectrogram with zero mean and unit variance per clip, always computed in float32.
+
+    Window and filter bank are cached per device and are not buffers, so that a cast of the model to bfloat16 does not
+    affect them.
+    """
+
+    mel_dim, time_dim = 2, 3
+
+    def __init__(self, config: AudioConfig, sample_rate_hz: int):
+        super().__init__()
+        self.sample_rate_hz, self.num_mels = sample_rate_hz, config.num_mels
+        self.window = max(2, round(config.window_ms * sample_rate_hz / 1000))
+        self.hop = max(1, round(config.hop_ms * sample_rate_hz / 1000))
+        self.num_fft = 1 << (self.window - 1).bit_length()
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def min_samples(self) -> int:
+        """Number of audio samples below which there is no spectrogram: half a window is mirrored at both ends."""
+        return self.num_fft // 2 + 1
+
+    def num_frames(self, num_samples: int) -> int:
+        """Return the number L of spectrogram frames for a number of audio samples."""
+        return 1 + num_samples // self.hop
+
+    def forward(self, audio: Tensor) -> Tensor:
+        """Compute the spectrogram [B, 1, F, L] float32 of audio [B, N]."""
+        if audio.device not in self._tables:
+            num_bins = self.num_fft // 2 + 1
+            banks = AF.melscale_fbanks(num_bins, 0.0, self.sample_rate_hz / 2, self.num_mels, self.sample_rate_hz)
+            self._tables[audio.device] = torch.hann_window(self.window).to(audio.device), banks.to(audio.device)
+        window, banks = self._tables[audio.device]
+        power = AF.spectrogram(audio.float(), 0, window, self.num_fft, self.hop, self.window, 2.0, False)
+        level = torch.log(torch.einsum("bfl,fm->bml", power, banks) + 1e-5)
+        mean, std = level.mean((1, 2), keepdim=True), level.std((1, 2), keepdim=True)
+        return ((level - mean) / (std + 1e-3))[:, None]

@@ -1,0 +1,144 @@
+"""Runs with pretrained towers: training options, resumption, export and messages."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from distav.models.pretrained import load_encoders
+from tests.helpers.hub_networks import save_audio, save_visual
+from tests.helpers.launch import losses, tiny_config, train
+from tests.helpers.rank_group import last_checkpoint
+
+pytest.importorskip("transformers")
+CONFIG = """defaults: [schema, _self_]
+run: {name: tiny, device: cpu, log_every: 1, checkpoint_every: 100}
+data: {frame_stride: 2, audio_s: 0.5}
+model: {embed_dim: 16, hidden_dim: 32}
+optim: {global_batch: 24, lr: 0.003, min_lr_fraction: 1.0}
+monitor: {media_every: 10, media_clips: 2}
+phases:
+  contrastive: {kind: contrastive, epochs: 1}
+  learn: {kind: supervised, epochs: 1, targets: given}
+"""
+FIRST_BLOCK, LAST_BLOCK = "visual.net.network.encoder.layers.0", "visual.net.network.encoder.layers.2"
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Settings of a small CLIP image tower and a small AST."""
+    folder = tmp_path_factory.mktemp("hub")
+    save_visual("clip", folder / "clip")
+    save_audio("ast", folder / "ast")
+    return f"model.visual.name=hf:{folder / 'clip'}", f"model.audio.name=hf:{folder / 'ast'}"
+
+
+def run(folder: Path, shards: Path, towers: tuple[str, str], *overrides: str, ranks: int = 1, status: int = 0) -> str:
+    roots = (f"data.root={shards}", f"run.root={folder}")
+    return train(tiny_config(folder, CONFIG), *roots, *towers, *overrides, ranks=ranks, status=status)
+
+
+def exported(folder: Path, name: str = "tiny") -> dict[str, Tensor]:
+    return safetensors.torch.load_file(folder / name / "export" / "model.safetensors")
+
+
+def initial(towers: tuple[str, str]) -> dict[str, Tensor]:
+    """The weights of the image tower by their names in an export."""
+    weights = safetensors.torch.load_file(Path(towers[0].partition("hf:")[2]) / "model.safetensors")
+    part = "vision_model."
+    return {f"visual.net.network.{k.removeprefix(part)}": v for k, v in weights.items() if k.startswith(part)}
+
+
+def changed(weights: dict[str, Tensor], before: dict[str, Tensor], block: str) -> bool:
+    names = [name for name in before if name.startswith(block)]
+    assert names
+    return any(not torch.allclose(weights[name], before[name], atol=1e-6) for name in names)
+
+
+def test_frozen_blocks_keep_their_weights_and_the_others_are_trained(
+    tiny_shards: Path, tmp_path: Path, towers: tuple[str, str]
+):
+    output = run(
+        tmp_path, tiny_shards, towers, "model.visual.freeze=3", "model.audio.freeze=-1", "model.visual.drop_path=0.2",
+        "model.visual.lr_decay=0.5", "model.activation_checkpointing=true",
+    )  # fmt: skip
+    assert "tensors initialized from hf:" in output and "missing" not in output
+    weights, before = exported(tmp_path), initial(towers)
+    assert not changed(weights, before, FIRST_BLOCK) and changed(weights, before, LAST_BLOCK)
+    assert not changed(weights, before, "visual.net.network.embeddings")
+    model, description = load_encoders(tmp_path / "tiny" / "export")
+    inputs = description["input"]
+    assert (inputs["num_frames"], inputs["frame_size"]) == (4, 32)
+    frames = torch.zeros(2, 4, 32, 32, 3, dtype=torch.uint8)
+    assert model.visual(frames).shape == (2, 32)
+    assert model.audio(torch.zeros(2, round(0.5 * inputs["sample_rate_hz"]))).shape == (2, 32)
+    card = (tmp_path / "tiny" / "export" / "README.md").read_text()
+    assert "initial weights" in card and "licence" in card
+
+
+def test_frozen_blocks_are_trained_after_the_given_epoch(tiny_shards: Path, tmp_path: Path, towers: tuple[str, str]):
+    freeze = ("model.visual.freeze=-1", "model.visual.unfreeze_after=1", "optim.warmup_fraction=0")
+    run(tmp_path, tiny_shards, towers, *freeze)
+    before = initial(towers)
+    assert changed(exported(tmp_path), before, FIRST_BLOCK)
+    run(tmp_path, tiny_shards, towers, *freeze, "~phases.learn", "run.name=first")
+    assert not changed(exported(tmp_path, "first"), before, FIRST_BLOCK)
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
+def test_ranks_and_zero_stages_match_one_rank_and_resume(
+    tiny_shards: Path, tmp_path: Path, towers: tuple[str, str], stage: int
+):
+    options = ("model.visual.freeze=2", "model.visual.drop_path=0.3", "model.activation_checkpointing=true")
+    run(tmp_path, tiny_shards, towers, *options)
+    expected = losses(tmp_path / "tiny")
+    other = ("run.name=other", f"deepspeed.zero_stage={stage}", *options)
+    run(tmp_path, tiny_shards, towers, *other, ranks=2)
+    torch.testing.assert_close(torch.tensor(losses(tmp_path / "other")), torch.tensor(expected), rtol=2e-3, atol=2e-3)
+    # From the end of the first phase, at another world size.
+    for checkpoint in sorted((tmp_path / "other" / "checkpoints").glob("step-*"))[1:]:
+        for file in checkpoint.iterdir():
+            file.unlink()
+        checkpoint.rmdir()
+    run(tmp_path, tiny_shards, towers, *other, ranks=1)
+    resumed = losses(tmp_path / "other")[-len(expected) // 2 :]
+    torch.testing.assert_close(
+        torch.tensor(resumed), torch.tensor(expected[len(expected) // 2 :]), rtol=5e-3, atol=5e-3
+    )
+
+
+def test_adapters_are_trained_and_merged_into_the_export(tiny_shards: Path, tmp_path: Path, towers: tuple[str, str]):
+    pytest.importorskip("peft")
+    run(tmp_path, tiny_shards, towers, "model.visual.lora_rank=2")
+    names = [path.name for path in last_checkpoint(tmp_path / "tiny").iterdir()]
+    assert names
+    weights, before = exported(tmp_path), initial(towers)
+    assert not any("lora" in name or "base_layer" in name for name in weights)
+    attention, norm = f"{LAST_BLOCK}.self_attn.q_proj.weight", f"{LAST_BLOCK}.layer_norm1.weight"
+    assert torch.linalg.matrix_rank(weights[attention] - before[attention], atol=1e-6) == 2
+    assert torch.equal(weights[norm], before[norm])
+    model, _ = load_encoders(tmp_path / "tiny" / "export")
+    assert model.visual(torch.zeros(1, 4, 32, 32, 3, dtype=torch.uint8)).shape == (1, 32)
+
+
+def test_bf16_and_a_second_run_from_an_export(tiny_shards: Path, tmp_path: Path, towers: tuple[str, str]):
+    run(tmp_path, tiny_shards, towers, "deepspeed.precision=bf16", "model.visual.freeze=2", "deepspeed.zero_stage=2")
+    export = tmp_path / "tiny" / "export"
+    description = json.loads((export / "config.json").read_text())
+    assert description["model"]["visual"]["architecture"]["network"]["model_type"] == "clip_vision_model"
+    output = run(tmp_path, tiny_shards, towers, f"model.pretrained={export}", "run.name=second")
+    assert f"initialized from {export}" in output
+
+
+def test_weights_that_do_not_fit_end_the_run(tiny_shards: Path, tmp_path: Path, towers: tuple[str, str]):
+    safetensors.torch.save_file({"other": torch.zeros(3)}, tmp_path / "w.safetensors")
+    output = run(tmp_path, tiny_shards, towers, f"model.visual.weights={tmp_path / 'w.safetensors'}", status=1)
+    assert "none of the 1 weights" in output and "Traceback" not in output
+    torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "code.pt")
+    output = run(tmp_path, tiny_shards, towers, f"model.visual.weights={tmp_path / 'code.pt'}", "run.name=b", status=1)
+    assert "convert it to safetensors" in output and "Traceback" not in output
+    output = run(tmp_path, tiny_shards, towers, "data.frame_size=48", "run.name=c", status=1)
+    assert "data.frame_size=48 contradicts model.visual.name" in output and "Traceback" not in output
