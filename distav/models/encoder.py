@@ -91,7 +91,7 @@ class Encoder(nn.Module):
         if config.weights in ("", "none"):
             return {}
         weights = read_weights(Path(config.weights).expanduser(), "model.*.weights")
-        return with_names_of(weights, list(self.state_dict()))
+        return with_names_of(weights, self.state_dict())
 
     def blocks(self) -> list[nn.Module]:
         """Return the parts of the network from input to output, for freezing and layer-wise learning rates."""

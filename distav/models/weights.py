@@ -17,6 +17,8 @@ FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 NAMES_IN_DIRECTORY = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 """Keys under which training scripts store the weights in a file."""
+COUNTER = "num_batches_tracked"
+"""Ends of names in PyTorch's batch normalization, which distav's does not have."""
 PREFIXES = ("module.", "model.", "backbone.", "encoder.", "net.")
 """Prefixes of names that wrappers of networks add."""
 
@@ -74,21 +76,29 @@ def _weights_in(content: object, key: str, file: Path) -> dict[str, Tensor]:
     raise UserError(f"{key}={file}: no weights by name; allowed: a state dict, or one under {format_list(WRAPPERS)}.")
 
 
-def with_names_of(weights: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """Return weights with prefixes removed or added where more of their names are then those of the network."""
-    known = set(names)
+def with_names_of(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights under the names that a network has for them.
 
-    def matches(candidate: Mapping[str, Tensor]) -> int:
-        return len(known & set(candidate))
+    Prefixes are removed or added where more names are then those of the network. If not even a tenth of the names
+    agree, but the tensors have the shapes of the network in the same order, they are those of another implementation of
+    it, and get its names. Further tensors at the end belong to a classifier.
 
+    Args:
+        weights: weights by name.
+        own: state dict of the network.
+    """
     best = dict(weights)
     for prefix in PREFIXES:
         for candidate in (
             {name.removeprefix(prefix): value for name, value in weights.items()},
             {prefix + name: value for name, value in weights.items()},
         ):
-            if matches(candidate) > matches(best):
+            if len(own.keys() & candidate.keys()) > len(own.keys() & best.keys()):
                 best = candidate
+    if len(own.keys() & best.keys()) < len(own) / 10:
+        values = [value for name, value in weights.items() if not name.endswith(COUNTER)]
+        if [value.shape for value in values[: len(own)]] == [value.shape for value in own.values()]:
+            return dict(zip(own, values, strict=False))
     return best
 
 

@@ -10,6 +10,7 @@ from distav.config.model import ModelConfig
 from distav.models import lora
 from distav.models.pretrained import load_weights
 from distav.models.towers import Tower
+from distav.models.weights import COUNTER
 from distav.training.metric_logger import MetricLogger
 
 MAX_LISTED = 8
@@ -54,7 +55,7 @@ class InitialWeights:
         self, weights: Mapping[str, Tensor], expected: list[str], own: Mapping[str, Tensor], key: str, source: str
     ) -> dict[str, Tensor]:
         """Return the weights that fit, and log which are missing, unexpected or of another shape."""
-        weights = {name: values for name, values in weights.items() if not name.endswith("num_batches_tracked")}
+        weights = {name: values for name, values in weights.items() if not name.endswith(COUNTER)}
         fitting = {name: values for name, values in weights.items() if name in own and own[name].shape == values.shape}
         if not fitting:
             raise UserError(f"{key}: none of the {len(weights)} weights of {source} fits this network.")

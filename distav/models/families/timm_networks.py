@@ -117,7 +117,7 @@ class TimmNetwork(VisualEncoder):
         else:
             weights = _download(config)
         own = self.network.state_dict()
-        weights = with_names_of(weights, list(own))
+        weights = with_names_of(weights, own)
         positions = weights.get("pos_embed")
         if positions is not None and "pos_embed" in own and positions.shape != own["pos_embed"].shape:
             weights["pos_embed"] = _resized(positions, own["pos_embed"].shape[1], self.network)

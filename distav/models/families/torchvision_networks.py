@@ -139,8 +139,7 @@ class TorchvisionNetwork(VisualEncoder):
             weights = read_weights(Path(config.weights).expanduser(), "model.visual.weights")
         else:
             weights = _download(config)
-        names = list(self.network.state_dict())
-        weights = with_names_of(weights, names)
+        weights = with_names_of(weights, self.network.state_dict())
         if name.startswith("vit_") and "encoder.pos_embedding" in weights:
             positions = weights["encoder.pos_embedding"]
             length = self.network.state_dict()["encoder.pos_embedding"].shape[1]

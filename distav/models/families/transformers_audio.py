@@ -129,7 +129,7 @@ class TransformersAudio(AudioEncoder):
         else:
             weights = networks.download(config, "audio", description)
         own = self.network.state_dict()
-        weights = with_names_of(weights, list(own))
+        weights = with_names_of(weights, own)
         name = "embeddings.position_embeddings"
         if name in weights and weights[name].shape != own[name].shape:
             old, new = (_patch_grid(values) for values in (description["network"], self.network.config.to_dict()))

@@ -116,7 +116,7 @@ class TransformersVisual(VisualEncoder):
         else:
             weights = networks.download(config, "visual", description)
         own = self.network.state_dict()
-        weights = with_names_of(weights, list(own))
+        weights = with_names_of(weights, own)
         for name, positions in weights.items():
             if "position" in name and name in own and positions.shape != own[name].shape:
                 weights[name] = _resized(positions, own[name])
