@@ -266,7 +266,8 @@ def _add_clean_options(parser: argparse.ArgumentParser) -> None:
         "--min-confidence",
         type=finite_float,
         default=0.9,
-        help="confidence from which a corrected label replaces the given label (default: %(default)s)",
+        help="confidence from which a corrected label replaces the given label; with several labels per clip 0.5 or "
+        "more (default: %(default)s)",
     )
     add(
         "--min-correspondence",

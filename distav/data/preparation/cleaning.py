@@ -102,6 +102,11 @@ def clean_dataset(config: CleaningConfig, out: Path, workers: int) -> BuildResul
             f"--min-correspondence={config.min_correspondence}: mismatched pairs are not estimated on {config.root}, "
             "because its clips may have several classes; leave the option out."
         )
+    if shards.multi_label and config.min_confidence < 0.5:
+        raise UserError(
+            f"--min-confidence={config.min_confidence}: allowed on {config.root}, whose clips may have several "
+            "classes: 0.5 to 1; below 0.5, a class could be both set and removed."
+        )
     recipe = make_recipe(config, config.digests())
     if result := read_result(out, recipe):
         return result

@@ -102,6 +102,8 @@ def test_options_that_need_one_label_are_rejected(shards: ShardedDataset, tmp_pa
     config = CleaningConfig(shards.root, (path,), min_correspondence=0.5)
     with pytest.raises(UserError, match="--min-correspondence=0.5: mismatched pairs are not estimated"):
         clean_dataset(config, tmp_path / "clean", workers=1)
+    with pytest.raises(UserError, match="--min-confidence=0.2: allowed on .* several classes: 0.5 to 1"):
+        clean_dataset(CleaningConfig(shards.root, (path,), min_confidence=0.2), tmp_path / "clean", workers=1)
     keys = shards.split("train").keys
     single = pa.table({"key": keys, "posterior": [0.5] * len(keys)})
     pq.write_table(single, tmp_path / "run.parquet")
