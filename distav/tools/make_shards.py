@@ -40,8 +40,9 @@ _CLEAN_EPILOG = """exit status:
   3  some clips were removed, see OUT/rejected.csv; the dataset is complete
 
 An empty label in the decisions FILE leaves the label unchanged. A clip in FILE is kept unless its pair is mismatched or
-its action is remove. With several FILES, the majority of the reviewers who decided a clip is applied; a tie leaves the
-clip unchanged. Their conflicts and agreement are printed, and stored in OUT/manifest.json.
+its action is remove. With several FILES, the majority of the reviewers who decided a clip is applied; a tie keeps the
+clip and its given label, also with --labels. Their conflicts and agreement are printed, and stored in
+OUT/manifest.json.
 Rerun the same command to resume an interrupted run; the resulting files have the same bytes."""
 
 _CLEAN_EXAMPLE = (
@@ -254,7 +255,7 @@ def _add_clean_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="csv or parquet, one per reviewer: key, label[, pair][, action], where pair is mismatched, matched or "
         "empty, and action is remove, keep or empty; with several labels per clip: key, class, decision (add, remove, "
-        "keep or empty); the majority decides, and a tie changes nothing",
+        "keep or empty); the majority decides, and a tie keeps the given label",
     )
     add(
         "--labels",

@@ -49,7 +49,8 @@ def apply_list_decisions(
     merged = merge_decisions(reviewers, split, shards.classes)
     for sample, decided in merged.merged.items():
         for name, value in decided.items():
-            review.reviewed[sample, shards.classes.index(name)] = value == PRESENT
+            column = shards.classes.index(name)
+            review.reviewed[sample, column] = value == PRESENT if value else given[sample, column]
     return replace(review, review=merged) if len(reviewers) > 1 else review
 
 

@@ -99,10 +99,11 @@ def _apply_run_table(
 
 
 def _apply_merged_decisions(review: ReviewResult, merged: Review, classes: list[str]) -> None:
-    """Apply decisions to `review`; a clip with a decision is kept unless it is to be removed."""
+    """Apply decisions to `review`; a clip with a decision is kept unless it is to be removed, a tie keeps its label."""
     for sample, decided in merged.merged.items():
         if "label" in decided:
-            review.reviewed[sample] = classes.index(decided["label"])
+            label = decided["label"]
+            review.reviewed[sample] = classes.index(label) if label else review.given[sample]
         review.removed.pop(sample, None)
         if decided.get("pair") == "mismatched":
             review.removed[sample] = "mismatched pair"

@@ -36,7 +36,7 @@ class Conflict:
         key: key of the clip.
         column: `label`, `pair` or `action`; in a multi-label dataset the class.
         values: the reviewers' values, in the order of the files; empty where a reviewer has not decided.
-        merged: value of the majority; empty if there is a tie, and the clip is left unchanged.
+        merged: value of the majority; empty if there is a tie, which keeps the given label, pair or clip.
     """
 
     key: str
@@ -68,7 +68,7 @@ class Review:
     """Merged decisions.
 
     Attributes:
-        merged: by clip.
+        merged: by clip; a tie is an empty value.
         conflicts: by clip and column.
         agreement: of the columns that at least two reviewers have decided for a clip.
     """
@@ -104,7 +104,7 @@ def read_decisions(path: Path, classes: list[str], split: Split) -> Decisions:
 
 
 def merge_decisions(reviewers: Sequence[Decisions], split: Split, columns: Sequence[str] = COLUMNS) -> Review:
-    """Merge the decisions of several reviewers: the majority of those who decided; a tie changes nothing.
+    """Merge the decisions of several reviewers: the majority of those who decided; a tie keeps what is given.
 
     Args:
         reviewers: decisions of each reviewer.
@@ -120,7 +120,7 @@ def merge_decisions(reviewers: Sequence[Decisions], split: Split, columns: Seque
             counts = Counter(value for value in values if value).most_common(2)
             is_tie = len(counts) == 2 and counts[0][1] == counts[1][1]
             winner = counts[0][0] if counts and not is_tie else ""
-            if winner:
+            if counts:
                 merged[sample][column] = winner
             if len(counts) == 2:
                 conflicts.append(Conflict(str(split.keys[sample]), column, values, winner))

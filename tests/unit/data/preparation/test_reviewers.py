@@ -30,7 +30,7 @@ def test_the_majority_of_those_who_decided_is_applied_and_a_tie_changes_nothing(
     second = {0: {"label": "disc+tone", "pair": "mismatched"}, 1: {"label": "bars+tone"}}
     third = {0: {"label": "bars+tone"}, 1: {}}
     review = merge(tiny_shards, first, second, third)
-    assert review.merged == {0: {"label": "disc+tone"}, 1: {}, 2: {"action": "remove"}}
+    assert review.merged == {0: {"label": "disc+tone", "pair": ""}, 1: {"label": ""}, 2: {"action": "remove"}}
     assert review.conflicts == [
         Conflict(KEYS[0], "label", ["disc+tone", "disc+tone", "bars+tone"], "disc+tone"),
         Conflict(KEYS[0], "pair", ["matched", "mismatched", ""], ""),
@@ -89,6 +89,10 @@ def test_clean_merges_the_files_of_reviewers_and_reports_conflicts(
     assert "removed by review" in (tmp_path / "out" / "rejected.csv").read_text()
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["review"]["conflicts"][0]["key"] == KEYS[1]
     assert main(arguments) == 3 and "Cohen's kappa" in capsys.readouterr().out  # The dataset is complete.
+    run = {"key": KEYS[:2], "corrected_label": [other] * 2, "confidence": [1.0] * 2}
+    arguments[2] = str(tmp_path / "run")
+    assert main([*arguments, "--labels", str(write_review(tmp_path / "run.csv", **run))]) == 3
+    assert labels_by_key(ShardedDataset.open(tmp_path / "run")) == expected  # A tie precedes the table of the run.
 
 
 def test_an_unknown_action_is_an_error_that_names_the_file_and_line(
