@@ -11,6 +11,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
+from distav.config.cli import check_minimums
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding
 
 CLASSES = (
@@ -45,6 +46,7 @@ class SyntheticSource:
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> Self:
         """Return the source for parsed options."""
+        check_minimums(options, train_clips=1, test_clips=0)
         return cls(options.train_clips, options.test_clips)
 
     def candidates(self) -> list[ClipSource]:

@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 
 import numpy as np
 
+from distav.config.cli import check_minimums
 from distav.data.annotations.multi_labels import LABEL_SEPARATOR
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding
 from distav.data.preparation.source import SourceInfo
@@ -49,6 +50,7 @@ class SyntheticMultiSource:
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> Self:
         """Return the source for parsed options."""
+        check_minimums(options, train_clips=1, test_clips=0)
         return cls(options.train_clips, options.test_clips)
 
     def info(self) -> SourceInfo:
