@@ -92,7 +92,11 @@ def write_table(path: Path, table: pa.Table, scratch: Path | None = None) -> Non
 
 
 def claim_dir(
-    path: Path, facts: dict[str, Any], conflict: str, advice: str, name_of: Callable[[str], str] = str
+    path: Path,
+    facts: dict[str, Any],
+    conflict: str,
+    advice: str,
+    describe_difference: Callable[[Any, Any], str] | None = None,
 ) -> None:
     """Record which configuration a directory belongs to, or verify that it belongs to this one.
 
@@ -103,7 +107,7 @@ def claim_dir(
         facts: the configuration, JSON values only.
         conflict: beginning of the error message, e.g. "out: holds embeddings made with other options".
         advice: end of the error message, e.g. "choose another --out or delete it".
-        name_of: returns the user's name of a dotted key of the configuration.
+        describe_difference: describes the first difference of two configurations; None: `first_difference`.
 
     Raises:
         UserError: if the directory belongs to another configuration (the message gives the first difference), or if
@@ -120,7 +124,7 @@ def claim_dir(
     if recorded == content:
         return
     try:
-        difference = first_difference(json.loads(recorded), json.loads(content), name_of)
+        difference = (describe_difference or first_difference)(json.loads(recorded), json.loads(content))
     except (ValueError, RecursionError):
         difference = f"{path.name} is not valid JSON"
     raise UserError(f"{conflict} ({difference}); {advice}.")
@@ -145,7 +149,7 @@ def first_difference(recorded: Any, requested: Any, name_of: Callable[[str], str
 
 
 def _shorten(value: Any, limit: int = 60) -> str:
-    text = json.dumps(value)
+    text = value if value and isinstance(value, str) else json.dumps(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 

@@ -96,6 +96,7 @@ def clean_dataset(config: CleaningConfig, out: Path, workers: int) -> BuildResul
     Raises:
         UserError: for tables that do not fit the dataset, corrupt members, or if no clip would be kept.
     """
+    _check_directories(config.root, out)
     shards = ShardedDataset.open(config.root)
     if shards.multi_label and config.min_correspondence:
         raise UserError(
@@ -108,8 +109,6 @@ def clean_dataset(config: CleaningConfig, out: Path, workers: int) -> BuildResul
             "classes: 0.5 to 1; below 0.5, a class could be both set and removed."
         )
     recipe = make_recipe(config, config.digests())
-    if result := read_result(out, recipe):
-        return result
     train = shards.split(CLEANED_SPLIT, "clean: split")
     if shards.multi_label:
         review = apply_list_decisions(shards, train, config.decisions, config.labels, config.min_confidence)
@@ -119,6 +118,8 @@ def clean_dataset(config: CleaningConfig, out: Path, workers: int) -> BuildResul
         )
     if not len(review.kept):
         raise UserError(f"{config.root}: all clips of {CLEANED_SPLIT} would be removed; lower --min-correspondence.")
+    if result := read_result(out, recipe):
+        return result
     claim_work_dir(out / WORK, recipe)
     write_rejected(out, [_rejected_row(shards, train, review, sample) for sample in sorted(review.removed)])
     manifest = _copy(shards, review, out, config.shard_samples, workers)
@@ -132,6 +133,16 @@ def clean_dataset(config: CleaningConfig, out: Path, workers: int) -> BuildResul
     result = read_result(out, recipe)
     assert result
     return result
+
+
+def _check_directories(root: Path, out: Path) -> None:
+    """Raise a UserError if one of the directories of the dataset and of its copy is the other one or contains it."""
+    old, new = root.resolve(), out.resolve()
+    if old == new:
+        raise UserError(f"OUT={out}: OUT is SHARDS; give another directory for OUT.")
+    for inner, outer, relation in ((new, old, "inside SHARDS"), (old, new, "a directory that contains SHARDS")):
+        if inner.is_relative_to(outer):
+            raise UserError(f"OUT={out}: OUT is {relation}, {root}; give another directory for OUT.")
 
 
 def _rejected_row(shards: ShardedDataset, split: Split, review: ReviewResult, sample: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from distav.data.dataset import TABLES, index_schema
 from distav.data.files import claim_dir, first_difference, write_atomically, write_table
 from distav.data.integrity import file_entry
 from distav.data.preparation.encoding import OMIT_DEFAULT
+from distav.data.preparation.registry import SOURCES
 
 WORK = ".work"
 """Name of the work directory."""
@@ -30,7 +31,7 @@ _NUM_REASONS = 3
 """Types of reasons for rejection that a message names."""
 _ARGUMENT_NAMES = {
     "distav": "version of distav",
-    "type": "COMMAND",
+    "COMMAND": "COMMAND",
     "file": "FILE",
     "folder": "DIR",
     "annotations": "DIR",
@@ -93,7 +94,8 @@ def read_result(out: Path, recipe: dict[str, Any]) -> BuildResult | None:
     if recorded != recipe:
         raise UserError(
             f"{out} contains a dataset that was made with other arguments "
-            f"({first_difference(recorded, recipe, argument_name)}); choose another directory or delete it."
+            f"({describe_difference(recorded, recipe)}); choose another directory, or delete it if you do not need "
+            "that dataset."
         )
     shutil.rmtree(out / WORK, ignore_errors=True)
     clips = {name: split["clips"] for name, split in manifest["splits"].items()}
@@ -109,6 +111,30 @@ def argument_name(key: str) -> str:
     if name.startswith("--") or name == "SHARDS":
         return f"content of {name}"
     return _ARGUMENT_NAMES.get(name, f"--{name.replace('_', '-')}")
+
+
+def describe_difference(recorded: Any, requested: Any) -> str:
+    """Return the first difference of two recipes as on the command line; another command comes first."""
+    return first_difference(_displayed(recorded), _displayed(requested), argument_name)
+
+
+def _displayed(recipe: Any) -> Any:
+    """Return the values of a recipe as on the command line, with the command that it belongs to."""
+    if not isinstance(recipe, dict):
+        return recipe
+    kind = recipe.get("source", {}).get("type")
+    names = {source.__name__: name for name, source in SOURCES.items()}
+    return {"COMMAND": names.get(kind, "clean" if kind == "CleaningConfig" else kind), **_as_arguments(recipe)}
+
+
+def _as_arguments(value: Any) -> Any:
+    """Return a value of a recipe as on the command line, such as `0.2:0.4` for the rates of classes."""
+    if isinstance(value, dict) and value.get("type") in ("LabelNoise", "ClassRates"):
+        return ":".join(dict.fromkeys(str(value[name]) for name in sorted(value) if name != "type"))
+    if isinstance(value, dict):
+        return {name: _as_arguments(item) for name, item in value.items()}
+    is_text = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
+    return " ".join(value) if is_text else value
 
 
 def _to_json(value: Any) -> Any:
@@ -143,7 +169,7 @@ def claim_work_dir(work_dir: Path, recipe: dict[str, Any]) -> None:
         recipe,
         f"{out} contains an unfinished dataset that was made with other arguments",
         f"repeat those arguments, choose another directory, or delete {out}",
-        argument_name,
+        describe_difference,
     )
 
 

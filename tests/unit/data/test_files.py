@@ -31,7 +31,7 @@ def test_directory_is_claimed_by_the_first_configuration(tmp_path: Path):
             r"\(input.frames: \[16, 2\] recorded, \[16, 4\] req",
         ),
         ({"batch": 8}, r'input: \{"frames": .* recorded, nothing requested'),
-        (FACTS | {"extra": "x" * 100}, r'extra: nothing recorded, "x{59}\.\.\. requested'),
+        (FACTS | {"extra": "x" * 100}, r"extra: nothing recorded, x{60}\.\.\. requested"),
     ],
 )
 def test_directory_of_another_configuration_is_rejected_with_the_difference(

@@ -151,7 +151,10 @@ def test_the_same_command_resumes_and_other_decisions_are_rejected(
     assert digests(out) == complete
     write_review(decisions, key=KEYS[:1], label=["disc+sweep"])
     clean(tiny_shards, out, "--decisions", decisions, "--shard-samples=20", status=1)
-    assert "other arguments" in capsys.readouterr().err
+    assert "(content of --decisions: " in capsys.readouterr().err
+    write_review(decisions, key=KEYS[:1], label=["disc+tune"])
+    clean(tiny_shards, out, "--decisions", decisions, "--shard-samples=20", status=1)
+    assert "unknown class 'disc+tune'" in capsys.readouterr().err
 
 
 def test_the_loader_reads_a_cleaned_dataset(tiny_shards: Path, tmp_path: Path):
@@ -252,8 +255,13 @@ def test_invalid_arguments_are_reported(tiny_shards: Path, tmp_path: Path, capsy
     assert "gone.csv: No such file" in error_of(tiny_shards, out, f"--decisions={tmp_path / 'gone.csv'}")
     assert "all clips of train would be removed" in error_of(tiny_shards, out, f"--decisions={decisions}")
     assert "--min-confidence=2.0" in error_of(tiny_shards, out, f"--labels={decisions}", "--min-confidence=2")
-    existing = error_of(tiny_shards, tiny_shards, f"--decisions={decisions}")
-    assert "contains a dataset that was made with other arguments" in existing
+    for directory, relation in (
+        (tiny_shards, "OUT is SHARDS"),
+        (tiny_shards / "clean", "OUT is inside SHARDS"),
+        (tiny_shards.parent, "OUT is a directory that contains SHARDS"),
+    ):
+        error = error_of(tiny_shards, directory, f"--decisions={decisions}")
+        assert f"OUT={directory}: {relation}" in error and "give another directory for OUT." in error
 
 
 def test_corrupt_members_are_not_copied(tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

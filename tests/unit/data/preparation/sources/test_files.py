@@ -15,7 +15,7 @@ from distav.data.files import report_os_errors
 from distav.data.preparation.candidates import describe_candidates, list_candidates, similar_names
 from distav.data.preparation.encode_workers import _encode_chunk
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
-from distav.data.preparation.output_dir import argument_name, read_result, write_rejected
+from distav.data.preparation.output_dir import argument_name, describe_difference, read_result, write_rejected
 from distav.data.preparation.sources.files import ClipList, MediaFiles, VideoFolder
 from distav.tools.make_shards import main
 
@@ -138,11 +138,20 @@ def test_a_complete_dataset_of_another_list_or_option_is_reported(
     tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     recipe = ShardedDataset.open(tiny_shards).manifest["recipe"]
-    with pytest.raises(UserError, match=r'\(content of the source: "120 candidates, .*" recorded, "1 can'):
+    with pytest.raises(UserError, match=r"\(content of the source: 120 candidates, .* recorded, 1 can"):
         read_result(tiny_shards, recipe | {"source_content": "1 candidates"})
-    options = ["--train-clips=96", "--test-clips=24", "--label-noise=symmetric:0.25"]
+    options = ["--train-clips=96", "--test-clips=24", "--label-noise=symmetric:0.25", "--correspondence-noise=0.25",
+               "--shard-samples=40", "--short-side=24"]  # fmt: skip
     assert main(["synthetic", str(tiny_shards), *options, "--codec=vp9"]) == 1
-    assert "recorded" in capsys.readouterr().err
+    assert "(--codec: mjpeg recorded, vp9 requested); choose another directory, or" in capsys.readouterr().err
+    assert main(["synthetic", str(tiny_shards), *options, "--label-noise="]) == 1
+    assert "(--label-noise: symmetric:0.25 recorded, nothing requested)" in capsys.readouterr().err
+    assert main(["synthetic-multi", str(tiny_shards), "--missing-labels=0.2:0.4"]) == 1
+    assert "(COMMAND: synthetic recorded, synthetic-multi requested)" in capsys.readouterr().err
+    rates, rate = (
+        {"config": {"missing_labels": {"type": "ClassRates", "first": 0.2, "last": last}}} for last in (0.4, 0.2)
+    )
+    assert describe_difference(rates, rate) == "--missing-labels: 0.2:0.4 recorded, 0.2 requested"
     assert argument_name("config.encoding.sample_rate_hz") == "--sample-rate"
     assert argument_name("config.label_noise.rate") == "--label-noise"
     assert argument_name("config.--decisions") == "content of --decisions"
