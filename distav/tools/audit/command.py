@@ -118,12 +118,16 @@ def _report_write_errors(out: Path) -> Iterator[None]:
 
 
 def _print_summary(audit: Audit, out: Path, tables: list[Path]) -> None:
-    counts = ", ".join(f"{len(issues.ids)} {issues.kind.replace('_', '-')} issues" for issues in audit.issues)
+    counts = ", ".join(
+        f"{'–' if issues.total is None else len(issues.ids)} {issues.kind.replace('_', '-')} issues"
+        for issues in audit.issues
+    )
     print(f"{out}: {counts}, {len(audit.clip_ids())} clips, {out.stat().st_size / 2**20:.1f} MiB; open it in a browser")
     print(f"{' and '.join(map(str, tables))}: the issues of every clip")
     has_signal = bool(audit.correction["label_noise_rate_by_class"])
-    empty = [issues.kind for issues in audit.issues if not issues.total]
-    for text in dict.fromkeys(describe_no_issues(kind, has_signal) for kind in empty):
+    empty = [issues for issues in audit.issues if not issues.total]
+    texts = (describe_no_issues(issues.kind, has_signal, issues.total is not None) for issues in empty)
+    for text in dict.fromkeys(texts):
         print(text)
 
 
@@ -171,7 +175,7 @@ def _audit(options: argparse.Namespace, run: _AuditedRun) -> tuple[DataIssues, A
         "quarantined clips": f"{len(report['quarantined_samples'])}",
     }
     if not data.media.measured:
-        facts["media issues"] = "not measured (--skip-media)"
+        facts["media issues"] = "– not searched (--skip-media)"
     issues = [ranked.first(options.limit) for ranked in data.issues]
     neighbors = [neighbors_of(embeddings, split, ranked.ids, options.neighbors) for ranked in issues]
     title = f"{run.short_name} · audit"

@@ -123,6 +123,8 @@ class DataIssues:
     def _media(self) -> Issues:
         is_listed, texts = self.media.issues()
         ranked = rank_issues("media", is_listed.astype(np.float64), is_listed)
+        if not self.media.measured:
+            return replace(ranked, total=None)
         return ranked.with_notes([texts[clip].capitalize() for clip in ranked.ids])
 
 

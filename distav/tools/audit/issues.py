@@ -41,7 +41,7 @@ class Issues:
         kind: one of `KINDS`.
         ids: [I] int64 clips.
         scores: [I] from 0 to 1: the probability that the label or the pair is wrong, or the severity of another issue.
-        total: number of clips with such an issue, including those that are not listed.
+        total: number of clips with such an issue, including those that are not listed; None if it was not searched.
         notes: what the issue of each clip is, I texts; empty for labels and pairs, which the page describes.
         matches: [I] int64 row of the clip that an issue refers to, training clips before test clips, or -1; None if no
             issue refers to another clip.
@@ -50,7 +50,7 @@ class Issues:
     kind: str
     ids: np.ndarray
     scores: np.ndarray
-    total: int
+    total: int | None
     notes: list[str] = field(default_factory=list[str])
     matches: np.ndarray | None = None
 
@@ -88,13 +88,19 @@ def pair_issues(table: pa.Table) -> Issues:
     return rank_issues("pair", 1 - correspondence, correspondence < MISMATCH_THRESHOLD)
 
 
-def describe_no_issues(kind: str, has_signal: bool) -> str:
+def describe_no_issues(kind: str, has_signal: bool, searched: bool = True) -> str:
     """Return why a page lists no issues of a type, and what to do.
 
     Args:
         kind: one of `KINDS`.
         has_signal: whether the last correction found a label signal; without one, it leaves labels and pairs unchanged.
+        searched: whether such issues were searched.
     """
+    if not searched:
+        return (
+            "Silent, black, still and unreadable clips: not searched (--skip-media). To search them, run audit.py "
+            "without this option."
+        )
     if not has_signal and kind in KINDS[:2]:
         return (
             "The last label correction of this run found no label signal: the nearest neighbors of a clip predict its "
@@ -113,8 +119,7 @@ def describe_no_issues(kind: str, has_signal: bool) -> str:
         "action is needed.",
         "off_topic": "No off-topic clips: no clip is far from all others with a label that its neighbors do not "
         "support. No action is needed.",
-        "media": "No silent, black, still or unreadable clips; with --skip-media, they are not searched. No action is "
-        "needed.",
+        "media": "No silent, black, still or unreadable clips. No action is needed.",
     }[kind]
 
 

@@ -196,12 +196,13 @@ def _page_data(audit: Audit) -> dict[str, Any]:
         return [value for split, samples in parts for value in split.columns[column][samples].tolist()]
 
     rates_by_class = audit.correction["label_noise_rate_by_class"]
+    skipped = [issues.kind for issues in audit.issues if issues.total is None]
     return {
         "title": audit.title,
         "digest": digest_of(audit.table, ("key", "given_label", "knn_label")),
         "classes": audit.classes,
         "totals": {issues.kind: issues.total for issues in audit.issues},
-        "no_issues": {kind: describe_no_issues(kind, bool(rates_by_class)) for kind in KINDS},
+        "no_issues": {kind: describe_no_issues(kind, bool(rates_by_class), kind not in skipped) for kind in KINDS},
         "facts": list(audit.facts.items()),
         # Rates are estimated only if the votes carry information on the labels.
         "rates": {

@@ -39,8 +39,8 @@ function updateCounts() {
   const listed = Object.fromEntries(VIEWS.map((kind) => [kind, 0]));
   issues.kind.forEach((kind) => listed[kind]++);
   document.querySelectorAll("nav span").forEach((span, index) => {
-    const kind = VIEWS[index], total = data.totals[kind] ?? 0;
-    span.textContent = listed[kind] < total ? `${listed[kind]} of ${total}` : total;
+    const kind = VIEWS[index], total = data.totals[kind];
+    span.textContent = total === null ? "–" : listed[kind] < total ? `${listed[kind]} of ${total}` : total ?? 0;
   });
   const count = Object.keys(decisions).length;
   $("#decided").textContent = count ? `${count} decided` : "no decisions";

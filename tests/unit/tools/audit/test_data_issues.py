@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distav.data.dataset import ShardedDataset
+from distav.tools.audit.command import _print_summary
 from distav.tools.audit.data_issues import DataIssues
 from distav.tools.audit.duplicates import DistanceModel, duplicate_groups, find_leaks, find_matches
 from distav.tools.audit.issue_table import issue_table, write_issue_table
@@ -16,6 +18,7 @@ from distav.tools.audit.issues import Issues
 from distav.tools.audit.media_check import MediaCheck
 from distav.tools.audit.neighborhoods import find_neighborhoods
 from distav.tools.audit.off_topic import num_neighbors, off_topic_scores
+from distav.tools.audit.page import _page_data
 from distav.tools.make_shards import main as make_shards
 from tests.helpers.issues import (
     BLACK,
@@ -99,6 +102,21 @@ def test_silent_black_and_unreadable_clips_are_listed_with_reasons(planted: Data
     rows = [{"id": clip, "still": clip < 30} for clip in range(100)]
     assert not MediaCheck.from_rows(rows, 100).issues()[0].any()
     assert MediaCheck.from_rows([{**row, "still": row["id"] < 10} for row in rows], 100).issues()[0].sum() == 10
+
+
+def test_media_that_were_not_searched_have_no_count(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data, audit = planted_issues(tiny_shards)
+    data = replace(data, media=MediaCheck.skipped(len(data.train)))
+    nothing = {name: (ids[:0], cosines[:0]) for name, (ids, cosines) in audit.neighbors[-1].items()}
+    audit = replace(audit, issues=data.issues, neighbors=[*audit.neighbors[:-1], nothing])
+    page = _page_data(audit)
+    assert page["totals"]["media"] is None and "not searched (--skip-media)" in page["no_issues"]["media"]
+    (tmp_path / "audit.html").touch()
+    _print_summary(audit, tmp_path / "audit.html", [])
+    printed = capsys.readouterr().out
+    assert "6 off-topic issues, – media issues" in printed and page["no_issues"]["media"] in printed
 
 
 @pytest.mark.parametrize("dim", [5, 8, 30])
