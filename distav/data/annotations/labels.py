@@ -1,5 +1,7 @@
 """Label tables: given labels, tables that replace them, and true labels (for evaluation only)."""
 
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ import pyarrow as pa
 from distav.config.errors import UserError, did_you_mean, format_list
 from distav.data.annotations.tables import Table, TableFormat, read_user_table
 from distav.data.dataset import ShardedDataset, Split
+
+log = logging.getLogger("distav")
 
 _OVERRIDES = TableFormat("key,label", (), ("key", "id", "label", "corrected_label"), others_allowed=True)
 
@@ -117,18 +121,42 @@ def _combination_labels(shards: ShardedDataset, split: Split) -> Labels:
 
 def _replace_labels(path: Path, split: Split, classes: list[str], given: np.ndarray) -> np.ndarray:
     """Return the given labels after applying a user's table; rows without a label change nothing."""
+    replaced = given.copy()
+    for label, sample, where in read_overrides(path, split)[1]:
+        replaced[sample] = class_index(label, classes, where)
+    return replaced
+
+
+def read_overrides(path: Path, split: Split) -> tuple[Table, list[tuple[Any, int, str]]]:
+    """Read a table that replaces given labels; logs a warning if rows of it remove their clip, which only `clean` does.
+
+    Returns:
+        The table, and for each row with a label: the label, the id of the sample, and the position of the row for error
+        messages.
+
+    Raises:
+        UserError: for an invalid table, or unknown ids or keys.
+    """
     name = f"data.label_overrides={path}"
     table = read_user_table(path, name, _OVERRIDES)
-    id_column = next((column for column in ("key", "id") if column in table.columns), None)
-    label_column = next((column for column in ("corrected_label", "label") if column in table.columns), None)
+    columns = table.columns
+    id_column = next((column for column in ("key", "id") if column in columns), None)
+    label_column = next((column for column in ("corrected_label", "label") if column in columns), None)
     if id_column is None or label_column is None:
-        raise UserError(f"{name}: needs `id` or `key`, and `label`; found: {format_list(table.columns)}.")
-    replaced = given.copy()
-    for row, sample in enumerate(sample_ids(table, id_column, split)):
-        label = table.columns[label_column][row]
-        if label not in (None, ""):
-            replaced[sample] = class_index(label, classes, table.position(row))
-    return replaced
+        raise UserError(f"{name}: needs `id` or `key`, and `label`; found: {format_list(columns)}.")
+    ids, no_values = sample_ids(table, id_column, split), [""] * len(table)
+    decisions = zip(columns.get("action", no_values), columns.get("pair", no_values), strict=True)
+    removals = sum(action == "remove" or pair == "mismatched" for action, pair in decisions)
+    if removals and os.environ.get("RANK", "0") == "0":
+        log.warning(
+            "%s: %d of %d rows remove their clip (action remove or pair mismatched), but this table only replaces "
+            "labels, and all clips are kept. To remove them: make_shards.py clean SHARDS OUT --decisions %s",
+            name, removals, len(table), path,
+        )  # fmt: skip
+    labels = zip(columns[label_column], ids, strict=True)
+    return table, [
+        (label, sample, table.position(row)) for row, (label, sample) in enumerate(labels) if label not in (None, "")
+    ]
 
 
 def sample_ids(table: Table, column: str, split: Split) -> list[int]:

@@ -12,15 +12,13 @@ import numpy as np
 import pyarrow as pa
 
 from distav.config.errors import UserError, format_list
-from distav.data.annotations.labels import class_index, multi_labels, sample_ids, stored_labels
-from distav.data.annotations.tables import TableFormat, read_user_table
+from distav.data.annotations.labels import class_index, multi_labels, read_overrides, stored_labels
 from distav.data.dataset import ShardedDataset, Split
 
 LABEL_SEPARATOR = "|"
 """Separates the classes of a clip in a text."""
 LABEL_SEPARATORS = ("|", ";")
 """Separators that lists of clips may use."""
-_OVERRIDES = TableFormat("key,label", (), ("key", "id", "label", "corrected_label"), others_allowed=True)
 
 
 @dataclass(frozen=True)
@@ -124,17 +122,8 @@ def split_label_text(text: str, separator: str, where: str) -> tuple[str, ...]:
 
 def _replace_lists(path: Path, split: Split, classes: list[str], given: np.ndarray) -> np.ndarray:
     """Return the given lists after applying a user's table; rows without a label change nothing."""
-    name = f"data.label_overrides={path}"
-    table = read_user_table(path, name, _OVERRIDES)
-    id_column = next((column for column in ("key", "id") if column in table.columns), None)
-    label_column = next((column for column in ("corrected_label", "label") if column in table.columns), None)
-    if id_column is None or label_column is None:
-        raise UserError(f"{name}: needs `id` or `key`, and `label`; found: {format_list(table.columns)}.")
     replaced = given.copy()
-    for row, sample in enumerate(sample_ids(table, id_column, split)):
-        where, value = table.position(row), table.columns[label_column][row]
-        if value in (None, ""):
-            continue
+    for value, sample, where in read_overrides(path, split)[1]:
         names = value if isinstance(value, list) else split_label_text(str(value), LABEL_SEPARATOR, where)
         replaced[sample] = class_matrix([names], classes, where)[0]
     return replaced

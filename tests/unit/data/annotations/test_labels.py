@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from distav.config.errors import UserError
-from distav.data.annotations.labels import load_labels
+from distav.data.annotations.labels import _replace_labels, load_labels
+from distav.data.annotations.multi_labels import _replace_lists
 from distav.data.dataset import ShardedDataset, Split
 
 KEYS = ["train-000000003", "train-000000004"]
@@ -28,6 +29,22 @@ def test_override_replaces_given_labels_of_its_rows(shards: ShardedDataset, spli
     replaced = load_labels(shards, split, str(tmp_path / "labels.csv")).given
     assert shards.classes[replaced[3]] == "disc+tone"
     assert np.array_equal(np.delete(replaced, 3), np.delete(given, 3))
+
+
+@pytest.mark.parametrize("reads_lists", [False, True])
+def test_removals_that_are_ignored_are_counted_in_a_warning(
+    reads_lists: bool, shards: ShardedDataset, split: Split, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    table, given = tmp_path / "d.csv", np.zeros((len(split), len(shards.classes)), bool)
+    replace = _replace_lists if reads_lists else _replace_labels
+    table.write_text(f"key,label,pair,action\n{KEYS[0]},,mismatched,\n{KEYS[1]},disc+tone,matched,keep\n")
+    replace(table, split, shards.classes, given if reads_lists else given[:, 0].astype(int))
+    assert f"data.label_overrides={table}: 1 of 2 rows remove their clip" in caplog.text
+    assert f"make_shards.py clean SHARDS OUT --decisions {table}" in caplog.text
+    caplog.clear()
+    table.write_text(f"key,label,action\n{KEYS[0]},disc+tone,keep\n")
+    load_labels(shards, split, str(table))
+    assert not caplog.records
 
 
 def test_corrected_labels_take_precedence_over_labels(shards: ShardedDataset, split: Split, tmp_path: Path):
