@@ -75,8 +75,15 @@ def read_user_table(path: Path, name: str, table_format: TableFormat) -> Table:
         table_format: its columns.
 
     Raises:
-        UserError: if the file cannot be read, or does not have this format.
+        UserError: if the file cannot be read, does not have this format, or has no rows.
     """
+    table = _read(path, name, table_format)
+    if not len(table):
+        raise UserError(f"{name}: has a header, but no rows.")
+    return table
+
+
+def _read(path: Path, name: str, table_format: TableFormat) -> Table:
     extension = path.suffix.lower()
     if extension == ".csv":
         return read_csv(path, name, table_format)
