@@ -14,6 +14,8 @@ from distav.config.errors import UserError, did_you_mean, format_list
 from distav.data.annotations.tables import Table, TableFormat, read_user_table
 from distav.data.dataset import ShardedDataset, Split
 
+LISTS_TABLE = "the table is of a multi-label dataset, and clips of this dataset have one label; use {}"
+"""Message about a table of the other kind of dataset."""
 log = logging.getLogger("distav")
 
 _OVERRIDES = TableFormat("key,label", (), ("key", "id", "label", "corrected_label"), others_allowed=True)
@@ -123,6 +125,9 @@ def _replace_labels(path: Path, split: Split, classes: list[str], given: np.ndar
     """Return the given labels after applying a user's table; rows without a label change nothing."""
     replaced = given.copy()
     for label, sample, where in read_overrides(path, split)[1]:
+        if isinstance(label, list):
+            hint = LISTS_TABLE.format("labels/PHASE.parquet of a run on this dataset")
+            raise UserError(f"{where}: label {label}: {hint}.")
         replaced[sample] = class_index(label, classes, where)
     return replaced
 

@@ -19,6 +19,10 @@ LABEL_SEPARATOR = "|"
 """Separates the classes of a clip in a text."""
 LABEL_SEPARATORS = ("|", ";")
 """Separators that lists of clips may use."""
+ONE_LABEL_TABLE = (
+    "the table is of a dataset with one label per clip, and clips of this dataset may have several; use {}"
+)
+"""Message about a table of the other kind of dataset."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,12 @@ def split_label_text(text: str, separator: str, where: str) -> tuple[str, ...]:
 
 def _replace_lists(path: Path, split: Split, classes: list[str], given: np.ndarray) -> np.ndarray:
     """Return the given lists after applying a user's table; rows without a label change nothing."""
+    table, rows = read_overrides(path, split)
+    if "knn_label" in table.columns:
+        hint = ONE_LABEL_TABLE.format("labels/PHASE.parquet of a run on this dataset")
+        raise UserError(f"{table.name}: column 'knn_label': {hint}.")
     replaced = given.copy()
-    for value, sample, where in read_overrides(path, split)[1]:
+    for value, sample, where in rows:
         names = value if isinstance(value, list) else split_label_text(str(value), LABEL_SEPARATOR, where)
         replaced[sample] = class_matrix([names], classes, where)[0]
     return replaced

@@ -28,6 +28,7 @@ class TableFormat:
         others_allowed: whether a table may have other columns, which are ignored. A column with nearly the name of an
             absent one is an error in any case.
         separator: character between the cells.
+        mistaken: column by which a table is recognized that was given instead of this one, and what to use.
     """
 
     header: str
@@ -35,6 +36,7 @@ class TableFormat:
     optional: tuple[str, ...] = ()
     others_allowed: bool = False
     separator: str = ","
+    mistaken: tuple[str, str] = ("", "")
 
     @property
     def read_columns(self) -> tuple[str, ...]:
@@ -227,6 +229,9 @@ def _check_columns(header: list[str], name: str, table_format: TableFormat) -> N
         if intended:
             raise UserError(f"{name}: unknown column '{column}'; {allowed}. Did you mean '{intended}'?")
     missing = [column for column in table_format.required if column not in header]
+    column, hint = table_format.mistaken
+    if missing and column in header:
+        raise UserError(f"{name}: column '{missing[0]}' is missing; {hint}.")
     if missing:
         raise UserError(
             f"{name}: column '{missing[0]}' is missing; the first line has to be the header {table_format.header}; "

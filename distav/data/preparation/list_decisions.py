@@ -12,7 +12,7 @@ import numpy as np
 
 from distav.config.errors import UserError, did_you_mean, format_list
 from distav.data.annotations.labels import class_index, sample_ids
-from distav.data.annotations.multi_labels import load_multi_labels
+from distav.data.annotations.multi_labels import ONE_LABEL_TABLE, load_multi_labels
 from distav.data.annotations.tables import Table, TableFormat, read_user_table
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.preparation.review_decisions import ReviewResult
@@ -22,8 +22,18 @@ PRESENT, ABSENT = "present", "absent"
 """Decided values of a class of a clip."""
 DECISIONS = ("add", "remove", "keep")
 """Values of the column `decision`; an empty one is not decided."""
-_DECISIONS = TableFormat("key,class,decision", ("key", "class", "decision"), others_allowed=True)
-_CORRECTIONS = TableFormat("key,posterior", ("key", "posterior"), others_allowed=True)
+_DECISIONS = TableFormat(
+    "key,class,decision",
+    ("key", "class", "decision"),
+    others_allowed=True,
+    mistaken=("label", ONE_LABEL_TABLE.format("a table with the columns key, class and decision")),
+)
+_CORRECTIONS = TableFormat(
+    "key,posterior",
+    ("key", "posterior"),
+    others_allowed=True,
+    mistaken=("confidence", ONE_LABEL_TABLE.format("labels/PHASE.parquet of a run on this dataset")),
+)
 
 
 def apply_list_decisions(

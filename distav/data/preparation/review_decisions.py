@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from distav.config.errors import UserError
-from distav.data.annotations.labels import class_index, load_labels, sample_ids
+from distav.data.annotations.labels import LISTS_TABLE, class_index, load_labels, sample_ids
 from distav.data.annotations.tables import TableFormat, read_user_table
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.preparation.reviewers import Review, merge_decisions, read_decisions
@@ -85,7 +85,9 @@ def _apply_run_table(
     optional = ("correspondence",)
     if min_correspondence > 0:
         required, optional = required + optional, ()
-    table = read_user_table(path, f"--labels={path}", TableFormat(",".join(required), required, optional, True))
+    mistaken = ("posterior", LISTS_TABLE.format("labels/PHASE.parquet of a run on this dataset"))
+    table_format = TableFormat(",".join(required), required, optional, True, mistaken=mistaken)
+    table = read_user_table(path, f"--labels={path}", table_format)
     columns = table.columns
     for row, sample in enumerate(sample_ids(table, "key", split)):
         where = table.position(row)

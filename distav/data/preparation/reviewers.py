@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from distav.config.errors import UserError
-from distav.data.annotations.labels import class_index, sample_ids
+from distav.data.annotations.labels import LISTS_TABLE, class_index, sample_ids
 from distav.data.annotations.tables import TableFormat, read_user_table
 from distav.data.dataset import Split
 
@@ -20,7 +20,13 @@ ALLOWED = {"pair": ("mismatched", "matched", ""), "action": ("remove", "keep", "
 """Values of a column of decisions that is no label."""
 COLUMNS = ("label", *ALLOWED)
 """Columns of decisions, each of which is merged for itself."""
-_DECISIONS = TableFormat("key,label[,pair][,action]", ("key", "label"), ("pair", "action"), others_allowed=True)
+_DECISIONS = TableFormat(
+    "key,label[,pair][,action]",
+    ("key", "label"),
+    ("pair", "action"),
+    others_allowed=True,
+    mistaken=("decision", LISTS_TABLE.format("a table with the columns key and label")),
+)
 
 REVIEW = "review"
 """Key of the review of several reviewers in manifest.json."""

@@ -156,6 +156,7 @@ def _open_run(options: argparse.Namespace) -> _AuditedRun:
     config = OmegaConf.load(run / "config.yaml")  # Not validated: the allowed keys may have changed since the run.
     report: dict[str, Any] = json.loads((run / "report.json").read_text())
     shards = _open_dataset(options.shards, config.data.root, run)
+    _check_kind(shards, report, options)
     split = shards.split(config.data.train_split)
     name = f"{config.run.name} ({', '.join(config.phases)})"
     return _AuditedRun(name, config.run.name, shards, split, config.data.get("test_split") or "", report)
@@ -206,6 +207,17 @@ def _open_dataset(specified: str, recorded: str, run: Path) -> ShardedDataset:
         if specified:
             raise UserError(name_arguments(error, {"data.root": "--shards"})) from None
         raise UserError(f"{run / 'config.yaml'}: {error} If the dataset was moved, specify it with --shards.") from None
+
+
+def _check_kind(shards: ShardedDataset, report: dict[str, Any], options: argparse.Namespace) -> None:
+    """Raise a UserError if the run corrected single labels and the dataset has lists of labels, or vice versa."""
+    corrects_lists = ["missing_label_rate" in correction for correction in report.get("corrections", ())]
+    if corrects_lists and corrects_lists[-1] != shards.multi_label:
+        kinds = ("a dataset with one label per clip", "a multi-label dataset")
+        raise UserError(
+            f"--shards={options.shards or shards.location}: {kinds[shards.multi_label]}, but {options.run} is a run on "
+            f"{kinds[not shards.multi_label]}; specify the run's dataset with --shards."
+        )
 
 
 def _embeddings(options: argparse.Namespace, split: Split) -> Embeddings:

@@ -71,6 +71,9 @@ def test_tables_replace_lists(shards: ShardedDataset, split: Split, tmp_path: Pa
     replaced = load_multi_labels(shards, split, str(tmp_path / "labels.parquet")).given
     assert label_lists(replaced[:2], shards.classes) == [["rain"], []]
     assert list(verify(shards.root, str(tmp_path / "labels.parquet"))) == []
+    (tmp_path / "labels.csv").write_text("id,corrected_label,knn_label\n0,dog,dog\n")
+    with pytest.raises(UserError, match="labels.csv: column 'knn_label': the table is of a dataset with one label per"):
+        load_multi_labels(shards, split, str(tmp_path / "labels.csv"))
 
 
 @pytest.mark.parametrize(

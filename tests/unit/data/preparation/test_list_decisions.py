@@ -106,6 +106,11 @@ def test_options_that_need_one_label_are_rejected(shards: ShardedDataset, tmp_pa
         clean_dataset(config, tmp_path / "clean", workers=1)
     with pytest.raises(UserError, match="--min-confidence=0.2: allowed on .* several classes: 0.5 to 1"):
         clean_dataset(CleaningConfig(shards.root, (path,), min_confidence=0.2), tmp_path / "clean", workers=1)
+    one = tmp_path / "one.csv"
+    one.write_text("key,label,confidence\nx,dog,1\n")
+    for config in (CleaningConfig(shards.root, (one,)), CleaningConfig(shards.root, labels=one)):
+        with pytest.raises(UserError, match="is missing; the table is of a dataset with one label per clip, .*; use "):
+            clean_dataset(config, tmp_path / "clean", workers=1)
     keys = shards.split("train").keys
     single = pa.table({"key": keys, "posterior": [0.5] * len(keys)})
     pq.write_table(single, tmp_path / "run.parquet")

@@ -1,6 +1,7 @@
 """Duplicates, leaks, off-topic clips and media without content, planted in a small dataset."""
 
 import csv
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from distav.data.dataset import ShardedDataset
 from distav.tools.audit.command import _print_summary
+from distav.tools.audit.command import main as audit
 from distav.tools.audit.data_issues import DataIssues
 from distav.tools.audit.duplicates import DistanceModel, duplicate_groups, find_leaks, find_matches
 from distav.tools.audit.issue_table import issue_table, write_issue_table
@@ -104,17 +106,25 @@ def test_silent_black_and_unreadable_clips_are_listed_with_reasons(planted: Data
     assert MediaCheck.from_rows([{**row, "still": row["id"] < 10} for row in rows], 100).issues()[0].sum() == 10
 
 
+def test_a_dataset_of_the_other_kind_is_rejected(tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "config.yaml").write_text(f"run: {{name: x}}\nphases: {{}}\ndata: {{root: {tiny_shards}}}\n")
+    (tmp_path / "report.json").write_text(json.dumps({"corrections": [{"missing_label_rate": 0.1}]}))
+    assert audit([str(tmp_path), "--shards", str(tiny_shards)]) == 1
+    error = capsys.readouterr().err
+    assert f"--shards={tiny_shards}: a dataset with one label per clip, but {tmp_path} is a run on a multi" in error
+
+
 def test_media_that_were_not_searched_have_no_count(
     tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    data, audit = planted_issues(tiny_shards)
+    data, content = planted_issues(tiny_shards)
     data = replace(data, media=MediaCheck.skipped(len(data.train)))
-    nothing = {name: (ids[:0], cosines[:0]) for name, (ids, cosines) in audit.neighbors[-1].items()}
-    audit = replace(audit, issues=data.issues, neighbors=[*audit.neighbors[:-1], nothing])
-    page = _page_data(audit)
+    nothing = {name: (ids[:0], cosines[:0]) for name, (ids, cosines) in content.neighbors[-1].items()}
+    content = replace(content, issues=data.issues, neighbors=[*content.neighbors[:-1], nothing])
+    page = _page_data(content)
     assert page["totals"]["media"] is None and "not searched (--skip-media)" in page["no_issues"]["media"]
     (tmp_path / "audit.html").touch()
-    _print_summary(audit, tmp_path / "audit.html", [])
+    _print_summary(content, tmp_path / "audit.html", [])
     printed = capsys.readouterr().out
     assert "6 off-topic issues, – media issues" in printed and page["no_issues"]["media"] in printed
 
