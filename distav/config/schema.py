@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 from distav.config.bounds import above, at_least, between, one_of, satisfies
+from distav.config.label_noise import is_label_noise
 from distav.config.model import ModelConfig
 from distav.config.phases import PhaseConfig
 from distav.config.setting_types import FilePath
@@ -72,7 +73,10 @@ class SyntheticConfig:
     """Number of training clips."""
     test_clips: int = field(default=300, metadata=at_least(0))
     """Number of test clips; they have neither label noise nor mismatched audio."""
-    label_noise: str = "symmetric:0.4"
+    label_noise: str = field(
+        default="symmetric:0.4",
+        metadata=satisfies(is_label_noise, "symmetric:RATE or asymmetric:RATE with a rate from 0 to 1, or empty"),
+    )
     """Label noise of the training split, as for tools/make_shards.py; empty for none."""
     correspondence_noise: float = field(default=0.0, metadata=between(0, 1))
     """Fraction of training clips with the audio of another clip."""

@@ -10,8 +10,7 @@ from typing import Self
 import numpy as np
 
 from distav.config.errors import UserError, did_you_mean
-
-_KINDS = ("symmetric", "asymmetric")
+from distav.config.label_noise import LABEL_NOISE_KINDS, parse_label_noise
 
 
 @dataclass(frozen=True)
@@ -32,20 +31,17 @@ class LabelNoise:
         Raises:
             UserError: for another kind, or a rate outside 0..1.
         """
-        if not text:
+        parsed = parse_label_noise(text)
+        if parsed is None:
             return None
-        kind, _, rate = text.partition(":")
-        if kind not in _KINDS:
+        kind, rate = parsed
+        if kind not in LABEL_NOISE_KINDS:
             raise UserError(
-                f"{option}={text}: has to be symmetric:RATE or asymmetric:RATE.{did_you_mean(kind, _KINDS)}"
+                f"{option}={text}: has to be symmetric:RATE or asymmetric:RATE.{did_you_mean(kind, LABEL_NOISE_KINDS)}"
             )
-        try:
-            value = float(rate)
-        except ValueError:
-            value = math.nan
-        if not 0 <= value <= 1:
+        if math.isnan(rate):
             raise UserError(f"{option}={text}: the rate has to be a number from 0 to 1.")
-        return cls(kind, value)
+        return cls(kind, rate)
 
 
 def flip_labels(labels: np.ndarray, num_classes: int, noise: LabelNoise, rng: np.random.Generator) -> np.ndarray:

@@ -103,6 +103,10 @@ def test_the_home_directory_is_expanded_in_every_path(config_file: Path, monkeyp
         ("memory_bank.replicate_below_mib=-1", ["memory_bank.replicate_below_mib=-1", "0 or more"]),
         ("optim.beta1=1", ["optim.beta1=1"]),
         ("augment.audio_shift_s=1", ["augment.audio_shift_s=1", "0 to 0.5"]),
+        *(
+            (f"data.synthetic.label_noise={noise}", [f"data.synthetic.label_noise={noise}: allowed: symmetric:RATE or"])
+            for noise in ("symmetric:1.5", "symetric:0.4", "asymmetric", "symmetric:nan")
+        ),
         ("deepspeed.zero_stage=4", ["deepspeed.zero_stage=4", "0, 1, 2, 3 or null"]),
         ("deepspeed.zero_stage=auto", ["deepspeed.zero_stage=auto: allowed: 0, 1, 2, 3 or null"]),
         ("phases.learn.temperature=0", ["phases.learn.temperature=0", "above 0"]),
