@@ -4,6 +4,7 @@ For example: `lr: float = field(default=1e-3, metadata=above(0))`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -79,9 +80,14 @@ def _check_value(key: str, value: object, bound: Bound | None) -> None:
         elements = cast(list[object], value)
         require(bool(elements), key, elements, f"at least one value ({bound.allowed})")
         for element in elements:
-            require(bound.holds(element), key, element, bound.allowed)
+            _require_bound(bound, key, element)
     elif bound is not None:
-        require(bound.holds(value), key, value, bound.allowed)
+        _require_bound(bound, key, value)
+
+
+def _require_bound(bound: Bound, key: str, value: object) -> None:
+    require(bound.holds(value), key, value, bound.allowed)
+    require(not isinstance(value, float) or math.isfinite(value), key, value, f"{bound.allowed}, and finite")
 
 
 def require(condition: bool, key: str, value: object, allowed: str) -> None:

@@ -19,6 +19,7 @@ from distav.models.towers import AUDIO_TOWERS, VISUAL_TOWERS
 class Section:
     rate: float = dataclasses.field(default=0.5, metadata=between(0, 1, "as a fraction"))
     counts: list[int] = dataclasses.field(default_factory=lambda: [1], metadata=at_least(1))
+    weights: list[float] = dataclasses.field(default_factory=lambda: [1.0], metadata=at_least(0))
     stage: int | None = dataclasses.field(default=None, metadata=one_of(0, 1, None))
     grids: dict[str, list[int]] = dataclasses.field(
         default_factory=dict[str, list[int]], metadata=satisfies(lambda grid: len(grid) == 2, "rows and columns")
@@ -71,6 +72,7 @@ def test_the_walker_reaches_phases_of_a_configuration():
     [
         ({"rate": 1.5}, "section.rate=1.5: allowed: 0 to 1, as a fraction."),
         ({"rate": float("nan")}, "section.rate=nan: allowed: 0 to 1, as a fraction."),
+        ({"weights": [1.0, float("inf")]}, "section.weights=inf: allowed: 0 or more, and finite."),
         ({"counts": [3, 0]}, "section.counts=0: allowed: 1 or more."),
         ({"counts": []}, "section.counts=[]: allowed: at least one value (1 or more)."),
         ({"stage": 2}, "section.stage=2: allowed: 0, 1 or null."),

@@ -109,6 +109,7 @@ def test_the_home_directory_is_expanded_in_every_path(config_file: Path, monkeyp
         ),
         ("deepspeed.zero_stage=4", ["deepspeed.zero_stage=4", "0, 1, 2, 3 or null"]),
         ("deepspeed.zero_stage=auto", ["deepspeed.zero_stage=auto: allowed: 0, 1, 2, 3 or null"]),
+        ("phases.fix.min_change_odds=inf", ["phases.fix.min_change_odds=inf: allowed: 1 or more, and finite."]),
         ("phases.learn.temperature=0", ["phases.learn.temperature=0", "above 0"]),
         ("+phases.more={kind: supervised}", ["no phase 'more'", "the file can add others"]),
         ("optim.lr", ["key=value"]),
