@@ -31,6 +31,7 @@ from distav.config.errors import UserError
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset, Split
 from distav.evaluation.embedding import Embedder, Embeddings
+from distav.memory.knn import MAX_K
 from distav.tools.audit.data_issues import DataIssues, find_data_issues
 from distav.tools.audit.exports import EXPORT_FORMATS, Export, write_export
 from distav.tools.audit.issue_table import issue_table, write_issue_table
@@ -39,6 +40,9 @@ from distav.tools.audit.list_audit import audit_lists, list_summary, write_list_
 from distav.tools.audit.list_exports import write_list_export
 from distav.tools.audit.media_check import MediaCheck
 from distav.tools.audit.page import Audit, write_page
+
+_NEIGHBORS = 8
+"""Default of `--neighbors`; a smaller dataset has fewer."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="FILE", help="page to write (RUN/audit.html)")
     add("--shards", default="", metavar="SHARDS", help="training dataset of the run, if it was moved")
     add("--limit", type=int, default=1000, metavar="N", help="issues per list; 0: all (%(default)s)")
-    add("--neighbors", type=int, default=8, metavar="K", help="similar clips shown for each issue (%(default)s)")
+    add("--neighbors", type=int, default=_NEIGHBORS, metavar="K", help="similar clips per issue (%(default)s)")
     add("--embeddings", type=Path, metavar="DIR", help="output of tools/embed.py for the dataset, to skip embedding it")
     add("--thumbnail-height", type=int, default=96, metavar="PIXELS", help="largest height of a frame (%(default)s)")
     add("--batch-size", type=int, default=32, help="clips embedded at a time (%(default)s)")
@@ -158,6 +162,12 @@ def _open_run(options: argparse.Namespace) -> _AuditedRun:
     shards = _open_dataset(options.shards, config.data.root, run)
     _check_kind(shards, report, options)
     split = shards.split(config.data.train_split)
+    max_neighbors = min(len(split) - 1, MAX_K)
+    if options.neighbors > max(max_neighbors, _NEIGHBORS):
+        raise UserError(
+            f"--neighbors={options.neighbors}: allowed: 1 to {max_neighbors}, for the {len(split)} training clips of "
+            f"{shards.location}."
+        )
     name = f"{config.run.name} ({', '.join(config.phases)})"
     return _AuditedRun(name, config.run.name, shards, split, config.data.get("test_split") or "", report)
 

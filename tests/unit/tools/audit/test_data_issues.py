@@ -106,12 +106,18 @@ def test_silent_black_and_unreadable_clips_are_listed_with_reasons(planted: Data
     assert MediaCheck.from_rows([{**row, "still": row["id"] < 10} for row in rows], 100).issues()[0].sum() == 10
 
 
-def test_a_dataset_of_the_other_kind_is_rejected(tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "config.yaml").write_text(f"run: {{name: x}}\nphases: {{}}\ndata: {{root: {tiny_shards}}}\n")
+def test_arguments_that_do_not_fit_the_dataset_are_rejected(
+    tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = f"{{root: {tiny_shards}, train_split: train}}"
+    (tmp_path / "config.yaml").write_text(f"run: {{name: x}}\nphases: {{}}\ndata: {data}\n")
     (tmp_path / "report.json").write_text(json.dumps({"corrections": [{"missing_label_rate": 0.1}]}))
     assert audit([str(tmp_path), "--shards", str(tiny_shards)]) == 1
     error = capsys.readouterr().err
     assert f"--shards={tiny_shards}: a dataset with one label per clip, but {tmp_path} is a run on a multi" in error
+    (tmp_path / "report.json").write_text("{}")
+    assert audit([str(tmp_path), "--neighbors", "96"]) == 1
+    assert f"--neighbors=96: allowed: 1 to 95, for the 96 training clips of {tiny_shards}." in capsys.readouterr().err
 
 
 def test_media_that_were_not_searched_have_no_count(
