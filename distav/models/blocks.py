@@ -4,8 +4,7 @@ Legend: B clips, n blocks.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from distav.models.layers import recomputation
 
 DROP_PATH_STREAM = 16
 """First stream of a sample's random numbers for skipped blocks; each block has its own."""
-_inside: ContextVar[nn.Module | None] = ContextVar("inside", default=None)
-"""The block whose activations are being recomputed or checkpointed."""
 
 
 def find_blocks(net: nn.Module) -> list[nn.Module]:
@@ -69,23 +66,24 @@ def lr_scales(net: nn.Module, blocks: Sequence[nn.Module], decay: float) -> dict
 
 def recompute_activations(block: nn.Module) -> None:
     """Make a block store its inputs alone in training, and compute its activations again in the backward pass."""
-    original = block.forward
+    original, is_inside = block.forward, [False]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        is_inside[0] = True
+        try:
+            return block(*args, **kwargs)
+        finally:
+            is_inside[0] = False
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or _inside.get() is block:
+        if not torch.is_grad_enabled() or is_inside[0]:
             return original(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return checkpoint(original, *args, use_reentrant=False, **kwargs)
         # A call of the block and not of `original`: hooks of ZeRO-3 gather its weights in the recomputation too.
-        return checkpoint(_run_inside, block, args, kwargs, use_reentrant=False, context_fn=_checkpoint_contexts)
+        return checkpoint(run, *args, use_reentrant=False, context_fn=_checkpoint_contexts, **kwargs)
 
     block.forward = forward
-
-
-def _run_inside(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    token = _inside.set(block)
-    try:
-        return block(*args, **kwargs)
-    finally:
-        _inside.reset(token)
 
 
 def _checkpoint_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:

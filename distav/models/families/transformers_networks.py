@@ -24,7 +24,11 @@ PARTS = {
 """Names under which networks of several modalities have the settings of the part for one of them."""
 RANDOM_PARTS = ("layerdrop", "apply_spec_augment", "drop_path_rate")
 """Settings of random parts of a network, whose random numbers would depend on the number of ranks, besides dropout."""
-_KEY_MAPPINGS = {"clap_audio_model": {r"^audio_model\.": ""}}
+_KEY_MAPPINGS = {
+    "clap_audio_model": {r"^audio_model\.": ""},
+    "pe_audio_encoder": {r"^(.*\.)?audio_encoder\.": ""},
+    "pe_video_encoder": {r"^(.*\.)?video_encoder\.": ""},
+}
 """Changes of names in checkpoints of several modalities that transformers does not make itself."""
 _PREPROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 

@@ -138,6 +138,8 @@ class Engine:
         sharded = deepspeed.zero.Init(config_dict_or_path=self.config) if self.stage == 3 else contextlib.nullcontext()
         with sharded:
             model = build_model()
+        if config.run.compile:
+            _compile_towers(model, self.stage)
         optim = config.optim
         self._adamw = _AdamW(
             parameter_groups(model, optim.weight_decay),
@@ -241,6 +243,16 @@ class Engine:
         with context:
             state = self.model.state_dict()
             return {name: _full_precision(value).cpu().clone().contiguous() for name, value in state.items()}
+
+
+def _compile_towers(model: nn.Module, stage: int) -> None:
+    if stage == 3:
+        raise UserError(
+            "run.compile=true: ZeRO stage 3 gathers weights between layers; allowed: deepspeed.zero_stage=2."
+        )
+    for module in model.modules():
+        if isinstance(module, Tower):
+            module.net.compile()
 
 
 def _full_precision(values: Tensor) -> Tensor:

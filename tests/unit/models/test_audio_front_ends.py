@@ -19,11 +19,11 @@ from distav.models.audio_front_ends import (
     KaldiFilterBank,
     MirroredWaveform,
     NormalizedWaveform,
-    Resample,
     WhisperLogMel,
     from_preprocessor,
     mel_filters,
 )
+from distav.models.resampling import Resample
 from tests.helpers.on_gpu import OnGPU
 
 transformers = pytest.importorskip("transformers", reason="teachers need transformers: pip install 'distav[teachers]'")

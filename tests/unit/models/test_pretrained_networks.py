@@ -100,6 +100,8 @@ def test_audio_networks_of_transformers_have_their_weights_and_front_end(kind: s
     if kind.startswith("clap"):
         is_longer = torch.zeros(2, 1, dtype=torch.bool)  # The extractor marks a random clip of each batch.
         own = net.audio_model(inputs["input_features"], is_longer=is_longer).pooler_output
+    elif kind == "pe_audio":
+        own = net.audio_encoder(inputs["input_values"]).pooler_output
     elif kind == "ast":
         own = net(inputs["input_values"]).pooler_output
     elif kind == "whisper":
@@ -241,3 +243,35 @@ def test_weights_that_cannot_be_downloaded_say_where_to_put_them(monkeypatch: py
     with pytest.raises(UserError) as error:
         visual_tower(VisualConfig("torchvision:r2plus1d_18@KINETICS400_V1"))
     assert str(tmp_path / "checkpoints" / "r2plus1d_18-91a641e6.pth") in str(error.value)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("kind", ["small_conv", "vit_tiny", "clip", "ast"])
+def test_networks_compile_without_a_graph_break(kind: str, recomputes: bool, tmp_path: Path):
+    torch._dynamo.reset()
+    if kind == "ast":
+        save_audio(kind, tmp_path)
+        model = describe_towers(ModelConfig(audio=AudioConfig(f"hf:{tmp_path}")))
+        tower: Any = AudioTower(model.audio, DataConfig(audio_s=0.5), RATE, recomputes)
+        x = tower.front_end(torch.randn(2, RATE // 2))
+    else:
+        if kind == "clip":
+            save_visual(kind, tmp_path)
+        name = f"hf:{tmp_path}" if kind == "clip" else kind
+        model = describe_towers(ModelConfig(visual=VisualConfig(name, drop_path=0.5)))
+        data = with_tower_inputs(DataConfig(num_frames=2, frame_size=32), model, fps=30)
+        tower = VisualTower(model.visual, data, recomputes)
+        x = torch.randn(2, 3, 2, 32, 32)
+    tower.train()._set_seeds(torch.arange(2))
+    before = copy.deepcopy(tower.net.state_dict())
+    expected = tower.net(x)
+    expected.sum().backward()
+    gradients = [parameter.grad for parameter in tower.net.parameters()]
+    tower.zero_grad()
+    tower.net.load_state_dict(before)
+    actual = torch.compile(tower.net, fullgraph=True, backend="aot_eager")(x)
+    actual.sum().backward()
+    torch.testing.assert_close(actual, expected)
+    for parameter, gradient in zip(tower.net.parameters(), gradients, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4)
