@@ -192,6 +192,9 @@ class Engine:
         norm = self._grad_norm() if complete and self._optimizer is self._adamw else None
         self._adamw.skips = norm is not None and not bool(torch.isfinite(norm))
         self._engine.step()
+        if complete and self.stage == 3:
+            # Otherwise parameters without a gradient in the next step keep that of the last one.
+            self._optimizer.grad_partitions_flat_buffer.zero_()
         self.skipped = complete and (self._adamw.skips or not self._engine.was_step_applied())
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return torch.as_tensor(float("nan") if norm is None else norm)

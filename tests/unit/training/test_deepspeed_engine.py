@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distav.config.schema import Config, Precision
 from distav.distributed.process_group import World
 from distav.training.engine.deepspeed_engine import Engine
-from tests.helpers.engine import ChainNet, media_batch, new_engine, step
+from tests.helpers.engine import CPU, ChainNet, media_batch, new_engine, step
 from tests.helpers.spawn import on_ranks
 
 
@@ -163,3 +163,37 @@ def deepspeed_timeout() -> timedelta:
 
 def test_process_group_of_deepspeed_has_the_timeout_of_the_run():
     assert on_ranks(1, deepspeed_timeout, timeout_s=97)[0] == timedelta(seconds=97)
+
+
+class TwoHeads(nn.Module):
+    """A network with two heads, of which a step may use one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, frames: Tensor, seeds: Tensor) -> dict[str, Tensor]:
+        return {"first": self.first(frames), "second": self.second(frames)}
+
+
+def train_one_head_after_both(stage: int) -> list[Tensor]:
+    """Return gradient norms and weights of steps that use both heads, and then the first one alone."""
+    settings = Config()
+    settings.deepspeed.zero_stage, settings.deepspeed.precision = stage, Precision.fp32
+    settings.optim.global_batch = 4
+    engine = Engine(TwoHeads, settings, CPU)
+    engine.set_lr(0.01, 0.01)
+    results = []
+    for uses_both in (True, True, False, False, True):
+        outputs = engine(media_batch(frames=torch.arange(20.0).view(4, 5)))
+        loss = outputs["first"].square().mean()
+        engine.backward(loss + outputs["second"].square().mean() if uses_both else loss)
+        results += [engine.step(), *engine.full_state_dict().values()]
+    return results
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_parameters_without_a_gradient_are_treated_alike_at_each_stage(stage: int):
+    reference = on_ranks(1, train_one_head_after_both, 0)[0]
+    for value, expected in zip(on_ranks(1, train_one_head_after_both, stage)[0], reference, strict=True):
+        torch.testing.assert_close(value, expected)
