@@ -49,8 +49,8 @@ def _is_unit(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention) or not any(list(part.children()) for part in module.children())
 
 
-def lr_scales(net: nn.Module, blocks: Sequence[nn.Module], decay: float) -> dict[str, float]:
-    """Return the factor on the learning rate of each parameter of a network, by name.
+def lr_scales(backbone: nn.Module, blocks: Sequence[nn.Module], decay: float) -> dict[int, float]:
+    """Return the factor on the learning rate of each parameter of a backbone, by its identity.
 
     It is 1 in the last block, and `decay` times that of the next block in all others. Parameters outside all blocks,
     such as position embeddings, have that of the first block.
@@ -61,7 +61,7 @@ def lr_scales(net: nn.Module, blocks: Sequence[nn.Module], decay: float) -> dict
         for parameter in block.parameters()
     }
     first = decay ** max(0, len(blocks) - 1)
-    return {name: scale_of.get(id(parameter), first) for name, parameter in net.named_parameters()}
+    return {id(parameter): scale_of.get(id(parameter), first) for parameter in backbone.parameters()}
 
 
 def recompute_activations(block: nn.Module) -> None:

@@ -93,9 +93,14 @@ class Encoder(nn.Module):
         weights = read_weights(Path(config.weights).expanduser(), "model.*.weights")
         return with_names_of(weights, self.state_dict())
 
+    @property
+    def backbone(self) -> nn.Module:
+        """The part of the network that freezing and layer-wise learning rates refer to."""
+        return self
+
     def blocks(self) -> list[nn.Module]:
-        """Return the parts of the network from input to output, for freezing and layer-wise learning rates."""
-        return find_blocks(self)
+        """Return the parts of the backbone from input to output."""
+        return find_blocks(self.backbone)
 
 
 class VisualEncoder(Encoder):

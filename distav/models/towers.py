@@ -70,32 +70,29 @@ class Tower(nn.Module):
         blocks = net.blocks()
         self.unfreeze_after = config.unfreeze_after
         self._frozen = tuple(blocks if config.freeze < 0 else blocks[: config.freeze])
-        self._lr_scales = lr_scales(net, blocks, config.lr_decay)
-        self._frozen_names = self._names_of_frozen(blocks, config.freeze)
+        frozen = _frozen_parameters(net.backbone, blocks, config.freeze)
+        scales = lr_scales(net.backbone, blocks, config.lr_decay)
+        self._learning_options = {
+            name: (scales.get(id(parameter), 1.0), self.unfreeze_after * (id(parameter) in frozen))
+            for name, parameter in net.named_parameters()
+        }
         if config.batch_norm == "running":
             for module in net.modules():
                 if isinstance(module, GlobalBatchNorm):
                     module.uses_batch = False
         if not self.unfreeze_after:
-            for name, parameter in net.named_parameters():
-                parameter.requires_grad_(parameter.requires_grad and name not in self._frozen_names)
+            for parameter in net.parameters():
+                parameter.requires_grad_(parameter.requires_grad and id(parameter) not in frozen)
         self._drop_paths = drop_paths(blocks, config.drop_path) if config.drop_path else []
         if config.lora_rank:
-            lora.add_adapters(net, blocks, config.lora_rank, config.lora_alpha)
+            trained = [block for block in blocks if block not in self._frozen]
+            lora.add_adapters(net.backbone, trained, config.lora_rank, config.lora_alpha)
         self._is_frozen = bool(self._frozen)
         for block in blocks:
             if block in self._frozen:
                 self._compute_without_gradients(block)
             elif activation_checkpointing:
                 recompute_activations(block)
-
-    def _names_of_frozen(self, blocks: list[nn.Module], number: int) -> frozenset[str]:
-        """Return the names of the frozen parameters; those outside all blocks are frozen with the first block."""
-        if not number:
-            return frozenset()
-        trained = blocks[number:] if number > 0 else []
-        kept = {id(parameter) for block in trained for parameter in block.parameters()}
-        return frozenset(name for name, parameter in self.net.named_parameters() if id(parameter) not in kept)
 
     def _compute_without_gradients(self, block: nn.Module) -> None:
         original = block.forward
@@ -123,11 +120,20 @@ class Tower(nn.Module):
 
     def learning_options(self, name: str) -> tuple[float, int]:
         """Return the factor on the learning rate of a parameter of `net`, and the epoch from which it is trained."""
-        return self._lr_scales.get(name, 1.0), self.unfreeze_after if name in self._frozen_names else 0
+        return self._learning_options.get(name, (1.0, 0))
 
     def _set_seeds(self, seeds: Tensor | None) -> None:
         for path in self._drop_paths:
             path.seeds = seeds if self.training else None
+
+
+def _frozen_parameters(backbone: nn.Module, blocks: list[nn.Module], number: int) -> set[int]:
+    """Return the identities of frozen parameters; those outside all blocks are frozen with the first block."""
+    if not number:
+        return set()
+    trained = blocks[number:] if number > 0 else []
+    kept = {id(parameter) for block in trained for parameter in block.parameters()}
+    return {id(parameter) for parameter in backbone.parameters()} - kept
 
 
 class VisualTower(Tower):

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from distav.distributed.collectives import local_shard
+from distav.noise.correction import Correction, CorrectionPrior
 from distav.noise.knn_vote import source_weights
 from distav.noise.label_model import fit_label_model, gain_and_temperature
 from distav.noise.model_fit import PairAssumption, select_fit_rows
 from distav.noise.model_parameters import Votes
-from distav.noise.noise_rate import RateEstimate, candidate_rates, class_rates, transition_matrix, unknown_rate
+from distav.noise.noise_rate import transition_matrix, unknown_rate
 from distav.noise.vote_score import VoteScorer, log_votes
 from distav.noise.vote_search import (
     FeatureSpace,
@@ -40,72 +41,6 @@ MIN_MISMATCH = 0.05
 first one is tried."""
 
 
-@dataclass(frozen=True)
-class CorrectionPrior:
-    """Results of earlier corrections that a later one uses.
-
-    The features of later rounds are trained on votes that depend slightly on every label. The rates of the first
-    correction are therefore the most reliable.
-
-    Attributes:
-        held_out: [n, C] held-out probabilities of the previous correction, one of the votes.
-        rate_log_likelihood, pair_rate_log_likelihood, visual_owner: of the first correction; see `Correction`.
-    """
-
-    held_out: Tensor
-    rate_log_likelihood: Tensor
-    pair_rate_log_likelihood: Tensor
-    visual_owner: float
-
-
-@dataclass(frozen=True)
-class Correction:
-    """Corrected labels of this rank's samples, and the noise estimates.
-
-    The label of a mismatched pair names the class of one of its modalities, its owner.
-
-    Attributes:
-        held_out: [n, C] probabilities of the class of the label's owner that do not depend on the sample's own label;
-            the given label where there are no votes or no signal.
-        posterior: [n, C] the same probabilities that also depend on the sample's own label, by the noise model.
-        visual_held_out, visual_posterior: [n, C] the same for the class of the frames.
-        audio_held_out, audio_posterior: [n, C] the same for the class of the audio.
-        correspondence: [n] probability that audio and frames show the same class; 1 for samples with one modality.
-        rate_log_likelihood, pair_rate_log_likelihood: [R] log-likelihoods of the label-noise rates and of the mismatch
-            rates, the priors of later corrections.
-        label_rate: label-noise rate.
-        transition_matrix: [C, C + 1] P(given | true), and the estimated number of samples of each class in the last
-            column.
-        pair_rate: mismatch rate of the pairs.
-        visual_owner: fraction of the mismatched pairs whose label names the class of the frames.
-        log_likelihood_gain: gain of the votes over the class frequencies in predicting the given labels, in nats.
-        has_signal: whether the gain exceeds `min_log_likelihood_gain`.
-        selected_votes: configuration of each vote.
-    """
-
-    held_out: Tensor
-    posterior: Tensor
-    visual_held_out: Tensor
-    visual_posterior: Tensor
-    audio_held_out: Tensor
-    audio_posterior: Tensor
-    correspondence: Tensor
-    rate_log_likelihood: Tensor
-    pair_rate_log_likelihood: Tensor
-    label_rate: RateEstimate
-    transition_matrix: Tensor
-    pair_rate: RateEstimate
-    visual_owner: float
-    log_likelihood_gain: float
-    has_signal: bool
-    selected_votes: dict[str, str]
-
-    @property
-    def class_rates(self) -> list[RateEstimate]:
-        """Label-noise rate of each class."""
-        return class_rates(self.transition_matrix, self.label_rate)
-
-
 def correct_labels(
     spaces: Sequence[FeatureSpace],
     given: Tensor,
@@ -122,7 +57,7 @@ def correct_labels(
     concatenated features of the joint vote, and a second fit uses all votes. In the first correction of a run this is
     repeated for each assumption on the owner of the labels, unless nearly all pairs match, and the likely one is kept.
     If the votes predict the given labels no better than class frequencies do (``min_log_likelihood_gain``), the labels
-    are returned unchanged.
+    are returned unchanged; if those of one modality do not, the mismatch rate is unknown.
 
     At most three tables [n, C] of votes and the six of the result are held at a time, in addition to the arguments and
     one table for each of the votes of `prior` and `teachers`.
@@ -141,6 +76,7 @@ def correct_labels(
     """
     valid = torch.stack(list(has_modality.values())).any(0)
     local_labels, present = local_shard(given), local_shard(valid)
+    paired = local_shard(torch.stack(list(has_modality.values())).all(0))
     search_space = feasible_search_space(search_space, len(given), num_classes)
     scorer = VoteScorer(local_labels, num_classes, present)
     fit_rows = select_fit_rows(present, num_classes)
@@ -159,6 +95,7 @@ def correct_labels(
     votes = _votes(task, visual, audio, prior, teachers)
     halves = [[log_votes(table) for table in vote.half_votes] for vote in (visual, audio)]
     selected_votes = {"visual": str(visual.config), "audio": str(audio.config)}
+    knows_pairs = min(scorer.gain(visual.score), scorer.gain(audio.score)) > search_space.min_log_likelihood_gain
     del visual, audio  # Their tables.
     owners = [prior.visual_owner] if prior else VISUAL_OWNERS
     data = fit_data(votes)
@@ -187,6 +124,9 @@ def correct_labels(
     result = model.posterior(votes, local_labels)
     del votes
     has_signal = model.gain > search_space.min_log_likelihood_gain
+    pair_log_likelihood, pair_rate = model.pair_rate_log_likelihood.to(given.device), model.pair_rate
+    if not (has_signal and knows_pairs):
+        pair_log_likelihood, pair_rate = torch.zeros_like(pair_log_likelihood), unknown_rate(num_classes)
     corrected = present if has_signal else torch.zeros_like(present)
     for probs in (getattr(result, field.name) for field in fields(result) if field.name != "correspondence"):
         _restore_labels(probs, local_labels, ~corrected)
@@ -197,12 +137,12 @@ def correct_labels(
         visual_posterior=result.visual,
         audio_held_out=result.audio_held_out,
         audio_posterior=result.audio,
-        correspondence=torch.where(corrected, result.correspondence, torch.ones_like(result.correspondence)),
+        correspondence=torch.where(corrected & paired, result.correspondence, 1.0),
         rate_log_likelihood=model.rate_log_likelihood.to(given.device),
-        pair_rate_log_likelihood=model.pair_rate_log_likelihood.to(given.device),
+        pair_rate_log_likelihood=pair_log_likelihood,
         label_rate=model.label_rate if has_signal else unknown_rate(num_classes),
         transition_matrix=transition_matrix(result.owner[corrected], local_labels[corrected]),
-        pair_rate=model.pair_rate if has_signal else unknown_rate(num_classes),
+        pair_rate=pair_rate,
         visual_owner=float(model.pair.visual_owner),
         log_likelihood_gain=model.gain,
         has_signal=has_signal,
@@ -256,37 +196,6 @@ def _votes(
         joint=[log_votes(prior.held_out)] if prior else [],
         has_visual=local_shard(task.has_modality["visual"]),
         has_audio=local_shard(task.has_modality["audio"]),
-    )
-
-
-def identity_correction(given: Tensor, num_classes: int) -> Correction:
-    """Return the correction that leaves labels and pairs unchanged and does not estimate the noise.
-
-    Args:
-        given: [N] int64 labels.
-        num_classes: C.
-    """
-    labels = local_shard(given)
-    probs = torch.zeros(len(labels), num_classes, device=given.device).scatter_(1, labels[:, None], 1.0)
-    log_likelihood = torch.zeros_like(candidate_rates(num_classes), device=given.device)
-    rate = unknown_rate(num_classes)
-    return Correction(
-        held_out=probs,
-        posterior=probs.clone(),
-        visual_held_out=probs.clone(),
-        visual_posterior=probs.clone(),
-        audio_held_out=probs.clone(),
-        audio_posterior=probs.clone(),
-        correspondence=torch.ones_like(probs[:, 0]),
-        rate_log_likelihood=log_likelihood,
-        pair_rate_log_likelihood=log_likelihood,
-        label_rate=rate,
-        transition_matrix=probs.new_zeros(num_classes, num_classes + 1),
-        pair_rate=rate,
-        visual_owner=1.0,
-        log_likelihood_gain=0.0,
-        has_signal=False,
-        selected_votes={},
     )
 
 

@@ -78,6 +78,11 @@ class VoteScorer:
                 )
         return float(all_reduce_sum_(likelihood).max()) / self.num_samples
 
+    def gain(self, score: float) -> float:
+        """Return the gain in the log-likelihood of the given labels over the class frequencies, in nats."""
+        frequencies = self.class_counts[self.class_counts > 0] / self.num_samples
+        return self.num_samples * (score - float((frequencies * frequencies.log()).sum()))
+
     def _tiles(self, width: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the row numbers [t] and given labels [t] of this rank's samples in tiles."""
         for part in tiles(len(self.samples), width, self.samples.device):

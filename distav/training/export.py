@@ -123,11 +123,11 @@ def _encoder_card(run: Run, inputs: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _origin(tower: TowerConfig) -> str:
-    """Return name, source and licence of a tower, for the card."""
+    """Return name, source and license of a tower, for the card."""
     source = tower.architecture.get("source")
     if not source or tower.weights == "none":
         return f"`{tower.name}`"
-    return f"`{tower.name}` (initial weights: {source}, licence: {tower.architecture.get('licence', 'see the source')})"
+    return f"`{tower.name}` (initial weights: {source}, license: {tower.architecture.get('license', 'see the source')})"
 
 
 def _noise_estimates(report: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distav.data.pipeline.sampler import PADDING, padded_batches
 from distav.distributed.collectives import all_reduce_max_, shard_range
-from distav.noise.label_correction import FeatureSpace
+from distav.noise.vote_search import FeatureSpace
 from distav.training.run import Run
 
 SPACES = {"towers": ("visual_features", "audio_features"), "projections": ("visual", "audio")}

@@ -35,7 +35,7 @@ class CorrectionState:
     Attributes:
         has_signal: whether the votes of the last correction predict the given labels better than class frequencies do.
         rate_log_likelihood, pair_rate_log_likelihood: log-likelihoods of the label-noise and mismatch rates from the
-            first correction with a signal, see `distav.noise.label_correction.Correction`; None before it.
+            first correction with a signal, see `distav.noise.correction.Correction`; None before it.
         visual_owner: fraction of the mismatched pairs whose label names the class of the frames, from that correction.
         label_rate_logits: [C, 8] rates of missing and wrong labels of each class from that correction on a multi-label
             dataset, see `distav.noise.multi_label_correction.ListCorrection`.

@@ -31,7 +31,8 @@ from distav.memory.softmax import attend, merge_across_ranks
 from distav.models.av_model import AVModel
 from distav.models.layers import GlobalBatchNorm
 from distav.noise import label_model
-from distav.noise.label_correction import Correction, correct_labels
+from distav.noise.correction import Correction
+from distav.noise.label_correction import correct_labels
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
 from tests.helpers.bank import global_batch_of, unit
 from tests.helpers.spawn import on_ranks

@@ -269,5 +269,5 @@ def test_an_export_in_an_older_format_is_rejected(finished: tuple[Path, str], tm
     description = json.loads((export / "config.json").read_text())
     (export / "config.json").write_text(json.dumps({**description, "format": 2}))
     for read in (load_encoders, load_parser, load_weights):
-        with pytest.raises(UserError, match="config.json has export format 2; this version of distav reads format 3"):
+        with pytest.raises(UserError, match="config.json has export format 2; this version of distav reads format 4"):
             read(export)

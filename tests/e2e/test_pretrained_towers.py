@@ -65,12 +65,13 @@ def test_frozen_blocks_keep_their_weights_and_the_others_are_trained(
 ):
     output = run(
         tmp_path, tiny_shards, towers, "model.visual.freeze=3", "model.audio.freeze=-1", "model.visual.drop_path=0.2",
-        "model.visual.lr_decay=0.5", "model.activation_checkpointing=true",
+        "model.visual.lr_decay=0.5", "model.activation_checkpointing=true", "model.visual.frame_pooling=attention",
     )  # fmt: skip
-    assert "tensors initialized from hf:" in output and "missing" not in output
+    assert "tensors initialized from hf:" in output and "2 tensors missing: visual.net.pool.score.weight" in output
     weights, before = exported(tmp_path), initial(towers)
     assert not changed(weights, before, FIRST_BLOCK) and changed(weights, before, LAST_BLOCK)
     assert not changed(weights, before, "visual.net.network.embeddings")
+    assert weights["visual.net.pool.score.weight"].abs().max() > 0
     model, description = load_encoders(tmp_path / "tiny" / "export")
     inputs = description["input"]
     assert (inputs["num_frames"], inputs["frame_size"]) == (4, 32)
@@ -78,7 +79,7 @@ def test_frozen_blocks_keep_their_weights_and_the_others_are_trained(
     assert model.visual(frames).shape == (2, 32)
     assert model.audio(torch.zeros(2, round(0.5 * inputs["sample_rate_hz"]))).shape == (2, 32)
     card = (tmp_path / "tiny" / "export" / "README.md").read_text()
-    assert "initial weights" in card and "licence" in card
+    assert "initial weights" in card and "license" in card
 
 
 def test_frozen_blocks_are_trained_after_the_given_epoch(tiny_shards: Path, tmp_path: Path, towers: tuple[str, str]):

@@ -12,9 +12,10 @@ from distav.data.modalities import MODALITIES
 from distav.losses.event_parsing import modality_losses, segment_losses, video_losses
 from distav.noise import label_model, model_fit
 from distav.noise.class_posterior import posterior
+from distav.noise.correction import Correction, CorrectionPrior
 from distav.noise.correspondence import fit_mixture, gmm_correspondence
 from distav.noise.knn_vote import NeighborGraph
-from distav.noise.label_correction import Correction, CorrectionPrior, correct_labels
+from distav.noise.label_correction import correct_labels
 from distav.noise.label_model import fit_label_model
 from distav.noise.model_fit import PairAssumption
 from distav.noise.model_parameters import LabelNoise, Parameters, Votes

@@ -54,6 +54,11 @@ class TimmNetwork(VisualEncoder):
         """Encode [B, 3, T, H, W] to [B, E]."""
         return self.pool(encode_frames(self.network, clip))
 
+    @property
+    def backbone(self) -> nn.Module:
+        """The network without the pooling over frames."""
+        return self.network
+
     @classmethod
     def check(cls, config: VisualConfig) -> None:
         """Check the name of the network, and that it selects weights or the settings do."""
@@ -77,7 +82,7 @@ class TimmNetwork(VisualEncoder):
 
     @classmethod
     def describe(cls, config: VisualConfig) -> dict[str, Any]:
-        """Return the name of the network, its input, and source and licence of the weights."""
+        """Return the name of the network, its input, and source and license of the weights."""
         cfg = _pretrained_cfg(_timm(config), _name(config), config.name)
         source = cfg.get("hf_hub_id") or cfg.get("url") or _name(config)
         return {
@@ -87,7 +92,7 @@ class TimmNetwork(VisualEncoder):
             "mean": list(cfg.get("mean") or IMAGENET_MEAN),
             "std": list(cfg.get("std") or IMAGENET_STD),
             "source": config.weights or source,
-            "licence": "see the source" if config.weights else cfg.get("license") or "see the source",
+            "license": "see the source" if config.weights else cfg.get("license") or "see the source",
         }
 
     @classmethod

@@ -56,6 +56,11 @@ class TorchvisionNetwork(VisualEncoder):
         """Encode [B, 3, T, H, W] to [B, E]."""
         return self.network(clip).flatten(1) if self.pool is None else self.pool(encode_frames(self.network, clip))
 
+    @property
+    def backbone(self) -> nn.Module:
+        """The network without the pooling over frames."""
+        return self.network
+
     @classmethod
     def check(cls, config: VisualConfig) -> None:
         """Check the name of the network and of its weights."""
@@ -123,12 +128,12 @@ class TorchvisionNetwork(VisualEncoder):
 
     @classmethod
     def describe(cls, config: VisualConfig) -> dict[str, Any]:
-        """Return source and licence of the weights."""
+        """Return source and license of the weights."""
         name, weights = _parse(config)
         if not weights or config.weights:
             return {"source": config.weights or "torchvision"}
         version = _version(config)
-        return {"source": version.url, "licence": version.meta.get("license", "see the source")}
+        return {"source": version.url, "license": version.meta.get("license", "see the source")}
 
     def initial_weights(self, config: VisualConfig) -> Mapping[str, Tensor]:
         """Return the weights, with position embeddings of this network's size."""

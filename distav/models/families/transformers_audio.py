@@ -83,9 +83,8 @@ class TransformersAudio(AudioEncoder):
 
     @classmethod
     def check(cls, config: AudioConfig) -> None:
-        """Check that the description of the network can be read."""
-        if not config.architecture:
-            cls.describe(config)
+        """Check that transformers is installed; the network is looked up when the run is opened."""
+        networks.import_transformers(config, "audio")
 
     @classmethod
     def describe(cls, config: AudioConfig) -> dict[str, Any]:

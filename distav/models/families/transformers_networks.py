@@ -43,7 +43,7 @@ def describe(config: TowerConfig, modality: str) -> dict[str, Any]:
     Raises:
         UserError: if transformers is missing, or the settings cannot be read.
     """
-    transformers, (source, revision) = _transformers(config, modality), _source(config)
+    transformers, (source, revision) = import_transformers(config, modality), _source(config)
     try:
         with _quiet(transformers):
             settings = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
@@ -57,7 +57,7 @@ def describe(config: TowerConfig, modality: str) -> dict[str, Any]:
         "network": values,
         "preprocessor": _preprocessor(transformers, source, revision),
         "source": config.weights or source,
-        "licence": "see the source",
+        "license": "see the source",
     }
 
 
@@ -75,7 +75,7 @@ def download(config: TowerConfig, modality: str, description: dict[str, Any]) ->
     Raises:
         UserError: if they are neither in a directory or the cache of the hub, nor can be downloaded.
     """
-    transformers, (source, revision) = _transformers(config, modality), _source(config)
+    transformers, (source, revision) = import_transformers(config, modality), _source(config)
     settings = transformers.AutoConfig.for_model(**description["network"])
     try:
         with _quiet(transformers):
@@ -190,7 +190,8 @@ def _source(config: TowerConfig) -> tuple[str, str]:
     return repository, revision or "main"
 
 
-def _transformers(config: TowerConfig, modality: str) -> Any:
+def import_transformers(config: TowerConfig, modality: str) -> Any:
+    """Return the module `transformers`, or raise a UserError if it is not installed."""
     try:
         import transformers
     except ImportError:

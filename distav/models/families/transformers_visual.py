@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from distav.config.errors import UserError
 from distav.config.model import VisualConfig
 from distav.config.schema import DataConfig
-from distav.models.blocks import find_blocks
 from distav.models.encoder import IMAGENET_MEAN, IMAGENET_STD, VisualEncoder, VisualInput
 from distav.models.families import transformers_networks as networks
 from distav.models.families.frame_pooling import FramePooling, encode_frames
@@ -58,15 +57,15 @@ class TransformersVisual(VisualEncoder):
     def _encode(self, pixels: Tensor) -> Tensor:
         return networks.pooled(self.network(**{self.argument: pixels}), self.network)
 
-    def blocks(self) -> list[nn.Module]:
-        """Return the blocks of the network; those of the pooling over frames are always trained."""
-        return find_blocks(self.network)
+    @property
+    def backbone(self) -> nn.Module:
+        """The network without the pooling over frames."""
+        return self.network
 
     @classmethod
     def check(cls, config: VisualConfig) -> None:
-        """Check that the description of the network can be read."""
-        if not config.architecture:
-            cls.describe(config)
+        """Check that transformers is installed; the network is looked up when the run is opened."""
+        networks.import_transformers(config, "visual")
 
     @classmethod
     def describe(cls, config: VisualConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from distav.evaluation.metrics import (
     noise_kinds,
 )
 from distav.noise.class_posterior import corrected_labels, probability_of
-from distav.noise.label_correction import Correction
+from distav.noise.correction import Correction
 from distav.training.run import Run
 
 MIN_CHANGE_CONFIDENCE = 0.8

@@ -6,7 +6,8 @@ from torch import Tensor
 from distav.config.phases import LabelCorrectionPhase
 from distav.data.modalities import MODALITIES
 from distav.distributed.collectives import all_gather_variable_rows, local_shard
-from distav.noise.label_correction import Correction, CorrectionPrior, correct_labels, identity_correction
+from distav.noise.correction import Correction, CorrectionPrior, identity_correction
+from distav.noise.label_correction import correct_labels
 from distav.noise.vote_search import VoteSearchSpace
 from distav.training.feature_extraction import extract_features
 from distav.training.phases.correction_summary import build_summary, gather_result, log_correction, write_labels_table

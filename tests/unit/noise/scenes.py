@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distav.data.modalities import MODALITIES
-from distav.noise.label_correction import Correction, CorrectionPrior, correct_labels
+from distav.noise.correction import Correction, CorrectionPrior
+from distav.noise.label_correction import correct_labels
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
 
 NUM_CLASSES = 10

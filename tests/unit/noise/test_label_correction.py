@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from distav.data.modalities import MODALITIES
 from distav.evaluation.metrics import auroc, expected_calibration_error
 from distav.noise import model_fit, tiling
-from distav.noise.label_correction import CorrectionPrior, correct_labels
+from distav.noise.correction import CorrectionPrior
+from distav.noise.label_correction import correct_labels
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace, feasible_num_neighbors
 from tests.unit.noise.scenes import accuracy, flip_to_next_class, make_scene, teacher_probs
 

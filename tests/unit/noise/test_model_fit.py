@@ -12,7 +12,7 @@ from distav.noise.label_correction import VISUAL_OWNERS
 from distav.noise.label_model import GRID, MISMATCH_GRID, fit_label_model
 from distav.noise.model_fit import PairAssumption, Profile, fit_pair_profile, fit_profile, join_parameters
 from distav.noise.model_parameters import Votes
-from distav.noise.noise_rate import candidate_rates, estimate_rate, interpolate_profile
+from distav.noise.noise_rate import CONFORMAL_FACTOR, candidate_rates, estimate_rate, interpolate_profile
 
 NUM_CLASSES = 4
 LARGEST_RATE = (NUM_CLASSES - 1) / NUM_CLASSES
@@ -166,7 +166,7 @@ def test_interval_of_the_fitted_model_covers_both_rates(asymmetric: bool, monkey
     model = fit_label_model(votes, given, NUM_CLASSES, torch.ones(600), PairAssumption(0.97))
     assert model.label_rate.ci95_low <= 0.3 <= model.label_rate.ci95_high
     assert model.label_rate.estimate == pytest.approx(0.3, abs=0.06)
-    assert model.label_rate.ci95_width < 0.25
+    assert model.label_rate.ci95_width < 0.25 * CONFORMAL_FACTOR
     # A quarter of the mismatched pairs have equal classes.
     assert model.pair_rate.ci95_low <= 0.3 <= model.pair_rate.ci95_high
     assert model.pair_rate.estimate == pytest.approx(0.3, abs=0.06)
@@ -215,5 +215,5 @@ def test_interpolated_profiles_equal_the_fits_on_the_grid_and_are_constant_outsi
     torch.testing.assert_close(interpolated[inside], -200 * (positions[inside] - 0.3) ** 2, rtol=0, atol=0.2)
     estimate = estimate_rate(interpolated, NUM_CLASSES)
     assert estimate.estimate == pytest.approx(0.3, abs=0.005)
-    assert estimate.ci95_low == pytest.approx(0.3 - 1.96 * 0.05, abs=0.012)
-    assert estimate.ci95_high == pytest.approx(0.3 + 1.96 * 0.05, abs=0.012)
+    assert estimate.ci95_low == pytest.approx(0.3 - CONFORMAL_FACTOR * 1.96 * 0.05, abs=0.012)
+    assert estimate.ci95_high == pytest.approx(0.3 + CONFORMAL_FACTOR * 1.96 * 0.05, abs=0.012)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from distav.data.modalities import MODALITIES
 from distav.noise import label_model, model_fit, vote_score
+from distav.noise.correction import CorrectionPrior
 from distav.noise.knn_vote import NeighborGraph, pca_whiten
-from distav.noise.label_correction import CorrectionPrior, correct_labels
+from distav.noise.label_correction import correct_labels
 from distav.noise.noise_rate import candidate_rates, transition_matrix
 from distav.noise.vote_score import VoteScorer
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distav.data.annotations.labels import Labels
-from distav.noise.label_correction import Correction, identity_correction
+from distav.noise.correction import Correction, identity_correction
 from distav.noise.noise_rate import RateEstimate
 from distav.training.phases.correction_summary import (
     CorrectionResult,
