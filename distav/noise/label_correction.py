@@ -95,7 +95,10 @@ def correct_labels(
     votes = _votes(task, visual, audio, prior, teachers)
     halves = [[log_votes(table) for table in vote.half_votes] for vote in (visual, audio)]
     selected_votes = {"visual": str(visual.config), "audio": str(audio.config)}
-    knows_pairs = min(scorer.gain(visual.score), scorer.gain(audio.score)) > search_space.min_log_likelihood_gain
+    scores = [visual.score, audio.score]
+    if teachers is not None:
+        scores = [max(score, scorer.score(probs)) for score, probs in zip(scores, teachers, strict=True)]
+    knows_pairs = min(map(scorer.gain, scores)) > search_space.min_log_likelihood_gain
     del visual, audio  # Their tables.
     owners = [prior.visual_owner] if prior else VISUAL_OWNERS
     data = fit_data(votes)

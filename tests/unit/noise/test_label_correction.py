@@ -88,6 +88,16 @@ def test_labels_are_unchanged_without_class_information_in_the_features():
     assert correction.label_rate.ci95_width > 0.8 and correction.pair_rate.ci95_width > 0.8
 
 
+def test_mismatch_rate_is_unknown_if_one_modality_has_no_class_information():
+    scene = make_scene(0.3, mismatched=0.0)
+    scene.audio = torch.randn(scene.audio.shape, generator=torch.Generator().manual_seed(3))
+    correction = scene.correct()
+    assert correction.has_signal and accuracy(correction.posterior, scene.true) > 0.9
+    assert correction.pair_rate.ci95_low == 0 and correction.pair_rate.ci95_width > 0.8
+    guessing, informative = (teacher_probs(scene.audio_class, skill, 5) for skill in (0.0, 0.9))
+    assert scene.correct(teachers=(guessing, informative)).pair_rate.ci95_width < 0.3
+
+
 @long
 def test_visual_clusters_with_a_wrong_majority_are_corrected_by_their_audio():
     """Each class has eight visual clusters of 25 clips, in some of which wrong labels form a majority."""
