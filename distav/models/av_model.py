@@ -74,11 +74,14 @@ class AVModel(nn.Module):
         self.categorize_visual = CategoryHead(visual_dim, config.hidden_dim, num_categories)
         self.categorize_audio = CategoryHead(audio_dim, config.hidden_dim, num_categories)
         self.classify = Classifiers(visual_dim, audio_dim, num_classes, config.dropout)
-        for key, tower in (("model.visual.name", self.visual), ("model.audio.name", self.audio)):
+        for towers, name, tower in (
+            (VISUAL_TOWERS, config.visual.name, self.visual),
+            (AUDIO_TOWERS, config.audio.name, self.audio),
+        ):
             if num_segments and not tower.net.supports_segments:
                 raise UserError(
-                    f"{key}: this network takes complete clips only; choose another one, since a phase of kind parsing "
-                    "encodes single segments of a clip."
+                    f"{towers.key}={name}: this network takes complete clips only; choose another one, since a "
+                    "phase of kind parsing encodes single segments of a clip."
                 )
         self.segments = num_segments
         if num_segments:

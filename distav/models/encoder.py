@@ -6,7 +6,7 @@ Legend: B clips, T frames, H W pixels, F mel bins, L spectrogram frames, E featu
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -55,11 +55,13 @@ class Encoder(nn.Module):
     """Base class of all networks that a tower may have.
 
     Attributes:
+        key: section of the settings, for messages.
         feature_dim: width E of the features.
         supports_segments: whether clips may be shorter than those of training. Event parsing needs this, since it
             encodes single segments.
     """
 
+    key: ClassVar[str]
     supports_segments: bool = False
     feature_dim: int
 
@@ -90,7 +92,7 @@ class Encoder(nn.Module):
         """
         if config.weights in ("", "none"):
             return {}
-        weights = read_weights(Path(config.weights).expanduser(), "model.*.weights")
+        weights = read_weights(Path(config.weights).expanduser(), f"{self.key}.weights")
         return with_names_of(weights, self.state_dict())
 
     @property
@@ -110,6 +112,8 @@ class VisualEncoder(Encoder):
     `forward(clip)`: normalized frames [B, 3, T, H, W] in, features [B, E] out. It takes its options from `config`, and
     the shape of the clips from `data`.
     """
+
+    key = "model.visual"
 
     def __init__(self, config: VisualConfig, data: DataConfig):
         super().__init__()
@@ -135,6 +139,8 @@ class AudioEncoder(Encoder):
     `forward(mel)`: log-mel spectrograms [B, 1, F, L] in, or what its own front end computes, and features [B, E] out.
     It takes its options from `config`; `num_frames` is L.
     """
+
+    key = "model.audio"
 
     def __init__(self, config: AudioConfig, num_frames: int):
         super().__init__()

@@ -196,6 +196,14 @@ def with_global_batch_norm(module: nn.Module) -> nn.Module:
     return module
 
 
+def without_dropout(module: nn.Module) -> nn.Module:
+    """Switch off every dropout inside a module, whose random numbers would depend on the number of ranks."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    return module
+
+
 @contextlib.contextmanager
 def recomputation() -> Iterator[None]:
     """Inside, activations are recomputed, and running statistics already include the batch."""

@@ -3,6 +3,8 @@
 Legend: B clips, N audio samples, F mel bins, L spectrogram frames.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 import torchaudio.functional as AF
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from distav.config.model import AudioConfig
 
 
-class FrontEnd(nn.Module):
+class FrontEnd(nn.Module, ABC):
     """Base class of front ends: modules without parameters that take audio [B, N].
 
     Attributes:
@@ -22,9 +24,9 @@ class FrontEnd(nn.Module):
     mel_dim: int | None = None
     time_dim: int | None = None
 
+    @abstractmethod
     def num_frames(self, num_samples: int) -> int:
         """Return the size of the time dimension of the output for a number N of audio samples."""
-        raise NotImplementedError
 
 
 class LogMel(FrontEnd):

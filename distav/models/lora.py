@@ -16,7 +16,7 @@ ADAPTER = "default"
 _BASE_LAYER = ".base_layer."
 
 
-def add_adapters(net: nn.Module, blocks: Sequence[nn.Module], rank: int, alpha: float) -> None:
+def add_adapters(net: nn.Module, blocks: Sequence[nn.Module], rank: int, alpha: float, key: str) -> None:
     """Add adapters to the linear layers of all blocks; all other parameters of the network become constants.
 
     Raises:
@@ -26,7 +26,7 @@ def add_adapters(net: nn.Module, blocks: Sequence[nn.Module], rank: int, alpha: 
         import peft
     except ImportError:
         raise UserError(
-            f"model.*.lora_rank={rank}: peft is missing; install it with pip install 'distav[pretrained]'."
+            f"{key}.lora_rank={rank}: peft is missing; install it with pip install 'distav[pretrained]'."
         ) from None
     inside = {id(module) for block in blocks for module in block.modules()}
     # nn.MultiheadAttention reads the weights of its layers without calling them.
@@ -38,7 +38,7 @@ def add_adapters(net: nn.Module, blocks: Sequence[nn.Module], rank: int, alpha: 
         if type(module) is nn.Linear and id(module) in inside and id(module) not in excluded
     ]
     if not targets:
-        raise UserError(f"model.*.lora_rank={rank}: this network has no linear layers for adapters; allowed: 0.")
+        raise UserError(f"{key}.lora_rank={rank}: this network has no linear layers for adapters; allowed: 0.")
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # pyright: ignore[reportArgumentType]
     peft.inject_adapter_in_model(config, net, ADAPTER)
 

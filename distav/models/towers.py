@@ -86,7 +86,7 @@ class Tower(nn.Module):
         self._drop_paths = drop_paths(blocks, config.drop_path) if config.drop_path else []
         if config.lora_rank:
             trained = [block for block in blocks if block not in self._frozen]
-            lora.add_adapters(net.backbone, trained, config.lora_rank, config.lora_alpha)
+            lora.add_adapters(net.backbone, trained, config.lora_rank, config.lora_alpha, net.key)
         self._is_frozen = bool(self._frozen)
         for block in blocks:
             if block in self._frozen:

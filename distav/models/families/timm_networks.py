@@ -15,7 +15,7 @@ from distav.config.model import VisualConfig
 from distav.config.schema import DataConfig
 from distav.models.encoder import IMAGENET_MEAN, IMAGENET_STD, VisualEncoder, VisualInput
 from distav.models.families.frame_pooling import FramePooling, encode_frames
-from distav.models.layers import with_global_batch_norm
+from distav.models.layers import with_global_batch_norm, without_dropout
 from distav.models.weights import (
     interpolate_positions,
     missing_library,
@@ -43,10 +43,7 @@ class TimmNetwork(VisualEncoder):
         size = {"img_size": data.frame_size} if config.interpolate_positions and data.frame_size != native else {}
         net = _create(description["network"], **size)
         self.feature_dim = getattr(net, "head_hidden_size", None) or net.num_features
-        self.network = with_global_batch_norm(net)
-        for module in net.modules():
-            if isinstance(module, nn.Dropout):  # Its random numbers would depend on the number of ranks.
-                module.p = 0.0
+        self.network = without_dropout(with_global_batch_norm(net))
         self.supports_segments = config.frame_pooling != "transformer"
         self.pool = FramePooling(config.frame_pooling, self.feature_dim, data.num_frames)
 
@@ -83,7 +80,7 @@ class TimmNetwork(VisualEncoder):
     @classmethod
     def describe(cls, config: VisualConfig) -> dict[str, Any]:
         """Return the name of the network, its input, and source and license of the weights."""
-        cfg = _pretrained_cfg(_timm(config), _name(config), config.name)
+        cfg = _pretrained_cfg(_timm(config), _name(config))
         source = cfg.get("hf_hub_id") or cfg.get("url") or _name(config)
         return {
             "network": cfg["architecture"],
@@ -154,7 +151,7 @@ def _create(name: str, **options: Any) -> Any:
 
 
 @cache
-def _pretrained_cfg(timm: Any, name: str, setting: str) -> dict[str, Any]:
+def _pretrained_cfg(timm: Any, name: str) -> dict[str, Any]:
     """Return timm's description of a network: its own, or that of a repository or directory."""
     if not name.startswith(_SOURCES):
         cfg = timm.get_pretrained_cfg(name)
@@ -178,7 +175,7 @@ def _download(config: VisualConfig) -> dict[str, Tensor]:
     try:
         net = _timm(config).create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # The hub raises errors of several libraries.
-        cfg = _pretrained_cfg(_timm(config), name, config.name)
+        cfg = _pretrained_cfg(_timm(config), name)
         raise unavailable(KEY, config.name, error, _advice(cfg.get("hf_hub_id") or cfg.get("url") or name)) from None
     return net.state_dict()
 

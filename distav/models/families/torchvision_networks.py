@@ -19,7 +19,7 @@ from distav.config.model import VisualConfig
 from distav.config.schema import DataConfig
 from distav.models.encoder import VisualEncoder, VisualInput
 from distav.models.families.frame_pooling import FramePooling, encode_frames
-from distav.models.layers import with_global_batch_norm
+from distav.models.layers import with_global_batch_norm, without_dropout
 from distav.models.weights import interpolate_positions, read_weights, unavailable, with_names_of
 
 KEY = "model.visual.name"
@@ -40,10 +40,8 @@ class TorchvisionNetwork(VisualEncoder):
         resizes = name.startswith("vit_") and config.interpolate_positions
         net = get_model(name, weights=None, **({"image_size": data.frame_size} if resizes else {}))
         self.feature_dim = _remove_classifier(net)
-        self.network = with_global_batch_norm(net)
+        self.network = without_dropout(with_global_batch_norm(net))
         for module in net.modules():
-            if isinstance(module, nn.Dropout):  # Its random numbers would depend on the number of ranks.
-                module.p = 0.0
             if isinstance(module, torchvision.ops.StochasticDepth):
                 module.p = 0.0
         self.is_video = _is_video(name)

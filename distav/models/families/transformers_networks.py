@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distav.config.errors import UserError
 from distav.config.model import TowerConfig
+from distav.models.layers import without_dropout
 from distav.models.weights import missing_library, unavailable
 
 PARTS = {
@@ -141,10 +142,7 @@ def _trim(net: Any) -> nn.Module:
     pooler = getattr(net, "pooler", None)
     if pooler is not None and isinstance(getattr(pooler, "dense", None), nn.Linear):
         net.pooler = None  # Most checkpoints have no weights for it.
-    for module in net.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return net
+    return without_dropout(net)
 
 
 def _network_class(settings: Any) -> Any:

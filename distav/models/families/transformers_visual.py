@@ -1,4 +1,4 @@
-"""Image and video networks of transformers: CLIP, SigLIP, ViT, DINOv2, VideoMAE, TimeSformer, V-JEPA 2, PE and others.
+"""Image and video networks of transformers: CLIP, SigLIP, ViT, DINOv2, VideoMAE, TimeSformer, V-JEPA 2 and others.
 
 Legend: B clips, T frames, H W pixels, E feature width.
 """
