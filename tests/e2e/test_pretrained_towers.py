@@ -13,7 +13,6 @@ from distav.models.pretrained import load_encoders
 from tests.conftest import make_shards
 from tests.helpers.hub_networks import save_audio, save_visual
 from tests.helpers.launch import losses, tiny_config, train
-from tests.helpers.rank_group import last_checkpoint
 
 pytest.importorskip("transformers")
 CONFIG = """defaults: [schema, _self_]
@@ -91,11 +90,34 @@ def test_frozen_blocks_are_trained_after_the_given_epoch(tiny_shards: Path, tmp_
     assert not changed(exported(tmp_path, "first"), before, FIRST_BLOCK)
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
+FAMILIES = {
+    "transformers": (),
+    "torchvision": ("model.visual.name=torchvision:resnet18", "model.visual.weights=none", "data.frame_size=32"),
+    "timm": ("model.visual.name=timm:test_resnet", "model.visual.weights=none", "data.frame_size=32"),
+}
+"""Settings of a visual tower of each family; the first one has that of the fixture."""
+METHODS = {
+    "frozen": ("model.visual.freeze=2", "model.visual.drop_path=0.3", "model.activation_checkpointing=true"),
+    "adapters": ("model.visual.lora_rank=2", "model.audio.lora_rank=2"),
+    "running": ("model.visual.batch_norm=running", "model.visual.lr_decay=0.5"),
+}
+"""Settings of the training of the towers."""
+LONG_CASES = [
+    ("transformers", "frozen", 2), ("transformers", "frozen", 3), ("transformers", "adapters", 1),
+    ("transformers", "adapters", 3), ("torchvision", "frozen", 2), ("torchvision", "running", 3),
+    ("timm", "frozen", 3), ("timm", "running", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "stage"),
+    [("transformers", "frozen", 1), *(pytest.param(*case, marks=pytest.mark.long) for case in LONG_CASES)],
+)
 def test_ranks_and_zero_stages_match_one_rank_and_resume(
-    tiny_shards: Path, tmp_path: Path, towers: tuple[str, str], stage: int
+    tiny_shards: Path, tmp_path: Path, towers: tuple[str, str], family: str, method: str, stage: int
 ):
-    options = ("model.visual.freeze=2", "model.visual.drop_path=0.3", "model.activation_checkpointing=true")
+    pytest.importorskip({"timm": "timm"}.get(family, "peft" if method == "adapters" else "torch"))
+    options = (*FAMILIES[family], *METHODS[method])
     run(tmp_path, tiny_shards, towers, *options)
     expected = losses(tmp_path / "tiny")
     other = ("run.name=other", f"deepspeed.zero_stage={stage}", *options)
@@ -111,13 +133,16 @@ def test_ranks_and_zero_stages_match_one_rank_and_resume(
     torch.testing.assert_close(
         torch.tensor(resumed), torch.tensor(expected[len(expected) // 2 :]), rtol=5e-3, atol=5e-3
     )
+    model, description = load_encoders(tmp_path / "other" / "export")
+    size = description["input"]["frame_size"]
+    frames = torch.randint(0, 256, (2, description["input"]["num_frames"], size, size, 3), dtype=torch.uint8)
+    one_rank, _ = load_encoders(tmp_path / "tiny" / "export")
+    torch.testing.assert_close(model.visual(frames), one_rank.visual(frames), rtol=0.02, atol=0.02)
 
 
 def test_adapters_are_trained_and_merged_into_the_export(tiny_shards: Path, tmp_path: Path, towers: tuple[str, str]):
     pytest.importorskip("peft")
     run(tmp_path, tiny_shards, towers, "model.visual.lora_rank=2")
-    names = [path.name for path in last_checkpoint(tmp_path / "tiny").iterdir()]
-    assert names
     weights, before = exported(tmp_path), initial(towers)
     assert not any("lora" in name or "base_layer" in name for name in weights)
     attention, norm = f"{LAST_BLOCK}.self_attn.q_proj.weight", f"{LAST_BLOCK}.layer_norm1.weight"

@@ -39,19 +39,39 @@ def _clap(transformers: Any, enable_fusion: bool) -> Any:
     return transformers.ClapModel(transformers.ClapConfig(text_config=_text(), audio_config=audio))
 
 
-def _pe_audio(transformers: Any) -> Any:
-    text = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "vocab_size": 64,
-    }
-    text |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+PE_TRANSFORMER = TRANSFORMER | {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 16}
+
+
+def _pe_text() -> dict[str, Any]:
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
+    return TRANSFORMER | {"num_hidden_layers": 1, "vocab_size": 64} | special
+
+
+def _pe_audio_encoder() -> dict[str, Any]:
     codec = {"encoder_hidden_size": 4, "downsampling_ratios": [2, 4, 5], "hidden_size": 32, "codebook_dim": 16}
-    audio = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    audio |= {"num_key_value_heads": 2, "head_dim": 16, "dac_config": codec | {"hop_length": 40}}
-    return transformers.PeAudioModel(transformers.PeAudioConfig(text_config=text, audio_config=audio))
+    return PE_TRANSFORMER | {"dac_config": codec | {"hop_length": 40}}
+
+
+def _pe_video_encoder() -> dict[str, Any]:
+    image = {"img_size": SIDE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    image_network = {"architecture": "vit_pe_core_tiny_patch16_384", "model_args": image, "num_labels": 24}
+    return PE_TRANSFORMER | {"vision_config": image_network | {"model_type": "timm_wrapper"}}
+
+
+def _pe_audio(transformers: Any) -> Any:
+    config = transformers.PeAudioConfig(text_config=_pe_text(), audio_config=_pe_audio_encoder())
+    return transformers.PeAudioModel(config)
+
+
+def _pe_video(transformers: Any) -> Any:
+    config = transformers.PeVideoConfig(text_config=_pe_text(), video_config=_pe_video_encoder())
+    return transformers.PeVideoModel(config)
+
+
+def _pe_audio_video(transformers: Any) -> Any:
+    both = PE_TRANSFORMER | {"audio_config": _pe_audio_encoder(), "video_config": _pe_video_encoder()}
+    config = transformers.PeAudioVideoConfig(text_config=_pe_text(), audio_video_config=both)
+    return transformers.PeAudioVideoModel(config)
 
 
 VISUAL: dict[str, Callable[[Any], Any]] = {
@@ -66,6 +86,8 @@ VISUAL: dict[str, Callable[[Any], Any]] = {
     "vivit": lambda t: t.VivitModel(
         t.VivitConfig(**TRANSFORMER, image_size=SIDE, tubelet_size=[2, 8, 8], num_frames=4)
     ),
+    "pe_video": _pe_video,
+    "pe_audio_video": _pe_audio_video,
     "vjepa2": lambda t: t.VJEPA2Model(
         t.VJEPA2Config(
             hidden_size=32, num_hidden_layers=3, num_attention_heads=2, mlp_ratio=2.0, crop_size=SIDE, patch_size=8,
@@ -82,6 +104,7 @@ AUDIO: dict[str, Callable[[Any], Any]] = {
     "wav2vec2": lambda t: t.Wav2Vec2Model(t.Wav2Vec2Config(**TRANSFORMER, **SPEECH)),
     "hubert": lambda t: t.HubertModel(t.HubertConfig(**TRANSFORMER, **SPEECH)),
     "pe_audio": _pe_audio,
+    "pe_audio_video": _pe_audio_video,
     "whisper": lambda t: t.WhisperModel(
         t.WhisperConfig(
             d_model=32, encoder_layers=3, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
@@ -101,6 +124,7 @@ def _extractors(transformers: Any) -> dict[str, Any]:
         "wav2vec2": transformers.Wav2Vec2FeatureExtractor(do_normalize=True),
         "hubert": transformers.Wav2Vec2FeatureExtractor(do_normalize=True),
         "pe_audio": transformers.PeAudioFeatureExtractor(sampling_rate=16000, hop_length=40),
+        "pe_audio_video": transformers.PeAudioFeatureExtractor(sampling_rate=16000, hop_length=40),
         "whisper": transformers.WhisperFeatureExtractor(feature_size=32, chunk_length=2),
     }
 
@@ -112,9 +136,11 @@ def save_visual(kind: str, folder: Path) -> Any:
     torch.manual_seed(0)
     net = VISUAL[kind](transformers).eval()
     net.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(VISUAL_MOMENTS | {"size": {"height": SIDE, "width": SIDE}})
-    )
+    preprocessor = VISUAL_MOMENTS | {"size": {"height": SIDE, "width": SIDE}}
+    if kind == "pe_audio_video":  # Its other file is for the audio.
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(preprocessor))
+        preprocessor = {"feature_extractor_type": "PeAudioFeatureExtractor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return net
 
 

@@ -18,10 +18,7 @@ from distav.config.model import TowerConfig
 from distav.models.layers import without_dropout
 from distav.models.weights import missing_library, unavailable
 
-PARTS = {
-    "visual": ("audio_video_config", "video_config", "vision_config"),
-    "audio": ("audio_video_config", "audio_config"),
-}
+PARTS = {"visual": ("video_config", "vision_config"), "audio": ("audio_config",)}
 """Names under which networks of several modalities have the settings of the part for one of them."""
 RANDOM_PARTS = ("layerdrop", "apply_spec_augment", "drop_path_rate")
 """Settings of random parts of a network, whose random numbers would depend on the number of ranks, besides dropout."""
@@ -31,7 +28,12 @@ _KEY_MAPPINGS = {
     "pe_video_encoder": {r"^(.*\.)?video_encoder\.": ""},
 }
 """Changes of names in checkpoints of several modalities that transformers does not make itself."""
-_PREPROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+_PREPROCESSOR_FILES = {
+    "visual": ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"),
+    "audio": ("preprocessor_config.json", "processor_config.json"),
+}
+_PROCESSOR_PARTS = {"visual": ("video_processor", "image_processor"), "audio": ("feature_extractor",)}
+"""Keys of `processor_config.json` with the settings for one modality."""
 
 
 def describe(config: TowerConfig, modality: str) -> dict[str, Any]:
@@ -48,18 +50,37 @@ def describe(config: TowerConfig, modality: str) -> dict[str, Any]:
     try:
         with _quiet(transformers):
             settings = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+            stored, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise unavailable(f"model.{modality}.name", config.name, error, _advice(source)) from None
-    for part in PARTS[modality]:
-        settings = getattr(settings, part, None) or settings
+    settings = _part(settings, modality)
     values = settings.to_dict() | {"model_type": settings.model_type}
+    if settings.model_type == "pe_video_encoder":
+        values["vision_config"]["num_labels"] = _num_image_features(stored)
     _remove_randomness(values)
     return {
         "network": values,
-        "preprocessor": _preprocessor(transformers, source, revision),
+        "preprocessor": _preprocessor(transformers, source, revision, modality),
         "source": config.weights or source,
         "license": "see the source",
     }
+
+
+def _part(settings: Any, modality: str) -> Any:
+    """Return the settings of the part for one modality; those of a network for one modality are returned as is."""
+    settings = getattr(settings, "audio_video_config", None) or settings
+    if settings.model_type == "pe_video_encoder":  # Its `vision_config` is one of its layers.
+        return settings
+    part = next((part for name in PARTS[modality] if (part := getattr(settings, name, None))), settings)
+    return getattr(part, "video_config", part) if part.model_type == "pe_video" else part
+
+
+def _num_image_features(stored: dict[str, Any]) -> int:
+    """Return the width of the image features in PE-AV's `config.json`, which its configuration class does not read."""
+    for name in ("audio_video_config", "video_config", "vision_config"):
+        stored = stored.get(name, stored)
+    names = stored.get("label_names") or stored.get("id2label") or ()
+    return int(stored.get("num_labels") or len(names) or stored.get("num_classes", 1024))
 
 
 def build(description: dict[str, Any], **options: Any) -> nn.Module:
@@ -163,9 +184,9 @@ def _remove_randomness(values: dict[str, Any]) -> None:
             values[name] = type(value)(0)
 
 
-def _preprocessor(transformers: Any, source: str, revision: str) -> dict[str, Any]:
-    """Return the settings of the preprocessor; empty if the repository has none."""
-    for name in _PREPROCESSOR_FILES:
+def _preprocessor(transformers: Any, source: str, revision: str, modality: str) -> dict[str, Any]:
+    """Return the settings of the preprocessor for a modality; empty if the repository has none."""
+    for name in _PREPROCESSOR_FILES[modality]:
         try:
             path = transformers.utils.cached_file(
                 source, name, revision=revision, _raise_exceptions_for_missing_entries=False,
@@ -174,7 +195,8 @@ def _preprocessor(transformers: Any, source: str, revision: str) -> dict[str, An
         except OSError:
             continue
         if path:
-            return json.loads(Path(path).read_text())
+            settings = json.loads(Path(path).read_text())
+            return next((settings[part] for part in _PROCESSOR_PARTS[modality] if part in settings), settings)
     return {}
 
 

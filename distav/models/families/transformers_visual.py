@@ -21,6 +21,8 @@ from distav.models.weights import interpolate_positions, read_weights, with_name
 
 KEY = "model.visual.name"
 SIZE_KEYS, LENGTH_KEYS = ("image_size", "crop_size"), ("num_frames", "frames_per_clip")
+ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+"""Model types of transformers that adapt their positions to the size of the frames themselves."""
 VIDEO_MAE_RATE_HZ = 7.5
 """Frames per second of the clips of VideoMAE: every fourth frame of a video with 30 (Tong et al. 2022, section 4)."""
 
@@ -51,7 +53,7 @@ class TransformersVisual(VisualEncoder):
     def forward(self, clip: Tensor) -> Tensor:
         """Encode [B, 3, T, H, W] to [B, E]."""
         if self.pool is None:
-            return self._encode(clip.transpose(1, 2))
+            return self._encode(clip.transpose(1, 2).contiguous())
         return self.pool(encode_frames(self._encode, clip))
 
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -78,8 +80,8 @@ class TransformersVisual(VisualEncoder):
         description = config.architecture or cls.describe(config)
         settings, preprocessor = description["network"], description["preprocessor"]
         sizes = (_first(settings, SIZE_KEYS), _size_of(preprocessor))
-        size = next(filter(None, sizes if _has_positions(settings) else reversed(sizes)), 224)
-        num_frames = _first(settings, LENGTH_KEYS) or VisualInput.num_frames
+        size = next(filter(None, sizes if _has_fixed_size(settings) else reversed(sizes)), 224)
+        num_frames = _first(settings, LENGTH_KEYS) or preprocessor.get("num_frames") or VisualInput.num_frames
         rate = VIDEO_MAE_RATE_HZ if settings["model_type"] == "videomae" else 0.0
         mean, std = preprocessor.get("image_mean", IMAGENET_MEAN), preprocessor.get("image_std", IMAGENET_STD)
         return VisualInput(num_frames, size, rate, mean, std)
@@ -89,15 +91,16 @@ class TransformersVisual(VisualEncoder):
         """Check size and number of frames against those of the network."""
         description = config.architecture or cls.describe(config)
         settings, native = description["network"], cls.input_format(config)
-        for key, names, value, own in (
-            ("data.frame_size", SIZE_KEYS, data.frame_size, native.frame_size),
-            ("data.num_frames", LENGTH_KEYS, data.num_frames, native.num_frames),
-        ):
-            is_fixed = _first(settings, names) and _has_positions(settings)
-            if is_fixed and value != own and not config.interpolate_positions:
+        is_pe = settings["model_type"] == "pe_video_encoder"  # Its frames are encoded by a network of timm.
+        for key, is_fixed, value, own in (
+            ("data.frame_size", _has_fixed_size(settings), data.frame_size, native.frame_size),
+            ("data.num_frames", _first(settings, LENGTH_KEYS) and _has_positions(settings), data.num_frames,
+             native.num_frames),
+        ):  # fmt: skip
+            if is_fixed and value != own and (is_pe or not config.interpolate_positions):
+                change = "" if is_pe else " or set model.visual.interpolate_positions=true"
                 raise UserError(
-                    f"{key}={value} contradicts {KEY}={config.name}, whose weights are for {own}; remove {key} or set "
-                    "model.visual.interpolate_positions=true."
+                    f"{key}={value} contradicts {KEY}={config.name}, whose weights are for {own}; remove {key}{change}."
                 )
         tubelet = _listed(settings.get("tubelet_size", 1))
         patch = _listed(settings.get("patch_size", tubelet[-1]))[-1] if _has_positions(settings) else 1
@@ -136,6 +139,11 @@ def _resized(positions: Tensor, own: Tensor) -> Tensor:
 def _has_positions(settings: dict[str, Any]) -> bool:
     """Return whether a network has embeddings of positions: transformers have, convolutional networks do not."""
     return "num_attention_heads" in settings
+
+
+def _has_fixed_size(settings: dict[str, Any]) -> bool:
+    """Return whether frames must have the size that the embeddings of positions are for."""
+    return _has_positions(settings) and settings["model_type"] not in ANY_SIZE
 
 
 def _listed(value: Any) -> list[Any]:

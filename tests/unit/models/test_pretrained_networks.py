@@ -72,6 +72,8 @@ def published_features(kind: str, net: Any, pixels: Tensor) -> Tensor:
         return net(pixel_values=pixels.flatten(0, 1)).pooler_output.flatten(1).view(*pixels.shape[:2], -1).mean(1)
     if kind == "vit":
         return net(pixel_values=pixels.flatten(0, 1)).last_hidden_state[:, 0].view(*pixels.shape[:2], -1).mean(1)
+    if kind.startswith("pe_"):
+        return getattr(net, "video_model", net).video_encoder(pixels.contiguous()).pooler_output
     if kind == "vjepa2":
         return net(pixel_values_videos=pixels, skip_predictor=True).last_hidden_state.mean(1)
     tokens = net(pixel_values=pixels).last_hidden_state
@@ -100,8 +102,9 @@ def test_audio_networks_of_transformers_have_their_weights_and_front_end(kind: s
     if kind.startswith("clap"):
         is_longer = torch.zeros(2, 1, dtype=torch.bool)  # The extractor marks a random clip of each batch.
         own = net.audio_model(inputs["input_features"], is_longer=is_longer).pooler_output
-    elif kind == "pe_audio":
-        own = net.audio_encoder(inputs["input_values"]).pooler_output
+    elif kind.startswith("pe_"):
+        encoder = getattr(net, "audio_model", net).audio_encoder
+        own = encoder(inputs["input_values"]).pooler_output
     elif kind == "ast":
         own = net(inputs["input_values"]).pooler_output
     elif kind == "whisper":
@@ -243,6 +246,23 @@ def test_weights_that_cannot_be_downloaded_say_where_to_put_them(monkeypatch: py
     with pytest.raises(UserError) as error:
         visual_tower(VisualConfig("torchvision:r2plus1d_18@KINETICS400_V1"))
     assert str(tmp_path / "checkpoints" / "r2plus1d_18-91a641e6.pth") in str(error.value)
+
+
+def test_running_statistics_are_used_and_kept_where_the_settings_say_so():
+    torch.manual_seed(0)
+    model = ModelConfig(visual=VisualConfig("torchvision:resnet18", weights="none", batch_norm="running"))
+    data = with_tower_inputs(DataConfig(num_frames=1, frame_size=64), model, fps=30)
+    tower = VisualTower(model.visual, data, activation_checkpointing=False)
+    for name, values in tower.net.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            values.uniform_(0.5, 1.5)
+    before, frames = copy.deepcopy(dict(tower.net.named_buffers())), clips(data)
+    trained, evaluated = tower.train()(frames), tower.eval()(frames)
+    torch.testing.assert_close(trained, evaluated)
+    assert all(torch.equal(values, before[name]) for name, values in tower.net.named_buffers())
+    other = VisualTower(VisualConfig("torchvision:resnet18", weights="none"), data, activation_checkpointing=False)
+    other.load_state_dict(tower.state_dict())
+    assert not torch.allclose(other.train()(frames), evaluated, rtol=0.1)
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
