@@ -1,13 +1,15 @@
-"""Evaluate an exported network on a dataset: k-NN, linear probe, retrieval, fine-tuning.
+"""Evaluate an exported network on datasets: k-NN, linear probe, SVM, retrieval, fine-tuning.
 
 python distav/evaluate.py runs/mine/export shards/mine
-python distav/evaluate.py runs/mine/export shards/mine --tasks linear_probe --labels runs/mine/labels/correct_2.parquet
-deepspeed --num_gpus 8 distav/evaluate.py runs/mine/export shards/other --tasks fine_tune --out runs/fine_tuned
+python distav/evaluate.py runs/mine/export shards/esc50-1 shards/esc50-2 shards/esc50-3 --protocol esc50
+deepspeed --num_gpus 8 distav/evaluate.py runs/mine/export shards/ucf101-1 --protocol ucf101 --out runs/ucf101
 
-knn and linear_probe train on frozen features of the training split: visual, audio and both. fine_tune trains towers and
-classifiers, as `train.py` does with model.pretrained. All metrics are computed on the test split; those of a modality
-on the clips that have it. A balanced accuracy is the mean recall of the classes. On datasets with several labels per
-clip, the metrics are mAP (macro), F1 at a probability of 0.5, and d-prime; retrieval compares complete label lists.
+knn, linear_probe and svm train on frozen features of the training split: visual, audio and both. fine_tune trains
+towers and classifiers, as `train.py` does with model.pretrained. Metrics are those of the test split: accuracies (top1,
+top5), mean recall (balanced), F1 (f1_macro) and average precision (map) of the classes; those of a modality on the
+clips that have it. On datasets with several labels per clip: mAP, F1 at a probability of 0.5 and d-prime; retrieval
+compares complete label lists. Several datasets are folds, over which the metrics are averaged. A protocol is a YAML
+file of options, or the name of one in configs/protocols; options on the command line replace its values.
 """
 
 import argparse
@@ -34,8 +36,7 @@ from distav.config.cli import (
     run_command,
 )
 from distav.config.errors import UserError
-from distav.config.phases import SupervisedPhase, Targets
-from distav.config.schema import Config, Device, OptimConfig, RunConfig
+from distav.config.schema import Device, RunConfig
 from distav.data.annotations.labels import load_labels
 from distav.data.annotations.multi_labels import load_multi_labels
 from distav.data.dataset import ShardedDataset, Split
@@ -44,13 +45,14 @@ from distav.distributed.collectives import broadcast, local_shard
 from distav.distributed.process_group import World, process_group
 from distav.distributed.signals import EXIT_INTERRUPTED, Interrupted
 from distav.evaluation.embedding import Embedder
-from distav.evaluation.frozen_tasks import embed_split, knn_metrics, probe_metrics
+from distav.evaluation.frozen_tasks import PROBES, classifier_metrics, embed_split, knn_metrics, probe_metrics
 from distav.evaluation.metrics import retrieval
-from distav.models.pretrained import input_config, model_config
+from distav.evaluation.protocols import parse_with_protocol
+from distav.evaluation.summary import over_folds, print_metrics, record
+from distav.models.pretrained import input_config
 
-FROZEN_TASKS = ("knn", "linear_probe", "retrieval")
+FROZEN_TASKS = ("knn", *PROBES, "retrieval")
 TASKS = (*FROZEN_TASKS, "fine_tune")
-FINE_TUNE_TOWER_LR_SCALE = 0.3
 ARGUMENTS = {
     "data.root": "SHARDS",
     "data.label_overrides": "--labels",
@@ -60,6 +62,7 @@ ARGUMENTS = {
     "optim.global_batch": "--global-batch",
     "optim.lr": "--lr",
     "phases.fine_tune.epochs": "--epochs",
+    "phases.fine_tune.tower_lr_scale": "--tower-lr-scale",
     "run.name": "--out",
     "run.root": "--out",
     **RANK_ARGUMENTS,
@@ -69,16 +72,18 @@ ARGUMENTS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    options = _parser().parse_args(arguments)
     try:
-        check_minimums(options, neighbors=1, batch_size=1, threads=0)
+        options = parse_with_protocol(_parser(), arguments)
+        check_minimums(options, neighbors=1, batch_size=1, threads=0, views=1, epochs=1, warmup_epochs=0)
         check_parent_dirs(options, "json")
         with process_group(options.device, options.timeout_s, options.threads) as world:
-            metrics = _evaluate(options, world)
+            folds = [_evaluate(options, folder, world) for folder in options.shards]
             if world.is_main:
-                _print_metrics(metrics)
+                results = over_folds(folds)
+                print_metrics(results)
                 if options.json:
-                    write_atomically(options.json, (json.dumps(metrics, indent=1) + "\n").encode())
+                    results |= record(options)
+                    write_atomically(options.json, (json.dumps(results, indent=1) + "\n").encode())
     except UserError as error:
         return exit_with_error(error, "evaluate", ARGUMENTS)
     except Interrupted as interruption:
@@ -93,29 +98,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("export", type=Path, metavar="EXPORT", help="export/ directory of a run")
-    add("shards", metavar="SHARDS", help="dataset: a directory of shards or its URL")
-    add("--tasks", nargs="+", choices=TASKS, default=list(FROZEN_TASKS), help="tasks to run (all but fine_tune)")
+    add("shards", nargs="+", metavar="SHARDS", help="dataset, or one for each fold: directories of shards or URLs")
+    add("--protocol", default="", metavar="FILE", help="YAML file of options, or the name of one in configs/protocols")
+    add("--tasks", nargs="+", choices=TASKS, default=["knn", "linear_probe", "retrieval"],
+        help="tasks to run (knn, linear_probe, retrieval)")  # fmt: skip
     add("--train-split", default="train", metavar="NAME", help="split for training (%(default)s)")
     add("--test-split", default="test", metavar="NAME", help="split for testing (%(default)s)")
     add("--labels", default="", metavar="TABLE", help="training labels that replace those of the dataset")
+    add("--views", type=int, default=1, metavar="V",
+        help="evenly spaced parts of each clip whose scores are averaged (%(default)s: its middle)")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="also write the metrics to this file")
     add("--neighbors", type=int, default=20, metavar="K", help="neighbors of knn (%(default)s)")
-    add("--out", type=Path, default=Path("runs/fine_tuned"), help="run directory of fine_tune (%(default)s)")
+    add("--out", type=Path, default=Path("runs/fine_tuned"),
+        help="run directory of fine_tune (%(default)s); of several folds, with -1, -2 and so on appended")  # fmt: skip
     add("--epochs", type=int, default=12, help="epochs of fine_tune (%(default)s)")
-    add(
-        "--lr",
-        type=finite_float,
-        default=1e-3,
-        help="learning rate of the classifiers in fine_tune; the towers use this rate times "
-        f"{FINE_TUNE_TOWER_LR_SCALE:g} (%(default)s)",
-    )
+    add("--warmup-epochs", type=int, default=0, help="epochs of the classifiers alone before them (%(default)s)")
+    add("--lr", type=finite_float, default=1e-3, help="learning rate of the classifiers in fine_tune (%(default)s)")
+    add("--tower-lr-scale", type=finite_float, default=0.3, help="factor on it for the towers (%(default)s)")
     add("--global-batch", type=int, default=128, help="samples per step of fine_tune over all ranks (%(default)s)")
     add_rank_options(parser, 32, "embedded")
     return parser
 
 
-def _evaluate(options: argparse.Namespace, world: World) -> dict[str, Any]:
-    shards = ShardedDataset.open(options.shards)
+def _evaluate(options: argparse.Namespace, folder: str, world: World) -> dict[str, Any]:
+    """Evaluate on one dataset; returns its description, and the metrics by task."""
+    shards = ShardedDataset.open(folder)
     embedder = Embedder.open(options.export, world.device, options.batch_size)
     train_split = shards.split(options.train_split, "--train-split")
     test_split = shards.split(options.test_split, "--test-split")
@@ -125,21 +132,29 @@ def _evaluate(options: argparse.Namespace, world: World) -> dict[str, Any]:
     frozen_tasks = [task for task in options.tasks if task in FROZEN_TASKS]
     if frozen_tasks:
         num_classes = len(shards.classes)
-        test = embed_split(embedder, test_split, *test_labels)
+        test = embed_split(embedder, test_split, *test_labels, options.views)
         train = test
         if set(frozen_tasks) != {"retrieval"}:
-            train = embed_split(embedder, train_split, *train_labels)
+            train = embed_split(embedder, train_split, *train_labels, options.views)
         for task in frozen_tasks:
             if task == "knn":
                 metrics[task] = knn_metrics(train, test, num_classes, options.neighbors)
-            elif task == "linear_probe":
-                metrics[task] = probe_metrics(train, test, num_classes)
+            elif task in PROBES:
+                metrics[task] = probe_metrics(train, test, num_classes, task)
             else:
                 rows = local_shard(test.visual_embedding), local_shard(test.audio_embedding)
                 metrics[task] = retrieval(*rows, local_shard(test.paired_classes))
     if "fine_tune" in options.tasks:
-        metrics["fine_tune"] = _fine_tune(options, embedder.description, world, shards.multi_label)
-    return metrics
+        export = _fine_tune(options, folder, embedder.description, world, shards.multi_label)
+        tuned = Embedder.open(export, world.device, options.batch_size)
+        metrics["fine_tune"] = classifier_metrics(tuned, test_split, test_labels[0], options.views)
+    return {
+        "data": folder,
+        "train_clips": len(train_split),
+        "test_clips": len(test_split),
+        "classes": len(shards.classes),
+        "metrics": metrics,
+    }
 
 
 def _labels(shards: ShardedDataset, split: Split, override: str, evaluated: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -160,61 +175,33 @@ def _labels(shards: ShardedDataset, split: Split, override: str, evaluated: bool
 
 
 def _fine_tune(
-    options: argparse.Namespace, description: dict[str, Any], world: World, multi_label: bool
-) -> dict[str, Any]:
-    """Train towers and classifiers in a run of its own; return the test metrics of its report."""
+    options: argparse.Namespace, folder: str, description: dict[str, Any], world: World, multi_label: bool
+) -> Path:
+    """Train towers and classifiers in a run of its own; return its `export/` directory."""
     # Imported late, since importing DeepSpeed takes seconds.
-    from distav.config.validation import validate
-    from distav.training.phases.registry import run_remaining
-    from distav.training.report import write_report
-    from distav.training.run_setup import open_run
+    from distav.training.fine_tuning import FineTuning, fine_tune
 
-    phase = SupervisedPhase(
-        epochs=options.epochs,
-        targets=Targets.given,
-        tower_lr_scale=FINE_TUNE_TOWER_LR_SCALE,
-        loss="bce" if multi_label else "ce",
+    out: Path = options.out
+    suffix = f"-{options.shards.index(folder) + 1}" if len(options.shards) > 1 else ""
+    run = RunConfig(
+        name=out.name + suffix,
+        root=str(out.parent),
+        device=Device[options.device],
+        timeout_s=options.timeout_s,
+        threads_per_rank=options.threads,
     )
-    config = Config(
-        run=RunConfig(
-            name=options.out.name,
-            root=str(options.out.parent),
-            device=Device[options.device],
-            timeout_s=options.timeout_s,
-            threads_per_rank=options.threads,
-        ),
-        data=replace(
-            input_config(description),
-            root=options.shards,
-            train_split=options.train_split,
-            test_split=options.test_split,
-            label_overrides=options.labels,
-        ),
-        model=replace(model_config(description), pretrained=str(options.export)),
-        optim=OptimConfig(global_batch=options.global_batch, lr=options.lr),
-        phases={"fine_tune": phase},
+    data = replace(
+        input_config(description),
+        root=folder,
+        train_split=options.train_split,
+        test_split=options.test_split,
+        label_overrides=options.labels,
     )
-    validate(config)
-    with open_run(config, world) as run:
-        run_remaining(run)
-        write_report(run)
-        report = run.folder / "report.json"
-    return broadcast(json.loads(report.read_text())["test"] if world.is_main else None)
-
-
-def _print_metrics(metrics: dict[str, Any]) -> None:
-    for task, values in metrics.items():
-        if not values:
-            print(f"{task}: not possible, since no test clip has both modalities")
-            continue
-        rates = {name: value for name, value in values.items() if name not in ("rsum", "by_class")}
-        texts = [
-            f"{name} {value:.2f}" if name.startswith("d_prime") else f"{name} {100 * value:.1f} %"
-            for name, value in rates.items()
-        ]
-        if "rsum" in values:
-            texts.append(f"rSum {values['rsum']:.1f} of 600")
-        print(f"{task}: {', '.join(texts)}")
+    settings = FineTuning(
+        options.epochs, options.warmup_epochs, options.lr, options.tower_lr_scale, options.global_batch
+    )
+    export = fine_tune(settings, run, data, options.export, description, multi_label, world)
+    return broadcast(export if world.is_main else None)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class Embeddings:
         visual_embedding, audio_embedding: [n, D] float32 unit vectors in a common space.
         logits: [n, C] float32 of the classifiers on the modalities of the clip, fused as the network was exported;
             random if the run did not train them.
+        visual_logits, audio_logits: [n, C] float32 of the classifiers of one modality.
         has_visual, has_audio: [n] bool, whether the clip could be read and has the modality; the other rows are zero.
     """
 
@@ -44,6 +45,8 @@ class Embeddings:
     visual_embedding: np.ndarray
     audio_embedding: np.ndarray
     logits: np.ndarray
+    visual_logits: np.ndarray
+    audio_logits: np.ndarray
     has_visual: np.ndarray
     has_audio: np.ndarray
 
@@ -66,8 +69,9 @@ class Embeddings:
         arrays = [np.zeros((len(table), column.type.list_size), np.float32) for column in columns]
         for values, column, rows in zip(arrays, columns, valid, strict=True):
             values[rows] = column.flatten().to_numpy().reshape(-1, values.shape[1])
-        logits = np.zeros((len(table), 0), np.float32)
-        return cls(*arrays, logits=logits, has_visual=valid[0], has_audio=valid[1])
+        none = np.zeros((len(table), 0), np.float32)
+        visual, audio, visual_embedding, audio_embedding = arrays
+        return cls(visual, audio, visual_embedding, audio_embedding, none, none, none, valid[0], valid[1])
 
     def joint_features(self) -> np.ndarray:
         """Return the concatenated features of both modalities, each normalized to unit length: [n, 2 E]."""
@@ -112,11 +116,20 @@ class Embedder:
         return cls(model.to(device), description, device, batch_size)
 
     def embed_clips(self, split: Split, ids: np.ndarray | None = None) -> Embeddings:
-        """Embed the middle of each clip.
+        """Embed the middle of each clip; see `embed_views`."""
+        (embeddings,) = self.embed_views(split, 1, ids)
+        return embeddings
+
+    def embed_views(self, split: Split, views: int, ids: np.ndarray | None = None) -> list[Embeddings]:
+        """Embed several parts of each clip, evenly spaced from its beginning to its end; one: its middle.
 
         Args:
             split: split of a dataset.
+            views: number of parts.
             ids: [n] rows of the split; all of them if None.
+
+        Returns:
+            The embeddings of the first parts of all clips, of the second parts, and so on.
 
         Raises:
             UserError: if the dataset stores features, or has other rates than those the network was trained on.
@@ -126,14 +139,18 @@ class Embedder:
         # At least one batch, of padding alone: a rank without clips needs the widths of the embeddings.
         num_batches = max(1, -(-len(ids) // self.batch_size))
         batches = padded_batches(ids, self.batch_size, num_batches)
-        loader = Loader(split, input_config(self.description), None, 0, self.batch_size, self.device)
+        loader = Loader(split, input_config(self.description), None, 0, self.batch_size, self.device, views)
 
         def embed(batch: Batch) -> Embeddings:
             return self._embed(batch.media["frames"], batch.media["audio"], batch.present)
 
         try:
-            outputs = iter_outputs(embed, loader, batches)
-            return Embeddings.concatenate(_select(part, rows != PADDING) for rows, _, part in outputs)
+            return [
+                Embeddings.concatenate(
+                    _select(part, rows != PADDING) for rows, _, part in iter_outputs(embed, loader, batches, view)
+                )
+                for view in range(views)
+            ]
         finally:
             loader.close()
 
@@ -195,6 +212,8 @@ class Embedder:
             "visual": visual,
             "audio": audio_present,
             "logits": visual | audio_present,
+            "visual_logits": visual,
+            "audio_logits": audio_present,
         }
         arrays = [(outputs[name].float() * mask[:, None]).cpu().numpy() for name, mask in rows.items()]
         return Embeddings(*arrays, has_visual=visual.cpu().numpy(), has_audio=audio_present.cpu().numpy())

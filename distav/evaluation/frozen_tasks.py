@@ -1,7 +1,8 @@
-"""k-NN and linear probes on the frozen features of a training split, scored on a test split.
+"""k-NN, linear probes and linear SVMs on the frozen features of a training split, scored on a test split.
 
-Labels are one class per clip, [n] int64, or several, [n, C] bool.
-Legend: n clips, E feature width, C classes, D width of the projections.
+Labels are one class per clip, [n] int64, or several, [n, C] bool. Of a clip with several views, all views train, and
+the scores of its views are averaged.
+Legend: n clips, V views per clip, E feature width, C classes, D width of the projections.
 """
 
 from dataclasses import dataclass
@@ -13,16 +14,25 @@ from torch import Tensor
 from distav.data.dataset import Split
 from distav.distributed.collectives import (
     all_gather_variable_rows,
-    all_reduce_sum_,
     broadcast,
     get_rank,
     local_shard,
     shard_range,
 )
-from distav.evaluation.class_metrics import ClassScores, class_counts
-from distav.evaluation.embedding import Embedder
+from distav.evaluation.embedding import Embedder, Embeddings
+from distav.evaluation.metrics import class_scores
 from distav.evaluation.multi_label_metrics import MultiLabelScores
-from distav.evaluation.probing import LinearProbe, MultiLabelProbe, knn_class_probs, knn_label_probs
+from distav.evaluation.probing import (
+    LinearProbe,
+    LinearSVM,
+    MultiLabelProbe,
+    MultiLabelSVM,
+    knn_class_probs,
+    knn_label_probs,
+)
+
+PROBES = {"linear_probe": (LinearProbe, MultiLabelProbe), "svm": (LinearSVM, MultiLabelSVM)}
+"""Classifiers on frozen features by task: for one label per clip, and for several."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,7 @@ class LabeledFeatures:
     """Features of clips, on every rank.
 
     Attributes:
-        features: [n, E].
+        features: [n, V, E].
         labels: [n] classes of the clips, or [n, C] bool.
         groups: [n] source videos of the clips.
     """
@@ -38,6 +48,12 @@ class LabeledFeatures:
     features: Tensor
     labels: Tensor
     groups: Tensor
+
+    def flat(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return features [n V, E], labels and groups of all views."""
+        views = self.features.shape[1]
+        labels, groups = (values.repeat_interleave(views, 0) for values in (self.labels, self.groups))
+        return self.features.flatten(0, 1), labels, groups
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,7 @@ class EmbeddedSplit:
     Attributes:
         features: features by modality, `visual`, `audio` and `both`, of the clips that have it; `both` contains all
             clips, with zeros for a missing modality. A modality that no clip has is left out.
-        visual_embedding, audio_embedding: [n, D] unit vectors of the clips with both modalities.
+        visual_embedding, audio_embedding: [n, D] unit vectors of the clips with both modalities, means over views.
         paired_classes: [n] their classes, or combinations of classes.
     """
 
@@ -57,7 +73,9 @@ class EmbeddedSplit:
     paired_classes: Tensor
 
 
-def embed_split(embedder: Embedder, split: Split, labels: np.ndarray, classes: np.ndarray) -> EmbeddedSplit:
+def embed_split(
+    embedder: Embedder, split: Split, labels: np.ndarray, classes: np.ndarray, views: int = 1
+) -> EmbeddedSplit:
     """Embed the clips of a split; each rank computes its part.
 
     Args:
@@ -65,74 +83,99 @@ def embed_split(embedder: Embedder, split: Split, labels: np.ndarray, classes: n
         split: the clips.
         labels: labels of all clips, [N] or [N, C].
         classes: [N] classes of all clips, or combinations of classes, for retrieval.
+        views: V.
     """
     rows = shard_range(len(split))
-    embeddings = embedder.embed_clips(split, np.arange(rows.start, rows.stop))
+    embeddings = embedder.embed_views(split, views, np.arange(rows.start, rows.stop))
     device = embedder.device
 
     def gather(values: np.ndarray) -> Tensor:
         return all_gather_variable_rows(torch.from_numpy(values).to(device))
 
+    def gather_views(name: str) -> Tensor:
+        return gather(np.stack([_array(view, name) for view in embeddings], axis=1))
+
     all_labels, groups = torch.from_numpy(labels).to(device), torch.from_numpy(split.source_codes).to(device)
     has_visual, has_audio = (
-        gather(mask.astype("float32")) > 0 for mask in (embeddings.has_visual, embeddings.has_audio)
+        gather(np.all([getattr(view, name) for view in embeddings], axis=0).astype("float32")) > 0
+        for name in ("has_visual", "has_audio")
     )
     features = {}
-    for name, values, exists in (
-        ("visual", embeddings.visual, has_visual),
-        ("audio", embeddings.audio, has_audio),
-        ("both", embeddings.joint_features(), has_visual | has_audio),
-    ):
-        gathered = gather(values)
+    for name, exists in (("visual", has_visual), ("audio", has_audio), ("both", has_visual | has_audio)):
+        gathered = gather_views(name)
         if exists.any():
             features[name] = LabeledFeatures(gathered[exists], all_labels[exists], groups[exists])
     paired = has_visual & has_audio
-    return EmbeddedSplit(
-        features,
-        gather(embeddings.visual_embedding)[paired],
-        gather(embeddings.audio_embedding)[paired],
-        torch.from_numpy(classes).to(device)[paired],
+    visual, audio = (
+        torch.nn.functional.normalize(gather_views(f"{name}_embedding")[paired].mean(1), dim=1)
+        for name in ("visual", "audio")
     )
+    return EmbeddedSplit(features, visual, audio, torch.from_numpy(classes).to(device)[paired])
+
+
+def _array(embeddings: Embeddings, name: str) -> np.ndarray:
+    return embeddings.joint_features() if name == "both" else getattr(embeddings, name)
+
+
+def classifier_metrics(embedder: Embedder, split: Split, labels: np.ndarray, views: int) -> dict[str, float]:
+    """Return the metrics of the classifiers of a network by modality; each rank classifies its part of the clips.
+
+    Args:
+        embedder: the network.
+        split: the clips.
+        labels: labels of all clips, [N] or [N, C].
+        views: V; probabilities of the classes are averaged over the views of a clip.
+    """
+    rows = shard_range(len(split))
+    embeddings = embedder.embed_views(split, views, np.arange(rows.start, rows.stop))
+    all_labels, device = torch.from_numpy(labels).to(embedder.device), embedder.device
+    metrics: dict[str, float] = {}
+    for modality, name, mask in (
+        ("both", "logits", "valid"), ("visual", "visual_logits", "has_visual"), ("audio", "audio_logits", "has_audio"),
+    ):  # fmt: skip
+        logits = torch.stack([torch.from_numpy(getattr(view, name)) for view in embeddings], 1).to(device)
+        probs = logits.sigmoid() if labels.ndim == 2 else logits.softmax(2)
+        exists = np.all([getattr(view, mask) for view in embeddings], axis=0).astype("float32")
+        present = all_gather_variable_rows(torch.from_numpy(exists).to(device)) > 0
+        metrics |= _scores(modality, all_gather_variable_rows(probs.mean(1))[present], all_labels[present])
+    return metrics
 
 
 def knn_metrics(train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int, k: int) -> dict[str, float]:
     """Return the metrics of k-NN votes by modality; each rank votes on its part of the test split."""
     metrics: dict[str, float] = {}
-    for modality, keys in train.features.items():
+    for modality, clips in train.features.items():
         if queries := test.features.get(modality):
-            local_features, local_labels = local_shard(queries.features), local_shard(queries.labels)
-            if keys.labels.ndim == 2:
-                votes = knn_label_probs(keys.features, keys.labels, local_features, k)
-                metrics |= _list_scores(modality, all_gather_variable_rows(votes), queries.labels)
-                continue
-            votes = knn_class_probs(keys.features, keys.labels, local_features, num_classes, k)
-            counts = class_counts(votes.argmax(1), local_labels, num_classes)
-            metrics |= _class_scores(modality, all_reduce_sum_(counts))
+            keys, labels, _ = clips.flat()
+            local = local_shard(queries.features)
+            if labels.ndim == 2:
+                votes = knn_label_probs(keys, labels, local.flatten(0, 1), k)
+            else:
+                votes = knn_class_probs(keys, labels, local.flatten(0, 1), num_classes, k)
+            votes = all_gather_variable_rows(votes.view(*local.shape[:2], num_classes).mean(1))
+            metrics |= _scores(modality, votes, queries.labels)
     return metrics
 
 
-def probe_metrics(train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int) -> dict[str, float]:
-    """Return the metrics of linear probes by modality; rank 0 fits them."""
+def probe_metrics(train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int, task: str) -> dict[str, float]:
+    """Return the metrics of a task of `PROBES` by modality; rank 0 fits the classifiers."""
     metrics: dict[str, float] = {}
     if get_rank() == 0:
         for modality, clips in train.features.items():
             if queries := test.features.get(modality):
-                if clips.labels.ndim == 2:
-                    probe = MultiLabelProbe(clips.features, clips.labels.float(), num_classes, clips.groups)
-                    metrics |= _list_scores(modality, probe(queries.features).sigmoid(), queries.labels)
-                    continue
-                probe = LinearProbe(clips.features, clips.labels, num_classes, clips.groups)
-                counts = class_counts(probe(queries.features).argmax(1), queries.labels, num_classes)
-                metrics |= _class_scores(modality, counts)
+                features, labels, groups = clips.flat()
+                single, multiple = PROBES[task]
+                if labels.ndim == 2:
+                    probe = multiple(features, labels.float(), num_classes, groups)
+                else:
+                    probe = single(features, labels, num_classes, groups)
+                scores = probe.scores(queries.features.flatten(0, 1)).view(*queries.features.shape[:2], num_classes)
+                metrics |= _scores(modality, scores.mean(1), queries.labels)
     return broadcast(metrics)
 
 
-def _class_scores(modality: str, counts: Tensor) -> dict[str, float]:
-    """Return accuracy and balanced accuracy for the counts of `class_counts`."""
-    scores = ClassScores.of(counts)
-    return {modality: scores.accuracy, f"balanced_{modality}": scores.balanced_accuracy}
-
-
-def _list_scores(modality: str, probs: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return mAP, F1 and d-prime for probabilities and labels of all clips, [n, C]."""
-    return MultiLabelScores.of(probs.cpu().numpy(), labels.cpu().numpy()).summary(f"_{modality}")
+def _scores(modality: str, scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return the metrics of scores or probabilities [n, C] of all clips."""
+    if labels.ndim == 2:
+        return MultiLabelScores.of(scores.cpu().numpy(), labels.cpu().numpy()).summary(f"_{modality}")
+    return {f"{name}_{modality}": value for name, value in class_scores(scores, labels).items()}

@@ -14,7 +14,7 @@ Outputs = TypeVar("Outputs")
 
 
 def iter_outputs(
-    forward: Callable[[Batch], Outputs], loader: Loader, batches: Sequence[Ids]
+    forward: Callable[[Batch], Outputs], loader: Loader, batches: Sequence[Ids], view: int = 0
 ) -> Iterator[tuple[Ids, Batch, Outputs]]:
     """Yield ids, batch and outputs for each batch of ids; clips are the center crops of evaluation.
 
@@ -24,8 +24,9 @@ def iter_outputs(
         forward: computes the outputs of a batch.
         loader: reads the split; created with `augment=None`.
         batches: [b] ids each, padded with `PADDING`, see `distav.data.pipeline.sampler.padded_batches`.
+        view: index of the view, for a loader with several.
     """
-    for ids, batch in zip(batches, loader.batches((ids, 0) for ids in batches), strict=True):
+    for ids, batch in zip(batches, loader.batches((ids, view) for ids in batches), strict=True):
         with torch.no_grad():
             outputs = forward(batch)
         yield ids, batch, outputs

@@ -6,6 +6,11 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_average_precision,
+    multiclass_f1_score,
+)
 
 from distav.distributed.collectives import all_gather_rows, all_gather_variable_rows, all_reduce_sum_, get_rank
 
@@ -59,6 +64,34 @@ def expected_calibration_error(probs: np.ndarray, true: np.ndarray, bins: int = 
     count = np.bincount(bin_of, minlength=bins)
     gap = np.abs(np.bincount(bin_of, right - confidence, minlength=bins))
     return float(gap[count > 0].sum() / len(true))
+
+
+def class_scores(scores: Tensor, classes: Tensor) -> dict[str, float]:
+    """Return the metrics of a classifier over all clips, as fractions.
+
+    Args:
+        scores: [n, C] probabilities or other scores of the classes.
+        classes: [n] int64 classes of the clips.
+
+    Returns:
+        `top1` and `top5` (with more than five classes), accuracies; `balanced`, the mean recall, `f1_macro`, the mean
+        F1 score, and `map`, the mean average precision, of the classes that have clips. Empty without clips.
+    """
+    present = classes.unique()
+    if not len(present):
+        return {}
+    num_classes = scores.shape[1]
+    ranks = [k for k in (1, 5) if k < num_classes]
+    metrics = {f"top{k}": multiclass_accuracy(scores, classes, num_classes, "micro", k) for k in ranks}
+    recalls = multiclass_accuracy(scores, classes, num_classes, "none")
+    f1 = multiclass_f1_score(scores, classes, num_classes, "none")
+    # In [0, 1], since torchmetrics takes other scores for logits and changes their order over the clips.
+    low, high = scores.min(), scores.max()
+    relative = (scores - low) / (high - low).clamp(min=torch.finfo(scores.dtype).tiny)
+    precisions = multiclass_average_precision(relative, classes, num_classes, "none")
+    for name, values in (("balanced", recalls), ("f1_macro", f1), ("map", precisions)):
+        metrics[name] = torch.as_tensor(values)[present].mean()
+    return {name: float(value) for name, value in metrics.items()}
 
 
 NOISE_KINDS = ["right", "wrong label", "wrong pair", "both wrong"]

@@ -1,4 +1,4 @@
-"""Probes of frozen features: weighted k-NN and logistic regression.
+"""Classifiers on frozen features: weighted k-NN, logistic regression and linear support vector machines.
 
 Legend: N training clips, m test clips, E width, C classes.
 """
@@ -116,6 +116,10 @@ class LinearProbe:
         """Return logits: [m, E] -> [m, C]."""
         return _logits(self._standardize(features), self.coefficients)
 
+    def scores(self, features: Tensor) -> Tensor:
+        """Return what is averaged over the views of a clip, the probabilities of the classes: [m, E] -> [m, C]."""
+        return self(features).softmax(1)
+
     @staticmethod
     def _loss(logits: Tensor, classes: Tensor) -> Tensor:
         """Return the mean loss of the clips, a scalar."""
@@ -147,6 +151,37 @@ class MultiLabelProbe(LinearProbe):
     def _loss(logits: Tensor, classes: Tensor) -> Tensor:
         """Return the binary cross-entropy, summed over the classes, a scalar mean over the clips."""
         return binary_cross_entropy(logits, classes).mean()
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Return the probability of each class: [m, E] -> [m, C]."""
+        return self(features).sigmoid()
+
+
+class LinearSVM(LinearProbe):
+    """A linear support vector machine of each class against all others, with the squared hinge loss (L2-SVM)."""
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Return the signed distances, in units of the margin: [m, E] -> [m, C]."""
+        return self(features)
+
+    @staticmethod
+    def _loss(logits: Tensor, classes: Tensor) -> Tensor:
+        """Return the squared hinge loss, summed over the classes, a scalar mean over the clips."""
+        signs = 2 * F.one_hot(classes, logits.shape[1]).to(logits.dtype) - 1
+        return (1 - signs * logits).relu().square().sum(1).mean()
+
+
+class MultiLabelSVM(LinearSVM):
+    """A linear support vector machine of each class; its labels are [N, C], 0 or 1."""
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Return the sigmoid of the signed distances, 0.5 at the decision boundary: [m, E] -> [m, C]."""
+        return self(features).sigmoid()
+
+    @staticmethod
+    def _loss(logits: Tensor, classes: Tensor) -> Tensor:
+        """Return the squared hinge loss, summed over the classes, a scalar mean over the clips."""
+        return (1 - (2 * classes - 1) * logits).relu().square().sum(1).mean()
 
 
 def _logits(inputs: Tensor, coefficients: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from distav.config.phases import PHASE_KINDS
 from distav.config.schema import Config
 from distav.data.files import write_atomically
 from distav.distributed.collectives import barrier, broadcast, get_rank
+from distav.distributed.environment import machine
 from distav.distributed.process_group import World
-from distav.training.environment import machine
 
 LOCK_TIMEOUT_S = 10.0
 """Seconds to wait for a process that holds the lock to exit."""

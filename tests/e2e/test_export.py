@@ -1,9 +1,11 @@
 """Uses of an exported network: loading without the other dependencies, embedding, evaluation, further training."""
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +16,17 @@ import torch
 
 from distav.config.errors import UserError
 from distav.config.loading import load
+from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset
 from distav.data.pipeline.loader import Batch
 from distav.distributed.process_group import process_group
 from distav.evaluate import main as evaluate
 from distav.evaluation.embedding import Embedder, Embeddings
+from distav.evaluation.frozen_tasks import classifier_metrics
 from distav.models.pretrained import load_encoders, load_parser, load_weights
 from distav.tools.embed import main as embed
 from distav.training.run_setup import open_run
+from tests.conftest import make_shards
 from tests.helpers.launch import tiny_config, train
 from tests.helpers.media import write_audio, write_media, write_silent
 from tests.helpers.rank_group import context, run_to_completion
@@ -213,15 +218,17 @@ def test_metrics_are_the_same_for_any_number_of_ranks(
     arguments = [str(finished[0] / "export"), str(tiny_shards), "--device", "cpu"]
     assert evaluate([*arguments, "--json", str(tmp_path / "one.json"), "--threads", "1"]) == 0
     run_to_completion(2, [*arguments, "--json", str(tmp_path / "two.json")], tmp_path / "log", module="distav.evaluate")
-    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text())["metrics"] for name in ("one", "two"))
     assert one.keys() == {"knn", "linear_probe", "retrieval"}
     assert one["knn"].keys() == {
-        f"{prefix}{name}" for prefix in ("", "balanced_") for name in ("visual", "audio", "both")
+        f"{score}_{name}"
+        for score in ("top1", "top5", "balanced", "f1_macro", "map")
+        for name in ("visual", "audio", "both")
     }
     for name, values in one.items():
         assert two[name] == pytest.approx(values, abs=1e-6)
     assert all(0 <= value <= 1 for name in ("knn", "linear_probe") for value in one[name].values())
-    assert f"both {100 * one['knn']['both']:.1f} %" in capsys.readouterr().out
+    assert f"knn both: top1 {100 * one['knn']['top1_both']:.1f} %, " in capsys.readouterr().out
     assert evaluate([*arguments, "--train-split", "trian"]) == 1
     assert "Did you mean 'train'?" in capsys.readouterr().err
 
@@ -256,11 +263,43 @@ def test_fine_tuning_writes_its_own_run(finished: tuple[Path, str], tiny_shards:
     out = tmp_path / "runs" / "tuned"
     arguments = [str(finished[0] / "export"), str(tiny_shards), "--tasks", "fine_tune", "--out", str(out)]
     options = ["--epochs", "2", "--global-batch", "24", "--device", "cpu", "--json", str(tmp_path / "tuned.json")]
+    options += ["--warmup-epochs", "1"]
     run_to_completion(1, [*arguments, *options], tmp_path / "log", module="distav.evaluate")
-    metrics = json.loads((tmp_path / "tuned.json").read_text())["fine_tune"]
+    metrics = json.loads((tmp_path / "tuned.json").read_text())["metrics"]["fine_tune"]
     report = json.loads((out / "report.json").read_text())
-    assert metrics == report["test"] and report["phases"][0]["steps"] == 8
+    assert metrics["top1_visual"] == pytest.approx(report["test"]["top1_visual"])
+    assert metrics["balanced_both"] == pytest.approx(report["test"]["balanced_accuracy"])
+    assert [phase["steps"] for phase in report["phases"]] == [4, 8]
     assert (out / "export" / "model.safetensors").is_file()
+
+
+def test_views_of_a_clip_are_averaged(finished: tuple[Path, str], tiny_shards: Path):
+    embedder, split = Embedder.open(finished[0] / "export", CPU), ShardedDataset.open(tiny_shards).split("test")
+    views = embedder.embed_views(split, 3)
+    torch.testing.assert_close(torch.from_numpy(views[1].visual), torch.from_numpy(embedder.embed_clips(split).visual))
+    assert not np.allclose(views[0].visual, views[2].visual) and not np.allclose(views[0].audio, views[2].audio)
+    labels = load_labels(ShardedDataset.open(tiny_shards), split)
+    metrics = classifier_metrics(embedder, split, labels.true, 3)
+    probs = np.mean([torch.from_numpy(view.visual_logits).softmax(1).numpy() for view in views], axis=0)
+    assert metrics["top1_visual"] == pytest.approx((probs.argmax(1) == labels.true).mean())
+
+
+def test_folds_are_averaged_and_the_record_repeats_the_evaluation(
+    finished: tuple[Path, str], tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    export, other = finished[0] / "export", tmp_path / "other"
+    make_shards("synthetic", other, "--train-clips", 48, "--test-clips", 16, "--seed", 5, "--short-side", 24)
+    arguments = [str(export), str(tiny_shards), str(other), "--protocol", "esc50", "--views", "2", "--device", "cpu"]
+    assert evaluate([*arguments, "--threads", "1", "--json", str(tmp_path / "folds.json")]) == 0
+    results = json.loads((tmp_path / "folds.json").read_text())
+    assert results["metrics"].keys() == {"svm", "linear_probe"} and results["options"]["views"] == 2
+    scores = [fold["metrics"]["svm"]["top1_audio"] for fold in results["folds"]]
+    assert results["metrics"]["svm"]["top1_audio"] == pytest.approx(np.mean(scores))
+    assert results["std"]["svm"]["top1_audio"] == pytest.approx(np.std(scores, ddof=1))
+    assert [fold["data"] for fold in results["folds"]] == [str(tiny_shards), str(other)]
+    digest = hashlib.sha256((export / "model.safetensors").read_bytes()).hexdigest()
+    assert results["weights"]["sha256"] == digest and results["machine"]["versions"]["torch"] == version("torch")
+    assert "svm visual (2 folds): top1 " in capsys.readouterr().out
 
 
 def test_an_export_in_an_older_format_is_rejected(finished: tuple[Path, str], tmp_path: Path):

@@ -130,11 +130,10 @@ def test_frozen_features_are_evaluated_with_balanced_accuracy(
 ):
     words = [str(finished[0] / "export"), str(shards), "--tasks", "knn", "linear_probe", "--device", "cpu"]
     assert evaluate([*words, "--threads", "1", "--json", str(tmp_path / "metrics.json")]) == 0
-    metrics, output = json.loads((tmp_path / "metrics.json").read_text()), capsys.readouterr().out
+    metrics, output = json.loads((tmp_path / "metrics.json").read_text())["metrics"], capsys.readouterr().out
     for task in ("knn", "linear_probe"):
-        names = {f"{prefix}{name}" for prefix in ("", "balanced_") for name in ("visual", "audio", "both")}
-        assert metrics[task].keys() == names
-        assert f"balanced_both {100 * metrics[task]['balanced_both']:.1f} %" in output
+        assert {f"balanced_{name}" for name in ("visual", "audio", "both")} <= metrics[task].keys()
+        assert f"balanced {100 * metrics[task]['balanced_both']:.1f} %" in output
 
 
 def test_phase_trains_on_the_draws_of_the_balanced_sampler(finished: tuple[Path, str], shards: Path):

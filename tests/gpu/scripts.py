@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 
-from distav.training.environment import machine
+from distav.distributed.environment import machine
 from tests.helpers.launch import DEEPSPEED, ROOT, command, environment
 
 PACKAGES = ("torchvision", "torchaudio", "triton", "transformers", "pyarrow", "pytest")

@@ -27,7 +27,17 @@ def as_embeddings(visual: np.ndarray, audio: np.ndarray) -> Embeddings:
     """Return embeddings of clips that have both modalities."""
     exists = np.ones(len(visual), dtype=bool)
     logits = np.zeros((len(visual), 0), np.float32)
-    return Embeddings(visual, audio, visual, audio, logits=logits, has_visual=exists, has_audio=exists)
+    return Embeddings(
+        visual,
+        audio,
+        visual,
+        audio,
+        logits=logits,
+        visual_logits=logits,
+        audio_logits=logits,
+        has_visual=exists,
+        has_audio=exists,
+    )
 
 
 def class_features(labels: np.ndarray, rng: np.random.Generator, dim: int = 24) -> np.ndarray:

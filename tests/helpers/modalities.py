@@ -63,7 +63,7 @@ def audit_of(mixed: Path) -> Audit:
         **rows,
         visual_embedding=rows["visual"],
         audio_embedding=rows["audio"],
-        logits=np.zeros((len(split), 2), np.float32),
+        **dict.fromkeys(("logits", "visual_logits", "audio_logits"), np.zeros((len(split), 2), np.float32)),
         has_visual=has["visual"],
         has_audio=has["audio"],
     )

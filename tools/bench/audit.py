@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from distav.config.errors import UserError
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset
+from distav.distributed.environment import machine
 from distav.evaluation.embedding import Embedder
 from distav.tools.audit.issues import label_issues, last_correction, pair_issues
-from distav.training.environment import machine
 from tools.bench.noise.detection import out_of_sample_pred_probs
 
 FIRST = (100, 500, 1000)

@@ -29,8 +29,8 @@ from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.encoding import Encoding
 from distav.data.preparation.sources.annotated_videos import FeatureFolder
 from distav.data.preparation.sources.llp import LLPSource
+from distav.distributed.environment import machine
 from distav.evaluation.event_metrics import event_metrics
-from distav.training.environment import machine
 
 ROOT = Path(__file__).parents[2]
 WIDTH, BACKGROUNDS = 64, 15

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from distav.data.files import write_atomically
-from distav.training.environment import machine
+from distav.distributed.environment import machine
 
 
 @dataclass(frozen=True)

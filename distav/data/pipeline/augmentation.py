@@ -45,21 +45,23 @@ class ClipTransformSampler:
         data: number, stride and size of frames, and length of the audio.
         augment: ranges of the random transforms; None: fixed transforms without augmentation.
         seed: seed of the run.
+        views: number of evenly spaced clips without augmentation; the epoch of a clip is the index of its view.
     """
 
-    def __init__(self, split: Split, data: DataConfig, augment: AugmentConfig | None, seed: int):
-        self.split, self.data, self.augment, self.seed = split, data, augment, seed
+    def __init__(self, split: Split, data: DataConfig, augment: AugmentConfig | None, seed: int, views: int = 1):
+        self.split, self.data, self.augment, self.seed, self.views = split, data, augment, seed, views
         self.span = (data.num_frames - 1) * data.frame_stride + 1
         """Stored frames from the first to the last selected one."""
 
     def sample(self, sample: int, epoch: int) -> ClipTransform:
-        """Return the transform of a clip in an epoch; without augmentation, the center of the clip."""
+        """Return the transform of a clip in an epoch; without augmentation, its center, or one of several views."""
         columns = self.split.columns
         num_frames = int(columns["frames"][sample]) or round(float(columns["duration_s"][sample]) * self.split.fps)
         slack = max(0, num_frames - self.span)
         size = max(1, int(columns["height"][sample])), max(1, int(columns["width"][sample]))
         if self.augment is None:
-            return self._fixed(sample, slack // 2, size)
+            start = slack // 2 if self.views == 1 else round(slack * epoch / (self.views - 1))
+            return self._fixed(sample, start, size)
         rng, augment = np.random.default_rng([self.seed, 5, epoch, sample]), self.augment
         start = int(rng.integers(0, slack + 1))
         crop = _random_crop(*size, augment, rng)

@@ -112,6 +112,8 @@ class Loader:
         seed: seed of the run.
         batch: largest batch.
         device: device of the batches.
+        views: number of evenly spaced clips that a sample has without augmentation; their index takes the place of the
+            epoch.
     """
 
     def __init__(
@@ -122,9 +124,10 @@ class Loader:
         seed: int,
         batch: int,
         device: torch.device,
+        views: int = 1,
     ):
         self.split, self.data, self.seed, self.device = split, data, seed, device
-        self.transform_sampler = None if split.streams else ClipTransformSampler(split, data, augment, seed)
+        self.transform_sampler = None if split.streams else ClipTransformSampler(split, data, augment, seed, views)
         self.pipeline = (
             FeatureCollator(split.streams, batch, device) if split.streams else ClipPipeline(data, split, batch, device)
         )

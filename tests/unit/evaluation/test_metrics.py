@@ -4,9 +4,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, top_k_accuracy_score
 
-from distav.evaluation.metrics import NOISE_KINDS, confusion, noise_kinds, retrieval
+from distav.evaluation.metrics import NOISE_KINDS, class_scores, confusion, noise_kinds, retrieval
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_class_scores_equal_those_of_another_library(scale: float):
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.randint(0, 7, (200,), generator=generator)  # The last of eight classes has no clips.
+    scores = scale * (F.one_hot(classes, 8) + torch.randn(200, 8, generator=generator))
+    metrics, predicted, names = class_scores(scores, classes), scores.argmax(1), list(range(7))
+    assert metrics["top1"] == pytest.approx(float((predicted == classes).float().mean()))
+    assert metrics["top5"] == pytest.approx(top_k_accuracy_score(classes, scores, k=5, labels=range(8)))
+    assert metrics["balanced"] == pytest.approx(balanced_accuracy_score(classes, predicted))
+    assert metrics["f1_macro"] == pytest.approx(f1_score(classes, predicted, labels=names, average="macro"))
+    precisions = [average_precision_score(classes == name, scores[:, name]) for name in names]
+    assert metrics["map"] == pytest.approx(np.mean(precisions), abs=1e-6)
+    assert (
+        "top5" not in class_scores(scores[:, :3], classes.clamp(max=2)) and class_scores(scores[:0], classes[:0]) == {}
+    )
 
 
 def test_retrieval_metrics_equal_those_of_loops():

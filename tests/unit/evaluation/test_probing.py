@@ -1,8 +1,9 @@
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.svm import LinearSVC
 
-from distav.evaluation.probing import LinearProbe, knn_class_probs
+from distav.evaluation.probing import LinearProbe, LinearSVM, MultiLabelSVM, knn_class_probs
 
 
 def blobs(seed: int, count: int, num_classes: int = 3, width: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,6 +40,22 @@ def test_the_probe_finds_the_minimum_of_another_solver():
     torch.testing.assert_close(probe(inputs).softmax(1), expected, atol=2e-3, rtol=0)
     test, target = blobs(1, 500)
     assert (probe(test).argmax(1) == target).float().mean() > 0.8
+
+
+def test_the_svm_finds_the_minimum_of_another_solver():
+    inputs, classes = blobs(0, 300)
+    svm = LinearSVM(inputs, classes, 3, torch.arange(300))
+    standardized = ((inputs - svm.mean) / svm.std).numpy()
+    # The intercept is regularized by scikit-learn unless its scale is large.
+    reference = LinearSVC(C=1 / (2 * svm.penalty * 300), tol=1e-6, max_iter=100_000, intercept_scaling=1000).fit(
+        standardized, classes.numpy()
+    )
+    expected = torch.from_numpy(reference.decision_function(standardized)).float()
+    torch.testing.assert_close(svm.scores(inputs), expected, atol=5e-3, rtol=0)
+    lists = torch.nn.functional.one_hot(classes, 3).float()
+    multiple = MultiLabelSVM(inputs, lists, 3, torch.arange(300))
+    assert multiple.penalty == svm.penalty
+    torch.testing.assert_close(multiple.scores(inputs), svm.scores(inputs).sigmoid(), atol=1e-3, rtol=0)
 
 
 def test_noise_features_increase_the_penalty():

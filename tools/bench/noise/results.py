@@ -9,7 +9,7 @@ from typing import Any
 
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
-from distav.training.environment import machine
+from distav.distributed.environment import machine
 from tools.bench.noise.experiments import MAX_MISMATCH_RATE, Job
 from tools.bench.noise.runner import Bench
 
