@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--labels", default="", metavar="TABLE", help="training labels that replace those of the dataset")
     add("--views", type=int, default=1, metavar="V",
         help="evenly spaced parts of each clip whose scores are averaged (%(default)s: its middle)")  # fmt: skip
+    add("--by-video", action="store_true", help="average the scores of all clips of a video, which counts once")
     add("--json", type=Path, metavar="FILE", help="also write the metrics to this file")
     add("--neighbors", type=int, default=20, metavar="K", help="neighbors of knn (%(default)s)")
     add("--out", type=Path, default=Path("runs/fine_tuned"),
@@ -138,16 +139,16 @@ def _evaluate(options: argparse.Namespace, folder: str, world: World) -> dict[st
             train = embed_split(embedder, train_split, *train_labels, options.views)
         for task in frozen_tasks:
             if task == "knn":
-                metrics[task] = knn_metrics(train, test, num_classes, options.neighbors)
+                metrics[task] = knn_metrics(train, test, num_classes, options.neighbors, options.by_video)
             elif task in PROBES:
-                metrics[task] = probe_metrics(train, test, num_classes, task)
+                metrics[task] = probe_metrics(train, test, num_classes, task, options.by_video)
             else:
                 rows = local_shard(test.visual_embedding), local_shard(test.audio_embedding)
                 metrics[task] = retrieval(*rows, local_shard(test.paired_classes))
     if "fine_tune" in options.tasks:
         export = _fine_tune(options, folder, embedder.description, world, shards.multi_label)
         tuned = Embedder.open(export, world.device, options.batch_size)
-        metrics["fine_tune"] = classifier_metrics(tuned, test_split, test_labels[0], options.views)
+        metrics["fine_tune"] = classifier_metrics(tuned, test_split, test_labels[0], options.views, options.by_video)
     return {
         "data": folder,
         "train_clips": len(train_split),

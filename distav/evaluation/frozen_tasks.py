@@ -1,7 +1,7 @@
 """k-NN, linear probes and linear SVMs on the frozen features of a training split, scored on a test split.
 
 Labels are one class per clip, [n] int64, or several, [n, C] bool. Of a clip with several views, all views train, and
-the scores of its views are averaged.
+the scores of its views are averaged; with `by_video`, those of all clips of a source video, which then counts once.
 Legend: n clips, V views per clip, E feature width, C classes, D width of the projections.
 """
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distav.config.errors import UserError
 from distav.data.dataset import Split
 from distav.distributed.collectives import (
     all_gather_variable_rows,
@@ -117,7 +118,9 @@ def _array(embeddings: Embeddings, name: str) -> np.ndarray:
     return embeddings.joint_features() if name == "both" else getattr(embeddings, name)
 
 
-def classifier_metrics(embedder: Embedder, split: Split, labels: np.ndarray, views: int) -> dict[str, float]:
+def classifier_metrics(
+    embedder: Embedder, split: Split, labels: np.ndarray, views: int, by_video: bool = False
+) -> dict[str, float]:
     """Return the metrics of the classifiers of a network by modality; each rank classifies its part of the clips.
 
     Args:
@@ -125,10 +128,12 @@ def classifier_metrics(embedder: Embedder, split: Split, labels: np.ndarray, vie
         split: the clips.
         labels: labels of all clips, [N] or [N, C].
         views: V; probabilities of the classes are averaged over the views of a clip.
+        by_video: whether to average over the clips of a video.
     """
     rows = shard_range(len(split))
     embeddings = embedder.embed_views(split, views, np.arange(rows.start, rows.stop))
-    all_labels, device = torch.from_numpy(labels).to(embedder.device), embedder.device
+    device = embedder.device
+    all_labels, groups = torch.from_numpy(labels).to(device), torch.from_numpy(split.source_codes).to(device)
     metrics: dict[str, float] = {}
     for modality, name, mask in (
         ("both", "logits", "valid"), ("visual", "visual_logits", "has_visual"), ("audio", "audio_logits", "has_audio"),
@@ -137,11 +142,14 @@ def classifier_metrics(embedder: Embedder, split: Split, labels: np.ndarray, vie
         probs = logits.sigmoid() if labels.ndim == 2 else logits.softmax(2)
         exists = np.all([getattr(view, mask) for view in embeddings], axis=0).astype("float32")
         present = all_gather_variable_rows(torch.from_numpy(exists).to(device)) > 0
-        metrics |= _scores(modality, all_gather_variable_rows(probs.mean(1))[present], all_labels[present])
+        clips = LabeledFeatures(all_gather_variable_rows(probs)[present], all_labels[present], groups[present])
+        metrics |= _scores(modality, clips.features.mean(1), clips, by_video)
     return metrics
 
 
-def knn_metrics(train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int, k: int) -> dict[str, float]:
+def knn_metrics(
+    train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int, k: int, by_video: bool = False
+) -> dict[str, float]:
     """Return the metrics of k-NN votes by modality; each rank votes on its part of the test split."""
     metrics: dict[str, float] = {}
     for modality, clips in train.features.items():
@@ -153,11 +161,13 @@ def knn_metrics(train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int, k: 
             else:
                 votes = knn_class_probs(keys, labels, local.flatten(0, 1), num_classes, k)
             votes = all_gather_variable_rows(votes.view(*local.shape[:2], num_classes).mean(1))
-            metrics |= _scores(modality, votes, queries.labels)
+            metrics |= _scores(modality, votes, queries, by_video)
     return metrics
 
 
-def probe_metrics(train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int, task: str) -> dict[str, float]:
+def probe_metrics(
+    train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int, task: str, by_video: bool = False
+) -> dict[str, float]:
     """Return the metrics of a task of `PROBES` by modality; rank 0 fits the classifiers."""
     metrics: dict[str, float] = {}
     if get_rank() == 0:
@@ -170,12 +180,32 @@ def probe_metrics(train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int, t
                 else:
                     probe = single(features, labels, num_classes, groups)
                 scores = probe.scores(queries.features.flatten(0, 1)).view(*queries.features.shape[:2], num_classes)
-                metrics |= _scores(modality, scores.mean(1), queries.labels)
+                metrics |= _scores(modality, scores.mean(1), queries, by_video)
     return broadcast(metrics)
 
 
-def _scores(modality: str, scores: Tensor, labels: Tensor) -> dict[str, float]:
+def _scores(modality: str, scores: Tensor, clips: LabeledFeatures, by_video: bool) -> dict[str, float]:
     """Return the metrics of scores or probabilities [n, C] of all clips."""
+    labels = clips.labels
+    if by_video and len(labels):
+        scores, labels = _means_of_videos(scores, labels, clips.groups)
     if labels.ndim == 2:
         return MultiLabelScores.of(scores.cpu().numpy(), labels.cpu().numpy()).summary(f"_{modality}")
     return {f"{name}_{modality}": value for name, value in class_scores(scores, labels).items()}
+
+
+def _means_of_videos(scores: Tensor, labels: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean scores of the clips of each video, and its labels.
+
+    Raises:
+        UserError: if the clips of a video have different labels.
+    """
+    videos, index = groups.unique(return_inverse=True)
+    counts = torch.bincount(index, minlength=len(videos))
+    first = torch.full_like(videos, len(index)).scatter_reduce(
+        0, index, torch.arange(len(index), device=index.device), "amin"
+    )
+    if not torch.equal(labels[first][index], labels):
+        raise UserError("--by-video: clips of one video have different labels; omit the option to score single clips.")
+    sums = torch.zeros(len(videos), scores.shape[1], dtype=scores.dtype, device=scores.device)
+    return sums.index_add_(0, index, scores) / counts[:, None], labels[first]

@@ -30,7 +30,10 @@ def parse_with_protocol(parser: argparse.ArgumentParser, arguments: Sequence[str
         if key not in names or key in ("help", "protocol"):
             allowed = sorted(set(names) - {"help", "protocol", "local_rank"})
             raise UserError(f"{file}: {key}: allowed: {format_list(allowed)}.{did_you_mean(key, allowed)}")
-        words += [names[key].option_strings[0], *map(str, value if isinstance(value, list) else [value])]
+        if isinstance(value, bool):
+            words += [names[key].option_strings[0]] * value
+        else:
+            words += [names[key].option_strings[0], *map(str, value if isinstance(value, list) else [value])]
     # Parsed like a command line, so that types and allowed values are checked.
     positionals = ["x" for action in parser._actions if not action.option_strings]
     typed = parser.parse_args([*positionals, *words])

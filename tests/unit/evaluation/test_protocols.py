@@ -18,10 +18,10 @@ def test_every_protocol_can_be_parsed(name: str):
 
 def test_options_of_the_command_line_replace_those_of_a_protocol(tmp_path: Path):
     file = tmp_path / "mine.yaml"
-    file.write_text("tasks: [svm, knn]\nviews: 4\nlr: 1.0e-4\nwarmup_epochs: 3\n")
+    file.write_text("tasks: [svm, knn]\nviews: 4\nlr: 1.0e-4\nwarmup_epochs: 3\nby_video: true\n")
     options = parse_with_protocol(_parser(), ["e", "a", "b", "--protocol", str(file), "--views", "2"])
     assert (options.tasks, options.views, options.lr, options.warmup_epochs) == (["svm", "knn"], 2, 1e-4, 3)
-    assert options.shards == ["a", "b"]
+    assert options.shards == ["a", "b"] and options.by_video
 
 
 @pytest.mark.parametrize(
