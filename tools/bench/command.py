@@ -79,6 +79,14 @@ def _audit(options: argparse.Namespace) -> None:
     _write_json(options.json, results)
 
 
+def _towers(options: argparse.Namespace) -> None:
+    from tools.bench import towers
+
+    results = towers.run(_setting(options), options.names, options.batch)
+    print(towers.table(results))
+    _write_json(options.json, results)
+
+
 def _write_json(path: Path | None, results: dict[str, Any]) -> None:
     if path:
         write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
@@ -92,21 +100,26 @@ def _tables(options: argparse.Namespace) -> None:
     write_sections(options.out or options.results / "README.md", options.results)
 
 
-_UNTIMED = {"noise": _noise, "parsing": _parsing, "audit": _audit, "tables": _tables}
-"""Commands that do not time candidates and have no thresholds."""
+_UNTIMED = {"noise": _noise, "parsing": _parsing, "audit": _audit, "towers": _towers, "tables": _tables}
+"""Commands that do not compare candidates and have no thresholds."""
 
 
-def _measure(options: argparse.Namespace) -> Results:
+def _setting(options: argparse.Namespace) -> Setting:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda: PyTorch finds no GPU; omit the option to measure on the CPU.")
     for key, value in vars(options).items():
         if isinstance(value, int) and value < 1:
             raise UserError(f"--{key.replace('_', '-')}={value}: allowed: 1 or more.")
+    return Setting(device, options.threads, options.rounds)
+
+
+def _measure(options: argparse.Namespace) -> Results:
+    setting = _setting(options)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
-        return options.run(Setting(device, options.threads, options.rounds), options)
+        return options.run(setting, options)
     finally:
         torch.set_num_threads(num_threads)
 
@@ -209,7 +222,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     audit.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a finished run")
     audit.add_argument("--json", type=Path, help="JSON file for the figures")
-    tables = commands.add_parser("tables", help="write the generated tables of tools/results/README.md")
+    towers = commands.add_parser(
+        "towers",
+        help="parameters, input, memory and speed of towers",
+        description="Measure each tower with random weights in a process of its own.",
+    )
+    towers.add_argument("names", nargs="*", metavar="TOWER", help="towers of the table (all)")
+    towers.add_argument("--batch", type=int, default=4, help="clips per step (4)")
+    _add_timing_options(towers, 2)
+    tables = commands.add_parser("tables", help="write the generated tables of a page")
     tables.add_argument("--results", type=Path, default=Path("tools/results"), help="directory of the JSON files")
     tables.add_argument("--out", type=Path, help="page whose generated sections are replaced (RESULTS/README.md)")
     return parser

@@ -1,4 +1,4 @@
-"""Markdown sections of the results page, generated from the JSON files of the benchmarks."""
+"""Markdown sections of documentation pages, generated from the JSON files of the benchmarks."""
 
 import json
 from collections.abc import Callable
@@ -20,16 +20,18 @@ def write_sections(page: Path, results: Path) -> None:
     """Replace the text between the markers of every section for which there are results.
 
     Args:
-        page: Markdown file with a line `<!-- NAME: begin -->` and a line `<!-- NAME: end -->` for each section.
+        page: Markdown file with a line `<!-- NAME: begin -->` and a line `<!-- NAME: end -->` for each of its sections.
         results: directory of the JSON files.
 
     Raises:
         UserError: if the page, its markers or the results of the timing benchmarks are missing.
     """
-    if not page.is_file() or _marker("benchmarks", "begin") not in page.read_text():
+    text = page.read_text() if page.is_file() else ""
+    if not any(_marker(name, "begin") in text for name in SECTIONS):
         marker = _marker("benchmarks", "begin")
-        raise UserError(f"--out={page}: no file with the line {marker}; run this command in the project directory.")
-    text = page.read_text()
+        raise UserError(
+            f"--out={page}: no file with a line such as {marker}; run this command in the project directory."
+        )
     for name, section in SECTIONS.items():
         begin, end = _marker(name, "begin"), _marker(name, "end")
         if begin in text and (name == "benchmarks" or (results / f"{name}.json").exists()):
@@ -92,6 +94,21 @@ def coverage_section(results: Path) -> str:
     return "\n\n".join(["", machine, "\n".join(lines), summary.LEGEND, table, plot, ""])[1:]
 
 
+def towers_section(results: Path) -> str:
+    """Return the table of the towers."""
+    from tools.bench import towers
+
+    if not (results / "towers.json").exists():
+        return "\nNo results are stored.\n\n"
+    stored = json.loads((results / "towers.json").read_text())
+    arguments = stored["arguments"]
+    legend = (
+        f"Training and encoding in clips/s and the memory of a training step (weights, gradients and activations, "
+        f"without the optimizer), with batches of {arguments['batch']} clips and {arguments['threads']} threads."
+    )
+    return "\n\n".join(["", _machines(("towers", stored["machine"])), legend, towers.table(stored), ""])[1:]
+
+
 def timing_section(results: Path) -> str:
     """Return the tables of the timing benchmarks.
 
@@ -101,7 +118,7 @@ def timing_section(results: Path) -> str:
     runs = {
         path.stem: json.loads(path.read_text())
         for path in sorted(results.glob("*.json"))
-        if path.stem not in ("noise", "parsing", "audit", "coverage")
+        if path.stem not in ("noise", "parsing", "audit", "coverage", "towers")
     }
     if not runs:
         raise UserError(f"--results={results}: no JSON files; create them with bench.py NAME --json FILE.")
@@ -174,5 +191,6 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "parsing": parsing_section,
     "audit": audit_section,
     "coverage": coverage_section,
+    "towers": towers_section,
 }
 """Functions that generate the sections, by the name in their markers."""

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distav.data.pipeline.loader import Batch
 from distav.models.av_model import AVModel
 from tests.conftest import ROOT
-from tools.bench import markdown
+from tools.bench import markdown, towers
 from tools.bench.command import main
 from tools.bench.memory_bank import MemoryBankBenchmark
 from tools.bench.timing import Results, Setting
@@ -118,10 +118,34 @@ def test_every_tower_size_is_measured_with_small_towers(towers: str, visual: str
 
 
 @pytest.mark.parametrize("name", markdown.SECTIONS)
-def test_the_results_page_shows_the_stored_results(name: str):
+def test_the_pages_show_the_stored_results(name: str):
     if name == "audit":
         pytest.importorskip("cleanlab")
-    assert markdown.read_section(RESULTS / "README.md", name) == markdown.SECTIONS[name](RESULTS)
+    page = ROOT / "configs" / "README.md" if name == "towers" else RESULTS / "README.md"
+    assert markdown.read_section(page, name) == markdown.SECTIONS[name](RESULTS)
+
+
+def test_towers_are_measured_in_processes_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "towers.json"
+    names = ["small_conv (audio)", "torchvision:resnet50@IMAGENET1K_V2"]
+    assert main(["towers", *names, "--batch=2", "--rounds=1", "--threads=1", f"--json={file}"]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["name"] for row in rows] == names
+    assert rows[1]["parameters"] == 23_508_032 and rows[1]["input"] == "4 x 224 x 224"  # 25.6 M with the classifier.
+    for row in rows:  # Weights and gradients alone take 8 bytes per parameter.
+        assert row["train_mib"] > 8 * row["parameters"] / 2**20
+        assert 0 < row["train_clips_per_s"] < row["encode_clips_per_s"]
+    assert "| `small_conv` (audio) | 0.5 M | 256 |" in capsys.readouterr().out
+    assert main(["towers", "resnet50"]) == 1 and "Did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", towers.REFERENCES)
+def test_towers_of_the_table_exist(name: str):
+    pytest.importorskip("transformers" if name.startswith("hf:") else "timm" if name.startswith("timm:") else "torch")
+    tower, clips, _ = towers.build(name, 1)
+    with torch.no_grad():
+        assert tower.eval()(clips).shape == (1, tower.feature_dim)
 
 
 def test_tables_replaces_the_generated_sections_of_a_page(tmp_path: Path):
