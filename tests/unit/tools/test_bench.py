@@ -136,7 +136,7 @@ def test_towers_are_measured_in_processes_of_their_own(tmp_path: Path, capsys: p
         assert row["train_mib"] > 8 * row["parameters"] / 2**20
         assert 0 < row["train_clips_per_s"] < row["encode_clips_per_s"]
     assert "| `small_conv` (audio) | 0.5 M | 256 |" in capsys.readouterr().out
-    assert main(["towers", "resnet50"]) == 1 and "Did you mean" in capsys.readouterr().err
+    assert main(["towers", "avid_con"]) == 1 and "Did you mean 'avid_conv'?" in capsys.readouterr().err
 
 
 @pytest.mark.long
