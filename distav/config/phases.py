@@ -190,8 +190,9 @@ class SupervisedPhase:
     targets: Targets = Targets.posterior
     """Targets: given, posterior, held_out, hybrid or oracle."""
     loss: str = "ce"
-    """Loss: ce (cross-entropy), gce (generalized cross-entropy), elr (early-learning regularization), bce (binary
-    cross-entropy of each class), asymmetric (asymmetric loss), or the name of an installed one. Datasets with several
+    """Loss: ce (cross-entropy), gce (generalized cross-entropy), elr (early-learning regularization), sop (sparse
+    over-parameterization), bce (binary cross-entropy of each class), asymmetric (asymmetric loss), or the name of an
+    installed one. Datasets with several
     labels per clip need bce or asymmetric. If the targets are corrected labels and the correction had no label signal,
     the given labels are used, with gce if clips have one label."""
     gce_q: float = field(default=0.7, metadata=above(0))
@@ -201,6 +202,11 @@ class SupervisedPhase:
     elr_momentum: float = field(default=0.7, metadata=between(0, 1))
     """Momentum of the stored predictions: weight of the previous value in each update (Liu et al. 2020: 0.7 on
     CIFAR-10)."""
+    sop_lr_u: float = field(default=10.0, metadata=above(0))
+    """Learning rate of the variables u of sparse over-parameterization (Liu et al. 2022: 10 on CIFAR-10, 1 on
+    CIFAR-100)."""
+    sop_lr_v: float = field(default=10.0, metadata=above(0))
+    """Learning rate of its variables v (Liu et al. 2022: 10 for symmetric noise, 100 for asymmetric noise)."""
     asymmetric_gamma_negative: float = field(default=4.0, metadata=at_least(0))
     """Focusing exponent of absent classes in the asymmetric loss (Ridnik et al. 2021: 4)."""
     asymmetric_gamma_positive: float = field(default=0.0, metadata=at_least(0))

@@ -1,4 +1,4 @@
-"""Classification losses for labels that may be wrong: cross-entropy, generalized cross-entropy and ELR.
+"""Classification losses for labels that may be wrong: cross-entropy, generalized cross-entropy, ELR and SOP.
 
 Two losses for several labels per clip: binary cross-entropy and the asymmetric loss.
 
@@ -111,6 +111,57 @@ class EarlyLearning(ClassificationLoss):
         return average
 
 
+class OverParameterization(ClassificationLoss):
+    """Sparse over-parameterization (SOP; Liu et al. 2022): each sample has variables that explain a wrong label.
+
+    With the target y and the prediction p of a sample, its variables u and v give s = u^2 y - v^2 (1 - y), both terms
+    at most 1, which is added to p. The network minimizes the cross-entropy of max(p + s, 0), scaled to a sum of 1. The u
+    minimize the sum of this and of the squared error of the predicted class plus s, and the v the latter alone, by plain
+    gradient descent with learning rates of their own. They start at 1e-8, so that they stay small unless the network
+    disagrees with a label for long. The column `over_parameters` of the memory bank holds their distance from the start:
+    [n, H, 2, C].
+    """
+
+    COLUMN, START, EPS = "over_parameters", 1e-8, 1e-4
+
+    def __init__(self, config: SupervisedPhase, bank: Bank, num_heads: int, num_classes: int):
+        super().__init__(config, bank, num_heads, num_classes)
+        bank.register_column(self.COLUMN, (num_heads, 2, num_classes))
+
+    def __call__(
+        self, global_batch: GlobalBatch, logits: Sequence[Tensor], targets: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """Return the losses, [b] for each classifier, and update the variables."""
+        moved = self.bank.fetch((self.COLUMN,), global_batch.ids)[0]
+        target = torch.stack([values.detach() for values in targets], dim=1)
+        probs = torch.stack([head.detach().float().softmax(1) for head in logits], dim=1)
+        with torch.enable_grad():
+            variables = (self.START + moved).detach().requires_grad_()
+            added, removed = self._explained(variables, target)
+            cross_entropy = self._cross_entropy(probs, added - removed.detach(), target)
+            predicted = torch.nn.functional.one_hot(probs.argmax(2), self.num_classes)
+            total = cross_entropy.sum() + (predicted + added - removed - target).square().sum()
+            gradient = torch.autograd.grad(total, variables)[0] / len(global_batch.ids)
+        rates = gradient.new_tensor([self.config.sop_lr_u, self.config.sop_lr_v])[:, None]
+        self.bank.write(self.COLUMN, moved - rates * gradient, global_batch.ids, global_batch.valid)
+        explained = (added - removed).detach().unbind(1)
+        return [
+            self._cross_entropy(head.softmax(1), shift, goal)
+            for head, shift, goal in zip(logits, explained, targets, strict=True)
+        ]
+
+    @staticmethod
+    def _explained(variables: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u^2 y and v^2 (1 - y), each at most 1: [b, H, 2, C], [b, H, C] -> [b, H, C] twice."""
+        added, removed = variables.square().unbind(2)
+        return (added * target).clamp(max=1), (removed * (1 - target)).clamp(max=1)
+
+    def _cross_entropy(self, probs: Tensor, explained: Tensor, target: Tensor) -> Tensor:
+        """Return the cross-entropy of the shifted predictions: [..., C] three times -> [...]."""
+        shifted = (probs + explained).clamp(min=self.EPS)
+        return -(target * (shifted / shifted.sum(-1, keepdim=True)).clamp(self.EPS, 1).log()).sum(-1)
+
+
 class BinaryCrossEntropy(ClassificationLoss):
     """Binary cross-entropy, summed over the classes."""
 
@@ -144,6 +195,7 @@ CLASSIFICATION_LOSSES: Registry[type[ClassificationLoss]] = Registry(
         "ce": CrossEntropy,
         "gce": GeneralizedCrossEntropy,
         "elr": EarlyLearning,
+        "sop": OverParameterization,
         "bce": BinaryCrossEntropy,
         "asymmetric": AsymmetricLoss,
     },

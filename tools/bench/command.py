@@ -51,7 +51,7 @@ def _noise(options: argparse.Namespace) -> None:
 
     if options.json:
         results.load(options.json)  # Reports a file that cannot be extended before hours of training.
-    bench, jobs = runner.run(
+    bench, jobs = runner.run_digits(
         options.digits, options.work, options.seeds, options.datasets, options.experiments, options.max_parallel
     )
     records = {"rows": results.training_records(bench, jobs), "votes": results.vote_records(bench, jobs)}

@@ -72,3 +72,58 @@ def test_early_learning_regularization_rewards_agreement_with_the_average():
     agrees = early_learning_regularization(torch.tensor([[4.0, 0.0, 0.0]]), average)
     differs = early_learning_regularization(torch.tensor([[0.0, 4.0, 0.0]]), average)
     assert agrees < differs < 0
+
+
+def test_over_parameterization_equals_gradient_descent_on_its_variables():
+    generator = torch.Generator().manual_seed(0)
+    config = SupervisedPhase(loss="sop", sop_lr_u=3.0, sop_lr_v=7.0)
+    bank, ids = Bank(6, 4, 0.5, torch.device("cpu")), torch.tensor([5, 2])
+    loss = CLASSIFICATION_LOSSES["sop"](config, bank, num_heads=1, num_classes=3)
+    loss.START = 0.3  # Large enough for a change in a few steps.
+    embeddings = F.normalize(torch.randn(2, 4, generator=generator), dim=1)
+    global_batch = GlobalBatch.gather(ids, torch.tensor([True, False]), embeddings, embeddings)
+    y = F.one_hot(CLASSES, 3).float()
+    u, v = (torch.full((2, 3), 0.3, requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [u], "lr": 3.0}, {"params": [v], "lr": 7.0}])
+    for _ in range(3):
+        logits = torch.randn(2, 3, generator=generator)
+        p = logits.softmax(1)
+        plus, minus = (u.square() * y).clamp(max=1), (v.square() * (1 - y)).clamp(max=1)
+        shifted = (p + plus - minus.detach()).clamp(min=1e-4)
+        expected = -(shifted / shifted.sum(1, keepdim=True)).gather(1, CLASSES[:, None]).log().squeeze(1)
+        (losses,) = loss(global_batch, [logits], [y])
+        torch.testing.assert_close(losses, expected.detach())
+        error = F.one_hot(p.argmax(1), 3) + plus - minus - y
+        optimizer.zero_grad()
+        (expected.mean() + error.square().sum() / 2).backward()
+        u.grad[1], v.grad[1] = 0, 0  # The second sample is masked.
+        optimizer.step()
+    moved = bank.fetch((loss.COLUMN,), ids)[0][:, 0]
+    torch.testing.assert_close(moved, torch.stack([u, v], 1).detach() - 0.3, rtol=1e-4, atol=1e-5)
+
+
+def test_over_parameterization_learns_the_true_classes_from_wrong_labels():
+    generator = torch.Generator().manual_seed(0)
+    num, classes = 600, 4
+    true = torch.randint(0, classes, (num,), generator=generator)
+    # More features than samples, so that cross-entropy fits the wrong labels.
+    centers = torch.randn(classes, 800, generator=generator)
+    inputs = centers[true] + 3.0 * torch.randn(num, 800, generator=generator)
+    is_wrong = torch.rand(num, generator=generator) < 0.4
+    given = torch.where(is_wrong, torch.randint(0, classes, (num,), generator=generator), true)
+    tests = centers[true] + 3.0 * torch.randn(num, 800, generator=generator)
+    accuracies = {}
+    for name in ("ce", "sop"):
+        torch.manual_seed(0)
+        bank, ids = Bank(num, 4, 0.5, torch.device("cpu")), torch.arange(num)
+        loss = CLASSIFICATION_LOSSES[name](SupervisedPhase(loss=name, sop_lr_u=100.0), bank, 1, classes)
+        embeddings = F.normalize(torch.ones(num, 4), dim=1)
+        batch = GlobalBatch.gather(ids, torch.ones(num, dtype=torch.bool), embeddings, embeddings)
+        layer = torch.nn.Linear(800, classes)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.02)
+        for _ in range(400):
+            optimizer.zero_grad()
+            loss(batch, [layer(inputs)], [F.one_hot(given, classes).float()])[0].mean().backward()
+            optimizer.step()
+        accuracies[name] = float((layer(tests).argmax(1) == true).float().mean())
+    assert accuracies["sop"] > accuracies["ce"] + 0.03, accuracies

@@ -8,6 +8,7 @@ import pytest
 from distav.config import loading
 from distav.config.errors import UserError
 from tests.conftest import ROOT
+from tools.bench.noise.datasets import digit_datasets
 from tools.bench.noise.experiments import ABLATIONS, EXPERIMENTS, METHODS, PAIR_METHODS, Cell, Job, ablations, grid
 from tools.bench.noise.plots import save
 from tools.bench.noise.results import over_seeds, training_records, vote_records
@@ -80,7 +81,7 @@ def bench(real_data: Path, tmp_path: Path, monkeypatch) -> Bench:
         (short / path.relative_to(ROOT / "configs")).parent.mkdir(parents=True, exist_ok=True)
         (short / path.relative_to(ROOT / "configs")).write_text(text)
     monkeypatch.setattr("tools.bench.noise.runner.CONFIGS", short)
-    return Bench(real_data / "avdigits", tmp_path, SHORT)
+    return Bench(digit_datasets(real_data / "avdigits"), tmp_path, SHORT)
 
 
 @pytest.mark.long
@@ -117,7 +118,7 @@ def test_failed_trainings_are_reported_with_their_logs_after_the_other_trainings
 
 def test_a_directory_without_the_digits_is_reported(tmp_path: Path):
     with pytest.raises(UserError, match="--digits=.*: t10k-images.* is missing"):
-        Bench(tmp_path, tmp_path)
+        digit_datasets(tmp_path)
 
 
 def _row(dataset: str, label_noise: str, method: str, score: float, **more: float) -> dict:

@@ -21,7 +21,7 @@ def file(tmp_path: Path) -> Path:
     ("overrides", "message"),
     [
         ("phases.use.loss=glr",
-         ["phases.use.loss=glr: allowed: ce, gce, elr, bce, asymmetric.", "Did you mean 'elr'?"]),
+         ["phases.use.loss=glr: allowed: ce, gce, elr, sop, bce, asymmetric.", "Did you mean 'elr'?"]),
         ("phases.learn.negatives_source=bach",
          ["phases.learn.negatives_source=bach: allowed: memory_bank, sampled, batch.", "Did you mean 'batch'?"]),
         ("phases.learn.num_negatives=8", ["phases.learn.soft_targets=cycle", "phases.learn.num_negatives=8",

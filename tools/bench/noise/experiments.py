@@ -111,13 +111,6 @@ PRETRAINING = "contrastive pretraining"
 """Name of the job that trains the shared contrastive phase."""
 MAX_MISMATCH_RATE = 0.4
 """The largest rate of mismatched pairs in the grid."""
-DATASETS = {
-    "easy": (),
-    "cross-class audio": ("--cross-class-only",),
-    "hard": ("--degrade",),
-    "held-out speaker": ("--hold-out-speaker", "theo"),
-}
-"""Options of make_shards.py digits for each dataset."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Trainings of the noise benchmark: accuracy under label noise and mismatched audio, compared with baselines.
 
-Handwritten and spoken digits, easy and degraded, at a grid of noise rates. Every method has the same towers,
+Digits, easy and degraded, or natural datasets, at a grid of noise rates. Every method has the same towers,
 augmentation and number of epochs on labels, and the same settings in every cell; the model of the last epoch is
 evaluated. The contrastive phase uses no labels, so runs that differ only in their labels share it.
 """
@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset
 from distav.data.files import write_atomically, write_table
 from distav.data.preparation.noise_injection import LabelNoise, flip_labels
-from tools.bench.noise.experiments import ABLATIONS, DATASETS, EXPERIMENTS, PRETRAINING, Cell, Job, file_name
+from tools.bench.noise.datasets import DIGITS, BenchDataset, digit_datasets
+from tools.bench.noise.experiments import ABLATIONS, EXPERIMENTS, PRETRAINING, Cell, Experiment, Job, file_name
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PRELOADED = (
@@ -40,18 +41,15 @@ PRELOADED = (
 class Bench:
     """Runs trainings in parallel and keeps their results, so that a stopped benchmark resumes."""
 
-    def __init__(self, digits: Path, work: Path, overrides: Sequence[str] = ()):
-        """Check the input files.
+    def __init__(self, datasets: Mapping[str, BenchDataset], work: Path, overrides: Sequence[str] = ()):
+        """Create a benchmark.
 
         Args:
-            digits: directory of the digits' files.
+            datasets: datasets by name.
             work: directory for shards, runs and results.
             overrides: settings for every training.
         """
-        self.digits, self.work, self.overrides = digits, work, tuple(overrides)
-        for name in ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz", "fsdd-recordings.tar.gz"):
-            if not (digits / name).is_file():
-                raise UserError(f"--digits={digits}: {name} is missing; download MNIST's test files and FSDD.")
+        self.datasets, self.work, self.overrides = datasets, work, tuple(overrides)
 
     def run(self, jobs: Iterable[Job], max_parallel: int) -> None:
         """Train the jobs that have no result, in order, each as soon as its pretraining is finished.
@@ -127,7 +125,8 @@ class Bench:
         return [
             "--config", str(config), f"data.root={shards}", f"data.label_overrides={labels}",
             f"run.root={self.work / 'runs'}", f"run.name={job.name}", f"run.seed={job.seed}",
-            "run.device=cpu", "run.threads_per_rank=1", "monitor.media_clips=0", *overrides, *self.overrides,
+            "run.device=cpu", "run.threads_per_rank=1", "monitor.media_clips=0",
+            *self.datasets[job.cell.dataset].overrides, *overrides, *self.overrides,
         ]  # fmt: skip
 
     def shards(self, cell: Cell, seed: int) -> Path:
@@ -136,13 +135,9 @@ class Bench:
         if not (out / "manifest.json").exists():
             from distav.tools.make_shards import main as make_shards
 
-            status = make_shards([
-                "digits", str(out), "--images", str(self.digits / "t10k-images-idx3-ubyte.gz"),
-                "--image-labels", str(self.digits / "t10k-labels-idx1-ubyte.gz"),
-                "--recordings", str(self.digits / "fsdd-recordings.tar.gz"), "--seed", str(seed),
-                "--label-noise", "symmetric:0", "--correspondence-noise", str(cell.mismatch_rate),
-                *DATASETS[cell.dataset],
-            ])  # fmt: skip
+            dataset = self.datasets[cell.dataset]
+            noise = ("--seed", str(seed), "--correspondence-noise", str(cell.mismatch_rate))
+            status = make_shards([*dataset.source, str(out), *dataset.options, *noise])
             if status:
                 raise UserError(f"{out}: make_shards.py failed with status {status}.")
         return out
@@ -206,7 +201,7 @@ def _train(arguments: list[str], log: str, shards: Path, labels: Path, corrects_
     sys.exit(status)
 
 
-def run(
+def run_digits(
     digits: Path,
     work: Path,
     seeds: Sequence[int],
@@ -214,7 +209,7 @@ def run(
     experiments: Sequence[str],
     max_parallel: int,
 ) -> tuple["Bench", list[Job]]:
-    """Run the trainings that have no result.
+    """Run the trainings on digits that have no result.
 
     Args:
         digits: directory of the digits' files.
@@ -230,19 +225,36 @@ def run(
     Raises:
         UserError: for unknown datasets or experiments, missing files, or a training that fails.
     """
-    for option, names, allowed in (("--datasets", datasets, DATASETS), ("--experiments", experiments, EXPERIMENTS)):
-        for name in names:
-            if name not in allowed:
-                raise UserError(f"{option}={name}: allowed: {format_list(allowed)}.{did_you_mean(name, allowed)}")
+    check_names("--experiments", experiments, EXPERIMENTS)
+    check_names("--datasets", datasets, DIGITS)
     cells = [
         (cell, methods)
         for experiment in experiments or EXPERIMENTS
         for cell, methods in EXPERIMENTS[experiment]()
-        if cell.dataset in (datasets or DATASETS)
+        if cell.dataset in (datasets or DIGITS)
     ]
+    return run_cells(Bench(digit_datasets(digits), work), cells, seeds, max_parallel)
+
+
+def run_cells(bench: Bench, cells: Experiment, seeds: Sequence[int], max_parallel: int) -> tuple[Bench, list[Job]]:
+    """Run the trainings of cells that have no result; returns the bench and its jobs.
+
+    Raises:
+        UserError: if a training fails.
+    """
     jobs = [Job(cell, method, seed) for seed in seeds for cell, methods in cells for method in methods]
     jobs = list(dict.fromkeys(jobs))
-    bench = Bench(digits, work)
     with contextlib.suppress(KeyboardInterrupt):
         bench.run(jobs, max_parallel)
     return bench, jobs
+
+
+def check_names(option: str, names: Iterable[str], allowed: Iterable[str]) -> None:
+    """Check the values of an option.
+
+    Raises:
+        UserError: naming the first value that is not allowed.
+    """
+    for name in names:
+        if name not in allowed:
+            raise UserError(f"{option}={name}: allowed: {format_list(allowed)}.{did_you_mean(name, allowed)}")

@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tools.bench.noise.experiments import ABLATIONS, DATASETS, METHODS, PAIR_METHODS, TRUE_LABELS
+from tools.bench.noise.datasets import DATASETS
+from tools.bench.noise.experiments import ABLATIONS, METHODS, PAIR_METHODS, TRUE_LABELS
 from tools.bench.noise.results import over_seeds
 
 Rows = Sequence[dict[str, Any]]

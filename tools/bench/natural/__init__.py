@@ -1,0 +1,1 @@
+"""Datasets of real recordings and photographs for the noise benchmark, made from public repositories."""
