@@ -115,11 +115,11 @@ class OverParameterization(ClassificationLoss):
     """Sparse over-parameterization (SOP; Liu et al. 2022): each sample has variables that explain a wrong label.
 
     With the target y and the prediction p of a sample, its variables u and v give s = u^2 y - v^2 (1 - y), both terms
-    at most 1, which is added to p. The network minimizes the cross-entropy of max(p + s, 0), scaled to a sum of 1. The u
-    minimize the sum of this and of the squared error of the predicted class plus s, and the v the latter alone, by plain
-    gradient descent with learning rates of their own. They start at 1e-8, so that they stay small unless the network
-    disagrees with a label for long. The column `over_parameters` of the memory bank holds their distance from the start:
-    [n, H, 2, C].
+    at most 1, which is added to p. The network minimizes the cross-entropy of max(p + s, 0), scaled to a sum of 1. The
+    u minimize the sum of this and of the squared error of the predicted class plus s, and the v the latter alone, by
+    plain gradient descent with learning rates of their own. They start at 1e-8, so that they stay small unless the
+    network disagrees with a label for long. The column `over_parameters` of the memory bank holds their distance from
+    the start: [n, H, 2, C].
     """
 
     COLUMN, START, EPS = "over_parameters", 1e-8, 1e-4

@@ -63,6 +63,21 @@ def _noise(options: argparse.Namespace) -> None:
         plots.save(rows, options.json.with_suffix(".svg"))
 
 
+def _natural(options: argparse.Namespace) -> None:
+    from tools.bench.noise import results, runner, tables
+
+    if options.json:
+        results.load(options.json)
+    bench, jobs = runner.run_natural(
+        options.sources, options.work, options.seeds, options.datasets, options.visual_weights, options.max_parallel,
+        options.methods, ["" if noise == "none" else noise for noise in options.label_noise], options.mismatch_rate,
+    )  # fmt: skip
+    records = {"rows": results.training_records(bench, jobs)}
+    if options.json:
+        records = results.save(records, options.json, "natural")
+    print(*tables.natural_tables(records["rows"]), sep="\n\n")
+
+
 def _parsing(options: argparse.Namespace) -> None:
     from tools.bench import event_parsing
 
@@ -100,7 +115,14 @@ def _tables(options: argparse.Namespace) -> None:
     write_sections(options.out or options.results / "README.md", options.results)
 
 
-_UNTIMED = {"noise": _noise, "parsing": _parsing, "audit": _audit, "towers": _towers, "tables": _tables}
+_UNTIMED = {
+    "noise": _noise,
+    "natural": _natural,
+    "parsing": _parsing,
+    "audit": _audit,
+    "towers": _towers,
+    "tables": _tables,
+}
 """Commands that do not compare candidates and have no thresholds."""
 
 
@@ -213,6 +235,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--codec", choices=tuple(CODECS), default="mjpeg", help="codec of the clips")
         _add_timing_options(command, _THREADS.get(name, 1))
     _add_noise_command(commands)
+    _add_natural_command(commands)
     _add_parsing_command(commands)
     coverage.add_command(commands)
     audit = commands.add_parser(
@@ -266,6 +289,25 @@ def _add_noise_command(commands: Any) -> None:
     add("--max-parallel", type=int, default=os.cpu_count() or 1, help="parallel trainings, each on one core")
     meaning = "JSON file to which the figures are added; plots are written beside it as SVG"
     add("--json", type=Path, help=meaning)
+
+
+def _add_natural_command(commands: Any) -> None:
+    add = commands.add_parser(
+        "natural",
+        help="the same on real recordings and photographs from public repositories",
+        description="Train every method in every cell of the grid on natural datasets; see tools/results/README.md "
+        "for the repositories. Finished trainings are kept, and a stopped run resumes.",
+    ).add_argument
+    add("--sources", type=Path, required=True, help="directory with clones of the repositories")
+    add("--work", type=Path, default=Path("runs/natural"), help="directory for clips, shards, runs and results")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of noise and training")
+    add("--datasets", nargs="+", default=[], help="datasets (all without pretrained towers)")
+    add("--methods", nargs="+", default=[], help="methods (all)")
+    add("--label-noise", nargs="+", default=[], help="label noise, such as symmetric:0.4 and none (all)")
+    add("--mismatch-rate", type=float, nargs="+", default=[], help="fractions of mismatched pairs (all)")
+    add("--visual-weights", type=Path, help="ImageNet weights of EfficientNet-Lite0, for pretrained towers")
+    add("--max-parallel", type=int, default=os.cpu_count() or 1, help="parallel trainings, each on one core")
+    add("--json", type=Path, help="JSON file to which the figures are added")
 
 
 def _add_parsing_command(commands: Any) -> None:

@@ -63,6 +63,15 @@ def noise_section(results: Path) -> str:
     return "\n\n".join(["", machines, legend, *tables.all_tables(stored["rows"]), plots, ""])[1:]
 
 
+def natural_section(results: Path) -> str:
+    """Return the tables of the noise benchmark on natural datasets."""
+    if not (results / "natural.json").exists():
+        return "\nNo results are stored.\n\n"
+    stored = json.loads((results / "natural.json").read_text())
+    machines = _machines(*(("natural", machine) for machine in stored["machines"]))
+    return "\n\n".join(["", machines, *tables.natural_tables(stored["rows"]), ""])[1:]
+
+
 def parsing_section(results: Path) -> str:
     """Return the table of the event parsing benchmark."""
     stored = json.loads((results / "parsing.json").read_text())
@@ -118,7 +127,7 @@ def timing_section(results: Path) -> str:
     runs = {
         path.stem: json.loads(path.read_text())
         for path in sorted(results.glob("*.json"))
-        if path.stem not in ("noise", "parsing", "audit", "coverage", "towers")
+        if path.stem not in ("noise", "natural", "parsing", "audit", "coverage", "towers")
     }
     if not runs:
         raise UserError(f"--results={results}: no JSON files; create them with bench.py NAME --json FILE.")
@@ -188,6 +197,7 @@ def _number(value: float) -> str:
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "benchmarks": timing_section,
     "noise": noise_section,
+    "natural": natural_section,
     "parsing": parsing_section,
     "audit": audit_section,
     "coverage": coverage_section,

@@ -1,6 +1,6 @@
 """Datasets of the noise benchmark: digits, and natural sets of `tools.bench.natural`."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,9 @@ NATURAL = {
     ),
 }
 """Natural datasets by name."""
-DATASETS = (*DIGITS, *NATURAL)
+PRETRAINED = ", pretrained"
+"""Suffix of a natural dataset whose visual tower has constant weights of EfficientNet-Lite0 (Tan and Le 2019)."""
+DATASETS = (*DIGITS, *NATURAL, *(f"{name}{PRETRAINED}" for name in NATURAL))
 """All datasets, in the order of tables."""
 
 
@@ -84,20 +86,29 @@ def digit_datasets(folder: Path) -> Mapping[str, BenchDataset]:
     return {name: BenchDataset(("digits",), (*files, *options)) for name, options in DIGITS.items()}
 
 
-def natural_datasets(sources: Path, work: Path, names: Iterator[str] | tuple[str, ...]) -> Mapping[str, BenchDataset]:
+def natural_datasets(
+    sources: Path, work: Path, names: Iterable[str], visual_weights: Path | None
+) -> Mapping[str, BenchDataset]:
     """Return natural datasets, after writing their clips unless they exist.
 
     Args:
         sources: directory with clones of the repositories.
         work: directory for the clips.
-        names: names in `NATURAL`.
+        names: names in `NATURAL`, or with the suffix `PRETRAINED`.
+        visual_weights: file with ImageNet weights of EfficientNet-Lite0, for the latter.
 
     Raises:
         UserError: if a repository is missing.
     """
     datasets = {}
     for name in names:
-        natural = NATURAL[name]
-        table = clip_lists.write_clips(natural.make_clips, sources, work / "clips" / name.replace(" ", "-"))
-        datasets[name] = BenchDataset(("csv", str(table)), natural.encoding, natural.overrides)
+        base = name.removesuffix(PRETRAINED)
+        natural, overrides = NATURAL[base], NATURAL[base].overrides
+        if base != name:
+            if visual_weights is None or not visual_weights.is_file():
+                raise UserError(f"--visual-weights={visual_weights}: no such file; {name} needs ImageNet weights.")
+            tower = ("timm:tf_efficientnet_lite0", f"model.visual.weights={visual_weights}", "model.visual.freeze=-1")
+            overrides += (f"model.visual.name={tower[0]}", *tower[1:], "model.visual.batch_norm=running")
+        table = clip_lists.write_clips(natural.make_clips, sources, work / "clips" / base.replace(" ", "-"))
+        datasets[name] = BenchDataset(("csv", str(table)), natural.encoding, overrides)
     return datasets

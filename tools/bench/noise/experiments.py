@@ -1,6 +1,7 @@
 """Experiments of the noise benchmark: datasets, noise rates, methods, ablations, and the trainings they consist of."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -28,6 +29,7 @@ METHODS = {
     "CE": Method("baselines/ce"),
     "GCE": Method("baselines/gce"),
     "ELR": Method("baselines/elr"),
+    "SOP": Method("baselines/sop"),
     TRUE_LABELS: Method("baselines/true_labels"),
     "contrastive + CE": Method("baselines/ce_after_contrast", shares_pretraining=True),
     "contrastive + probe": Method("baselines/contrast_probe", shares_pretraining=True),
@@ -177,6 +179,20 @@ def pairs() -> Experiment:
     return [
         (Cell("cross-class audio", "", rate), tuple(PAIR_METHODS) if rate else without_truth)
         for rate in (0.0, 0.2, 0.4, 0.6, 0.8)
+    ]
+
+
+NATURAL_METHODS = ("distav", "CE", "GCE", "ELR", "SOP")
+NATURAL_LABEL_NOISE, NATURAL_MISMATCH_RATES = ("symmetric:0.6", "symmetric:0.4", "symmetric:0.2", ""), (0.4, 0.0)
+
+
+def natural(datasets: Iterable[str]) -> Experiment:
+    """Return every cell of natural datasets, with the same methods in each."""
+    return [
+        (Cell(dataset, label_noise, mismatch_rate), NATURAL_METHODS)
+        for mismatch_rate in NATURAL_MISMATCH_RATES
+        for label_noise in NATURAL_LABEL_NOISE
+        for dataset in datasets
     ]
 
 

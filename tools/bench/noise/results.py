@@ -79,7 +79,9 @@ def load(path: Path) -> dict[str, Any]:
     return stored
 
 
-def save(records: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> dict[str, list[dict[str, Any]]]:
+def save(
+    records: Mapping[str, Sequence[dict[str, Any]]], path: Path, benchmark: str = "noise"
+) -> dict[str, list[dict[str, Any]]]:
     """Add records to a JSON file, one per line, together with the machine and the package versions.
 
     Existing records of other seeds, experiments or machines are kept; records of the same training are replaced.
@@ -92,7 +94,7 @@ def save(records: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> dict[st
     """
     stored = load(path)
     machines = [entry for entry in stored.get("machines", []) if entry != machine()] + [machine()]
-    parts = ['"benchmark": "noise"', '"machines": [\n' + ",\n".join(map(json.dumps, machines)) + "\n]"]
+    parts = [f'"benchmark": "{benchmark}"', '"machines": [\n' + ",\n".join(map(json.dumps, machines)) + "\n]"]
     merged: dict[str, list[dict[str, Any]]] = {}
     for name, added in records.items():
         by_key = {tuple(record.get(key) for key in KEYS): record for record in [*stored.get(name, []), *added]}

@@ -25,8 +25,18 @@ from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset
 from distav.data.files import write_atomically, write_table
 from distav.data.preparation.noise_injection import LabelNoise, flip_labels
-from tools.bench.noise.datasets import DIGITS, BenchDataset, digit_datasets
-from tools.bench.noise.experiments import ABLATIONS, EXPERIMENTS, PRETRAINING, Cell, Experiment, Job, file_name
+from tools.bench.noise.datasets import DATASETS, DIGITS, NATURAL, BenchDataset, digit_datasets, natural_datasets
+from tools.bench.noise.experiments import (
+    ABLATIONS,
+    EXPERIMENTS,
+    NATURAL_METHODS,
+    PRETRAINING,
+    Cell,
+    Experiment,
+    Job,
+    file_name,
+    natural,
+)
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PRELOADED = (
@@ -234,6 +244,42 @@ def run_digits(
         if cell.dataset in (datasets or DIGITS)
     ]
     return run_cells(Bench(digit_datasets(digits), work), cells, seeds, max_parallel)
+
+
+def run_natural(
+    sources: Path,
+    work: Path,
+    seeds: Sequence[int],
+    names: Sequence[str],
+    visual_weights: Path | None,
+    max_parallel: int,
+    methods: Sequence[str] = (),
+    label_noises: Sequence[str] = (),
+    mismatch_rates: Sequence[float] = (),
+) -> tuple[Bench, list[Job]]:
+    """Run the trainings on natural datasets that have no result; see `run_digits`.
+
+    Args:
+        sources: directory with clones of the repositories.
+        work: directory for clips, shards, runs and results.
+        seeds: seeds of noise and training.
+        names: names of datasets; empty for all that need no pretrained weights.
+        visual_weights: file with ImageNet weights of EfficientNet-Lite0.
+        max_parallel: number of parallel trainings.
+        methods, label_noises, mismatch_rates: parts of the grid; empty for all.
+    """
+    allowed = [name for name in DATASETS if name not in DIGITS]
+    check_names("--datasets", names, allowed)
+    check_names("--methods", methods, NATURAL_METHODS)
+    names = names or tuple(NATURAL)
+    bench = Bench(natural_datasets(sources, work, names, visual_weights), work)
+    cells = [
+        (cell, tuple(methods) or cell_methods)
+        for cell, cell_methods in natural(names)
+        if (not label_noises or cell.label_noise in label_noises)
+        and (not mismatch_rates or cell.mismatch_rate in mismatch_rates)
+    ]
+    return run_cells(bench, cells, seeds, max_parallel)
 
 
 def run_cells(bench: Bench, cells: Experiment, seeds: Sequence[int], max_parallel: int) -> tuple[Bench, list[Job]]:

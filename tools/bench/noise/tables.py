@@ -20,6 +20,8 @@ CORRECTION_COLUMNS = {
     "wrong labels detected, F1, cleanlab": "f1_cleanlab",
 }
 """Columns of the table of label correction and the figures they show."""
+MODALITIES = {"both": "test_top1", "visual": "test_top1_visual", "audio": "test_top1_audio"}
+"""Columns of the table of modalities and the figures they show."""
 PHASES = {"contrastive": "contrastive", "label correction": "label_correction", "supervised": "supervised"}
 
 _HEAD_LINES = 2
@@ -119,6 +121,49 @@ def all_tables(records: Rows) -> list[str]:
         pair_table(rows),
     )
     return [table for table in tables if table]
+
+
+def natural_tables(records: Rows) -> list[str]:
+    """Return accuracy, modalities, corrected labels and the margin over the best rival for the natural datasets."""
+    rows = over_seeds(records)
+    tables = (accuracy_table(rows), modality_table(rows), correction_table(rows), margin(rows))
+    return [table for table in tables if table]
+
+
+def modality_table(rows: Rows) -> str:
+    """Return top-1 accuracy of the classifiers of distav and of the best rival by modality; "" without rows."""
+    lines = [_line("dataset", "label noise", "mismatched pairs", "method", *MODALITIES)]
+    lines.append("|---" * (4 + len(MODALITIES)) + "|")
+    for cell, by_method in group_by_cell(rows).items():
+        for method in filter(None, ("distav" if "distav" in by_method else "", _best_rival(by_method))):
+            row = by_method[method]
+            texts = (_format(row[key]) if key in row else "" for key in MODALITIES.values())
+            lines.append(_line(*_cell_columns(cell), method, *texts))
+    return "\n".join(lines) if len(lines) > _HEAD_LINES else ""
+
+
+def margin(rows: Rows) -> str:
+    """Return how much more accurate distav is than the best rival of each cell, on average; "" without rows."""
+    margins = {}
+    for cell, by_method in group_by_cell(rows).items():
+        rival = _best_rival(by_method)
+        if "distav" in by_method and rival:
+            own, other = by_method["distav"]["test_top1"], by_method[rival]["test_top1"]
+            margins[cell] = own["mean"] - other["mean"], max(own["sd"] or 0.0, other["sd"] or 0.0)
+    if not margins:
+        return ""
+    noisy = [difference for cell, (difference, _) in margins.items() if cell[1] or cell[2]]
+    below = sum(difference < -deviation for difference, deviation in margins.values())
+    text = f"distav is more than a standard deviation below the best rival in {below} of {len(margins)} cells."
+    if noisy:
+        mean = f"{statistics.fmean(noisy):+.1f} points"
+        text = f"Mean margin over the best rival of each cell in {len(noisy)} noisy cells: {mean}; {text}"
+    return text
+
+
+def _best_rival(by_method: dict[str, dict[str, Any]]) -> str:
+    rivals = [method for method in by_method if method not in ("distav", TRUE_LABELS)]
+    return max(rivals, key=lambda method: by_method[method]["test_top1"]["mean"], default="")
 
 
 def group_by_cell(rows: Rows) -> dict[tuple[str, str, float], dict[str, dict[str, Any]]]:
