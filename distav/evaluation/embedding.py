@@ -154,19 +154,26 @@ class Embedder:
         finally:
             loader.close()
 
-    def embed_arrays(self, frames: np.ndarray, audio: np.ndarray) -> Embeddings:
+    def embed_arrays(self, frames: np.ndarray | None, audio: np.ndarray | None) -> Embeddings:
         """Embed clips in memory.
 
         Args:
-            frames: [n, T, H, W, 3] uint8.
-            audio: [n, N] float32 in [-1, 1].
+            frames: [n, T, H, W, 3] uint8; None if clips have no video.
+            audio: [n, N] float32 in [-1, 1]; None if clips have no audio.
 
         Raises:
-            UserError: if the network takes other types or shapes.
+            UserError: if the network takes other types or shapes, or clips have neither.
         """
+        given = {"visual": frames is not None, "audio": audio is not None}
+        if not any(given.values()):
+            raise UserError("frames and audio are None; clips need one of them.")
         sample_rate_hz, data = self.description["input"]["sample_rate_hz"], input_config(self.description)
         shape = (data.num_frames, data.frame_size, data.frame_size, 3)
         length = round(data.audio_s * sample_rate_hz)
+        if frames is None or audio is None:
+            count = len(frames if audio is None else audio)  # pyright: ignore[reportArgumentType]
+            frames = np.zeros((count, *shape), np.uint8) if frames is None else frames
+            audio = np.zeros((count, length), np.float32) if audio is None else audio
         if frames.shape[1:] != shape or audio.shape[1:] != (length,) or len(frames) != len(audio):
             raise UserError(
                 f"frames have shape {frames.shape} and audio has shape {audio.shape}; the network takes "
@@ -183,7 +190,8 @@ class Embedder:
             batch_frames = torch.from_numpy(np.ascontiguousarray(frames[rows])).to(self.device)
             batch_audio = torch.from_numpy(np.ascontiguousarray(audio[rows])).to(self.device)
             present = torch.ones(len(batch_frames), dtype=torch.bool, device=self.device)
-            parts.append(self._embed(batch_frames, batch_audio.float(), dict.fromkeys(MODALITIES, present)))
+            masks = {name: present & given[name] for name in MODALITIES}
+            parts.append(self._embed(batch_frames, batch_audio.float(), masks))
         return Embeddings.concatenate(parts)
 
     def _check_split(self, split: Split) -> None:

@@ -1,13 +1,13 @@
 """Metrics of an evaluation over folds: means, standard deviations, the printed summary and the stored record."""
 
 import argparse
-import hashlib
 import statistics
 from pathlib import Path
 from typing import Any
 
 from distav.distributed.collectives import get_world_size
 from distav.distributed.environment import machine
+from distav.models.pretrained import weights_digest
 
 NOT_STORED = ("shards", "export", "json", "local_rank", "protocol")
 """Arguments that are no options of the evaluation, or stored under other names."""
@@ -62,14 +62,11 @@ def _text(name: str, value: float, std: float | None) -> str:
 
 def record(options: argparse.Namespace) -> dict[str, Any]:
     """Return what is needed to repeat an evaluation: options, protocol, weights, machine and versions."""
-    weights = options.export / "model.safetensors"
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     stored = {key: value for key, value in vars(options).items() if key not in NOT_STORED}
     return {
         "protocol": options.protocol,
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in stored.items()},
-        "weights": {"export": str(options.export), "sha256": digest},
+        "weights": {"export": str(options.export), "sha256": weights_digest(options.export)},
         "ranks": get_world_size(),
         "machine": machine(),
     }

@@ -1,5 +1,6 @@
 """Loading of exported networks; requires only torch, torchvision, torchaudio and safetensors."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ def load_weights(folder: str | Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is corrupt ({error}); copy it again.") from None
+
+
+def weights_digest(folder: str | Path) -> str:
+    """Return the SHA-256 of the weights in an `export/` directory."""
+    with (Path(folder) / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def model_config(description: dict[str, Any]) -> ModelConfig:

@@ -109,6 +109,7 @@ def natural_datasets(
                 raise UserError(f"--visual-weights={visual_weights}: no such file; {name} needs ImageNet weights.")
             tower = ("timm:tf_efficientnet_lite0", f"model.visual.weights={visual_weights}", "model.visual.freeze=-1")
             overrides += (f"model.visual.name={tower[0]}", *tower[1:], "model.visual.batch_norm=running")
+            overrides += ("data.frame_size=64",)  # A smaller one would leave a single position in the last layers.
         table = clip_lists.write_clips(natural.make_clips, sources, work / "clips" / base.replace(" ", "-"))
         datasets[name] = BenchDataset(("csv", str(table)), natural.encoding, overrides)
     return datasets
