@@ -5,6 +5,7 @@ ratios of the rounds. With one thread the clock is the CPU time of the process, 
 more threads it is the wall clock.
 """
 
+import argparse
 import json
 import statistics
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from distav.config.errors import UserError
 from distav.data.files import write_atomically
 from distav.distributed.environment import machine
 
@@ -117,3 +119,26 @@ class Results:
         """Write the JSON object to a file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(self.as_dict(), indent=1) + "\n").encode())
+
+
+def add_timing_options(command: argparse.ArgumentParser, threads: int) -> None:
+    """Add the options for threads, rounds, device and JSON file; `threads` is the default."""
+    command.add_argument("--threads", type=int, default=threads, help="number of threads of every candidate")
+    command.add_argument("--rounds", type=int, default=5, help="number of measured rounds")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device")
+    command.add_argument("--json", type=Path, help="JSON file for all results")
+
+
+def setting_of(options: argparse.Namespace) -> Setting:
+    """Return the setting that the options of `add_timing_options` describe.
+
+    Raises:
+        UserError: if PyTorch finds no GPU, or a number is less than 1.
+    """
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda: PyTorch finds no GPU; omit the option to measure on the CPU.")
+    for key, value in vars(options).items():
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"--{key.replace('_', '-')}={value}: allowed: 1 or more.")
+    return Setting(device, options.threads, options.rounds)

@@ -1,0 +1,191 @@
+"""Commands of tools/bench.py that study methods and networks; they compare no timings and have no thresholds."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distav.config.errors import UserError
+from distav.data.files import write_atomically
+from tools.bench.timing import add_timing_options, setting_of
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands to the parser of tools/bench.py."""
+    _add_noise_command(commands)
+    _add_natural_command(commands)
+    _add_parsing_command(commands)
+    audit = commands.add_parser(
+        "audit",
+        help="precision of the audit rankings, compared with cleanlab",
+        description="Evaluate finished runs on datasets with true labels and pairs, such as those of `noise`.",
+    )
+    audit.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a finished run")
+    audit.add_argument("--json", type=Path, help="JSON file for the figures")
+    towers = commands.add_parser(
+        "towers",
+        help="parameters, input, memory and speed of towers",
+        description="Measure each tower with random weights in a process of its own.",
+    )
+    towers.add_argument("names", nargs="*", metavar="TOWER", help="towers of the table (all)")
+    towers.add_argument("--batch", type=int, default=4, help="clips per step (4)")
+    add_timing_options(towers, 2)
+    tasks = commands.add_parser(
+        "mteb",
+        help="scores of an exported network on tasks of mteb",
+        description="Evaluate an exported network on audio and video tasks of mteb, which downloads their data.",
+    )
+    tasks.add_argument("export", nargs="?", type=Path, metavar="EXPORT", help="export/ directory of a run")
+    tasks.add_argument("tasks", nargs="*", metavar="TASK", help="names of tasks, such as ESC50")
+    tasks.add_argument("--list", action="store_true", help="print the names of all tasks with audio or video alone")
+    tasks.add_argument("--views", type=int, default=3, help="parts of each input whose features are averaged (3)")
+    tasks.add_argument("--work", type=Path, default=Path("runs/mteb"), help="directory for the results of mteb")
+    tasks.add_argument("--json", type=Path, help="JSON file for the scores")
+    tables = commands.add_parser("tables", help="write the generated tables of a page")
+    tables.add_argument("--results", type=Path, default=Path("tools/results"), help="directory of the JSON files")
+    tables.add_argument("--out", type=Path, help="page whose generated sections are replaced (RESULTS/README.md)")
+
+
+def _noise(options: argparse.Namespace) -> None:
+    from tools.bench.noise import plots, results, runner, tables
+
+    if options.json:
+        results.load(options.json)  # Reports a file that cannot be extended before hours of training.
+    bench, jobs = runner.run_digits(
+        options.digits, options.work, options.seeds, options.datasets, options.experiments, options.max_parallel
+    )
+    records = {"rows": results.training_records(bench, jobs), "votes": results.vote_records(bench, jobs)}
+    if options.json:
+        records = results.save(records, options.json)
+    print(*tables.all_tables(records["rows"]), sep="\n\n")
+    if options.json:
+        rows = {name: results.over_seeds(added) for name, added in records.items()}
+        plots.save(rows, options.json.with_suffix(".svg"))
+
+
+def _natural(options: argparse.Namespace) -> None:
+    from tools.bench.noise import results, runner, tables
+
+    if options.json:
+        results.load(options.json)
+    bench, jobs = runner.run_natural(
+        options.sources, options.work, options.seeds, options.datasets, options.visual_weights, options.max_parallel,
+        options.methods, ["" if noise == "none" else noise for noise in options.label_noise], options.mismatch_rate,
+    )  # fmt: skip
+    records = {"rows": results.training_records(bench, jobs)}
+    if options.json:
+        records = results.save(records, options.json, "natural")
+    print(*tables.natural_tables(records["rows"]), sep="\n\n")
+
+
+def _parsing(options: argparse.Namespace) -> None:
+    from tools.bench import event_parsing
+
+    results = event_parsing.run(options.annotations, options.work, options.seeds, options.max_parallel)
+    print(event_parsing.table(results))
+    _write_json(options.json, results)
+
+
+def _audit(options: argparse.Namespace) -> None:
+    from tools.bench import audit
+
+    results = audit.run(options.runs)
+    print(audit.table(results))
+    _write_json(options.json, results)
+
+
+def _towers(options: argparse.Namespace) -> None:
+    from tools.bench import towers
+
+    results = towers.run(setting_of(options), options.names, options.batch)
+    print(towers.table(results))
+    _write_json(options.json, results)
+
+
+def _mteb(options: argparse.Namespace) -> None:
+    from tools.bench import embedding_tasks
+
+    if options.list:
+        print(*embedding_tasks.task_names(), sep="\n")
+        return
+    if not options.export or not options.tasks:
+        raise UserError("mteb: EXPORT and the names of tasks are missing; --list shows the tasks.")
+    results = embedding_tasks.run(options.export, options.tasks, options.work, options.views)
+    print(embedding_tasks.table(results))
+    _write_json(options.json, results)
+
+
+def _write_json(path: Path | None, results: dict[str, Any]) -> None:
+    if path:
+        write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
+
+
+def _tables(options: argparse.Namespace) -> None:
+    from tools.bench.markdown import write_sections
+
+    if not options.results.is_dir():
+        raise UserError(f"--results={options.results}: no such directory; it has to hold the JSON files.")
+    write_sections(options.out or options.results / "README.md", options.results)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "noise": _noise,
+    "natural": _natural,
+    "parsing": _parsing,
+    "audit": _audit,
+    "towers": _towers,
+    "mteb": _mteb,
+    "tables": _tables,
+}
+"""Functions of the commands by name."""
+
+
+def _add_noise_command(commands: Any) -> None:
+    add = commands.add_parser(
+        "noise",
+        help="accuracy under label noise and mismatched audio, compared with baselines",
+        description="Train every method in every cell of the grid. Finished trainings are kept, and a stopped run "
+        "resumes.",
+    ).add_argument
+    add("--digits", type=Path, required=True, help="directory with MNIST's test files and FSDD's tar file")
+    add("--work", type=Path, default=Path("runs/noise"), help="directory for shards, runs and results")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of data, noise and training")
+    add("--datasets", nargs="+", default=[], help="datasets of the grid (all)")
+    add("--experiments", nargs="+", default=[], help="grid, ablations, pairs (all)")
+    add("--max-parallel", type=int, default=os.cpu_count() or 1, help="parallel trainings, each on one core")
+    meaning = "JSON file to which the figures are added; plots are written beside it as SVG"
+    add("--json", type=Path, help=meaning)
+
+
+def _add_natural_command(commands: Any) -> None:
+    add = commands.add_parser(
+        "natural",
+        help="the same on real recordings and photographs from public repositories",
+        description="Train every method in every cell of the grid on natural datasets; see tools/results/README.md "
+        "for the repositories. Finished trainings are kept, and a stopped run resumes.",
+    ).add_argument
+    add("--sources", type=Path, required=True, help="directory with clones of the repositories")
+    add("--work", type=Path, default=Path("runs/natural"), help="directory for clips, shards, runs and results")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of noise and training")
+    add("--datasets", nargs="+", default=[], help="datasets (all without pretrained towers)")
+    add("--methods", nargs="+", default=[], help="methods (all)")
+    add("--label-noise", nargs="+", default=[], help="label noise, such as symmetric:0.4 and none (all)")
+    add("--mismatch-rate", type=float, nargs="+", default=[], help="fractions of mismatched pairs (all)")
+    add("--visual-weights", type=Path, help="ImageNet weights of EfficientNet-Lite0, for pretrained towers")
+    add("--max-parallel", type=int, default=os.cpu_count() or 1, help="parallel trainings, each on one core")
+    add("--json", type=Path, help="JSON file to which the figures are added")
+
+
+def _add_parsing_command(commands: Any) -> None:
+    add = commands.add_parser(
+        "parsing",
+        help="event parsing from weak labels and from pseudo-labels, on simulated features",
+        description="LLP's labels with simulated features. Finished trainings are kept, and a stopped run resumes.",
+    ).add_argument
+    add("--annotations", type=Path, required=True, help="directory with LLP's published CSV files")
+    add("--work", type=Path, default=Path("runs/parsing"), help="directory for shards, runs and results")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of features and training")
+    add("--max-parallel", type=int, default=1, help="parallel trainings, each on one core")
+    add("--json", type=Path, help="JSON file for the figures")
