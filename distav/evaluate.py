@@ -76,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse_with_protocol(_parser(), arguments)
         check_minimums(options, neighbors=1, batch_size=1, threads=0, views=1, epochs=1, warmup_epochs=0)
         check_parent_dirs(options, "json")
+        for folder in options.shards:
+            if options.shards.count(folder) > 1:
+                raise UserError(f"SHARDS: {folder} is listed more than once; list each fold once.")
         with process_group(options.device, options.timeout_s, options.threads) as world:
             folds = [_evaluate(options, folder, world) for folder in options.shards]
             if world.is_main:
@@ -130,6 +133,8 @@ def _evaluate(options: argparse.Namespace, folder: str, world: World) -> dict[st
     train_labels = _labels(shards, train_split, options.labels, evaluated=False)
     test_labels = _labels(shards, test_split, "", evaluated=True)
     metrics: dict[str, Any] = {}
+    if world.is_main:
+        print(f"{folder}: {len(train_split)} training and {len(test_split)} test clips", file=sys.stderr)
     frozen_tasks = [task for task in options.tasks if task in FROZEN_TASKS]
     if frozen_tasks:
         num_classes = len(shards.classes)

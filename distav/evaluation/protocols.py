@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -36,9 +36,22 @@ def parse_with_protocol(parser: argparse.ArgumentParser, arguments: Sequence[str
             words += [names[key].option_strings[0], *map(str, value if isinstance(value, list) else [value])]
     # Parsed like a command line, so that types and allowed values are checked.
     positionals = ["x" for action in parser._actions if not action.option_strings]
-    typed = parser.parse_args([*positionals, *words])
+    typed = _parse(parser, [*positionals, *words], file)
     parser.set_defaults(**{key: getattr(typed, key) for key in values})
     return parser.parse_args(arguments)
+
+
+def _parse(parser: argparse.ArgumentParser, words: list[str], file: Path) -> argparse.Namespace:
+    """Parse words that a protocol gives; errors name its file."""
+
+    def error(message: str) -> NoReturn:
+        raise UserError(f"--protocol={file}: {message.removeprefix('argument ')}")
+
+    parser.error = error
+    try:
+        return parser.parse_args(words)
+    finally:
+        del parser.error
 
 
 def protocol_file(name: str) -> Path:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from distav.config.errors import UserError
 from distav.config.model import AudioConfig, TowerConfig, VisualConfig
 from distav.config.registry import Registry
 from distav.config.schema import DataConfig
@@ -69,6 +70,11 @@ class Tower(nn.Module):
         self.net, self.feature_dim = net, net.feature_dim
         blocks = net.blocks()
         self.unfreeze_after = config.unfreeze_after
+        if config.freeze > len(blocks):
+            raise UserError(
+                f"{net.key}.freeze={config.freeze}: {config.name} has {len(blocks)} blocks; allowed: -1 (all) to "
+                f"{len(blocks)}."
+            )
         self._frozen = tuple(blocks if config.freeze < 0 else blocks[: config.freeze])
         frozen = _frozen_parameters(net.backbone, blocks, config.freeze)
         scales = lr_scales(net.backbone, blocks, config.lr_decay)
@@ -86,6 +92,11 @@ class Tower(nn.Module):
         self._drop_paths = drop_paths(blocks, config.drop_path) if config.drop_path else []
         if config.lora_rank:
             trained = [block for block in blocks if block not in self._frozen]
+            if not trained:
+                raise UserError(
+                    f"{net.key}.lora_rank={config.lora_rank} contradicts {net.key}.freeze={config.freeze}, which "
+                    "leaves no block for adapters; use one of them."
+                )
             lora.add_adapters(net.backbone, trained, config.lora_rank, config.lora_alpha, net.key)
         self._is_frozen = bool(self._frozen)
         for block in blocks:

@@ -52,13 +52,13 @@ def read_weights(path: Path, key: str) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{key}={file}: unreadable ({_first_line(error)}); copy or download it again.") from None
     except pickle.UnpicklingError:
         raise UserError(
             f"{key}={file} contains Python objects besides weights, which are not loaded since they may run code; "
             "convert it to safetensors."
         ) from None
+    except Exception as error:  # noqa: BLE001  # PyTorch raises many types for files that it did not write.
+        raise UserError(f"{key}={file}: unreadable ({_first_line(error)}); copy or download it again.") from None
     return _weights_in(content, key, file)
 
 

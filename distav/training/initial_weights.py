@@ -59,9 +59,9 @@ class InitialWeights:
         fitting = {name: values for name, values in weights.items() if name in own and own[name].shape == values.shape}
         if not fitting:
             raise UserError(f"{key}: none of the {len(weights)} weights of {source} fits this network.")
-        adapters = (".lora_A.", ".lora_B.")
+        expected = [name for name in expected if ".lora_A." not in name and ".lora_B." not in name]
         differences = {
-            "missing": [n for n in expected if n not in weights and not any(part in n for part in adapters)],
+            "missing": [name for name in expected if name not in weights],
             "unexpected": [name for name in weights if name not in own],
             "of another shape": [name for name in weights if name in own and name not in fitting],
         }

@@ -29,6 +29,8 @@ DEFAULT_EXTRACTORS = {
     "pe_audio_encoder": "PeAudioFeatureExtractor",
 }
 """Feature extractor of a network whose repository has no preprocessor, by model type; all others take waveforms."""
+INPUTS = ("input_values", "input_features")
+"""Names of waveforms and spectrograms among the arguments of networks."""
 DEFAULT_AUDIO_S = 5.0
 """Length of the audio where the network states none."""
 
@@ -69,7 +71,7 @@ class TransformersAudio(AudioEncoder):
         options = {"max_length": num_frames} if _interpolates(config, settings) else {}
         self.network: Any = with_global_batch_norm(networks.build(description, **options))
         self.argument = self.network.main_input_name
-        if not self.argument.startswith("input_"):
+        if self.argument not in INPUTS:
             raise networks.unsupported("audio", config.name, settings["model_type"], f"takes {self.argument}")
         self.feature_dim = networks.feature_dim(settings, self.network)
         self.is_fused = bool(settings.get("enable_fusion"))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -110,7 +111,7 @@ def download(config: TowerConfig, modality: str, description: dict[str, Any]) ->
                 output_loading_info=True,
                 key_mapping=_KEY_MAPPINGS.get(settings.model_type),
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise unavailable(f"model.{modality}.name", config.name, error, _advice(source)) from None
     missing = set(loaded["missing_keys"])  # Transformers has given them random values.
     weights = {name: values for name, values in net.state_dict().items() if name not in missing}
@@ -220,6 +221,10 @@ def import_transformers(config: TowerConfig, modality: str) -> Any:
 
 
 def _advice(source: str) -> str:
+    if Path(source).is_dir():
+        return "Allowed: a directory with config.json and model.safetensors, as save_pretrained() writes it."
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        return "There is no such directory."
     return (
         f"Where there is a network, run: hf download {source}; the files are then in the cache of the hub, "
         "~/.cache/huggingface/hub, which can be copied. Or use hf:DIRECTORY with a directory that holds config.json "

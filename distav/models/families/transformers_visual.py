@@ -100,7 +100,7 @@ class TransformersVisual(VisualEncoder):
             if is_fixed and value != own and (is_pe or not config.interpolate_positions):
                 change = "" if is_pe else " or set model.visual.interpolate_positions=true"
                 raise UserError(
-                    f"{key}={value} contradicts {KEY}={config.name}, whose weights are for {own}; remove {key}{change}."
+                    f"{key}={value} contradicts {KEY}={config.name}, which takes {own}; remove {key}{change}."
                 )
         tubelet = _listed(settings.get("tubelet_size", 1))
         patch = _listed(settings.get("patch_size", tubelet[-1]))[-1] if _has_positions(settings) else 1

@@ -43,9 +43,15 @@ def test_invalid_protocols_are_rejected(text: str, message: str, tmp_path: Path)
 def test_values_of_a_protocol_are_checked_like_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "mine.yaml"
     file.write_text("tasks: [svmm]")
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=r"mine\.yaml: --tasks: 'svmm': .*Did you mean 'svm'"):
         parse_with_protocol(_parser(), ["e", "a", "--protocol", str(file)])
-    assert "Did you mean 'svm'" in capsys.readouterr().err
+    file.write_text("views: ten")
+    with pytest.raises(UserError, match=r"mine\.yaml: --views: invalid int value: 'ten'"):
+        parse_with_protocol(_parser(), ["e", "a", "--protocol", str(file)])
+    parser = _parser()
+    with pytest.raises(SystemExit):
+        parse_with_protocol(parser, ["e", "a", "--views", "ten"])
+    assert "invalid int value" in capsys.readouterr().err
     with pytest.raises(UserError, match="--protocol=esc5: allowed: a YAML file, .*Did you mean 'esc50'"):
         parse_with_protocol(_parser(), ["e", "a", "--protocol", "esc5"])
 

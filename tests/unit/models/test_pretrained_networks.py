@@ -237,6 +237,39 @@ def test_clips_that_contradict_a_network_of_transformers_are_rejected(tmp_path: 
         audio_tower(AudioConfig(f"hf:{tmp_path / 'audio'}"), audio_s=3.0)
 
 
+def test_networks_of_another_modality_are_rejected(tmp_path: Path):
+    save_visual("clip", tmp_path / "clip")
+    bert = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.BertModel(transformers.BertConfig(**bert, vocab_size=64)).save_pretrained(tmp_path / "bert")
+    for name in ("clip", "bert"):
+        with pytest.raises(UserError, match=r"model\.audio\.name=.*takes "):
+            audio_tower(AudioConfig(f"hf:{tmp_path / name}"), audio_s=0.5)
+    with pytest.raises(UserError, match=r"model\.visual\.name=.*takes input_ids"):
+        visual_tower(VisualConfig(f"hf:{tmp_path / 'bert'}"))
+
+
+def test_directories_and_files_that_hold_no_weights_are_reported(tmp_path: Path):
+    save_visual("vit", tmp_path / "vit")
+    (tmp_path / "vit" / "model.safetensors").write_bytes(b"hello")
+    with pytest.raises(UserError, match="Allowed: a directory with config.json and model.safetensors"):
+        visual_tower(VisualConfig(f"hf:{tmp_path / 'vit'}"))
+    with pytest.raises(UserError, match="There is no such directory"):
+        visual_tower(VisualConfig(f"hf:{tmp_path / 'none'}"))
+    (tmp_path / "junk.pt").write_text("hello")
+    config = VisualConfig("torchvision:resnet18", weights=str(tmp_path / "junk.pt"))
+    with pytest.raises(UserError, match=r"model\.visual\.weights=.*junk\.pt"):
+        visual_tower(config, DataConfig(frame_size=32))
+
+
+def test_more_frozen_blocks_than_there_are_and_adapters_without_blocks_are_rejected(tmp_path: Path):
+    pytest.importorskip("peft")
+    save_visual("clip", tmp_path)
+    with pytest.raises(UserError, match=r"model\.visual\.freeze=50: .* blocks; allowed: -1 \(all\) to"):
+        visual_tower(VisualConfig(f"hf:{tmp_path}", freeze=50))
+    with pytest.raises(UserError, match=r"lora_rank=2 contradicts model\.visual\.freeze=-1"):
+        visual_tower(VisualConfig(f"hf:{tmp_path}", freeze=-1, lora_rank=2))
+
+
 def test_weights_that_cannot_be_downloaded_say_where_to_put_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise OSError("no network")
