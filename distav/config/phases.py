@@ -192,9 +192,8 @@ class SupervisedPhase:
     loss: str = "ce"
     """Loss: ce (cross-entropy), gce (generalized cross-entropy), elr (early-learning regularization), sop (sparse
     over-parameterization), bce (binary cross-entropy of each class), asymmetric (asymmetric loss), or the name of an
-    installed one. Datasets with several
-    labels per clip need bce or asymmetric. If the targets are corrected labels and the correction had no label signal,
-    the given labels are used, with gce if clips have one label."""
+    installed one. Datasets with several labels per clip need bce or asymmetric. If the targets are corrected labels and
+    the correction had no label signal, the given labels are used, with gce if clips have one label."""
     gce_q: float = field(default=0.7, metadata=above(0))
     """Exponent q of generalized cross-entropy (Zhang and Sabuncu 2018: 0.7)."""
     elr_weight: float = field(default=3.0, metadata=at_least(0))

@@ -82,6 +82,7 @@ def read_output(folder: Path) -> list[str]:
     return [(folder / f"host-{number}.txt").read_text() for number in range(2)]
 
 
+@pytest.mark.long
 def test_multinode_configuration_trains_on_two_hosts(hosts: list[tuple[str, str]], tiny_shards: Path, tmp_path: Path):
     statuses = [process.wait(240) for process in start_runs(hosts, tiny_shards, tmp_path)]
     assert statuses == [0, 0], [output[-3000:] for output in read_output(tmp_path)]

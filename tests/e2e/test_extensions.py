@@ -162,7 +162,7 @@ def test_components_of_another_package_train(site: Path, tiny_shards: Path, tmp_
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("phases.classify.loss=smooth", "phases.classify.loss=smooth: allowed: ce, gce, elr, bce, asymmetric, "
+        ("phases.classify.loss=smooth", "phases.classify.loss=smooth: allowed: ce, gce, elr, sop, bce, asymmetric, "
                                         "smoothed, removed. "
                                         "Did you mean 'smoothed'?"),
         ("phases.classify.loss=removed", "phases.classify.loss=removed: entry point 'another_package:Removed' of "

@@ -1,5 +1,6 @@
 """An exported network on the tasks of mteb, with made data in the format of its tasks."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -8,44 +9,49 @@ import pytest
 
 from distav.config.errors import UserError
 
-mteb = pytest.importorskip("mteb")
-try:
-    import torchcodec  # noqa: F401
-except (ImportError, RuntimeError) as error:
-    pytest.skip(f"torchcodec, which mteb decodes videos with, needs FFmpeg: {error}", allow_module_level=True)
-from mteb.mocks.mock_tasks.classification import (  # noqa: E402
-    MockAudioClassification,
-    MockVideoAudioClassification,
-    MockVideoClassification,
-)
-from mteb.mocks.mock_tasks.pair_classification import MockAsymVideoAudioPairClassificationTask  # noqa: E402
-from mteb.mocks.mock_tasks.retrieval import MockVideoRetrievalV2T  # noqa: E402
 
-from distav.mteb import DistavEncoder  # noqa: E402
+# Imported in the tests, since every process of pytest-xdist collects this file.
+@pytest.fixture(scope="module")
+def mteb() -> Any:
+    """The package mteb."""
+    package = pytest.importorskip("mteb")
+    try:
+        import torchcodec  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"torchcodec, which mteb decodes videos with, needs FFmpeg: {error}")
+    return package
+
+
+def made_task(kind: str, name: str) -> Any:
+    """Return a task of mteb with made data."""
+    return getattr(importlib.import_module(f"mteb.mocks.mock_tasks.{kind}"), name)()
 
 
 @pytest.fixture(scope="module")
-def encoder(finished: tuple[Path, str]) -> DistavEncoder:
+def encoder(finished: tuple[Path, str], mteb: Any) -> Any:
+    from distav.mteb import DistavEncoder
+
     return DistavEncoder(finished[0] / "export", device="cpu", views=2)
 
 
-@pytest.mark.parametrize("task", [MockVideoClassification, MockAudioClassification, MockVideoAudioClassification])
-def test_tasks_of_mteb_are_evaluated(encoder: DistavEncoder, task: Any, tmp_path: Path):
-    results = mteb.evaluate(encoder, [task()], cache=mteb.ResultCache(tmp_path))
+@pytest.mark.parametrize("name", ["MockVideoClassification", "MockAudioClassification", "MockVideoAudioClassification"])
+def test_tasks_of_mteb_are_evaluated(encoder: Any, mteb: Any, name: str, tmp_path: Path):
+    results = mteb.evaluate(encoder, [made_task("classification", name)], cache=mteb.ResultCache(tmp_path))
     scores = results.task_results[0].scores["test"][0]
     assert 0 <= scores["accuracy"] <= 1 and results.model_name == "distav/tiny"
 
 
-def test_video_and_audio_are_compared_in_their_common_space(encoder: DistavEncoder, tmp_path: Path):
-    results = mteb.evaluate(encoder, [MockAsymVideoAudioPairClassificationTask()], cache=mteb.ResultCache(tmp_path))
+def test_video_and_audio_are_compared_in_their_common_space(encoder: Any, mteb: Any, tmp_path: Path):
+    task = made_task("pair_classification", "MockAsymVideoAudioPairClassificationTask")
+    results = mteb.evaluate(encoder, [task], cache=mteb.ResultCache(tmp_path))
     assert results.task_results[0].scores["test"]
     width = encoder.embedder.embed_arrays(None, np.zeros((1, 4000), np.float32)).audio_embedding.shape[1]
     clips = encoder._clips([{"audio": {"array": np.zeros(4000), "sampling_rate": 8000}}])
     assert encoder._embed(clips, True).shape == (1, width)
 
 
-def test_features_are_those_of_the_embedder(encoder: DistavEncoder):
-    task = MockAudioClassification()
+def test_features_are_those_of_the_embedder(encoder: Any):
+    task = made_task("classification", "MockAudioClassification")
     task.load_data()
     row = task.dataset["test"][0]
     (frames, audio), rate = encoder._clips([row])[0], encoder.inputs["sample_rate_hz"]
@@ -57,21 +63,22 @@ def test_features_are_those_of_the_embedder(encoder: DistavEncoder):
     assert both.has_visual.all() and not encoder.embedder.embed_arrays(None, audio).has_visual.any()
 
 
-def _frame_shape(encoder: DistavEncoder) -> tuple[int, ...]:
+def _frame_shape(encoder: Any) -> tuple[int, ...]:
     size = encoder.inputs["frame_size"]
     return encoder.inputs["num_frames"], size, size, 3
 
 
-def test_views_of_a_video_are_centered_squares_at_the_distance_of_training(encoder: DistavEncoder):
-    task = MockVideoClassification()
+def test_views_of_a_video_are_centered_squares_at_the_distance_of_training(encoder: Any):
+    task = made_task("classification", "MockVideoClassification")
     task.load_data()
     (frames, audio), = encoder._clips([task.dataset["test"][0]])  # fmt: skip
     assert audio is None and frames.shape == (2, *_frame_shape(encoder)) and frames.dtype == np.uint8
     assert frames.std() > 0
 
 
-def test_tasks_with_text_are_rejected(encoder: DistavEncoder, tmp_path: Path):
+def test_tasks_with_text_are_rejected(encoder: Any, mteb: Any, tmp_path: Path):
+    task = made_task("retrieval", "MockVideoRetrievalV2T")
     with pytest.raises(ValueError, match=r"supports \['video', 'audio'\], but none overlap"):
-        mteb.evaluate(encoder, [MockVideoRetrievalV2T()], cache=mteb.ResultCache(tmp_path))
+        mteb.evaluate(encoder, [task], cache=mteb.ResultCache(tmp_path))
     with pytest.raises(UserError, match="distav embeds video and audio"):
         encoder._embed([(None, None)], False)

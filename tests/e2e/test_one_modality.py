@@ -90,6 +90,7 @@ def test_clips_with_one_modality_are_trained_evaluated_and_embedded(mixed: Path,
         assert (row["visual"] is None) == (suffix == ".wav") and (row["audio_embedding"] is None) == (suffix == ".avi")
 
 
+@pytest.mark.long
 def test_two_ranks_train_clips_with_one_modality_as_one_rank_does(mixed: Path, tmp_path: Path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()

@@ -25,7 +25,8 @@ def begun(group: RankGroup) -> bool:
     return "step 3/12 phase=contrastive" in group.output()
 
 
-@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long  # test_a_rank_without_progress_is_named and test_a_killed_rank_is_named_by_the_others remain.
+@pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_rank_is_named_within_the_timeout(tiny_shards: Path, tmp_path: Path, stopped: int):
     command_line = arguments(tmp_path, tiny_shards)
     group = RankGroup(3, command_line, tmp_path / "first")
