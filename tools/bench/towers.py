@@ -7,6 +7,7 @@ classes unless `REFERENCES` states others.
 
 import multiprocessing
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -102,6 +103,7 @@ def run(setting: Setting, names: Sequence[str], batch: int) -> dict[str, Any]:
     for name in names or REFERENCES:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             rows.append(process.submit(_measure, setting, name, batch).result())
+        print(f"{name}: {rows[-1]['train_clips_per_s']:.3g} clips/s in training", file=sys.stderr)
     arguments = {"batch": batch, "threads": setting.threads, "device": setting.device.type}
     return {"machine": machine(), "arguments": arguments, "rows": rows}
 

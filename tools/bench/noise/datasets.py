@@ -111,5 +111,6 @@ def natural_datasets(
             overrides += (f"model.visual.name={tower[0]}", *tower[1:], "model.visual.batch_norm=running")
             overrides += ("data.frame_size=64",)  # A smaller one would leave a single position in the last layers.
         table = clip_lists.write_clips(natural.make_clips, sources, work / "clips" / base.replace(" ", "-"))
-        datasets[name] = BenchDataset(("csv", str(table)), natural.encoding, overrides)
+        options = (*natural.encoding, "--label-noise", "symmetric:0")  # Stores the labels as the true ones.
+        datasets[name] = BenchDataset(("csv", str(table)), options, overrides)
     return datasets
