@@ -207,7 +207,7 @@ def _fine_tune(
         options.epochs, options.warmup_epochs, options.lr, options.tower_lr_scale, options.global_batch
     )
     export = fine_tune(settings, run, data, options.export, description, multi_label, world)
-    return broadcast(export if world.is_main else None)
+    return broadcast(export if world.is_main else None)  # All ranks wait until rank 0 has written it.
 
 
 if __name__ == "__main__":

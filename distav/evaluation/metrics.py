@@ -6,11 +6,6 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_average_precision,
-    multiclass_f1_score,
-)
 
 from distav.distributed.collectives import all_gather_rows, all_gather_variable_rows, all_reduce_sum_, get_rank
 
@@ -77,10 +72,18 @@ def class_scores(scores: Tensor, classes: Tensor) -> dict[str, float]:
         `top1` and `top5` (with more than five classes), accuracies; `balanced`, the mean recall, `f1_macro`, the mean
         F1 score, and `map`, the mean average precision, of the classes that have clips. Empty without clips.
     """
-    present = classes.unique()
+    present, num_classes = classes.unique(), scores.shape[1]
     if not len(present):
         return {}
-    num_classes = scores.shape[1]
+    if num_classes == 1:  # Which torchmetrics does not accept.
+        return dict.fromkeys(("top1", "balanced", "f1_macro", "map"), 1.0)
+    # Imported late, since importing torchmetrics takes seconds.
+    from torchmetrics.functional.classification import (
+        multiclass_accuracy,
+        multiclass_average_precision,
+        multiclass_f1_score,
+    )
+
     ranks = [k for k in (1, 5) if k < num_classes]
     metrics = {f"top{k}": multiclass_accuracy(scores, classes, num_classes, "micro", k) for k in ranks}
     recalls = multiclass_accuracy(scores, classes, num_classes, "none")

@@ -14,12 +14,16 @@ from distav.config.errors import UserError
 @pytest.fixture(scope="module")
 def mteb() -> Any:
     """The package mteb."""
-    package = pytest.importorskip("mteb")
+    return pytest.importorskip("mteb")
+
+
+@pytest.fixture(scope="module")
+def decodes() -> None:
+    """Skip tests in which mteb decodes media, if its decoder cannot be loaded."""
     try:
         import torchcodec  # noqa: F401
     except (ImportError, RuntimeError) as error:
-        pytest.skip(f"torchcodec, which mteb decodes videos with, needs FFmpeg: {error}")
-    return package
+        pytest.skip(f"torchcodec cannot be loaded; install FFmpeg, which it needs: {str(error).splitlines()[0]}")
 
 
 def made_task(kind: str, name: str) -> Any:
@@ -35,21 +39,27 @@ def encoder(finished: tuple[Path, str], mteb: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["MockVideoClassification", "MockAudioClassification", "MockVideoAudioClassification"])
+@pytest.mark.usefixtures("decodes")
 def test_tasks_of_mteb_are_evaluated(encoder: Any, mteb: Any, name: str, tmp_path: Path):
     results = mteb.evaluate(encoder, [made_task("classification", name)], cache=mteb.ResultCache(tmp_path))
     scores = results.task_results[0].scores["test"][0]
     assert 0 <= scores["accuracy"] <= 1 and results.model_name == "distav/tiny"
 
 
+@pytest.mark.usefixtures("decodes")
 def test_video_and_audio_are_compared_in_their_common_space(encoder: Any, mteb: Any, tmp_path: Path):
     task = made_task("pair_classification", "MockAsymVideoAudioPairClassificationTask")
     results = mteb.evaluate(encoder, [task], cache=mteb.ResultCache(tmp_path))
     assert results.task_results[0].scores["test"]
+
+
+def test_projections_represent_clips_in_the_common_space(encoder: Any):
     width = encoder.embedder.embed_arrays(None, np.zeros((1, 4000), np.float32)).audio_embedding.shape[1]
     clips = encoder._clips([{"audio": {"array": np.zeros(4000), "sampling_rate": 8000}}])
     assert encoder._embed(clips, True).shape == (1, width)
 
 
+@pytest.mark.usefixtures("decodes")
 def test_features_are_those_of_the_embedder(encoder: Any):
     task = made_task("classification", "MockAudioClassification")
     task.load_data()
@@ -68,6 +78,7 @@ def _frame_shape(encoder: Any) -> tuple[int, ...]:
     return encoder.inputs["num_frames"], size, size, 3
 
 
+@pytest.mark.usefixtures("decodes")
 def test_views_of_a_video_are_centered_squares_at_the_distance_of_training(encoder: Any):
     task = made_task("classification", "MockVideoClassification")
     task.load_data()

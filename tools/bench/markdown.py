@@ -113,7 +113,7 @@ def towers_section(results: Path) -> str:
     arguments = stored["arguments"]
     legend = (
         f"Training and encoding in clips/s and the memory of a training step (weights, gradients and activations, "
-        f"without the optimizer), with batches of {arguments['batch']} clips and {arguments['threads']} threads."
+        f"without the optimizer); batch size {arguments['batch']}, {arguments['threads']} threads."
     )
     return "\n\n".join(["", _machines(("towers", stored["machine"])), legend, towers.table(stored), ""])[1:]
 

@@ -49,11 +49,11 @@ def add_commands(commands: Any) -> None:
 
 
 def _noise(options: argparse.Namespace) -> None:
-    from tools.bench.noise import plots, results, runner, tables
+    from tools.bench.noise import grids, plots, results, tables
 
     if options.json:
         results.load(options.json)  # Reports a file that cannot be extended before hours of training.
-    bench, jobs = runner.run_digits(
+    bench, jobs = grids.run_digits(
         options.digits, options.work, options.seeds, options.datasets, options.experiments, options.max_parallel
     )
     records = {"rows": results.training_records(bench, jobs), "votes": results.vote_records(bench, jobs)}
@@ -66,11 +66,11 @@ def _noise(options: argparse.Namespace) -> None:
 
 
 def _natural(options: argparse.Namespace) -> None:
-    from tools.bench.noise import results, runner, tables
+    from tools.bench.noise import grids, results, tables
 
     if options.json:
         results.load(options.json)
-    bench, jobs = runner.run_natural(
+    bench, jobs = grids.run_natural(
         options.sources, options.work, options.seeds, options.datasets, options.visual_weights, options.max_parallel,
         options.methods, ["" if noise == "none" else noise for noise in options.label_noise], options.mismatch_rate,
     )  # fmt: skip
@@ -150,11 +150,9 @@ def _add_noise_command(commands: Any) -> None:
         "resumes.",
     ).add_argument
     add("--digits", type=Path, required=True, help="directory with MNIST's test files and FSDD's tar file")
-    add("--work", type=Path, default=Path("runs/noise"), help="directory for shards, runs and results")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of data, noise and training")
+    _add_training_options(add, "noise", os.cpu_count() or 1)
     add("--datasets", nargs="+", default=[], help="datasets of the grid (all)")
     add("--experiments", nargs="+", default=[], help="grid, ablations, pairs (all)")
-    add("--max-parallel", type=int, default=os.cpu_count() or 1, help="parallel trainings, each on one core")
     meaning = "JSON file to which the figures are added; plots are written beside it as SVG"
     add("--json", type=Path, help=meaning)
 
@@ -167,14 +165,12 @@ def _add_natural_command(commands: Any) -> None:
         "for the repositories. Finished trainings are kept, and a stopped run resumes.",
     ).add_argument
     add("--sources", type=Path, required=True, help="directory with clones of the repositories")
-    add("--work", type=Path, default=Path("runs/natural"), help="directory for clips, shards, runs and results")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of noise and training")
+    _add_training_options(add, "natural", os.cpu_count() or 1)
     add("--datasets", nargs="+", default=[], help="datasets (all without pretrained towers)")
     add("--methods", nargs="+", default=[], help="methods (all)")
     add("--label-noise", nargs="+", default=[], help="label noise, such as symmetric:0.4 and none (all)")
     add("--mismatch-rate", type=float, nargs="+", default=[], help="fractions of mismatched pairs (all)")
     add("--visual-weights", type=Path, help="ImageNet weights of EfficientNet-Lite0, for pretrained towers")
-    add("--max-parallel", type=int, default=os.cpu_count() or 1, help="parallel trainings, each on one core")
     add("--json", type=Path, help="JSON file to which the figures are added")
 
 
@@ -185,7 +181,11 @@ def _add_parsing_command(commands: Any) -> None:
         description="LLP's labels with simulated features. Finished trainings are kept, and a stopped run resumes.",
     ).add_argument
     add("--annotations", type=Path, required=True, help="directory with LLP's published CSV files")
-    add("--work", type=Path, default=Path("runs/parsing"), help="directory for shards, runs and results")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of features and training")
-    add("--max-parallel", type=int, default=1, help="parallel trainings, each on one core")
+    _add_training_options(add, "parsing", 1)
     add("--json", type=Path, help="JSON file for the figures")
+
+
+def _add_training_options(add: Callable[..., Any], name: str, max_parallel: int) -> None:
+    add("--work", type=Path, default=Path("runs") / name, help="directory for shards, runs and results")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of data, noise and training")
+    add("--max-parallel", type=int, default=max_parallel, help="parallel trainings, each on one core")

@@ -21,6 +21,8 @@ def test_class_scores_equal_those_of_another_library(scale: float):
     assert metrics["f1_macro"] == pytest.approx(f1_score(classes, predicted, labels=names, average="macro"))
     precisions = [average_precision_score(classes == name, scores[:, name]) for name in names]
     assert metrics["map"] == pytest.approx(np.mean(precisions), abs=1e-6)
+    one_class = class_scores(scores[:, :1], torch.zeros(200, dtype=torch.int64))
+    assert one_class == {"top1": 1.0, "balanced": 1.0, "f1_macro": 1.0, "map": 1.0}
     assert (
         "top5" not in class_scores(scores[:, :3], classes.clamp(max=2)) and class_scores(scores[:0], classes[:0]) == {}
     )
