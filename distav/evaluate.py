@@ -1,15 +1,17 @@
-"""Evaluate an exported network on datasets: k-NN, linear probe, SVM, retrieval, fine-tuning.
+"""Evaluate an exported network on datasets: k-NN, linear probe, SVM, retrieval, zero-shot, fine-tuning.
 
 python distav/evaluate.py runs/mine/export shards/mine
 python distav/evaluate.py runs/mine/export shards/esc50-1 shards/esc50-2 shards/esc50-3 --protocol esc50
 deepspeed --num_gpus 8 distav/evaluate.py runs/mine/export shards/ucf101-1 --protocol ucf101 --out runs/ucf101
 
 knn, linear_probe and svm train on frozen features of the training split: visual, audio and both. fine_tune trains
-towers and classifiers, as `train.py` does with model.pretrained. Metrics are those of the test split: accuracies (top1,
-top5), mean recall (balanced), F1 (f1_macro) and average precision (map) of the classes; those of a modality on the
-clips that have it. On datasets with several labels per clip: mAP, F1 at a probability of 0.5 and d-prime; retrieval
-compares complete label lists. Several datasets are folds, over which the metrics are averaged. A protocol is a YAML
-file of options, or the name of one in configs/protocols; options on the command line replace its values.
+towers and classifiers, as `train.py` does with model.pretrained. zero_shot compares the features of towers from a
+pretrained checkpoint with texts that name the classes, by the text network of that checkpoint. Metrics are those of the
+test split: accuracies (top1, top5), mean recall (balanced), F1 (f1_macro) and average precision (map) of the classes;
+those of a modality on the clips that have it. On datasets with several labels per clip: mAP, F1 at a probability of 0.5
+and d-prime; retrieval compares complete label lists. Several datasets are folds, over which the metrics are averaged. A
+protocol is a YAML file of options, or the name of one in configs/protocols; options on the command line replace its
+values.
 """
 
 import argparse
@@ -49,9 +51,14 @@ from distav.evaluation.frozen_tasks import PROBES, classifier_metrics, embed_spl
 from distav.evaluation.metrics import retrieval
 from distav.evaluation.protocols import parse_with_protocol
 from distav.evaluation.summary import over_folds, print_metrics, record
+from distav.evaluation.zero_shot import zero_shot_metrics
+from distav.models.families.text_networks import KEY as TEXT_NETWORKS
+from distav.models.families.text_networks import TextNetwork
 from distav.models.pretrained import input_config
 
-FROZEN_TASKS = ("knn", *PROBES, "retrieval")
+FROZEN_TASKS = ("knn", *PROBES, "retrieval", "zero_shot")
+UNTRAINED = ("retrieval", "zero_shot")
+"""Tasks that need no training split."""
 TASKS = (*FROZEN_TASKS, "fine_tune")
 ARGUMENTS = {
     "data.root": "SHARDS",
@@ -76,6 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse_with_protocol(_parser(), arguments)
         check_minimums(options, neighbors=1, batch_size=1, threads=0, views=1, epochs=1, warmup_epochs=0)
         check_parent_dirs(options, "json")
+        if "zero_shot" in options.tasks and not options.text_networks:
+            raise UserError(
+                f"--tasks zero_shot: {TEXT_NETWORKS} is missing; give the checkpoint that a tower was made from, such "
+                "as hf:openai/clip-vit-base-patch16."
+            )
         for folder in options.shards:
             if options.shards.count(folder) > 1:
                 raise UserError(f"SHARDS: {folder} is listed more than once; list each fold once.")
@@ -113,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--by-video", action="store_true", help="average the scores of all clips of a video, which counts once")
     add("--json", type=Path, metavar="FILE", help="also write the metrics to this file")
     add("--neighbors", type=int, default=20, metavar="K", help="neighbors of knn (%(default)s)")
+    add(TEXT_NETWORKS, nargs="+", default=[], metavar="NAME",
+        help="checkpoints of the towers for zero_shot, such as hf:openai/clip-vit-base-patch16")  # fmt: skip
+    add("--prompts", nargs="+", default=[], metavar="TEXT", help="texts for zero_shot, with {} for the class")
     add("--out", type=Path, default=Path("runs/fine_tuned"),
         help="run directory of fine_tune (%(default)s); of several folds, with -1, -2 and so on appended")  # fmt: skip
     add("--epochs", type=int, default=12, help="epochs of fine_tune (%(default)s)")
@@ -140,13 +155,17 @@ def _evaluate(options: argparse.Namespace, folder: str, world: World) -> dict[st
         num_classes = len(shards.classes)
         test = embed_split(embedder, test_split, *test_labels, options.views)
         train = test
-        if set(frozen_tasks) != {"retrieval"}:
+        if not set(frozen_tasks) <= set(UNTRAINED):
             train = embed_split(embedder, train_split, *train_labels, options.views)
         for task in frozen_tasks:
             if task == "knn":
                 metrics[task] = knn_metrics(train, test, num_classes, options.neighbors, options.by_video)
             elif task in PROBES:
                 metrics[task] = probe_metrics(train, test, num_classes, task, options.by_video)
+            elif task == "zero_shot":
+                networks = [TextNetwork(name, world.device) for name in options.text_networks]
+                classes = shards.classes
+                metrics[task] = zero_shot_metrics(networks, test, classes, options.prompts, options.by_video)
             else:
                 rows = local_shard(test.visual_embedding), local_shard(test.audio_embedding)
                 metrics[task] = retrieval(*rows, local_shard(test.paired_classes))

@@ -23,6 +23,10 @@ def validate(config: Config) -> None:
         if not re.fullmatch(r"[\w-]+", name):
             raise SettingError(f"phases.{name}", f"phases: '{name}': allowed in a name: letters, digits, _ and -.")
     _check_targets(config.phases)
+    for name, phase in config.phases.items():
+        if isinstance(phase, SupervisedPhase) and phase.mixup:
+            note = f"0 with phases.{name}.mixup={phase.mixup:g}, whose mixed clips have no place in the memory bank"
+            require(not phase.instance_weight, f"phases.{name}.instance_weight", phase.instance_weight, note)
 
 
 def _check_targets(phases: dict[str, PhaseConfig]) -> None:

@@ -143,7 +143,7 @@ def classifier_metrics(
         exists = np.all([getattr(view, mask) for view in embeddings], axis=0).astype("float32")
         present = all_gather_variable_rows(torch.from_numpy(exists).to(device)) > 0
         clips = LabeledFeatures(all_gather_variable_rows(probs)[present], all_labels[present], groups[present])
-        metrics |= _scores(modality, clips.features.mean(1), clips, by_video)
+        metrics |= modality_metrics(modality, clips.features.mean(1), clips, by_video)
     return metrics
 
 
@@ -161,7 +161,7 @@ def knn_metrics(
             else:
                 votes = knn_class_probs(keys, labels, local.flatten(0, 1), num_classes, k)
             votes = all_gather_variable_rows(votes.view(*local.shape[:2], num_classes).mean(1))
-            metrics |= _scores(modality, votes, queries, by_video)
+            metrics |= modality_metrics(modality, votes, queries, by_video)
     return metrics
 
 
@@ -180,12 +180,12 @@ def probe_metrics(
                 else:
                     probe = single(features, labels, num_classes, groups)
                 scores = probe.scores(queries.features.flatten(0, 1)).view(*queries.features.shape[:2], num_classes)
-                metrics |= _scores(modality, scores.mean(1), queries, by_video)
+                metrics |= modality_metrics(modality, scores.mean(1), queries, by_video)
     return broadcast(metrics)
 
 
-def _scores(modality: str, scores: Tensor, clips: LabeledFeatures, by_video: bool) -> dict[str, float]:
-    """Return the metrics of scores or probabilities [n, C] of all clips."""
+def modality_metrics(modality: str, scores: Tensor, clips: LabeledFeatures, by_video: bool) -> dict[str, float]:
+    """Return the metrics of scores or probabilities [n, C] of all clips, with the modality added to their names."""
     labels = clips.labels
     if by_video and len(labels):
         scores, labels = _means_of_videos(scores, labels, clips.groups)

@@ -33,6 +33,7 @@ class ClassificationLoss(ABC):
     Attributes:
         multi_label: whether the targets may be a probability of each class, instead of one distribution over the
             classes; such a loss treats the classes as independent.
+        keeps_predictions: whether the loss remembers predictions for single samples, so that it does not allow mixup.
         config: settings of the phase.
         bank: memory bank; a loss with a state per sample keeps it in a column of its own, which checkpoints contain.
         num_heads: number of classifiers H.
@@ -40,6 +41,7 @@ class ClassificationLoss(ABC):
     """
 
     multi_label: ClassVar[bool] = False
+    keeps_predictions: ClassVar[bool] = False
 
     def __init__(self, config: SupervisedPhase, bank: Bank, num_heads: int, num_classes: int):
         self.config, self.bank, self.num_heads, self.num_classes = config, bank, num_heads, num_classes
@@ -86,6 +88,7 @@ class EarlyLearning(ClassificationLoss):
     """
 
     COLUMN = "predictions"
+    keeps_predictions = True
 
     def __init__(self, config: SupervisedPhase, bank: Bank, num_heads: int, num_classes: int):
         super().__init__(config, bank, num_heads, num_classes)
@@ -123,6 +126,7 @@ class OverParameterization(ClassificationLoss):
     """
 
     COLUMN, START, EPS = "over_parameters", 1e-8, 1e-4
+    keeps_predictions = True
 
     def __init__(self, config: SupervisedPhase, bank: Bank, num_heads: int, num_classes: int):
         super().__init__(config, bank, num_heads, num_classes)

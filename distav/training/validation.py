@@ -23,7 +23,12 @@ def validate_names(config: Config) -> None:
         if isinstance(phase, ContrastivePhase):
             select_objective(phase, key).validate(phase, key)
         if isinstance(phase, SupervisedPhase):
-            CLASSIFICATION_LOSSES.select(phase.loss, f"{key}.loss")
+            loss = CLASSIFICATION_LOSSES.select(phase.loss, f"{key}.loss")
+            if phase.mixup and loss.keeps_predictions:
+                raise UserError(
+                    f"{key}.mixup={phase.mixup:g}: allowed: 0 with {key}.loss={phase.loss}, which remembers "
+                    "predictions for single clips."
+                )
 
 
 def validate_multi_label_losses(config: Config, data: DataModule) -> None:

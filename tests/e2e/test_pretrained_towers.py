@@ -23,7 +23,7 @@ optim: {global_batch: 24, lr: 0.003, min_lr_fraction: 1.0}
 monitor: {media_every: 10, media_clips: 2}
 phases:
   contrastive: {kind: contrastive, epochs: 1}
-  learn: {kind: supervised, epochs: 1, targets: given}
+  learn: {kind: supervised, epochs: 1, targets: given, mixup: 1.0}
 """
 FIRST_BLOCK, LAST_BLOCK = "visual.net.network.encoder.layers.0", "visual.net.network.encoder.layers.2"
 

@@ -86,7 +86,7 @@ class TransformersAudio(AudioEncoder):
     @classmethod
     def check(cls, config: AudioConfig) -> None:
         """Check that transformers is installed; the network is looked up when the run is opened."""
-        networks.import_transformers(config, "audio")
+        networks.import_transformers(KEY, config.name)
 
     @classmethod
     def describe(cls, config: AudioConfig) -> dict[str, Any]:

@@ -29,6 +29,8 @@ _KEY_MAPPINGS = {
     "pe_video_encoder": {r"^(.*\.)?video_encoder\.": ""},
 }
 """Changes of names in checkpoints of several modalities that transformers does not make itself."""
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError)
+"""What transformers raises for files that are missing or that it cannot read."""
 _PREPROCESSOR_FILES = {
     "visual": ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"),
     "audio": ("preprocessor_config.json", "processor_config.json"),
@@ -47,13 +49,14 @@ def describe(config: TowerConfig, modality: str) -> dict[str, Any]:
     Raises:
         UserError: if transformers is missing, or the settings cannot be read.
     """
-    transformers, (source, revision) = import_transformers(config, modality), _source(config)
+    key = f"model.{modality}.name"
+    transformers, (source, revision) = import_transformers(key, config.name), _source(config.name)
     try:
         with _quiet(transformers):
             settings = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             stored, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise unavailable(f"model.{modality}.name", config.name, error, _advice(source)) from None
+        raise unavailable(key, config.name, error, _advice(source)) from None
     settings = _part(settings, modality)
     values = settings.to_dict() | {"model_type": settings.model_type}
     if settings.model_type == "pe_video_encoder":
@@ -74,6 +77,14 @@ def _part(settings: Any, modality: str) -> Any:
         return settings
     part = next((part for name in PARTS[modality] if (part := getattr(settings, name, None))), settings)
     return getattr(part, "video_config", part) if part.model_type == "pe_video" else part
+
+
+def _restore_image_width(settings: Any, stored: dict[str, Any]) -> None:
+    """Set the width of the image features in the settings of a checkpoint of PE-AV; leave all others as they are."""
+    settings = getattr(settings, "audio_video_config", None) or settings
+    video = getattr(settings, "video_config", None)
+    if video is not None and video.model_type == "pe_video_encoder":
+        video.vision_config.num_labels = _num_image_features(stored)
 
 
 def _num_image_features(stored: dict[str, Any]) -> int:
@@ -98,7 +109,8 @@ def download(config: TowerConfig, modality: str, description: dict[str, Any]) ->
     Raises:
         UserError: if they are neither in a directory or the cache of the hub, nor can be downloaded.
     """
-    transformers, (source, revision) = import_transformers(config, modality), _source(config)
+    key = f"model.{modality}.name"
+    transformers, (source, revision) = import_transformers(key, config.name), _source(config.name)
     settings = transformers.AutoConfig.for_model(**description["network"])
     try:
         with _quiet(transformers):
@@ -111,12 +123,45 @@ def download(config: TowerConfig, modality: str, description: dict[str, Any]) ->
                 output_loading_info=True,
                 key_mapping=_KEY_MAPPINGS.get(settings.model_type),
             )
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        raise unavailable(f"model.{modality}.name", config.name, error, _advice(source)) from None
+    except LOAD_ERRORS as error:
+        raise unavailable(key, config.name, error, _advice(source)) from None
     missing = set(loaded["missing_keys"])  # Transformers has given them random values.
     weights = {name: values for name, values in net.state_dict().items() if name not in missing}
     prefix = "encoder." if getattr(net.config, "is_encoder_decoder", False) else ""
     return {name.removeprefix(prefix): values for name, values in weights.items() if name.startswith(prefix)}
+
+
+def load_checkpoint(key: str, name: str) -> tuple[Any, Any]:
+    """Return the network of a checkpoint, with all its parts, and its tokenizer.
+
+    Args:
+        key: setting or option that names the checkpoint.
+        name: `hf:` and a repository or directory.
+
+    Raises:
+        UserError: if either cannot be loaded, or the checkpoint lacks weights of the network.
+    """
+    if not name.startswith("hf:"):
+        raise UserError(f"{key}={name}: allowed: hf:REPOSITORY, hf:REPOSITORY@REVISION or hf:DIRECTORY.")
+    transformers, (source, revision) = import_transformers(key, name), _source(name)
+    try:
+        with _quiet(transformers):
+            settings = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+            stored, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=revision)
+            _restore_image_width(settings, stored)
+            network, loaded = transformers.AutoModel.from_pretrained(
+                source, revision=revision, config=settings, dtype=torch.float32, weights_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise unavailable(key, name, error, _advice(source)) from None
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(
+            f"{key}={name}: the checkpoint lacks {len(missing)} weights of a network of type "
+            f"{network.config.model_type}, such as {missing[0]}; download it again."
+        )
+    return network, tokenizer
 
 
 @contextlib.contextmanager
@@ -201,9 +246,9 @@ def _preprocessor(transformers: Any, source: str, revision: str, modality: str) 
     return {}
 
 
-def _source(config: TowerConfig) -> tuple[str, str]:
-    """Return repository or directory, and revision."""
-    name = config.name.partition(":")[2]
+def _source(name: str) -> tuple[str, str]:
+    """Return repository or directory, and revision, of a name with the prefix `hf:`."""
+    name = name.partition(":")[2]
     directory = Path(name).expanduser()
     if directory.is_dir():
         return str(directory), "main"
@@ -211,12 +256,17 @@ def _source(config: TowerConfig) -> tuple[str, str]:
     return repository, revision or "main"
 
 
-def import_transformers(config: TowerConfig, modality: str) -> Any:
-    """Return the module `transformers`, or raise a UserError if it is not installed."""
+def import_transformers(key: str, name: str) -> Any:
+    """Return the module `transformers`, or raise a UserError if it is not installed.
+
+    Args:
+        key: setting or option that names a network.
+        name: its value.
+    """
     try:
         import transformers
     except ImportError:
-        raise missing_library(f"model.{modality}.name", config.name, "transformers") from None
+        raise missing_library(key, name, "transformers") from None
     return transformers
 
 

@@ -67,7 +67,7 @@ class TransformersVisual(VisualEncoder):
     @classmethod
     def check(cls, config: VisualConfig) -> None:
         """Check that transformers is installed; the network is looked up when the run is opened."""
-        networks.import_transformers(config, "visual")
+        networks.import_transformers(KEY, config.name)
 
     @classmethod
     def describe(cls, config: VisualConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from distav.noise.correspondence import sample_weights
 from distav.training.classifier_fusion import held_out_clips
 from distav.training.loop import Losses, train
 from distav.training.phases.classifier_targets import ClassifierTargets
+from distav.training.phases.mixup import Mixup
 from distav.training.phases.multi_label_targets import has_true_labels, make_targets
 from distav.training.run import Run
 
@@ -40,6 +41,8 @@ def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
     `logit_adjustment` adds the logarithm of the class prior to the logits in the loss (Menon et al. 2021, equation 10).
     Both follow the targets that the phase trains on.
 
+    With `mixup`, the classifiers are trained on mixtures of clips, see `distav.training.phases.mixup`.
+
     Clips of a multi-label dataset have a target for each class; the loss treats the classes as independent, and
     `logit_adjustment` adds the logit of the class frequency.
 
@@ -61,17 +64,22 @@ def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
     classification_loss = loss_type(config, run.bank, len(HEADS), len(run.data.shards.classes))
     balance = _class_balance(run, name, config, classifier_targets)
     held_out = held_out_clips(run)
+    mixup = Mixup(config.mixup, run.world.device) if config.mixup else None
     trained = None if held_out is None else torch.from_numpy(~held_out).float().to(run.world.device)
     offsets = config.logit_adjustment * classifier_targets.log_priors(balance) if config.logit_adjustment else None
 
     def losses_of(batch: Batch, _progress: float) -> Losses:
-        outputs = run.engine(batch)
+        mixture = mixup.draw(batch.seeds) if mixup else None
+        outputs = run.engine(mixture.batch(batch) if mixture else batch)
         global_batch = GlobalBatch.gather(batch.ids, batch.valid, outputs["visual"], outputs["audio"], batch.present)
         targets, pair_weights = classifier_targets.of_batch(batch.ids, global_batch.ids)
         paired = batch.paired.float()
         weights = (paired * pair_weights, batch.present["visual"].float(), batch.present["audio"].float())
         if trained is not None:
             weights = tuple(weight * trained[batch.ids] for weight in weights)
+        if mixture:
+            mixed = [mixture.targets(*pair) for pair in zip(targets, weights, strict=True)]
+            targets, weights = zip(*mixed, strict=True)
         logits = [outputs[head] for head in HEADS]
         if offsets is not None:
             logits = [head + offset for head, offset in zip(logits, offsets, strict=True)]

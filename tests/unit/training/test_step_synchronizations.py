@@ -73,7 +73,7 @@ CONTRASTIVE = [
     "loss: acl, negatives_source: batch, correspondence_estimator: scc, soft_targets: none",
     "num_negatives: 8, soft_targets: none",
 ]
-SUPERVISED = ["targets: given", "targets: posterior, instance_weight: 0.1", "targets: hybrid, loss: gce",
+SUPERVISED = ["targets: given", "targets: posterior, instance_weight: 0.1", "targets: hybrid, loss: gce, mixup: 1.0",
               "loss: elr, class_balance: 0.5, logit_adjustment: 1.0"]  # fmt: skip
 
 
