@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from distav.evaluation.metrics import auroc
 
@@ -95,7 +95,7 @@ class MultiLabelScores:
     def d_prime(self) -> float:
         """Sensitivity index sqrt(2) * Phi^-1(mean AUC), as reported for AudioSet; NaN without a defined AUC."""
         area = _mean(self.aurocs)
-        return area if math.isnan(area) else float(math.sqrt(2) * norm.ppf(min(max(area, 1e-6), 1 - 1e-6)))
+        return area if math.isnan(area) else float(math.sqrt(2) * ndtri(min(max(area, 1e-6), 1 - 1e-6)))
 
     @property
     def _f1(self) -> np.ndarray:

@@ -5,7 +5,6 @@ Legend: B clips, T frames, H W pixels, C channels, E feature width.
 
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
-from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, R2Plus1dStem
 
 from distav.config.errors import UserError
 from distav.config.model import VisualConfig
@@ -62,6 +61,9 @@ class R2Plus1D18(VisualEncoder):
 
     def __init__(self, config: VisualConfig, data: DataConfig):
         super().__init__(config, data)
+        # Imported late, since importing torchvision takes seconds.
+        from torchvision.models.video.resnet import R2Plus1dStem
+
         self.feature_dim = 512
         self.stem = with_global_batch_norm(R2Plus1dStem())
         self.layer1 = self._layer(64, 64, stride=1)
@@ -71,6 +73,8 @@ class R2Plus1D18(VisualEncoder):
 
     @staticmethod
     def _layer(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+        from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D
+
         shortcut = None
         if stride != 1 or in_channels != out_channels:
             conv = nn.Conv3d(in_channels, out_channels, 1, stride, bias=False)

@@ -5,7 +5,6 @@ Legend: B clips, L tokens, E width.
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.vision_transformer import EncoderBlock
 
 VIT_SIZES = {
     "vit_tiny": (192, 12, 3),
@@ -22,6 +21,9 @@ class TokenEncoder(nn.Module):
 
     def __init__(self, size: str, num_tokens: int):
         super().__init__()
+        # Imported late, since importing torchvision takes seconds.
+        from torchvision.models.vision_transformer import EncoderBlock
+
         width, depth, heads = VIT_SIZES[size]
         self.feature_dim = width
         self.positions = nn.Parameter(torch.randn(1, num_tokens, width) * 0.02)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator
-from scipy.stats import beta
+from scipy.special import betaincinv
 from torch import Tensor
 
 from distav.distributed.collectives import all_reduce_sum_
@@ -83,6 +82,9 @@ def interpolate_profile(rates: Sequence[float], log_likelihood: Tensor, position
         log_likelihood: [G] at these rates.
         positions: [R] rates; outside the range of `rates`, the value at the nearest of them is returned.
     """
+    # Imported late, since importing scipy.interpolate takes a second.
+    from scipy.interpolate import PchipInterpolator
+
     curve = PchipInterpolator(np.asarray(rates), log_likelihood.double().cpu().numpy())
     clamped = positions.double().cpu().numpy().clip(rates[0], rates[-1])
     return torch.from_numpy(curve(clamped)).to(positions.device)
@@ -120,6 +122,6 @@ def class_rates(matrix: Tensor, overall: RateEstimate) -> list[RateEstimate]:
     estimates = []
     for correct, count in zip(matrix.diagonal().tolist(), matrix[:, -1].tolist(), strict=True):
         wrong = 1 - correct
-        low, high = beta.ppf([0.025, 0.975], 0.5 + wrong * count, 0.5 + correct * count).tolist()
+        low, high = betaincinv(0.5 + wrong * count, 0.5 + correct * count, [0.025, 0.975]).tolist()
         estimates.append(RateEstimate(wrong, low * low_ratio, 1 - (1 - high) * high_ratio))
     return estimates

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from distav.distributed.process_group import World
 
@@ -29,9 +28,11 @@ class MetricLogger:
 
     def __init__(self, folder: Path, world: World):
         self.world = world
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None
         handler: logging.Handler = logging.StreamHandler(sys.stdout)
         if world.is_main:
+            from torch.utils.tensorboard import SummaryWriter  # Takes half a second to import.
+
             self._writer = SummaryWriter(str(folder / "tensorboard"))
             self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         else:

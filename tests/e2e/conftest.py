@@ -9,5 +9,5 @@ from tests.helpers.launch import tiny_config, train
 def finished(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a finished run on the tiny set, and what it said."""
     folder = tmp_path_factory.mktemp("finished")
-    said = train(tiny_config(folder), f"data.root={tiny_shards}", f"run.root={folder}", launcher=True)
+    said = train(tiny_config(folder), f"data.root={tiny_shards}", f"run.root={folder}")
     return folder / "tiny", said

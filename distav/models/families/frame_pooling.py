@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.vision_transformer import EncoderBlock
 
 NUM_LAYERS, MAX_HEADS = 2, 8
 
@@ -29,6 +28,9 @@ class FramePooling(nn.Module):
             self.score = nn.Linear(feature_dim, 1)
             nn.init.zeros_(self.score.weight)
         if kind == "transformer":
+            # Imported late, since importing torchvision takes seconds.
+            from torchvision.models.vision_transformer import EncoderBlock
+
             self.positions = nn.Parameter(torch.randn(1, num_frames, feature_dim) * 0.02)
             heads = math.gcd(MAX_HEADS, feature_dim)
             blocks = (EncoderBlock(heads, feature_dim, 4 * feature_dim, 0.0, 0.0) for _ in range(NUM_LAYERS))

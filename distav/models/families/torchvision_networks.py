@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
-from torchvision.models import get_model, get_model_weights, list_models
-from torchvision.models._api import WeightsEnum
 
 from distav.config.errors import UserError, did_you_mean, format_list
 from distav.config.model import VisualConfig
@@ -38,7 +35,8 @@ class TorchvisionNetwork(VisualEncoder):
         self.check_input(config, data)
         name, _ = _parse(config)
         resizes = name.startswith("vit_") and config.interpolate_positions
-        net = get_model(name, weights=None, **({"image_size": data.frame_size} if resizes else {}))
+        torchvision = _torchvision()
+        net = torchvision.models.get_model(name, weights=None, **({"image_size": data.frame_size} if resizes else {}))
         self.feature_dim = _remove_classifier(net)
         self.network = without_dropout(with_global_batch_norm(net))
         for module in net.modules():
@@ -63,12 +61,13 @@ class TorchvisionNetwork(VisualEncoder):
     def check(cls, config: VisualConfig) -> None:
         """Check the name of the network and of its weights."""
         name, weights = _parse(config)
-        allowed = [*list_models(module=torchvision.models), *list_models(module=torchvision.models.video)]
+        models = _torchvision().models
+        allowed = [*models.list_models(module=models), *models.list_models(module=models.video)]
         if name not in allowed:
             raise UserError(
                 f"{KEY}={config.name}: allowed: torchvision:{format_list(allowed)}.{did_you_mean(name, allowed)}"
             )
-        versions = [version.name for version in get_model_weights(name)]
+        versions = [version.name for version in models.get_model_weights(name)]
         if weights and weights not in versions:
             raise UserError(
                 f"{KEY}={config.name}: allowed: torchvision:{name}@ with {format_list(versions)}."
@@ -159,14 +158,22 @@ def _parse(config: VisualConfig) -> tuple[str, str]:
     return name, weights
 
 
+def _torchvision() -> Any:
+    """Return the module `torchvision`, which takes seconds to import."""
+    import torchvision
+
+    return torchvision
+
+
 def _is_video(name: str) -> bool:
-    return name in list_models(module=torchvision.models.video)
+    models = _torchvision().models
+    return name in models.list_models(module=models.video)
 
 
-def _version(config: VisualConfig) -> WeightsEnum:
+def _version(config: VisualConfig) -> Any:
     """Return the version of the weights that the configuration names, or the default one of the network."""
     name, weights = _parse(config)
-    versions = get_model_weights(name)
+    versions = _torchvision().models.get_model_weights(name)
     return versions[weights] if weights else versions["DEFAULT"]
 
 

@@ -15,8 +15,6 @@ from typing import ClassVar, Self
 
 import numpy as np
 import soundfile
-from scipy.ndimage import shift
-from scipy.signal import resample_poly
 
 from distav.config.errors import UserError, format_list
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, RejectedClip
@@ -122,6 +120,8 @@ class DigitsSource:
 
 def _render_frames(digit: np.ndarray, encoding: Encoding, rng: np.random.Generator) -> np.ndarray:
     """Return frames [T, H, W] float32 in which the digit moves along a straight line."""
+    from scipy.ndimage import shift  # Takes half a second to import.
+
     side = encoding.side
     if side < digit.shape[0]:
         raise UserError(f"--short-side={side}: has to be {digit.shape[0]} or more, the size of the digits.")
@@ -139,6 +139,8 @@ def _render_audio(recording: bytes, encoding: Encoding, rng: np.random.Generator
     Raises:
         RejectedClip: if the recording is not a readable WAV file.
     """
+    from scipy.signal import resample_poly  # Takes a second to import.
+
     try:
         waveform, rate = soundfile.read(io.BytesIO(recording), dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
