@@ -1,6 +1,8 @@
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,21 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_shards(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run tools/make_shards.py and check its exit status."""
+    """Run tools/make_shards.py in this process, and check its exit status."""
+    from distav.tools.make_shards import main
+
+    words, out, err = [str(word) for word in arguments], io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = main(words)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    assert code == status, out.getvalue() + err.getvalue()
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def run_make_shards(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run tools/make_shards.py as a program of its own, and check its exit status."""
     command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), *map(str, arguments)]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == status, process.stdout + process.stderr

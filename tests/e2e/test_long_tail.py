@@ -79,6 +79,7 @@ def kill_in_step_11(_rank: int) -> None:
     TrainingLoop._step = kill_or_step
 
 
+@pytest.mark.long
 def test_run_killed_within_a_balanced_epoch_resumes_to_the_same_bytes(
     finished: tuple[Path, str], shards: Path, tmp_path: Path
 ):
@@ -90,6 +91,7 @@ def test_run_killed_within_a_balanced_epoch_resumes_to_the_same_bytes(
     assert fingerprint(tmp_path / "tiny") == fingerprint(finished[0])
 
 
+@pytest.mark.long
 def test_two_ranks_train_on_the_same_balanced_batches(finished: tuple[Path, str], shards: Path, tmp_path: Path):
     run_to_completion(2, options(tmp_path, shards), tmp_path / "logs")
     alone, together = losses(finished[0]), losses(tmp_path / "tiny")

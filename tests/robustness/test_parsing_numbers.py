@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import safetensors.torch
 import torch
 
@@ -27,6 +28,7 @@ def nan_at_3_and_14(rank: int) -> None:
         AttentivePooling.forward = forward
 
 
+@pytest.mark.long
 def test_a_parsing_step_that_is_not_finite_is_skipped(tmp_path: Path):
     write_llp(tmp_path / "raw")
     llp_shards(tmp_path / "raw", tmp_path / "shards")

@@ -88,6 +88,7 @@ def test_labels_are_unchanged_without_class_information_in_the_features():
     assert correction.label_rate.ci95_width > 0.8 and correction.pair_rate.ci95_width > 0.8
 
 
+@long
 def test_mismatch_rate_is_unknown_if_one_modality_has_no_class_information():
     scene = make_scene(0.3, mismatched=0.0)
     scene.audio = torch.randn(scene.audio.shape, generator=torch.Generator().manual_seed(3))

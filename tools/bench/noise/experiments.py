@@ -30,6 +30,7 @@ METHODS = {
     "GCE": Method("baselines/gce"),
     "ELR": Method("baselines/elr"),
     "SOP": Method("baselines/sop"),
+    "mixup": Method("baselines/mixup"),
     TRUE_LABELS: Method("baselines/true_labels"),
     "contrastive + CE": Method("baselines/ce_after_contrast", shares_pretraining=True),
     "contrastive + probe": Method("baselines/contrast_probe", shares_pretraining=True),
@@ -182,7 +183,7 @@ def pairs() -> Experiment:
     ]
 
 
-NATURAL_METHODS = ("distav", "CE", "GCE", "ELR", "SOP")
+NATURAL_METHODS = ("distav", "CE", "GCE", "ELR", "SOP", "mixup")
 NATURAL_LABEL_NOISE, NATURAL_MISMATCH_RATES = ("symmetric:0.6", "symmetric:0.4", "symmetric:0.2", ""), (0.4, 0.0)
 
 

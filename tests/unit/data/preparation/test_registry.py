@@ -10,7 +10,7 @@ from distav.data.dataset import ShardedDataset
 from distav.data.preparation.registry import SOURCES
 from distav.data.preparation.source import AnnotatedSource
 from distav.tools.make_shards import main
-from tests.conftest import make_shards
+from tests.conftest import run_make_shards
 
 PACKAGE = '''
 from dataclasses import dataclass
@@ -87,11 +87,11 @@ def tones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_source_of_another_package_is_a_command_with_its_own_options(tones: Path):
-    assert "Clips with a low or a high tone." in make_shards("--help").stdout
-    usage = make_shards("tones", "--help").stdout
+    assert "Clips with a low or a high tone." in run_make_shards("--help").stdout
+    usage = run_make_shards("tones", "--help").stdout
     assert "--count COUNT" in usage and "(default: 8000)" in usage and "example: make_shards.py tones" in usage
     out = tones / "out"
-    make_shards("tones", out, "--count=4", "--label-noise=symmetric:0.5", "--workers=1")
+    run_make_shards("tones", out, "--count=4", "--label-noise=symmetric:0.5", "--workers=1")
     shards = ShardedDataset.open(out)
     train, test = shards.split("train"), shards.split("test")
     assert shards.classes == ["low", "high"] and (len(train), len(test)) == (4, 4)
@@ -100,16 +100,16 @@ def test_a_source_of_another_package_is_a_command_with_its_own_options(tones: Pa
     assert labels.events is not None and not labels.events[:, :, 0].any()
     assert np.array_equal(labels.events[:, 0, 1], labels.weak) and np.array_equal(labels.events[:, 1, 1], labels.weak)
     assert shards.manifest["annotated_splits"] == ["test"]
-    assert "--count=0: has to be 1 or more" in make_shards("tones", tones / "none", "--count=0", status=1).stderr
-    error = make_shards("tones", tones / "none", "--count=1", "--clip-s=1", status=1).stderr
+    assert "--count=0: has to be 1 or more" in run_make_shards("tones", tones / "none", "--count=0", status=1).stderr
+    error = run_make_shards("tones", tones / "none", "--count=1", "--clip-s=1", status=1).stderr
     assert "--clip-s=1: has to be 2, the duration of the annotations" in error
-    assert "other arguments" in make_shards("tones", out, "--count=7", status=1).stderr
+    assert "other arguments" in run_make_shards("tones", out, "--count=7", status=1).stderr
 
 
 def test_a_source_that_cannot_be_imported_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     install(tmp_path, "tones_package:NoSource")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    error = make_shards("synthetic", tmp_path / "out", status=1).stderr
+    error = run_make_shards("synthetic", tmp_path / "out", status=1).stderr
     assert "entry point 'tones_package:NoSource' of distav.sources cannot be loaded" in error
     assert "Traceback" not in error
 
