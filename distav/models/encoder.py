@@ -85,15 +85,33 @@ class Encoder(nn.Module):
     def initial_weights(self, config: Any) -> Mapping[str, Tensor]:
         """Return pretrained weights by the names in the state dict of the network; empty for random ones.
 
-        The default reads those that `weights` of the tower names.
+        They are those of the file that `weights` of the tower names, or else the published ones.
 
         Raises:
             UserError: if they cannot be read.
         """
-        if config.weights in ("", "none"):
+        if config.weights == "none":
             return {}
-        weights = read_weights(Path(config.weights).expanduser(), f"{self.key}.weights")
-        return with_names_of(weights, self.state_dict())
+        if config.weights:
+            weights = read_weights(Path(config.weights).expanduser(), f"{self.key}.weights")
+        else:
+            weights = self.published_weights(config)
+        own = self.backbone.state_dict()
+        weights = self.fit_positions(config, with_names_of(weights, own), own) if weights else {}
+        prefix = next(name for name, module in self.named_modules() if module is self.backbone)
+        return {f"{prefix}.{name}" if prefix else name: values for name, values in weights.items()}
+
+    def published_weights(self, config: Any) -> Mapping[str, Tensor]:
+        """Return the weights that the name of the network selects, by names in the backbone; empty for none.
+
+        Raises:
+            UserError: if they are not available here.
+        """
+        return {}
+
+    def fit_positions(self, config: Any, weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the weights with position embeddings of the size of those in the state dict `own`."""
+        return weights
 
     @property
     def backbone(self) -> nn.Module:

@@ -9,9 +9,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from distav.evaluate import main as evaluate
 from distav.models.pretrained import load_encoders
 from tests.conftest import make_shards
-from tests.helpers.hub_networks import save_audio, save_visual
+from tests.helpers.hub_networks import save_audio, save_tokenizer, save_visual
 from tests.helpers.launch import losses, tiny_config, train
 
 pytest.importorskip("transformers")
@@ -33,6 +34,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Settings of a small CLIP image tower and a small AST."""
     folder = tmp_path_factory.mktemp("hub")
     save_visual("clip", folder / "clip")
+    save_tokenizer(folder / "clip", ["a", "photo", "of", "class"])
     save_audio("ast", folder / "ast")
     return f"model.visual.name=hf:{folder / 'clip'}", f"model.audio.name=hf:{folder / 'ast'}"
 
@@ -60,7 +62,7 @@ def changed(weights: dict[str, Tensor], before: dict[str, Tensor], block: str) -
 
 
 def test_frozen_blocks_keep_their_weights_and_the_others_are_trained(
-    tiny_shards: Path, tmp_path: Path, towers: tuple[str, str]
+    tiny_shards: Path, tmp_path: Path, towers: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ):
     output = run(
         tmp_path, tiny_shards, towers, "model.visual.freeze=3", "model.audio.freeze=-1", "model.visual.drop_path=0.2",
@@ -77,6 +79,12 @@ def test_frozen_blocks_keep_their_weights_and_the_others_are_trained(
     frames = torch.zeros(2, 4, 32, 32, 3, dtype=torch.uint8)
     assert model.visual(frames).shape == (2, 32)
     assert model.audio(torch.zeros(2, round(0.5 * inputs["sample_rate_hz"]))).shape == (2, 32)
+    text_network = f"hf:{str(towers[0]).partition('hf:')[2]}"
+    zero_shot = [str(tmp_path / "tiny" / "export"), str(tiny_shards), "--tasks", "zero_shot", "--device", "cpu"]
+    assert evaluate([*zero_shot, "--text-networks", text_network, "--json", str(tmp_path / "scores.json")]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())["metrics"]["zero_shot"]
+    assert 0 <= scores["top1_visual"] <= 1 and "top1_audio" not in scores
+    assert evaluate(zero_shot) == 1 and "--text-networks is missing" in capsys.readouterr().err
     card = (tmp_path / "tiny" / "export" / "README.md").read_text()
     assert "initial weights" in card and "license" in card
 

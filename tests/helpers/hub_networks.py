@@ -1,7 +1,7 @@
 """Small networks with random weights in the format of the Hugging Face hub, one of each kind."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +153,14 @@ def save_audio(kind: str, folder: Path) -> tuple[Any, Any]:
     net.save_pretrained(folder)
     extractor.save_pretrained(folder)
     return net, extractor
+
+
+def save_tokenizer(folder: Path, words: Sequence[str]) -> None:
+    """Save a tokenizer that knows these words, all others as one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(["<pad>", "<s>", "</s>", *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)

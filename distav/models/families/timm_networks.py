@@ -5,7 +5,6 @@ Also `timm:hf-hub:REPOSITORY` and `timm:local-dir:DIRECTORY`. Legend: B clips, T
 
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,9 +18,7 @@ from distav.models.layers import with_global_batch_norm, without_dropout
 from distav.models.weights import (
     interpolate_positions,
     missing_library,
-    read_weights,
     unavailable,
-    with_names_of,
 )
 
 KEY = "model.visual.name"
@@ -110,20 +107,18 @@ class TimmNetwork(VisualEncoder):
                 "pixels; remove data.frame_size or set model.visual.interpolate_positions=true."
             )
 
-    def initial_weights(self, config: VisualConfig) -> Mapping[str, Tensor]:
-        """Return the weights, with position embeddings of this network's size."""
-        if config.weights == "none":
-            return {}
-        if config.weights:
-            weights = read_weights(Path(config.weights).expanduser(), "model.visual.weights")
-        else:
-            weights = _download(config)
-        own = self.network.state_dict()
-        weights = with_names_of(weights, own)
+    def published_weights(self, config: VisualConfig) -> Mapping[str, Tensor]:
+        """Return the weights of a tag, repository or directory."""
+        return _download(config)
+
+    def fit_positions(
+        self, config: VisualConfig, weights: dict[str, Tensor], own: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Return the weights with position embeddings for the size of the frames."""
         positions = weights.get("pos_embed")
         if positions is not None and "pos_embed" in own and positions.shape != own["pos_embed"].shape:
             weights["pos_embed"] = _resized(positions, own["pos_embed"].shape[1], self.network)
-        return {f"network.{name}": values for name, values in weights.items()}
+        return weights
 
 
 def _resized(positions: Tensor, length: int, net: Any) -> Tensor:

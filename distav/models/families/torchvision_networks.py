@@ -17,7 +17,7 @@ from distav.config.schema import DataConfig
 from distav.models.encoder import VisualEncoder, VisualInput
 from distav.models.families.frame_pooling import FramePooling, encode_frames
 from distav.models.layers import with_global_batch_norm, without_dropout
-from distav.models.weights import interpolate_positions, read_weights, unavailable, with_names_of
+from distav.models.weights import interpolate_positions, unavailable
 
 KEY = "model.visual.name"
 FIXED_SIZE = ("vit_", "mvit_", "maxvit_")
@@ -132,24 +132,21 @@ class TorchvisionNetwork(VisualEncoder):
         version = _version(config)
         return {"source": version.url, "license": version.meta.get("license", "see the source")}
 
-    def initial_weights(self, config: VisualConfig) -> Mapping[str, Tensor]:
-        """Return the weights, with position embeddings of this network's size."""
-        if config.weights == "none":
-            return {}
-        name, _ = _parse(config)
-        if config.weights:
-            weights = read_weights(Path(config.weights).expanduser(), "model.visual.weights")
-        else:
-            weights = _download(config)
-        weights = with_names_of(weights, self.network.state_dict())
-        if name.startswith("vit_") and "encoder.pos_embedding" in weights:
-            positions = weights["encoder.pos_embedding"]
-            length = self.network.state_dict()["encoder.pos_embedding"].shape[1]
-            old, new = (round((size - 1) ** 0.5) for size in (positions.shape[1], length))
+    def published_weights(self, config: VisualConfig) -> Mapping[str, Tensor]:
+        """Return the weights of a version."""
+        return _download(config)
+
+    def fit_positions(
+        self, config: VisualConfig, weights: dict[str, Tensor], own: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Return the weights with position embeddings for the size of the frames."""
+        name = "encoder.pos_embedding"
+        if _parse(config)[0].startswith("vit_") and name in weights:
+            length = own[name].shape[1]
+            old, new = (round((size - 1) ** 0.5) for size in (weights[name].shape[1], length))
             if old != new:
-                positions = interpolate_positions(positions, length, (old, old), (new, new), dim=1)
-                weights["encoder.pos_embedding"] = positions
-        return {f"network.{name}": values for name, values in weights.items()}
+                weights[name] = interpolate_positions(weights[name], length, (old, old), (new, new), dim=1)
+        return weights
 
 
 def _parse(config: VisualConfig) -> tuple[str, str]:

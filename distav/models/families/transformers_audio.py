@@ -5,11 +5,10 @@ Legend: B clips, N audio samples, F mel bins, L spectrogram frames, E feature wi
 
 from collections.abc import Mapping
 from math import ceil, floor
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distav.config.errors import UserError
 from distav.config.model import AudioConfig
@@ -19,7 +18,7 @@ from distav.models.families import transformers_networks as networks
 from distav.models.layers import with_global_batch_norm
 from distav.models.log_mel import FrontEnd
 from distav.models.resampling import Resample
-from distav.models.weights import interpolate_positions, read_weights, with_names_of
+from distav.models.weights import interpolate_positions
 
 KEY = "model.audio.name"
 DEFAULT_EXTRACTORS = {
@@ -121,22 +120,25 @@ class TransformersAudio(AudioEncoder):
             extractor = from_preprocessor(preprocessor | {"max_length": extractor.frames_of(length)}, length)
         return NetworkFrontEnd(extractor, sample_rate_hz)
 
-    def initial_weights(self, config: AudioConfig) -> Mapping[str, Tensor]:
-        """Return the weights, with position embeddings of this network's length."""
-        if config.weights == "none":
-            return {}
-        description = config.architecture or self.describe(config)
-        if config.weights:
-            weights = read_weights(Path(config.weights).expanduser(), "model.audio.weights")
-        else:
-            weights = networks.download(config, "audio", description)
-        own = self.network.state_dict()
-        weights = with_names_of(weights, own)
+    @property
+    def backbone(self) -> nn.Module:
+        """The network itself."""
+        return self.network
+
+    def published_weights(self, config: AudioConfig) -> Mapping[str, Tensor]:
+        """Return the weights of a repository or directory."""
+        return networks.download(config, "audio", config.architecture or self.describe(config))
+
+    def fit_positions(
+        self, config: AudioConfig, weights: dict[str, Tensor], own: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Return the weights with the position embeddings of AST for the length of the clips."""
         name = "embeddings.position_embeddings"
         if name in weights and weights[name].shape != own[name].shape:
+            description = config.architecture or self.describe(config)
             old, new = (_patch_grid(values) for values in (description["network"], self.network.config.to_dict()))
             weights[name] = interpolate_positions(weights[name], own[name].shape[1], old, new, dim=1)
-        return {f"network.{name}": values for name, values in weights.items()}
+        return weights
 
 
 def _preprocessor(config: AudioConfig) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Legend: B clips, T frames, H W pixels, E feature width.
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from distav.models.encoder import IMAGENET_MEAN, IMAGENET_STD, VisualEncoder, Vi
 from distav.models.families import transformers_networks as networks
 from distav.models.families.frame_pooling import FramePooling, encode_frames
 from distav.models.layers import with_global_batch_norm
-from distav.models.weights import interpolate_positions, read_weights, with_names_of
+from distav.models.weights import interpolate_positions
 
 KEY = "model.visual.name"
 SIZE_KEYS, LENGTH_KEYS = ("image_size", "crop_size"), ("num_frames", "frames_per_clip")
@@ -108,21 +107,18 @@ class TransformersVisual(VisualEncoder):
             if value % part:
                 raise UserError(f"data.{key}={value} contradicts {KEY}={config.name}; allowed: multiples of {part}.")
 
-    def initial_weights(self, config: VisualConfig) -> Mapping[str, Tensor]:
-        """Return the weights, with position embeddings of this network's size."""
-        if config.weights == "none":
-            return {}
-        description = config.architecture or self.describe(config)
-        if config.weights:
-            weights = read_weights(Path(config.weights).expanduser(), "model.visual.weights")
-        else:
-            weights = networks.download(config, "visual", description)
-        own = self.network.state_dict()
-        weights = with_names_of(weights, own)
+    def published_weights(self, config: VisualConfig) -> Mapping[str, Tensor]:
+        """Return the weights of a repository or directory."""
+        return networks.download(config, "visual", config.architecture or self.describe(config))
+
+    def fit_positions(
+        self, config: VisualConfig, weights: dict[str, Tensor], own: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Return the weights with position embeddings for the size of the frames."""
         for name, positions in weights.items():
             if "position" in name and name in own and positions.shape != own[name].shape:
                 weights[name] = _resized(positions, own[name])
-        return {f"network.{name}": values for name, values in weights.items()}
+        return weights
 
 
 def _resized(positions: Tensor, own: Tensor) -> Tensor:

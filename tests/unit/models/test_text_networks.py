@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from distav.config.errors import UserError
 from distav.models.families.text_networks import SPACES, TextNetwork
 from distav.models.families.transformers_networks import pooled
-from tests.helpers.hub_networks import AUDIO, SIDE, VISUAL, save_audio, save_visual
+from tests.helpers.hub_networks import AUDIO, SIDE, VISUAL, save_audio, save_tokenizer, save_visual
 
 transformers = pytest.importorskip("transformers")
 TEXTS = ["a dog barks", "a cat"]
@@ -20,10 +19,7 @@ CPU = torch.device("cpu")
 def save(kind: str, folder: Path) -> Any:
     """Save a small network with a tokenizer and return it."""
     net = save_visual(kind, folder) if kind in VISUAL else save_audio(kind, folder)[0]
-    words = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "a", "dog", "barks", "cat"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
+    save_tokenizer(folder, [word for text in TEXTS for word in text.split()])
     return net
 
 
