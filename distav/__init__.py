@@ -1,5 +1,6 @@
 """distav: audio-visual training on video with noisy labels and mismatched audio."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from distav.config.version import __version__
@@ -7,6 +8,10 @@ from distav.config.version import __version__
 if TYPE_CHECKING:
     from distav.models.pretrained import load_encoders
 
+if "OMP_WAIT_POLICY" not in os.environ:
+    # Before PyTorch is imported: waiting threads would take the cores from those that compute, beside other processes.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 __all__ = ["__version__", "load_encoders"]
 

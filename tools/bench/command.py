@@ -90,6 +90,12 @@ def _scaling(setting: Setting, options: argparse.Namespace) -> Results:
     return scaling.run(setting, options.batch, options.dim)
 
 
+def _busy(setting: Setting, options: argparse.Namespace) -> Results:
+    from tools.bench import busy_machine
+
+    return busy_machine.run(setting, options.clips, options.epochs)
+
+
 _TIMED = {
     "bank": (
         _bank,
@@ -104,6 +110,7 @@ _TIMED = {
     "shards": (_shards, "reading samples from tar files", {"samples": 2000}),
     "loader": (_loader, "data loading end to end", {"clips": 384, "batch": 32}),
     "step": (_step, "training step", {"clips": 384}),
+    "busy": (_busy, "training beside processes that occupy the cores", {"clips": 480, "epochs": 4}),
     "scaling": (_scaling, "cost for growing memory bank, batch and number of ranks", {"batch": 1024, "dim": 128}),
 }
 """Timing benchmarks: function, help, and integer options with their defaults."""
@@ -118,6 +125,7 @@ _HELP = {
     "k": "number of neighbors",
     "queries": "number of queries, in addition to all samples",
     "samples": "samples of the tar file, 360 kB each",
+    "epochs": "epochs of a training",
     "clips": "clips of the synthetic dataset",
 }
 
