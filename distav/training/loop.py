@@ -9,6 +9,7 @@ from torch import Tensor
 from distav.data.pipeline.class_balance import ClassBalance
 from distav.data.pipeline.loader import Batch
 from distav.data.pipeline.sampler import Ids
+from distav.distributed.process_group import core_for_loading
 from distav.distributed.rendezvous import set_stage
 from distav.training.anomaly_guard import AnomalyGuard, Losses, roll_back
 from distav.training.lr_schedule import lr_factor
@@ -42,13 +43,14 @@ def train(
         balance: number of draws of each sample in an epoch; None: every sample once.
     """
     loop = TrainingLoop(run, name, epochs, rates, losses_of, begin_epoch, balance)
-    while True:
-        if reinitialize and run.progress.step == 0:
-            run.reinitialize()
-        if loop.train_until_spike():
-            return
-        roll_back(run)
-        loop.guard.reset()
+    with core_for_loading(run.world.device, run.config.run.threads_per_rank):
+        while True:
+            if reinitialize and run.progress.step == 0:
+                run.reinitialize()
+            if loop.train_until_spike():
+                return
+            roll_back(run)
+            loop.guard.reset()
 
 
 class TrainingLoop:
