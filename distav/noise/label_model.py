@@ -20,7 +20,7 @@ from distav.noise.composite_likelihood import CompositeLikelihood
 from distav.noise.model_fit import PairAssumption, Profile, fit_pair_profile, fit_profile, without_joint_votes
 from distav.noise.model_parameters import Parameters, Votes
 from distav.noise.noise_rate import RateEstimate, candidate_rates, estimate_rate, interpolate_profile
-from distav.noise.tiling import tiles
+from distav.noise.tiling import threads_for, tiles
 
 GRID = (0.002, 0.03, 0.08, 0.13, 0.18, 0.235, 0.29, 0.345, 0.4, 0.46, 0.52, 0.58, 0.64, 0.7, 0.76, 0.82, 0.88, 0.94)
 """Noise rates of the fits, relative to that of random labels."""
@@ -198,9 +198,10 @@ def _fit_rates(likelihood: CompositeLikelihood, pairs: PairAssumption, is_prelim
     num_classes = likelihood.num_classes
     largest_rate = float(candidate_rates(num_classes)[-1])
     grid = [largest_rate * rate for rate in (COARSE_GRID if is_preliminary else GRID)]
-    profiles = [fit_profile(likelihood, grid, symmetric=True, pairs=pairs)]
-    if not is_preliminary:
-        profiles.append(fit_profile(likelihood, grid, symmetric=False, pairs=pairs))
+    with threads_for(len(likelihood.labels) * num_classes * len(grid)):
+        profiles = [fit_profile(likelihood, grid, symmetric=True, pairs=pairs)]
+        if not is_preliminary:
+            profiles.append(fit_profile(likelihood, grid, symmetric=False, pairs=pairs))
     gain = max(profile.gain - kind * _asymmetry_penalty(num_classes) for kind, profile in enumerate(profiles))
     return _RateFit(grid, profiles, *_penalized_curves(likelihood, profiles, gain), gain)
 
@@ -262,7 +263,8 @@ def _fit_pairs(
     from it in balanced data. The joint votes are left out, because they say nothing on the class of a modality alone.
     """
     likelihood, parameters = likelihood.without_joint_votes(), without_joint_votes(parameters, likelihood)
-    parameters, objective = fit_pair_profile(likelihood, parameters, MISMATCH_GRID)
+    with threads_for(len(likelihood.labels) * likelihood.num_classes * len(MISMATCH_GRID)):
+        parameters, objective = fit_pair_profile(likelihood, parameters, MISMATCH_GRID)
     rates = candidate_rates(likelihood.num_classes)
     curve = objective.cpu() / temperature
     if prior is not None:

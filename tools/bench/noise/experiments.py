@@ -106,7 +106,7 @@ ABLATIONS = {
         *(f"~phases.{phase}" for phase in ("learn_1", "correct_2", "learn_2", "correct_3")), "phases.learn_3.epochs=36"
     ),
     "posterior targets in all rounds": _rounds("phases.learn_1.targets=posterior", "phases.learn_2.targets=posterior"),
-    "no mixup in the last phase": _rounds("phases.learn_3.mixup=0"),
+    "mixup in the last phase": _rounds("phases.learn_3.mixup=1.0"),
     "CE in the last phase": _rounds("phases.learn_3.loss=ce"),
 }
 """The recipe with one component removed or replaced."""
