@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import yaml
 
-from distav import train
+from distav import evaluate, train
 from distav.config import loading
-from distav.evaluate import main as evaluate
 from distav.tools import make_shards
 from distav.tools.audit import command as audit
 from distav.tools.embed import main as embed
@@ -43,6 +42,7 @@ def commands_of(path: Path) -> list[str]:
 
 COMMANDS = list(dict.fromkeys(command for path in READMES for command in commands_of(path)))
 PARSERS = {
+    "distav/evaluate.py": evaluate._parser,
     "tools/make_shards.py": make_shards._parser,
     "tools/inspect_shards.py": inspect_shards._parser,
     "tools/pseudo_label.py": pseudo_label._parser,
@@ -50,7 +50,8 @@ PARSERS = {
     "tools/bench.py": bench._parser,
 }
 RUN_SMALL = ("tools/make_shards.py videos", "tools/make_shards.py csv", "tools/inspect_shards.py", "tools/audit.py",
-             "tools/make_shards.py clean", "tools/embed.py", "python distav/evaluate.py")  # fmt: skip
+             "tools/make_shards.py clean", "tools/embed.py",
+             "python distav/evaluate.py runs/mine/export shards/mine")  # fmt: skip
 """What `test_tools_run_as_the_readmes_say` runs."""
 
 
@@ -156,7 +157,7 @@ def test_tools_run_as_the_readmes_say(
         "tools/inspect_shards.py": inspect_shards.main,
         "tools/audit.py": audit.main,
         "tools/embed.py": embed,
-        "distav/evaluate.py": evaluate,
+        "distav/evaluate.py": evaluate.main,
     }
     done = []
     for command in COMMANDS:
