@@ -46,13 +46,14 @@ def posterior(parameters: Parameters, weights: Tensor, pair: Parameters, votes: 
         votes: votes of n samples.
         labels: [n] given labels.
     """
+    votes = votes.with_samples_last()
     probs = class_probs(parameters, votes, pair_ratios(pair, votes))
     parameters = replace(parameters, mismatch=pair.mismatch, visual_owner=pair.visual_owner)
     noise, paired = parameters.noise, votes.paired
     label_probs = noise.probabilities(labels)
     likelihood = label_likelihood(parameters, probs, labels, label_probs, paired)
     visual, audio, fused = (
-        noise.bayes(table, labels, label_probs) / value.clamp_min(1e-30)[..., None]
+        noise.bayes(table, labels, label_probs) / value.clamp_min(1e-30)[:, None]
         for table, value in (
             (probs.owner_if_visual, likelihood.visual),
             (probs.owner_if_audio, likelihood.audio),
@@ -63,13 +64,14 @@ def posterior(parameters: Parameters, weights: Tensor, pair: Parameters, votes: 
     matched = likelihood.matched * likelihood.fused / likelihood.owner
     by_visual = (1 - likelihood.matched) * owner * likelihood.visual / likelihood.owner
     by_audio = (1 - matched - by_visual).clamp_min(0.0)
-    same_class = by_visual * (visual * probs.audio).sum(-1) + by_audio * (probs.visual * audio).sum(-1)
+    same_class = by_visual * (visual * probs.audio).sum(1) + by_audio * (probs.visual * audio).sum(1)
     correspondence = torch.where(paired, matched + same_class, 1.0)
-    before, owner = likelihood.matched[..., None], owner[..., None]
-    matched, by_visual, by_audio = (value[..., None] for value in (matched, by_visual, by_audio))
+    before, owner = likelihood.matched[:, None], owner[:, None]
+    matched, by_visual, by_audio = (value[:, None] for value in (matched, by_visual, by_audio))
 
     def average(values: Tensor) -> Tensor:
-        return torch.einsum("g,g...->...", weights, values)
+        """Return the average over the noise rates: [G, n] -> [n], [G, C, n] -> [n, C]."""
+        return torch.einsum("g,g...->...", weights, values).t()
 
     return Posterior(
         owner=average(matched * fused + by_visual * visual + by_audio * audio),

@@ -49,7 +49,7 @@ class Evidence:
     """What does not change while the inverse temperatures are fitted.
 
     Attributes:
-        label_probs: [G, n, C] P(y_i | c); None for symmetric noise.
+        label_probs: [G, C, n] P(y_i | c); None for symmetric noise.
         ratios: [R, G, n] r of the pairs.
     """
 
@@ -69,7 +69,12 @@ class CompositeLikelihood:
             num_classes: C.
             weights: [n] weights of the samples, mean 1.
         """
-        self.votes, self.labels, self.num_classes, self.weights = votes, labels, num_classes, weights
+        self.votes, self.labels, self.num_classes, self.weights = (
+            votes.with_samples_last(),
+            labels,
+            num_classes,
+            weights,
+        )
         # Random, because the classes of a dataset may be interleaved.
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         self.fold = (order % 2).to(labels.device)
@@ -119,7 +124,7 @@ class CompositeLikelihood:
 
         Args:
             parameters: parameters of the model.
-            probs: [G, n, C] class probabilities of the modality.
+            probs: [G, C, n] class probabilities of the modality.
             role: 0 for the visual, 1 for the audio modality.
             label_probs: result of `LabelNoise.probabilities`.
         """
@@ -133,7 +138,7 @@ class CompositeLikelihood:
         """Return P(y) of the labels, without votes: [G, n]."""
         frequencies, matrices = parameters.frequencies, parameters.noise.matrices
         if matrices is None:
-            table = frequencies[:, None].expand(-1, len(self.labels), -1)
+            table = frequencies[:, :, None].expand(-1, -1, len(self.labels))
             return parameters.noise.likelihood(table, self.labels, None)
         return torch.einsum("gc,gfcy->gfy", frequencies, matrices)[:, self.fold, self.labels]
 
@@ -166,7 +171,7 @@ class CompositeLikelihood:
             if label_probs is not None:
                 shares = [matched / likelihood.fused, visual / likelihood.visual, audio / likelihood.audio]
                 classes = sum(
-                    share[..., None] * table
+                    share[:, None] * table
                     for share, table in zip(
                         shares, (probs.fused, probs.owner_if_visual, probs.owner_if_audio), strict=True
                     )
@@ -228,20 +233,17 @@ class CompositeLikelihood:
     def count_matrices(self, parameters: Parameters) -> Parameters:
         """Estimate T and pi from the most probable class of each sample, as if the votes were certain."""
         fused = class_probs(parameters, self.votes).fused
-        predicted = torch.zeros_like(fused).scatter_(-1, fused.argmax(-1, keepdim=True), 1.0)
+        predicted = torch.zeros_like(fused).scatter_(1, fused.argmax(1, keepdim=True), 1.0)
         return self._update_matrices(parameters, predicted)
 
     def _update_matrices(self, parameters: Parameters, classes: Tensor) -> Parameters:
-        """Estimate T and pi from class probabilities given the labels [G, n, C]; each fold gets those of the other."""
+        """Estimate T and pi from class probabilities given the labels [G, C, n]; each fold gets those of the other."""
         rates, num_classes = parameters.noise.rates, self.num_classes
-        classes = classes / classes.sum(-1, keepdim=True) * self.weights[:, None]
+        classes = classes / classes.sum(1, keepdim=True) * self.weights
+        by_label = torch.nn.functional.one_hot(self.labels, num_classes).to(classes.dtype)
         matrices, frequencies = [], torch.zeros_like(parameters.frequencies)
         for fold in (0, 1):
-            rows = self.fold != fold
-            counts = torch.zeros(len(rates), num_classes, num_classes, device=rates.device).index_add_(
-                1, self.labels[rows], classes[:, rows]
-            )
-            counts = counts.transpose(1, 2)
+            counts = classes @ (by_label * (self.fold != fold)[:, None])
             totals, correct = counts.sum(2), counts.diagonal(dim1=1, dim2=2)
             prior = (totals + 1) / (totals + 1).sum(1, keepdim=True)
             wrong = (totals - correct + MATRIX_PRIOR * rates[:, None]) / (totals + MATRIX_PRIOR)
@@ -259,5 +261,5 @@ class CompositeLikelihood:
         """Return the entropy of the label owner's class probabilities, in nats: [G] float64; see `Profile`."""
         probs = class_probs(parameters, self.votes, agreement_ratios(parameters, self.votes))
         owner = held_out_probs(parameters, probs, self.votes.paired)
-        entropy = -(owner * owner.clamp_min(1e-12).log()).sum(-1)
+        entropy = -(owner * owner.clamp_min(1e-12).log()).sum(1)
         return (entropy * self.weights).double().sum(1)

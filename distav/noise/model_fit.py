@@ -29,7 +29,7 @@ START_MISMATCH = 0.2
 START_STRIDE = 3
 """Every third noise rate is fitted from all starts; the results are candidates at all rates."""
 MAX_ELEMENTS = 2**22
-"""Elements of a table [G, n, C] of a fit; noise rates are fitted in parts."""
+"""Elements of a table [G, C, n] of a fit; noise rates are fitted in parts."""
 MAX_FIT_SAMPLES, MIN_FIT_SAMPLES, MAX_FIT_ELEMENTS = 3000, 1200, 300_000
 """Largest and smallest number of samples of a fit, and the table size n C between them."""
 

@@ -41,6 +41,10 @@ class Votes:
         """Return the votes of some samples."""
         return self.map(lambda table: table[index])
 
+    def with_samples_last(self) -> "Votes":
+        """Return the votes in another layout in memory, in which the votes of all samples for a class are neighbors."""
+        return self.map(lambda table: table.t().contiguous().t() if table.dim() == 2 else table)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "Votes":
         """Return the votes with a function applied to each table and to the columns of the modalities."""
         roles = (self.visual, self.audio, self.joint, self.visual_halves, self.audio_halves)
@@ -62,7 +66,7 @@ class LabelNoise:
     matrices: Tensor | None = None
 
     def probabilities(self, labels: Tensor, fold: Tensor | None = None) -> Tensor | None:
-        """Return P(y_i | c): [G, n, C]; None for symmetric noise.
+        """Return P(y_i | c): [G, C, n]; None for symmetric noise.
 
         Args:
             labels: [n] y.
@@ -70,24 +74,25 @@ class LabelNoise:
         """
         if self.matrices is None:
             return None
-        by_label = self.matrices.transpose(-1, -2)
-        return by_label.mean(1)[:, labels] if fold is None else by_label[:, fold, labels]
+        if fold is None:
+            return self.matrices.mean(1)[:, :, labels]
+        return self.matrices.transpose(1, 2)[:, :, fold, labels]
 
     def likelihood(self, probs: Tensor, labels: Tensor, label_probs: Tensor | None) -> Tensor:
-        """Return L(p): [G, n, C], [n] -> [G, n]."""
+        """Return L(p): [G, C, n], [n] -> [G, n]."""
         if label_probs is not None:
-            return (probs * label_probs).sum(-1)
-        correct = probs.gather(-1, labels.expand(len(probs), -1)[..., None]).squeeze(-1)
+            return (probs * label_probs).sum(1)
+        correct = probs.gather(1, labels.expand(len(probs), 1, -1)).squeeze(1)
         rates = self.rates[:, None]
-        return correct * (1 - rates) + (1 - correct) * rates / (probs.shape[-1] - 1)
+        return correct * (1 - rates) + (1 - correct) * rates / (probs.shape[1] - 1)
 
     def bayes(self, probs: Tensor, labels: Tensor, label_probs: Tensor | None) -> Tensor:
-        """Return the class probabilities given the label too, not normalized: [G, n, C], [n] -> [G, n, C]."""
+        """Return the class probabilities given the label too, not normalized: [G, C, n], [n] -> [G, C, n]."""
         if label_probs is not None:
             return probs * label_probs
         rates = self.rates.view(-1, 1, 1)
-        right = torch.zeros_like(probs).scatter_(-1, labels.expand(len(probs), -1)[..., None], 1.0)
-        return probs * (right * (1 - rates) + (1 - right) * rates / (probs.shape[-1] - 1))
+        right = torch.zeros_like(probs).scatter_(1, labels.expand(len(probs), 1, -1), 1.0)
+        return probs * (right * (1 - rates) + (1 - right) * rates / (probs.shape[1] - 1))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ probability
 
     P(y | V, A) = z L(f) + (1 - z) (w L(f_V) + (1 - w) L(f_A)),    L(p) = sum_c p(c) T[c, y]
 
+Tables of class probabilities are [G, C, n]: with few classes, a CPU sums over the second dimension twice to three times
+as fast as over the last one.
 Legend: n samples, C classes, G noise rates, K votes of a role, S parameters of the votes, R ratios of a pair.
 """
 
@@ -37,8 +39,8 @@ class ClassProbs:
     """Class probabilities of samples.
 
     Attributes:
-        visual, audio, fused: p_V, p_A and f: [G, n, C] each.
-        owner_if_visual, owner_if_audio: f_V and f_A: [G, n, C] each.
+        visual, audio, fused: p_V, p_A and f: [G, C, n] each.
+        owner_if_visual, owner_if_audio: f_V and f_A: [G, C, n] each.
         ratios: [R, G, n] r.
     """
 
@@ -98,44 +100,37 @@ def pair_ratios(parameters: Parameters, votes: Votes) -> Tensor:
 
 
 def _ratios_of(parameters: Parameters, visual: Tensor, audio: Tensor) -> Tensor:
-    return (visual * audio / parameters.frequencies[:, None, :]).sum(-1)[None]
+    return (visual * audio / parameters.frequencies[:, :, None]).sum(1)[None]
 
 
 def _modality_probs(parameters: Parameters, votes: Votes) -> tuple[Tensor, Tensor]:
-    """Return p_V and p_A: [G, n, C] each; the class frequencies where a modality is missing."""
+    """Return p_V and p_A: [G, C, n] each; the class frequencies where a modality is missing."""
     visual = _normalized(parameters, _logits(parameters, votes.visual, 0), 0)
     audio = _normalized(parameters, _logits(parameters, votes.audio, len(votes.visual)), 1)
     if not bool(votes.paired.all()):
-        frequencies = parameters.frequencies[:, None, :]
-        visual = torch.where(votes.has_visual[:, None], visual, frequencies)
-        audio = torch.where(votes.has_audio[:, None], audio, frequencies)
+        frequencies = parameters.frequencies[:, :, None]
+        visual = torch.where(votes.has_visual, visual, frequencies)
+        audio = torch.where(votes.has_audio, audio, frequencies)
     return visual, audio
 
 
 def _logits(parameters: Parameters, tables: Sequence[Tensor], first: int) -> Tensor:
-    """Return the logarithms of a weighted product of votes, whose parameters start at `first`: [G, n, C]."""
+    """Return the logarithms of a weighted product of votes, whose parameters start at `first`: [G, C, n]."""
     scales = parameters.votes[:, first : first + len(tables)].exp()
-    logits = sum(scales[:, i, None, None] * table for i, table in enumerate(tables))
+    logits = sum(scales[:, i, None, None] * table.t() for i, table in enumerate(tables))
     assert isinstance(logits, Tensor)
     return logits
 
 
 def _normalized(parameters: Parameters, logits: Tensor, role: int) -> Tensor:
-    """Return class probabilities with the weight of the class frequencies of a role: [G, n, C]."""
+    """Return class probabilities with the weight of the class frequencies of a role: [G, C, n]."""
     weight = MAX_EPSILON * parameters.votes[:, role - 3, None, None].sigmoid()
-    odds = _odds(logits)
-    return (1 - weight) / odds.sum(-1, keepdim=True) * odds + weight * parameters.frequencies[:, None, :]
-
-
-def _odds(logits: Tensor) -> Tensor:
-    """Return class probabilities that are not normalized; much faster on a CPU than softmax(-1) for few classes."""
-    return (logits - logits.detach().amax(-1, keepdim=True)).exp()
+    return (1 - weight) * logits.softmax(1) + weight * parameters.frequencies[:, :, None]
 
 
 def half_probs(half_scales: Tensor, table: Tensor) -> Tensor:
-    """Return the class probabilities of the votes of a half: inverse temperatures [G], votes [n, C] -> [G, n, C]."""
-    odds = _odds(half_scales[:, None, None] * table)
-    return odds / odds.sum(-1, keepdim=True)
+    """Return the class probabilities of the votes of a half: inverse temperatures [G], votes [n, C] -> [G, C, n]."""
+    return (half_scales[:, None, None] * table.t()).softmax(1)
 
 
 @torch.no_grad()
@@ -158,9 +153,11 @@ def _ratio_of_halves(visual: Tensor, audio: Tensor, frequencies: Tensor, paired:
     all combinations of a visual and an audio part is 1.
     """
     if not bool(paired.any()):
-        return torch.ones_like(visual[..., 0])
-    means = visual[:, paired].mean(1, keepdim=True) * audio[:, paired].mean(1, keepdim=True)
-    return (visual * audio * (frequencies[:, None, :] / means.clamp_min(1e-12))).sum(-1)
+        return torch.ones_like(visual[:, 0])
+    # Weighted sums, since selecting the columns of the pairs would copy the tables.
+    weights = paired.to(visual.dtype) / paired.sum()
+    means = (visual @ weights) * (audio @ weights)
+    return (visual * audio * (frequencies / means.clamp_min(1e-12))[:, :, None]).sum(1)
 
 
 def label_likelihood(
@@ -190,7 +187,7 @@ def match_probability(mismatch: Tensor, ratios: Tensor, paired: Tensor) -> Tenso
 
 
 def held_out_probs(parameters: Parameters, probs: ClassProbs, paired: Tensor) -> Tensor:
-    """Return the class probabilities of the label's owner without the label: [G, n, C]."""
-    matched = match_probability(parameters.mismatch, probs.ratios, paired)[..., None]
-    owner = parameters.visual_owner[..., None]
+    """Return the class probabilities of the label's owner without the label: [G, C, n]."""
+    matched = match_probability(parameters.mismatch, probs.ratios, paired)[:, None]
+    owner = parameters.visual_owner[:, None]
     return matched * probs.fused + (1 - matched) * (owner * probs.owner_if_visual + (1 - owner) * probs.owner_if_audio)
