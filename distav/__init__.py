@@ -1,6 +1,7 @@
 """distav: audio-visual training on video with noisy labels and mismatched audio."""
 
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from distav.config.version import __version__
@@ -8,8 +9,8 @@ from distav.config.version import __version__
 if TYPE_CHECKING:
     from distav.models.pretrained import load_encoders
 
-if "OMP_WAIT_POLICY" not in os.environ:
-    # Before PyTorch is imported: waiting threads would take the cores from those that compute, beside other processes.
+if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
+    # Threads that wait actively use a core, which slows down others if processes compete for the cores.
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 

@@ -51,7 +51,7 @@ from distav.evaluation.frozen_tasks import PROBES, classifier_metrics, embed_spl
 from distav.evaluation.metrics import retrieval
 from distav.evaluation.protocols import parse_with_protocol
 from distav.evaluation.summary import over_folds, print_metrics, record
-from distav.evaluation.zero_shot import zero_shot_metrics
+from distav.evaluation.zero_shot import ZeroShot
 from distav.models.families.text_networks import KEY as TEXT_NETWORKS
 from distav.models.families.text_networks import TextNetwork
 from distav.models.pretrained import input_config
@@ -83,16 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse_with_protocol(_parser(), arguments)
         check_minimums(options, neighbors=1, batch_size=1, threads=0, views=1, epochs=1, warmup_epochs=0)
         check_parent_dirs(options, "json")
-        if "zero_shot" in options.tasks and not options.text_networks:
-            raise UserError(
-                f"--tasks zero_shot: {TEXT_NETWORKS} is missing; give the checkpoint that a tower was made from, such "
-                "as hf:openai/clip-vit-base-patch16."
-            )
         for folder in options.shards:
             if options.shards.count(folder) > 1:
                 raise UserError(f"SHARDS: {folder} is listed more than once; list each fold once.")
         with process_group(options.device, options.timeout_s, options.threads) as world:
-            folds = [_evaluate(options, folder, world) for folder in options.shards]
+            zero_shot = _zero_shot(options, world) if "zero_shot" in options.tasks else None
+            folds = [_evaluate(options, folder, world, zero_shot) for folder in options.shards]
             if world.is_main:
                 results = over_folds(folds)
                 print_metrics(results)
@@ -127,7 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--neighbors", type=int, default=20, metavar="K", help="neighbors of knn (%(default)s)")
     add(TEXT_NETWORKS, nargs="+", default=[], metavar="NAME",
         help="checkpoints of the towers for zero_shot, such as hf:openai/clip-vit-base-patch16")  # fmt: skip
-    add("--prompts", nargs="+", default=[], metavar="TEXT", help="texts for zero_shot, with {} for the class")
+    add("--visual-prompts", nargs="+", default=[], metavar="TEXT",
+        help="texts for zero_shot by frames, with {} for the class (a photo of {}.)")  # fmt: skip
+    add("--audio-prompts", nargs="+", default=[], metavar="TEXT",
+        help="texts for zero_shot by audio (This is a sound of {}.)")  # fmt: skip
     add("--out", type=Path, default=Path("runs/fine_tuned"),
         help="run directory of fine_tune (%(default)s); of several folds, with -1, -2 and so on appended")  # fmt: skip
     add("--epochs", type=int, default=12, help="epochs of fine_tune (%(default)s)")
@@ -139,10 +138,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _evaluate(options: argparse.Namespace, folder: str, world: World) -> dict[str, Any]:
+def _evaluate(options: argparse.Namespace, folder: str, world: World, zero_shot: ZeroShot | None) -> dict[str, Any]:
     """Evaluate on one dataset; returns its description, and the metrics by task."""
     shards = ShardedDataset.open(folder)
     embedder = Embedder.open(options.export, world.device, options.batch_size)
+    if zero_shot:
+        zero_shot.check_towers(embedder.description)
     train_split = shards.split(options.train_split, "--train-split")
     test_split = shards.split(options.test_split, "--test-split")
     train_labels = _labels(shards, train_split, options.labels, evaluated=False)
@@ -163,9 +164,8 @@ def _evaluate(options: argparse.Namespace, folder: str, world: World) -> dict[st
             elif task in PROBES:
                 metrics[task] = probe_metrics(train, test, num_classes, task, options.by_video)
             elif task == "zero_shot":
-                networks = [TextNetwork(name, world.device) for name in options.text_networks]
-                classes = shards.classes
-                metrics[task] = zero_shot_metrics(networks, test, classes, options.prompts, options.by_video)
+                assert zero_shot
+                metrics[task] = zero_shot.metrics(test, shards.classes, options.by_video)
             else:
                 rows = local_shard(test.visual_embedding), local_shard(test.audio_embedding)
                 metrics[task] = retrieval(*rows, local_shard(test.paired_classes))
@@ -180,6 +180,21 @@ def _evaluate(options: argparse.Namespace, folder: str, world: World) -> dict[st
         "classes": len(shards.classes),
         "metrics": metrics,
     }
+
+
+def _zero_shot(options: argparse.Namespace, world: World) -> ZeroShot:
+    """Load the text networks.
+
+    Raises:
+        UserError: if there are none, or one cannot be loaded.
+    """
+    if not options.text_networks:
+        raise UserError(
+            f"--tasks zero_shot: {TEXT_NETWORKS} is missing; give the checkpoint that a tower was made from, such as "
+            "hf:openai/clip-vit-base-patch16."
+        )
+    networks = [TextNetwork(name, world.device) for name in options.text_networks]
+    return ZeroShot.of(networks, {"visual": options.visual_prompts, "audio": options.audio_prompts})
 
 
 def _labels(shards: ShardedDataset, split: Split, override: str, evaluated: bool) -> tuple[np.ndarray, np.ndarray]:

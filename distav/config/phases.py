@@ -213,9 +213,9 @@ class SupervisedPhase:
     asymmetric_clip: float = field(default=0.05, metadata=satisfies(lambda clip: 0 <= clip < 1, "0 or more, below 1"))
     """Probability up to which an absent class has no loss in the asymmetric loss (Ridnik et al. 2021: 0.05)."""
     mixup: float = field(default=0.0, metadata=at_least(0))
-    """Parameter alpha of mixup: clips are mixed with others, in shares from Beta(alpha, alpha), and their targets alike
+    """Parameter alpha of mixup: clips and their targets are mixed with others, in fractions from Beta(alpha, alpha)
     (Zhang et al. 2018: 0.1 to 0.4 on ImageNet, 1 on CIFAR-10, 8 where labels are wrong). 0 disables it. Not for the
-    losses elr and sop, which remember predictions for single clips, nor with `instance_weight`."""
+    losses elr and sop, which store predictions of single clips, nor with `instance_weight`."""
     class_balance: float = field(default=0.0, metadata=between(0, 1))
     """Balanced sampling: a class with n clips is drawn with probability proportional to n^(1 - class_balance). 0 draws
     every clip once per epoch, 0.5 is square-root sampling, and 1 draws all classes equally often (Kang et al. 2020).

@@ -61,7 +61,7 @@ class RunConfig:
     """Maximum number of seconds to wait for a rank; after that, all ranks abort and name it."""
     threads_per_rank: int = field(default=0, metadata=at_least(0))
     """CPU threads of each rank. 0 divides the cores of the machine among its ranks; one of the cores of a rank that
-    trains on a CPU is left to the thread that decodes clips."""
+    trains a small network on a CPU is left to the thread that decodes clips."""
     compile: bool = False
     """Compile the networks of the towers with torch.compile, at ZeRO stages 0 to 2. A CPU needs a C++ compiler."""
 

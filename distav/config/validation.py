@@ -25,7 +25,9 @@ def validate(config: Config) -> None:
     _check_targets(config.phases)
     for name, phase in config.phases.items():
         if isinstance(phase, SupervisedPhase) and phase.mixup:
-            note = f"0 with phases.{name}.mixup={phase.mixup:g}, whose mixed clips have no place in the memory bank"
+            note = (
+                f"0 with phases.{name}.mixup={phase.mixup:g}, since the memory bank stores embeddings of single clips"
+            )
             require(not phase.instance_weight, f"phases.{name}.instance_weight", phase.instance_weight, note)
 
 

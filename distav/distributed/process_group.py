@@ -93,18 +93,10 @@ def process_group(device: str, timeout_s: float, threads_per_rank: int = 0) -> I
 
 
 @contextlib.contextmanager
-def core_for_loading(device: torch.device, threads_per_rank: int) -> Iterator[None]:
-    """Context in which a rank that computes on a CPU leaves one of its cores to the thread that decodes clips.
-
-    More threads than cores would wait for one another in each operation: on two cores, two threads train a small
-    network no faster than one.
-
-    Args:
-        device: device of the rank.
-        threads_per_rank: number of threads that the user has set, which does not change; 0 for none.
-    """
+def core_for_loading(needed: bool) -> Iterator[None]:
+    """Context in which PyTorch leaves a core of this rank to the thread that decodes clips, if that is needed."""
     threads = torch.get_num_threads()
-    if device.type == "cpu" and not threads_per_rank:
+    if needed:
         torch.set_num_threads(max(1, threads - 1))
     try:
         yield

@@ -4,12 +4,14 @@ Legend: n clips, V views per clip, C classes, D width of the common space.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from distav.config.errors import UserError
+from distav.config.errors import UserError, format_list
 from distav.evaluation.frozen_tasks import EmbeddedSplit, modality_metrics
 from distav.models.families.text_networks import KEY, TextNetwork
 
@@ -18,56 +20,84 @@ PROMPTS = {"visual": ("a photo of {}.",), "audio": ("This is a sound of {}.",)}
 _CAPITAL_INSIDE = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
-def zero_shot_metrics(
-    networks: Sequence[TextNetwork],
-    test: EmbeddedSplit,
-    classes: Sequence[str],
-    prompts: Sequence[str] = (),
-    by_video: bool = False,
-) -> dict[str, float]:
-    """Return the metrics of the cosine similarities of clips and classes, by modality.
+@dataclass(frozen=True)
+class ZeroShot:
+    """Text networks and prompts.
 
-    The vector of a class is the mean of the unit vectors of its texts; the similarity of a clip is the mean over its
-    views. F1 scores of datasets with several labels per clip are left out, since similarities have no natural
-    threshold.
-
-    Args:
-        networks: text networks, at most one for each modality.
-        test: features of the towers.
-        classes: C names.
-        prompts: texts with `{}` in the place of the class; empty for those of `PROMPTS`.
-        by_video: whether to average over the clips of a video.
-
-    Raises:
-        UserError: if two networks are of one modality, or a network does not fit the features.
+    Attributes:
+        networks: the text network of each modality that has one.
+        prompts: texts by modality.
     """
-    by_modality: dict[str, TextNetwork] = {}
-    for network in networks:
-        for modality in network.modalities:
-            if modality in by_modality:
-                raise UserError(f"{KEY}: {by_modality[modality].name} and {network.name} are both {modality}.")
-            by_modality[modality] = network
-    metrics: dict[str, float] = {}
-    for modality, network in by_modality.items():
-        if clips := test.features.get(modality):
-            texts = class_vectors(network, modality, classes, prompts or PROMPTS[modality])
-            vectors = network.project(clips.features.flatten(0, 1), modality)
-            similarities = (vectors @ texts.T).view(*clips.features.shape[:2], len(classes)).mean(1)
-            scores = modality_metrics(modality, similarities, clips, by_video)
-            several = clips.labels.ndim == 2
-            metrics |= {name: value for name, value in scores.items() if not (several and name.startswith("f1"))}
-    return metrics
+
+    networks: Mapping[str, TextNetwork]
+    prompts: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def of(cls, networks: Sequence[TextNetwork], prompts: Mapping[str, Sequence[str]]) -> "ZeroShot":
+        """Check text networks and prompts.
+
+        Args:
+            networks: text networks, at most one for each modality.
+            prompts: texts by modality, with `{}` in the place of the class; those of `PROMPTS` where there are none.
+
+        Raises:
+            UserError: if two networks are of one modality, or a prompt does not contain `{}` once.
+        """
+        by_modality: dict[str, TextNetwork] = {}
+        for network in networks:
+            for modality in network.modalities:
+                if modality in by_modality:
+                    raise UserError(f"{KEY}: {by_modality[modality].name} and {network.name} are both {modality}.")
+                by_modality[modality] = network
+        for modality, texts in prompts.items():
+            for text in texts:
+                if text.count("{}") != 1:
+                    raise UserError(
+                        f"--{modality}-prompts='{text}': allowed: texts with {{}} once, in the place of the class."
+                    )
+        return cls(by_modality, {modality: prompts.get(modality) or PROMPTS[modality] for modality in PROMPTS})
+
+    def check_towers(self, description: Mapping[str, Any]) -> None:
+        """Check that the towers of an export have the networks of the checkpoints.
+
+        Raises:
+            UserError: if a tower has another one.
+        """
+        for modality, network in self.networks.items():
+            network.check_tower(modality, description["model"][modality])
+
+    def metrics(self, test: EmbeddedSplit, classes: Sequence[str], by_video: bool = False) -> dict[str, float]:
+        """Return the metrics of the cosine similarities of clips and classes, by modality.
+
+        The vector of a class is the mean of the unit vectors of its texts; the similarity of a clip is the mean over
+        its views. F1 scores of datasets with several labels per clip are left out, since similarities have no natural
+        threshold.
+
+        Args:
+            test: features of the towers.
+            classes: C names.
+            by_video: whether to average over the clips of a video.
+
+        Raises:
+            UserError: if no clip has a modality of the networks.
+        """
+        metrics: dict[str, float] = {}
+        for modality, network in self.networks.items():
+            if clips := test.features.get(modality):
+                texts = class_vectors(network, modality, classes, self.prompts[modality])
+                vectors = network.project(clips.features.flatten(0, 1), modality)
+                similarities = (vectors @ texts.T).view(*clips.features.shape[:2], len(classes)).mean(1)
+                scores = modality_metrics(modality, similarities, clips, by_video)
+                several = clips.labels.ndim == 2
+                metrics |= {name: value for name, value in scores.items() if not (several and name.startswith("f1"))}
+        if not metrics:
+            names = format_list([network.name for network in self.networks.values()])
+            raise UserError(f"{KEY}={names}: the test clips have no {format_list(self.networks)} modality.")
+        return metrics
 
 
 def class_vectors(network: TextNetwork, modality: str, classes: Sequence[str], prompts: Sequence[str]) -> Tensor:
-    """Return the unit vector of each class in the space of a modality: [C, D].
-
-    Raises:
-        UserError: if a prompt does not contain `{}` once.
-    """
-    for prompt in prompts:
-        if prompt.count("{}") != 1:
-            raise UserError(f"--prompts='{prompt}': allowed: texts with {{}} once, in the place of the class.")
+    """Return the unit vector of each class in the space of a modality: [C, D]."""
     names = [spoken_name(name) for name in classes]
     vectors = [network.embed([prompt.replace("{}", name) for name in names], modality) for prompt in prompts]
     return normalize(sum(vectors[1:], vectors[0]), dim=1)

@@ -33,7 +33,7 @@ class ClassificationLoss(ABC):
     Attributes:
         multi_label: whether the targets may be a probability of each class, instead of one distribution over the
             classes; such a loss treats the classes as independent.
-        keeps_predictions: whether the loss remembers predictions for single samples, so that it does not allow mixup.
+        keeps_predictions: whether the loss stores predictions of single samples, so that it does not allow mixup.
         config: settings of the phase.
         bank: memory bank; a loss with a state per sample keeps it in a column of its own, which checkpoints contain.
         num_heads: number of classifiers H.

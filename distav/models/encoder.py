@@ -96,9 +96,14 @@ class Encoder(nn.Module):
             weights = read_weights(Path(config.weights).expanduser(), f"{self.key}.weights")
         else:
             weights = self.published_weights(config)
-        own = self.backbone.state_dict()
-        weights = self.fit_positions(config, with_names_of(weights, own), own) if weights else {}
-        prefix = next(name for name, module in self.named_modules() if module is self.backbone)
+        if not weights:
+            return {}
+        backbone = self.backbone
+        prefixes = [name for name, module in self.named_modules() if module is backbone]
+        if not prefixes:
+            raise TypeError(f"{type(self).__name__}.backbone has to return this module or one of its submodules.")
+        own, prefix = backbone.state_dict(), prefixes[0]
+        weights = self.fit_positions(config, with_names_of(weights, own), own)
         return {f"{prefix}.{name}" if prefix else name: values for name, values in weights.items()}
 
     def published_weights(self, config: Any) -> Mapping[str, Tensor]:

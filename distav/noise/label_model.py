@@ -17,7 +17,14 @@ from torch import Tensor
 from distav.distributed.collectives import all_gather_variable_rows, broadcast
 from distav.noise.class_posterior import Posterior, posterior
 from distav.noise.composite_likelihood import CompositeLikelihood
-from distav.noise.model_fit import PairAssumption, Profile, fit_pair_profile, fit_profile, without_joint_votes
+from distav.noise.model_fit import (
+    MAX_ELEMENTS,
+    PairAssumption,
+    Profile,
+    fit_pair_profile,
+    fit_profile,
+    without_joint_votes,
+)
 from distav.noise.model_parameters import Parameters, Votes
 from distav.noise.noise_rate import RateEstimate, candidate_rates, estimate_rate, interpolate_profile
 from distav.noise.tiling import threads_for, tiles
@@ -198,7 +205,7 @@ def _fit_rates(likelihood: CompositeLikelihood, pairs: PairAssumption, is_prelim
     num_classes = likelihood.num_classes
     largest_rate = float(candidate_rates(num_classes)[-1])
     grid = [largest_rate * rate for rate in (COARSE_GRID if is_preliminary else GRID)]
-    with threads_for(len(likelihood.labels) * num_classes * len(grid)):
+    with threads_for(min(len(likelihood.labels) * num_classes * len(grid), MAX_ELEMENTS)):
         profiles = [fit_profile(likelihood, grid, symmetric=True, pairs=pairs)]
         if not is_preliminary:
             profiles.append(fit_profile(likelihood, grid, symmetric=False, pairs=pairs))
@@ -263,7 +270,7 @@ def _fit_pairs(
     from it in balanced data. The joint votes are left out, because they say nothing on the class of a modality alone.
     """
     likelihood, parameters = likelihood.without_joint_votes(), without_joint_votes(parameters, likelihood)
-    with threads_for(len(likelihood.labels) * likelihood.num_classes * len(MISMATCH_GRID)):
+    with threads_for(min(len(likelihood.labels) * likelihood.num_classes * len(MISMATCH_GRID), MAX_ELEMENTS)):
         parameters, objective = fit_pair_profile(likelihood, parameters, MISMATCH_GRID)
     rates = candidate_rates(likelihood.num_classes)
     curve = objective.cpu() / temperature

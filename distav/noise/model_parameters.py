@@ -42,7 +42,7 @@ class Votes:
         return self.map(lambda table: table[index])
 
     def with_samples_last(self) -> "Votes":
-        """Return the votes in another layout in memory, in which the votes of all samples for a class are neighbors."""
+        """Return the same votes, [n, C] each, stored with the samples of a class contiguous."""
         return self.map(lambda table: table.t().contiguous().t() if table.dim() == 2 else table)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Votes":

@@ -16,6 +16,8 @@ from distav.training.lr_schedule import lr_factor
 from distav.training.run import Run
 from distav.training.step_logger import StepLogger, log_inputs
 
+SMALL_NETWORK = 3_000_000
+"""Number of parameters of a network below which decoding takes about as long as training on a CPU."""
 MicroBatches = list[tuple[Batch, Losses]]
 """Micro-batches of one step with their detached losses."""
 
@@ -43,7 +45,7 @@ def train(
         balance: number of draws of each sample in an epoch; None: every sample once.
     """
     loop = TrainingLoop(run, name, epochs, rates, losses_of, begin_epoch, balance)
-    with core_for_loading(run.world.device, run.config.run.threads_per_rank):
+    with core_for_loading(_loader_needs_core(run)):
         while True:
             if reinitialize and run.progress.step == 0:
                 run.reinitialize()
@@ -51,6 +53,21 @@ def train(
                 return
             roll_back(run)
             loop.guard.reset()
+
+
+def _loader_needs_core(run: Run) -> bool:
+    """Return whether decoding limits training on a CPU: that of a small network on clips.
+
+    There, more threads than cores would wait for one another in each operation: on two cores, two threads train the
+    network of the quickstart no faster than one. A large network computes for longer than clips are decoded.
+    """
+    is_small = run.engine.num_parameters < SMALL_NETWORK
+    return (
+        run.world.device.type == "cpu"
+        and not run.config.run.threads_per_rank
+        and is_small
+        and not run.data.train.streams
+    )
 
 
 class TrainingLoop:

@@ -10,13 +10,16 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distav.distributed.process_group import World
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger("distav")
 
@@ -28,12 +31,12 @@ class MetricLogger:
 
     def __init__(self, folder: Path, world: World):
         self.world = world
-        self._writer: Any = None
+        self._writer: SummaryWriter | None = None
         handler: logging.Handler = logging.StreamHandler(sys.stdout)
         if world.is_main:
-            from torch.utils.tensorboard import SummaryWriter  # Takes half a second to import.
+            from torch.utils import tensorboard  # Takes half a second to import.
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"))
+            self._writer = tensorboard.SummaryWriter(str(folder / "tensorboard"))
             self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
         else:
             (folder / "logs").mkdir(exist_ok=True)

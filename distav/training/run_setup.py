@@ -105,11 +105,10 @@ def _build_bank(config: Config, world: World, train: Split, num_classes: int) ->
 
 def _log_startup(run: Run) -> None:
     data, config = run.data, run.config
-    num_parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in run.engine.model.parameters())
     run.logger.info(
         f"{run.folder}: {len(data.train)} training clips, {len(data.shards.classes)} classes, "
-        f"{num_parameters / 1e6:.1f}M parameters, {run.world.world_size} rank(s) on {run.world.device.type}, "
-        f"ZeRO stage {run.engine.stage}, phases: {', '.join(config.phases)}"
+        f"{run.engine.num_parameters / 1e6:.1f}M parameters, {run.world.world_size} rank(s) on "
+        f"{run.world.device.type}, ZeRO stage {run.engine.stage}, phases: {', '.join(config.phases)}"
     )
     if run.progress.phase == len(config.phases):
         run.logger.info("all phases are finished; writing the report")

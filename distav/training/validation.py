@@ -26,8 +26,8 @@ def validate_names(config: Config) -> None:
             loss = CLASSIFICATION_LOSSES.select(phase.loss, f"{key}.loss")
             if phase.mixup and loss.keeps_predictions:
                 raise UserError(
-                    f"{key}.mixup={phase.mixup:g}: allowed: 0 with {key}.loss={phase.loss}, which remembers "
-                    "predictions for single clips."
+                    f"{key}.mixup={phase.mixup:g}: allowed: 0 with {key}.loss={phase.loss}, which stores "
+                    "predictions of single clips."
                 )
 
 

@@ -11,7 +11,7 @@ from distav.config.errors import UserError
 from distav.data.preparation.encoding import CODECS
 from tools.bench import studies
 from tools.bench.coverage import command as coverage
-from tools.bench.timing import Results, Setting, add_timing_options, setting_of
+from tools.bench.timing import Results, Setting, add_rounds_and_json, add_timing_options, setting_of
 
 _EPILOG = """Candidates are timed alternately in one process with the same number of threads; ratios are medians over
 rounds. The clock is CPU time for one thread and wall time for more.
@@ -147,7 +147,11 @@ def _parser() -> argparse.ArgumentParser:
             _add_step_options(command)
         if name == "loader":
             command.add_argument("--codec", choices=tuple(CODECS), default="mjpeg", help="codec of the clips")
-        add_timing_options(command, _THREADS.get(name, 1))
+        if name == "busy":  # A training chooses its threads itself.
+            command.set_defaults(threads=1, device="cpu")
+            add_rounds_and_json(command)
+        else:
+            add_timing_options(command, _THREADS.get(name, 1))
     coverage.add_command(commands)
     studies.add_commands(commands)
     return parser

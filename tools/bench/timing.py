@@ -124,8 +124,13 @@ class Results:
 def add_timing_options(command: argparse.ArgumentParser, threads: int) -> None:
     """Add the options for threads, rounds, device and JSON file; `threads` is the default."""
     command.add_argument("--threads", type=int, default=threads, help="number of threads of every candidate")
-    command.add_argument("--rounds", type=int, default=5, help="number of measured rounds")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device")
+    add_rounds_and_json(command)
+
+
+def add_rounds_and_json(command: argparse.ArgumentParser) -> None:
+    """Add the options for rounds and JSON file."""
+    command.add_argument("--rounds", type=int, default=5, help="number of measured rounds")
     command.add_argument("--json", type=Path, help="JSON file for all results")
 
 

@@ -4,6 +4,7 @@ CLIP and SigLIP for images, CLAP for audio, PE-AV for audio and video. Legend: n
 width of the common space.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,34 @@ class TextNetwork:
             return normalize(getattr(part, space.text_head)(states[:, 0]).float(), dim=1)
         return normalize(part.get_text_features(**inputs).pooler_output.float(), dim=1)
 
+    def check_tower(self, modality: str, settings: Mapping[str, Any]) -> None:
+        """Check that an exported tower has the network of this checkpoint for a modality.
+
+        Args:
+            modality: visual or audio.
+            settings: settings of the tower in the description of the export.
+
+        Raises:
+            UserError: if it has another one, or changes the space of its features.
+        """
+        own = self._network_config(modality).model_type
+        network = settings["architecture"].get("network")
+        exported = network["model_type"] if isinstance(network, Mapping) else settings["name"]
+        if exported != own:
+            raise UserError(
+                f"{KEY}={self.name}: its {modality} network is of type {own}, the exported {modality} tower of type "
+                f"{exported}; allowed: the checkpoint that the tower was made from."
+            )
+        if settings.get("frame_pooling") == "transformer":
+            raise UserError(
+                f"{KEY}={self.name}: the exported tower has model.visual.frame_pooling=transformer, which changes the "
+                "space of its features; allowed: mean or attention."
+            )
+
+    def _network_config(self, modality: str) -> Any:
+        config = self._part(modality).config
+        return next(getattr(config, name) for name in PARTS[modality] if hasattr(config, name))
+
     @torch.inference_mode()
     def project(self, features: Tensor, modality: str) -> Tensor:
         """Return the unit vectors of the features of a tower: [n, E] -> [n, D] float32.
@@ -97,7 +126,7 @@ class TextNetwork:
             UserError: if features of this network have another width.
         """
         space, part = self._spaces[modality], self._part(modality)
-        width = next(getattr(part.config, name) for name in PARTS[modality] if hasattr(part.config, name)).hidden_size
+        width = self._network_config(modality).hidden_size
         if features.shape[1] != width:
             raise UserError(
                 f"{KEY}={self.name}: its {modality} network has features of width {width}, the exported tower "

@@ -160,6 +160,11 @@ class Engine:
         self._engine.data_parallel_group.set_timeout(collective_timeout())
 
     @property
+    def num_parameters(self) -> int:
+        """Number of parameters of the network, on all ranks together."""
+        return sum(getattr(weight, "ds_numel", weight.numel()) for weight in self.model.parameters())
+
+    @property
     def model(self) -> nn.Module:
         """The module; at ZeRO-3 its parameters are partitioned and appear empty."""
         return self._engine.module

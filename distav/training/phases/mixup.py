@@ -17,13 +17,13 @@ _NUM_QUANTILES = 4096
 
 
 class Mixup:
-    """Draws the shares of the clips in each mixture from the distribution Beta(alpha, alpha).
+    """Draws the fractions of the clips in each mixture from the distribution Beta(alpha, alpha).
 
-    A clip is mixed with its neighbor in the batch, and its share depends on its own seed. Results are therefore the
-    same on any number of ranks whose batches have an even size.
+    A clip is mixed with the next or the previous one of its batch, and its fraction depends on its own seed. Results
+    are therefore the same for any number of ranks whose batches have an even size.
 
     Args:
-        alpha: parameter of the distribution, above 0; the larger, the closer the shares are to one half.
+        alpha: parameter of the distribution, above 0; the larger, the closer the fractions are to one half.
         device: device of the batches.
     """
 
@@ -31,11 +31,23 @@ class Mixup:
         centers = (torch.arange(_NUM_QUANTILES, dtype=torch.float64) + 0.5) / _NUM_QUANTILES
         self._quantiles = torch.as_tensor(betaincinv(alpha, alpha, centers.numpy())).float().to(device)
 
-    def draw(self, seeds: Tensor) -> "Mixture":
-        """Return the mixture of a batch with the seeds [b] int64; an odd last clip is not mixed."""
-        draws = (uniform(seeds, _STREAM, 1)[:, 0] * _NUM_QUANTILES).long()
-        rows = torch.arange(len(seeds), device=seeds.device)
-        return Mixture(self._quantiles[draws], (rows ^ 1).clamp(max=len(seeds) - 1))
+    def draw(self, batch: Batch, trained: Tensor | None = None) -> "Mixture":
+        """Return the mixture of a batch.
+
+        Two clips are mixed if they have the same modalities and both are trained on; all others remain as they are.
+
+        Args:
+            batch: the batch.
+            trained: [b] bool, clips that the classifiers are trained on; None: all.
+        """
+        draws = (uniform(batch.seeds, _STREAM, 1)[:, 0] * _NUM_QUANTILES).long()
+        rows = torch.arange(len(batch.ids), device=batch.ids.device)
+        usable = batch.valid if trained is None else batch.valid & trained
+        # 0: not mixed.
+        kind = usable * (1 + batch.present["visual"].long() + 2 * batch.present["audio"].long())
+        partners = (rows ^ 1).clamp(max=len(rows) - 1)
+        mixed = (partners != rows) & (kind > 0) & (kind == kind[partners])
+        return Mixture(torch.where(mixed, self._quantiles[draws], 1.0), torch.where(mixed, partners, rows))
 
 
 @dataclass(frozen=True)
@@ -43,31 +55,31 @@ class Mixture:
     """The mixture of a batch.
 
     Attributes:
-        shares: [b] share of each clip, in [0, 1]; the rest is of its partner.
-        partners: [b] row of the partner.
+        fractions: [b] fraction of each clip, in [0, 1]; the rest is of its partner.
+        partners: [b] row of the partner; the own row of a clip that is not mixed.
     """
 
-    shares: Tensor
+    fractions: Tensor
     partners: Tensor
 
     def batch(self, batch: Batch) -> Batch:
         """Return the batch with mixed media; rows keep their ids, and the modalities that they have."""
         return replace(batch, media={name: self._mix(values) for name, values in batch.media.items()})
 
-    def targets(self, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the targets [b, C] of mixed clips, and their weights in the loss [b].
+    def targets(self, targets: Tensor) -> Tensor:
+        """Return the targets of mixed clips: [b, C] -> [b, C]."""
+        return torch.lerp(targets[self.partners], targets, self.fractions[:, None])
 
-        The weight is the mixture of the weights of both clips, and each target counts in proportion to its part of it:
-        a clip without weight, such as one without sound for the audio classifier, does not change a target.
+    def weights(self, weights: Tensor) -> Tensor:
+        """Return the weights of mixed clips in the loss, the products of those of both clips: [b] -> [b].
+
+        The target of a mixture is known only if those of both clips are.
         """
-        own = self.shares * weights
-        other = (1 - self.shares) * weights[self.partners]
-        total = own + other
-        fraction = torch.where(total > 0, own / total.clamp_min(torch.finfo(total.dtype).tiny), 1.0)[:, None]
-        return fraction * targets + (1 - fraction) * targets[self.partners], total
+        own_row = self.partners == torch.arange(len(weights), device=weights.device)
+        return weights * torch.where(own_row, 1.0, weights[self.partners])
 
     def _mix(self, values: Tensor) -> Tensor:
         """Return mixed frames, audio or features, in the type of the values: [b, ...]."""
-        shares = self.shares.view(-1, *[1] * (values.dim() - 1))
-        mixed = torch.lerp(values[self.partners].float(), values.float(), shares)
+        fractions = self.fractions.view(-1, *[1] * (values.dim() - 1))
+        mixed = torch.lerp(values[self.partners].float(), values.float(), fractions)
         return mixed.to(values.dtype) if values.dtype.is_floating_point else mixed.round().to(values.dtype)

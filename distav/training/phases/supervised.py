@@ -69,7 +69,7 @@ def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
     offsets = config.logit_adjustment * classifier_targets.log_priors(balance) if config.logit_adjustment else None
 
     def losses_of(batch: Batch, _progress: float) -> Losses:
-        mixture = mixup.draw(batch.seeds) if mixup else None
+        mixture = mixup.draw(batch, None if trained is None else trained[batch.ids] > 0) if mixup else None
         outputs = run.engine(mixture.batch(batch) if mixture else batch)
         global_batch = GlobalBatch.gather(batch.ids, batch.valid, outputs["visual"], outputs["audio"], batch.present)
         targets, pair_weights = classifier_targets.of_batch(batch.ids, global_batch.ids)
@@ -78,8 +78,8 @@ def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
         if trained is not None:
             weights = tuple(weight * trained[batch.ids] for weight in weights)
         if mixture:
-            mixed = [mixture.targets(*pair) for pair in zip(targets, weights, strict=True)]
-            targets, weights = zip(*mixed, strict=True)
+            targets = tuple(map(mixture.targets, targets))
+            weights = tuple(map(mixture.weights, weights))
         logits = [outputs[head] for head in HEADS]
         if offsets is not None:
             logits = [head + offset for head, offset in zip(logits, offsets, strict=True)]

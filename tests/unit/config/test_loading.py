@@ -133,6 +133,10 @@ def test_an_invalid_override_is_reported_with_the_allowed_values(config_file: Pa
             "phases: {a: {kind: contrastive}, b: {kind: supervised}}",
             "phases.b.targets=posterior: needs a phase with kind: label_correction",
         ),
+        (
+            "phases: {a: {kind: supervised, targets: given, mixup: 1, instance_weight: 0.1}}",
+            r"phases\.a\.instance_weight=0\.1: allowed: 0 with phases\.a\.mixup=1",
+        ),
         ("phases: [", "not valid YAML"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 
 from distav.config.errors import UserError
 from distav.evaluation.frozen_tasks import EmbeddedSplit, LabeledFeatures
-from distav.evaluation.zero_shot import class_vectors, spoken_name, zero_shot_metrics
+from distav.evaluation.zero_shot import ZeroShot, class_vectors, spoken_name
 
 CLASSES = ["BlowDryHair", "play_violin", "rain"]
 NAMES = ["blow dry hair", "play violin", "rain"]
@@ -34,7 +34,8 @@ def split(labels: torch.Tensor) -> EmbeddedSplit:
 
 
 def metrics(labels: torch.Tensor, *prompts: str) -> dict[str, float]:
-    return zero_shot_metrics([Space()], split(labels), CLASSES, prompts)  # pyright: ignore[reportArgumentType]
+    zero_shot = ZeroShot.of([Space()], {"visual": prompts})  # pyright: ignore[reportArgumentType]
+    return zero_shot.metrics(split(labels), CLASSES)
 
 
 def test_clips_get_the_class_whose_texts_are_nearest():
@@ -63,8 +64,16 @@ def test_names_are_put_into_words():
 
 
 def test_prompts_and_networks_are_checked():
-    with pytest.raises(UserError, match=r"--prompts='a photo': allowed: texts with \{\} once"):
+    with pytest.raises(UserError, match=r"--visual-prompts='a photo': allowed: texts with \{\} once"):
         metrics(torch.arange(6) % 3, "a photo")
+    networks: list[Space] = [Space(), Space()]
     with pytest.raises(UserError, match="hf:space and hf:space are both visual"):
-        networks: list[Space] = [Space(), Space()]
-        zero_shot_metrics(networks, split(torch.arange(6)), CLASSES)  # pyright: ignore[reportArgumentType]
+        ZeroShot.of(networks, {})  # pyright: ignore[reportArgumentType]
+
+
+def test_clips_need_the_modality_of_the_network():
+    zero_shot = ZeroShot.of([Space()], {})  # pyright: ignore[reportArgumentType]
+    silent = split(torch.arange(6) % 3)
+    silent.features["audio"] = silent.features.pop("visual")
+    with pytest.raises(UserError, match="--text-networks=hf:space: the test clips have no visual modality"):
+        zero_shot.metrics(silent, CLASSES)

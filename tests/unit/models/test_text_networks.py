@@ -88,6 +88,22 @@ def test_both_modalities_of_an_audio_visual_network_are_compared_with_texts(tmp_
         assert network.embed(TEXTS, modality).shape == own.shape
 
 
+def test_towers_of_another_network_are_rejected(tmp_path: Path):
+    save("clip", tmp_path)
+    network = TextNetwork(f"hf:{tmp_path}", CPU)
+    own = {"name": "hf:clip", "architecture": {"network": {"model_type": "clip_vision_model"}}}
+    network.check_tower("visual", own)
+    with pytest.raises(UserError, match="frame_pooling=transformer, which changes the space"):
+        network.check_tower("visual", own | {"frame_pooling": "transformer"})
+    for settings, kind in (
+        ({"name": "vit", "architecture": {"network": {"model_type": "vit"}}}, "vit"),
+        ({"name": "timm:vit_base", "architecture": {"network": "vit_base"}}, "timm:vit_base"),
+        ({"name": "small_conv", "architecture": {}}, "small_conv"),
+    ):
+        with pytest.raises(UserError, match=f"of type clip_vision_model, the exported visual tower of type {kind}"):
+            network.check_tower("visual", settings)
+
+
 def test_checkpoints_without_a_known_text_network_are_rejected(tmp_path: Path):
     kind = "vit"
     save(kind, tmp_path)

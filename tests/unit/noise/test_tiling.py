@@ -13,6 +13,8 @@ def test_small_tables_use_few_threads(elements: int, expected: int):
     try:
         with threads_for(elements):
             assert torch.get_num_threads() == expected
+        with pytest.raises(ZeroDivisionError), threads_for(elements):
+            raise ZeroDivisionError
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)

@@ -23,7 +23,7 @@ def file(tmp_path: Path) -> Path:
         ("phases.use.loss=glr",
          ["phases.use.loss=glr: allowed: ce, gce, elr, sop, bce, asymmetric.", "Did you mean 'elr'?"]),
         ("phases.use.mixup=1 phases.use.loss=elr",
-         ["phases.use.mixup=1: allowed: 0 with phases.use.loss=elr, which remembers predictions"]),
+         ["phases.use.mixup=1: allowed: 0 with phases.use.loss=elr, which stores predictions"]),
         ("phases.learn.negatives_source=bach",
          ["phases.learn.negatives_source=bach: allowed: memory_bank, sampled, batch.", "Did you mean 'batch'?"]),
         ("phases.learn.num_negatives=8", ["phases.learn.soft_targets=cycle", "phases.learn.num_negatives=8",
