@@ -1,5 +1,6 @@
 """Weights and optimizer state are restored at any world size and ZeRO stage, in float32 and in bfloat16."""
 
+import gc
 import itertools
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def new_engine(stage: int, precision: Precision) -> Engine:
     settings = Config()
     settings.deepspeed.zero_stage, settings.deepspeed.precision = stage, precision
     settings.optim.global_batch, settings.optim.lr = BATCH, 0.01
+    gc.collect()  # In Python 3.11, an import fails if a finalizer that imports runs during it.
     return Engine(Net, settings, World(get_rank(), get_world_size(), 0, torch.device("cpu")))
 
 
