@@ -21,6 +21,10 @@ from distav.data.files import write_atomically
 from distav.distributed.environment import machine
 
 
+CLOCK_STEP_S = 1e-6
+"""Shortest time that is measured; the clock of CPU time may not advance during a short call."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """Device, number of threads and number of rounds of a measurement."""
@@ -44,7 +48,7 @@ class Setting:
                 started = self.clock()
                 candidate()
                 if round_index > 0:
-                    seconds[name].append(self.clock() - started)
+                    seconds[name].append(max(self.clock() - started, CLOCK_STEP_S))
         return seconds
 
 
