@@ -20,7 +20,6 @@ from distav.config.errors import UserError
 from distav.data.files import write_atomically
 from distav.distributed.environment import machine
 
-
 CLOCK_STEP_S = 1e-6
 """Shortest time that is measured; the clock of CPU time may not advance during a short call."""
 
