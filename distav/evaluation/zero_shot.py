@@ -47,7 +47,10 @@ class ZeroShot:
         for network in networks:
             for modality in network.modalities:
                 if modality in by_modality:
-                    raise UserError(f"{KEY}: {by_modality[modality].name} and {network.name} are both {modality}.")
+                    raise UserError(
+                        f"{KEY}: {by_modality[modality].name} and {network.name} are both {modality}; allowed: one for "
+                        "each modality."
+                    )
                 by_modality[modality] = network
         for modality, texts in prompts.items():
             for text in texts:
@@ -92,7 +95,10 @@ class ZeroShot:
                 metrics |= {name: value for name, value in scores.items() if not (several and name.startswith("f1"))}
         if not metrics:
             names = format_list([network.name for network in self.networks.values()])
-            raise UserError(f"{KEY}={names}: the test clips have no {format_list(self.networks)} modality.")
+            raise UserError(
+                f"{KEY}={names}: the test clips have no {format_list(self.networks)} modality; "
+                "give a text network of a modality that they have, or another --test-split."
+            )
         return metrics
 
 

@@ -17,8 +17,8 @@ probability
 
     P(y | V, A) = z L(f) + (1 - z) (w L(f_V) + (1 - w) L(f_A)),    L(p) = sum_c p(c) T[c, y]
 
-Tables of class probabilities are [G, C, n]: with few classes, a CPU sums over the second dimension twice to three times
-as fast as over the last one.
+Tables of class probabilities are [G, C, n]: with few classes and samples, a CPU sums over the second dimension about
+twice as fast as over the last one.
 Legend: n samples, C classes, G noise rates, K votes of a role, S parameters of the votes, R ratios of a pair.
 """
 

@@ -17,7 +17,7 @@ from distav.training.run import Run
 from distav.training.step_logger import StepLogger, log_inputs
 
 SMALL_NETWORK = 3_000_000
-"""Number of parameters of a network below which decoding takes about as long as training on a CPU."""
+"""Number of parameters below which a network counts as small."""
 MicroBatches = list[tuple[Batch, Losses]]
 """Micro-batches of one step with their detached losses."""
 
@@ -59,7 +59,7 @@ def _loader_needs_core(run: Run) -> bool:
     """Return whether decoding limits training on a CPU: that of a small network on clips.
 
     There, more threads than cores would wait for one another in each operation: on two cores, two threads train the
-    network of the quickstart no faster than one. A large network computes for longer than clips are decoded.
+    network of the quickstart no faster than one.
     """
     is_small = run.engine.num_parameters < SMALL_NETWORK
     return (

@@ -18,7 +18,7 @@ from tools.bench.timing import Results, Setting
 
 ROOT = Path(__file__).parents[2]
 POLICIES = {"passive": {}, "active": {"OMP_WAIT_POLICY": "ACTIVE"}}
-"""Environment of the training by the policy of its waiting threads; distav's own is passive."""
+"""Environment of the training by the policy of its waiting threads; that of distav is passive."""
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 

@@ -24,10 +24,11 @@ SMALL = {
     "shards": ["--samples=20"],
     "loader": ["--clips=16", "--batch=8"],
     "step": ["--clips=96", "--batch=16"],
+    "busy": ["--clips=96", "--epochs=1"],
 }
 
 
-_SLOW = ("bank", "neighbors", "step")
+_SLOW = ("bank", "neighbors", "step", "busy")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in _SLOW)) for name in SMALL])
