@@ -5,11 +5,14 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
 from tools.bench.timing import add_timing_options, setting_of
+
+if TYPE_CHECKING:
+    from tools.bench.noise.grids import Selection
 
 
 def add_commands(commands: Any) -> None:
@@ -54,7 +57,7 @@ def _noise(options: argparse.Namespace) -> None:
     if options.json:
         results.load(options.json)  # Reports a file that cannot be extended before hours of training.
     bench, jobs = grids.run_digits(
-        options.digits, options.work, options.seeds, options.datasets, options.experiments, options.max_parallel
+        options.digits, options.work, options.experiments, _selection(options), options.max_parallel
     )
     records = {"rows": results.training_records(bench, jobs), "votes": results.vote_records(bench, jobs)}
     if options.json:
@@ -71,13 +74,18 @@ def _natural(options: argparse.Namespace) -> None:
     if options.json:
         results.load(options.json)
     bench, jobs = grids.run_natural(
-        options.sources, options.work, options.seeds, options.datasets, options.visual_weights, options.max_parallel,
-        options.methods, ["" if noise == "none" else noise for noise in options.label_noise], options.mismatch_rate,
-    )  # fmt: skip
+        options.sources, options.work, options.visual_weights, _selection(options), options.max_parallel
+    )
     records = {"rows": results.training_records(bench, jobs)}
     if options.json:
         records = results.save(records, options.json, "natural")
     print(*tables.natural_tables(records["rows"]), sep="\n\n")
+
+
+def _selection(options: argparse.Namespace) -> "Selection":
+    from tools.bench.noise.grids import Selection
+
+    return Selection(options.seeds, options.datasets, options.methods, options.label_noise, options.mismatch_rate)
 
 
 def _parsing(options: argparse.Namespace) -> None:
@@ -151,7 +159,7 @@ def _add_noise_command(commands: Any) -> None:
     ).add_argument
     add("--digits", type=Path, required=True, help="directory with MNIST's test files and FSDD's tar file")
     _add_training_options(add, "noise", os.cpu_count() or 1)
-    add("--datasets", nargs="+", default=[], help="datasets of the grid (all)")
+    _add_selection_options(add, "all")
     add("--experiments", nargs="+", default=[], help="grid, ablations, pairs (all)")
     meaning = "JSON file to which the figures are added; plots are written beside it as SVG"
     add("--json", type=Path, help=meaning)
@@ -166,10 +174,7 @@ def _add_natural_command(commands: Any) -> None:
     ).add_argument
     add("--sources", type=Path, required=True, help="directory with clones of the repositories")
     _add_training_options(add, "natural", os.cpu_count() or 1)
-    add("--datasets", nargs="+", default=[], help="datasets (all without pretrained towers)")
-    add("--methods", nargs="+", default=[], help="methods (all)")
-    add("--label-noise", nargs="+", default=[], help="label noise, such as symmetric:0.4 and none (all)")
-    add("--mismatch-rate", type=float, nargs="+", default=[], help="fractions of mismatched pairs (all)")
+    _add_selection_options(add, "all without pretrained towers")
     add("--visual-weights", type=Path, help="ImageNet weights of EfficientNet-Lite0, for pretrained towers")
     add("--json", type=Path, help="JSON file to which the figures are added")
 
@@ -183,6 +188,13 @@ def _add_parsing_command(commands: Any) -> None:
     add("--annotations", type=Path, required=True, help="directory with LLP's published CSV files")
     _add_training_options(add, "parsing", 1)
     add("--json", type=Path, help="JSON file for the figures")
+
+
+def _add_selection_options(add: Callable[..., Any], all_datasets: str) -> None:
+    add("--datasets", nargs="+", default=[], help=f"datasets of the grid ({all_datasets})")
+    add("--methods", nargs="+", default=[], help="methods (all)")
+    add("--label-noise", nargs="+", default=[], help="label noise, such as symmetric:0.4 and none (all)")
+    add("--mismatch-rate", type=float, nargs="+", default=[], help="fractions of mismatched pairs (all)")
 
 
 def _add_training_options(add: Callable[..., Any], name: str, max_parallel: int) -> None:
