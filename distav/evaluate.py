@@ -44,6 +44,7 @@ from distav.data.annotations.multi_labels import load_multi_labels
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.files import write_atomically
 from distav.distributed.collectives import broadcast, local_shard
+from distav.distributed.launch import set_rank_variables
 from distav.distributed.process_group import World, process_group
 from distav.distributed.signals import EXIT_INTERRUPTED, Interrupted
 from distav.evaluation.embedding import Embedder
@@ -79,6 +80,7 @@ ARGUMENTS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
+    set_rank_variables()
     try:
         options = parse_with_protocol(_parser(), arguments)
         check_minimums(options, neighbors=1, batch_size=1, threads=0, views=1, epochs=1, warmup_epochs=0)

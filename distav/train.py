@@ -3,6 +3,7 @@
 A single CPU core: deepspeed distav/train.py --config configs/quickstart.yaml
 Two ranks:         deepspeed --num_gpus 2 distav/train.py --config configs/avdigits.yaml data.root=shards/digits
 Several nodes:     deepspeed --hostfile configs/launch/hostfile distav/train.py --config configs/multinode.yaml
+torchrun, srun and python start it as well; see configs/README.md.
 Any setting can follow as key=value; --print-config prints all of them. The same command resumes an interrupted run.
 """
 
@@ -18,11 +19,13 @@ from distav.config import loading
 from distav.config.cli import CommandParser, exit_with_error, run_command
 from distav.config.errors import UserError
 from distav.config.schema import Config
+from distav.distributed.launch import set_rank_variables
 from distav.distributed.signals import EXIT_INTERRUPTED, Interrupted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train with a configuration; returns the exit status."""
+    set_rank_variables()
     options = _parse(arguments)
     try:
         config = loading.load(options.config, options.overrides)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from distav.config.errors import UserError
 from distav.distributed.collectives import barrier
+from distav.distributed.launch import Launch
 from distav.distributed.rendezvous import rendezvous
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -55,17 +56,17 @@ def process_group(device: str, timeout_s: float, threads_per_rank: int = 0) -> I
         threads_per_rank: CPU threads of this process; 0 divides the cores among the ranks of the machine.
 
     Raises:
-        UserError: if a GPU is requested and there is none for this rank.
+        UserError: if a GPU is requested and there is none for this rank, or the launcher's variables are invalid.
     """
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    local_size = int(
-        os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    )
+    launch = Launch.from_environment()
+    local_rank = launch.local_rank
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed reads it.
     on_gpu = device == "gpu" or (device == "auto" and torch.cuda.is_available())
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise UserError(
             f"run.device={device}: rank {local_rank} of this machine has no GPU ({torch.cuda.device_count()} found); "
-            "start fewer ranks (deepspeed --num_gpus) or set run.device=cpu."
+            "start fewer ranks (deepspeed --num_gpus), let each rank use all GPUs of its machine (srun without "
+            "--gpus-per-task), or set run.device=cpu."
         )
     target = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -75,13 +76,15 @@ def process_group(device: str, timeout_s: float, threads_per_rank: int = 0) -> I
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(max(480, int(2 * timeout_s))))
     else:
         _keep_freed_memory()
-    torch.set_num_threads(threads_per_rank or max(1, len(os.sched_getaffinity(0)) // max(1, local_size)))
+    torch.set_num_threads(threads_per_rank or launch.cores_per_rank)
     # The watchdog acts first: it names the rank at fault; a collective reports only a timeout.
     backend, timeout = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timedelta(seconds=1.5 * timeout_s)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        with rendezvous(timeout_s) as (store, rank, world_size):
-            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
-            yield World(rank, world_size, local_rank, target)
+    if launch.world_size > 1:
+        with rendezvous(launch, timeout_s) as store:
+            dist.init_process_group(
+                backend, timeout=timeout, store=store, rank=launch.rank, world_size=launch.world_size
+            )
+            yield World(launch.rank, launch.world_size, local_rank, target)
         barrier()  # The store ends with rank 0.
         dist.destroy_process_group()
     else:  # A store without a port: another process cannot take it.

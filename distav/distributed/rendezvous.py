@@ -11,50 +11,62 @@ from pathlib import Path
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from distav.config.errors import UserError
+from distav.distributed.launch import Launch
 from distav.distributed.watchdog import Watchdog
 
 _watchdog: Watchdog | None = None
 
 
 @contextlib.contextmanager
-def rendezvous(timeout_s: float) -> Iterator[tuple[Store, int, int]]:
+def rendezvous(launch: Launch, timeout_s: float) -> Iterator[Store]:
     """Connect to the other ranks at the launcher's address and run a watchdog until the context ends.
 
-    The store listens on that address only, not on every interface of the machine. An exception that another rank has
-    caused gets a note with the cause.
+    The store belongs to rank 0, so that it ends with it, and listens on that address only, not on every interface of
+    the machine. An exception that another rank has caused gets a note with the cause.
 
     Args:
+        launch: ranks and address.
         timeout_s: seconds after which a stalled rank is reported.
 
     Yields:
-        The store, the rank of this process, and the world size.
+        The store.
 
     Raises:
         UserError: if the port is in use.
     """
     global _watchdog
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if address in ("127.0.0.1", "::1", "localhost"):
+    if launch.address in ("127.0.0.1", "::1", "localhost"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = TCPStore(
-        address,
-        port,
-        world_size,
-        is_master=rank == 0,
-        timeout=timedelta(seconds=timeout_s),
-        master_listen_fd=_listening_socket(address, port) if rank == 0 else None,
-    )
-    _watchdog = watchdog = Watchdog(address, port, rank, world_size, timeout_s)
+    store = _connect(launch, timedelta(seconds=timeout_s))
+    _watchdog = watchdog = Watchdog(launch.address, store.port, launch.rank, launch.world_size, timeout_s)
     watchdog.start()
     try:
-        yield store, rank, world_size
+        yield store
     except Exception as error:
-        error.add_note(f"distav: rank {rank}: {watchdog.explain(error)}")
+        error.add_note(f"distav: rank {launch.rank}: {watchdog.explain(error)}")
         raise
     finally:
         _watchdog = None
         watchdog.stop()
+
+
+def _connect(launch: Launch, timeout: timedelta) -> TCPStore:
+    """Return the store of rank 0; a launcher with a store of its own at the given port passes on where it is."""
+    agent = None
+    if launch.agent_store:
+        agent = TCPStore(launch.address, launch.port, is_master=False, wait_for_workers=False, timeout=timeout)
+    key = f"distav/port/{launch.restart}"
+    if launch.rank == 0:
+        port = 0 if agent else launch.port
+        listener = _listening_socket(launch.address, port)
+        store = TCPStore(
+            launch.address, port, is_master=True, timeout=timeout, master_listen_fd=listener, wait_for_workers=False
+        )
+        if agent:
+            agent.set(key, str(store.port))
+        return store
+    port = int(agent.get(key)) if agent else launch.port
+    return TCPStore(launch.address, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
 def _listening_socket(address: str, port: int) -> int | None:
@@ -68,7 +80,8 @@ def _listening_socket(address: str, port: int) -> int | None:
         listener.close()
         if error.errno == errno.EADDRINUSE:
             raise UserError(
-                f"{address}:{port} is in use, perhaps by another run; choose another port with deepspeed --master_port."
+                f"{address}:{port} is in use, perhaps by another run; choose another port with --master_port of the "
+                "launcher, or MASTER_PORT for srun."
             ) from None
         return None
     listener.listen(4096)

@@ -59,6 +59,7 @@ def handle_signals() -> Iterator[ShutdownRequest]:
 
 def _terminate_with_launcher() -> None:
     """Have the kernel send SIGTERM to this rank when its launcher dies; nothing else would end it."""
+    is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     with contextlib.suppress(OSError):
-        if b"deepspeed.launcher" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+        if is_torchrun or b"deepspeed.launcher" in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -39,6 +39,7 @@ from distav.data.preparation.encoding import Encoding
 from distav.data.preparation.sources.files import MediaFiles
 from distav.data.storage.object_store import is_url
 from distav.distributed.collectives import barrier, run_on_main_rank
+from distav.distributed.launch import set_rank_variables
 from distav.distributed.process_group import World, process_group
 from distav.evaluation.embedding import Embedder, Embeddings, to_table
 from distav.tools.chunks import iter_rank_chunks, missing_chunks
@@ -67,6 +68,7 @@ class ClipGroup:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    set_rank_variables()
     options = _parser().parse_args(arguments)
     try:
         check_minimums(options, workers=1, batch_size=1, threads=0)

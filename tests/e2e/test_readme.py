@@ -1,7 +1,6 @@
 """Every command in a README: run where a small run is quick, otherwise parsed by the program that it calls."""
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from torch.distributed.run import parse_args as parse_torchrun
 
 from distav import evaluate, train
 from distav.config import loading
@@ -61,7 +61,7 @@ CHECKS = ("pip", "pytest", "ruff", "pyright", "lint-imports")
 def _words(command: str) -> list[str]:
     """Return the words of a command without launcher, environment, and preceding commands on the line."""
     words = shlex.split(command.split("&&")[-1])
-    if words[0] == "deepspeed":
+    if words[0] in ("deepspeed", "torchrun", "srun"):
         return words[next(position for position, word in enumerate(words) if word.endswith(".py")) :]
     return words[1:] if words[0] == "python" else words
 
@@ -76,7 +76,11 @@ def test_commands_are_valid(command: str, monkeypatch: pytest.MonkeyPatch):
     elif program in PARSERS:
         PARSERS[program]().parse_args(arguments)
     elif program in ("sbatch", "kubectl"):
-        assert (ROOT / next(word for word in arguments if word.startswith("configs/"))).is_file()
+        position = next(position for position, word in enumerate(arguments) if word.startswith("configs/"))
+        assert (ROOT / arguments[position]).is_file()
+        if program == "sbatch":
+            options = train._parse(arguments[position + 1 :])
+            assert loading.load(options.config, options.overrides).phases
     elif program.startswith(("PARTS=", "configs/launch")):
         make_shards._parser().parse_args(arguments[arguments.index("configs/launch/make_shards.sh") + 1 :])
     elif program == "-m":
@@ -88,32 +92,26 @@ def test_commands_are_valid(command: str, monkeypatch: pytest.MonkeyPatch):
         assert program in CHECKS or command.startswith(RUN_SMALL), f"nothing tests this command: {command}"
 
 
-def test_the_kubernetes_job_starts_the_same_command_as_slurm():
+def test_the_kubernetes_job_starts_torchrun_on_every_node():
     service, job = yaml.safe_load_all((ROOT / "configs" / "launch" / "kubernetes.yaml").read_text())
-    spec = job["spec"]
+    spec, name = job["spec"], job["metadata"]["name"]
     pod = spec["template"]["spec"]
     container = pod["containers"][0]
-    environment = {variable["name"]: variable["value"] for variable in container["env"]}
-    assert service["spec"]["clusterIP"] == "None" and service["metadata"]["name"] == pod["subdomain"]
-    assert spec["completions"] == spec["parallelism"] == int(environment["NODES"])
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(environment["GPUS"])
-    script = container["args"][0].replace("\\\n", " ").replace("exec deepspeed", "echo").replace("/tmp/", "$DIRECTORY/")
-    directory = Path(os.environ.get("TMPDIR", "/tmp")) / f"kubernetes-{os.getpid()}"
-    directory.mkdir()
-    try:
-        done = subprocess.run(
-            ["bash", "-c", script], text=True, capture_output=True, check=True,
-            env={**environment, "JOB_COMPLETION_INDEX": "2", "DIRECTORY": str(directory), "PATH": os.environ["PATH"]},
-        )  # fmt: skip
-        hosts = (directory / "hostfile").read_text().splitlines()
-    finally:
-        shutil.rmtree(directory)
-    assert hosts == [f"distav-{node}.distav slots=8" for node in range(4)]
-    words = shlex.split(done.stdout)
-    assert (
-        words[words.index("--node_rank") + 1] == "2" and words[words.index("--master_addr") + 1] == hosts[0].split()[0]
-    )
-    options = train._parse(words[words.index("distav/train.py") + 1 :])
+    variables = {variable["name"]: variable.get("value", name) for variable in container["env"]}
+    variables["JOB_COMPLETION_INDEX"] = "2"
+    assert service["metadata"]["name"] == pod["subdomain"] == service["spec"]["selector"]["job-name"] == name
+    assert service["spec"]["clusterIP"] == "None"
+    assert spec["completions"] == spec["parallelism"] == int(variables["NODES"])
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(variables["GPUS"])
+    program, *words = [
+        re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], word)
+        for word in container["command"] + container["args"]
+    ]
+    launch = parse_torchrun(words)
+    assert program == "torchrun" and launch.training_script == "distav/train.py"
+    assert (launch.nnodes, launch.nproc_per_node, launch.node_rank) == ("4", "8", 2)
+    assert (launch.master_addr, launch.master_port) == (f"{name}-0.{name}", 29500)
+    options = train._parse(launch.training_script_args)
     assert loading.load(ROOT / options.config, options.overrides).run.root == "/data/runs"
 
 

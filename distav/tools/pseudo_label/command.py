@@ -43,6 +43,7 @@ from distav.data.modalities import MODALITIES
 from distav.data.pipeline.loader import Batch, Loader
 from distav.data.pipeline.sampler import padded_batches
 from distav.distributed.collectives import barrier, run_on_main_rank
+from distav.distributed.launch import set_rank_variables
 from distav.distributed.process_group import World, process_group
 from distav.evaluation.event_metrics import event_metrics
 from distav.evaluation.inference import iter_outputs
@@ -58,6 +59,7 @@ _OUT_ADVICE = "choose another --out, or fix the directory"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    set_rank_variables()
     options = _parser().parse_args(arguments)
     try:
         check_minimums(options, batch_size=1, threads=0)
