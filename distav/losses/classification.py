@@ -35,16 +35,24 @@ class ClassificationLoss(ABC):
             classes; such a loss treats the classes as independent.
         keeps_predictions: whether the loss stores predictions of single samples, so that it does not allow mixup.
         config: settings of the phase.
-        bank: memory bank; a loss with a state per sample keeps it in a column of its own, which checkpoints contain.
+        column: column of the memory bank in which the loss keeps a state per sample; empty if it keeps none.
+            Checkpoints contain it, and it is removed at the end of the phase.
+        bank: memory bank.
         num_heads: number of classifiers H.
         num_classes: number of classes C.
     """
 
     multi_label: ClassVar[bool] = False
     keeps_predictions: ClassVar[bool] = False
+    column: ClassVar[str] = ""
 
     def __init__(self, config: SupervisedPhase, bank: Bank, num_heads: int, num_classes: int):
         self.config, self.bank, self.num_heads, self.num_classes = config, bank, num_heads, num_classes
+
+    def end_phase(self) -> None:
+        """Remove the column, so that the next phase of this loss starts anew; called after the last batch."""
+        if self.column:
+            self.bank.pop_column(self.column)
 
     @abstractmethod
     def __call__(
@@ -87,12 +95,12 @@ class EarlyLearning(ClassificationLoss):
     The moving average of each sample's predictions is kept in the column `predictions` of the memory bank: [n, H, C].
     """
 
-    COLUMN = "predictions"
+    column = "predictions"
     keeps_predictions = True
 
     def __init__(self, config: SupervisedPhase, bank: Bank, num_heads: int, num_classes: int):
         super().__init__(config, bank, num_heads, num_classes)
-        bank.register_column(self.COLUMN, (num_heads, num_classes))
+        bank.register_column(self.column, (num_heads, num_classes))
 
     def __call__(
         self, global_batch: GlobalBatch, logits: Sequence[Tensor], targets: Sequence[Tensor]
@@ -108,9 +116,9 @@ class EarlyLearning(ClassificationLoss):
         """Mix the current predictions into the moving average and return it: [b, H, C]."""
         current = torch.stack([head.detach().softmax(1).clamp(1e-4, 1 - 1e-4) for head in logits], dim=1)
         current = current / current.sum(2, keepdim=True)
-        average = self.bank.fetch((self.COLUMN,), global_batch.ids)[0]
+        average = self.bank.fetch((self.column,), global_batch.ids)[0]
         average = torch.lerp(current, average, self.config.elr_momentum)
-        self.bank.write(self.COLUMN, average, global_batch.ids, global_batch.valid)
+        self.bank.write(self.column, average, global_batch.ids, global_batch.valid)
         return average
 
 
@@ -125,18 +133,19 @@ class OverParameterization(ClassificationLoss):
     the start: [n, H, 2, C].
     """
 
-    COLUMN, START, EPS = "over_parameters", 1e-8, 1e-4
+    START, EPS = 1e-8, 1e-4
+    column = "over_parameters"
     keeps_predictions = True
 
     def __init__(self, config: SupervisedPhase, bank: Bank, num_heads: int, num_classes: int):
         super().__init__(config, bank, num_heads, num_classes)
-        bank.register_column(self.COLUMN, (num_heads, 2, num_classes))
+        bank.register_column(self.column, (num_heads, 2, num_classes))
 
     def __call__(
         self, global_batch: GlobalBatch, logits: Sequence[Tensor], targets: Sequence[Tensor]
     ) -> Sequence[Tensor]:
         """Return the losses, [b] for each classifier, and update the variables."""
-        moved = self.bank.fetch((self.COLUMN,), global_batch.ids)[0]
+        moved = self.bank.fetch((self.column,), global_batch.ids)[0]
         target = torch.stack([values.detach() for values in targets], dim=1)
         probs = torch.stack([head.detach().float().softmax(1) for head in logits], dim=1)
         with torch.enable_grad():
@@ -147,7 +156,7 @@ class OverParameterization(ClassificationLoss):
             total = cross_entropy.sum() + (predicted + added - removed - target).square().sum()
             gradient = torch.autograd.grad(total, variables)[0] / len(global_batch.ids)
         rates = gradient.new_tensor([self.config.sop_lr_u, self.config.sop_lr_v])[:, None]
-        self.bank.write(self.COLUMN, moved - rates * gradient, global_batch.ids, global_batch.valid)
+        self.bank.write(self.column, moved - rates * gradient, global_batch.ids, global_batch.valid)
         explained = (added - removed).detach().unbind(1)
         return [
             self._cross_entropy(head.softmax(1), shift, goal)

@@ -1,12 +1,14 @@
 """Logging of a run: console, metrics.jsonl and TensorBoard.
 
-The main rank writes these. The other ranks write their warnings to `logs/rank_N.log`.
+The main rank writes these. The other ranks write their warnings to `logs/rank_N.log`. When a run returns to a
+checkpoint, the records after it are moved to `logs/discarded_metrics.jsonl`, so that metrics.jsonl repeats no step.
 """
 
 import json
 import logging
 import math
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,18 +29,16 @@ _GRID_GRAY, _MAX_TABLE_CLASSES = 0.35, 50
 
 
 class MetricLogger:
-    """Logs lines, scalars, images and audio of one run."""
+    """Logs lines, scalars, images and audio of one run.
+
+    Metrics and media are written from the first call of `resume_at` on.
+    """
 
     def __init__(self, folder: Path, world: World):
-        self.world = world
+        self.folder, self.world = folder, world
         self._writer: SummaryWriter | None = None
         handler: logging.Handler = logging.StreamHandler(sys.stdout)
-        if world.is_main:
-            from torch.utils import tensorboard  # Takes half a second to import.
-
-            self._writer = tensorboard.SummaryWriter(str(folder / "tensorboard"))
-            self._metrics = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
-        else:
+        if not world.is_main:
             (folder / "logs").mkdir(exist_ok=True)
             handler = logging.FileHandler(folder / "logs" / f"rank_{world.rank:03d}.log", delay=True)
             handler.setLevel(logging.WARNING)
@@ -54,9 +54,43 @@ class MetricLogger:
             handler.close()
         log.handlers, level, log.propagate = self._original
         log.setLevel(level)
+        self._close_files()
+
+    def resume_at(self, step: int, metrics_bytes: int) -> None:
+        """Continue after a step, as of a checkpoint; later records are moved, and TensorBoard hides later values.
+
+        Args:
+            step: steps of the run so far; 0 for a new run.
+            metrics_bytes: value of `metrics_bytes` at that step.
+        """
+        if not self.world.is_main:
+            return
+        from torch.utils import tensorboard  # Takes half a second to import.
+
+        self._close_files()
+        path = self.folder / "metrics.jsonl"
+        if path.is_file() and path.stat().st_size > metrics_bytes:
+            self._discard_after(path, metrics_bytes)
+        self._metrics = open(path, "a", buffering=1)  # noqa: SIM115
+        self._writer = tensorboard.SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+
+    def _discard_after(self, path: Path, num_bytes: int) -> None:
+        """Move the end of metrics.jsonl to the file of discarded records."""
+        (self.folder / "logs").mkdir(exist_ok=True)
+        with open(path, "r+b") as metrics, open(self.folder / "logs" / "discarded_metrics.jsonl", "ab") as discarded:
+            metrics.seek(num_bytes)
+            shutil.copyfileobj(metrics, discarded)
+            metrics.truncate(num_bytes)
+
+    def _close_files(self) -> None:
         if self._writer:
             self._writer.close()
             self._metrics.close()
+
+    @property
+    def metrics_bytes(self) -> int:
+        """Length of metrics.jsonl; 0 on ranks that do not write it."""
+        return self._metrics.tell() if self._writer else 0
 
     def info(self, text: str) -> None:
         """Print a line on the main rank."""

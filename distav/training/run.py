@@ -103,6 +103,7 @@ class Run:
         started = time.monotonic()
         self.state.seconds_in_phase = self.seconds_in_phase()
         self.state.quarantined = self.quarantined_samples()
+        self.state.metrics_bytes = self.logger.metrics_bytes
         errors = self.checkpoints.save(self.progress, self.engine, self.bank, self.state)
         if errors and self.world.is_main:
             self.logger.warn(f"Failed to write a checkpoint: {'; '.join(errors)}. Training continues without it.")
@@ -131,6 +132,7 @@ class Run:
         restored = self.checkpoints.restore(self.engine, self.bank, self.logger.warn, self.progress.phase)
         if restored:
             self.progress, self.state = restored
+            self.logger.resume_at(self.progress.total_steps, self.state.metrics_bytes)
             self.start_phase_timer()
         return restored is not None
 

@@ -57,6 +57,7 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
         progress, state = checkpoints.restore(engine, bank, logger.warn) or _initialize(
             engine, config, initial_weights.has_sources
         )
+        logger.resume_at(progress.total_steps, state.metrics_bytes)
         micro_batch = micro_batch_size(
             config.optim.global_batch, config.optim.gradient_accumulation_steps, world.world_size
         )

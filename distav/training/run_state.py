@@ -96,6 +96,7 @@ class RunState:
 
     Attributes:
         seconds_in_phase: seconds spent in the current phase up to the last checkpoint.
+        metrics_bytes: length of metrics.jsonl at the last checkpoint; only the main rank writes the file.
         quarantined: reason by number of the training sample.
         nce_partition: normalization constant of noise-contrastive estimation; None before it is estimated.
         given_labels_learned: whether a supervised phase trained the towers on the given labels.
@@ -105,6 +106,7 @@ class RunState:
     """
 
     seconds_in_phase: float = 0.0
+    metrics_bytes: int = 0
     quarantined: dict[int, str] = field(default_factory=dict)
     nce_partition: float | None = None
     given_labels_learned: bool = False
@@ -122,6 +124,7 @@ class RunState:
         correction, report = values["correction"], values["report"]
         return cls(
             seconds_in_phase=values["seconds_in_phase"],
+            metrics_bytes=values["metrics_bytes"],
             quarantined={int(sample): reason for sample, reason in values["quarantined"].items()},
             nce_partition=values["nce_partition"],
             given_labels_learned=values["given_labels_learned"],

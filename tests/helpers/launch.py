@@ -79,8 +79,10 @@ def arguments(folder: Path, shards: Path, *overrides: str) -> list[str]:
 
 
 def losses_by_step(run: Path) -> dict[int, float]:
-    """The loss of each logged step of a run; of a step that was repeated, the last one."""
-    return {record["step"]: record["train/loss"] for record in read_metrics(run) if "train/loss" in record}
+    """The loss of each logged step of a run."""
+    logged = [(record["step"], record["train/loss"]) for record in read_metrics(run) if "train/loss" in record]
+    assert len(dict(logged)) == len(logged), "a step is recorded twice"
+    return dict(logged)
 
 
 def losses(run: Path) -> list[float]:

@@ -20,7 +20,7 @@ from distav.training.checkpoint.files import CheckpointWriter, RangeReader, iter
 from distav.training.engine.deepspeed_engine import Engine
 from distav.training.run_state import Progress, RunState
 
-FORMAT = 5
+FORMAT = 6
 """Version of the names in state.json and in the safetensors files."""
 
 _INCOMPLETE_PREFIX, _CORRUPT_PREFIX = ".writing-", ".broken-"

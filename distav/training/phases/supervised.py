@@ -95,6 +95,7 @@ def run_supervised(run: Run, name: str, config: SupervisedPhase) -> None:
 
     rate = run.config.optim.lr * config.lr_scale
     train(run, name, config.epochs, (rate * config.tower_lr_scale, rate), losses_of, balance=balance)
+    classification_loss.end_phase()
 
 
 def _class_balance(

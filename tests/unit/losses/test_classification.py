@@ -98,7 +98,7 @@ def test_over_parameterization_equals_gradient_descent_on_its_variables():
         (expected.mean() + error.square().sum() / 2).backward()
         u.grad[1], v.grad[1] = 0, 0  # The second sample is masked.
         optimizer.step()
-    moved = bank.fetch((loss.COLUMN,), ids)[0][:, 0]
+    moved = bank.fetch((loss.column,), ids)[0][:, 0]
     torch.testing.assert_close(moved, torch.stack([u, v], 1).detach() - 0.3, rtol=1e-4, atol=1e-5)
 
 

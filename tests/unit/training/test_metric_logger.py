@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distav.distributed.process_group import World
 from distav.training.metric_logger import MetricLogger
@@ -15,6 +16,7 @@ def test_lines_are_printed_once_and_other_loggers_are_unchanged(tmp_path: Path, 
     package = logging.getLogger("distav")
     before = (package.handlers, package.level, package.propagate)
     logger = MetricLogger(tmp_path, World(0, 1, 0, torch.device("cpu")))
+    logger.resume_at(0, 0)
     logger.info("step 1")
     logger.log_metrics(1, {"loss": 0.5})
     logger.close()
@@ -30,3 +32,25 @@ def test_warnings_of_other_ranks_are_in_their_files(tmp_path: Path, capsys: pyte
     logger.close()
     assert capsys.readouterr().out == ""
     assert (tmp_path / "logs" / "rank_003.log").read_text() == "a clip is damaged\n"
+
+
+def test_a_run_that_returns_to_a_checkpoint_repeats_no_record(tmp_path: Path):
+    logger = MetricLogger(tmp_path, World(0, 1, 0, torch.device("cpu")))
+    logger.resume_at(0, 0)
+    logger.log_metrics(1, {"train/loss": 0.5})
+    checkpoint = logger.metrics_bytes
+    logger.log_metrics(2, {"train/loss": float("nan")})
+    logger.resume_at(1, checkpoint)
+    logger.log_metrics(2, {"train/loss": 0.4})
+    logger.close()
+    logger = MetricLogger(tmp_path, World(0, 1, 0, torch.device("cpu")))
+    logger.resume_at(1, checkpoint)
+    logger.log_metrics(2, {"train/loss": 0.3})
+    logger.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["train/loss"]) for record in records] == [(1, 0.5), (2, 0.3)]
+    discarded = (tmp_path / "logs" / "discarded_metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in discarded] == [2, 2]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
+    assert events.Scalars("train/loss")[1].value == pytest.approx(0.3)
