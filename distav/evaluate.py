@@ -33,9 +33,9 @@ from distav.config.cli import (
     add_rank_options,
     check_minimums,
     check_parent_dirs,
+    command,
     exit_with_error,
     finite_float,
-    run_command,
 )
 from distav.config.errors import UserError
 from distav.config.schema import Device, RunConfig
@@ -78,6 +78,7 @@ ARGUMENTS = {
 """Arguments by the setting of a run that they correspond to, for error messages."""
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     set_rank_variables()
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        script="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("export", type=Path, metavar="EXPORT", help="export/ directory of a run")
@@ -247,4 +248,4 @@ def _fine_tune(
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

@@ -16,13 +16,14 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from distav.config import loading
-from distav.config.cli import CommandParser, exit_with_error, run_command
+from distav.config.cli import CommandParser, command, exit_with_error
 from distav.config.errors import UserError
 from distav.config.schema import Config
 from distav.distributed.launch import set_rank_variables
 from distav.distributed.signals import EXIT_INTERRUPTED, Interrupted
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train with a configuration; returns the exit status."""
     set_rank_variables()
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = CommandParser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(script="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="PATH", help="YAML file, such as those in configs/")
     parser.add_argument("--print-config", action="store_true", help="print all settings of the run and exit")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # Added by the launcher.
@@ -75,4 +76,4 @@ def _train(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

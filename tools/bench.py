@@ -7,8 +7,7 @@ from pathlib import Path
 # Python puts this directory first in sys.path, where `bench` would be a second name of the package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from distav.config.cli import run_command
 from tools.bench.command import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

@@ -3,8 +3,7 @@
 
 import sys
 
-from distav.config.cli import run_command
 from distav.tools.embed import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(main())

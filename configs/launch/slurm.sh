@@ -15,7 +15,7 @@
 set -uo pipefail
 
 # A rank that has failed is named by the others, which then end by themselves.
-srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" python distav/train.py "$@"
+srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" python -m distav.train "$@"
 status=$?
 if [ "$status" -eq 75 ]; then
   scontrol requeue "$SLURM_JOB_ID"

@@ -1,12 +1,13 @@
 """Options and error handling that the command-line tools share."""
 
 import argparse
+import functools
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,17 @@ EXIT_CTRL_C = 130
 
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that suggests the nearest name for an unknown option, value or command."""
+
+    def __init__(self, *, script: str = "", **options: Any):
+        """Create a parser; `options` are those of `argparse.ArgumentParser`.
+
+        Args:
+            script: name of the program, unless it was started as a command of the installed package.
+        """
+        started = Path(sys.argv[0]).name
+        if script:
+            options["prog"] = started if started.startswith("distav-") else script
+        super().__init__(**options)
 
     def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, args: Iterable[str] | None = None, namespace: Any = None
@@ -67,14 +79,23 @@ def name_arguments(message: object, arguments: Mapping[str, str]) -> str:
     return text
 
 
-def run_command(main: Callable[[], int]) -> int:
-    """Run the main function of a command; returns its exit status, or 130 after Ctrl-C."""
-    try:
-        return main()
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"\ninterrupted (exit status {EXIT_CTRL_C})", file=sys.stderr)
-        return EXIT_CTRL_C
+def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """Decorator of the main function of a command, which then returns exit status 130 after Ctrl-C.
+
+    Args:
+        main: takes the arguments, those of the process if None, and returns the exit status.
+    """
+
+    @functools.wraps(main)
+    def run(arguments: Sequence[str] | None = None) -> int:
+        try:
+            return main(arguments)
+        except KeyboardInterrupt:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"\ninterrupted (exit status {EXIT_CTRL_C})", file=sys.stderr)
+            return EXIT_CTRL_C
+
+    return run
 
 
 def exit_with_error(error: UserError, program: str, arguments: Mapping[str, str] | None = None) -> int:

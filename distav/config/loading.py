@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distav.config.conversion import Converter, to_plain
 from distav.config.errors import SettingError, UserError, did_you_mean
 from distav.config.overrides import apply_override, check_kind, parse_override
+from distav.config.packaged import config_names, resolve_config
 from distav.config.phases import PHASE_KINDS
 from distav.config.schema import Config
 from distav.config.setting_tree import SettingTree
@@ -29,13 +30,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Load a configuration file, apply `key=value` overrides, and check all settings that can be checked without data.
 
     Args:
-        path: YAML file that starts with `defaults: [schema, _self_]`.
+        path: YAML file that starts with `defaults: [schema, _self_]`, or the name of a configuration of distav, see
+            `distav.config.packaged.resolve_config`.
         overrides: overrides such as `optim.lr=2e-4`, see `distav.config.overrides`.
 
     Raises:
         UserError: naming the file or the override, the key, its value, what is allowed and the nearest valid key.
     """
-    file = Path(path).expanduser()
+    file = resolve_config(path)
     _check_file(file)
     sources = Sources(file, [parse_override(override) for override in overrides])
     try:
@@ -57,8 +59,11 @@ def to_yaml(config: Config) -> str:
 
 def _check_file(file: Path) -> None:
     if not file.is_file():
-        names = [config.name for config in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
-        raise UserError(f"--config {file}: no such file.{did_you_mean(file.name, names)}")
+        names = [str(config) for config in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
+        raise UserError(
+            f"--config {file}: no such file, and no configuration that comes with distav ({', '.join(config_names())})."
+            f"{did_you_mean(str(file), [*names, *config_names()])}"
+        )
     if file.suffix != ".yaml":
         raise UserError(f"--config {file}: the name of a configuration file ends in .yaml; rename it.")
 

@@ -8,8 +8,9 @@ from typing import Any, NoReturn
 import yaml
 
 from distav.config.errors import UserError, did_you_mean, format_list
+from distav.config.packaged import CONFIGS, resolve_config
 
-DIRECTORY = Path(__file__).resolve().parents[2] / "configs" / "protocols"
+DIRECTORY = CONFIGS / "protocols"
 """Directory of the protocols that have a name."""
 
 
@@ -60,8 +61,7 @@ def protocol_file(name: str) -> Path:
     Raises:
         UserError: if there is no such file.
     """
-    path = Path(name).expanduser()
-    for file in (path, DIRECTORY / f"{name}.yaml"):
+    for file in (resolve_config(name), DIRECTORY / f"{name}.yaml"):
         if file.is_file():
             return file
     known = sorted(file.stem for file in DIRECTORY.glob("*.yaml"))

@@ -28,7 +28,14 @@ from typing import Any
 
 import numpy as np
 
-from distav.config.cli import RANK_ARGUMENTS, CommandParser, add_rank_options, check_minimums, exit_with_error
+from distav.config.cli import (
+    RANK_ARGUMENTS,
+    CommandParser,
+    add_rank_options,
+    check_minimums,
+    command,
+    exit_with_error,
+)
 from distav.config.errors import UserError
 from distav.data.annotations.teacher_scores import manifest_digest
 from distav.data.dataset import ShardedDataset, Split
@@ -66,6 +73,7 @@ class ClipGroup:
     embed: Callable[[np.ndarray], tuple[dict[str, Any], Embeddings]]
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     set_rank_variables()
@@ -88,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog="embed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(script="embed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("export", type=Path, metavar="EXPORT", help="export directory of a run")
     add("input", metavar="INPUT", help="directory or URL of a dataset, directory of media files, or .npz file")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distav.config.cli import CommandParser, check_minimums, finite_float, name_arguments
+from distav.config.cli import CommandParser, check_minimums, command, finite_float, name_arguments
 from distav.config.errors import UserError
 from distav.data.files import report_os_errors
 from distav.data.preparation.build_config import BuildConfig
@@ -51,6 +51,7 @@ _CLEAN_EXAMPLE = (
 )
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     # Makes webdataset refuse to open other files by name, to run commands from URLs, and to unpickle.
@@ -144,7 +145,7 @@ def _clip_counts(result: BuildResult) -> str:
 def _parser() -> argparse.ArgumentParser:
     """Return the parser, with a command for each registered source."""
     parser = CommandParser(
-        prog="make_shards.py",
+        script="make_shards.py",
         description="Write a distav dataset: WebDataset shards with index, labels and manifest.",
         epilog=f"example: {SOURCES['videos'].example}\n\n{_EPILOG}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

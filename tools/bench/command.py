@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from distav.config.cli import CommandParser
+from distav.config.cli import CommandParser, command
 from distav.config.errors import UserError
 from distav.data.preparation.encoding import CODECS
 from tools.bench import studies
@@ -20,6 +20,7 @@ example: bench.py bank --json tools/results/bank.json
 example: bench.py neighbors --threads 2 --rows 20000"""
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one benchmark; returns the exit status."""
     options = _parser().parse_args(arguments)
@@ -132,7 +133,7 @@ _HELP = {
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="bench.py",
+        script="bench.py",
         description="Compare distav with alternative implementations and baseline methods.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import torch
 from omegaconf import OmegaConf
 
-from distav.config.cli import CommandParser, check_minimums, exit_with_error, name_arguments
+from distav.config.cli import CommandParser, check_minimums, command, exit_with_error, name_arguments
 from distav.config.errors import UserError
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset, Split
@@ -66,6 +66,7 @@ class _AuditedRun:
     report: dict[str, Any]
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = _parser().parse_args(arguments)
@@ -136,7 +137,7 @@ def _print_summary(audit: Audit, out: Path, tables: list[Path]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog="audit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(script="audit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="directory of a finished run with a phase of kind: label_correction")
     add("--out", type=Path, metavar="FILE", help="page to write (RUN/audit.html)")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distav.config.cli import CommandParser, check_minimums, check_parent_dirs, name_arguments
+from distav.config.cli import CommandParser, check_minimums, check_parent_dirs, command, name_arguments
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
 from distav.tools.inspect_shards.contact_sheet import DEFAULT_FRAMES, MAX_CLIPS, preview
@@ -35,6 +35,7 @@ _EXAMPLES = {
 }
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = _parser().parse_args(arguments)
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = CommandParser(prog="inspect_shards.py", description=__doc__, epilog=_EPILOG, formatter_class=raw)
+    parser = CommandParser(script="inspect_shards.py", description=__doc__, epilog=_EPILOG, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add_command(name: str, description: str) -> argparse.ArgumentParser:

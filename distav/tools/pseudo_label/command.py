@@ -25,7 +25,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from distav.config.cli import RANK_ARGUMENTS, CommandParser, add_rank_options, check_minimums, exit_with_error
+from distav.config.cli import (
+    RANK_ARGUMENTS,
+    CommandParser,
+    add_rank_options,
+    check_minimums,
+    command,
+    exit_with_error,
+)
 from distav.config.errors import UserError, format_list
 from distav.config.schema import DataConfig
 from distav.data.annotations.events import events_table, load_events, num_segments
@@ -57,6 +64,7 @@ MEDIA = {"audio": "audio", "visual": "frames"}
 _OUT_ADVICE = "choose another --out, or fix the directory"
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     set_rank_variables()
@@ -81,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="pseudo_label.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        script="pseudo_label.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("shards", metavar="SHARDS", help="directory or URL of a dataset of clips")

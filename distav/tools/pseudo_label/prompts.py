@@ -8,6 +8,7 @@ import numpy as np
 import yaml
 
 from distav.config.errors import UserError, format_list
+from distav.config.packaged import resolve_config
 from distav.data.modalities import MODALITIES
 
 
@@ -36,6 +37,7 @@ def read_prompts(path: Path) -> dict[str, Prompts]:
     Raises:
         UserError: for a missing file, or a key that is missing or has a value of the wrong type.
     """
+    path = resolve_config(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; see configs/teachers for examples.")
     try:
