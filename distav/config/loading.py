@@ -59,10 +59,10 @@ def to_yaml(config: Config) -> str:
 
 def _check_file(file: Path) -> None:
     if not file.is_file():
-        names = [str(config) for config in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
+        names = [config.name for config in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
         raise UserError(
             f"--config {file}: no such file, and no configuration that comes with distav ({', '.join(config_names())})."
-            f"{did_you_mean(str(file), [*names, *config_names()])}"
+            + (did_you_mean(file.name, names) or did_you_mean(str(file), config_names()))
         )
     if file.suffix != ".yaml":
         raise UserError(f"--config {file}: the name of a configuration file ends in .yaml; rename it.")
