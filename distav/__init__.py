@@ -2,25 +2,44 @@
 
 import os
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from distav.config.version import __version__
 
 if TYPE_CHECKING:
+    from distav.api import make_shards, train
     from distav.models.pretrained import load_encoders
+    from distav.noise.label_issues import CorrectedLabels, correct_labels, find_label_issues
 
 if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
     # Threads that wait actively use a core, which slows down others if processes compete for the cores.
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-__all__ = ["__version__", "load_encoders"]
+__all__ = [
+    "CorrectedLabels",
+    "__version__",
+    "correct_labels",
+    "find_label_issues",
+    "load_encoders",
+    "make_shards",
+    "train",
+]
+
+_MODULES = {
+    "CorrectedLabels": "distav.noise.label_issues",
+    "correct_labels": "distav.noise.label_issues",
+    "find_label_issues": "distav.noise.label_issues",
+    "load_encoders": "distav.models.pretrained",
+    "make_shards": "distav.api",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load_encoders` on first use, since it imports torch."""
-    if name == "load_encoders":
-        from distav.models.pretrained import load_encoders
-
-        return load_encoders
-    raise AttributeError(f"module 'distav' has no attribute '{name}'")
+    """Import a public function on first use, since its module imports torch; `distav.train` is a module to call."""
+    if name == "train":
+        return import_module("distav.train")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'distav' has no attribute '{name}'")
+    return getattr(import_module(_MODULES[name]), name)

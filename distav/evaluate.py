@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     parser = CommandParser(
         script="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -8,9 +8,13 @@ Any setting can follow as key=value; --print-config prints all of them. The same
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 # Python puts the directory of a script first in sys.path, where `config`, `data` or `models` would hide other packages.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
@@ -37,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.print_config:
             print(loading.to_yaml(config), end="")
             return 0
-        return _train(config)
+        interruption = run(config)
+        if interruption and os.environ.get("RANK", "0") == "0":
+            advice = f"the same command resumes the run (exit status {EXIT_INTERRUPTED})"
+            print(f"distav: {interruption}; {advice}", file=sys.stderr)
+        return EXIT_INTERRUPTED if interruption else 0
     except UserError as error:
         return exit_with_error(error, "distav")
 
@@ -51,7 +59,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _train(config: Config) -> int:
+def run(config: Config) -> Interrupted | None:
+    """Train with settings, on the ranks that the launcher has started.
+
+    Returns:
+        The interruption, if a signal ended the run and a checkpoint is on disk; None if the run is finished.
+
+    Raises:
+        UserError: if settings, data or the run directory are invalid.
+    """
     from distav.data.files import report_os_errors
     from distav.data.preparation.quickstart import render_missing_dataset
     from distav.distributed.process_group import process_group
@@ -66,14 +82,19 @@ def _train(config: Config) -> int:
                 run_remaining(run)
                 write_report(run)
         except Interrupted as interruption:
-            if world.is_main:
-                print(
-                    f"distav: {interruption}; the same command resumes the run (exit status {EXIT_INTERRUPTED})",
-                    file=sys.stderr,
-                )
-            return EXIT_INTERRUPTED
-    return 0
+            return interruption
+    return None
 
+
+class _CallableModule(ModuleType):
+    """Module that can be called, since this file and the function `distav.api.train` share the name `distav.train`."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Call `distav.api.train`."""
+        return import_module("distav.api").train(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,18 +1,21 @@
 """Options and error handling that the command-line tools share."""
 
 import argparse
+import contextlib
 import functools
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from distav.config.errors import UserError, did_you_mean, format_list
 
+_raised_prefix: ContextVar[str] = ContextVar("raised_prefix", default="")
 EXIT_CTRL_C = 130
 """Exit status of a command that Ctrl-C has ended, as shells report it."""
 
@@ -42,6 +45,12 @@ class CommandParser(argparse.ArgumentParser):
     ) -> Any:
         """Parse the arguments as `parse_known_args`; positional arguments may follow options."""
         return super().parse_known_intermixed_args(self._check_option_names(args), namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Report an invalid command line: print it and exit with status 2, or raise within `raise_parse_errors`."""
+        if prefix := _raised_prefix.get():
+            raise UserError(f"{prefix}: {message.removeprefix('argument ')}")
+        super().error(message)
 
     def _check_option_names(self, args: Iterable[str] | None) -> list[str]:
         """Return the arguments, those of the process if None, after a check of the names of their options."""
@@ -77,6 +86,20 @@ def name_arguments(message: object, arguments: Mapping[str, str]) -> str:
     for setting, argument in arguments.items():
         text = re.sub(rf"(?<![\w./]){re.escape(setting)}(?![\w]|\.\w)", argument, text)
     return text
+
+
+@contextlib.contextmanager
+def raise_parse_errors(prefix: str) -> Generator[None]:
+    """Context in which a `CommandParser` raises UserError for an invalid command line instead of exiting.
+
+    Args:
+        prefix: beginning of the message, such as the name of the program.
+    """
+    token = _raised_prefix.set(prefix)
+    try:
+        yield
+    finally:
+        _raised_prefix.reset(token)
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:

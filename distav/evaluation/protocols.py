@@ -3,10 +3,11 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from distav.config.cli import CommandParser, raise_parse_errors
 from distav.config.errors import UserError, did_you_mean, format_list
 from distav.config.packaged import CONFIGS, resolve_config
 
@@ -14,7 +15,7 @@ DIRECTORY = CONFIGS / "protocols"
 """Directory of the protocols that have a name."""
 
 
-def parse_with_protocol(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_with_protocol(parser: CommandParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse a command line whose option `--protocol` changes the defaults of others.
 
     Raises:
@@ -37,22 +38,10 @@ def parse_with_protocol(parser: argparse.ArgumentParser, arguments: Sequence[str
             words += [names[key].option_strings[0], *map(str, value if isinstance(value, list) else [value])]
     # Parsed like a command line, so that types and allowed values are checked.
     positionals = ["x" for action in parser._actions if not action.option_strings]
-    typed = _parse(parser, [*positionals, *words], file)
+    with raise_parse_errors(f"--protocol={file}"):
+        typed = parser.parse_args([*positionals, *words])
     parser.set_defaults(**{key: getattr(typed, key) for key in values})
     return parser.parse_args(arguments)
-
-
-def _parse(parser: argparse.ArgumentParser, words: list[str], file: Path) -> argparse.Namespace:
-    """Parse words that a protocol gives; errors name its file."""
-
-    def error(message: str) -> NoReturn:
-        raise UserError(f"--protocol={file}: {message.removeprefix('argument ')}")
-
-    parser.error = error
-    try:
-        return parser.parse_args(words)
-    finally:
-        del parser.error
 
 
 def protocol_file(name: str) -> Path:

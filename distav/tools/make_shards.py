@@ -7,7 +7,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distav.config.cli import CommandParser, check_minimums, command, finite_float, name_arguments
+from distav.config.cli import (
+    CommandParser,
+    check_minimums,
+    command,
+    finite_float,
+    name_arguments,
+    raise_parse_errors,
+)
 from distav.config.errors import UserError
 from distav.data.files import report_os_errors
 from distav.data.preparation.build_config import BuildConfig
@@ -54,18 +61,38 @@ _CLEAN_EXAMPLE = (
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        result = _run(options)
+    except UserError as error:
+        print(f"make_shards: {error}", file=sys.stderr)
+        return 1
+    already_complete = options.command != "clean" and options.part not in ("", "any") and not result.num_chunks
+    return 3 if result.rejected and not already_complete else 0
+
+
+def run(arguments: Sequence[str]) -> BuildResult:
+    """Run the command and return its result.
+
+    Raises:
+        UserError: for an invalid command line or invalid data.
+    """
+    with raise_parse_errors("make_shards"):
+        options = _parser().parse_args(arguments)
+    return _run(options)
+
+
+def _run(options: argparse.Namespace) -> BuildResult:
     # Makes webdataset refuse to open other files by name, to run commands from URLs, and to unpickle.
     os.environ.setdefault("WDS_SECURE", "1")
     try:
-        options = _parser().parse_args(arguments)
         check_minimums(options, workers=1)
         return _clean(options) if options.command == "clean" else _build(options)
     except UserError as error:
-        print(f"make_shards: {name_arguments(error, {'data.root': 'SHARDS'})}", file=sys.stderr)
-        return 1
+        raise UserError(name_arguments(error, {"data.root": "SHARDS"})) from None
 
 
-def _build(options: argparse.Namespace) -> int:
+def _build(options: argparse.Namespace) -> BuildResult:
     check_minimums(options, seed=0)
     part = Part.parse(options.part) if options.part else None
     config = BuildConfig(
@@ -83,11 +110,10 @@ def _build(options: argparse.Namespace) -> int:
     source = SOURCES[options.command].from_options(options)
     result = build_dataset(source, options.out, config, options.workers, part)
     _print_summary(result, options.out, part, options.modalities)
-    already_complete = part and not part.leased and not result.num_chunks
-    return 3 if result.rejected and not already_complete else 0
+    return result
 
 
-def _clean(options: argparse.Namespace) -> int:
+def _clean(options: argparse.Namespace) -> BuildResult:
     if is_url(options.shards):
         raise UserError(f"{options.shards}: `clean` copies local files; download the dataset first.")
     config = CleaningConfig(
@@ -108,7 +134,7 @@ def _clean(options: argparse.Namespace) -> int:
     manifest = json.loads((options.out / "manifest.json").read_text())
     if REVIEW in manifest:
         print(format_review(review_from_json(manifest[REVIEW]), len(options.decisions)))
-    return 3 if result.rejected else 0
+    return result
 
 
 def _print_summary(result: BuildResult, out: Path, part: Part | None, modalities: str) -> None:

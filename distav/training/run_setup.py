@@ -51,6 +51,7 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
         logger = MetricLogger(folder, world)
         stack.callback(logger.close)
         initial_weights = InitialWeights(config.model, logger)
+        stack.callback(Engine.release_groups)
         engine = Engine(lambda: _build_model(config, data), config, world, initial_weights)
         bank = _build_bank(config, world, data.train, len(data.shards.classes))
         checkpoints = CheckpointManager(folder / "checkpoints", config.run.keep_checkpoints)

@@ -159,6 +159,12 @@ class Engine:
         # DeepSpeed creates its own process group with a timeout of half an hour.
         self._engine.data_parallel_group.set_timeout(collective_timeout())
 
+    @staticmethod
+    def release_groups() -> None:
+        """Forget the process groups of DeepSpeed, so that another run of this process creates its own."""
+        groups: Any = importlib.import_module("deepspeed.utils.groups")
+        groups._release_process_group_references()
+
     @property
     def num_parameters(self) -> int:
         """Number of parameters of the network, on all ranks together."""

@@ -1,0 +1,232 @@
+"""Label correction of embeddings in NumPy arrays, without shards, training or DeepSpeed.
+
+Legend: N samples, E feature width, C classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from distav.config.errors import UserError, did_you_mean, format_list
+from distav.noise.class_posterior import corrected_labels, probability_of
+from distav.noise.label_correction import correct_labels as correct_local_labels
+from distav.noise.noise_rate import RateEstimate
+from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
+
+MODALITY_NAMES = ("visual", "audio")
+"""Keys of features of two modalities."""
+RANKINGS = ("self_confidence", "normalized_margin")
+"""Scores by which `find_label_issues` can rank samples."""
+Ranking = Literal["self_confidence", "normalized_margin"]
+
+
+@dataclass(frozen=True)
+class CorrectedLabels:
+    """Result of `correct_labels`.
+
+    Attributes:
+        classes: [C] classes, sorted; the type is that of the labels.
+        given: [N] labels as given.
+        corrected: [N] labels after correction.
+        confidence: [N] float32 probability of the corrected label.
+        self_confidence: [N] float32 probability of the given label by the votes of other samples.
+        correspondence: [N] float32 probability that both modalities show the same class; 1 for one modality.
+        pred_probs: [N, C] float32 class probabilities that do not depend on the sample's own label (cleanlab's
+            out-of-sample `pred_probs`).
+        label_noise_rate: fraction of wrong labels with a 95 % interval, which holds all rates without a signal.
+        label_noise_rate_by_class: the same for the samples of each given class; empty without a signal.
+        pair_mismatch_rate: fraction of samples whose modalities show different classes; None for one modality.
+        has_signal: whether neighbors predict the given labels at all; if not, the labels are returned unchanged.
+    """
+
+    classes: NDArray[Any]
+    given: NDArray[Any]
+    corrected: NDArray[Any]
+    confidence: NDArray[np.float32]
+    self_confidence: NDArray[np.float32]
+    correspondence: NDArray[np.float32]
+    pred_probs: NDArray[np.float32]
+    label_noise_rate: RateEstimate
+    label_noise_rate_by_class: dict[Any, RateEstimate]
+    pair_mismatch_rate: RateEstimate | None
+    has_signal: bool
+
+    @property
+    def is_issue(self) -> NDArray[np.bool_]:
+        """[N] whether the correction changed the label."""
+        return self.given != self.corrected
+
+    def table(self) -> pa.Table:
+        """Return a table with a row per sample, in their order; `table().to_pandas()` if pandas is installed."""
+        names = ("confidence", "self_confidence", "correspondence", "is_issue")
+        labels = {"given_label": self.given, "corrected_label": self.corrected}
+        return pa.table(labels | {name: getattr(self, name) for name in names})
+
+
+def correct_labels(
+    features: ArrayLike | Mapping[str, ArrayLike],
+    labels: ArrayLike,
+    *,
+    groups: ArrayLike | None = None,
+    num_neighbors: Sequence[int] = (50, 200, 400),
+    min_change_odds: float = 2.0,
+    min_log_likelihood_gain: float = 10.0,
+) -> CorrectedLabels:
+    """Find and correct wrong labels from embeddings, by held-out k-NN votes and the noise model of distav.
+
+    Args:
+        features: [N, E] embeddings, or those of two modalities, `{"visual": [N, E], "audio": [N, F]}`. A row of NaN
+            means that the sample lacks the modality. Embeddings must not have been trained on the given labels: their
+            neighbors would repeat the wrong ones.
+        labels: [N] one label per sample, integers or texts.
+        groups: [N] identifiers of sources, such as the video that a clip was cut from; samples of one source do not
+            vote for each other. By default, each sample is its own source.
+        num_neighbors: numbers of voters to select from; those that are too large for the dataset are left out.
+        min_change_odds: how many times as probable as the given label another one must be to replace it.
+        min_log_likelihood_gain: gain of the votes over the class frequencies, in nats, below which labels are kept.
+
+    Raises:
+        UserError: if an argument has the wrong shape, type or value.
+
+    Example:
+        >>> result = distav.correct_labels(embeddings, labels)
+        >>> print(result.label_noise_rate.estimate, result.table().slice(0, 5))
+    """
+    given = _labels(labels)
+    size = len(given)
+    tables = _features(features, size)
+    classes, codes = np.unique(given, return_inverse=True)
+    if len(classes) < 2:
+        raise UserError(f"labels: all {size} labels are {classes[0]}; give labels of two or more classes.")
+    _check_numbers(num_neighbors, min_change_odds)
+    neighbors = [k for k in num_neighbors if k < size] or [max(1, size // 2)]
+    source_codes = np.arange(size) if groups is None else _groups(groups, size)
+    absent = np.full((size, 1), np.nan, dtype=np.float32)
+    visual, audio = (torch.from_numpy(tables.get(name, absent)) for name in MODALITY_NAMES)
+    space = FeatureSpace("features", visual.nan_to_num(0.0), audio.nan_to_num(0.0))
+    targets = torch.from_numpy(codes.astype(np.int64))
+    correction = correct_local_labels(
+        [space],
+        targets,
+        len(classes),
+        torch.from_numpy(source_codes),
+        {"visual": ~visual.isnan().all(1), "audio": ~audio.isnan().all(1)},
+        VoteSearchSpace(num_neighbors=neighbors, min_log_likelihood_gain=min_log_likelihood_gain),
+    )
+    corrected = corrected_labels(correction.posterior, targets, min_change_odds)
+    rates = zip(classes.tolist(), correction.class_rates, strict=True) if correction.has_signal else ()
+    return CorrectedLabels(
+        classes=classes,
+        given=given,
+        corrected=classes[corrected.numpy()],
+        confidence=probability_of(corrected, correction.posterior).numpy(),
+        self_confidence=probability_of(targets, correction.held_out).numpy(),
+        correspondence=correction.correspondence.numpy(),
+        pred_probs=correction.held_out.numpy(),
+        label_noise_rate=correction.label_rate,
+        label_noise_rate_by_class=dict(rates),
+        pair_mismatch_rate=correction.pair_rate if len(tables) == len(MODALITY_NAMES) else None,
+        has_signal=correction.has_signal,
+    )
+
+
+def find_label_issues(
+    labels: ArrayLike,
+    features: ArrayLike | Mapping[str, ArrayLike],
+    *,
+    return_indices_ranked_by: Ranking | None = None,
+    **options: Any,
+) -> NDArray[Any]:
+    """Return which labels are probably wrong, with the signature of `cleanlab.filter.find_label_issues`.
+
+    cleanlab takes predicted probabilities; this function computes them from embeddings.
+
+    Args:
+        labels: [N] one label per sample.
+        features: embeddings; see `correct_labels`.
+        return_indices_ranked_by: None for a mask; a score for the indices of the label issues, worst first:
+            `self_confidence`, the held-out probability of the given label, or `normalized_margin`, this minus the
+            largest probability of another class.
+        options: of `correct_labels`.
+
+    Returns:
+        [N] bool, or the indices of the issues.
+
+    Raises:
+        UserError: for an unknown score, or as `correct_labels`.
+    """
+    if return_indices_ranked_by is not None and return_indices_ranked_by not in RANKINGS:
+        raise UserError(
+            f"return_indices_ranked_by={return_indices_ranked_by!r}: allowed: None, {format_list(RANKINGS)}."
+            f"{did_you_mean(str(return_indices_ranked_by), RANKINGS)}"
+        )
+    result = correct_labels(features, labels, **options)
+    if return_indices_ranked_by is None:
+        return result.is_issue
+    scores = result.self_confidence
+    if return_indices_ranked_by == "normalized_margin":
+        others = result.pred_probs.copy()
+        others[result.classes[None] == result.given[:, None]] = -1.0
+        scores = scores - others.max(1)
+    issues = np.flatnonzero(result.is_issue)
+    return issues[np.argsort(scores[issues], kind="stable")]
+
+
+def _labels(labels: ArrayLike) -> NDArray[Any]:
+    try:
+        given = np.asarray(labels)
+    except ValueError:  # Lists of different lengths.
+        given = np.empty((0, 0))
+    is_text = given.dtype.kind == "O" and all(isinstance(label, str) for label in given)
+    if given.ndim != 1 or not (given.dtype.kind in "biuU" or is_text):
+        raise UserError(
+            f"labels: shape {given.shape}, type {given.dtype}; allowed: [N] integers or texts, one label per sample. "
+            "For several labels per sample, train on a multi-label dataset."
+        )
+    if not len(given):
+        raise UserError("labels: empty; give one label per sample.")
+    return given.astype(str) if is_text else given
+
+
+def _features(features: ArrayLike | Mapping[str, ArrayLike], size: int) -> dict[str, NDArray[np.float32]]:
+    arrays = dict(features) if isinstance(features, Mapping) else {MODALITY_NAMES[0]: features}
+    if not arrays or not set(arrays) <= set(MODALITY_NAMES):
+        raise UserError(f"features: keys {sorted(map(str, arrays))}; allowed: {' and '.join(MODALITY_NAMES)}.")
+    tables = {}
+    for name, array in arrays.items():
+        what = f"features[{name!r}]" if isinstance(features, Mapping) else "features"
+        try:
+            table = np.asarray(array, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{what}: not an array of numbers ({error}); allowed: [N, E] numbers.") from None
+        if table.ndim != 2 or not table.shape[1] or len(table) != size:
+            raise UserError(f"{what}: shape {table.shape}; allowed: ({size}, E), a row for each of the {size} labels.")
+        unusable = np.flatnonzero(np.isinf(table).any(1) | (np.isnan(table).any(1) & ~np.isnan(table).all(1)))
+        if len(unusable):
+            raise UserError(
+                f"{what}: row {unusable[0]} has values that are not finite ({len(unusable)} such rows); allowed: "
+                "finite numbers, or NaN in the whole row of a sample that lacks the modality."
+            )
+        tables[name] = table
+    if all(np.isnan(table).all() for table in tables.values()):
+        raise UserError("features: every row is NaN; give the embeddings of some samples.")
+    return tables
+
+
+def _groups(groups: ArrayLike, size: int) -> NDArray[np.int64]:
+    array = np.asarray(groups)
+    if array.shape != (size,):
+        raise UserError(f"groups: shape {array.shape}; allowed: ({size},), a source for each of the {size} labels.")
+    return np.unique(array, return_inverse=True)[1].astype(np.int64)
+
+
+def _check_numbers(num_neighbors: Sequence[int], min_change_odds: float) -> None:
+    if not len(num_neighbors) or any(k < 1 for k in num_neighbors):
+        raise UserError(f"num_neighbors={list(num_neighbors)}: allowed: one or more numbers from 1 on.")
+    if not min_change_odds >= 1:
+        raise UserError(f"min_change_odds={min_change_odds}: allowed: 1 or more.")

@@ -1,0 +1,92 @@
+"""Training and preparation of datasets from Python, and the examples of tools/examples."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import distav
+from distav.api import FinishedRun
+from distav.config.errors import UserError
+from distav.config.schema import Config
+from distav.data.dataset import ShardedDataset
+from tests.conftest import ROOT
+from tests.helpers.launch import environment
+from tools.examples import fine_tune_encoders
+
+TRAIN = """
+import sys
+import distav
+
+settings = {{"data.root": "{shards}", "data.synthetic.enabled": False, "run.root": "{root}", "run.name": "api",
+            "model.visual.width": 8, "model.audio.width": 8, "optim.global_batch": 24,
+            "phases.correct_1.num_neighbors": [12]}}
+settings |= {{f"phases.{{name}}.epochs": 1 for name in ("contrastive", "learn_1", "learn_2")}}
+for attempt in range(2):  # The second call finds the run finished.
+    finished = distav.train("quickstart", settings)
+    print(finished.labels().num_rows, len(finished.encoders()[1]["classes"]), finished.report["samples"])
+"""
+
+
+def test_datasets_are_built_and_cleaned(tmp_path: Path):
+    built = distav.make_shards(
+        "synthetic", tmp_path / "set", train_clips=20, test_clips=8, workers=1, label_noise="symmetric:0.4", part=None
+    )
+    assert built.clips == {"test": 8, "train": 20} and not built.rejected
+    first, second = ShardedDataset.open(tmp_path / "set").split("train").keys[:2]
+    decisions = tmp_path / "decisions.csv"
+    decisions.write_text(f"key,label,action\n{first},,remove\n{second},bars+tone,\n")
+    cleaned = distav.make_shards("clean", tmp_path / "set", tmp_path / "clean", decisions=[decisions], workers=1)
+    assert cleaned.clips["train"] == 19 and cleaned.rejected == 1 and cleaned.num_relabeled in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("synthetik", "out"), {}, "make_shards: .*'synthetik'.*Did you mean 'synthetic'"),
+        (("synthetic", "out"), {"train_clipz": 3}, "make_shards: unknown option --train-clipz"),
+        (("synthetic", "out"), {"train_clips": "many"}, "make_shards: --train-clips: "),
+        (("synthetic", "out"), {"workers": 0}, "--workers=0: allowed: 1 or more"),
+        (("clean", "missing", "out"), {"labels": "labels.parquet"}, "SHARDS=missing: no manifest.json found"),
+    ],
+)
+def test_invalid_arguments_of_make_shards_are_errors(
+    arguments: tuple[str, ...],
+    options: dict[str, object],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        distav.make_shards(*arguments, **options)
+
+
+def test_invalid_arguments_of_train_are_errors():
+    with pytest.raises(UserError, match="overrides='optim.lr=1': allowed: a list of texts"):
+        distav.train("quickstart", "optim.lr=1")
+    with pytest.raises(UserError, match="overrides are given with a Config"):
+        distav.train(Config(), ["optim.lr=1"])
+    with pytest.raises(UserError, match="optim.lrr"):
+        distav.train("quickstart", {"optim.lrr": 1})
+    with pytest.raises(UserError, match="no phase of this run corrected labels"):
+        FinishedRun(Path("runs/x"), {}).labels()
+
+
+@pytest.mark.long
+def test_training_returns_labels_report_and_encoders(tiny_shards: Path, tmp_path: Path):
+    program = TRAIN.format(shards=tiny_shards, root=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line == "96 6 96"] == ["96 6 96"] * 2
+    assert json.loads((tmp_path / "api" / "report.json").read_text())["samples"] == 96
+
+
+@pytest.mark.long
+def test_encoders_are_fine_tuned_by_the_example(finished: tuple[Path, str], tiny_shards: Path):
+    accuracy = fine_tune_encoders.main(finished[0] / "export", tiny_shards, epochs=2)
+    assert 0 <= accuracy <= 1
