@@ -6,10 +6,10 @@ Legend: B clips, N audio samples, F mel bins, L spectrogram frames.
 from abc import ABC, abstractmethod
 
 import torch
-import torchaudio.functional as AF
 from torch import Tensor, nn
 
 from distav.config.model import AudioConfig
+from distav.models.audio_front_ends import mel_filters
 
 
 class FrontEnd(nn.Module, ABC):
@@ -32,7 +32,7 @@ class FrontEnd(nn.Module, ABC):
 class LogMel(FrontEnd):
     """Log-mel spectrogram with zero mean and unit variance per clip, always computed in float32.
 
-    Window and filter bank are cached per device and are not buffers, so that a cast of the model to bfloat16 does not
+    Powers and mel filters (HTK's scale) are those of `torchaudio.transforms.MelSpectrogram` with its defaults. Window and filter bank are cached per device and are not buffers, so that a cast of the model to bfloat16 does not
     affect them.
     """
 
@@ -58,11 +58,11 @@ class LogMel(FrontEnd):
     def forward(self, audio: Tensor) -> Tensor:
         """Compute the spectrogram [B, 1, F, L] float32 of audio [B, N]."""
         if audio.device not in self._tables:
-            num_bins = self.num_fft // 2 + 1
-            banks = AF.melscale_fbanks(num_bins, 0.0, self.sample_rate_hz / 2, self.num_mels, self.sample_rate_hz)
-            self._tables[audio.device] = torch.hann_window(self.window).to(audio.device), banks.to(audio.device)
-        window, banks = self._tables[audio.device]
-        power = AF.spectrogram(audio.float(), 0, window, self.num_fft, self.hop, self.window, 2.0, False)
-        level = torch.log(torch.einsum("bfl,fm->bml", power, banks) + 1e-5)
+            rate = self.sample_rate_hz
+            filters = mel_filters("htk", self.num_fft, self.num_mels, rate, 0.0, rate / 2, torch.float32)
+            self._tables[audio.device] = torch.hann_window(self.window).to(audio.device), filters.to(audio.device)
+        window, filters = self._tables[audio.device]
+        spectrum = torch.stft(audio.float(), self.num_fft, self.hop, self.window, window, return_complex=True)
+        level = torch.log(torch.einsum("bfl,fm->bml", spectrum.abs().square(), filters) + 1e-5)
         mean, std = level.mean((1, 2), keepdim=True), level.std((1, 2), keepdim=True)
         return ((level - mean) / (std + 1e-3))[:, None]

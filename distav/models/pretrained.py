@@ -1,4 +1,4 @@
-"""Loading of exported networks; requires only torch, torchvision, torchaudio and safetensors."""
+"""Loading of exported networks; requires only torch, torchvision and safetensors."""
 
 import hashlib
 import json

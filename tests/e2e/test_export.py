@@ -39,11 +39,12 @@ class Blocked:
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]
         third_party = {"nvidia", "deepspeed", "hydra", "omegaconf", "webdataset", "pyarrow", "av", "soundfile", "scipy",
-                       "tqdm", "tensorboard", "isal", "transformers", "fsspec", "pandas", "sklearn"}
+                       "tqdm", "tensorboard", "isal", "transformers", "fsspec", "pandas", "sklearn", "torchaudio",
+                       "huggingface_hub"}
         if top in third_party:
             raise ImportError(f"{name} is not installed")
 
-import torch, torchaudio, torchvision
+import torch, torchvision
 for name in [module for module in sys.modules if module.split(".")[0] == "fsspec"]:
     del sys.modules[name]
 sys.meta_path.insert(0, Blocked())
