@@ -32,8 +32,8 @@ class FrontEnd(nn.Module, ABC):
 class LogMel(FrontEnd):
     """Log-mel spectrogram with zero mean and unit variance per clip, always computed in float32.
 
-    Powers and mel filters (HTK's scale) are those of `torchaudio.transforms.MelSpectrogram` with its defaults. Window and filter bank are cached per device and are not buffers, so that a cast of the model to bfloat16 does not
-    affect them.
+    Powers and mel filters (HTK's scale) are those of `torchaudio.transforms.MelSpectrogram` with its defaults. Window
+    and filters are cached per device and are not buffers, so that a cast of the model to bfloat16 does not affect them.
     """
 
     mel_dim, time_dim = 2, 3
