@@ -1,5 +1,6 @@
 """distav: audio-visual training on video with noisy labels and mismatched audio."""
 
+import importlib
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from distav.config.version import __version__
 
 if TYPE_CHECKING:
+    from distav.models.hub import push_to_hub
     from distav.models.pretrained import load_encoders
 
 if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
@@ -14,13 +16,14 @@ if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-__all__ = ["__version__", "load_encoders"]
+__all__ = ["__version__", "load_encoders", "push_to_hub"]
+
+_MODULES = {"load_encoders": "distav.models.pretrained", "push_to_hub": "distav.models.hub"}
+"""Modules of the functions that are imported on first use, since they import torch."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load_encoders` on first use, since it imports torch."""
-    if name == "load_encoders":
-        from distav.models.pretrained import load_encoders
-
-        return load_encoders
+    """Import a public function on first use."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'distav' has no attribute '{name}'")

@@ -12,7 +12,7 @@ from distav.config.model import ModelConfig, TowerConfig
 from distav.data.files import write_atomically
 from distav.evaluation.fusion import Fusion
 from distav.models import lora
-from distav.models.pretrained import EXPORT_FORMAT
+from distav.models.export_files import EXPORT_FORMAT
 from distav.training.run import Run
 
 _CARD_FIGURES = ("label_accuracy", "correspondence_auroc", "test", "events")

@@ -13,8 +13,8 @@ from distav.config.schema import DataConfig
 from distav.data.modalities import FeatureStream
 from distav.models.av_model import AVModel
 from distav.models.event_parser import FeatureParser
+from distav.models.export_files import EXPORT_FORMAT
 from distav.models.layers import GlobalBatchNorm
-from distav.models.pretrained import EXPORT_FORMAT
 from distav.models.towers import AUDIO_TOWERS, VISUAL_TOWERS
 
 CLASSES = ["bell", "dog", "drum", "rain", "train"]
