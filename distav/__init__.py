@@ -9,6 +9,7 @@ from distav.config.version import __version__
 
 if TYPE_CHECKING:
     from distav.models.hub import push_to_hub
+    from distav.models.onnx_export import export_onnx
     from distav.models.pretrained import load_encoders
 
 if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
@@ -16,9 +17,13 @@ if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-__all__ = ["__version__", "load_encoders", "push_to_hub"]
+__all__ = ["__version__", "export_onnx", "load_encoders", "push_to_hub"]
 
-_MODULES = {"load_encoders": "distav.models.pretrained", "push_to_hub": "distav.models.hub"}
+_MODULES = {
+    "export_onnx": "distav.models.onnx_export",
+    "load_encoders": "distav.models.pretrained",
+    "push_to_hub": "distav.models.hub",
+}
 """Modules of the functions that are imported on first use, since they import torch."""
 
 

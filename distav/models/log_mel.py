@@ -57,12 +57,17 @@ class LogMel(FrontEnd):
 
     def forward(self, audio: Tensor) -> Tensor:
         """Compute the spectrogram [B, 1, F, L] float32 of audio [B, N]."""
-        if audio.device not in self._tables:
-            rate = self.sample_rate_hz
-            filters = mel_filters("htk", self.num_fft, self.num_mels, rate, 0.0, rate / 2, torch.float32)
-            self._tables[audio.device] = torch.hann_window(self.window).to(audio.device), filters.to(audio.device)
-        window, filters = self._tables[audio.device]
+        window, filters = self._tables.get(audio.device) or self._create_tables(audio.device)
         spectrum = torch.stft(audio.float(), self.num_fft, self.hop, self.window, window, return_complex=True)
         level = torch.log(torch.einsum("bfl,fm->bml", spectrum.abs().square(), filters) + 1e-5)
         mean, std = level.mean((1, 2), keepdim=True), level.std((1, 2), keepdim=True)
         return ((level - mean) / (std + 1e-3))[:, None]
+
+    def _create_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return window and filters [K, F] on a device, and keep them."""
+        rate = self.sample_rate_hz
+        filters = mel_filters("htk", self.num_fft, self.num_mels, rate, 0.0, rate / 2, torch.float32)
+        tables = torch.hann_window(self.window).to(device), filters.to(device)
+        if not torch.compiler.is_exporting():  # Tensors of a trace have no values outside of it.
+            self._tables[device] = tables
+        return tables
