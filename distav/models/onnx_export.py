@@ -25,6 +25,8 @@ OUTPUTS = ("features", "embedding")
 """Names of the outputs."""
 TOLERANCE = 1e-4
 """Largest difference of an output from that of PyTorch, absolute or relative to the largest value."""
+_MAX_REASON = 300
+"""Largest number of characters of another library's message in an error."""
 _MAX_FILE_BYTES = 2**31 - 2**24
 """Size of the weights from which they are stored in a second file: files of ONNX are limited to 2 GiB."""
 
@@ -139,10 +141,10 @@ def _difference(net: nn.Module, clips: Tensor, path: Path, name: str) -> float:
 
 def _rename_intermediate_values(graph: Any) -> None:
     """Rename values inside a graph that have the name of an output, such as those of embedding layers."""
-    for node in graph:
-        for value in node.outputs:
-            if value.name in OUTPUTS and not any(value is output for output in graph.outputs):
-                value.name = f"{value.name}_inside"
+    values = [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    for value in values:
+        if value.name in OUTPUTS and not any(value is output for output in graph.outputs):
+            value.name = f"{value.name}_inside"
 
 
 def _example_clips(modality: str, inputs: dict[str, Any]) -> Tensor:
@@ -178,6 +180,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _root_cause(error: BaseException) -> str:
+    """Return the beginning of the message of the first error in a chain."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__

@@ -37,7 +37,7 @@ class Clips(list[int]):
         self.name, self.streams = name, streams or {}
 
 
-def card_of(export: Path, model: ModelConfig, report: dict[str, Any], has_test: bool = True, **streams: Any) -> str:
+def card_of(export: Path, model: ModelConfig, report: dict[str, Any], *, has_test: bool = True, **streams: Any) -> str:
     inputs = json.loads((export / "config.json").read_text())["input"]
     run = SimpleNamespace(
         config=SimpleNamespace(run=SimpleNamespace(name="mine"), model=model, phases={"contrastive": 0, "learn": 0}),
@@ -95,7 +95,7 @@ def test_the_usage_example_runs_with_a_directory_and_with_the_hub(
         streams = {"clip": SimpleNamespace(steps=5, dim=12), "clap": SimpleNamespace(steps=5, dim=8)}
         shapes = {"segments": (1, 2, 5, len(CLASSES))}
         assert load_parser(export)[1]["input"].keys() == streams.keys()
-    card = card_of(export, ModelConfig(), REPORT, **streams)
+    card = card_of(export, ModelConfig(), REPORT, has_test=True, **streams)
     (export / "README.md").write_text(card)
     monkeypatch.chdir(tmp_path)
     values = run_usage(card, "export")
