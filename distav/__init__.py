@@ -9,6 +9,8 @@ from distav.config.version import __version__
 
 if TYPE_CHECKING:
     from distav.api import make_shards, train
+    from distav.models.hub import push_to_hub
+    from distav.models.onnx_export import export_onnx
     from distav.models.pretrained import load_encoders
     from distav.noise.label_issues import CorrectedLabels, correct_labels, find_label_issues
 
@@ -21,23 +23,28 @@ __all__ = [
     "CorrectedLabels",
     "__version__",
     "correct_labels",
+    "export_onnx",
     "find_label_issues",
     "load_encoders",
     "make_shards",
+    "push_to_hub",
     "train",
 ]
 
 _MODULES = {
     "CorrectedLabels": "distav.noise.label_issues",
     "correct_labels": "distav.noise.label_issues",
+    "export_onnx": "distav.models.onnx_export",
     "find_label_issues": "distav.noise.label_issues",
     "load_encoders": "distav.models.pretrained",
     "make_shards": "distav.api",
+    "push_to_hub": "distav.models.hub",
 }
+"""Modules of the names that are imported on first use, since they import torch."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public function on first use, since its module imports torch; `distav.train` is a module to call."""
+    """Import a public name on first use; `distav.train` is a module that can be called."""
     if name == "train":
         return import_module("distav.train")
     if name not in _MODULES:

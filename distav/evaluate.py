@@ -55,6 +55,7 @@ from distav.evaluation.summary import over_folds, print_metrics, record
 from distav.evaluation.zero_shot import ZeroShot
 from distav.models.families.text_networks import KEY as TEXT_NETWORKS
 from distav.models.families.text_networks import TextNetwork
+from distav.models.hub import export_folder
 from distav.models.pretrained import input_config
 
 FROZEN_TASKS = ("knn", *PROBES, "retrieval", "zero_shot")
@@ -90,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options.shards.count(folder) > 1:
                 raise UserError(f"SHARDS: {folder} is listed more than once; list each fold once.")
         with process_group(options.device, options.timeout_s, options.threads) as world:
+            options.export = export_folder(options.export)
             zero_shot = _zero_shot(options, world) if "zero_shot" in options.tasks else None
             folds = [_evaluate(options, folder, world, zero_shot) for folder in options.shards]
             if world.is_main:
@@ -111,7 +113,7 @@ def _parser() -> CommandParser:
         script="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("export", type=Path, metavar="EXPORT", help="export/ directory of a run")
+    add("export", metavar="EXPORT", help="export/ directory of a run, or hf://USER/NAME[@REVISION] on the hub")
     add("shards", nargs="+", metavar="SHARDS", help="dataset, or one for each fold: directories of shards or URLs")
     add("--protocol", default="", metavar="FILE", help="YAML file of options, or the name of one in configs/protocols")
     add("--tasks", nargs="+", choices=TASKS, default=["knn", "linear_probe", "retrieval"],

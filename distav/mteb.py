@@ -23,6 +23,7 @@ from torch.nn.functional import interpolate
 
 from distav.config.errors import UserError
 from distav.evaluation.embedding import Embedder, Embeddings, normalize_rows
+from distav.models.hub import export_folder
 from distav.models.pretrained import weights_digest
 
 
@@ -30,7 +31,7 @@ class DistavEncoder(AbsEncoder):
     """An exported network that embeds video and audio.
 
     Args:
-        model_name: `export/` directory of a run.
+        model_name: `export/` directory of a run, or `hf://USER/NAME` or `hf://USER/NAME@REVISION` on the hub.
         revision: not used.
         device: name of a device; None: a GPU if there is one.
         views: evenly spaced parts of each input whose features are averaged.
@@ -45,14 +46,15 @@ class DistavEncoder(AbsEncoder):
     ):  # fmt: skip
         if views < 1:
             raise UserError(f"views={views}: allowed: 1 or more.")
+        folder = export_folder(model_name)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.embedder, self.views = Embedder.open(Path(model_name), torch.device(device)), views
+        self.embedder, self.views = Embedder.open(folder, torch.device(device)), views
         self.inputs = self.embedder.description["input"]
-        run = Path(model_name).resolve().parent.name
+        name = str(model_name).partition("://")[2] or f"distav/{folder.resolve().parent.name}"
         self.mteb_model_meta = ModelMeta(
             loader=None,
-            name=f"distav/{run}",
-            revision=weights_digest(model_name)[:12],
+            name=name.partition("@")[0],
+            revision=weights_digest(folder)[:12],
             release_date=None,
             languages=None,
             n_parameters=sum(parameter.numel() for parameter in self.embedder.model.parameters()),

@@ -128,4 +128,5 @@ class ModelConfig:
     activation_checkpointing: bool = False
     """Recompute the activations of the towers in the backward pass instead of storing them."""
     pretrained: FilePath = ""
-    """`export/` directory with the initial weights, used where name and shape match; empty for none."""
+    """`export/` directory, or hf://USER/NAME[@REVISION] on the hub, with the initial weights, used where name and shape
+    match; empty for none."""

@@ -104,8 +104,8 @@ class Embedder:
     batch_size: int = 32
 
     @classmethod
-    def open(cls, export: Path, device: torch.device, batch_size: int = 32) -> "Embedder":
-        """Load an exported network.
+    def open(cls, export: str | Path, device: torch.device, batch_size: int = 32) -> "Embedder":
+        """Load an exported network, from a directory or from the hub: `hf://USER/NAME` or `hf://USER/NAME@REVISION`.
 
         Raises:
             UserError: if the directory holds no export, or the export of a network on features.

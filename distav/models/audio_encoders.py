@@ -5,7 +5,7 @@ Legend: B clips, N audio samples, F mel bins, L mel frames, E feature width.
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, max_pool2d
 
 from distav.config.model import AudioConfig
 from distav.models.encoder import AudioEncoder
@@ -19,6 +19,19 @@ NUM_BANDS = 4
 def _conv_layer(in_channels: int, out_channels: int, stride: int, kernel: int = 3) -> list[nn.Module]:
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
     return [conv, GlobalBatchNorm(out_channels), nn.ReLU(inplace=True)]
+
+
+def _mean_of_bands(x: Tensor) -> Tensor:
+    """Return the mean over time of each band: [B, C, F, L] to [B, C, bands, 1]."""
+    return adaptive_avg_pool2d(x, (NUM_BANDS, 1))
+
+
+def _max_of_bands(x: Tensor) -> Tensor:
+    """Return the maximum over time of each band, as `adaptive_max_pool2d`, which ONNX cannot express."""
+    rows = x.shape[2]
+    edges = [(band * rows // NUM_BANDS, -(-(band + 1) * rows // NUM_BANDS)) for band in range(NUM_BANDS)]
+    bands = [x[:, :, first:last] for first, last in edges]
+    return torch.cat([max_pool2d(band, (band.shape[2], band.shape[3])) for band in bands], dim=2)
 
 
 class SmallConv(AudioEncoder):
@@ -42,7 +55,7 @@ class SmallConv(AudioEncoder):
         x = mel
         for stage in self.stages:
             x = stage(x)
-        pooled = [pool(x, (NUM_BANDS, 1)).flatten(1) for pool in (adaptive_avg_pool2d, adaptive_max_pool2d)]
+        pooled = [pool(x).flatten(1) for pool in (_mean_of_bands, _max_of_bands)]
         return self.project(torch.cat(pooled, dim=1))
 
 

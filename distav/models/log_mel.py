@@ -6,10 +6,10 @@ Legend: B clips, N audio samples, F mel bins, L spectrogram frames.
 from abc import ABC, abstractmethod
 
 import torch
-import torchaudio.functional as AF
 from torch import Tensor, nn
 
 from distav.config.model import AudioConfig
+from distav.models.audio_front_ends import mel_filters
 
 
 class FrontEnd(nn.Module, ABC):
@@ -32,8 +32,8 @@ class FrontEnd(nn.Module, ABC):
 class LogMel(FrontEnd):
     """Log-mel spectrogram with zero mean and unit variance per clip, always computed in float32.
 
-    Window and filter bank are cached per device and are not buffers, so that a cast of the model to bfloat16 does not
-    affect them.
+    Powers and mel filters (HTK's scale) are those of `torchaudio.transforms.MelSpectrogram` with its defaults. Window
+    and filters are cached per device and are not buffers, so that a cast of the model to bfloat16 does not affect them.
     """
 
     mel_dim, time_dim = 2, 3
@@ -57,12 +57,17 @@ class LogMel(FrontEnd):
 
     def forward(self, audio: Tensor) -> Tensor:
         """Compute the spectrogram [B, 1, F, L] float32 of audio [B, N]."""
-        if audio.device not in self._tables:
-            num_bins = self.num_fft // 2 + 1
-            banks = AF.melscale_fbanks(num_bins, 0.0, self.sample_rate_hz / 2, self.num_mels, self.sample_rate_hz)
-            self._tables[audio.device] = torch.hann_window(self.window).to(audio.device), banks.to(audio.device)
-        window, banks = self._tables[audio.device]
-        power = AF.spectrogram(audio.float(), 0, window, self.num_fft, self.hop, self.window, 2.0, False)
-        level = torch.log(torch.einsum("bfl,fm->bml", power, banks) + 1e-5)
+        window, filters = self._tables.get(audio.device) or self._create_tables(audio.device)
+        spectrum = torch.stft(audio.float(), self.num_fft, self.hop, self.window, window, return_complex=True)
+        level = torch.log(torch.einsum("bfl,fm->bml", spectrum.abs().square(), filters) + 1e-5)
         mean, std = level.mean((1, 2), keepdim=True), level.std((1, 2), keepdim=True)
         return ((level - mean) / (std + 1e-3))[:, None]
+
+    def _create_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return window and filters [K, F] on a device, and keep them."""
+        rate = self.sample_rate_hz
+        filters = mel_filters("htk", self.num_fft, self.num_mels, rate, 0.0, rate / 2, torch.float32)
+        tables = torch.hann_window(self.window).to(device), filters.to(device)
+        if not torch.compiler.is_exporting():  # Tensors of a trace have no values outside of it.
+            self._tables[device] = tables
+        return tables

@@ -1,7 +1,6 @@
-"""Loading of exported networks; requires only torch, torchvision, torchaudio and safetensors."""
+"""Loading of exported networks; requires only torch, torchvision and safetensors."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,15 @@ from distav.config.schema import DataConfig
 from distav.data.modalities import FeatureStream
 from distav.models.av_model import AVModel
 from distav.models.event_parser import FeatureParser
+from distav.models.export_files import WEIGHTS, corrupt_weights, read_description
+from distav.models.hub import export_folder
 
-EXPORT_FORMAT = 4
-"""Version of the files in an `export/` directory: names of settings and of weights."""
 
-
-def load_encoders(folder: str | Path) -> tuple[AVModel, dict[str, Any]]:
+def load_encoders(location: str | Path) -> tuple[AVModel, dict[str, Any]]:
     """Load exported encoders in evaluation mode.
 
     Args:
-        folder: an `export/` directory.
+        location: an `export/` directory, or `hf://USER/NAME` or `hf://USER/NAME@REVISION` on the Hugging Face hub.
 
     Returns:
         The model, with the towers `.visual` (frames [B, T, H, W, 3] uint8) and `.audio` (audio [B, N] float32), and its
@@ -34,10 +32,11 @@ def load_encoders(folder: str | Path) -> tuple[AVModel, dict[str, Any]]:
     Raises:
         UserError: if the directory holds no export of encoders in the current format.
     """
-    description = _load_description(Path(folder))
+    folder = export_folder(location)
+    description = read_description(folder, location)
     inputs = description["input"]
     if "num_frames" not in inputs:
-        raise UserError(f"{folder} holds an event parser over features and no encoders; use load_parser.")
+        raise UserError(f"{location} holds an event parser over features and no encoders; use load_parser.")
     num_classes, segments = len(description["classes"]), description["segments"]
     model = AVModel(
         model_config(description), input_config(description), inputs["sample_rate_hz"], num_classes, segments
@@ -46,23 +45,29 @@ def load_encoders(folder: str | Path) -> tuple[AVModel, dict[str, Any]]:
     return model.eval(), description
 
 
-def load_weights(folder: str | Path) -> dict[str, Tensor]:
-    """Return the weights of an `export/` directory by name.
+def load_weights(location: str | Path) -> dict[str, Tensor]:
+    """Return the weights of an export, in a directory or on the hub, by name.
 
     Raises:
         UserError: if it holds no export in the current format.
     """
-    _load_description(Path(folder))
-    path = Path(folder) / "model.safetensors"
+    folder = export_folder(location)
+    read_description(folder, location)
     try:
-        return safetensors.torch.load_file(path)
+        return safetensors.torch.load_file(folder / WEIGHTS)
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is corrupt ({error}); copy it again.") from None
+        raise corrupt_weights(folder, error) from None
 
 
-def weights_digest(folder: str | Path) -> str:
-    """Return the SHA-256 of the weights in an `export/` directory."""
-    with (Path(folder) / "model.safetensors").open("rb") as file:
+def weights_digest(location: str | Path) -> str:
+    """Return the SHA-256 of the weights of an export, in a directory or on the hub.
+
+    Raises:
+        UserError: if it holds no export in the current format.
+    """
+    folder = export_folder(location)
+    read_description(folder, location)
+    with (folder / WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -85,11 +90,11 @@ def input_config(description: dict[str, Any]) -> DataConfig:
     return DataConfig(**{name: description["input"][name] for name in names})
 
 
-def load_parser(folder: str | Path) -> tuple[FeatureParser, dict[str, Any]]:
+def load_parser(location: str | Path) -> tuple[FeatureParser, dict[str, Any]]:
     """Load an exported event parser over features in evaluation mode.
 
     Args:
-        folder: an `export/` directory.
+        location: an `export/` directory, or `hf://USER/NAME` or `hf://USER/NAME@REVISION` on the Hugging Face hub.
 
     Returns:
         The model, which takes each stream [B, steps, dim] by name and `seeds` [B] int64, and its description, with the
@@ -98,29 +103,12 @@ def load_parser(folder: str | Path) -> tuple[FeatureParser, dict[str, Any]]:
     Raises:
         UserError: if the directory holds no export of an event parser in the current format.
     """
-    description = _load_description(Path(folder))
+    folder = export_folder(location)
+    description = read_description(folder, location)
     if "num_frames" in description["input"]:
-        raise UserError(f"{folder} holds encoders of clips; use load_encoders.")
+        raise UserError(f"{location} holds encoders of clips; use load_encoders.")
     streams = {name: FeatureStream(**stream) for name, stream in description["input"].items()}
     config = ParserConfig(**description["model"]["parser"])
     model = FeatureParser(config, streams, description["segments"], len(description["classes"]))
     model.load_state_dict(load_weights(folder))
     return model.eval(), description
-
-
-def _load_description(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file() or not (folder / "model.safetensors").is_file():
-        raise UserError(
-            f"{folder} holds no export; expected model.safetensors and config.json, as in runs/NAME/export."
-        )
-    try:
-        description: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is corrupt ({error}); copy it again.") from None
-    if description.get("format") != EXPORT_FORMAT:
-        raise UserError(
-            f"{path} has export format {description.get('format')}; this version of distav reads format "
-            f"{EXPORT_FORMAT}. Export the network with this version, or load it with the version that exported it."
-        )
-    return description

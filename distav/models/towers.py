@@ -175,10 +175,13 @@ class VisualTower(Tower):
 
     def _normalize(self, frames: Tensor, dtype: torch.dtype) -> Tensor:
         """Subtract the mean and divide by the standard deviation of the network's input, computed in float32."""
-        if frames.device not in self._moments:  # Not a buffer: a cast of the model to bfloat16 would round it.
-            moments = [list(self._input.mean), list(self._input.std)]
-            self._moments[frames.device] = torch.tensor(moments, device=frames.device, dtype=torch.float32)
-        mean, std = self._moments[frames.device]
+        moments = self._moments.get(frames.device)
+        if moments is None:  # Not a buffer: a cast of the model to bfloat16 would round it.
+            values = [list(self._input.mean), list(self._input.std)]
+            moments = torch.tensor(values, device=frames.device, dtype=torch.float32)
+            if not torch.compiler.is_exporting():  # Tensors of a trace have no values outside of it.
+                self._moments[frames.device] = moments
+        mean, std = moments
         if frames.is_cuda:  # One kernel reads uint8 and writes the result; a CPU would convert all frames first.
             return torch.addcmul(-mean / std, frames, 1 / (255 * std), out=torch.empty_like(frames, dtype=dtype))
         return frames.float().div_(255).sub_(mean).div_(std).to(dtype)

@@ -17,6 +17,8 @@ from distav.noise.tiling import tiles
 
 NUM_RATES = 181
 """R, the number of candidate rates."""
+MAX_INTERVAL_WIDTH = 0.5
+"""Width of a 95 % interval above which a noise rate counts as not identified."""
 CONFORMAL_FACTOR = 1.5
 """Factor on the distances of the bounds of an interval from the estimate. The model does not describe all noise, so its
 likelihood is too certain. As in split conformal prediction (Lei et al. 2018, section 2.2), the factor is such that the

@@ -49,6 +49,8 @@ from distav.distributed.collectives import barrier, run_on_main_rank
 from distav.distributed.launch import set_rank_variables
 from distav.distributed.process_group import World, process_group
 from distav.evaluation.embedding import Embedder, Embeddings, to_table
+from distav.models.hub import export_folder
+from distav.models.pretrained import weights_digest
 from distav.tools.chunks import iter_rank_chunks, missing_chunks
 
 CHUNK = 1024
@@ -81,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_minimums(options, workers=1, batch_size=1, threads=0)
         with process_group(options.device, options.timeout_s, options.threads) as world:
+            options.export = export_folder(options.export)
             embedder = Embedder.open(options.export, world.device, options.batch_size)
             groups, digest = _open_input(options, embedder)
             run_on_main_rank(lambda: _claim(options, digest), _OUT_ADVICE)
@@ -98,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(script="embed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("export", type=Path, metavar="EXPORT", help="export directory of a run")
+    add("export", metavar="EXPORT", help="export/ directory of a run, or hf://USER/NAME[@REVISION] on the hub")
     add("input", metavar="INPUT", help="directory or URL of a dataset, directory of media files, or .npz file")
     add("--out", type=Path, required=True, metavar="OUT", help="directory of the tables")
     add("--splits", nargs="+", default=[], metavar="NAME", help="splits of the dataset (default: all)")
@@ -179,10 +182,9 @@ def _cut_media(folder: Path, out: Path, description: dict[str, Any], workers: in
 
 def _claim(options: argparse.Namespace, digest: str) -> None:
     """Check that the tables in OUT, if any, are of this network and these clips."""
-    weights = hashlib.sha256((options.export / "model.safetensors").read_bytes()).hexdigest()
     claim_dir(
         options.out / "_embed.json",
-        {"weights": weights, "batch_size": options.batch_size, "input": digest},
+        {"weights": weights_digest(options.export), "batch_size": options.batch_size, "input": digest},
         f"{options.out} contains embeddings of other clips, by another network, or with another --batch-size",
         "choose another --out or delete it",
     )

@@ -2,20 +2,18 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
-from distav.config.model import ModelConfig, TowerConfig
+from distav.config.model import ModelConfig
 from distav.data.files import write_atomically
 from distav.evaluation.fusion import Fusion
 from distav.models import lora
-from distav.models.pretrained import EXPORT_FORMAT
+from distav.models.export_files import EXPORT_FORMAT
+from distav.training.model_card import model_card
 from distav.training.run import Run
-
-_CARD_FIGURES = ("label_accuracy", "correspondence_auroc", "test", "events")
 
 
 def export(run: Run, weights: dict[str, Tensor], report: dict[str, Any], fusion: Fusion | None = None) -> None:
@@ -32,7 +30,7 @@ def export(run: Run, weights: dict[str, Tensor], report: dict[str, Any], fusion:
     write_atomically(folder / "model.safetensors", safetensors.torch.save(_merged_weights(weights, run.config.model)))
     description = _description(run, fusion)
     write_atomically(folder / "config.json", (json.dumps(description, indent=1) + "\n").encode())
-    write_atomically(folder / "README.md", _model_card(run, description["input"], report).encode())
+    write_atomically(folder / "README.md", model_card(run, description["input"], report).encode())
 
 
 def _description(run: Run, fusion: Fusion | None) -> dict[str, Any]:
@@ -73,74 +71,3 @@ def _merged_weights(weights: dict[str, Tensor], model: ModelConfig) -> dict[str,
     """Return the weights without adapters."""
     towers = {"visual": model.visual, "audio": model.audio}
     return lora.merged(weights, {name: tower.lora_alpha / max(1, tower.lora_rank) for name, tower in towers.items()})
-
-
-def _model_card(run: Run, inputs: dict[str, Any], report: dict[str, Any]) -> str:
-    data = run.data
-    figures = {name: report[name] for name in _CARD_FIGURES if name in report}
-    if "test" in figures:  # Datasets may have hundreds of classes.
-        figures["test"] = {name: value for name, value in figures["test"].items() if name != "by_class"}
-    title, input_lines, usage = _parser_card(run) if data.train.streams else _encoder_card(run, inputs)
-    return f"""# {run.config.run.name}
-
-{title}
-
-- Data: `{Path(data.shards.location).name}`, {len(data.train)} training clips, {len(data.shards.classes)} classes.
-{input_lines}
-- Noise: {_noise_estimates(report)}.
-- Phases: {", ".join(run.config.phases)}.
-
-Metrics:
-
-```json
-{json.dumps(figures, indent=1)}
-```
-
-Usage: `{usage}`.
-"""
-
-
-def _parser_card(run: Run) -> tuple[str, str, str]:
-    streams = (f"`{name}` [{stream.steps}, {stream.dim}]" for name, stream in run.data.train.streams.items())
-    return (
-        "Audio-visual event parser over features, trained with distav.",
-        f"- Input: {', '.join(streams)}, float32.",
-        'model, description = distav.models.pretrained.load_parser("export")`; `model(seeds, **features)',
-    )
-
-
-def _encoder_card(run: Run, inputs: dict[str, Any]) -> tuple[str, str, str]:
-    model = run.config.model
-    input_lines = f"""- Towers: visual {_origin(model.visual)}, audio {_origin(model.audio)}.
-- Input: {inputs["num_frames"]} frames of {inputs["frame_size"]} x {inputs["frame_size"]} pixels, uint8, every
-  {inputs["frame_stride"]} frames at {inputs["fps"]:g} fps; {inputs["audio_s"]:g} s of mono audio at
-  {inputs["sample_rate_hz"]} Hz, float32 in [-1, 1]."""
-    return (
-        "Audio-visual encoders and classifiers, trained with distav.",
-        input_lines,
-        'model, description = distav.load_encoders("export")`; `model.visual(frames)`, `model.audio(audio)',
-    )
-
-
-def _origin(tower: TowerConfig) -> str:
-    """Return name, source and license of a tower, for the card."""
-    source = tower.architecture.get("source")
-    if not source or tower.weights == "none":
-        return f"`{tower.name}`"
-    return f"`{tower.name}` (initial weights: {source}, license: {tower.architecture.get('license', 'see the source')})"
-
-
-def _noise_estimates(report: dict[str, Any]) -> str:
-    """Return the noise rates of the last label correction, for the card."""
-    if not report.get("corrections"):
-        return "not estimated"
-    last = report["corrections"][-1]
-    estimates = []
-    rates = {"label noise rate": "label_noise_rate", "pair mismatch rate": "pair_mismatch_rate"}
-    if last.get("multi_label"):
-        rates = {"missing label rate": "missing_label_rate", "wrong label rate": "wrong_label_rate"}
-    for name, key in rates.items():
-        rate = last[key]
-        interval = f"95 % interval {rate['ci95_low']:.1%} to {rate['ci95_high']:.1%}"
-        estimates.append(f"{name} {rate['estimate']:.1%} ({interval})")
-    return ", ".join(estimates)

@@ -1,7 +1,6 @@
 """Initial weights of a run: those of pretrained towers, and those of an exported network."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -74,7 +73,7 @@ class InitialWeights:
     def _exported(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         source = self.config.pretrained
         try:
-            weights = load_weights(Path(source).expanduser())
+            weights = load_weights(source)
         except UserError as error:
             raise UserError(f"model.pretrained={source}: {error}") from None
         weights = lora.to_adapted_names(weights, own)

@@ -9,6 +9,7 @@ import numpy as np
 
 from distav.config.phases import EventParsingPhase, SupervisedPhase
 from distav.data.files import write_atomically
+from distav.noise.noise_rate import MAX_INTERVAL_WIDTH
 from distav.training import final_evaluation
 from distav.training.classifier_fusion import fit_run_fusion
 from distav.training.export import export
@@ -18,8 +19,6 @@ from distav.training.run import Run
 
 _IMBALANCE_FACTOR = 2
 """Ratio of the largest to the smallest class from which the summary gives the balanced accuracy."""
-_MAX_INTERVAL_WIDTH = 0.5
-"""Width of a 95 % interval above which a noise rate counts as not identified."""
 
 
 def write_report(run: Run) -> None:
@@ -190,7 +189,7 @@ def _noise_entries(correction: dict[str, Any], has_signal: bool) -> list[tuple[s
     for name, key in (("label noise rate", "label_noise_rate"), ("pair mismatch rate", "pair_mismatch_rate")):
         rate = correction[key]
         low, high = rate["ci95_low"], rate["ci95_high"]
-        estimate = "not identified" if high - low > _MAX_INTERVAL_WIDTH else _percent(rate["estimate"])
+        estimate = "not identified" if high - low > MAX_INTERVAL_WIDTH else _percent(rate["estimate"])
         entries.append(("Noise", f"{name} {estimate} (95 % interval {_percent(low)} to {_percent(high)})"))
     if "warning" in correction:
         entries.append(("Warning", correction["warning"]))

@@ -29,6 +29,7 @@ from distav.training.run_setup import open_run
 from tests.conftest import make_shards
 from tests.helpers.launch import tiny_config, train
 from tests.helpers.media import write_audio, write_media, write_silent
+from tests.helpers.model_cards import front_matter, run_usage
 from tests.helpers.rank_group import context, run_to_completion
 
 CPU = torch.device("cpu")
@@ -39,11 +40,12 @@ class Blocked:
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]
         third_party = {"nvidia", "deepspeed", "hydra", "omegaconf", "webdataset", "pyarrow", "av", "soundfile", "scipy",
-                       "tqdm", "tensorboard", "isal", "transformers", "fsspec", "pandas", "sklearn"}
+                       "tqdm", "tensorboard", "isal", "transformers", "fsspec", "pandas", "sklearn", "torchaudio",
+                       "huggingface_hub"}
         if top in third_party:
             raise ImportError(f"{name} is not installed")
 
-import torch, torchaudio, torchvision
+import torch, torchvision
 for name in [module for module in sys.modules if module.split(".")[0] == "fsspec"]:
     del sys.modules[name]
 sys.meta_path.insert(0, Blocked())
@@ -99,9 +101,14 @@ def test_towers_without_other_dependencies_equal_the_training_graph(finished: tu
 def test_the_model_card_names_data_noise_and_metrics(finished: tuple[Path, str], tiny_shards: Path):
     card = (finished[0] / "export" / "README.md").read_text()
     report = json.loads((finished[0] / "report.json").read_text())
-    assert f"`{tiny_shards.name}`, 96 training clips" in card and "distav.load_encoders" in card
-    assert f"label noise rate {report['corrections'][-1]['label_noise_rate']['estimate']:.1%} (" in card
+    assert f"`{tiny_shards.name}`, 96 training clips" in card and "The test split `test` has 24 clips" in card
+    no_signal = "k-NN votes carry no label signal"  # The card says what the summary of the run says.
+    assert (f"not estimated, since {no_signal}" in card) == (f"not estimated: {no_signal}" in finished[1])
+    assert ("pair mismatch rate" in card) != (no_signal in card)
     assert str(report["test"]["top1"]) in card
+    assert front_matter(card)["library_name"] == "distav"
+    values = run_usage(card, str(finished[0] / "export"))
+    assert values["visual"].shape == values["audio"].shape == (1, 16)
 
 
 def test_embeddings_of_a_dataset_are_the_same_bytes_for_any_number_of_ranks(

@@ -83,7 +83,7 @@ def test_one_and_two_ranks_learn_the_same_and_a_kill_changes_nothing(llp: Path, 
     reported = json.loads((tmp_path / "one" / "valor" / "report.json").read_text())["events"]
     for level, scores in event_metrics(predicted.numpy(), known).items():
         assert scores == pytest.approx(reported[level])
-    with pytest.raises(UserError, match="load it by load_parser"):
+    with pytest.raises(UserError, match="use load_parser"):
         load_encoders(tmp_path / "one" / "valor" / "export")
 
 

@@ -16,7 +16,7 @@ from torch.distributed.run import parse_args as parse_torchrun
 
 from distav import evaluate, train
 from distav.config import loading
-from distav.tools import make_shards
+from distav.tools import export_onnx, make_shards
 from distav.tools.audit import command as audit
 from distav.tools.embed import main as embed
 from distav.tools.inspect_shards import command as inspect_shards
@@ -46,6 +46,7 @@ PARSERS = {
     "tools/make_shards.py": make_shards._parser,
     "tools/inspect_shards.py": inspect_shards._parser,
     "tools/pseudo_label.py": pseudo_label._parser,
+    "tools/export_onnx.py": export_onnx._parser,
     "tools/audit.py": audit._parser,
     "tools/bench.py": bench._parser,
 }

@@ -14,11 +14,11 @@ from distav.mteb import DistavEncoder
 MODALITIES = frozenset(("audio", "video"))
 
 
-def run(export: Path, names: Sequence[str], work: Path, views: int) -> dict[str, Any]:
+def run(export: str, names: Sequence[str], work: Path, views: int) -> dict[str, Any]:
     """Evaluate a network on tasks, whose data mteb downloads; finished tasks are kept.
 
     Args:
-        export: `export/` directory of a run.
+        export: `export/` directory of a run, or `hf://USER/NAME` on the hub.
         names: names of tasks with audio or video and no text.
         work: directory for the results of mteb.
         views: evenly spaced parts of each input whose features are averaged.
@@ -39,7 +39,7 @@ def run(export: Path, names: Sequence[str], work: Path, views: int) -> dict[str,
         {"task": result.task_name, "main_score": result.get_score(), "scores": result.scores}
         for result in results.task_results
     ]
-    weights = {"export": str(export), "sha256": weights_digest(export)}
+    weights = {"export": export, "sha256": weights_digest(export)}
     return {"machine": machine(), "mteb": mteb.__version__, "weights": weights, "views": views, "rows": rows}
 
 

@@ -40,7 +40,7 @@ def add_commands(commands: Any) -> None:
         help="scores of an exported network on tasks of mteb",
         description="Evaluate an exported network on audio and video tasks of mteb, which downloads their data.",
     )
-    tasks.add_argument("export", nargs="?", type=Path, metavar="EXPORT", help="export/ directory of a run")
+    tasks.add_argument("export", nargs="?", metavar="EXPORT", help="export/ directory of a run, or hf://USER/NAME")
     tasks.add_argument("tasks", nargs="*", metavar="TASK", help="names of tasks, such as ESC50")
     tasks.add_argument("--list", action="store_true", help="print the names of all tasks with audio or video alone")
     tasks.add_argument("--views", type=int, default=3, help="parts of each input whose features are averaged (3)")
