@@ -28,6 +28,7 @@ from distav.noise.model_fit import (
 from distav.noise.model_parameters import Parameters, Votes
 from distav.noise.noise_rate import RateEstimate, candidate_rates, estimate_rate, interpolate_profile
 from distav.noise.tiling import threads_for, tiles
+from distav.noise.vote_unmixing import VoteUnmixing
 
 GRID = (0.002, 0.03, 0.08, 0.13, 0.18, 0.235, 0.29, 0.345, 0.4, 0.46, 0.52, 0.58, 0.64, 0.7, 0.76, 0.82, 0.88, 0.94)
 """Noise rates of the fits, relative to that of random labels."""
@@ -68,6 +69,7 @@ class LabelModel:
         label_rate: label-noise rate.
         pair_rate: rate of pairs whose modalities show different classes.
         gain: gain in the log-likelihood of the labels over the class frequencies, in nats.
+        unmixing: what turns votes on labels into votes on classes; None if the votes are used as they are.
     """
 
     parameters: Sequence[Parameters]
@@ -79,6 +81,7 @@ class LabelModel:
     label_rate: RateEstimate
     pair_rate: RateEstimate
     gain: float
+    unmixing: VoteUnmixing | None = None
 
     @property
     def pairs(self) -> PairAssumption:
@@ -103,6 +106,8 @@ class LabelModel:
 
     def _posterior_of_rows(self, votes: Votes, labels: Tensor) -> Posterior:
         device, pair = labels.device, self.pair.to(labels.device)
+        if self.unmixing is not None:
+            votes = self.unmixing.to(device).apply(votes)
         parts = [
             posterior(parameters.to(device), weights.to(device), pair, votes, labels)
             for parameters, weights in zip(self.parameters, self.weights, strict=True)
@@ -154,7 +159,9 @@ def fit_label_model(
         is_preliminary: whether to fit symmetric noise only, on a coarse grid.
     """
     likelihood = _likelihood(votes, labels, num_classes, weights)
-    fit = _fit_rates(likelihood, pairs, is_preliminary)
+    fit, unmixing = _fit_rates(likelihood, pairs, is_preliminary), None
+    if not is_preliminary:
+        likelihood, fit, unmixing = _unmix_if_likely(likelihood, fit, pairs)
     temperature, average_temperature = fit.temperature(INTERVAL_SLOPE), fit.temperature(AVERAGE_SLOPE)
     positions = candidate_rates(num_classes)
     prior = torch.zeros(len(fit.grid), dtype=torch.float64)
@@ -180,6 +187,7 @@ def fit_label_model(
         label_rate=estimate_rate(log_likelihood, num_classes),
         pair_rate=_pair_rate(likelihood, pair_log_likelihood),
         gain=fit.gain / 2,
+        unmixing=unmixing,
     )
     return broadcast(model)
 
@@ -211,6 +219,28 @@ def _fit_rates(likelihood: CompositeLikelihood, pairs: PairAssumption, is_prelim
             profiles.append(fit_profile(likelihood, grid, symmetric=False, pairs=pairs))
     gain = max(profile.gain - kind * _asymmetry_penalty(num_classes) for kind, profile in enumerate(profiles))
     return _RateFit(grid, profiles, *_penalized_curves(likelihood, profiles, gain), gain)
+
+
+def _unmix_if_likely(
+    likelihood: CompositeLikelihood, fit: _RateFit, pairs: PairAssumption
+) -> tuple[CompositeLikelihood, _RateFit, VoteUnmixing | None]:
+    """Return likelihood and fit of unmixed votes if asymmetric noise explains the labels better with them.
+
+    Nothing but the likelihood decides here, and it has to gain the penalty of asymmetric noise.
+    """
+    num_samples, num_classes = len(likelihood.labels), likelihood.num_classes
+    unmixing = VoteUnmixing.fit(likelihood.votes)
+    unmixed = CompositeLikelihood(unmixing.apply(likelihood.votes), likelihood.labels, num_classes, likelihood.weights)
+    with threads_for(min(num_samples * num_classes * len(fit.grid), MAX_ELEMENTS)):
+        profile = fit_profile(unmixed, fit.grid, symmetric=False, pairs=pairs)
+    penalty = _asymmetry_penalty(num_classes)
+    gain = profile.gain - penalty
+    entropy_penalty = min(ASYMMETRIC_ENTROPY_PENALTY, ENTROPY_PENALTY_PER_GAIN * max(gain, 0.0) / num_samples)
+    curve = _penalized(profile, entropy_penalty) - penalty
+    if float(curve.max()) <= max(float(other.max()) for other in fit.curves):
+        return likelihood, fit, None
+    entropy = float(profile.entropy[curve.argmax()]) / (num_samples * math.log(num_classes))
+    return unmixed, _RateFit(fit.grid, [profile], [curve], entropy, gain), unmixing.to(torch.device("cpu"))
 
 
 def _likely_parameters(profiles: Sequence[Profile], weights: Sequence[Tensor]) -> list[tuple[Parameters, Tensor]]:
