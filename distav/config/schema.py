@@ -45,6 +45,9 @@ class RunConfig:
     """Directory of the run inside `root`."""
     root: FilePath = "runs"
     """Directory that holds all runs."""
+    mirror: FilePath = ""
+    """Directory on another file system, or URL (s3://, gs://), that holds a copy of the checkpoints and results of each
+    run; a run is restored from it on an empty disk. Empty for none."""
     seed: int = field(default=0, metadata=at_least(0))
     """Seed of initial weights, sample order, augmentation and dropout."""
     device: Device = Device.auto

@@ -4,8 +4,9 @@ Every function also works in a single process without torch.distributed, where i
 Legend: W world size, b rows of this rank, B rows of all ranks.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from distav.config.errors import UserError
 from distav.distributed.rendezvous import record_collective
+
+T = TypeVar("T")
+_POLL_S = 0.1
 
 
 def get_world_size() -> int:
@@ -171,6 +175,48 @@ def run_on_main_rank(work: Callable[[], None], advice: str) -> None:
             failure = f"{error.filename}: {error.strerror}; {advice}."
     if failure := broadcast(failure):
         raise UserError(failure)
+
+
+def call_on_main_rank(work: Callable[[], T], advice: str) -> T:
+    """Return the result of a function that the main rank calls, on all ranks; it may take longer than `run.timeout_s`.
+
+    Args:
+        work: the function; it must not use collectives.
+        advice: what to do about an error of the file system, e.g. "free disk space".
+
+    Raises:
+        UserError: the error of the main rank, on every rank.
+    """
+    outcome: list[tuple[T | None, str]] = []
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            outcome.append((work(), ""))
+        except UserError as error:
+            outcome.append((None, str(error)))
+        except OSError as error:
+            outcome.append((None, f"{error.filename}: {error.strerror}; {advice}."))
+        except BaseException as error:  # noqa: BLE001  # Raised in the main thread.
+            outcome.append((None, f"rank 0: {type(error).__name__}: {error}"))
+            failures.append(error)
+
+    thread = threading.Thread(target=call, name="main rank", daemon=True)
+
+    def is_running() -> bool:
+        thread.join(_POLL_S)
+        return thread.is_alive()
+
+    if get_rank() == 0:
+        thread.start()
+    while any_across_ranks(get_rank() == 0 and is_running()):  # The watchdog sees the progress of all ranks.
+        pass
+    result, failure = broadcast(outcome[0] if get_rank() == 0 else None)
+    if failures:
+        raise failures[0]
+    if failure:
+        raise UserError(failure)
+    return result
 
 
 def all_gather_objects(value: Any) -> list[Any]:

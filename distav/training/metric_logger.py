@@ -87,6 +87,12 @@ class MetricLogger:
             self._writer.close()
             self._metrics.close()
 
+    def flush(self) -> None:
+        """Write all values that are logged so far to the files."""
+        if self._writer:
+            self._metrics.flush()
+            self._writer.flush()
+
     @property
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl; 0 on ranks that do not write it."""

@@ -98,15 +98,23 @@ class Run:
     def save(self) -> None:
         """Save a checkpoint; it is written in the background.
 
-        A checkpoint that cannot be written is logged when the next one is saved; training continues.
+        A checkpoint that cannot be written, or not copied to the mirror, is logged when the next one is saved; training
+        continues.
         """
         started = time.monotonic()
         self.state.seconds_in_phase = self.seconds_in_phase()
         self.state.quarantined = self.quarantined_samples()
         self.state.metrics_bytes = self.logger.metrics_bytes
+        if self.checkpoints.mirror:
+            self.logger.flush()
         errors = self.checkpoints.save(self.progress, self.engine, self.bank, self.state)
         if errors and self.world.is_main:
             self.logger.warn(f"Failed to write a checkpoint: {'; '.join(errors)}. Training continues without it.")
+        if upload_error := self.checkpoints.take_upload_error():
+            self.logger.warn(
+                f"Failed to copy a checkpoint to the mirror: {upload_error} Training continues; the next checkpoint is "
+                "copied again."
+            )
         waited = time.monotonic() - started
         stats = self.state.report.checkpointing
         stats.checkpoints += 1
@@ -125,6 +133,15 @@ class Run:
                 f"Failed to write the final checkpoint: {'; '.join(errors)}. Free disk space or fix the directory "
                 "permissions, then rerun the same command to resume."
             )
+
+    def finish_uploading(self) -> None:
+        """Wait until the last checkpoint and the results are in the mirror of the run, if it has one.
+
+        Raises:
+            UserError: if they could not be copied.
+        """
+        self.logger.flush()
+        self.checkpoints.finish_uploading()
 
     def roll_back(self) -> bool:
         """Restore the last checkpoint of this phase; returns False if there is none."""
@@ -152,6 +169,7 @@ class Run:
         if any_across_ranks(self.shutdown.requested):
             self.save()
             self.finish_saving()
+            self.finish_uploading()
             raise Interrupted(f"stop requested; checkpoint saved after step {self.progress.total_steps}")
 
     def quarantined_samples(self) -> dict[int, str]:

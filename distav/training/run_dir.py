@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import torch
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from distav.config import loading
 from distav.config.errors import UserError
@@ -22,11 +23,13 @@ from distav.data.files import write_atomically
 from distav.distributed.collectives import barrier, broadcast, get_rank
 from distav.distributed.environment import machine
 from distav.distributed.process_group import World
+from distav.training.checkpoint.mirror import RunMirror
 
 LOCK_TIMEOUT_S = 10.0
 """Seconds to wait for a process that holds the lock to exit."""
 RESUMABLE_CHANGES = (
     "run.root",
+    "run.mirror",
     "run.device",
     "run.log_every",
     "run.checkpoint_every",
@@ -50,22 +53,25 @@ RESUMABLE_CHANGES = (
 
 
 @contextlib.contextmanager
-def lock_run_dir(folder: Path, config: Config, world: World) -> Iterator[None]:
-    """Create the run directory, or check that it belongs to this run, and lock it; called by all ranks.
+def lock_run_dir(folder: Path, config: Config, world: World, mirror: RunMirror | None = None) -> Iterator[None]:
+    """Create the run directory, or check that it and its mirror belong to this run, and lock it; called by all ranks.
 
     Raises:
-        UserError: on all ranks, if it belongs to another run, is locked by another process, or cannot be written.
+        UserError: on all ranks, if it or the mirror belongs to another run or cannot be written, or if it is locked by
+            another process.
     """
     with contextlib.ExitStack() as stack:
-        error = broadcast(_prepare(folder, config, world, stack) if get_rank() == 0 else None)
+        error = broadcast(_prepare(folder, config, world, mirror, stack) if get_rank() == 0 else None)
         if error:
             raise UserError(error)
         barrier()
         yield
 
 
-def _prepare(folder: Path, config: Config, world: World, stack: contextlib.ExitStack) -> str | None:
-    """Lock the directory and write config.yaml and environment.json; returns an error message or None."""
+def _prepare(
+    folder: Path, config: Config, world: World, mirror: RunMirror | None, stack: contextlib.ExitStack
+) -> str | None:
+    """Lock the directory, write config.yaml and environment.json and copy them; returns an error message or None."""
     config_file, config_yaml = folder / "config.yaml", loading.to_yaml(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,8 +82,17 @@ def _prepare(folder: Path, config: Config, world: World, stack: contextlib.ExitS
                 f"{folder} holds a run with other settings ({difference}). Choose another run.name, or delete the "
                 "directory to start over."
             )
+        recorded = mirror.read_config() if mirror else None
+        difference = _first_difference(recorded, config_yaml) if recorded is not None else ""
+        if mirror and difference:
+            return (
+                f"run.mirror={mirror.location} holds a run with other settings ({difference}). Choose another run.name "
+                "or run.mirror, or delete the mirror to start over."
+            )
         write_atomically(config_file, config_yaml.encode())
         write_atomically(folder / "environment.json", json.dumps(_environment(world), indent=1).encode())
+        if mirror:
+            mirror.write_description()
     except UserError as error:
         return str(error)
     except OSError as error:
@@ -116,7 +131,10 @@ def _first_difference(recorded: str, requested: str) -> str:
         recorded: config.yaml of the run directory. Settings that it lacks count as their defaults.
         requested: YAML of this run.
     """
-    old, new = _flatten_yaml(recorded), _flatten_yaml(requested)
+    try:
+        old, new = _flatten_yaml(recorded), _flatten_yaml(requested)
+    except YAMLError:
+        return "the recorded config.yaml is not valid YAML"
     defaults = _defaults(new)
     for key in dict.fromkeys([*new, *old]):
         default = defaults.get(key, "not set")

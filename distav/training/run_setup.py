@@ -23,6 +23,7 @@ from distav.models.av_model import AVModel
 from distav.models.event_parser import FeatureParser
 from distav.models.tower_inputs import describe_towers, with_tower_inputs
 from distav.training.checkpoint.manager import CheckpointManager
+from distav.training.checkpoint.mirror import CHECKPOINTS, RunMirror
 from distav.training.engine.deepspeed_engine import Engine, trains_in_bf16
 from distav.training.initial_weights import InitialWeights
 from distav.training.metric_logger import MetricLogger
@@ -45,8 +46,10 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
         model = describe_towers(config.model)
         config = replace(config, model=model, data=with_tower_inputs(config.data, model, data.train.fps))
     folder = Path(config.run.root) / config.run.name
+    keep = config.run.keep_checkpoints
+    mirror = RunMirror(config.run.mirror, folder, keep) if config.run.mirror else None
     with ExitStack() as stack:
-        stack.enter_context(lock_run_dir(folder, config, world))
+        stack.enter_context(lock_run_dir(folder, config, world, mirror))
         set_record_dir(folder / "logs" / "collectives")
         logger = MetricLogger(folder, world)
         stack.callback(logger.close)
@@ -54,7 +57,7 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
         stack.callback(Engine.release_groups)
         engine = Engine(lambda: _build_model(config, data), config, world, initial_weights)
         bank = _build_bank(config, world, data.train, len(data.shards.classes))
-        checkpoints = CheckpointManager(folder / "checkpoints", config.run.keep_checkpoints)
+        checkpoints = CheckpointManager(folder / CHECKPOINTS, keep, mirror)
         progress, state = checkpoints.restore(engine, bank, logger.warn) or _initialize(
             engine, config, initial_weights.has_sources
         )
@@ -70,6 +73,7 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
         _log_startup(run)
         yield run
         run.finish_saving()
+        run.finish_uploading()
 
 
 def _build_model(config: Config, data: DataModule) -> AVModel | FeatureParser:
@@ -112,6 +116,8 @@ def _log_startup(run: Run) -> None:
         f"{run.engine.num_parameters / 1e6:.1f}M parameters, {run.world.world_size} rank(s) on "
         f"{run.world.device.type}, ZeRO stage {run.engine.stage}, phases: {', '.join(config.phases)}"
     )
+    if run.checkpoints.mirror and run.checkpoints.downloaded:
+        run.logger.info(f"restored {run.checkpoints.downloaded} and the results from {run.checkpoints.mirror.location}")
     if run.progress.phase == len(config.phases):
         run.logger.info("all phases are finished; writing the report")
     elif run.progress.total_steps or run.progress.phase:

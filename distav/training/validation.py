@@ -1,5 +1,7 @@
 """Check of the names of components in a configuration: contrastive objectives, classification losses and towers."""
 
+from pathlib import Path
+
 from distav.config.errors import UserError, format_list
 from distav.config.phases import ContrastivePhase, EventParsingPhase, SupervisedPhase
 from distav.config.schema import Config
@@ -7,16 +9,19 @@ from distav.data.data_module import DataModule
 from distav.losses.classification import CLASSIFICATION_LOSSES
 from distav.losses.contrastive_objectives import select_objective
 from distav.models.av_model import check_towers
+from distav.training.checkpoint.mirror import RunMirror
 
 
 def validate_names(config: Config) -> None:
-    """Check that all components that a configuration names exist, and that objectives accept their settings.
+    """Check that all components that a configuration names exist, and that objectives and mirrors have valid settings.
 
     Loading a configuration cannot check this, since the registries of the components are in packages above it.
 
     Raises:
         UserError: naming the key, its value, what is allowed and the nearest valid name.
     """
+    if config.run.mirror:
+        RunMirror(config.run.mirror, Path(config.run.root) / config.run.name, config.run.keep_checkpoints)
     check_towers(config.model, any(isinstance(phase, EventParsingPhase) for phase in config.phases.values()))
     for name, phase in config.phases.items():
         key = f"phases.{name}"

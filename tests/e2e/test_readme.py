@@ -82,6 +82,8 @@ def test_commands_are_valid(command: str, monkeypatch: pytest.MonkeyPatch):
         if program == "sbatch":
             options = train._parse(arguments[position + 1 :])
             assert loading.load(options.config, options.overrides).phases
+    elif program == "docker":
+        assert arguments == ["build", "-f", "configs/launch/Dockerfile", "-t", "distav:0.1.0", "."]
     elif program.startswith(("PARTS=", "configs/launch")):
         make_shards._parser().parse_args(arguments[arguments.index("configs/launch/make_shards.sh") + 1 :])
     elif program == "-m":
@@ -93,8 +95,11 @@ def test_commands_are_valid(command: str, monkeypatch: pytest.MonkeyPatch):
         assert program in CHECKS or command.startswith(RUN_SMALL), f"nothing tests this command: {command}"
 
 
+LAUNCH = ROOT / "configs" / "launch"
+
+
 def test_the_kubernetes_job_starts_torchrun_on_every_node():
-    service, job = yaml.safe_load_all((ROOT / "configs" / "launch" / "kubernetes.yaml").read_text())
+    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
     spec, name = job["spec"], job["metadata"]["name"]
     pod = spec["template"]["spec"]
     container = pod["containers"][0]

@@ -1,4 +1,4 @@
-"""Errors of object stores, and the HTTP statuses that their exceptions correspond to."""
+"""Errors of stores, and the HTTP statuses that the exceptions of object stores correspond to."""
 
 import errno
 import re
@@ -18,14 +18,14 @@ _TEMPORARY = (408, 425, 429)
 
 
 class StorageError(UserError):
-    """An object cannot be read from a store.
+    """An object cannot be read from a store, or written to it.
 
     Attributes:
         reason: the cause, without advice.
     """
 
-    def __init__(self, url: str, reason: str, advice: str):
-        super().__init__(f"data.root={url}: {reason}. {advice}")
+    def __init__(self, url: str, reason: str, advice: str, setting: str = "data.root"):
+        super().__init__(f"{setting}={url}: {reason}. {advice}")
         self.reason = reason
 
 

@@ -10,7 +10,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +51,12 @@ class RemoteDirectory:
 
     Attributes:
         url: their directory.
+        setting: setting that errors name.
+        protocols: supported URL protocols.
     """
+
+    setting = "data.root"
+    protocols: Sequence[str] = tuple(PACKAGES)
 
     def __init__(self, url: str):
         """Verify the URL, without a request.
@@ -59,7 +64,7 @@ class RemoteDirectory:
         Raises:
             UserError: for an unsupported URL.
         """
-        self.url = _check_url(url)
+        self.url = _check_url(url, self.setting, self.protocols)
         self._systems: dict[int, Any] = {}
 
     def size(self, name: str) -> int:
@@ -111,9 +116,12 @@ class RemoteDirectory:
             except Exception as error:  # noqa: BLE001  # Every store has exceptions of its own.
                 status, detail = classify_error(error)
                 if is_permanent(status) or not waits:
-                    raise storage_error(self.url, name, status, detail) from None
+                    raise self._error(name, status, detail) from None
                 # The jitter must not advance a random number generator that training uses.
                 time.sleep(waits.pop(0) * random.SystemRandom().uniform(0.5, 1.5))
+
+    def _error(self, name: str, status: int, detail: str) -> StorageError:
+        return storage_error(self.url, name, status, detail)
 
     def _address(self, name: str) -> str:
         return f"{self.url}/{name}"
@@ -123,7 +131,7 @@ class RemoteDirectory:
         """The file system of this process; connections do not survive a fork."""
         process = os.getpid()
         if process not in self._systems:
-            self._systems[process] = _open_file_system(self.url)
+            self._systems[process] = _open_file_system(self.url, self.setting)
         return self._systems[process]
 
 
@@ -240,20 +248,20 @@ class ObjectStore(RemoteDirectory):
             return None
 
 
-def _check_url(url: str) -> str:
+def _check_url(url: str, setting: str, protocols: Sequence[str]) -> str:
     """Return a URL without trailing slashes; raise a UserError if it is not supported."""
     protocol, parts = url.partition("://")[0], urlsplit(url)
-    if protocol not in PACKAGES:
-        raise UserError(f"data.root={url}: allowed: a directory, or a URL with {format_list(PACKAGES)}.")
+    if protocol not in protocols:
+        raise UserError(f"{setting}={url}: allowed: a directory, or a URL with {format_list(protocols)}.")
     if not parts.netloc or set("?#@") & set(url) or "::" in url:
         raise UserError(
-            f"data.root={protocol}://...: allowed: {protocol}://bucket/directory, without a query, chained protocols "
+            f"{setting}={protocol}://...: allowed: {protocol}://bucket/directory, without a query, chained protocols "
             f"(::) or credentials. {CREDENTIALS_HELP}"
         )
     return url.rstrip("/")
 
 
-def _open_file_system(url: str) -> Any:
+def _open_file_system(url: str, setting: str) -> Any:
     """Return fsspec's file system for a URL, without its own retries."""
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
@@ -276,7 +284,7 @@ def _open_file_system(url: str) -> Any:
         system = fsspec.filesystem(protocol, **options)
     except ImportError:
         raise UserError(
-            f"data.root={url}: package {PACKAGES[protocol]} is not installed; run pip install 'distav[remote]'."
+            f"{setting}={url}: package {PACKAGES[protocol]} is not installed; run pip install 'distav[remote]'."
         ) from None
     if protocol == "s3":
         system.retries = 1

@@ -6,7 +6,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,21 @@ _STATE, _REPLACED = "state.json", ".before"
 _POLL_S = 0.02
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Return whether a directory of this name is a complete checkpoint."""
+    return bool(_NAME.fullmatch(name))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints in a directory, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+    return sorted(path for path in folder.glob("step-*") if is_checkpoint_name(path.name))
+
+
+def delete_old_checkpoints(folder: Path, keep: int, in_use: Collection[Path] = ()) -> None:
+    """Delete all complete checkpoints in a directory except the newest `keep` and those in use."""
+    for old in list_checkpoints(folder)[:-keep]:
+        if old not in in_use:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 class CheckpointWriter(threading.Thread):
@@ -40,7 +52,12 @@ class CheckpointWriter(threading.Thread):
     """
 
     def __init__(
-        self, incomplete: Path, complete: Path, files: dict[str, dict[str, Tensor]], state: bytes | None, keep: int
+        self,
+        incomplete: Path,
+        complete: Path,
+        files: dict[str, dict[str, Tensor]],
+        state: bytes | None,
+        on_complete: Callable[[Path], None],
     ) -> None:
         """Prepare to write a checkpoint.
 
@@ -49,11 +66,11 @@ class CheckpointWriter(threading.Thread):
             complete: path of the complete checkpoint.
             files: tensors by name, by name of the safetensors file.
             state: content of state.json; None on all ranks except the main one.
-            keep: number of checkpoints to keep; older ones are deleted.
+            on_complete: called on the main rank with the path of the complete checkpoint, in this thread.
         """
         super().__init__(name="checkpoint", daemon=True)
         self.incomplete, self.complete = incomplete, complete
-        self.files, self.state, self.keep = files, state, keep
+        self.files, self.state, self.on_complete = files, state, on_complete
         self.written, self.canceled = threading.Event(), threading.Event()
         self.error: str | None = None
         self.seconds = 0.0
@@ -85,7 +102,7 @@ class CheckpointWriter(threading.Thread):
         write_atomically(self.incomplete / _entries_file(get_rank()), json.dumps(entries).encode())
 
     def _complete(self) -> None:
-        """Wait for the files of all ranks, write the manifest, rename the directory and delete old checkpoints."""
+        """Wait for the files of all ranks, write the manifest and rename the directory."""
         entries: dict[str, Any] = {}
         for rank in range(get_world_size()):
             path = self.incomplete / _entries_file(rank)
@@ -100,8 +117,7 @@ class CheckpointWriter(threading.Thread):
         os.replace(self.incomplete, self.complete)
         shutil.rmtree(self.complete / _REPLACED, ignore_errors=True)
         sync(self.complete.parent)
-        for old in list_checkpoints(self.complete.parent)[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        self.on_complete(self.complete)
 
 
 def _entries_file(rank: int) -> str:
