@@ -225,12 +225,15 @@ class DeepSpeedConfig:
 
 @dataclass
 class MonitorConfig:
-    """TensorBoard output other than scalars."""
+    """Figures of the run in TensorBoard."""
 
     media_every: int = field(default=200, metadata=at_least(1))
-    """Steps between two logs of frames, spectrograms and audio as passed to the model."""
+    """Steps between two logs of frames, spectrograms and audio as passed to the model, with the labels of the clips."""
     media_clips: int = field(default=4, metadata=at_least(0))
     """Number of clips in each of these logs."""
+    projector_clips: int = field(default=500, metadata=between(0, 1000))
+    """Number of randomly selected training clips whose features the embedding projector of TensorBoard shows at the end
+    of the run, at most 1000; 0 disables it."""
 
 
 @dataclass

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,6 +39,13 @@ def mel_filters(scale: str, num_fft: int, num_mels: int, sample_rate_hz: int, mi
     return (filters * (2 / (right - left)) if scale == "slaney" else filters).float()
 
 
+def mel_centers(scale: str, num_mels: int, min_hz: float, max_hz: float) -> np.ndarray:
+    """Return the center frequencies of the filters of `mel_filters` in Hz: [F] float64."""
+    low, high = _to_mel(torch.tensor([min_hz, max_hz], dtype=torch.float64), scale)
+    edges = torch.linspace(float(low), float(high), num_mels + 2, dtype=torch.float64)
+    return _to_hz(edges[1:-1], scale).numpy()
+
+
 def _to_mel(hz: Tensor, scale: str) -> Tensor:
     slaney = torch.where(hz < 1000, hz * 3 / 200, 15 + 27 * torch.log(hz / 1000) / math.log(6.4))
     return slaney if scale == "slaney" else 2595 * torch.log10(1 + hz / 700)
@@ -57,12 +65,16 @@ class AudioFrontEnd(nn.Module):
         max_samples: largest number of audio samples of which no frame is cut; None for any number.
         time_dim: dimension of the output that is time; None for waveforms.
         mel_dim: dimension of the output that is mel bins; None for waveforms.
+        mel_scale: arguments of `mel_centers`; None for waveforms.
+        hop: distance of two mel frames in samples.
     """
 
     min_samples: int = 1
     max_samples: int | None = None
     time_dim: int | None = None
     mel_dim: int | None = None
+    mel_scale: tuple[str, int, float, float] | None = None
+    hop: int = 1
     _compute: Callable[..., Tensor]
 
     def __init__(self, sample_rate_hz: int, *tables: Callable[[], Tensor]):
@@ -108,6 +120,7 @@ class KaldiFilterBank(AudioFrontEnd):
         filters = partial(mel_filters, "kaldi", num_fft, num_mel_bins, sampling_rate, 20.0, sampling_rate / 2)
         super().__init__(sampling_rate, partial(torch.hann_window, window, False), filters)
         self.max_length, self.hop, self.num_fft = max_length, hop, num_fft
+        self.mel_scale = ("kaldi", num_mel_bins, 20.0, sampling_rate / 2)
         self.mean, self.std = (mean, std) if do_normalize else (0.0, 0.5)
         self.min_samples, self.max_samples = window, window + max_length * hop - 1
 
@@ -157,6 +170,7 @@ class ClapLogMel(AudioFrontEnd):
         super().__init__(sampling_rate, partial(torch.hann_window, fft_window_size), partial(mel_filters, *filters))
         self.max_samples: int = max_length_s * sampling_rate
         self.hop, self.num_copies, self.padding = hop_length, num_copies, padding
+        self.mel_scale = (scale, feature_size, frequency_min, frequency_max)
 
     def _compute(self, audio: Tensor, window: Tensor, filters: Tensor) -> Tensor:
         size, length = self.max_samples, audio.shape[1]
@@ -186,6 +200,7 @@ class WhisperLogMel(AudioFrontEnd):
         super().__init__(sampling_rate, partial(torch.hann_window, n_fft), filters)
         self.max_samples: int = chunk_length * sampling_rate
         self.hop, self.num_frames = hop_length, self.max_samples // hop_length
+        self.mel_scale = ("slaney", feature_size, 0.0, 8000.0)
 
     def _compute(self, audio: Tensor, window: Tensor, filters: Tensor) -> Tensor:
         # Only frames that touch the audio are transformed; those after it have the value of the floor.

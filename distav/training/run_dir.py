@@ -45,6 +45,7 @@ RESUMABLE_CHANGES = (
     "optim.loss_spike_skip_batches",
     "monitor.media_every",
     "monitor.media_clips",
+    "monitor.projector_clips",
 )
 """Settings that may change when a run resumes; they do not affect what is learned from finite losses."""
 
@@ -116,8 +117,8 @@ def _first_difference(recorded: str, requested: str) -> str:
         recorded: config.yaml of the run directory. Settings that it lacks count as their defaults.
         requested: YAML of this run.
     """
-    old, new = _flatten_yaml(recorded), _flatten_yaml(requested)
-    defaults = _defaults(new)
+    old, new = flatten_yaml(recorded), flatten_yaml(requested)
+    defaults = default_settings(new)
     for key in dict.fromkeys([*new, *old]):
         default = defaults.get(key, "not set")
         old_value, new_value = old.get(key, default), new.get(key, default)
@@ -126,10 +127,10 @@ def _first_difference(recorded: str, requested: str) -> str:
     return "" if _phase_names(old) == _phase_names(new) else "the phases have another order"
 
 
-def _defaults(settings: dict[str, Any]) -> dict[str, Any]:
+def default_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the defaults of all settings of a run with the same phases, except the kinds of its phases."""
     phases = {name: PHASE_KINDS[settings[f"phases.{name}.kind"]]() for name in _phase_names(settings)}
-    defaults = _flatten_yaml(loading.to_yaml(Config(phases=phases)))
+    defaults = flatten_yaml(loading.to_yaml(Config(phases=phases)))
     return {key: value for key, value in defaults.items() if not key.endswith(".kind")}
 
 
@@ -137,7 +138,7 @@ def _phase_names(settings: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(key.split(".")[1] for key in settings if key.startswith("phases.")))
 
 
-def _flatten_yaml(text: str) -> dict[str, Any]:
+def flatten_yaml(text: str) -> dict[str, Any]:
     """Return the leaves of a YAML document by dotted key."""
     return dict(_leaves(OmegaConf.to_container(OmegaConf.create(text))))
 
