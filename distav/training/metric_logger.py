@@ -1,4 +1,4 @@
-"""Logging of a run: console, metrics.jsonl and TensorBoard.
+"""Logging of a run: console, metrics.jsonl, TensorBoard and trackers.
 
 The main rank writes these. The other ranks write their warnings to `logs/rank_N.log`. When a run returns to a
 checkpoint, the records after it are moved to `logs/discarded_metrics.jsonl`, so that metrics.jsonl repeats no step.
@@ -19,8 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distav.config.schema import Config
 from distav.distributed.process_group import World
 from distav.drawing.figures import confusion_matrix
+from distav.training.run_dir import nested_settings
+from distav.training.trackers.external import TrackedRun
+from distav.training.trackers.registry import open_trackers
 from distav.training.trackers.tensorboard import TensorBoard
 from distav.training.trackers.tracker import Tracker
 
@@ -38,6 +42,7 @@ class MetricLogger:
     def __init__(self, folder: Path, world: World):
         self.folder, self.world = folder, world
         self._tensorboard: TensorBoard | None = None
+        self._external: list[Tracker] = []
         handler: logging.Handler = logging.StreamHandler(sys.stdout)
         if not world.is_main:
             (folder / "logs").mkdir(exist_ok=True)
@@ -50,7 +55,9 @@ class MetricLogger:
         log.propagate = False
 
     def close(self) -> None:
-        """Flush and close the files; the logger of the package is as it was before."""
+        """Flush and close files and trackers; the logger of the package is as it was before."""
+        for tracker in self._external:
+            tracker.close()
         for handler in log.handlers:
             handler.close()
         log.handlers, level, log.propagate = self._original
@@ -72,6 +79,16 @@ class MetricLogger:
             self._discard_after(path, metrics_bytes)
         self._metrics = open(path, "a", buffering=1)  # noqa: SIM115
         self._tensorboard = TensorBoard(self.folder / "tensorboard", purge_step=step + 1)
+
+    def open_trackers(self, config: Config) -> None:
+        """Open the trackers of `monitor.trackers`, which get all values from now on; called on the main rank.
+
+        Raises:
+            UserError: if a new run cannot be opened in a tracker.
+        """
+        if config.monitor.trackers:
+            run = TrackedRun(config.run.name, self.folder, nested_settings(config))
+            self._external = open_trackers(config.monitor.trackers, run, self.warn)
 
     def _discard_after(self, path: Path, num_bytes: int) -> None:
         """Move the end of metrics.jsonl to the file of discarded records."""
@@ -155,6 +172,11 @@ class MetricLogger:
         if self._tensorboard:
             self._tensorboard.log_hyperparameters(settings, metrics)
 
+    def report(self, report: dict[str, Any]) -> None:
+        """Pass the content of report.json to the trackers."""
+        for tracker in self._trackers():
+            tracker.log_report(report)
+
     def embeddings(
         self,
         tag: str,
@@ -169,7 +191,7 @@ class MetricLogger:
             self._tensorboard.log_embeddings(tag, features, columns, rows, thumbnails, step)
 
     def _trackers(self) -> list[Tracker]:
-        return [self._tensorboard] if self._tensorboard else []
+        return [self._tensorboard, *self._external] if self._tensorboard else []
 
 
 def peak_memory_gib(device: torch.device) -> float:

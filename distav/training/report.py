@@ -64,6 +64,7 @@ def write_report(run: Run) -> None:
     ]
     export(run, weights, report, fusion)
     write_atomically(run.folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    run.logger.report(report)
     has_signal = run.state.correction is not None and run.state.correction.has_signal
     run.logger.info(format_summary(report, run.folder, len(run.data.shards.classes), has_signal))
 

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -46,6 +46,7 @@ RESUMABLE_CHANGES = (
     "monitor.media_every",
     "monitor.media_clips",
     "monitor.projector_clips",
+    "monitor.trackers",
 )
 """Settings that may change when a run resumes; they do not affect what is learned from finite losses."""
 
@@ -138,15 +139,22 @@ def _phase_names(settings: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(key.split(".")[1] for key in settings if key.startswith("phases.")))
 
 
+def nested_settings(config: Config) -> dict[str, Any]:
+    """Return all settings as nested dictionaries."""
+    settings = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(loading.to_yaml(config))))
+    return {name: section for name, section in settings.items() if name != "defaults"}
+
+
 def flatten_yaml(text: str) -> dict[str, Any]:
     """Return the leaves of a YAML document by dotted key."""
-    return dict(_leaves(OmegaConf.to_container(OmegaConf.create(text))))
+    return dict(leaves(OmegaConf.to_container(OmegaConf.create(text))))
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values in nested dictionaries with their dotted keys."""
     if isinstance(value, dict) and value:
         for name, child in value.items():
-            yield from _leaves(child, f"{key}.{name}" if key else str(name))
+            yield from leaves(child, f"{key}.{name}" if key else str(name))
     else:
         yield key, value
 

@@ -1,4 +1,4 @@
-"""Check of the names of components in a configuration: contrastive objectives, classification losses and towers."""
+"""Check of the names of components in a configuration: objectives, losses, towers and trackers."""
 
 from distav.config.errors import UserError, format_list
 from distav.config.phases import ContrastivePhase, EventParsingPhase, SupervisedPhase
@@ -7,6 +7,7 @@ from distav.data.data_module import DataModule
 from distav.losses.classification import CLASSIFICATION_LOSSES
 from distav.losses.contrastive_objectives import select_objective
 from distav.models.av_model import check_towers
+from distav.training.trackers.registry import check_trackers
 
 
 def validate_names(config: Config) -> None:
@@ -17,6 +18,7 @@ def validate_names(config: Config) -> None:
     Raises:
         UserError: naming the key, its value, what is allowed and the nearest valid name.
     """
+    check_trackers(config.monitor.trackers)
     check_towers(config.model, any(isinstance(phase, EventParsingPhase) for phase in config.phases.values()))
     for name, phase in config.phases.items():
         key = f"phases.{name}"
