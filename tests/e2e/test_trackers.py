@@ -19,7 +19,7 @@ def test_two_ranks_log_one_run_to_each_tracker(tiny_shards: Path, tmp_path: Path
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     overrides = [f"data.root={tiny_shards}", f"run.root={tmp_path}", "monitor.trackers=[wandb,mlflow,trackio]"]
     output = train(tiny_config(tmp_path), *overrides, ranks=2, launcher=True)
-    assert "monitor.trackers" not in output, "a tracker was disabled"
+    assert "gets no further values" not in output, "a tracker was disabled"
     run = tmp_path / "tiny"
     expected = losses_by_step(run)
     assert len(list(run.glob("wandb/offline-run-*"))) == 1

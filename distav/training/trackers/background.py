@@ -4,6 +4,7 @@ import contextlib
 import json
 import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,11 @@ class BackgroundTracker(Tracker):
 
     def close(self) -> None:
         """Wait until all values are sent, for at most `CLOSE_TIMEOUT_S`."""
-        if self._thread.is_alive():
-            with contextlib.suppress(queue.Full):
-                self._calls.put(None, timeout=CLOSE_TIMEOUT_S)
-            self._thread.join(CLOSE_TIMEOUT_S)
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        with contextlib.suppress(queue.Full):
+            self._calls.put(None, timeout=0 if self._is_disabled else CLOSE_TIMEOUT_S)
+        while self._thread.is_alive() and not self._is_disabled and time.monotonic() < deadline:
+            self._thread.join(0.1)
         if self._thread.is_alive():
             self._disable(f"has not sent all values after {CLOSE_TIMEOUT_S:g} s")
         self._steps.close()
