@@ -228,12 +228,18 @@ class DeepSpeedConfig:
 
 @dataclass
 class MonitorConfig:
-    """TensorBoard output other than scalars."""
+    """Figures of the run in TensorBoard, and trackers."""
 
     media_every: int = field(default=200, metadata=at_least(1))
-    """Steps between two logs of frames, spectrograms and audio as passed to the model."""
+    """Steps between two logs of frames, spectrograms and audio as passed to the model, with the labels of the clips."""
     media_clips: int = field(default=4, metadata=at_least(0))
     """Number of clips in each of these logs."""
+    projector_clips: int = field(default=500, metadata=between(0, 1000))
+    """Number of randomly selected training clips whose features the embedding projector of TensorBoard shows at the end
+    of the run, at most 1000; 0 disables it."""
+    trackers: list[str] = field(default_factory=list[str])
+    """Programs that get the settings, the metrics, the images and the report in addition to TensorBoard and
+    metrics.jsonl: wandb, mlflow, trackio. Each needs its package, such as `pip install 'distav[wandb]'`."""
 
 
 @dataclass

@@ -8,7 +8,6 @@ Legend: B clips, N audio samples, K FFT bins, F mel bins, L mel frames.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -19,56 +18,7 @@ from torch import Tensor, nn
 
 from distav.config.errors import UserError, did_you_mean, format_list
 from distav.models.input_checks import check_audio
-
-
-def mel_filters(
-    scale: str,
-    num_fft: int,
-    num_mels: int,
-    sample_rate_hz: int,
-    min_hz: float,
-    max_hz: float,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """Return triangular filters [K, F] float32, K = num_fft / 2 + 1, at equal distances on a mel scale.
-
-    Scales: `htk` (2595 log10(1 + f / 700), O'Shaughnessy 1987), `kaldi` (the same, with filters that are triangles over
-    mel instead of frequency), `slaney` (linear below 1 kHz, logarithmic above, filters of equal area; Slaney 1998).
-
-    Args:
-        scale: `htk`, `kaldi` or `slaney`.
-        num_fft: samples of the Fourier transform.
-        num_mels: F.
-        sample_rate_hz: sample rate of the audio.
-        min_hz, max_hz: lower edge of the first filter and upper edge of the last one.
-        dtype: precision of the computation.
-    """
-    # In the constructor of a model under ZeRO-3, torch.arange and torch.tensor have the precision of training.
-    bins = torch.linspace(0, sample_rate_hz / 2, num_fft // 2 + 1, dtype=dtype)
-    low, high = _limit_in_mel(min_hz, scale), _limit_in_mel(max_hz, scale)
-    edges = torch.linspace(low, high, num_mels + 2, dtype=dtype)
-    bins, edges = (_to_mel(bins, scale), edges) if scale == "kaldi" else (bins, _to_hz(edges, scale))
-    left, center, right = edges[:-2], edges[1:-1], edges[2:]
-    rising, falling = (bins[:, None] - left) / (center - left), (right - bins[:, None]) / (right - center)
-    filters = torch.minimum(rising, falling).clamp(min=0)
-    return (filters * (2 / (right - left)) if scale == "slaney" else filters).float()
-
-
-def _limit_in_mel(hz: float, scale: str) -> float:
-    """Return a frequency on the mel scale; a Python number, since torch.export cannot trace numbers from tensors."""
-    if scale != "slaney":
-        return 2595 * math.log10(1 + hz / 700)
-    return hz * 3 / 200 if hz < 1000 else 15 + 27 * math.log(hz / 1000) / math.log(6.4)
-
-
-def _to_mel(hz: Tensor, scale: str) -> Tensor:
-    slaney = torch.where(hz < 1000, hz * 3 / 200, 15 + 27 * torch.log(hz / 1000) / math.log(6.4))
-    return slaney if scale == "slaney" else 2595 * torch.log10(1 + hz / 700)
-
-
-def _to_hz(mel: Tensor, scale: str) -> Tensor:
-    slaney = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
-    return slaney if scale == "slaney" else 700 * (10 ** (mel / 2595) - 1)
+from distav.models.mel import mel_filters
 
 
 class AudioFrontEnd(nn.Module):
@@ -80,12 +30,16 @@ class AudioFrontEnd(nn.Module):
         max_samples: largest number of audio samples of which no frame is cut; None for any number.
         time_dim: dimension of the output that is time; None for waveforms.
         mel_dim: dimension of the output that is mel bins; None for waveforms.
+        mel_scale: arguments of `mel_centers`; None for waveforms.
+        hop: distance of two mel frames in samples.
     """
 
     min_samples: int = 1
     max_samples: int | None = None
     time_dim: int | None = None
     mel_dim: int | None = None
+    mel_scale: tuple[str, int, float, float] | None = None
+    hop: int = 1
     _compute: Callable[..., Tensor]
 
     def __init__(self, sample_rate_hz: int, *tables: Callable[[], Tensor]):
@@ -134,6 +88,7 @@ class KaldiFilterBank(AudioFrontEnd):
         filters = partial(mel_filters, "kaldi", num_fft, num_mel_bins, sampling_rate, 20.0, sampling_rate / 2)
         super().__init__(sampling_rate, partial(torch.hann_window, window, False), filters)
         self.max_length, self.hop, self.num_fft = max_length, hop, num_fft
+        self.mel_scale = ("kaldi", num_mel_bins, 20.0, sampling_rate / 2)
         self.mean, self.std = (mean, std) if do_normalize else (0.0, 0.5)
         self.min_samples, self.max_samples = window, window + max_length * hop - 1
 
@@ -183,6 +138,7 @@ class ClapLogMel(AudioFrontEnd):
         super().__init__(sampling_rate, partial(torch.hann_window, fft_window_size), partial(mel_filters, *filters))
         self.max_samples: int = max_length_s * sampling_rate
         self.hop, self.num_copies, self.padding = hop_length, num_copies, padding
+        self.mel_scale = (scale, feature_size, frequency_min, frequency_max)
 
     def _compute(self, audio: Tensor, window: Tensor, filters: Tensor) -> Tensor:
         size, length = self.max_samples, audio.shape[1]
@@ -212,6 +168,7 @@ class WhisperLogMel(AudioFrontEnd):
         super().__init__(sampling_rate, partial(torch.hann_window, n_fft), filters)
         self.max_samples: int = chunk_length * sampling_rate
         self.hop, self.num_frames = hop_length, self.max_samples // hop_length
+        self.mel_scale = ("slaney", feature_size, 0.0, 8000.0)
 
     def _compute(self, audio: Tensor, window: Tensor, filters: Tensor) -> Tensor:
         # Only frames that touch the audio are transformed; those after it have the value of the floor.

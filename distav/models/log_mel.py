@@ -5,11 +5,12 @@ Legend: B clips, N audio samples, F mel bins, L spectrogram frames.
 
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distav.config.model import AudioConfig
-from distav.models.audio_front_ends import mel_filters
+from distav.models.mel import mel_centers, mel_filters
 
 
 class FrontEnd(nn.Module, ABC):
@@ -27,6 +28,14 @@ class FrontEnd(nn.Module, ABC):
     @abstractmethod
     def num_frames(self, num_samples: int) -> int:
         """Return the size of the time dimension of the output for a number N of audio samples."""
+
+    def mel_centers_hz(self) -> np.ndarray | None:
+        """Return the center frequencies of the mel bins in Hz, [F] ascending; None if the output has none."""
+        return None
+
+    def frame_distance_s(self) -> float | None:
+        """Return the distance of two spectrogram frames in seconds; None if the output has none."""
+        return None
 
 
 class LogMel(FrontEnd):
@@ -54,6 +63,14 @@ class LogMel(FrontEnd):
     def num_frames(self, num_samples: int) -> int:
         """Return the number L of spectrogram frames for a number of audio samples."""
         return 1 + num_samples // self.hop
+
+    def mel_centers_hz(self) -> np.ndarray:
+        """Return the center frequencies of the mel bins in Hz: [F]."""
+        return mel_centers("htk", self.num_mels, 0.0, self.sample_rate_hz / 2)
+
+    def frame_distance_s(self) -> float:
+        """Return the distance of two spectrogram frames in seconds."""
+        return self.hop / self.sample_rate_hz
 
     def forward(self, audio: Tensor) -> Tensor:
         """Compute the spectrogram [B, 1, F, L] float32 of audio [B, N]."""

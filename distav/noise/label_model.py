@@ -1,13 +1,11 @@
 """The fitted model of a label correction: estimates of the rates, and class probabilities of all samples.
 
 Symmetric and asymmetric label noise are both fitted, see `distav.noise.model_fit`; the result is averaged over both and
-over the noise rate, weighted by the tempered profile likelihood. Diffuse votes with few wrong labels and sharp votes
-with many are confounded, under asymmetric noise almost completely. Because a sample has one class, the entropy of the
-class probabilities is a penalty, as in the minimum-entropy regularization of Grandvalet and Bengio (2004).
+over the noise rate, weighted by the tempered profile likelihood with the penalties of `distav.noise.rate_fit`. Where
+wrong labels concentrate on few classes, the votes are unmixed, see `distav.noise.vote_unmixing`.
 Legend: n samples of this rank, C classes, G noise rates of the grid, R candidate rates.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -22,33 +20,15 @@ from distav.noise.model_fit import (
     PairAssumption,
     Profile,
     fit_pair_profile,
-    fit_profile,
     without_joint_votes,
 )
 from distav.noise.model_parameters import Parameters, Votes
 from distav.noise.noise_rate import RateEstimate, candidate_rates, estimate_rate, interpolate_profile
+from distav.noise.rate_fit import AVERAGE_SLOPE, INTERVAL_SLOPE, fit_rates, unmix_if_likely
 from distav.noise.tiling import threads_for, tiles
 from distav.noise.vote_unmixing import VoteUnmixing
 
-GRID = (0.002, 0.03, 0.08, 0.13, 0.18, 0.235, 0.29, 0.345, 0.4, 0.46, 0.52, 0.58, 0.64, 0.7, 0.76, 0.82, 0.88, 0.94)
-"""Noise rates of the fits, relative to that of random labels."""
-COARSE_GRID = GRID[::3]
 MISMATCH_GRID = (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.36, 0.42, 0.5, 0.6, 0.75, 0.9)
-SYMMETRIC_ENTROPY_PENALTY, ASYMMETRIC_ENTROPY_PENALTY = 0.02, 0.1
-"""Weights of the entropy under symmetric and asymmetric noise."""
-ENTROPY_PENALTY_PER_GAIN = 0.25
-"""Largest weight of the entropy for a mean gain of one nat per label: it does not outweigh what the labels say."""
-ASYMMETRY_PENALTY_PER_CLASS, ASYMMETRY_PENALTY_PER_ENTRY = 2.0, 0.25
-"""Log-likelihood in nats that asymmetric noise must gain to be as probable as symmetric noise, for each class and for
-each free entry of the transition matrix; the smaller sum counts. The folds are not fully independent, because samples
-vote for each other."""
-MAX_ENTROPY_BONUS = 3.0
-"""Asymmetric noise that explains the labels with less entropy gains up to this multiple of its penalty."""
-TEMPERATURE, INTERVAL_SLOPE, AVERAGE_SLOPE = 4.0, 32.0, 4.0
-"""Temperature of a profile if the classes are certain, and its relative increase per square of the mean entropy, which
-is 1 for uniform class probabilities, in intervals and in averages over the rates: each label enters the composite
-likelihood twice, and the more diffuse the votes are, the more a misfit of the model counts. Labels that are corrected
-at the likely rates are more accurate than an average over all rates of a wide interval."""
 NEGLIGIBLE_WEIGHT = 0.01
 """Noise rates of less weight are left out of averages."""
 
@@ -115,29 +95,6 @@ class LabelModel:
         return sum(parts[1:], parts[0])
 
 
-@dataclass(frozen=True)
-class _RateFit:
-    """Fits at the noise rates of a grid.
-
-    Attributes:
-        grid: G noise rates.
-        profiles: profile of each kind of noise.
-        curves: its penalized log-likelihood [G].
-        entropy: mean relative entropy of the class probabilities under the better kind.
-        gain: composite log-likelihood that it gains over the class frequencies, in nats.
-    """
-
-    grid: Sequence[float]
-    profiles: Sequence[Profile]
-    curves: Sequence[Tensor]
-    entropy: float
-    gain: float
-
-    def temperature(self, slope: float) -> float:
-        """Return the temperature of the log-likelihood; see `TEMPERATURE`."""
-        return TEMPERATURE * (1 + slope * self.entropy**2)
-
-
 def fit_label_model(
     votes: Votes,
     labels: Tensor,
@@ -159,9 +116,9 @@ def fit_label_model(
         is_preliminary: whether to fit symmetric noise only, on a coarse grid.
     """
     likelihood = _likelihood(votes, labels, num_classes, weights)
-    fit, unmixing = _fit_rates(likelihood, pairs, is_preliminary), None
+    fit, unmixing = fit_rates(likelihood, pairs, is_preliminary), None
     if not is_preliminary:
-        likelihood, fit, unmixing = _unmix_if_likely(likelihood, fit, pairs)
+        likelihood, fit, unmixing = unmix_if_likely(likelihood, fit, pairs)
     temperature, average_temperature = fit.temperature(INTERVAL_SLOPE), fit.temperature(AVERAGE_SLOPE)
     positions = candidate_rates(num_classes)
     prior = torch.zeros(len(fit.grid), dtype=torch.float64)
@@ -199,7 +156,7 @@ def gain_and_temperature(
 
     A preliminary fit with the arguments of `fit_label_model`; all ranks return the same result.
     """
-    fit = _fit_rates(_likelihood(votes, labels, num_classes, weights), pairs, is_preliminary=True)
+    fit = fit_rates(_likelihood(votes, labels, num_classes, weights), pairs, is_preliminary=True)
     return broadcast((fit.gain, fit.temperature(AVERAGE_SLOPE)))
 
 
@@ -209,40 +166,6 @@ def _likelihood(votes: Votes, labels: Tensor, num_classes: int, weights: Tensor)
     return CompositeLikelihood(votes.map(_gather), _gather(labels), num_classes, weights / weights.mean())
 
 
-def _fit_rates(likelihood: CompositeLikelihood, pairs: PairAssumption, is_preliminary: bool) -> _RateFit:
-    num_classes = likelihood.num_classes
-    largest_rate = float(candidate_rates(num_classes)[-1])
-    grid = [largest_rate * rate for rate in (COARSE_GRID if is_preliminary else GRID)]
-    with threads_for(min(len(likelihood.labels) * num_classes * len(grid), MAX_ELEMENTS)):
-        profiles = [fit_profile(likelihood, grid, symmetric=True, pairs=pairs)]
-        if not is_preliminary:
-            profiles.append(fit_profile(likelihood, grid, symmetric=False, pairs=pairs))
-    gain = max(profile.gain - kind * _asymmetry_penalty(num_classes) for kind, profile in enumerate(profiles))
-    return _RateFit(grid, profiles, *_penalized_curves(likelihood, profiles, gain), gain)
-
-
-def _unmix_if_likely(
-    likelihood: CompositeLikelihood, fit: _RateFit, pairs: PairAssumption
-) -> tuple[CompositeLikelihood, _RateFit, VoteUnmixing | None]:
-    """Return likelihood and fit of unmixed votes if asymmetric noise explains the labels better with them.
-
-    Nothing but the likelihood decides here, and it has to gain the penalty of asymmetric noise.
-    """
-    num_samples, num_classes = len(likelihood.labels), likelihood.num_classes
-    unmixing = VoteUnmixing.fit(likelihood.votes)
-    unmixed = CompositeLikelihood(unmixing.apply(likelihood.votes), likelihood.labels, num_classes, likelihood.weights)
-    with threads_for(min(num_samples * num_classes * len(fit.grid), MAX_ELEMENTS)):
-        profile = fit_profile(unmixed, fit.grid, symmetric=False, pairs=pairs)
-    penalty = _asymmetry_penalty(num_classes)
-    gain = profile.gain - penalty
-    entropy_penalty = min(ASYMMETRIC_ENTROPY_PENALTY, ENTROPY_PENALTY_PER_GAIN * max(gain, 0.0) / num_samples)
-    curve = _penalized(profile, entropy_penalty) - penalty
-    if float(curve.max()) <= max(float(other.max()) for other in fit.curves):
-        return likelihood, fit, None
-    entropy = float(profile.entropy[curve.argmax()]) / (num_samples * math.log(num_classes))
-    return unmixed, _RateFit(fit.grid, [profile], [curve], entropy, gain), unmixing.to(torch.device("cpu"))
-
-
 def _likely_parameters(profiles: Sequence[Profile], weights: Sequence[Tensor]) -> list[tuple[Parameters, Tensor]]:
     """Return the parameters and weights of the rates whose weight is not negligible, by kind of noise, on the CPU."""
     return [
@@ -250,45 +173,6 @@ def _likely_parameters(profiles: Sequence[Profile], weights: Sequence[Tensor]) -
         for profile, part in zip(profiles, weights, strict=True)
         if len(rows := (part > NEGLIGIBLE_WEIGHT).nonzero().squeeze(1))
     ]
-
-
-def _asymmetry_penalty(num_classes: int) -> float:
-    """Return the log-likelihood that asymmetric noise must gain, in nats; see `ASYMMETRY_PENALTY_PER_CLASS`."""
-    entries = num_classes * (num_classes - 1)
-    return min(ASYMMETRY_PENALTY_PER_CLASS * num_classes, ASYMMETRY_PENALTY_PER_ENTRY * entries)
-
-
-def _penalized_curves(
-    likelihood: CompositeLikelihood, profiles: Sequence[Profile], gain: float
-) -> tuple[list[Tensor], float]:
-    """Return the penalized profile of each kind of noise [G] on the CPU, and the mean entropy of the better one.
-
-    Args:
-        likelihood: likelihood of the labels.
-        profiles: profile of symmetric noise and, unless the fit is preliminary, of asymmetric noise.
-        gain: gain over the class frequencies, in nats.
-    """
-    num_samples, num_classes = len(likelihood.labels), likelihood.num_classes
-    largest_penalty = ENTROPY_PENALTY_PER_GAIN * max(gain, 0.0) / num_samples
-    penalties = [min(penalty, largest_penalty) for penalty in (SYMMETRIC_ENTROPY_PENALTY, ASYMMETRIC_ENTROPY_PENALTY)]
-    curves = [_penalized(*pair) for pair in zip(profiles, penalties, strict=False)]
-    entropies = [float(profile.entropy[curve.argmax()]) for profile, curve in zip(profiles, curves, strict=True)]
-    if len(profiles) > 1:
-        bonus = penalties[1] * max(entropies[0] - entropies[1], 0.0)
-        penalty = _asymmetry_penalty(num_classes)
-        curves[1] = curves[1] - penalty + min(bonus, MAX_ENTROPY_BONUS * penalty)
-    best_kind = max(range(len(curves)), key=lambda kind: float(curves[kind].max()))
-    return curves, entropies[best_kind] / (num_samples * math.log(num_classes))
-
-
-def _penalized(profile: Profile, entropy_penalty: float) -> Tensor:
-    """Return the objective minus the penalty of the entropy, on the CPU: [G].
-
-    The penalty compares the rates under one kind of noise; it does not change the maximum, by which symmetric and
-    asymmetric noise are compared.
-    """
-    curve = profile.objective - entropy_penalty * profile.entropy
-    return (curve - curve.max() + profile.objective.max()).cpu()
 
 
 def _fit_pairs(

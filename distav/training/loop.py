@@ -12,9 +12,10 @@ from distav.data.pipeline.sampler import Ids
 from distav.distributed.process_group import core_for_loading
 from distav.distributed.rendezvous import set_stage
 from distav.training.anomaly_guard import AnomalyGuard, Losses, roll_back
+from distav.training.input_log import log_inputs
 from distav.training.lr_schedule import lr_factor
 from distav.training.run import Run
-from distav.training.step_logger import StepLogger, log_inputs
+from distav.training.step_logger import StepLogger
 
 SMALL_NETWORK = 3_000_000
 """Number of parameters below which a network counts as small."""

@@ -1,4 +1,4 @@
-"""Logging of a run: console, metrics.jsonl and TensorBoard.
+"""Logging of a run: console, metrics.jsonl, TensorBoard and trackers.
 
 The main rank writes these. The other ranks write their warnings to `logs/rank_N.log`. When a run returns to a
 checkpoint, the records after it are moved to `logs/discarded_metrics.jsonl`, so that metrics.jsonl repeats no step.
@@ -11,21 +11,26 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distav.config.schema import Config
 from distav.distributed.process_group import World
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from distav.drawing.figures import confusion_matrix
+from distav.training.run_dir import nested_settings
+from distav.training.trackers.external import TrackedRun
+from distav.training.trackers.registry import open_trackers
+from distav.training.trackers.tensorboard import TensorBoard
+from distav.training.trackers.tracker import Tracker
 
 log = logging.getLogger("distav")
 
-_GRID_GRAY, _MAX_TABLE_CLASSES = 0.35, 50
+_MAX_TABLE_CLASSES = 50
 
 
 class MetricLogger:
@@ -36,7 +41,8 @@ class MetricLogger:
 
     def __init__(self, folder: Path, world: World):
         self.folder, self.world = folder, world
-        self._writer: SummaryWriter | None = None
+        self._tensorboard: TensorBoard | None = None
+        self._external: list[Tracker] = []
         handler: logging.Handler = logging.StreamHandler(sys.stdout)
         if not world.is_main:
             (folder / "logs").mkdir(exist_ok=True)
@@ -49,7 +55,9 @@ class MetricLogger:
         log.propagate = False
 
     def close(self) -> None:
-        """Flush and close the files; the logger of the package is as it was before."""
+        """Flush and close files and trackers; the logger of the package is as it was before."""
+        for tracker in self._external:
+            tracker.close()
         for handler in log.handlers:
             handler.close()
         log.handlers, level, log.propagate = self._original
@@ -65,14 +73,22 @@ class MetricLogger:
         """
         if not self.world.is_main:
             return
-        from torch.utils import tensorboard  # Takes half a second to import.
-
         self._close_files()
         path = self.folder / "metrics.jsonl"
         if path.is_file() and path.stat().st_size > metrics_bytes:
             self._discard_after(path, metrics_bytes)
         self._metrics = open(path, "a", buffering=1)  # noqa: SIM115
-        self._writer = tensorboard.SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
+        self._tensorboard = TensorBoard(self.folder / "tensorboard", purge_step=step + 1)
+
+    def open_trackers(self, config: Config) -> None:
+        """Open the trackers of `monitor.trackers`, which get all values from now on; called on the main rank.
+
+        Raises:
+            UserError: if a new run cannot be opened in a tracker.
+        """
+        if config.monitor.trackers:
+            run = TrackedRun(config.run.name, self.folder, nested_settings(config))
+            self._external = open_trackers(config.monitor.trackers, run, self.warn)
 
     def _discard_after(self, path: Path, num_bytes: int) -> None:
         """Move the end of metrics.jsonl to the file of discarded records."""
@@ -83,20 +99,20 @@ class MetricLogger:
             metrics.truncate(num_bytes)
 
     def _close_files(self) -> None:
-        if self._writer:
-            self._writer.close()
+        if self._tensorboard:
+            self._tensorboard.close()
             self._metrics.close()
 
     def flush(self) -> None:
         """Write all values that are logged so far to the files."""
-        if self._writer:
+        if self._tensorboard:
             self._metrics.flush()
-            self._writer.flush()
+            self._tensorboard.flush()
 
     @property
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl; 0 on ranks that do not write it."""
-        return self._metrics.tell() if self._writer else 0
+        return self._metrics.tell() if self._tensorboard else 0
 
     def info(self, text: str) -> None:
         """Print a line on the main rank."""
@@ -108,21 +124,35 @@ class MetricLogger:
 
     def log_metrics(self, step: int, values: dict[str, Any]) -> None:
         """Write a record to metrics.jsonl, and its finite numbers whose key contains `/` to TensorBoard."""
-        if not self._writer:
+        if not self._tensorboard:
             return
         self._metrics.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        for key, value in values.items():
-            if "/" in key and isinstance(value, int | float) and math.isfinite(value):
-                self._writer.add_scalar(key, value, step)
+        numbers = {key: float(value) for key, value in values.items() if "/" in key and isinstance(value, int | float)}
+        scalars = {key: value for key, value in numbers.items() if math.isfinite(value)}
+        if scalars:
+            for tracker in self._trackers():
+                tracker.log_scalars(step, scalars)
 
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
-        """Log a histogram of the finite values to TensorBoard."""
+        """Log a histogram of the finite values."""
         values = values[torch.isfinite(values)]
-        if self._writer and len(values):
-            self._writer.add_histogram(tag, values.float().cpu(), step)
+        if len(values):
+            for tracker in self._trackers():
+                tracker.log_histogram(tag, values.float().cpu().numpy(), step)
+
+    def image(self, tag: str, image: np.ndarray, step: int) -> None:
+        """Log an image: [H, W, 3] uint8."""
+        for tracker in self._trackers():
+            tracker.log_image(tag, image, step)
+
+    def audio(self, tag: str, waveform: Tensor, sample_rate_hz: int, step: int) -> None:
+        """Log audio: [N], clipped to [-1, 1]."""
+        samples = waveform.float().clamp(-1, 1).cpu().numpy()
+        for tracker in self._trackers():
+            tracker.log_audio(tag, samples, sample_rate_hz, step)
 
     def confusion(self, tag: str, rows: np.ndarray, columns: np.ndarray, classes: list[str], step: int) -> None:
-        """Log a confusion matrix: an image of the fractions per row, and for up to 50 classes a table of counts.
+        """Log a confusion matrix: an image, see `confusion_matrix`, and for up to 50 classes a table of all counts.
 
         Args:
             tag: names rows and columns, such as `labels/given_vs_corrected`.
@@ -130,46 +160,44 @@ class MetricLogger:
             classes: names of the classes.
             step: step of the run.
         """
-        if not self._writer:
+        if not self._tensorboard:
             return
         num = len(classes)
         counts = np.bincount(rows * num + columns, minlength=num * num).reshape(num, num)
-        fractions = counts / np.maximum(1, counts.sum(1, keepdims=True))
-        cell = max(1, 320 // num)
-        image = np.kron(fractions, np.ones((cell, cell)))
-        if cell >= 4:
-            image[::cell] = image[:, ::cell] = _GRID_GRAY
-        self._writer.add_image(tag, image.astype(np.float32), step, dataformats="HW")
+        row_title, _, column_title = tag.rpartition("/")[2].partition("_vs_")
+        self.image(tag, confusion_matrix(counts, classes, tag, row_title, column_title), step)
         if num <= _MAX_TABLE_CLASSES:
-            corner = tag.rpartition("/")[2].replace("_vs_", " \\ ")
-            head = f"| {corner} | " + " | ".join(classes) + " |\n" + "|---" * (num + 1) + "|\n"
+            head = f"| {row_title} \\ {column_title} | " + " | ".join(classes) + " |\n" + "|---" * (num + 1) + "|\n"
             body = "\n".join(
                 f"| **{name}** | " + " | ".join(map(str, row)) + " |" for name, row in zip(classes, counts, strict=True)
             )
-            self._writer.add_text(tag, head + body, step)
+            self._tensorboard.log_text(tag, head + body, step)
 
-    def media(self, frames: Tensor, audio: Tensor, spectrogram: Tensor | None, sample_rate_hz: int, step: int) -> None:
-        """Log clips to TensorBoard, as the network receives them.
+    def hyperparameters(self, settings: Mapping[str, bool | float | str], metrics: Mapping[str, float]) -> None:
+        """Log the settings of the run with its final metrics; see `TensorBoard.log_hyperparameters`."""
+        if self._tensorboard:
+            self._tensorboard.log_hyperparameters(settings, metrics)
 
-        Args:
-            frames: [M, T, H, W, 3] uint8.
-            audio: [M, N] float32.
-            spectrogram: [M, F, L]; None if the audio tower takes waveforms.
-            sample_rate_hz: sample rate of the audio.
-            step: step of the run.
-        """
-        if not self._writer:
-            return
-        strips = [torch.cat(list(clip), dim=1) for clip in frames.cpu()]
-        self._writer.add_image("input/frames", torch.cat(strips), step, dataformats="HWC")
-        if spectrogram is not None:
-            low, high = spectrogram.amin((1, 2), keepdim=True), spectrogram.amax((1, 2), keepdim=True)
-            levels = ((spectrogram - low) / (high - low + 1e-6)).flip(1).float().cpu()
-            gaps = torch.ones(*levels.shape[:2], 2)
-            row = torch.cat(list(torch.cat([levels, gaps], dim=2)), dim=1)
-            self._writer.add_image("input/spectrogram", row, step, dataformats="HW")
-        for number, waveform in enumerate(audio.float().cpu()):
-            self._writer.add_audio(f"input/audio_{number}", waveform.clamp(-1, 1), step, sample_rate_hz)
+    def report(self, report: dict[str, Any]) -> None:
+        """Pass the content of report.json to the trackers."""
+        for tracker in self._trackers():
+            tracker.log_report(report)
+
+    def embeddings(
+        self,
+        tag: str,
+        features: np.ndarray,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        thumbnails: np.ndarray,
+        step: int,
+    ) -> None:
+        """Log features of clips for TensorBoard's embedding projector; see `TensorBoard.log_embeddings`."""
+        if self._tensorboard:
+            self._tensorboard.log_embeddings(tag, features, columns, rows, thumbnails, step)
+
+    def _trackers(self) -> list[Tracker]:
+        return [self._tensorboard, *self._external] if self._tensorboard else []
 
 
 def peak_memory_gib(device: torch.device) -> float:

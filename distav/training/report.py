@@ -13,8 +13,10 @@ from distav.noise.noise_rate import MAX_INTERVAL_WIDTH
 from distav.training import final_evaluation
 from distav.training.classifier_fusion import fit_run_fusion
 from distav.training.export import export
+from distav.training.hyperparameters import hyperparameters
 from distav.training.multi_label_evaluation import evaluate_multi_label_clips
 from distav.training.multi_label_report import list_label_entries, list_noise_entries, list_test_entries
+from distav.training.projector import log_projector
 from distav.training.run import Run
 
 _IMBALANCE_FACTOR = 2
@@ -35,6 +37,7 @@ def write_report(run: Run) -> None:
     else:
         test = final_evaluation.evaluate_clips(run, fusion)
     events = final_evaluation.evaluate_events(run) if any(parses_events) else None
+    log_projector(run)
     weights = run.engine.full_state_dict()
     quarantined = run.quarantined_samples()
     if not run.world.is_main:
@@ -42,22 +45,25 @@ def write_report(run: Run) -> None:
     report = _training_figures(run)
     if fusion is not None:
         report["fusion"] = asdict(fusion)
+    scalars: dict[str, float] = {}
     if test is not None:
         report["test"] = test
-        scalars = {f"test/{name}": value for name, value in test.items() if name != "by_class"}
-        run.logger.log_metrics(run.progress.total_steps, scalars)
+        scalars |= {f"test/{name}": value for name, value in test.items() if name != "by_class"}
     if events is not None:
         report["events"] = events
-        scalars = {
+        scalars |= {
             f"events/{level}_{name}": events[level][name] for level in ("segment", "event") for name in events[level]
         }
+    if scalars:
         run.logger.log_metrics(run.progress.total_steps, scalars)
+    run.logger.hyperparameters(hyperparameters(run.config), scalars | _correction_scalars(report))
     keys = run.data.train.keys
     report["quarantined_samples"] = [
         {"id": sample, "key": str(keys[sample]), "reason": reason} for sample, reason in quarantined.items()
     ]
     export(run, weights, report, fusion)
     write_atomically(run.folder / "report.json", (json.dumps(report, indent=1) + "\n").encode())
+    run.logger.report(report)
     has_signal = run.state.correction is not None and run.state.correction.has_signal
     run.logger.info(format_summary(report, run.folder, len(run.data.shards.classes), has_signal))
 
@@ -88,6 +94,15 @@ def _training_figures(run: Run) -> dict[str, Any]:
             report["correspondence_auroc"] = last["pair_auroc"]["other_class"]
         report["corrections"] = figures.corrections
     return report
+
+
+def _correction_scalars(report: dict[str, Any]) -> dict[str, float]:
+    """Return scalars of the last label correction, by the keys that it was logged with."""
+    if not report.get("corrections"):
+        return {}
+    last = report["corrections"][-1]
+    values = {"changed_fraction": last["changed_fraction"], **last.get("label_accuracy", {})}
+    return {f"labels/{key}": value for key, value in values.items() if value is not None}
 
 
 def format_summary(report: dict[str, Any], folder: Path, num_classes: int, has_signal: bool) -> str:

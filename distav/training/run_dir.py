@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 from omegaconf import OmegaConf
@@ -48,6 +48,8 @@ RESUMABLE_CHANGES = (
     "optim.loss_spike_skip_batches",
     "monitor.media_every",
     "monitor.media_clips",
+    "monitor.projector_clips",
+    "monitor.trackers",
 )
 """Settings that may change when a run resumes; they do not affect what is learned from finite losses."""
 
@@ -132,10 +134,10 @@ def _first_difference(recorded: str, requested: str) -> str:
         requested: YAML of this run.
     """
     try:
-        old, new = _flatten_yaml(recorded), _flatten_yaml(requested)
+        old, new = flatten_yaml(recorded), flatten_yaml(requested)
     except YAMLError:
         return "the recorded config.yaml is not valid YAML"
-    defaults = _defaults(new)
+    defaults = default_settings(new)
     for key in dict.fromkeys([*new, *old]):
         default = defaults.get(key, "not set")
         old_value, new_value = old.get(key, default), new.get(key, default)
@@ -144,10 +146,10 @@ def _first_difference(recorded: str, requested: str) -> str:
     return "" if _phase_names(old) == _phase_names(new) else "the phases have another order"
 
 
-def _defaults(settings: dict[str, Any]) -> dict[str, Any]:
+def default_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the defaults of all settings of a run with the same phases, except the kinds of its phases."""
     phases = {name: PHASE_KINDS[settings[f"phases.{name}.kind"]]() for name in _phase_names(settings)}
-    defaults = _flatten_yaml(loading.to_yaml(Config(phases=phases)))
+    defaults = flatten_yaml(loading.to_yaml(Config(phases=phases)))
     return {key: value for key, value in defaults.items() if not key.endswith(".kind")}
 
 
@@ -155,15 +157,22 @@ def _phase_names(settings: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(key.split(".")[1] for key in settings if key.startswith("phases.")))
 
 
-def _flatten_yaml(text: str) -> dict[str, Any]:
+def nested_settings(config: Config) -> dict[str, Any]:
+    """Return all settings as nested dictionaries."""
+    settings = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(loading.to_yaml(config))))
+    return {name: section for name, section in settings.items() if name != "defaults"}
+
+
+def flatten_yaml(text: str) -> dict[str, Any]:
     """Return the leaves of a YAML document by dotted key."""
-    return dict(_leaves(OmegaConf.to_container(OmegaConf.create(text))))
+    return dict(leaves(OmegaConf.to_container(OmegaConf.create(text))))
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values in nested dictionaries with their dotted keys."""
     if isinstance(value, dict) and value:
         for name, child in value.items():
-            yield from _leaves(child, f"{key}.{name}" if key else str(name))
+            yield from leaves(child, f"{key}.{name}" if key else str(name))
     else:
         yield key, value
 

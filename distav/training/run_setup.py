@@ -15,6 +15,7 @@ from distav.data.dataset import Split
 from distav.data.modalities import MODALITIES
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.sampler import micro_batch_size
+from distav.distributed.collectives import run_on_main_rank
 from distav.distributed.process_group import World
 from distav.distributed.rendezvous import set_record_dir
 from distav.distributed.signals import handle_signals
@@ -62,6 +63,7 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
             engine, config, initial_weights.has_sources
         )
         logger.resume_at(progress.total_steps, state.metrics_bytes)
+        run_on_main_rank(lambda: logger.open_trackers(config), "choose another run.root")
         micro_batch = micro_batch_size(
             config.optim.global_batch, config.optim.gradient_accumulation_steps, world.world_size
         )

@@ -1,27 +1,14 @@
-"""Console lines, scalars and media of training steps."""
+"""Console lines and scalars of training steps."""
 
 import time
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from distav.data.pipeline.loader import Batch
 from distav.distributed.collectives import all_reduce_sum_, get_world_size
-from distav.models.towers import AudioTower
 from distav.training.anomaly_guard import Losses
 from distav.training.metric_logger import format_duration, peak_memory_gib
 from distav.training.run import Run
-
-
-def log_inputs(run: Run, batch: Batch) -> None:
-    """Log the first clips of a batch to TensorBoard, as the network receives them."""
-    num_clips = run.config.monitor.media_clips
-    if run.world.is_main and num_clips and "frames" in batch.media:
-        frames, audio = batch.media["frames"][:num_clips], batch.media["audio"][:num_clips]
-        spectrogram = cast(AudioTower, run.engine.model.get_submodule("audio")).spectrogram(audio)
-        rate = run.data.train.sample_rate_hz
-        run.logger.media(frames, audio, spectrogram, rate, run.progress.total_steps)
 
 
 class StepLogger:

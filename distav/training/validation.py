@@ -1,4 +1,4 @@
-"""Check of the names of components in a configuration: contrastive objectives, classification losses and towers."""
+"""Check of the names of components in a configuration: objectives, losses, towers and trackers."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from distav.losses.classification import CLASSIFICATION_LOSSES
 from distav.losses.contrastive_objectives import select_objective
 from distav.models.av_model import check_towers
 from distav.training.checkpoint.mirror import RunMirror
+from distav.training.trackers.registry import check_trackers
 
 
 def validate_names(config: Config) -> None:
@@ -22,6 +23,7 @@ def validate_names(config: Config) -> None:
     """
     if config.run.mirror:
         RunMirror(config.run.mirror, Path(config.run.root) / config.run.name, config.run.keep_checkpoints)
+    check_trackers(config.monitor.trackers)
     check_towers(config.model, any(isinstance(phase, EventParsingPhase) for phase in config.phases.values()))
     for name, phase in config.phases.items():
         key = f"phases.{name}"

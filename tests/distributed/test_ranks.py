@@ -30,7 +30,7 @@ from distav.memory.negative_sampling import NegativeSampling
 from distav.memory.softmax import attend, merge_across_ranks
 from distav.models.av_model import AVModel
 from distav.models.layers import GlobalBatchNorm
-from distav.noise import label_model
+from distav.noise import label_model, rate_fit
 from distav.noise.correction import Correction
 from distav.noise.label_correction import correct_labels
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
@@ -144,7 +144,7 @@ def correct_shard() -> Correction:
 
 def sharded_correction() -> tuple[Tensor, Tensor, dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(label_model, "GRID", label_model.GRID[::3])
+        patch.setattr(rate_fit, "GRID", rate_fit.GRID[::3])
         patch.setattr(label_model, "MISMATCH_GRID", label_model.MISMATCH_GRID[::3])
         correction = correct_shard()
     assert correction.has_signal

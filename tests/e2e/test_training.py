@@ -78,10 +78,29 @@ def test_run_directory_contents(finished: tuple[Path, str], tiny_shards: Path):
     assert {"train/loss", "train/lr", "train/grad_norm", "time/clips_per_s", "time/data_wait_pct", "memory/peak_gib",
             "test/top1", "test/balanced_accuracy"} <= set(tags["scalars"])  # fmt: skip
     assert {"correspondence/similarity", "correspondence/weight", "labels/confidence"} <= set(tags["histograms"])
-    assert {"input/frames", "input/spectrogram", "labels/given_vs_corrected"} <= set(tags["images"])
+    assert {"input/frames", "input/spectrogram", "labels/given_vs_corrected", "labels/confidence"} <= set(
+        tags["images"]
+    )
     assert "input/audio_0" in tags["audio"]
     assert len(list((run / "checkpoints").glob("step-*"))) == 2
     assert json.loads((run / "environment.json").read_text())["versions"]["torch"].startswith("2.11")
+
+
+def test_projector_shows_the_labels_of_the_correction(finished: tuple[Path, str]):
+    run, _ = finished
+    (folder,) = (run / "tensorboard").glob("*/clips")
+    head, *lines = [line.split("\t") for line in (folder / "metadata.tsv").read_text().splitlines()]
+    assert head[:2] == ["clip", "given"] and len(lines) == 96
+    table = pq.read_table(run / "labels" / "correction.parquet").to_pylist()
+    expected = [[row["key"], row["given_label"]] for row in table]
+    if len(head) > 2:
+        expected = [
+            [*texts, row["corrected_label"], f"{row['confidence']:.3f}"]
+            for texts, row in zip(expected, table, strict=True)
+        ]
+    assert lines == expected
+    features = np.loadtxt(folder / "tensors.tsv")
+    assert len(features) == 96 and np.linalg.norm(features, axis=1) == pytest.approx(np.full(96, 2**0.5), rel=1e-4)
 
 
 def test_exported_encoders_reproduce_the_test_accuracy(finished: tuple[Path, str], tiny_shards: Path):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from math import ceil, floor
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from distav.models.encoder import AudioEncoder, AudioInput
 from distav.models.families import transformers_networks as networks
 from distav.models.layers import with_global_batch_norm
 from distav.models.log_mel import FrontEnd
+from distav.models.mel import mel_centers
 from distav.models.resampling import Resample
 from distav.models.weights import interpolate_positions
 
@@ -53,6 +55,14 @@ class NetworkFrontEnd(FrontEnd):
         """Return the size of the time dimension of the output."""
         output = self.forward(torch.zeros(1, num_samples, device="cpu", dtype=torch.float32))
         return output.shape[-1 if self.time_dim is None else self.time_dim]
+
+    def mel_centers_hz(self) -> np.ndarray | None:
+        """Return the center frequencies of the mel bins in Hz, [F]; None for waveforms."""
+        return None if self.extractor.mel_scale is None else mel_centers(*self.extractor.mel_scale)
+
+    def frame_distance_s(self) -> float | None:
+        """Return the distance of two mel frames in seconds; None for waveforms."""
+        return None if self.mel_dim is None else self.extractor.hop / self.extractor.sample_rate_hz
 
     def forward(self, audio: Tensor) -> Tensor:
         """Convert audio [B, N] at the rate of the dataset to the input of the network, float32."""

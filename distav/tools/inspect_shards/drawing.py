@@ -5,12 +5,11 @@ Legend: T frames, H W pixels, N audio samples. All lengths are in pixels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from distav.tools.inspect_shards.text_table import display_width, printable
+from distav.drawing.text import draw_text
 
 FRAME = (128, 96)
 """Width and height of the box of a frame."""
@@ -19,9 +18,6 @@ TEXT, WAVE, PAD, GAP = 36, 36, 8, 10
 MAX_WIDTH = 1800
 """Largest width of a sheet with more than one column."""
 BACKGROUND, CARD, INK, FAINT, WAVE_COLOR, FAULT = "#e4e7eb", "#ffffff", "#1f2933", "#7b8794", "#2f6fb0", "#b3261e"
-FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf")
-WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "DroidSansFallbackFull.ttf", "wqy-microhei.ttc")
-"""Fonts for many scripts and for East Asian ones, if installed; Pillow's default font has Latin glyphs only."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +75,8 @@ def _draw_cell(cell: Cell, frames: int) -> Image.Image:
     pen = ImageDraw.Draw(card)
     inner_width = width - 2 * PAD
     note_color = FAULT if cell.is_fault else FAINT
-    _draw_text(pen, (PAD, PAD - 2), cell.label, inner_width, 15, INK)
-    _draw_text(pen, (PAD, PAD + TEXT // 2 - 1), f"{cell.key}   {cell.note}", inner_width, 12, note_color)
+    draw_text(pen, (PAD, PAD - 2), cell.label, inner_width, 15, INK)
+    draw_text(pen, (PAD, PAD + TEXT // 2 - 1), f"{cell.key}   {cell.note}", inner_width, 12, note_color)
     top = PAD + TEXT
     wave_top = top + FRAME[1] + PAD
     if cell.is_fault:
@@ -88,7 +84,7 @@ def _draw_cell(cell: Cell, frames: int) -> Image.Image:
         pen.line((PAD, height - PAD, width - PAD, top), FAULT)
         return card
     if cell.frames is None:
-        _draw_text(pen, (PAD, top + FRAME[1] // 2 - 8), "no video", inner_width, 15, FAINT)
+        draw_text(pen, (PAD, top + FRAME[1] // 2 - 8), "no video", inner_width, 15, FAINT)
     else:
         numbers = np.linspace(0, len(cell.frames) - 1, frames).round().astype(int)
         for index, number in enumerate(numbers):
@@ -96,7 +92,7 @@ def _draw_cell(cell: Cell, frames: int) -> Image.Image:
             left = PAD + index * FRAME[0] + (FRAME[0] - image.width) // 2
             card.paste(image, (left, top + (FRAME[1] - image.height) // 2))
     if cell.audio is None:
-        _draw_text(pen, (PAD, wave_top + WAVE // 2 - 8), "no audio", inner_width, 15, FAINT)
+        draw_text(pen, (PAD, wave_top + WAVE // 2 - 8), "no audio", inner_width, 15, FAINT)
     else:
         _draw_waveform(pen, cell.audio, (PAD, wave_top, inner_width, WAVE))
     return card
@@ -124,26 +120,3 @@ def _draw_waveform(pen: ImageDraw.ImageDraw, audio: np.ndarray, box: tuple[int, 
         if len(samples):
             ends = middle - float(samples.max()) * scale, middle - float(samples.min()) * scale
             pen.line((left + column, ends[0], left + column, ends[1]), WAVE_COLOR)
-
-
-def _draw_text(
-    pen: ImageDraw.ImageDraw, position: tuple[int, int], text: str, width: int, size: int, color: str
-) -> None:
-    """Draw one line of text, truncated to a width."""
-    text = printable(text)[:400]
-    font = _font(size, display_width(text) > len(text))
-    if font.getlength(text) > width:
-        while text and font.getlength(text + "...") > width:
-            text = text[:-1]
-        text += "..."
-    pen.text(position, text, color, font)
-
-
-@lru_cache
-def _font(size: int, wide: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    for name in (*WIDE_FONTS, *FONTS) if wide else FONTS:
-        try:
-            return ImageFont.truetype(name, size)
-        except OSError:
-            continue
-    return ImageFont.load_default(size)

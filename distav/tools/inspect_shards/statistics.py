@@ -10,8 +10,9 @@ import numpy as np
 from distav.config.errors import format_list
 from distav.data.annotations.labels import load_labels, multi_labels
 from distav.data.dataset import ShardedDataset, Split
+from distav.drawing.text import printable
 from distav.tools.inspect_shards.measurements import BLACK_FRACTION, BLACK_PIXEL, SILENT_DBFS, measure
-from distav.tools.inspect_shards.text_table import LINE_WIDTH, format_table, printable, truncate
+from distav.tools.inspect_shards.text_table import LINE_WIDTH, format_table, truncate
 
 PERCENTILES = (5, 25, 50, 75, 95)
 MODALITY_COUNTS = ("video and audio", "video only", "audio only")

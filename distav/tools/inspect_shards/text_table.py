@@ -1,21 +1,11 @@
 """Plain-text tables with columns that are aligned for any script and lines of limited width."""
 
-import unicodedata
 from collections.abc import Sequence
+
+from distav.drawing.text import display_width, printable
 
 LINE_WIDTH = 120
 """Columns of a line."""
-
-
-def printable(text: object) -> str:
-    """Return text in which characters that control a terminal are replaced."""
-    return "".join(character if character.isprintable() else "\ufffd" for character in str(text))
-
-
-def display_width(text: str) -> int:
-    """Return the number of terminal columns that a text occupies."""
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
 
 
 def truncate(text: object, max_width: int) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from distav.data.annotations.labels import Labels, correction_table
 from distav.data.files import write_table
 from distav.distributed.collectives import all_gather_variable_rows, local_shard
+from distav.drawing.figures import histogram
 from distav.evaluation.metrics import (
     MISMATCH_THRESHOLD,
     NOISE_KINDS,
@@ -182,10 +183,28 @@ def log_correction(
         true, predicted = _noise_kinds(labels, mismatched, result)
         run.logger.confusion("noise/true_vs_predicted", true, predicted, NOISE_KINDS, step)
     run.logger.confusion("labels/given_vs_corrected", labels.given, result.corrected, labels.classes, step)
-    run.logger.histogram("labels/confidence", torch.from_numpy(np.ascontiguousarray(result.confidence)), step)
+    if run.world.is_main:
+        changed = result.corrected != labels.given
+        log_confidence(run, summary["phase"], result.confidence, changed, "corrected label")
     run.logger.info(_log_line(summary, correction.has_signal, min_gain))
     if "warning" in summary and run.world.is_main:
         run.logger.warn(f"phase={summary['phase']} warning: {summary['warning']}")
+
+
+def log_confidence(run: Run, phase: str, confidence: np.ndarray, changed: np.ndarray, what: str) -> None:
+    """Log the distribution of confidences, and as an image with kept and changed labels apart.
+
+    Args:
+        run: the run.
+        phase: name of the phase.
+        confidence: [N] float32 probabilities.
+        changed: [N] bool, labels that the correction changed.
+        what: what the probabilities are of.
+    """
+    step = run.progress.total_steps
+    run.logger.histogram("labels/confidence", torch.from_numpy(np.ascontiguousarray(confidence)), step)
+    parts = {"kept": confidence[~changed], "changed": confidence[changed]}
+    run.logger.image("labels/confidence", histogram(parts, f"{phase}: confidence", f"probability of the {what}"), step)
 
 
 def _log_line(summary: dict[str, Any], has_signal: bool, min_gain: float) -> str:

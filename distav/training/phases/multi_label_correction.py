@@ -14,13 +14,11 @@ from distav.distributed.collectives import all_gather_variable_rows
 from distav.evaluation.multi_label_metrics import label_list_accuracy
 from distav.noise.multi_label_correction import ListCorrection, correct_label_lists, identity_correction
 from distav.noise.multi_label_votes import ListVoteSearch
+from distav.training.clip_labels import PRESENT
 from distav.training.feature_extraction import extract_features
-from distav.training.phases.correction_summary import correction_warning
+from distav.training.phases.correction_summary import correction_warning, log_confidence
 from distav.training.run import Run
 from distav.training.run_state import CorrectionState
-
-PRESENT = 0.5
-"""Posterior probability above which a corrected list has a class."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def run_multi_label_correction(run: Run, name: str, config: LabelCorrectionPhase
         table = multi_label_correction_table(run.data.train, labels, result.corrected, held_out, posterior)
         (run.folder / "labels").mkdir(exist_ok=True)
         write_table(run.folder / "labels" / f"{name}.parquet", table)
-    _log(run, summary, posterior, config.min_log_likelihood_gain)
+    _log(run, summary, result, config.min_log_likelihood_gain)
 
 
 def _gather(values: Tensor) -> np.ndarray:
@@ -129,8 +127,8 @@ def build_list_summary(
     return summary
 
 
-def _log(run: Run, summary: dict[str, Any], posterior: np.ndarray, min_gain: float) -> None:
-    """Log metrics, the distribution of the posteriors, and one line."""
+def _log(run: Run, summary: dict[str, Any], result: ListResult, min_gain: float) -> None:
+    """Log metrics, the distributions of posteriors and of confidences of given and corrected labels, and one line."""
     step = run.progress.total_steps
     metrics: dict[str, float | str] = {
         "phase": summary["phase"],
@@ -141,7 +139,13 @@ def _log(run: Run, summary: dict[str, Any], posterior: np.ndarray, min_gain: flo
     accuracy = summary.get("label_accuracy", {})
     metrics |= {f"labels/{key}": value for key, value in accuracy.items() if value is not None}
     run.logger.log_metrics(step, metrics)
-    run.logger.histogram("labels/posterior", torch.from_numpy(posterior.reshape(-1)), step)
+    run.logger.histogram("labels/posterior", torch.from_numpy(result.posterior.reshape(-1)), step)
+    if run.world.is_main:
+        given = run.data.multi_labels.given
+        rows = given | result.corrected
+        confidence = np.where(result.corrected, result.posterior, 1 - result.posterior)
+        changed = (given != result.corrected)[rows]
+        log_confidence(run, summary["phase"], confidence[rows], changed, "presence or absence of a label")
     run.logger.info(_log_line(summary, min_gain))
     if "warning" in summary and run.world.is_main:
         run.logger.warn(f"phase={summary['phase']} warning: {summary['warning']}")

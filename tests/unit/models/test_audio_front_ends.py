@@ -21,8 +21,8 @@ from distav.models.audio_front_ends import (
     NormalizedWaveform,
     WhisperLogMel,
     from_preprocessor,
-    mel_filters,
 )
+from distav.models.mel import mel_filters
 from distav.models.resampling import Resample
 from tests.helpers.on_gpu import OnGPU
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from distav.config.model import AudioConfig
-from distav.models.audio_front_ends import mel_filters
 from distav.models.log_mel import LogMel
+from distav.models.mel import mel_filters
 from distav.models.pretrained import load_encoders
 from tests.helpers.exports import example_clips, write_encoders
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from distav.noise import label_model, model_fit
 from distav.noise.composite_likelihood import CompositeLikelihood
 from distav.noise.label_correction import VISUAL_OWNERS
-from distav.noise.label_model import GRID, MISMATCH_GRID, fit_label_model
+from distav.noise.label_model import MISMATCH_GRID, fit_label_model
 from distav.noise.model_fit import PairAssumption, Profile, fit_pair_profile, fit_profile, join_parameters
 from distav.noise.model_parameters import Votes
 from distav.noise.noise_rate import CONFORMAL_FACTOR, candidate_rates, estimate_rate, interpolate_profile
+from distav.noise.rate_fit import GRID
 
 NUM_CLASSES = 4
 LARGEST_RATE = (NUM_CLASSES - 1) / NUM_CLASSES

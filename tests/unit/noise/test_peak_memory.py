@@ -113,7 +113,7 @@ def measure_correction(num_samples: int, with_prior: bool) -> int:
     vote_score.MAX_SCORED_SAMPLES = 1000
     model_fit.MAX_FIT_SAMPLES = model_fit.MIN_FIT_SAMPLES = 100
     model_fit.STEPS = 2
-    label_model.GRID, label_model.COARSE_GRID, label_model.MISMATCH_GRID = (0.2, 0.4), (0.2, 0.4), (0.05, 0.3)
+    rate_fit.GRID, rate_fit.COARSE_GRID, label_model.MISMATCH_GRID = (0.2, 0.4), (0.2, 0.4), (0.05, 0.3)
     for size, num_classes in ((300, 20), (num_samples, CORRECTION_CLASSES)):
         generator = torch.Generator().manual_seed(1)
         true = torch.arange(size) % num_classes

@@ -20,10 +20,11 @@ from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, encode_audio, encode_video
 from distav.data.preparation.sources.annotated_videos import FeatureFolder
 from distav.data.preparation.sources.llp import LLPSource
+from distav.drawing.text import display_width
 from distav.tools.inspect_shards.command import main
 from distav.tools.inspect_shards.drawing import FRAME, PAD, TEXT, WAVE, layout
 from distav.tools.inspect_shards.measurements import loudness_lufs, measure_clip, peak_dbfs
-from distav.tools.inspect_shards.text_table import display_width, format_table
+from distav.tools.inspect_shards.text_table import format_table
 from tests.conftest import ROOT
 from tests.helpers.events import STREAMS, write_llp
 

@@ -1,14 +1,18 @@
 """Lines, scalars and images of a run."""
 
+import io
 import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distav.distributed.process_group import World
+from distav.drawing.figures import confusion_matrix
 from distav.training.metric_logger import MetricLogger
 
 
@@ -54,3 +58,26 @@ def test_a_run_that_returns_to_a_checkpoint_repeats_no_record(tmp_path: Path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
     assert events.Scalars("train/loss")[1].value == pytest.approx(0.3)
+
+
+def test_figures_are_in_the_event_file(tmp_path: Path):
+    logger = MetricLogger(tmp_path, World(0, 1, 0, torch.device("cpu")))
+    logger.resume_at(0, 0)
+    rows, columns = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 2])
+    logger.confusion("labels/given_vs_corrected", rows, columns, ["dog", "cat", "bird"], 3)
+    logger.log_metrics(3, {"test/top1": 0.75})
+    logger.hyperparameters({"optim.lr": 1e-3, "model.visual.name": "small_conv"}, {"test/top1": 0.75})
+    thumbnails = np.zeros((2, 8, 8, 3), np.uint8)
+    features = np.eye(2, 4, dtype=np.float32)
+    logger.embeddings("clips", features, ["clip", "given"], [["a", "dog"], ["b", "cat"]], thumbnails, 3)
+    logger.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (image,) = events.Images("labels/given_vs_corrected")
+    expected = confusion_matrix(np.array([[1, 1, 0], [0, 1, 0], [0, 0, 1]]), ["dog", "cat", "bird"],
+                                "labels/given_vs_corrected", "given", "corrected")  # fmt: skip
+    assert (np.asarray(Image.open(io.BytesIO(image.encoded_image_string))) == expected).all()
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    folder = tmp_path / "tensorboard" / "00003" / "clips"
+    assert (folder / "metadata.tsv").read_text() == "clip\tgiven\na\tdog\nb\tcat\n"
+    assert np.loadtxt(folder / "tensors.tsv").tolist() == features.tolist()
+    assert Image.open(folder / "sprite.png").size == (16, 16)
