@@ -80,20 +80,25 @@ def unmix_if_likely(
 ) -> tuple[CompositeLikelihood, RateFit, VoteUnmixing | None]:
     """Return likelihood and fit of unmixed votes if asymmetric noise explains the labels better with them.
 
-    Nothing but the likelihood decides here, and it has to gain the penalty of asymmetric noise.
+    They are compared as symmetric and asymmetric noise are: unmixed votes have the penalty of asymmetric noise, and a
+    bonus for less entropy.
     """
     num_samples, num_classes = len(likelihood.labels), likelihood.num_classes
     unmixing = VoteUnmixing.fit(likelihood.votes)
+    if not unmixing.names_classes:
+        return likelihood, fit, None
     unmixed = CompositeLikelihood(unmixing.apply(likelihood.votes), likelihood.labels, num_classes, likelihood.weights)
     with threads_for(min(num_samples * num_classes * len(fit.grid), MAX_ELEMENTS)):
         profile = fit_profile(unmixed, fit.grid, symmetric=False, pairs=pairs)
     penalty = _asymmetry_penalty(num_classes)
     gain = profile.gain - penalty
     entropy_penalty = min(ASYMMETRIC_ENTROPY_PENALTY, ENTROPY_PENALTY_PER_GAIN * max(gain, 0.0) / num_samples)
-    curve = _penalized(profile, entropy_penalty) - penalty
+    curve = _penalized(profile, entropy_penalty)
+    largest_entropy = num_samples * math.log(num_classes)
+    entropy = float(profile.entropy[curve.argmax()]) / largest_entropy
+    curve = curve - penalty + _entropy_bonus(entropy_penalty * largest_entropy * (fit.entropy - entropy), penalty)
     if float(curve.max()) <= max(float(other.max()) for other in fit.curves):
         return likelihood, fit, None
-    entropy = float(profile.entropy[curve.argmax()]) / (num_samples * math.log(num_classes))
     return unmixed, RateFit(fit.grid, [profile], [curve], entropy, gain), unmixing.to(torch.device("cpu"))
 
 
@@ -119,11 +124,15 @@ def _penalized_curves(
     curves = [_penalized(*pair) for pair in zip(profiles, penalties, strict=False)]
     entropies = [float(profile.entropy[curve.argmax()]) for profile, curve in zip(profiles, curves, strict=True)]
     if len(profiles) > 1:
-        bonus = penalties[1] * max(entropies[0] - entropies[1], 0.0)
         penalty = _asymmetry_penalty(num_classes)
-        curves[1] = curves[1] - penalty + min(bonus, MAX_ENTROPY_BONUS * penalty)
+        curves[1] = curves[1] - penalty + _entropy_bonus(penalties[1] * (entropies[0] - entropies[1]), penalty)
     best_kind = max(range(len(curves)), key=lambda kind: float(curves[kind].max()))
     return curves, entropies[best_kind] / (num_samples * math.log(num_classes))
+
+
+def _entropy_bonus(bonus: float, asymmetry_penalty: float) -> float:
+    """Return what asymmetric noise gains for less entropy, in nats; see `MAX_ENTROPY_BONUS`."""
+    return min(max(bonus, 0.0), MAX_ENTROPY_BONUS * asymmetry_penalty)
 
 
 def _penalized(profile: Profile, entropy_penalty: float) -> Tensor:

@@ -40,6 +40,15 @@ class VoteUnmixing:
         roles = ((votes.visual, votes.has_visual), (votes.audio, votes.has_audio), (votes.joint, votes.paired))
         return cls(*(_fit_mixtures(tables[0][present].exp()) if tables else None for tables, present in roles))
 
+    @property
+    def names_classes(self) -> bool:
+        """Whether the label of each class is the most frequent one in its mixture, so that the mixtures have names.
+
+        Decided by the joint vote, the sharpest one. Otherwise the mixtures are not those of the classes.
+        """
+        mixtures = self.joint if self.joint is not None else self.visual
+        return mixtures is not None and bool((mixtures.argmax(1).cpu() == torch.arange(len(mixtures))).all())
+
     def apply(self, votes: Votes) -> Votes:
         """Return the votes with the first vote of each role unmixed; missing votes stay uniform."""
         return replace(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distav.noise import label_model, model_fit
+from distav.noise import model_fit, rate_fit
 from distav.noise.composite_likelihood import CompositeLikelihood
 from distav.noise.label_correction import VISUAL_OWNERS
 from distav.noise.label_model import MISMATCH_GRID, fit_label_model
@@ -162,7 +162,7 @@ def test_joined_parameters_are_selected_again():
 
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_interval_of_the_fitted_model_covers_both_rates(asymmetric: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(label_model, "GRID", GRID[::2])
+    monkeypatch.setattr(rate_fit, "GRID", GRID[::2])
     votes, given = draw_labels(0.3, 0.4, 0.97, asymmetric=asymmetric)
     model = fit_label_model(votes, given, NUM_CLASSES, torch.ones(600), PairAssumption(0.97))
     assert model.label_rate.ci95_low <= 0.3 <= model.label_rate.ci95_high

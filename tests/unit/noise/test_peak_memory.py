@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distav.data.modalities import MODALITIES
-from distav.noise import label_model, model_fit, vote_score
+from distav.noise import label_model, model_fit, rate_fit, vote_score
 from distav.noise.correction import CorrectionPrior
 from distav.noise.knn_vote import NeighborGraph, pca_whiten
 from distav.noise.label_correction import correct_labels
