@@ -15,6 +15,7 @@ from distav.data.pipeline.class_balance import ClassBalance
 from distav.distributed.collectives import get_rank, get_world_size
 from distav.distributed.process_group import World
 from distav.losses.classification import (
+    ClassificationLoss,
     early_learning_regularization,
     generalized_cross_entropy,
     hybrid_targets,
@@ -100,7 +101,7 @@ def losses_of_a_batch(file: Path, overrides: list[str]) -> dict[str, tuple[float
     """Return the losses of a batch in a supervised phase, and those of the formulas for adjusted logits."""
     with open_run(loading.load(file, overrides), World(0, 1, 0, torch.device("cpu"))) as run:
         config: Any = run.config.phases["last"]
-        with mock.patch.object(supervised, "train") as train:
+        with mock.patch.object(supervised, "train") as train, mock.patch.object(ClassificationLoss, "end_phase"):
             supervised.run_supervised(run, "last", config)
         run.engine.train()
         batch = run.loader.load(run.sampler(0).batch(0), 0)
