@@ -21,7 +21,7 @@ class TrackioTracker(ExternalTracker):
     package = "trackio"
 
     def __init__(self, run: TrackedRun):
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         self._trackio = trackio
         stored = json.loads(run.tracker_id) if run.tracker_id else {}
