@@ -26,8 +26,8 @@ class MlflowTracker(ExternalTracker):
     package = "mlflow"
 
     def __init__(self, run: TrackedRun):
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+        from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
 
         self._new_metric, self._client = Metric, MlflowClient()
         if run.tracker_id:
