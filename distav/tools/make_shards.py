@@ -61,8 +61,8 @@ _CLEAN_EXAMPLE = (
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         result = _run(options)
     except UserError as error:
         print(f"make_shards: {error}", file=sys.stderr)
