@@ -50,7 +50,7 @@ class ClassificationLoss(ABC):
         self.config, self.bank, self.num_heads, self.num_classes = config, bank, num_heads, num_classes
 
     def end_phase(self) -> None:
-        """Remove the column, so that the next phase of this loss starts anew; called after the last batch."""
+        """Remove the column, so that the next phase of this loss starts without it; called after the last batch."""
         if self.column:
             self.bank.pop_column(self.column)
 

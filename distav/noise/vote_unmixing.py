@@ -37,7 +37,8 @@ class VoteUnmixing:
     @classmethod
     def fit(cls, votes: Votes) -> "VoteUnmixing":
         """Fit the mixtures to the votes of the samples that have them."""
-        roles = ((votes.visual, votes.has_visual), (votes.audio, votes.has_audio), (votes.joint, votes.paired))
+        has_any = votes.has_visual | votes.has_audio
+        roles = ((votes.visual, votes.has_visual), (votes.audio, votes.has_audio), (votes.joint, has_any))
         return cls(*(_fit_mixtures(tables[0][present].exp()) if tables else None for tables, present in roles))
 
     @property

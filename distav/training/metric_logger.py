@@ -11,7 +11,6 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +36,14 @@ class MetricLogger:
     """Logs lines, scalars, images and audio of one run.
 
     Metrics and media are written from the first call of `resume_at` on.
+
+    Attributes:
+        tensorboard: TensorBoard, for what other trackers do not get; None on other ranks than the main one.
     """
 
     def __init__(self, folder: Path, world: World):
         self.folder, self.world = folder, world
-        self._tensorboard: TensorBoard | None = None
+        self.tensorboard: TensorBoard | None = None
         self._external: list[Tracker] = []
         handler: logging.Handler = logging.StreamHandler(sys.stdout)
         if not world.is_main:
@@ -78,7 +80,7 @@ class MetricLogger:
         if path.is_file() and path.stat().st_size > metrics_bytes:
             self._discard_after(path, metrics_bytes)
         self._metrics = open(path, "a", buffering=1)  # noqa: SIM115
-        self._tensorboard = TensorBoard(self.folder / "tensorboard", purge_step=step + 1)
+        self.tensorboard = TensorBoard(self.folder / "tensorboard", purge_step=step + 1)
 
     def open_trackers(self, config: Config) -> None:
         """Open the trackers of `monitor.trackers`, which get all values from now on; called on the main rank.
@@ -99,20 +101,20 @@ class MetricLogger:
             metrics.truncate(num_bytes)
 
     def _close_files(self) -> None:
-        if self._tensorboard:
-            self._tensorboard.close()
+        if self.tensorboard:
+            self.tensorboard.close()
             self._metrics.close()
 
     def flush(self) -> None:
         """Write all values that are logged so far to the files."""
-        if self._tensorboard:
+        if self.tensorboard:
             self._metrics.flush()
-            self._tensorboard.flush()
+            self.tensorboard.flush()
 
     @property
     def metrics_bytes(self) -> int:
         """Length of metrics.jsonl; 0 on ranks that do not write it."""
-        return self._metrics.tell() if self._tensorboard else 0
+        return self._metrics.tell() if self.tensorboard else 0
 
     def info(self, text: str) -> None:
         """Print a line on the main rank."""
@@ -124,7 +126,7 @@ class MetricLogger:
 
     def log_metrics(self, step: int, values: dict[str, Any]) -> None:
         """Write a record to metrics.jsonl, and its finite numbers whose key contains `/` to TensorBoard."""
-        if not self._tensorboard:
+        if not self.tensorboard:
             return
         self._metrics.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         numbers = {key: float(value) for key, value in values.items() if "/" in key and isinstance(value, int | float)}
@@ -160,7 +162,7 @@ class MetricLogger:
             classes: names of the classes.
             step: step of the run.
         """
-        if not self._tensorboard:
+        if not self.tensorboard:
             return
         num = len(classes)
         counts = np.bincount(rows * num + columns, minlength=num * num).reshape(num, num)
@@ -171,33 +173,15 @@ class MetricLogger:
             body = "\n".join(
                 f"| **{name}** | " + " | ".join(map(str, row)) + " |" for name, row in zip(classes, counts, strict=True)
             )
-            self._tensorboard.log_text(tag, head + body, step)
-
-    def hyperparameters(self, settings: Mapping[str, bool | float | str], metrics: Mapping[str, float]) -> None:
-        """Log the settings of the run with its final metrics; see `TensorBoard.log_hyperparameters`."""
-        if self._tensorboard:
-            self._tensorboard.log_hyperparameters(settings, metrics)
+            self.tensorboard.log_text(tag, head + body, step)
 
     def report(self, report: dict[str, Any]) -> None:
         """Pass the content of report.json to the trackers."""
         for tracker in self._trackers():
             tracker.log_report(report)
 
-    def embeddings(
-        self,
-        tag: str,
-        features: np.ndarray,
-        columns: Sequence[str],
-        rows: Sequence[Sequence[str]],
-        thumbnails: np.ndarray,
-        step: int,
-    ) -> None:
-        """Log features of clips for TensorBoard's embedding projector; see `TensorBoard.log_embeddings`."""
-        if self._tensorboard:
-            self._tensorboard.log_embeddings(tag, features, columns, rows, thumbnails, step)
-
     def _trackers(self) -> list[Tracker]:
-        return [self._tensorboard, *self._external] if self._tensorboard else []
+        return [self.tensorboard, *self._external] if self.tensorboard else []
 
 
 def peak_memory_gib(device: torch.device) -> float:

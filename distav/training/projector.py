@@ -44,14 +44,14 @@ def log_projector(run: Run) -> None:
     if not len(read):
         return
     labels = read_clip_labels(run, read)
-    if not run.world.is_main:
+    if not run.logger.tensorboard:
         return
     columns: dict[str, list[str]] = {"clip": split.keys[read.cpu().numpy()].tolist(), "given": labels.given}
     if labels.corrected is not None and labels.confidence is not None:
         columns |= {"corrected": labels.corrected, "confidence": [f"{value:.3f}" for value in labels.confidence]}
     texts = [[" ".join(str(text).split()) for text in row] for row in zip(*columns.values(), strict=True)]
     arrays = features.cpu().numpy(), thumbnails.cpu().numpy()
-    run.logger.embeddings("clips", arrays[0], list(columns), texts, arrays[1], run.progress.total_steps)
+    run.logger.tensorboard.log_embeddings("clips", arrays[0], list(columns), texts, arrays[1], run.progress.total_steps)
 
 
 def _features(batch: Batch, outputs: dict[str, Tensor]) -> Tensor:

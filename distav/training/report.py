@@ -56,7 +56,9 @@ def write_report(run: Run) -> None:
         }
     if scalars:
         run.logger.log_metrics(run.progress.total_steps, scalars)
-    run.logger.hyperparameters(hyperparameters(run.config), scalars | _correction_scalars(report))
+    if run.logger.tensorboard:
+        settings = hyperparameters(run.config)
+        run.logger.tensorboard.log_hyperparameters(settings, scalars | _correction_scalars(report))
     keys = run.data.train.keys
     report["quarantined_samples"] = [
         {"id": sample, "key": str(keys[sample]), "reason": reason} for sample, reason in quarantined.items()

@@ -47,12 +47,17 @@ def test_missing_votes_stay_uniform():
 
 
 def test_mixtures_without_names_are_rejected():
-    generator = torch.Generator().manual_seed(2)
-    everywhere = torch.ones(SIZE, dtype=torch.bool)
-    shares = torch.rand(SIZE, CLASSES, generator=generator) * torch.tensor([1.0, 1, 1, 1, 1, 0.2])
-    table = log_votes(shares / shares.sum(1, keepdim=True))
-    mixtures = VoteUnmixing.fit(Votes([table], [], [table], everywhere, everywhere))
-    assert not VoteUnmixing(mixtures.visual, None, torch.eye(CLASSES).roll(1, 0)).names_classes
+    visual, joint = torch.eye(CLASSES), torch.eye(CLASSES).roll(1, 0)
+    assert VoteUnmixing(visual, None, None).names_classes
+    assert not VoteUnmixing(visual, None, joint).names_classes
+
+
+def test_joint_votes_of_samples_with_one_modality_count():
+    true, shares = noisy_votes(torch.Generator().manual_seed(2))
+    has_visual, none = torch.ones(SIZE, dtype=torch.bool), torch.zeros(SIZE, dtype=torch.bool)
+    unmixing = VoteUnmixing.fit(Votes([log_votes(shares)], [], [log_votes(shares)], has_visual, none))
+    assert unmixing.visual is not None and unmixing.joint is not None
+    torch.testing.assert_close(unmixing.joint, unmixing.visual)
 
 
 def test_labels_that_are_often_those_of_the_next_class_are_corrected():

@@ -66,10 +66,11 @@ def test_figures_are_in_the_event_file(tmp_path: Path):
     rows, columns = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 2])
     logger.confusion("labels/given_vs_corrected", rows, columns, ["dog", "cat", "bird"], 3)
     logger.log_metrics(3, {"test/top1": 0.75})
-    logger.hyperparameters({"optim.lr": 1e-3, "model.visual.name": "small_conv"}, {"test/top1": 0.75})
+    assert logger.tensorboard
+    logger.tensorboard.log_hyperparameters({"optim.lr": 1e-3, "model.visual.name": "small_conv"}, {"test/top1": 0.75})
     thumbnails = np.zeros((2, 8, 8, 3), np.uint8)
     features = np.eye(2, 4, dtype=np.float32)
-    logger.embeddings("clips", features, ["clip", "given"], [["a", "dog"], ["b", "cat"]], thumbnails, 3)
+    logger.tensorboard.log_embeddings("clips", features, ["clip", "given"], [["a", "dog"], ["b", "cat"]], thumbnails, 3)
     logger.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (image,) = events.Images("labels/given_vs_corrected")
