@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distav.noise.model_parameters import LabelNoise, Parameters, Votes
 from distav.noise.vote_model import (
+    MAX_EPSILON,
     agreement_ratios,
     class_probs,
     half_probs,
@@ -28,6 +29,7 @@ from distav.noise.vote_model import (
     match_probability,
     pair_ratios,
 )
+from distav.noise.vote_products import AUDIO, FUSED, VISUAL, exponents, product_likelihoods
 
 SINGLE_WEIGHT = 0.5
 """Weight of the likelihood of each single modality in the composite likelihood."""
@@ -75,6 +77,8 @@ class CompositeLikelihood:
             num_classes,
             weights,
         )
+        roles = (self.votes.visual, self.votes.audio, self.votes.joint)
+        self.tables = torch.stack([table.t() for tables in roles for table in tables])
         # Random, because the classes of a dataset may be interleaved.
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         self.fold = (order % 2).to(labels.device)
@@ -109,28 +113,42 @@ class CompositeLikelihood:
 
     def objective(self, parameters: Parameters, evidence: Evidence) -> Tensor:
         """Return the composite log-likelihood plus the logarithm of the priors: [G] float64."""
-        probs = class_probs(parameters, self.votes, evidence.ratios)
-        likelihood = label_likelihood(parameters, probs, self.labels, evidence.label_probs, self.votes.paired)
-        total = likelihood.owner.clamp_min(1e-12).log()
-        for role, table in enumerate((probs.visual, probs.audio)):
-            total = total + SINGLE_WEIGHT * self._single_log_likelihood(parameters, table, role, evidence.label_probs)
+        likelihoods = self._likelihoods(parameters, evidence.label_probs)
+        visual, audio, fused, *of_owner = likelihoods.unbind(1)
+        owner_if_visual, owner_if_audio = of_owner or (visual, audio)
+        matched, owner = (
+            match_probability(parameters.mismatch, evidence.ratios, self.votes.paired),
+            parameters.visual_owner,
+        )
+        mismatched = owner * owner_if_visual + (1 - owner) * owner_if_audio
+        total = (matched * fused + (1 - matched) * mismatched).clamp_min(1e-12).log()
+        for role, known in enumerate((visual, audio)):
+            total = total + SINGLE_WEIGHT * self._single_log_likelihood(parameters, known, role)
         deviations = (parameters.votes - self.prior_mean) / self.prior_deviation
         return (total * self.weights).double().sum(1) - 0.5 * deviations.double().square().sum(1)
 
-    def _single_log_likelihood(
-        self, parameters: Parameters, probs: Tensor, role: int, label_probs: Tensor | None
-    ) -> Tensor:
+    def _likelihoods(self, parameters: Parameters, label_probs: Tensor | None) -> Tensor:
+        """Return L of each product of votes, mixed with the class frequencies: [G, P, n].
+
+        That of a missing modality has no meaning; the objective does not use it.
+        """
+        likelihoods = product_likelihoods(exponents(parameters, self.votes), self.tables, self.labels, label_probs)
+        if label_probs is None:
+            likelihoods = parameters.noise.symmetric_likelihood(likelihoods, self.num_classes)
+        roles = [VISUAL, AUDIO] + [FUSED] * (likelihoods.shape[1] - 2)
+        weights = MAX_EPSILON * parameters.votes[:, -3:].sigmoid()[:, roles, None]
+        return (1 - weights) * likelihoods + weights * self._chance(parameters)[:, None]
+
+    def _single_log_likelihood(self, parameters: Parameters, known: Tensor, role: int) -> Tensor:
         """Return log P(y | votes of one modality), 0 for samples without it: [G, n].
 
         Args:
             parameters: parameters of the model.
-            probs: [G, C, n] class probabilities of the modality.
+            known: [G, n] L of the modality.
             role: 0 for the visual, 1 for the audio modality.
-            label_probs: result of `LabelNoise.probabilities`.
         """
         owner = parameters.visual_owner
         unknown = torch.where(self.votes.paired, parameters.mismatch, 0.0) * (owner if role else 1 - owner)
-        known = parameters.noise.likelihood(probs, self.labels, label_probs)
         likelihood = (1 - unknown) * known + unknown * self._chance(parameters)
         return likelihood.clamp_min(1e-12).log() * (self.votes.has_audio if role else self.votes.has_visual)
 
@@ -138,8 +156,7 @@ class CompositeLikelihood:
         """Return P(y) of the labels, without votes: [G, n]."""
         frequencies, matrices = parameters.frequencies, parameters.noise.matrices
         if matrices is None:
-            table = frequencies[:, :, None].expand(-1, -1, len(self.labels))
-            return parameters.noise.likelihood(table, self.labels, None)
+            return parameters.noise.symmetric_likelihood(frequencies[:, self.labels], self.num_classes)
         return torch.einsum("gc,gfcy->gfy", frequencies, matrices)[:, self.fold, self.labels]
 
     @torch.no_grad()
@@ -200,9 +217,8 @@ class CompositeLikelihood:
         self, parameters: Parameters, scale: Tensor, halves: Sequence[Tensor], role: int, label_probs: Tensor | None
     ) -> Tensor:
         """Return the log-likelihood of the labels given the votes of the halves of one modality: [G] float64."""
-        logs = [
-            self._single_log_likelihood(parameters, half_probs(scale, table), role, label_probs) for table in halves
-        ]
+        known = [parameters.noise.likelihood(half_probs(scale, table), self.labels, label_probs) for table in halves]
+        logs = [self._single_log_likelihood(parameters, part, role) for part in known]
         return (torch.stack(logs).sum(0) * self.weights).double().sum(1)
 
     def without_joint_votes(self) -> "CompositeLikelihood":

@@ -20,11 +20,17 @@ from distav.noise.model_fit import (
     PairAssumption,
     Profile,
     fit_pair_profile,
-    without_joint_votes,
 )
 from distav.noise.model_parameters import Parameters, Votes
-from distav.noise.noise_rate import RateEstimate, candidate_rates, estimate_rate, interpolate_profile
-from distav.noise.rate_fit import AVERAGE_SLOPE, INTERVAL_SLOPE, fit_rates, unmix_if_likely
+from distav.noise.noise_rate import (
+    AVERAGE_SLOPE,
+    INTERVAL_SLOPE,
+    RateEstimate,
+    candidate_rates,
+    estimate_rate,
+    interpolate_profile,
+)
+from distav.noise.rate_fit import fit_rates, unmix_if_likely
 from distav.noise.tiling import threads_for, tiles
 from distav.noise.vote_unmixing import VoteUnmixing
 
@@ -183,15 +189,21 @@ def _fit_pairs(
     The mismatch rate is that of independent pairs; `candidate_rates(C)` are the rates of different classes that follow
     from it in balanced data. The joint votes are left out, because they say nothing on the class of a modality alone.
     """
-    likelihood, parameters = likelihood.without_joint_votes(), without_joint_votes(parameters, likelihood)
+    likelihood, parameters = likelihood.without_joint_votes(), _without_joint_votes(parameters, likelihood)
     with threads_for(min(len(likelihood.labels) * likelihood.num_classes * len(MISMATCH_GRID), MAX_ELEMENTS)):
-        parameters, objective = fit_pair_profile(likelihood, parameters, MISMATCH_GRID)
+        parameters, objective = fit_pair_profile(likelihood, parameters, MISMATCH_GRID, temperature)
     rates = candidate_rates(likelihood.num_classes)
     curve = objective.cpu() / temperature
     if prior is not None:
         curve = curve + interpolate_profile((rates / rates[-1]).tolist(), prior.cpu(), torch.tensor(MISMATCH_GRID))
     log_likelihood = interpolate_profile(MISMATCH_GRID, curve, rates / rates[-1])
     return parameters.select(curve.argmax()[None]), log_likelihood - log_likelihood.max()
+
+
+def _without_joint_votes(parameters: Parameters, likelihood: CompositeLikelihood) -> Parameters:
+    """Return the parameters of the model without joint votes; the product starts with the votes of the modalities."""
+    single = parameters.votes[:, : len(likelihood.votes.visual) + len(likelihood.votes.audio)]
+    return parameters.with_votes(torch.cat([single, single, parameters.votes[:, -3:]], dim=1))
 
 
 def _pair_rate(likelihood: CompositeLikelihood, log_likelihood: Tensor) -> RateEstimate:

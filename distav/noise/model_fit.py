@@ -6,6 +6,7 @@ maxima form the profile likelihood of e.
 Legend: n samples, C classes, G noise rates, S parameters of the votes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from distav.distributed.collectives import all_reduce_sum_
 from distav.noise.composite_likelihood import CompositeLikelihood, Evidence
-from distav.noise.model_parameters import LabelNoise, Parameters
+from distav.noise.model_parameters import LabelNoise, Parameters, at_rates, join_parameters, with_rows
+from distav.noise.noise_rate import INTERVAL_SLOPE, temperature
 
 STEPS, STEP_SIZE = 10, 0.2
 """Steps of Adam between two updates by expectation-maximization, and the first step size."""
-START_ROUNDS, ROUNDS, LAST_ROUNDS, PAIR_ROUNDS = 2, 2, 2, 4
-"""Rounds of such steps from each start, twice from the best candidates, and for each mismatch rate."""
+START_ROUNDS, ROUNDS, LAST_ROUNDS, PAIR_ROUNDS = 2, 2, 2, 2
+"""Rounds of such steps from each start, twice from the best candidates, and twice for each mismatch rate."""
 STARTS = (0.0, 0.5)
 """Shifts of the logarithms of the inverse temperatures at the starts of a fit."""
 SHARP_STARTS = (1.0, 2.0)
@@ -28,6 +30,10 @@ otherwise votes that are split between two classes are a local maximum."""
 START_MISMATCH = 0.2
 START_STRIDE = 3
 """Every third noise rate is fitted from all starts; the results are candidates at all rates."""
+LAST_GAIN = 0.03
+"""Fraction of the gain over the class frequencies that the rounds after the starts add at most."""
+NEGLIGIBLE_DIFFERENCE = 12.0
+"""Difference of the tempered log-likelihood to its maximum from which on a rate needs no last rounds."""
 MAX_ELEMENTS = 2**22
 """Elements of a table [G, C, n] of a fit; noise rates are fitted in parts."""
 MAX_FIT_SAMPLES, MIN_FIT_SAMPLES, MAX_FIT_ELEMENTS = 3000, 1200, 300_000
@@ -71,9 +77,22 @@ class Profile:
         """Gain of the best fit over the class frequencies, in nats."""
         return float(self.objective.max()) - self.baseline
 
+    def with_rows(self, rows: Tensor, others: "Profile") -> "Profile":
+        """Return the profile with other fits at the rates with the given numbers."""
+        return Profile(
+            with_rows(self.parameters, rows, others.parameters),
+            self.objective.index_copy(0, rows, others.objective),
+            self.entropy.index_copy(0, rows, others.entropy),
+            self.baseline,
+        )
+
 
 def fit_profile(
-    likelihood: CompositeLikelihood, rates: Sequence[float], symmetric: bool, pairs: PairAssumption
+    likelihood: CompositeLikelihood,
+    rates: Sequence[float],
+    symmetric: bool,
+    pairs: PairAssumption,
+    entropy_penalty: float = 0.0,
 ) -> Profile:
     """Fit the model at each noise rate.
 
@@ -82,7 +101,32 @@ def fit_profile(
         rates: G increasing noise rates.
         symmetric: whether all wrong labels are equally likely; otherwise T is estimated.
         pairs: w, and m if it is known.
+        entropy_penalty: largest weight of the entropy by which the rates are compared. The last rounds leave out rates
+            that are negligible with any weight up to it.
     """
+    start = fit_starts(likelihood, rates, symmetric, pairs)
+    return continue_fit(likelihood, rates, start, pairs, entropy_penalty)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Fits at some of the noise rates, from several starts.
+
+    Attributes:
+        parameters: the best parameters at each of these rates.
+        largest_objective: largest objective of all.
+        largest_expected: what the largest objective may become in the later rounds.
+    """
+
+    parameters: Parameters
+    largest_objective: float
+    largest_expected: float
+
+
+def fit_starts(
+    likelihood: CompositeLikelihood, rates: Sequence[float], symmetric: bool, pairs: PairAssumption
+) -> Start:
+    """Fit the model at every third noise rate from all starts; see `fit_profile`."""
     device = likelihood.labels.device
     grid = torch.tensor(rates, device=device)
     coarse = grid[START_STRIDE // 2 :: START_STRIDE] if len(rates) > START_STRIDE else grid
@@ -95,17 +139,48 @@ def fit_profile(
     fitted = [_ascend(likelihood, likelihood.objective, start, START_ROUNDS, fits_mismatch) for start in starts]
     objectives = torch.stack([objective for _, objective in fitted])
     best = objectives.argmax(0) * len(coarse) + torch.arange(len(coarse), device=device)
-    candidates = join_parameters([parameters for parameters, _ in fitted]).select(best)
-    for num_rounds in (ROUNDS, LAST_ROUNDS):
-        candidates = _best_candidates(likelihood, candidates, grid)
-        candidates, objective = _ascend(likelihood, likelihood.objective, candidates, num_rounds, fits_mismatch)
-    with torch.no_grad():
-        parts = [likelihood.entropy(candidates.select(rows)) for rows in _parts(likelihood, len(rates))]
-    return Profile(candidates, objective, torch.cat(parts), likelihood.baseline)
+    largest = float(objectives.max())
+    return Start(
+        join_parameters([parameters for parameters, _ in fitted]).select(best),
+        largest,
+        largest + LAST_GAIN * (largest - likelihood.baseline),
+    )
+
+
+def continue_fit(
+    likelihood: CompositeLikelihood,
+    rates: Sequence[float],
+    start: Start,
+    pairs: PairAssumption,
+    entropy_penalty: float = 0.0,
+) -> Profile:
+    """Fit the model at all noise rates, with the results of `fit_starts` as candidates; see `fit_profile`."""
+    grid = torch.tensor(rates, device=likelihood.labels.device)
+
+    def fit(candidates: Parameters, rows: Tensor, num_rounds: int) -> Profile:
+        candidates = _best_candidates(likelihood, candidates, grid[rows])
+        fitted, objective = _ascend(likelihood, likelihood.objective, candidates, num_rounds, pairs.mismatch is None)
+        with torch.no_grad():
+            parts = [likelihood.entropy(fitted.select(part)) for part in _parts(likelihood, len(rows))]
+        return Profile(fitted, objective, torch.cat(parts), likelihood.baseline)
+
+    profile = fit(start.parameters, torch.arange(len(rates), device=grid.device), ROUNDS)
+    rows = _likely_rows(likelihood, profile, entropy_penalty)
+    return profile.with_rows(rows, fit(profile.parameters, rows, LAST_ROUNDS))
+
+
+def _likely_rows(likelihood: CompositeLikelihood, profile: Profile, entropy_penalty: float) -> Tensor:
+    """Return the numbers of the rates that are not negligible, with or without the penalty."""
+    likely = torch.zeros_like(profile.objective, dtype=torch.bool)
+    for weight in (0.0, entropy_penalty):
+        curve = profile.objective - weight * profile.entropy
+        entropy = profile.entropy[curve.argmax()] / (len(likelihood.labels) * math.log(likelihood.num_classes))
+        likely |= curve > curve.max() - NEGLIGIBLE_DIFFERENCE * temperature(float(entropy), INTERVAL_SLOPE)
+    return likely.nonzero().squeeze(1)
 
 
 def fit_pair_profile(
-    likelihood: CompositeLikelihood, parameters: Parameters, mismatches: Sequence[float]
+    likelihood: CompositeLikelihood, parameters: Parameters, mismatches: Sequence[float], temperature: float
 ) -> tuple[Parameters, Tensor]:
     """Fit the model at each mismatch rate and one noise rate; the agreement of the modalities is evidence here.
 
@@ -113,13 +188,17 @@ def fit_pair_profile(
         likelihood: likelihood of the labels.
         parameters: parameters at one noise rate, the start of the fit.
         mismatches: mismatch rates m.
+        temperature: of the log-likelihood. The last rounds leave out negligible rates.
 
     Returns:
         The parameters at each m, and the log-likelihood [len(mismatches)].
     """
     rates = torch.tensor(mismatches, device=likelihood.labels.device)[:, None]
     parameters = replace(parameters.select(torch.zeros(len(rates), dtype=torch.long)), mismatch=rates)
-    return _ascend(likelihood, likelihood.pair_objective, parameters, PAIR_ROUNDS, fits_mismatch=False)
+    parameters, objective = _ascend(likelihood, likelihood.pair_objective, parameters, PAIR_ROUNDS, False)
+    rows = (objective > objective.max() - NEGLIGIBLE_DIFFERENCE * temperature).nonzero().squeeze(1)
+    last = _ascend(likelihood, likelihood.pair_objective, parameters.select(rows), PAIR_ROUNDS, False)
+    return with_rows(parameters, rows, last[0]), objective.index_copy(0, rows, last[1])
 
 
 def _best_candidates(likelihood: CompositeLikelihood, candidates: Parameters, rates: Tensor) -> Parameters:
@@ -130,22 +209,10 @@ def _best_candidates(likelihood: CompositeLikelihood, candidates: Parameters, ra
     objectives: list[Tensor] = []
     with torch.no_grad():
         for rows in _parts(likelihood, len(index)):
-            part = _at_rates(candidates, index[rows], all_rates[rows])
+            part = at_rates(candidates, index[rows], all_rates[rows])
             objectives.append(likelihood.objective(part, likelihood.evidence(part)))
     best = torch.cat(objectives).view(num_candidates, len(rates)).argmax(0)
-    return _at_rates(candidates, best, rates)
-
-
-def _at_rates(parameters: Parameters, index: Tensor, rates: Tensor) -> Parameters:
-    """Return some of the parameters at other noise rates, with the errors of their matrices scaled: [len(index)]."""
-    selected = parameters.select(index)
-    matrices = selected.noise.matrices
-    if matrices is not None:
-        wrong = 1 - matrices.diagonal(dim1=-2, dim2=-1)
-        scaled = (wrong * (rates / selected.noise.rates)[:, None, None]).clamp(max=0.999)
-        errors = (matrices - torch.diag_embed(1 - wrong)) / wrong.clamp_min(1e-9)[..., None]
-        matrices = torch.diag_embed(1 - scaled) + scaled[..., None] * errors
-    return replace(selected, noise=LabelNoise(rates, matrices))
+    return at_rates(candidates, best, rates)
 
 
 Objective = Callable[[Parameters, Evidence], Tensor]
@@ -202,25 +269,6 @@ def _start(
         likelihood.frequencies.expand(len(rates), -1),
         LabelNoise(rates, None if symmetric else _symmetric_matrices(rates, likelihood.num_classes)),
         torch.ones_like(votes[:, :2]),
-    )
-
-
-def without_joint_votes(parameters: Parameters, likelihood: CompositeLikelihood) -> Parameters:
-    """Return the parameters of the model without joint votes; the product starts with the votes of the modalities."""
-    single = parameters.votes[:, : len(likelihood.votes.visual) + len(likelihood.votes.audio)]
-    return parameters.with_votes(torch.cat([single, single, parameters.votes[:, -3:]], dim=1))
-
-
-def join_parameters(parts: Sequence[Parameters]) -> Parameters:
-    """Return the parameters of several groups of noise rates as one."""
-    matrices = [part.noise.matrices for part in parts if part.noise.matrices is not None]
-    return Parameters(
-        torch.cat([part.votes for part in parts]),
-        torch.cat([part.mismatch for part in parts]),
-        torch.cat([part.visual_owner for part in parts]),
-        torch.cat([part.frequencies for part in parts]),
-        LabelNoise(torch.cat([part.noise.rates for part in parts]), torch.cat(matrices) if matrices else None),
-        torch.cat([part.half_scales for part in parts]),
     )
 
 

@@ -83,8 +83,12 @@ class LabelNoise:
         if label_probs is not None:
             return (probs * label_probs).sum(1)
         correct = probs.gather(1, labels.expand(len(probs), 1, -1)).squeeze(1)
-        rates = self.rates[:, None]
-        return correct * (1 - rates) + (1 - correct) * rates / (probs.shape[1] - 1)
+        return self.symmetric_likelihood(correct, probs.shape[1])
+
+    def symmetric_likelihood(self, correct: Tensor, num_classes: int) -> Tensor:
+        """Return L(p) of symmetric noise from p(y): [G, ...] -> [G, ...]."""
+        rates = self.rates.view(-1, *[1] * (correct.dim() - 1))
+        return correct * (1 - rates) + (1 - correct) * rates / (num_classes - 1)
 
     def bayes(self, probs: Tensor, labels: Tensor, label_probs: Tensor | None) -> Tensor:
         """Return the class probabilities given the label too, not normalized: [G, C, n], [n] -> [G, C, n]."""
@@ -140,3 +144,35 @@ class Parameters:
     def with_votes(self, votes: Tensor) -> "Parameters":
         """Return the same parameters with other inverse temperatures: [G, S]."""
         return replace(self, votes=votes)
+
+
+def at_rates(parameters: Parameters, index: Tensor, rates: Tensor) -> Parameters:
+    """Return some of the parameters at other noise rates, with the errors of their matrices scaled: [len(index)]."""
+    selected = parameters.select(index)
+    matrices = selected.noise.matrices
+    if matrices is not None:
+        wrong = 1 - matrices.diagonal(dim1=-2, dim2=-1)
+        scaled = (wrong * (rates / selected.noise.rates)[:, None, None]).clamp(max=0.999)
+        errors = (matrices - torch.diag_embed(1 - wrong)) / wrong.clamp_min(1e-9)[..., None]
+        matrices = torch.diag_embed(1 - scaled) + scaled[..., None] * errors
+    return replace(selected, noise=LabelNoise(rates, matrices))
+
+
+def join_parameters(parts: Sequence[Parameters]) -> Parameters:
+    """Return the parameters of several groups of noise rates as one."""
+    matrices = [part.noise.matrices for part in parts if part.noise.matrices is not None]
+    return Parameters(
+        torch.cat([part.votes for part in parts]),
+        torch.cat([part.mismatch for part in parts]),
+        torch.cat([part.visual_owner for part in parts]),
+        torch.cat([part.frequencies for part in parts]),
+        LabelNoise(torch.cat([part.noise.rates for part in parts]), torch.cat(matrices) if matrices else None),
+        torch.cat([part.half_scales for part in parts]),
+    )
+
+
+def with_rows(parameters: Parameters, rows: Tensor, others: Parameters) -> Parameters:
+    """Return the parameters with others at the noise rates with the given numbers."""
+    index = torch.arange(len(parameters.votes), device=rows.device)
+    index[rows] = len(index) + torch.arange(len(rows), device=rows.device)
+    return join_parameters([parameters, others]).select(index)

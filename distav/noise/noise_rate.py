@@ -24,6 +24,17 @@ CONFORMAL_FACTOR = 1.5
 likelihood is too certain. As in split conformal prediction (Lei et al. 2018, section 2.2), the factor is such that the
 intervals cover the true rates of nine tenths of the calibration problems, those of `tools/bench.py coverage`."""
 
+TEMPERATURE, INTERVAL_SLOPE, AVERAGE_SLOPE = 4.0, 32.0, 4.0
+"""Temperature of a profile if the classes are certain, and its relative increase per square of the mean entropy, which
+is 1 for uniform class probabilities, in intervals and in averages over the rates: each label enters the composite
+likelihood twice, and the more diffuse the votes are, the more a misfit of the model counts. Labels that are corrected
+at the likely rates are more accurate than an average over all rates of a wide interval."""
+
+
+def temperature(entropy: float, slope: float) -> float:
+    """Return the temperature of a log-likelihood; see `TEMPERATURE`."""
+    return TEMPERATURE * (1 + slope * entropy**2)
+
 
 def candidate_rates(num_classes: int) -> Tensor:
     """Return the candidate noise rates, from 0 to the rate of random labels (C - 1) / C: [R] float64."""

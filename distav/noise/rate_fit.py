@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from distav.noise.composite_likelihood import CompositeLikelihood
-from distav.noise.model_fit import MAX_ELEMENTS, PairAssumption, Profile, fit_profile
-from distav.noise.noise_rate import candidate_rates
+from distav.noise.model_fit import MAX_ELEMENTS, PairAssumption, Profile, continue_fit, fit_profile, fit_starts
+from distav.noise.noise_rate import candidate_rates, temperature
 from distav.noise.tiling import threads_for
 from distav.noise.vote_unmixing import VoteUnmixing
 
@@ -32,11 +32,6 @@ each free entry of the transition matrix; the smaller sum counts. The folds are 
 vote for each other."""
 MAX_ENTROPY_BONUS = 3.0
 """Asymmetric noise that explains the labels with less entropy gains up to this multiple of its penalty."""
-TEMPERATURE, INTERVAL_SLOPE, AVERAGE_SLOPE = 4.0, 32.0, 4.0
-"""Temperature of a profile if the classes are certain, and its relative increase per square of the mean entropy, which
-is 1 for uniform class probabilities, in intervals and in averages over the rates: each label enters the composite
-likelihood twice, and the more diffuse the votes are, the more a misfit of the model counts. Labels that are corrected
-at the likely rates are more accurate than an average over all rates of a wide interval."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +53,8 @@ class RateFit:
     gain: float
 
     def temperature(self, slope: float) -> float:
-        """Return the temperature of the log-likelihood; see `TEMPERATURE`."""
-        return TEMPERATURE * (1 + slope * self.entropy**2)
+        """Return the temperature of the log-likelihood; see `distav.noise.noise_rate.temperature`."""
+        return temperature(self.entropy, slope)
 
 
 def fit_rates(likelihood: CompositeLikelihood, pairs: PairAssumption, is_preliminary: bool) -> RateFit:
@@ -68,9 +63,9 @@ def fit_rates(likelihood: CompositeLikelihood, pairs: PairAssumption, is_prelimi
     largest_rate = float(candidate_rates(num_classes)[-1])
     grid = [largest_rate * rate for rate in (COARSE_GRID if is_preliminary else GRID)]
     with threads_for(min(len(likelihood.labels) * num_classes * len(grid), MAX_ELEMENTS)):
-        profiles = [fit_profile(likelihood, grid, symmetric=True, pairs=pairs)]
+        profiles = [fit_profile(likelihood, grid, True, pairs, SYMMETRIC_ENTROPY_PENALTY)]
         if not is_preliminary:
-            profiles.append(fit_profile(likelihood, grid, symmetric=False, pairs=pairs))
+            profiles.append(fit_profile(likelihood, grid, False, pairs, ASYMMETRIC_ENTROPY_PENALTY))
     gain = max(profile.gain - kind * _asymmetry_penalty(num_classes) for kind, profile in enumerate(profiles))
     return RateFit(grid, profiles, *_penalized_curves(likelihood, profiles, gain), gain)
 
@@ -88,16 +83,19 @@ def unmix_if_likely(
     if not unmixing.names_classes:
         return likelihood, fit, None
     unmixed = CompositeLikelihood(unmixing.apply(likelihood.votes), likelihood.labels, num_classes, likelihood.weights)
+    penalty, needed = _asymmetry_penalty(num_classes), max(float(curve.max()) for curve in fit.curves)
     with threads_for(min(num_samples * num_classes * len(fit.grid), MAX_ELEMENTS)):
-        profile = fit_profile(unmixed, fit.grid, symmetric=False, pairs=pairs)
-    penalty = _asymmetry_penalty(num_classes)
+        start = fit_starts(unmixed, fit.grid, False, pairs)
+        if start.largest_expected - penalty + MAX_ENTROPY_BONUS * penalty <= needed:
+            return likelihood, fit, None
+        profile = continue_fit(unmixed, fit.grid, start, pairs, ASYMMETRIC_ENTROPY_PENALTY)
     gain = profile.gain - penalty
     entropy_penalty = min(ASYMMETRIC_ENTROPY_PENALTY, ENTROPY_PENALTY_PER_GAIN * max(gain, 0.0) / num_samples)
     curve = _penalized(profile, entropy_penalty)
     largest_entropy = num_samples * math.log(num_classes)
     entropy = float(profile.entropy[curve.argmax()]) / largest_entropy
     curve = curve - penalty + _entropy_bonus(entropy_penalty * largest_entropy * (fit.entropy - entropy), penalty)
-    if float(curve.max()) <= max(float(other.max()) for other in fit.curves):
+    if float(curve.max()) <= needed:
         return likelihood, fit, None
     return unmixed, RateFit(fit.grid, [profile], [curve], entropy, gain), unmixing.to(torch.device("cpu"))
 

@@ -10,8 +10,8 @@ from distav.noise import model_fit, rate_fit
 from distav.noise.composite_likelihood import CompositeLikelihood
 from distav.noise.label_correction import VISUAL_OWNERS
 from distav.noise.label_model import MISMATCH_GRID, fit_label_model
-from distav.noise.model_fit import PairAssumption, Profile, fit_pair_profile, fit_profile, join_parameters
-from distav.noise.model_parameters import Votes
+from distav.noise.model_fit import PairAssumption, Profile, fit_pair_profile, fit_profile
+from distav.noise.model_parameters import Votes, join_parameters
 from distav.noise.noise_rate import CONFORMAL_FACTOR, candidate_rates, estimate_rate, interpolate_profile
 from distav.noise.rate_fit import GRID
 
@@ -128,7 +128,7 @@ def test_maximum_of_the_pair_profile_is_near_the_true_mismatch_rate(mismatch: fl
     likelihood = likelihood_of(*draw_labels(0.3, mismatch, 0.97))
     profile = fit_profile(likelihood, RATES[::2], symmetric=True, pairs=PairAssumption(0.97))
     best = profile.parameters.select(profile.objective.argmax()[None])
-    parameters, objective = fit_pair_profile(likelihood, best, MISMATCH_GRID)
+    parameters, objective = fit_pair_profile(likelihood, best, MISMATCH_GRID, temperature=4.0)
     assert parameters.mismatch.squeeze(1).tolist() == pytest.approx(MISMATCH_GRID)
     assert MISMATCH_GRID[int(objective.argmax())] == pytest.approx(mismatch, abs=0.08)
 
