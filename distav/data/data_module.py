@@ -1,5 +1,6 @@
 """The training and test split of a run with their labels, validated against the configuration."""
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,9 @@ from distav.data.annotations.labels import Labels, load_labels
 from distav.data.annotations.multi_labels import MultiLabels, load_multi_labels
 from distav.data.annotations.teacher_scores import check_scores, read_teacher_probs
 from distav.data.dataset import MEMBERS, ShardedDataset, Split
-from distav.distributed.collectives import get_world_size
+from distav.distributed.collectives import get_rank, get_world_size
+
+log = logging.getLogger("distav")
 
 
 @dataclass
@@ -117,6 +120,8 @@ class DataModule:
         data = cls(shards, train, test, config.data.label_overrides)
         data._read_labels(config)
         data._validate(config)
+        if get_rank() == 0:
+            _warn_of_small_cache(config, train)
         return data
 
     def _read_labels(self, config: Config) -> None:
@@ -202,6 +207,26 @@ class DataModule:
                 f"{num_samples} samples; allowed: at most {num_samples - 1}, recommended: at most twice the "
                 f"{per_class} samples of a class, e.g. phases.{name}.num_neighbors=[{max(1, per_class)}]."
             )
+
+
+def _warn_of_small_cache(config: Config, train: Split) -> None:
+    """Log if the cache of a remote dataset has no room for a shuffle block and the next one."""
+    data = config.data
+    if not train.remote or not data.cache_mib:
+        return
+    sizes = sorted(train.shard_bytes, reverse=True)
+    needed_mib = -(-min(2 * sum(sizes[: data.shuffle_block_shards]), sum(sizes)) >> 20)
+    if data.cache_mib < needed_mib:
+        shards = max(1, (data.cache_mib << 20) // (2 * sizes[0]))
+        log.warning(
+            "data.cache_mib=%d: two blocks of data.shuffle_block_shards=%d shards have %d MiB. Samples for which there "
+            "is no room are read with one request each; set data.cache_mib=%d, or data.shuffle_block_shards=%d.",
+            data.cache_mib,
+            data.shuffle_block_shards,
+            needed_mib,
+            needed_mib,
+            shards,
+        )
 
 
 def _check_segments(config: Config, train: Split) -> None:

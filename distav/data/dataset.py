@@ -13,7 +13,7 @@ clip. The other files are:
 Within a split, ids run from 0 to N-1 in the order of writing; all tables and the memory bank are indexed by id.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -78,6 +78,7 @@ class Split:
         columns: columns of index.parquet, [N] each.
         streams: feature streams by name; empty in a dataset of clips.
         remote: object store of a remote dataset.
+        shard_bytes: sizes of the tars of a remote dataset.
     """
 
     root: str | Path
@@ -89,6 +90,7 @@ class Split:
     columns: dict[str, np.ndarray]
     streams: dict[str, FeatureStream] = field(default_factory=dict[str, FeatureStream])
     remote: ObjectStore | None = None
+    shard_bytes: Sequence[int] = ()
 
     @property
     def members(self) -> dict[str, str]:
@@ -236,6 +238,7 @@ class ShardedDataset:
             columns,
             self.streams,
             self.remote,
+            [shard["bytes"] for shard in shards],
         )
 
     def _index(self, split: str) -> dict[str, np.ndarray]:

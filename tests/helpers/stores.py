@@ -1,17 +1,27 @@
 """Local test servers: an S3 store, and a web server with injected failures."""
 
 import contextlib
+import fcntl
 import http.server
 import os
 import random
 import re
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from distav.data.dataset import ShardedDataset, Split
+from distav.data.pipeline.read_ahead import read_ahead
+from distav.data.pipeline.reader import Members, ShardReader
+from distav.data.pipeline.sampler import PADDING
+from distav.data.storage import parts
 from distav.data.storage.cache import Cache
+from distav.data.storage.prefetch import PartPrefetcher
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -68,6 +78,7 @@ class Web(http.server.ThreadingHTTPServer):
         fails: fault to inject, by path and number of earlier requests with the same range: an HTTP status, "reset"
             (closes the connection before the response), "truncated" (closes it within the response), "no ranges"
             (ignores the Range header), or "" for none.
+        largest_range: bytes of the largest range that is not refused with status 403.
     """
 
     daemon_threads = True
@@ -76,7 +87,12 @@ class Web(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.requests = folder, list[tuple[str, str, str]]()
         self.fails: Callable[[str, int], int | str] = lambda path, attempt: ""
+        self.largest_range = 1 << 40
         self.url = f"http://127.0.0.1:{self.server_port}/dataset"
+
+    def shard_requests(self) -> list[tuple[str, str]]:
+        """Return path and Range header of all requests for the content of shards."""
+        return [(path, bytes_) for method, path, bytes_ in self.requests if method == "GET" and path.endswith(".tar")]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore connections that were closed on purpose."""
@@ -105,6 +121,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         content, status = path.read_bytes(), 200
         byte_range = re.fullmatch(r"bytes=(\d+)-(\d+)", request[2])
+        if byte_range and int(byte_range[2]) - int(byte_range[1]) >= self.server.largest_range:
+            self.send_error(403)
+            return
         if byte_range and fault != "no ranges":
             content, status = content[int(byte_range[1]) : int(byte_range[2]) + 1], 206
         self.send_response(status)
@@ -135,6 +154,46 @@ def bytes_in(folder: Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             sizes.append(path.stat().st_size if path.is_file() else 0)
     return sum(sizes)
+
+
+def cached_range_bytes(cache: Path) -> int:
+    """Total size of the cached ranges and of those that are being written, in bytes; tables are not counted."""
+    with open(cache / "used", "a") as used:
+        fcntl.flock(used, fcntl.LOCK_EX)  # No file is added or removed meanwhile.
+        return sum(bytes_in(folder) for folder in [*cache.glob("*/*.tar"), cache / "parts"])
+
+
+def read_batches(
+    split: Split, batches: Iterable[np.ndarray], block_shards: int = 64, after: Callable[[int], None] | None = None
+) -> dict[int, Members]:
+    """Read batches of ids as a loader does, and return the members by id.
+
+    Args:
+        split: the split.
+        batches: ids of each batch.
+        block_shards: shards that are shuffled together.
+        after: called with the number of each batch when it has been read.
+    """
+    reader, samples = ShardReader(split), dict[int, Members]()
+
+    def read(sample: int, prefetcher: PartPrefetcher | None) -> Members | None:
+        return None if sample == PADDING else reader.read(sample, prefetcher)
+
+    with ThreadPoolExecutor(8) as pool, contextlib.closing(reader):
+        steps = read_ahead(((ids, 0) for ids in batches), reader, pool, read, 2, block_shards)
+        for number, (ids, _, members) in enumerate(steps):
+            samples |= {sample: found for sample, found in zip(ids.tolist(), members, strict=True) if found}
+            if after:
+                after(number)
+    return samples
+
+
+def read_in_process(url: str, cache: Path, part_bytes: int, seed: int) -> None:
+    """Read the training split of a remote dataset in random order, as one of several processes."""
+    parts.PART_BYTES = part_bytes
+    split = ShardedDataset.open(url, str(cache), 64).split("train")
+    samples = read_batches(split, np.array_split(np.random.default_rng(seed).permutation(len(split)), 12))
+    os._exit(0 if len(samples) == len(split) else 1)
 
 
 def use_cache(root: Path, name: str, max_bytes: int, seed: int) -> None:

@@ -97,6 +97,12 @@ def _busy(setting: Setting, options: argparse.Namespace) -> Results:
     return busy_machine.run(setting, options.clips, options.epochs)
 
 
+def _storage(setting: Setting, options: argparse.Namespace) -> Results:
+    from tools.bench import storage
+
+    return storage.run(setting, options.samples)
+
+
 _TIMED = {
     "bank": (
         _bank,
@@ -112,6 +118,7 @@ _TIMED = {
     "loader": (_loader, "data loading end to end", {"clips": 384, "batch": 32}),
     "step": (_step, "training step", {"clips": 384}),
     "busy": (_busy, "training beside processes that occupy the cores", {"clips": 480, "epochs": 4}),
+    "storage": (_storage, "reading from an object store, with s3fs and with obstore", {"samples": 2000}),
     "scaling": (_scaling, "cost for growing memory bank, batch and number of ranks", {"batch": 1024, "dim": 128}),
 }
 """Timing benchmarks: function, help, and integer options with their defaults."""
@@ -125,7 +132,7 @@ _HELP = {
     "ring-rows": "samples of the dataset sharded over 2 and 4 processes",
     "k": "number of neighbors",
     "queries": "number of queries, in addition to all samples",
-    "samples": "samples of the tar file, 360 kB each",
+    "samples": "samples of the tar files, 360 kB each",
     "epochs": "epochs of a training",
     "clips": "clips of the synthetic dataset",
 }
@@ -148,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
             _add_step_options(command)
         if name == "loader":
             command.add_argument("--codec", choices=tuple(CODECS), default="mjpeg", help="codec of the clips")
-        if name == "busy":  # A training chooses its threads itself.
+        if name in ("busy", "storage"):  # Their threads are those of training.
             command.set_defaults(threads=1, device="cpu")
             add_rounds_and_json(command)
         else:

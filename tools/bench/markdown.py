@@ -118,6 +118,22 @@ def towers_section(results: Path) -> str:
     return "\n\n".join(["", _machines(("towers", stored["machine"])), legend, towers.table(stored), ""])[1:]
 
 
+def storage_section(results: Path) -> str:
+    """Return the table of reading from an object store."""
+    from tools.bench import storage
+
+    if not (results / "storage.json").exists():
+        return "\nNo results are stored.\n\n"
+    stored = json.loads((results / "storage.json").read_text())
+    arguments = stored["arguments"]
+    legend = (
+        f"An epoch of {arguments['samples']:,} samples of {arguments['sample_bytes'] // 1000} kB in random order with "
+        f"an empty cache, without decoding; parts of at most {arguments['part_bytes'] >> 20} MiB. Medians over "
+        "rounds. *CPU time* is that of the reading process, and *first batch* the time until it was read."
+    )
+    return "\n\n".join(["", _machines(("storage", stored["machine"])), legend, storage.table(stored), ""])[1:]
+
+
 def timing_section(results: Path) -> str:
     """Return the tables of the timing benchmarks.
 
@@ -202,5 +218,6 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "audit": audit_section,
     "coverage": coverage_section,
     "towers": towers_section,
+    "storage": storage_section,
 }
 """Functions that generate the sections, by the name in their markers."""

@@ -14,28 +14,32 @@ from tools.bench.timing import Results, Setting
 VIDEO_BYTES, AUDIO_BYTES = 300_000, 60_000
 
 
-def write_shard(directory: Path, samples: int) -> Split:
-    """Write one tar file of random members of typical size, and return its split."""
+def write_shards(directory: Path, samples: int, shard_samples: int) -> Split:
+    """Write tar files of random members of typical size, and return their split."""
     import webdataset.writer
 
     rng = np.random.default_rng(0)
-    path = directory / "train-000000.tar"
+    paths: list[Path] = []
     checksums: dict[str, list[int]] = {"video_crc32": [], "audio_crc32": []}
-    with webdataset.writer.TarWriter(str(path), mtime=0, encoder=False) as tar:
-        for sample in range(samples):
-            video, audio = rng.bytes(VIDEO_BYTES), rng.bytes(AUDIO_BYTES)
-            tar.write({"__key__": f"{sample:09d}", "avi": video, "flac": audio, "json": b'{"id": %d}' % sample})
-            checksums["video_crc32"].append(crc32(video))
-            checksums["audio_crc32"].append(crc32(audio))
+    for start in range(0, samples, shard_samples):
+        paths.append(directory / f"train-{len(paths):06d}.tar")
+        with webdataset.writer.TarWriter(str(paths[-1]), mtime=0, encoder=False) as tar:
+            for sample in range(start, min(start + shard_samples, samples)):
+                video, audio = rng.bytes(VIDEO_BYTES), rng.bytes(AUDIO_BYTES)
+                tar.write({"__key__": f"{sample:09d}", "avi": video, "flac": audio, "json": b'{"id": %d}' % sample})
+                checksums["video_crc32"].append(crc32(video))
+                checksums["audio_crc32"].append(crc32(audio))
     columns = {name: np.array(values, np.uint32) for name, values in checksums.items()}
-    columns |= {"id": np.arange(samples), "shard": np.zeros(samples, np.int32)}
+    columns |= {"id": np.arange(samples), "shard": (np.arange(samples) // shard_samples).astype(np.int32)}
     parts = [
-        {extension: (offset, size) for extension, offset, size in members} for members in members_by_key(path).values()
+        {extension: (offset, size) for extension, offset, size in members}
+        for path in paths
+        for members in members_by_key(path).values()
     ]
     for member, extension in (("video", "avi"), ("audio", "flac")):
         columns[f"{member}_offset"] = np.array([part[extension][0] for part in parts])
         columns[f"{member}_bytes"] = np.array([part[extension][1] for part in parts])
-    return Split(directory, "train", [path], "mjpeg", 8.0, 16000, columns)
+    return Split(directory, "train", paths, "mjpeg", 8.0, 16000, columns)
 
 
 def read_by_offset(split: Split, order: np.ndarray) -> int:
@@ -78,7 +82,7 @@ def run(setting: Setting, samples: int) -> Results:
     """
     results = Results("shards", {"samples": samples, "sample_bytes": VIDEO_BYTES + AUDIO_BYTES, "threads": 1})
     with tempfile.TemporaryDirectory(prefix="distav-bench-") as directory:
-        split = write_shard(Path(directory), samples)
+        split = write_shards(Path(directory), samples, samples)
         in_order, shuffled = np.arange(samples), np.random.default_rng(0).permutation(samples)
         candidates = {
             "plain read()": lambda: read_file(split),

@@ -20,6 +20,7 @@ from distav.config.errors import UserError
 from distav.data.files import write_atomically
 from distav.distributed.environment import machine
 
+_TIME_KEYS = ("median_s", "min_s", "rounds", "rate", "unit")
 CLOCK_STEP_S = 1e-6
 """Shortest time that is measured; the clock of CPU time may not advance during a short call."""
 
@@ -108,7 +109,8 @@ class Results:
         for name, figure in self.figures.items():
             if "median_s" in figure:
                 rate = f"{figure['rate']:12,.1f} {figure['unit']}" if "rate" in figure else ""
-                lines.append(f"  {name:58s}{1000 * figure['median_s']:12.2f} ms{rate}")
+                others = "".join(f"  {key}={figure[key]:.4g}" for key in figure if key not in _TIME_KEYS)
+                lines.append(f"  {name:58s}{1000 * figure['median_s']:12.2f} ms{rate}{others}")
             else:
                 lines.append(f"  {name:58s}{figure['value']:12.4g} {figure['unit']}")
         for name, ratio in self.ratios.items():

@@ -4,10 +4,10 @@ A sample that cannot be read or decoded is quarantined: its row is masked and it
 their length, so that ranks stay in step. Legend: b rows of this rank, T frames, H W pixels, N audio samples.
 """
 
+import contextlib
 import queue
 import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -21,9 +21,11 @@ from distav.data.modalities import MODALITIES, FeatureStream
 from distav.data.pipeline.augmentation import ClipTransformSampler
 from distav.data.pipeline.dali import ClipPipeline
 from distav.data.pipeline.features import decode_features
+from distav.data.pipeline.read_ahead import read_ahead
 from distav.data.pipeline.reader import CorruptSampleError, DecodeError, Members, ShardReader
 from distav.data.pipeline.sampler import PADDING, Ids
 from distav.data.storage.object_store import CONNECTIONS
+from distav.data.storage.prefetch import PartPrefetcher
 from distav.distributed.rng import sample_seeds
 
 _MAX_UNDECODABLE = 64
@@ -165,10 +167,11 @@ class Loader:
 
         def produce() -> None:
             try:
-                for ids, epoch, members in self._read_ahead(plan):
-                    if stop.is_set():
-                        return
-                    put(self._decode_batch(ids, epoch, list(members)))
+                with contextlib.closing(self._read_plan(plan)) as steps:
+                    for ids, epoch, members in steps:
+                        if stop.is_set():
+                            return
+                        put(self._decode_batch(ids, epoch, list(members)))
                 put(None)
             except BaseException as error:  # noqa: BLE001  # Raised in the consuming thread.
                 put(error)
@@ -188,23 +191,22 @@ class Loader:
         """Return one batch, read and decoded in the calling thread."""
         return self._record_stream(self._decode_batch(ids, epoch, list(self._members(ids))))
 
-    def _read_ahead(
+    def _read_plan(
         self, plan: Iterable[tuple[Ids, int | Ids]]
-    ) -> Iterator[tuple[Ids, int | Ids, Iterator[Members | None]]]:
-        """Yield each (ids, epoch) with its members; the next batches of a remote dataset are requested in advance."""
-        ahead = self.data.prefetch if self._pool else 0
-        requested: deque[tuple[Ids, int | Ids, Iterator[Members | None]]] = deque()
-        for ids, epoch in plan:
-            requested.append((ids, epoch, self._members(ids)))
-            if len(requested) > ahead:
-                yield requested.popleft()
-        yield from requested
+    ) -> Generator[tuple[Ids, int | Ids, Iterator[Members | None]], None, None]:
+        """Yield each (ids, epoch) with its members; those of a remote dataset are requested in advance."""
+        if self._pool:
+            prefetch, block_shards = self.data.prefetch, self.data.shuffle_block_shards
+            yield from read_ahead(plan, self.reader, self._pool, self._read, prefetch, block_shards)
+        else:
+            for ids, epoch in plan:
+                yield ids, epoch, self._members(ids)
 
     def _members(self, ids: Ids) -> Iterator[Members | None]:
         """Return the members of each sample, None for padding and quarantined samples."""
         return (self._pool.map if self._pool else map)(self._read, ids.tolist())
 
-    def _read(self, sample: int) -> Members | None:
+    def _read(self, sample: int, prefetcher: PartPrefetcher | None = None) -> Members | None:
         """Return the members of a sample; None for padding and quarantined samples.
 
         A sample that cannot be read is quarantined.
@@ -212,7 +214,7 @@ class Loader:
         if sample == PADDING or sample in self.quarantine.reasons:
             return None
         try:
-            return self.reader.read(sample)
+            return self.reader.read(sample, prefetcher)
         except CorruptSampleError as error:
             self.quarantine.reasons[sample] = str(error)
             return None
