@@ -15,6 +15,7 @@ from torch import Tensor
 from distav.distributed.collectives import all_gather_variable_rows, compute_on_main_rank
 from distav.noise.class_posterior import Posterior, posterior
 from distav.noise.composite_likelihood import CompositeLikelihood
+from distav.noise.correction import MODALITY_DTYPE
 from distav.noise.model_fit import (
     MAX_ELEMENTS,
     PairAssumption,
@@ -38,9 +39,6 @@ from distav.noise.vote_unmixing import VoteUnmixing
 MISMATCH_GRID = (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.36, 0.42, 0.5, 0.6, 0.75, 0.9)
 NEGLIGIBLE_WEIGHT = 0.01
 """Noise rates of less weight are left out of averages."""
-MODALITY_DTYPE = torch.float16
-"""Type of the class probabilities of the modalities. They are the targets of classifiers; the probabilities of the
-label's owner, by which labels are changed and ranked, are float32."""
 
 
 @dataclass(frozen=True)
