@@ -176,9 +176,9 @@ class LabelCorrectionPhase:
     num_components: int = field(default=48, metadata=at_least(1))
     """Number of principal components of the features that are kept."""
     neighbor_search: NeighborSearch = NeighborSearch.exact
-    """Search for neighbors: exact, or ivf, an approximate search in inverted lists. There are sqrt(N) lists for N
-    clips, so ivf finds all neighbors of at most num_probes^2 clips."""
-    num_probes: int = field(default=32, metadata=at_least(1))
+    """Search for neighbors: exact, or ivf, an approximate search in inverted lists. There are 4 sqrt(N) lists for N
+    clips, so ivf finds all neighbors among at most (num_probes / 4)^2 clips."""
+    num_probes: int = field(default=128, metadata=at_least(1))
     """Lists that ivf searches for each clip; more find more of the neighbors and take longer."""
     pseudo_labels: FilePath = ""
     """Output directory of tools/pseudo_label.py, whose teachers give each modality another vote; empty for none."""

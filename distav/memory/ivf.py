@@ -3,7 +3,7 @@
 The samples are divided into lists by the centroid of the largest dot product. The samples of a list are searched
 together, in the lists whose centroids are nearest to its own, by the exact search of `distav.memory.top_k`. Each rank
 has the lists of the keys of a shard and the queries of its own samples; keys are exchanged as in the exact search.
-With about sqrt(N) lists the time is proportional to N sqrt(N) for a number of probes.
+There are about 4 sqrt(N) lists, so the time is proportional to N sqrt(N) for a number of probes.
 Legend: N samples, n samples of this rank, s keys of a shard, q queries, D width, k neighbors, L lists.
 """
 
@@ -19,7 +19,10 @@ from distav.memory.kmeans import fit_centroids, nearest_centroids
 from distav.memory.neighbor_search import GATHER_BELOW_BYTES, NeighborSearch, key_shards
 from distav.memory.packing import EMPTY, unpack
 
-SAMPLES_PER_LIST = 64
+LISTS_PER_ROOT = 4
+"""Lists per square root of the number of samples. With smaller lists, the same number of searched keys has more of the
+neighbors; but fewer queries share a product."""
+SAMPLES_PER_LIST = 32
 """Keys per list that the centroids are fitted to."""
 MIN_KEYS_PER_NEIGHBOR = 4
 """A query is searched in more lists if the nearest ones have less than this many keys for each of the k neighbors."""
@@ -47,7 +50,7 @@ def approximate_neighbors(
     Args:
         features, k, groups, valid, queries, tiling, gather_below_bytes: see `nearest_neighbors`.
         num_probes: lists that are searched for each sample, at least 1.
-        num_lists: L; about sqrt(N) by default.
+        num_lists: L; about 4 sqrt(N) by default.
         seed: seed of the centroids.
 
     Raises:
@@ -81,7 +84,8 @@ def packed_approximate_neighbors(
     if not num_valid:
         return search.best
     with search.workers() as map_parts:
-        centroids = _shared_centroids(search.features, valid, min(num_lists or round(num_valid**0.5), num_valid), seed)
+        num_lists = min(num_lists or round(LISTS_PER_ROOT * num_valid**0.5), num_valid)
+        centroids = _shared_centroids(search.features, valid, num_lists, seed)
         own_lists = nearest_centroids(search.features, centroids, map_parts)[0]
         all_lists = all_gather_variable_rows(own_lists).masked_fill(~valid, len(centroids))
         probes = _Probes(centroids, torch.bincount(all_lists, minlength=len(centroids) + 1)[:-1], num_probes, k)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distav.memory.key_shard import MIN_GEMM_ROWS
 
-ITERATIONS = 10
+ITERATIONS = 6
 _BLOCK = 1024
 """Points that are compared with all centroids at a time."""
 
@@ -31,7 +31,8 @@ def fit_centroids(points: Tensor, num_clusters: int, seed: int) -> Tensor:
         for start in range(0, len(points), _BLOCK):
             part = slice(start, start + _BLOCK)
             # A matrix product, since the order of an addition by index is not defined on a GPU.
-            sums += F.one_hot(clusters[part], num_clusters).to(points.dtype).t() @ points[part]
+            members = points.new_zeros(len(points[part]), num_clusters).scatter_(1, clusters[part, None], 1.0)
+            sums += members.t() @ points[part]
         empty = (torch.bincount(clusters, minlength=num_clusters) == 0).nonzero().squeeze(1)
         sums[empty] = points[similarity.argsort(stable=True)[: len(empty)]]
         # Points that cancel out leave their centroid where it was.

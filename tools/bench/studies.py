@@ -221,7 +221,7 @@ def _add_correction_command(commands: Any) -> None:
     add("--samples", type=int, nargs="+", default=[10_000, 30_000], help="numbers of samples (10000 30000)")
     add("--ranks", type=int, nargs="+", default=[1], help="numbers of processes of one correction (1)")
     add("--search", nargs="+", choices=("exact", "ivf"), default=["exact"], help="searches for neighbors (exact)")
-    add("--probes", type=int, default=32, help="lists that ivf probes for each sample (32)")
+    add("--probes", type=int, default=128, help="lists that ivf probes for each sample (128)")
     add("--classes", type=int, default=309, help="number of classes (309)")
     add("--dim", type=int, default=128, help="width of the features of either modality (128)")
     add("--noise", type=float, default=0.4, help="fraction of wrong labels (0.4)")

@@ -44,7 +44,7 @@ def test_recall_rises_with_the_probes_and_similarities_are_exact():
     groups, valid = torch.arange(4000) // 3, torch.arange(4000) % 10 != 0
     exact, _ = nearest_neighbors(features, 40, groups, valid)
     recalls = []
-    for probes in (4, 16):
+    for probes in (16, 64):
         ids, similarity = approximate_neighbors(features, 40, groups, valid, probes)
         recalls.append(recall(exact[valid], ids[valid]))
         assert (groups[ids] != groups[:, None]).all() and valid[ids].all()

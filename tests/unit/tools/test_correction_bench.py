@@ -69,7 +69,7 @@ def test_results_of_other_cases_are_kept(tmp_path: Path, capsys: pytest.CaptureF
             assert main(["correction", "--samples", *sizes, "--search", "ivf", "--json", str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [(row["samples"], row["cpu_s"], row["probes"]) for row in rows] == [
-        (10_000, 1.0, 32), (20_000, 2.0, 32), (40_000, 2.0, 32)
+        (10_000, 1.0, 128), (20_000, 2.0, 128), (40_000, 2.0, 128)
     ]  # fmt: skip
     assert "ivf, 10,000 to 40,000 samples: exponent" in correction_section(tmp_path)
     path.write_text("[]")
