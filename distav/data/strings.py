@@ -47,6 +47,10 @@ class StringColumn(Sequence[str]):
         """Return the Arrow array, so that `pa.table` takes the column without a copy."""
         return self.array if type is None else self.array.cast(type)
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return an array of all strings, for the functions of NumPy."""
+        return np.array(self.tolist(), dtype=object if dtype is None else dtype)
+
     def tolist(self) -> list[str]:
         """Return all strings as a list."""
         return self.array.to_pylist()
