@@ -43,6 +43,17 @@ class SoftTargetKind(Enum):
     cycle = "cycle"
 
 
+class NeighborSearch(Enum):
+    """Search for the neighbors that vote.
+
+    exact: all clips are compared. ivf: only clips in inverted lists near that of a clip are, so that some neighbors are
+    missed; for hundreds of thousands of clips and more.
+    """
+
+    exact = "exact"
+    ivf = "ivf"
+
+
 class Targets(Enum):
     """Targets of the classifiers.
 
@@ -164,6 +175,11 @@ class LabelCorrectionPhase:
     this power; 0 keeps the scales, 1 whitens fully. The joint vote of both modalities uses the last one."""
     num_components: int = field(default=48, metadata=at_least(1))
     """Number of principal components of the features that are kept."""
+    neighbor_search: NeighborSearch = NeighborSearch.exact
+    """Search for neighbors: exact, or ivf, an approximate search in inverted lists. There are 4 sqrt(N) lists for N
+    clips, so ivf finds all neighbors among at most (num_probes / 4)^2 clips."""
+    num_probes: int = field(default=128, metadata=at_least(1))
+    """Lists that ivf searches for each clip; more find more of the neighbors and take longer."""
     pseudo_labels: FilePath = ""
     """Output directory of tools/pseudo_label.py, whose teachers give each modality another vote; empty for none."""
     min_log_likelihood_gain: float = field(default=10.0, metadata=at_least(0))
@@ -173,6 +189,11 @@ class LabelCorrectionPhase:
     """A label changes if another class is at least this many times as probable as the given one: a right label that is
     changed costs as much as this many wrong ones that stay. Targets of supervised phases do not depend on it, nor do
     lists of labels."""
+
+    @property
+    def probes(self) -> int | None:
+        """Lists that are probed; None for the exact search."""
+        return self.num_probes if self.neighbor_search is NeighborSearch.ivf else None
 
 
 @dataclass

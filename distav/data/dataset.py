@@ -28,11 +28,14 @@ from distav.data.integrity import CorruptFileError, verify_file
 from distav.data.manifest import VIDEO_EXTENSIONS, read_manifest
 from distav.data.modalities import FeatureStream
 from distav.data.storage.object_store import ObjectStore, is_url
+from distav.data.strings import StringColumn
 
 AUDIO_EXTENSION = "flac"
 MEMBERS = {"audio": "audio", "visual": "video"}
 """Member of a clip that holds a modality."""
 EVENTS = "events.parquet"
+TEXT_COLUMNS = ("key", "source")
+"""Columns of strings of index.parquet, except the split."""
 TABLES = ("index.parquet", "labels.parquet", EVENTS)
 
 
@@ -75,7 +78,8 @@ class Split:
         codec: video codec; empty in a dataset of features.
         fps: frames per second; 0 in a dataset of features.
         sample_rate_hz: audio sample rate; 0 in a dataset of features.
-        columns: columns of index.parquet, [N] each.
+        columns: columns of numbers of index.parquet, [N] each.
+        texts: its columns `key` and `source`, [N] each.
         streams: feature streams by name; empty in a dataset of clips.
         remote: object store of a remote dataset.
         shard_bytes: sizes of the tars of a remote dataset.
@@ -88,6 +92,7 @@ class Split:
     fps: float
     sample_rate_hz: int
     columns: dict[str, np.ndarray]
+    texts: dict[str, StringColumn] = field(default_factory=dict[str, StringColumn])
     streams: dict[str, FeatureStream] = field(default_factory=dict[str, FeatureStream])
     remote: ObjectStore | None = None
     shard_bytes: Sequence[int] = ()
@@ -101,9 +106,14 @@ class Split:
         return len(self.columns["id"])
 
     @property
-    def keys(self) -> np.ndarray:
-        """Keys by id, [N] str."""
-        return self.columns["key"]
+    def keys(self) -> StringColumn:
+        """Keys by id, [N]."""
+        return self.texts["key"]
+
+    @property
+    def sources(self) -> StringColumn:
+        """Source videos by id, [N]."""
+        return self.texts["source"]
 
     @cached_property
     def shard_sizes(self) -> list[int]:
@@ -128,7 +138,7 @@ class Split:
     @cached_property
     def source_codes(self) -> np.ndarray:
         """Index of the source video of each sample, [N] int64; clips of one video have the same index."""
-        return np.unique(self.columns["source"], return_inverse=True)[1].astype(np.int64)
+        return self.sources.codes()
 
 
 @dataclass(frozen=True)
@@ -225,7 +235,7 @@ class ShardedDataset:
                 f"{key}={name} is not a split of {self.location}; allowed: {format_list(splits)}{or_none}."
                 f"{did_you_mean(name, splits)}"
             )
-        columns = self._index(name)
+        columns, texts = self._index(name)
         shards = splits[name]["shards"]
         self._check_sizes({shard["name"]: shard["bytes"] for shard in shards})
         return Split(
@@ -236,13 +246,14 @@ class ShardedDataset:
             self.manifest.get("fps", 0.0),
             self.manifest.get("sample_rate_hz", 0),
             columns,
+            texts,
             self.streams,
             self.remote,
             [shard["bytes"] for shard in shards],
         )
 
-    def _index(self, split: str) -> dict[str, np.ndarray]:
-        """Return the columns of index.parquet for a split."""
+    def _index(self, split: str) -> tuple[dict[str, np.ndarray], dict[str, StringColumn]]:
+        """Return the columns of numbers and of texts of index.parquet for a split."""
         table, path = self.table("index.parquet", split), self.root / "index.parquet"
         for expected in index_schema(member_extensions(self.manifest.get("codec", ""), self.streams)):
             if expected.name not in table.column_names:
@@ -253,10 +264,15 @@ class ShardedDataset:
                     f"{path}: column '{expected.name}' has type {dtype}, expected {expected.type}; make the dataset "
                     "again."
                 )
-        columns = {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
+        texts = {name: StringColumn(table.column(name)) for name in TEXT_COLUMNS}
+        columns = {
+            name: column.to_numpy(zero_copy_only=False)
+            for name, column in zip(table.column_names, table.columns, strict=True)
+            if not pa.types.is_string(column.type)
+        }
         if not np.array_equal(columns["id"], np.arange(len(table))):
             raise UserError(f"{path}: the ids of split {split} do not run from 0 to N-1; make the dataset again.")
-        return columns
+        return columns, texts
 
     def _check_sizes(self, expected: dict[str, int]) -> None:
         """Verify that every shard exists and has the size that the manifest states."""

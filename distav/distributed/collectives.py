@@ -155,6 +155,11 @@ def broadcast(value: Any, source: int = 0) -> Any:
     return values[0]
 
 
+def compute_on_main_rank(work: Callable[[], T]) -> T:
+    """Return the result (picklable) of a function that the main rank alone computes; the others wait without load."""
+    return broadcast(work() if get_rank() == 0 else None)
+
+
 def run_on_main_rank(work: Callable[[], None], advice: str) -> None:
     """Run a function on the main rank; all ranks raise its error.
 

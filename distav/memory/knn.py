@@ -2,35 +2,15 @@
 
 Queries stay on their rank. Keys are gathered from all ranks at once if they fit, or else passed shard by shard around
 the ring of ranks, one step ahead of the search.
-Legend: N samples, n samples of this rank, q queries, b queries of a block, D width, k neighbors, p pairs.
+Legend: N samples, n samples of this rank, q queries, D width, k neighbors.
 """
-
-import contextlib
-import functools
-import queue
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import (
-    all_gather_objects,
-    all_gather_variable_rows,
-    get_world_size,
-    ring_shards,
-    shard_range,
-)
-from distav.memory.key_shard import KeyShard, Tiling, Workspace
-from distav.memory.packing import EMPTY, unpack_ids, unpack_scores
-from distav.memory.top_k import exact_top_k
-
-MAX_K = 2048
-GATHER_BELOW_BYTES = 2**30
-"""Size of all keys up to which they are gathered: the bound of a query is then found once instead of in each shard."""
-
-_MAX_LISTED_IDS = 5
+from distav.memory.key_shard import KeyShard, Tiling
+from distav.memory.neighbor_search import GATHER_BELOW_BYTES, NeighborSearch, key_shards
+from distav.memory.packing import unpack
 
 
 def nearest_neighbors(
@@ -66,168 +46,26 @@ def nearest_neighbors(
         ValueError: if k is out of range, a query belongs to another rank, or features of valid samples are not finite
             or all zero; on all ranks alike.
     """
-    num_samples, device = len(groups), features.device
-    own = shard_range(num_samples)
-    if not 1 <= k <= min(MAX_K, num_samples - 1):
-        allowed = f"1 to {min(MAX_K, num_samples - 1)}"
-        raise ValueError(f"k={k} neighbors among {num_samples} samples; allowed: {allowed}")
-    features = features.detach().float().contiguous()
-    max_norm = _check_features(features, valid[own.start : own.stop], own.start)
-    index = torch.arange(len(own), device=device) if queries is None else queries - own.start
-    if len(index) and (int(index.min()) < 0 or int(index.max()) >= len(own)):
-        raise ValueError(f"queries must be ids of this rank, {own.start} to {own.stop - 1}")
-    tiling = tiling or Tiling.for_device(device)
-    sorted_groups, order = groups.sort(stable=True)
-    best = torch.full((len(index), k), EMPTY, device=device)
-    first = True
-    with _worker_pool(device) as (num_workers, map_blocks), _float32_accumulation():
-        workspaces: queue.SimpleQueue[Workspace] = queue.SimpleQueue()
-        for _ in range(num_workers):
-            workspaces.put(Workspace(tiling, device))
-        search = _Search(features, index, groups[own.start + index], sorted_groups, order, best, workspaces)
-        for first_id, keys in _key_shards(features, num_samples, gather_below_bytes):
+    return unpack(packed_neighbors(features, k, groups, valid, queries, tiling, gather_below_bytes))
+
+
+def packed_neighbors(
+    features: Tensor,
+    k: int,
+    groups: Tensor,
+    valid: Tensor,
+    queries: Tensor | None = None,
+    tiling: Tiling | None = None,
+    gather_below_bytes: int = GATHER_BELOW_BYTES,
+) -> Tensor:
+    """Return the result of `nearest_neighbors` in 8 bytes per neighbor, see `distav.memory.packing`: [q, k] int64."""
+    search = NeighborSearch.start(features, k, groups, valid, queries, tiling)
+    rows, first = torch.arange(len(search.index), device=features.device), True
+    with search.workers() as map_parts:
+        for first_id, keys in key_shards(search.features, len(groups), gather_below_bytes):
             valid_index = valid[first_id : first_id + len(keys)].nonzero().squeeze(1)
             if len(valid_index):
-                shard = KeyShard.build(keys, first_id, valid_index, max_norm, tiling)
-                search.search_shard(shard, first, tiling.queries, map_blocks)
+                shard = KeyShard.build(keys, first_id, valid_index, search.max_norm, search.tiling)
+                search.search_shard(shard, rows, first, map_parts)
                 first = False
-    exists = best != EMPTY
-    return unpack_ids(best).masked_fill(~exists, -1), unpack_scores(best).masked_fill(~exists, 0.0)
-
-
-@dataclass(frozen=True)
-class _Search:
-    """State of a search.
-
-    Attributes:
-        features: [n, D] of this rank.
-        index: [q] row of each query in `features`.
-        groups: [q] group of each query.
-        sorted_groups: [N] groups of all samples in ascending order.
-        order: [N] ids of all samples, sorted by group.
-        best: [q, k] packed best keys of the shards searched so far; updated in place.
-        workspaces: one for each worker.
-    """
-
-    features: Tensor
-    index: Tensor
-    groups: Tensor
-    sorted_groups: Tensor
-    order: Tensor
-    best: Tensor
-    workspaces: queue.SimpleQueue[Workspace]
-
-    def search_shard(
-        self, shard: KeyShard, first: bool, block_size: int, map_blocks: Callable[..., Iterator[Tensor]]
-    ) -> None:
-        """Merge the neighbors in a shard into `best`.
-
-        All queries are searched with estimated bounds. Those with an estimate that was too high are searched again
-        without estimation.
-        """
-        rows = torch.arange(len(self.index), device=self.index.device)
-        for estimate_bound in (True, False):
-            if len(rows):
-                search_block = functools.partial(
-                    self._search_block, shard=shard, first=first, estimate_bound=estimate_bound
-                )
-                rows = rows[torch.cat(list(map_blocks(search_block, rows.split(block_size))))]
-
-    def _search_block(self, rows: Tensor, shard: KeyShard, first: bool, estimate_bound: bool) -> Tensor:
-        """Search for the queries `rows` [b]; return which of them have to be searched again: [b] bool."""
-        queries, best = self.features[self.index[rows]], self.best[rows]
-        excluded = shard.excluded_scores(*_same_group_pairs(self.groups[rows], self.sorted_groups, self.order))
-        workspace = self.workspaces.get()
-        try:
-            merged, again = exact_top_k(
-                queries, shard, best, excluded, workspace, first=first, estimate_bound=estimate_bound
-            )
-        finally:
-            self.workspaces.put(workspace)
-        self.best[rows] = torch.where(again[:, None], best, merged)
-        return again
-
-
-def _key_shards(features: Tensor, num_samples: int, gather_below_bytes: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield the features of all ranks in one or more shards, each with the id of its first row."""
-    if num_samples * features.shape[1] * features.element_size() <= gather_below_bytes:
-        yield 0, all_gather_variable_rows(features)
-        return
-    sizes = [len(shard_range(num_samples, owner)) for owner in range(get_world_size())]
-    for owner, keys in ring_shards(features, sizes):
-        yield shard_range(num_samples, owner).start, keys
-
-
-def _check_features(features: Tensor, valid: Tensor, first_id: int) -> float:
-    """Return the largest norm of a valid feature on any rank.
-
-    Raises:
-        ValueError: if a valid feature on any rank is not finite or all zero.
-    """
-    norms = features.norm(dim=1)
-    max_norm = float(norms[valid].amax()) if valid.any() else 0.0
-    invalid = {"not finite": valid & ~torch.isfinite(norms), "all zero": valid & (norms == 0)}
-    invalid_ids = {
-        reason: (mask.nonzero().squeeze(1)[:_MAX_LISTED_IDS] + first_id).tolist() for reason, mask in invalid.items()
-    }
-    gathered = all_gather_objects((max_norm, invalid_ids))
-    for reason in invalid:
-        ids = [sample for _, ids_of_rank in gathered for sample in ids_of_rank[reason]]
-        if ids:
-            raise ValueError(
-                f"features of samples {', '.join(map(str, ids[:_MAX_LISTED_IDS]))} are {reason}, so they have no "
-                "neighbors; leave them out with valid=False"
-            )
-    return max(norm for norm, _ in gathered)
-
-
-def _same_group_pairs(groups: Tensor, sorted_groups: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Return all pairs of a query and a sample of its group.
-
-    Args:
-        groups: [b] group of each query.
-        sorted_groups: [N] groups of all samples in ascending order.
-        order: [N] ids of all samples, sorted by group.
-
-    Returns:
-        Query [p], an index into `groups`, and id [p] of each pair.
-    """
-    low = torch.searchsorted(sorted_groups, groups)
-    counts = torch.searchsorted(sorted_groups, groups, right=True) - low
-    row = torch.repeat_interleave(torch.arange(len(groups), device=groups.device), counts)
-    offset = torch.arange(len(row), device=groups.device) - (counts.cumsum(0) - counts)[row]
-    return row, order[low[row] + offset]
-
-
-@contextlib.contextmanager
-def _worker_pool(device: torch.device) -> Iterator[tuple[int, Callable[..., Iterator[Tensor]]]]:
-    """Yield the number of workers, and a function that maps another over blocks of queries.
-
-    On a CPU, each worker uses one thread: parallel blocks scale better than the parallel parts of one block. On a GPU,
-    the calling thread is the only worker, since a new thread has another current device and stream.
-    """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield 1, map
-        return
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield threads, pool.map
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def _float32_accumulation() -> Iterator[None]:
-    """Sum products of 16-bit matrices in float32 on a GPU; the error bound does not cover sums in 16 bits."""
-    matmul = torch.backends.cuda.matmul
-    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("fp16", "bf16")]
-    before = [(getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names]
-    for name in names:
-        setattr(matmul, name, False)
-    try:
-        yield
-    finally:
-        for name, value in zip(names, before, strict=True):
-            setattr(matmul, name, value)
+    return search.best

@@ -9,6 +9,9 @@ EMPTY = torch.iinfo(torch.int64).min
 LOWEST = torch.finfo(torch.float32).min
 """Score that every finite score reaches and the -inf of an excluded pair does not."""
 
+_ROWS = 4096
+"""Rows that are unpacked at a time."""
+
 
 def pack(scores: Tensor, ids: Tensor) -> Tensor:
     """Pack float32 scores and ids into int64 values; descending values are ordered by score, then by ascending id."""
@@ -27,6 +30,22 @@ def unpack_scores(values: Tensor) -> Tensor:
 def unpack_ids(values: Tensor) -> Tensor:
     """Return the ids of values returned by `pack`."""
     return 0xFFFFFFFF - (values & 0xFFFFFFFF)
+
+
+def unpack(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ids [q, k] int64 and scores [q, k] float32 of packed values; -1 and 0 where a value is `EMPTY`."""
+    missing = values == EMPTY
+    return unpack_ids(values).masked_fill_(missing, -1), unpack_scores(values).masked_fill_(missing, 0.0)
+
+
+def unpack_in_place(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace packed values by ids [q, k] int32 and scores [q, k] float32, which share their memory; see `unpack`."""
+    low, high = values.view(torch.int32).view(*values.shape, 2).unbind(2)
+    for start in range(0, len(values), _ROWS):
+        part = slice(start, start + _ROWS)
+        ids, scores = unpack(values[part])
+        low[part], high[part] = ids, scores.view(torch.int32)
+    return low, values.view(torch.float32).view(*values.shape, 2)[..., 1]
 
 
 def score_or_lowest(values: Tensor) -> Tensor:

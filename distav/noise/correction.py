@@ -8,6 +8,10 @@ from torch import Tensor
 from distav.distributed.collectives import local_shard
 from distav.noise.noise_rate import RateEstimate, candidate_rates, class_rates, unknown_rate
 
+MODALITY_DTYPE = torch.float16
+"""Type of the class probabilities of the modalities. They are the targets of classifiers; the probabilities of the
+label's owner, by which labels are changed and ranked, are float32."""
+
 
 @dataclass(frozen=True)
 class CorrectionPrior:
@@ -37,7 +41,7 @@ class Correction:
         held_out: [n, C] probabilities of the class of the label's owner that do not depend on the sample's own label;
             the given label where there are no votes or no signal.
         posterior: [n, C] the same probabilities that also depend on the sample's own label, by the noise model.
-        visual_held_out, visual_posterior: [n, C] the same for the class of the frames.
+        visual_held_out, visual_posterior: [n, C] the same for the class of the frames, of type `MODALITY_DTYPE`.
         audio_held_out, audio_posterior: [n, C] the same for the class of the audio.
         correspondence: [n] probability that audio and frames show the same class; 1 for samples with one modality.
         rate_log_likelihood, pair_rate_log_likelihood: [R] log-likelihoods of the label-noise rates and of the mismatch
@@ -89,10 +93,10 @@ def identity_correction(given: Tensor, num_classes: int) -> Correction:
     return Correction(
         held_out=probs,
         posterior=probs.clone(),
-        visual_held_out=probs.clone(),
-        visual_posterior=probs.clone(),
-        audio_held_out=probs.clone(),
-        audio_posterior=probs.clone(),
+        visual_held_out=probs.to(MODALITY_DTYPE),
+        visual_posterior=probs.to(MODALITY_DTYPE),
+        audio_held_out=probs.to(MODALITY_DTYPE),
+        audio_posterior=probs.to(MODALITY_DTYPE),
         correspondence=torch.ones_like(probs[:, 0]),
         rate_log_likelihood=log_likelihood,
         pair_rate_log_likelihood=log_likelihood,

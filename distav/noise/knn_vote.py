@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distav.distributed.collectives import all_gather_variable_rows, all_reduce_sum_, broadcast, local_shard
-from distav.memory.knn import nearest_neighbors
+from distav.memory.ivf import packed_approximate_neighbors
+from distav.memory.knn import packed_neighbors
+from distav.memory.packing import unpack_in_place
 from distav.noise.probabilities import SMALLEST, normalize_rows
 from distav.noise.tiling import map_tiles, tiles
 
@@ -78,15 +80,28 @@ def source_halves(groups: Tensor) -> Tensor:
 
 
 class NeighborGraph:
-    """The nearest neighbors of this rank's samples."""
+    """The nearest neighbors of this rank's samples, 8 bytes for each.
 
-    def __init__(self, features: Tensor, k: int, groups: Tensor, valid: Tensor):
-        """Search k neighbors; see `nearest_neighbors` for the arguments and errors. Invalid samples have none.
+    Attributes:
+        ids: [n, k] int32; -1 for missing neighbors.
+        similarity: [n, k] float32 dot products.
+        voter_weights: [N] weights of the samples as voters.
+    """
+
+    def __init__(self, features: Tensor, k: int, groups: Tensor, valid: Tensor, num_probes: int | None = None):
+        """Search k neighbors. Invalid samples have none.
 
         Samples of one group may share an error of their label, so a group of several samples has the weight of one.
+
+        Args:
+            features, k, groups, valid: see `nearest_neighbors`, also for the errors.
+            num_probes: lists to search for each sample, see `approximate_neighbors`; None to search all samples.
         """
-        ids, self.similarity = nearest_neighbors(features, k, groups, valid)
-        self.ids = ids.int()  # int32: with many neighbors and few classes this is the largest table.
+        if num_probes is None:
+            packed = packed_neighbors(features, k, groups, valid)
+        else:
+            packed = packed_approximate_neighbors(features, k, groups, valid, num_probes)
+        self.ids, self.similarity = unpack_in_place(packed)
         self.ids.masked_fill_(~local_shard(valid)[:, None], -1)
         self.voter_weights = source_weights(groups)
         self._half_of_voter = source_halves(groups)
@@ -123,49 +138,52 @@ class NeighborGraph:
 class KnnVote:
     """A similarity-weighted vote of the nearest neighbors, with an optional second round.
 
-    Attributes:
-        probs: [n, C] votes of the first round; rows sum to 1, and are uniform for samples without neighbors.
+    In the second round, the neighbors vote with the classes that their own first rounds predict. If a sample is a voter
+    of its neighbor, its vote is first removed from the neighbor's. Otherwise its label would reach its own vote through
+    the neighbors, and the likelihood of that label would be too high.
     """
 
     def __init__(self, graph: NeighborGraph, labels: Tensor, num_classes: int, k: int, temperature: float):
-        """Count the first round; see `NeighborGraph.vote`."""
-        self.graph, self.num_classes, self.k, self.temperature = graph, num_classes, k, temperature
-        self.probs = graph.similarity.new_empty(len(graph.ids), num_classes)
-        self._total_weight = torch.empty_like(self.probs[:, 0])
+        """Store the configuration; see `NeighborGraph.vote`."""
+        self.graph, self.labels, self.num_classes, self.k, self.temperature = graph, labels, num_classes, k, temperature
+
+    def of_rows(self, rows: slice | Tensor, voters: int = 0) -> Tensor:
+        """Return the votes of some of this rank's samples: [t, C]; rows sum to 1, uniform without neighbors.
+
+        Args:
+            rows: row numbers of the samples.
+            voters: number of voters of the second round, at most k; 0 for the first round.
+        """
+        return self._second_round(rows, voters) if voters else self._count_first_round(rows)[0]
+
+    def table(self, voters: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the votes of all samples of this rank: [n, C]; see `of_rows`."""
+        similarity = self.graph.similarity
+        votes = similarity.new_empty(len(similarity), self.num_classes, dtype=dtype)
         for part in self._tiles():
-            weights = graph.vote_weights(part, k, temperature)
-            self._total_weight[part] = weights.sum(1)
-            self.probs[part] = _count_votes(labels[graph.ids[part, :k].clamp_min(0)], weights, num_classes)
+            votes[part] = self.of_rows(part, voters)
+        return votes
 
     def _tiles(self) -> Iterator[slice]:
         return tiles(len(self.graph.ids), max(self.num_classes, self.k), self.graph.ids.device)
 
-    def second_round(self, labels: Tensor, k: int) -> Tensor:
-        """Return the vote of the nearest neighbors with the classes that their own first rounds predict.
+    def _count_first_round(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Return the votes [t, C] and the total weights of the voters [t]."""
+        weights = self.graph.vote_weights(rows, self.k, self.temperature)
+        classes = self.labels[self.graph.ids[rows, : self.k].clamp_min(0)]
+        return _count_votes(classes, weights, self.num_classes), weights.sum(1)
 
-        If a sample is a voter of its neighbor, its vote is first removed from the neighbor's. Otherwise its label would
-        reach its own vote through the neighbors, and the likelihood of that label would be too high.
-
-        Args:
-            labels: [n] int64 labels of this rank's samples.
-            k: number of voters, at most the k of the first round.
-
-        Returns:
-            [n, C], rows sum to 1.
-        """
+    def _second_round(self, rows: slice | Tensor, k: int) -> Tensor:
         first, runner_up, margin, total_weight, farthest = self._first_round
-        votes, own_weights = torch.empty_like(self.probs), local_shard(self.graph.voter_weights)
-        for part in self._tiles():
-            neighbors, similarity = self.graph.ids[part, :k].clamp_min(0), self.graph.similarity[part, :k]
-            own_vote = ((similarity - 1) / self.temperature).exp_() * own_weights[part, None]
-            own_vote /= total_weight[neighbors].clamp_min_(SMALLEST)
-            own_vote.masked_fill_(similarity < farthest[neighbors] - SIMILARITY_TOLERANCE, 0.0)
-            predicted = first[neighbors]
-            depends_on_own = (predicted == labels[part, None]) & (margin[neighbors] < own_vote)
-            classes = torch.where(depends_on_own, runner_up[neighbors], predicted)
-            weights = self.graph.vote_weights(part, k, self.temperature)
-            votes[part] = _count_votes(classes, weights, self.num_classes)
-        return votes
+        own_weights, own_labels = local_shard(self.graph.voter_weights)[rows], local_shard(self.labels)[rows]
+        neighbors, similarity = self.graph.ids[rows, :k].clamp_min(0), self.graph.similarity[rows, :k]
+        own_vote = ((similarity - 1) / self.temperature).exp_() * own_weights[:, None]
+        own_vote /= total_weight[neighbors].clamp_min_(SMALLEST)
+        own_vote.masked_fill_(similarity < farthest[neighbors] - SIMILARITY_TOLERANCE, 0.0)
+        predicted = first[neighbors]
+        depends_on_own = (predicted == own_labels[:, None]) & (margin[neighbors] < own_vote)
+        classes = torch.where(depends_on_own, runner_up[neighbors], predicted)
+        return _count_votes(classes, self.graph.vote_weights(rows, k, self.temperature), self.num_classes)
 
     @cached_property
     def _first_round(self) -> tuple[Tensor, ...]:
@@ -174,10 +192,14 @@ class KnnVote:
         The classes with most and second most votes, the difference of their votes, the total weight of the voters, and
         the similarity of the farthest voter.
         """
-        top, classes = self.probs.topk(2, dim=1)
-        last = self.k - 1
-        farthest = self.graph.similarity[:, last].masked_fill(self.graph.ids[:, last] < 0, -2.0)
-        values = torch.stack([top[:, 0] - top[:, 1], self._total_weight, farthest], dim=1)
+        similarity, last = self.graph.similarity, self.k - 1
+        values = similarity.new_empty(len(similarity), 3)
+        classes = torch.empty(len(similarity), 2, dtype=torch.int64, device=similarity.device)
+        for part in self._tiles():
+            votes, total_weight = self._count_first_round(part)
+            top, classes[part] = votes.topk(2, dim=1)
+            values[part, 0], values[part, 1] = top[:, 0] - top[:, 1], total_weight
+        values[:, 2] = similarity[:, last].masked_fill(self.graph.ids[:, last] < 0, -2.0)
         return *all_gather_variable_rows(classes).unbind(1), *all_gather_variable_rows(values).unbind(1)
 
 

@@ -25,13 +25,13 @@ from distav.noise.vote_score import VoteScorer, log_votes
 from distav.noise.vote_search import (
     FeatureSpace,
     SelectedVote,
-    VoteConfig,
     VoteSearchSpace,
     VoteTask,
     feasible_search_space,
     joint_features,
     select_vote,
 )
+from distav.noise.vote_tables import VoteTables
 
 VISUAL_OWNERS = (0.97, 0.03, 0.5)
 """Assumptions on the fraction of mismatched pairs whose label names the class of the frames: nearly all, nearly none,
@@ -59,8 +59,9 @@ def correct_labels(
     If the votes predict the given labels no better than class frequencies do (``min_log_likelihood_gain``), the labels
     are returned unchanged; if those of one modality do not, the mismatch rate is unknown.
 
-    At most three tables [n, C] of votes and the six of the result are held at a time, in addition to the arguments and
-    one table for each of the votes of `prior` and `teachers`.
+    Votes and the class probabilities of the modalities are float16. In addition to the arguments, a search holds the
+    neighbors [n, k] of 8 bytes each, and up to three tables [n, C] of votes, or two and one for each assumed owner; the
+    six tables of the result are held together with three of votes.
 
     Args:
         spaces: features of this rank's samples, `shard_range(N)`.
@@ -80,13 +81,11 @@ def correct_labels(
     search_space = feasible_search_space(search_space, len(given), num_classes)
     scorer = VoteScorer(local_labels, num_classes, present)
     fit_rows = select_fit_rows(present, num_classes)
-    task = VoteTask(
-        given, local_labels, num_classes, groups, valid, present, has_modality, search_space, scorer, fit_rows
-    )
+    task = VoteTask(given, num_classes, groups, valid, present, has_modality, search_space, scorer, fit_rows)
     sample_weights = local_shard(source_weights(groups))
     rate_priors = (prior.rate_log_likelihood, prior.pair_rate_log_likelihood) if prior else None
 
-    def fit_data(votes: Votes) -> tuple[Votes, Tensor, int, Tensor]:
+    def fit_data(votes: VoteTables) -> tuple[Votes, Tensor, int, Tensor]:
         subset = replace(votes.rows(fit_rows), visual_halves=halves[0], audio_halves=halves[1])
         return subset, local_labels[fit_rows], num_classes, sample_weights[fit_rows]
 
@@ -105,25 +104,20 @@ def correct_labels(
     models = [fit_label_model(*data, PairAssumption(owner), rate_priors, is_preliminary=True) for owner in owners]
     if all(model.pair_mismatch < MIN_MISMATCH for model in models):
         models = models[:1]
-    candidates = [_Candidate(model.pairs, model.posterior(votes, local_labels).correspondence) for model in models]
-
-    def select_joint(candidate: _Candidate) -> SelectedVote:
-        features_of = partial(joint_features, task, candidate.correspondence)
-        return select_vote(task, spaces, features_of, candidate.configs)
-
-    if len(candidates) > 1:
-        for index, candidate in enumerate(candidates):
-            joint = select_joint(candidate)
-            gain, temperature = gain_and_temperature(
-                *fit_data(votes.with_joint(log_votes(joint.votes))), candidate.pairs
-            )
-            candidates[index] = replace(candidate, configs=[joint.config], gain=gain, temperature=temperature)
-            del joint
+    candidates: list[_Candidate] = []
+    for owner_model in models:
+        features_of = partial(joint_features, task, owner_model.correspondence(votes, local_labels))
+        joint = select_vote(task, spaces, features_of)
+        gain, temperature = 0.0, 1.0
+        if len(models) > 1:
+            gain, temperature = gain_and_temperature(*fit_data(votes.with_joint(joint.votes)), owner_model.pairs)
+        candidates.append(_Candidate(owner_model.pairs, joint, gain, temperature))
+        del joint
     chosen = _likely_owner(candidates)
-    joint = select_joint(chosen)
-    votes, selected_votes["joint"] = votes.with_joint(log_votes(joint.votes)), str(joint.config)
-    del joint
-    model = fit_label_model(*fit_data(votes), chosen.pairs, rate_priors)
+    del candidates
+    pairs, votes, selected_votes["joint"] = chosen.pairs, votes.with_joint(chosen.joint.votes), str(chosen.joint.config)
+    del chosen
+    model = fit_label_model(*fit_data(votes), pairs, rate_priors)
     result = model.posterior(votes, local_labels)
     del votes
     has_signal = model.gain > search_space.min_log_likelihood_gain
@@ -144,7 +138,7 @@ def correct_labels(
         rate_log_likelihood=model.rate_log_likelihood.to(given.device),
         pair_rate_log_likelihood=pair_log_likelihood,
         label_rate=model.label_rate if has_signal else unknown_rate(num_classes),
-        transition_matrix=transition_matrix(result.owner[corrected], local_labels[corrected]),
+        transition_matrix=transition_matrix(result.owner, local_labels, corrected),
         pair_rate=pair_rate,
         visual_owner=float(model.pair.visual_owner),
         log_likelihood_gain=model.gain,
@@ -159,16 +153,14 @@ class _Candidate:
 
     Attributes:
         pairs: the assumption, with the mismatch rate that follows from it.
-        correspondence: [n] probabilities that scale the audio in the joint vote.
-        configs: configurations of the joint vote to search, all by default.
+        joint: joint vote in features whose audio is scaled accordingly.
         gain, temperature: see `gain_and_temperature`.
     """
 
     pairs: PairAssumption
-    correspondence: Tensor
-    configs: Sequence[VoteConfig] | None = None
-    gain: float = 0.0
-    temperature: float = 1.0
+    joint: SelectedVote
+    gain: float
+    temperature: float
 
 
 def _likely_owner(candidates: Sequence[_Candidate]) -> _Candidate:
@@ -190,13 +182,13 @@ def _votes(
     audio: SelectedVote,
     prior: CorrectionPrior | None,
     teachers: tuple[Tensor, Tensor] | None,
-) -> Votes:
+) -> VoteTables:
     """Return the votes without the joint one."""
-    visual_teacher, audio_teacher = ([], []) if teachers is None else ([log_votes(probs)] for probs in teachers)
-    return Votes(
-        visual=[log_votes(visual.votes), *visual_teacher],
-        audio=[log_votes(audio.votes), *audio_teacher],
-        joint=[log_votes(prior.held_out)] if prior else [],
+    visual_teacher, audio_teacher = ([], []) if teachers is None else ([probs] for probs in teachers)
+    return VoteTables(
+        visual=[visual.votes, *visual_teacher],
+        audio=[audio.votes, *audio_teacher],
+        joint=[prior.held_out] if prior else [],
         has_visual=local_shard(task.has_modality["visual"]),
         has_audio=local_shard(task.has_modality["audio"]),
     )

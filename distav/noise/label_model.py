@@ -6,15 +6,16 @@ wrong labels concentrate on few classes, the votes are unmixed, see `distav.nois
 Legend: n samples of this rank, C classes, G noise rates of the grid, R candidate rates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from distav.distributed.collectives import all_gather_variable_rows, broadcast
+from distav.distributed.collectives import all_gather_variable_rows, compute_on_main_rank
 from distav.noise.class_posterior import Posterior, posterior
 from distav.noise.composite_likelihood import CompositeLikelihood
+from distav.noise.correction import MODALITY_DTYPE
 from distav.noise.model_fit import (
     MAX_ELEMENTS,
     PairAssumption,
@@ -32,6 +33,7 @@ from distav.noise.noise_rate import (
 )
 from distav.noise.rate_fit import fit_rates, unmix_if_likely
 from distav.noise.tiling import threads_for, tiles
+from distav.noise.vote_tables import VoteTables
 from distav.noise.vote_unmixing import VoteUnmixing
 
 MISMATCH_GRID = (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.36, 0.42, 0.5, 0.6, 0.75, 0.9)
@@ -74,21 +76,30 @@ class LabelModel:
         """The estimated mismatch rate and the owner, for another fit."""
         return PairAssumption(float(self.pair.visual_owner), self.pair_mismatch)
 
-    def posterior(self, votes: Votes, labels: Tensor) -> Posterior:
-        """Return class probabilities of samples, averaged over the noise rate and the kind of noise, in tiles."""
-        num_classes, num_rates = votes.visual[0].shape[1], sum(len(weights) for weights in self.weights)
-        table = votes.visual[0].new_empty
-        result = Posterior(
-            *(
-                table((len(labels),) if field.name == "correspondence" else (len(labels), num_classes))
-                for field in fields(Posterior)
-            )
-        )
-        for part in tiles(len(labels), num_classes * num_rates, labels.device):
-            rows = self._posterior_of_rows(votes.rows(part), labels[part])
-            for field in fields(Posterior):
-                getattr(result, field.name)[part] = getattr(rows, field.name)
-        return result
+    def posterior(self, votes: Votes | VoteTables, labels: Tensor) -> Posterior:
+        """Return class probabilities of samples, averaged over the noise rate and the kind of noise.
+
+        They are computed in tiles. Those of the label's owner are float32, those of the modalities `MODALITY_DTYPE`.
+        """
+        shape, columns = (len(labels), votes.visual[0].shape[1]), {}
+        for field in fields(Posterior):
+            dtype = MODALITY_DTYPE if field.name.startswith(("visual", "audio")) else torch.float32
+            size = shape[:1] if field.name == "correspondence" else shape
+            columns[field.name] = torch.empty(size, dtype=dtype, device=labels.device)
+        for part, rows in self._iter_posterior(votes, labels):
+            for name, column in columns.items():
+                column[part] = getattr(rows, name)
+        return Posterior(**columns)
+
+    def correspondence(self, votes: Votes | VoteTables, labels: Tensor) -> Tensor:
+        """Return the correspondence probabilities of `posterior`, without its tables: [n]."""
+        return torch.cat([rows.correspondence for _, rows in self._iter_posterior(votes, labels)])
+
+    def _iter_posterior(self, votes: Votes | VoteTables, labels: Tensor) -> Iterator[tuple[slice, Posterior]]:
+        """Yield the class probabilities of the samples of each tile."""
+        num_rates = sum(len(weights) for weights in self.weights)
+        for part in tiles(len(labels), votes.visual[0].shape[1] * num_rates, labels.device):
+            yield part, self._posterior_of_rows(votes.rows(part), labels[part])
 
     def _posterior_of_rows(self, votes: Votes, labels: Tensor) -> Posterior:
         device, pair = labels.device, self.pair.to(labels.device)
@@ -110,7 +121,9 @@ def fit_label_model(
     rate_priors: tuple[Tensor, Tensor] | None = None,
     is_preliminary: bool = False,
 ) -> LabelModel:
-    """Fit the model to the labels of the samples that `select_fit_rows` selects; all ranks return the same result.
+    """Fit the model to the labels of the samples that `select_fit_rows` selects, on the main rank.
+
+    All ranks return its result.
 
     Args:
         votes: votes of n samples of this rank.
@@ -121,7 +134,18 @@ def fit_label_model(
         rate_priors: [R] log-probability of the label-noise rates and of the mismatch rates from an earlier correction.
         is_preliminary: whether to fit symmetric noise only, on a coarse grid.
     """
-    likelihood = _likelihood(votes, labels, num_classes, weights)
+    sample = _gather_sample(votes, labels, weights)
+    return compute_on_main_rank(lambda: _fit(_likelihood(sample, num_classes), pairs, rate_priors, is_preliminary))
+
+
+def _fit(
+    likelihood: CompositeLikelihood,
+    pairs: PairAssumption,
+    rate_priors: tuple[Tensor, Tensor] | None,
+    is_preliminary: bool,
+) -> LabelModel:
+    """Fit the model; see `fit_label_model`."""
+    num_classes = likelihood.num_classes
     fit, unmixing = fit_rates(likelihood, pairs, is_preliminary), None
     if not is_preliminary:
         likelihood, fit, unmixing = unmix_if_likely(likelihood, fit, pairs)
@@ -138,9 +162,9 @@ def fit_label_model(
     kept = _likely_parameters(fit.profiles, all_weights.chunk(len(fit.profiles)))
     total = sum(float(part.sum()) for _, part in kept)
     best_parameters, best_weights = max(kept, key=lambda item: float(item[1].max()))
-    best = best_parameters.select(best_weights.argmax()[None]).to(labels.device)
+    best = best_parameters.select(best_weights.argmax()[None]).to(likelihood.labels.device)
     pair, pair_log_likelihood = _fit_pairs(likelihood, best, temperature, rate_priors and rate_priors[1])
-    model = LabelModel(
+    return LabelModel(
         parameters=[parameters for parameters, _ in kept],
         weights=[part / total for _, part in kept],
         pair=likelihood.match_calibrated(pair).to(torch.device("cpu")),
@@ -152,7 +176,6 @@ def fit_label_model(
         gain=fit.gain / 2,
         unmixing=unmixing,
     )
-    return broadcast(model)
 
 
 def gain_and_temperature(
@@ -160,16 +183,26 @@ def gain_and_temperature(
 ) -> tuple[float, float]:
     """Return the gain in the composite log-likelihood over the class frequencies, in nats, and its temperature.
 
-    A preliminary fit with the arguments of `fit_label_model`; all ranks return the same result.
+    A preliminary fit with the arguments of `fit_label_model`, on the main rank; all ranks return its result.
     """
-    fit = fit_rates(_likelihood(votes, labels, num_classes, weights), pairs, is_preliminary=True)
-    return broadcast((fit.gain, fit.temperature(AVERAGE_SLOPE)))
+    sample = _gather_sample(votes, labels, weights)
+
+    def fit() -> tuple[float, float]:
+        result = fit_rates(_likelihood(sample, num_classes), pairs, is_preliminary=True)
+        return result.gain, result.temperature(AVERAGE_SLOPE)
+
+    return compute_on_main_rank(fit)
 
 
-def _likelihood(votes: Votes, labels: Tensor, num_classes: int, weights: Tensor) -> CompositeLikelihood:
-    """Return the likelihood of the samples of all ranks."""
+def _gather_sample(votes: Votes, labels: Tensor, weights: Tensor) -> tuple[Votes, Tensor, Tensor]:
+    """Return votes, labels, and weights of mean 1 of the samples of all ranks."""
     weights = _gather(weights)
-    return CompositeLikelihood(votes.map(_gather), _gather(labels), num_classes, weights / weights.mean())
+    return votes.map(_gather), _gather(labels), weights / weights.mean()
+
+
+def _likelihood(sample: tuple[Votes, Tensor, Tensor], num_classes: int) -> CompositeLikelihood:
+    votes, labels, weights = sample
+    return CompositeLikelihood(votes, labels, num_classes, weights)
 
 
 def _likely_parameters(profiles: Sequence[Profile], weights: Sequence[Tensor]) -> list[tuple[Parameters, Tensor]]:

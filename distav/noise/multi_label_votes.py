@@ -51,6 +51,8 @@ class ListVoteSearch:
     vote_temperatures: Sequence[float]
     whitening_powers: Sequence[float]
     num_components: int
+    num_probes: int | None = None
+    """Lists that an approximate search for neighbors probes; None for the exact search."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def select_votes(
     for config_space, whitening, features in _feature_spaces(spaces, task, search):
         for name, valid in members.items():
             ks = [k for k in search.num_neighbors if k < int(valid.sum())] or [int(valid.sum()) - 1]
-            graph = NeighborGraph(features[name], max(ks), task.groups, valid)
+            graph = NeighborGraph(features[name], max(ks), task.groups, valid, search.num_probes)
             for k in ks:
                 for temperature in search.vote_temperatures:
                     votes = vote_log_odds(graph, task, k, temperature)

@@ -103,12 +103,13 @@ def interpolate_profile(rates: Sequence[float], log_likelihood: Tensor, position
     return torch.from_numpy(curve(clamped)).to(positions.device)
 
 
-def transition_matrix(posterior: Tensor, labels: Tensor) -> Tensor:
+def transition_matrix(posterior: Tensor, labels: Tensor, counted: Tensor | None = None) -> Tensor:
     """Return the noise transition matrix that follows from class probabilities.
 
     Args:
         posterior: [n, C] class probabilities of this rank's samples given the labels.
         labels: [n] int64 given labels.
+        counted: [n] bool, samples to count; all by default.
 
     Returns:
         [C, C + 1] float64: P(given | true), and the expected number of samples of each class in the last column.
@@ -116,7 +117,10 @@ def transition_matrix(posterior: Tensor, labels: Tensor) -> Tensor:
     num_classes = posterior.shape[1]
     counts = torch.zeros(num_classes, num_classes, dtype=torch.float64, device=posterior.device)
     for part in tiles(len(posterior), num_classes, posterior.device):
-        counts.index_add_(0, labels[part], posterior[part].double())
+        probs = posterior[part].double()
+        if counted is not None:
+            probs *= counted[part, None]
+        counts.index_add_(0, labels[part], probs)
     counts = all_reduce_sum_(counts).T
     return torch.cat([normalize_rows(counts), counts.sum(1, keepdim=True)], dim=1)
 

@@ -11,7 +11,7 @@ class frequencies, whatever b is; the more informative of two votes has the larg
 Legend: N samples, n samples of this rank, t samples of a tile, C classes, R rates, S inverse temperatures.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -61,15 +61,16 @@ class VoteScorer:
         self.num_samples = max(1, int(self.class_counts.sum()))
         self.rates = candidate_rates(num_classes)[::RATE_STRIDE].to(labels.device)
 
-    def score(self, votes: Tensor) -> float:
+    def score(self, votes: Tensor | Callable[[Tensor], Tensor]) -> float:
         """Return the maximum of log L divided by the number of samples, in nats.
 
         Args:
-            votes: [n, C] held-out votes of this rank.
+            votes: [n, C] held-out votes of this rank, or a function that returns those of given rows: [t] -> [t, C].
         """
+        votes_of = votes.__getitem__ if isinstance(votes, Tensor) else votes
         likelihood = self.class_counts.new_zeros(len(self.rates), len(INVERSE_TEMPERATURES))
         for rows, labels in self._tiles(max(self.num_classes, len(self.rates))):
-            logs = log_votes(votes[rows].double())
+            logs = log_votes(votes_of(rows).double())
             for column, scale in enumerate(INVERSE_TEMPERATURES):
                 right = (scale * logs).softmax(1).gather(1, labels[:, None]).squeeze(1)
                 wrong = (1 - right) / (self.num_classes - 1)

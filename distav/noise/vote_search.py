@@ -5,15 +5,18 @@ Legend: N samples, n samples of this rank, C classes, E feature width.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from distav.distributed.collectives import all_gather_variable_rows, local_shard
-from distav.noise.knn_vote import NeighborGraph, pca_whiten
+from distav.noise.knn_vote import KnnVote, NeighborGraph, pca_whiten
 from distav.noise.vote_score import VoteScorer
+from distav.noise.vote_tables import VOTE_DTYPE
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class VoteSearchSpace:
         whitening_powers: powers of the standard deviation that principal components are divided by.
         num_components: principal components kept.
         min_log_likelihood_gain: gain over the class frequencies, in nats, below which the labels are not corrected.
+        num_probes: lists that an approximate search for neighbors probes; None for the exact search.
     """
 
     num_neighbors: Sequence[int] = (50, 200, 400)
@@ -36,6 +40,7 @@ class VoteSearchSpace:
     whitening_powers: Sequence[float] = (0.0, 0.5)
     num_components: int = 48
     min_log_likelihood_gain: float = 10.0
+    num_probes: int | None = None
 
 
 def feasible_search_space(search_space: VoteSearchSpace, num_samples: int, num_classes: int) -> VoteSearchSpace:
@@ -76,7 +81,6 @@ class VoteTask:
 
     Attributes:
         labels: [N] int64 classes that the neighbors vote with.
-        local_labels: [n] those of this rank.
         num_classes: C.
         groups: [N] int64; samples of one group do not vote for each other.
         valid: [N] bool, samples with features of the modality that is searched.
@@ -88,7 +92,6 @@ class VoteTask:
     """
 
     labels: Tensor
-    local_labels: Tensor
     num_classes: int
     groups: Tensor
     valid: Tensor
@@ -157,7 +160,7 @@ def iter_graphs(
         features = pca_whiten(features_of(space), task.present, task.search_space.num_components, power)
         # Features that equal the mean have no direction and therefore no neighbors.
         has_direction = all_gather_variable_rows((features != 0).any(1).float()) > 0
-        graph = NeighborGraph(features, depth, task.groups, task.valid & has_direction)
+        graph = NeighborGraph(features, depth, task.groups, task.valid & has_direction, task.search_space.num_probes)
         del features
         yield graph, list(group)
         del graph
@@ -165,14 +168,12 @@ def iter_graphs(
 
 def iter_votes(
     task: VoteTask, graph: NeighborGraph, configs: Sequence[VoteConfig]
-) -> Iterator[tuple[VoteConfig, Tensor]]:
-    """Yield each configuration with its votes [n, C]."""
+) -> Iterator[tuple[VoteConfig, KnnVote]]:
+    """Yield each configuration with the vote of its neighbors, whose number of second-round voters is not set."""
     for (k, temperature), group in itertools.groupby(configs, lambda config: (config.k, config.temperature)):
         vote = graph.vote(task.labels, task.num_classes, k, temperature)
         for config in group:
-            voters = config.second_round_neighbors
-            yield config, vote.second_round(task.local_labels, voters) if voters else vote.probs
-        del vote
+            yield config, vote
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class SelectedVote:
 
     Attributes:
         config: its configuration.
-        votes: [n, C] its votes.
+        votes: [n, C] its votes, of type `VOTE_DTYPE`.
         score: see `VoteScorer.score`.
         half_votes: votes of the first round by the voters of either half, for `VoteTask.fit_rows`: [t, C] each.
     """
@@ -200,7 +201,8 @@ def select_vote(
 ) -> SelectedVote:
     """Search the configuration whose votes predict the given labels best.
 
-    Only the votes of the configuration that is selected so far are kept.
+    Configurations are scored on the samples of the scorer alone. The votes of all samples are counted for the best
+    configuration of a neighbor graph, and only if it is the best one so far.
 
     Args:
         task: labels that neighbors vote with, and the scorer of the votes.
@@ -210,13 +212,22 @@ def select_vote(
     """
     selected: SelectedVote | None = None
     for graph, group in iter_graphs(task, features_of, configs or vote_configs(spaces, task.search_space)):
-        for config, votes in iter_votes(task, graph, group):
-            score = task.scorer.score(votes)
-            if selected is None or score > selected.score:
-                halves = graph.half_votes(task.fit_rows, task.labels, task.num_classes, config.k, config.temperature)
-                selected = SelectedVote(config, votes, score, halves)
-            del votes
-        del graph
+        best: tuple[float, VoteConfig, KnnVote] | None = None
+        score_to_beat = selected.score if selected else -math.inf
+        for config, vote in iter_votes(task, graph, group):
+            score = task.scorer.score(partial(vote.of_rows, voters=config.second_round_neighbors))
+            if score > score_to_beat:
+                best, score_to_beat = (score, config, vote), score
+        if best is not None:
+            selected = None  # Its table is replaced.
+            score, config, vote = best
+            selected = SelectedVote(
+                config,
+                vote.table(config.second_round_neighbors, VOTE_DTYPE),
+                score,
+                graph.half_votes(task.fit_rows, task.labels, task.num_classes, config.k, config.temperature),
+            )
+        del graph, best, vote  # They hold the neighbors while those of the next graph are searched.
     assert selected is not None
     return selected
 

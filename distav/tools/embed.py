@@ -151,7 +151,7 @@ def _array_clips(path: Path, embedder: Embedder) -> ClipGroup:
 
 def _split_clips(split: Split, embedder: Embedder) -> ClipGroup:
     def embed(ids: np.ndarray) -> tuple[dict[str, Any], Embeddings]:
-        columns = {name: split.columns[name][ids] for name in ("key", "source", "start_s")}
+        columns = {"key": split.keys[ids], "source": split.sources[ids], "start_s": split.columns["start_s"][ids]}
         return {**columns, "split": [split.name] * len(ids)}, embedder.embed_clips(split, ids)
 
     return ClipGroup(split.name, len(split), embed)

@@ -25,6 +25,7 @@ from distav.losses.instance_discrimination import SoftTargets, instance_losses
 from distav.losses.reduction import weighted_mean
 from distav.memory.bank import Bank
 from distav.memory.global_batch import GlobalBatch
+from distav.memory.ivf import approximate_neighbors
 from distav.memory.knn import nearest_neighbors
 from distav.memory.negative_sampling import NegativeSampling
 from distav.memory.softmax import attend, merge_across_ranks
@@ -123,7 +124,17 @@ def sharded_neighbors() -> tuple[Tensor, Tensor]:
         nearest_neighbors(own_rows(features), 6, groups, valid, gather_below_bytes=size) for size in (0, 10**9)
     )
     assert torch.equal(ring[0], gathered[0]) and torch.equal(ring[1], gathered[1])
-    return all_gather_variable_rows(ring[0]), all_gather_variable_rows(ring[1])
+    found = [ring]
+    for k, probes in ((2, 1), (6, 100)):  # All lists are probed with 100.
+        lists, gathered_lists = (
+            approximate_neighbors(own_rows(features), k, groups, valid, probes, gather_below_bytes=size)
+            for size in (0, 10**9)
+        )
+        assert torch.equal(lists[0], gathered_lists[0]) and torch.equal(lists[1], gathered_lists[1])
+        found.append(lists)
+    assert torch.equal(found[2][0], ring[0]) and torch.equal(found[2][1], ring[1])
+    ids, similarity = (torch.cat(columns, 1) for columns in zip(*found, strict=True))
+    return all_gather_variable_rows(ids), all_gather_variable_rows(similarity)
 
 
 def correct_shard() -> Correction:

@@ -37,10 +37,8 @@ def llp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     llp_shards(folder / "raw", folder / "shards")
     shards = ShardedDataset.open(folder / "shards")
     split = shards.split("train")
-    events = np.stack([truth[source] for source in split.columns["source"]])
-    pq.write_table(
-        events_table("train", split.keys, split.columns["source"], shards.classes, events), folder / "events.parquet"
-    )
+    events = np.stack([truth[source] for source in split.sources])
+    pq.write_table(events_table("train", split.keys, split.sources, shards.classes, events), folder / "events.parquet")
     return folder
 
 

@@ -150,13 +150,13 @@ def _write_pseudo_labels(
     """Write the pseudo-labels of the training videos, and their scores."""
     shards = ShardedDataset.open(directory / "shards")
     split = shards.split("train")
-    sources = split.columns["source"].tolist()
+    sources = split.sources.tolist()
     values = np.stack([[np.load(directory / modality / f"{name}.npy") for modality in MODALITIES] for name in sources])
     weak, true = load_events(shards, split).weak, np.stack([events[name] for name in sources])
     scores = {}
     for name, labels in pseudo_labels(values, simulator, weak, rng).items():
         annotated = np.ones(len(split), dtype=bool)
-        table = events_table("train", split.keys, split.columns["source"], shards.classes, labels, annotated)
+        table = events_table("train", split.keys, split.sources, shards.classes, labels, annotated)
         write_table(directory / f"{name}.parquet", table)
         scores[name] = event_metrics(labels, true)["segment"]
     write_atomically(directory / "pseudo_labels.json", (json.dumps(scores, indent=1) + "\n").encode())

@@ -103,6 +103,18 @@ def coverage_section(results: Path) -> str:
     return "\n\n".join(["", machine, "\n".join(lines), summary.LEGEND, table, plot, ""])[1:]
 
 
+def correction_section(results: Path) -> str:
+    """Return the tables of the label correction for growing numbers of samples."""
+    from tools.bench import correction
+
+    if not (results / "correction.json").exists():
+        return "\nNo results are stored.\n\n"
+    stored = json.loads((results / "correction.json").read_text())
+    machines = _machines(("correction", stored["machine"]))
+    tables = correction.scaling_table(stored), correction.table(stored)
+    return "\n\n".join(["", machines, *tables, ""])[1:]
+
+
 def towers_section(results: Path) -> str:
     """Return the table of the towers."""
     from tools.bench import towers
@@ -143,7 +155,7 @@ def timing_section(results: Path) -> str:
     runs = {
         path.stem: json.loads(path.read_text())
         for path in sorted(results.glob("*.json"))
-        if path.stem not in ("noise", "natural", "parsing", "audit", "coverage", "towers")
+        if path.stem not in ("noise", "natural", "parsing", "audit", "coverage", "towers", "correction")
     }
     if not runs:
         raise UserError(f"--results={results}: no JSON files; create them with bench.py NAME --json FILE.")
@@ -219,5 +231,6 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "coverage": coverage_section,
     "towers": towers_section,
     "storage": storage_section,
+    "correction": correction_section,
 }
 """Functions that generate the sections, by the name in their markers."""

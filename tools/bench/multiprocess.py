@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 
-def run_on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 1800) -> list[Any]:
     """Return the result of `function(*arguments)` of each rank; every rank has one CPU thread."""
     with tempfile.TemporaryDirectory() as directory:
         context = multiprocessing.get_context("spawn")
@@ -21,7 +21,7 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any) 
             pending = [
                 pool.apply_async(_run, (rank, num_ranks, rendezvous, function, arguments)) for rank in range(num_ranks)
             ]
-            return [result.get(timeout=1800) for result in pending]
+            return [result.get(timeout=timeout_s) for result in pending]
 
 
 def _run(rank: int, num_ranks: int, rendezvous: str, function: Callable[..., Any], arguments: tuple) -> Any:

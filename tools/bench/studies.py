@@ -20,6 +20,7 @@ def add_commands(commands: Any) -> None:
     _add_noise_command(commands)
     _add_natural_command(commands)
     _add_parsing_command(commands)
+    _add_correction_command(commands)
     audit = commands.add_parser(
         "audit",
         help="precision of the audit rankings, compared with cleanlab",
@@ -138,10 +139,42 @@ def _tables(options: argparse.Namespace) -> None:
     write_sections(options.out or options.results / "README.md", options.results)
 
 
+def _correction(options: argparse.Namespace) -> None:
+    from tools.bench import correction
+
+    for name, minimum in (("samples", 1000), ("ranks", 1), ("probes", 1), ("classes", 2), ("dim", 2), ("threads", 1)):
+        values = getattr(options, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value < minimum:
+                raise UserError(f"--{name}={value}: allowed: {minimum} or more.")
+    for name in ("noise", "mismatch"):
+        if not 0 <= getattr(options, name) < 1:
+            raise UserError(f"--{name}={getattr(options, name)}: allowed: 0 or more, below 1.")
+    cases = [
+        correction.Case(
+            samples,
+            ranks,
+            search,
+            options.probes if search == "ivf" else 0,
+            options.classes,
+            options.dim,
+            options.noise,
+            options.mismatch,
+            options.threads,
+        )
+        for search in options.search
+        for ranks in options.ranks
+        for samples in options.samples
+    ]
+    results = correction.run(cases, options.json)
+    print(correction.scaling_table(results))
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "noise": _noise,
     "natural": _natural,
     "parsing": _parsing,
+    "correction": _correction,
     "audit": _audit,
     "towers": _towers,
     "mteb": _mteb,
@@ -176,6 +209,24 @@ def _add_natural_command(commands: Any) -> None:
     _add_training_options(add, "natural", os.cpu_count() or 1)
     _add_selection_options(add, "all without pretrained towers")
     add("--visual-weights", type=Path, help="ImageNet weights of EfficientNet-Lite0, for pretrained towers")
+    add("--json", type=Path, help="JSON file to which the figures are added")
+
+
+def _add_correction_command(commands: Any) -> None:
+    add = commands.add_parser(
+        "correction",
+        help="time and memory of a label correction for growing numbers of samples",
+        description="Correct the labels of features with known truth, each time in a process of its own.",
+    ).add_argument
+    add("--samples", type=int, nargs="+", default=[10_000, 30_000], help="numbers of samples (10000 30000)")
+    add("--ranks", type=int, nargs="+", default=[1], help="numbers of processes of one correction (1)")
+    add("--search", nargs="+", choices=("exact", "ivf"), default=["exact"], help="searches for neighbors (exact)")
+    add("--probes", type=int, default=128, help="lists that ivf probes for each sample (128)")
+    add("--classes", type=int, default=309, help="number of classes (309)")
+    add("--dim", type=int, default=128, help="width of the features of either modality (128)")
+    add("--noise", type=float, default=0.4, help="fraction of wrong labels (0.4)")
+    add("--mismatch", type=float, default=0.2, help="fraction of mismatched pairs (0.2)")
+    add("--threads", type=int, default=1, help="threads of each process (1)")
     add("--json", type=Path, help="JSON file to which the figures are added")
 
 

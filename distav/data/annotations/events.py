@@ -15,6 +15,7 @@ from distav.data.annotations.multi_labels import load_multi_labels
 from distav.data.dataset import EVENTS, ShardedDataset, Split
 from distav.data.files import read_table
 from distav.data.modalities import MODALITIES
+from distav.data.strings import StringColumn
 
 EVENTS_SCHEMA = pa.schema(
     [
@@ -80,8 +81,8 @@ def num_segments(split: Split) -> int:
 
 def events_table(
     split: str,
-    keys: np.ndarray,
-    sources: np.ndarray,
+    keys: np.ndarray | StringColumn,
+    sources: np.ndarray | StringColumn,
     classes: list[str],
     events: np.ndarray,
     annotated: np.ndarray | None = None,
@@ -172,7 +173,7 @@ def _match_sources(
     If all ids and sources match already, the table is returned unchanged. A row whose source has several clips belongs
     to those whose weak labels include its class.
     """
-    sources = split.columns["source"].tolist()
+    sources = split.sources.tolist()
     ids, row_sources = table.column("id").to_pylist(), table.column("source").to_pylist()
     if all(
         isinstance(sample, int) and 0 <= sample < len(sources) and sources[sample] == source

@@ -69,7 +69,9 @@ def load_labels(shards: ShardedDataset, split: Split, override: str = "") -> Lab
     def indices(column: str) -> np.ndarray | None:
         if column not in table.column_names or table.column(column).null_count:
             return None
-        return class_indices(table.column(column).to_pylist(), shards.classes, path)
+        # Each distinct name once, not a Python string for each sample.
+        encoded = table.column(column).combine_chunks().dictionary_encode()
+        return class_indices(encoded.dictionary.to_pylist(), shards.classes, path)[encoded.indices.to_numpy()]
 
     given = indices("label")
     if given is None:
@@ -177,8 +179,7 @@ def sample_ids(table: Table, column: str, split: Split) -> list[int]:
     """
     values = table.columns[column]
     if column == "key":
-        id_of = {key: sample for sample, key in enumerate(split.keys.tolist())}
-        ids = [id_of.get(value) if isinstance(value, str) else None for value in values]
+        ids = split.keys.positions(values)
         example = f"keys are {format_list(split.keys, 2)}"
     else:
         ids = [_parse_id(value, len(split)) for value in values]

@@ -148,7 +148,7 @@ def _check_directories(root: Path, out: Path) -> None:
 def _rejected_row(shards: ShardedDataset, split: Split, review: ReviewResult, sample: int) -> dict[str, Any]:
     start = float(split.columns["start_s"][sample])
     return {
-        "path": split.columns["source"][sample],
+        "path": split.sources[sample],
         "start_s": start,
         "end_s": start + float(split.columns["duration_s"][sample]),
         "label": _label_text(shards, review.given[sample]),
@@ -232,7 +232,7 @@ def _stored_clip(split: Split, sample: int) -> EncodedClip:
             members[member] = offset, size, int(columns[f"{member}_crc32"][sample])
     return EncodedClip(
         file=split.shards[int(columns["shard"][sample])].name,
-        source=columns["source"][sample],
+        source=split.sources[sample],
         label="",
         split=split.name,
         start_s=float(columns["start_s"][sample]),

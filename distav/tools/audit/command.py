@@ -31,7 +31,7 @@ from distav.config.errors import UserError
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset, Split
 from distav.evaluation.embedding import Embedder, Embeddings
-from distav.memory.knn import MAX_K
+from distav.memory.neighbor_search import MAX_K
 from distav.tools.audit.data_issues import DataIssues, find_data_issues
 from distav.tools.audit.exports import EXPORT_FORMATS, Export, write_export
 from distav.tools.audit.issue_table import issue_table, write_issue_table

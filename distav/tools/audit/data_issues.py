@@ -58,7 +58,7 @@ class DataIssues:
     def sources(self) -> list[str]:
         """Sources of all rows."""
         splits = [split for split in (self.train, self.test) if split]
-        return [str(source) for split in splits for source in split.columns["source"]]
+        return [str(source) for split in splits for source in split.sources]
 
     @cached_property
     def given_labels(self) -> list[str]:

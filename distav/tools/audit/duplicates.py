@@ -234,7 +234,7 @@ def find_leaks(matches: Matches, train: Split, test: Split | None) -> Leaks:
         reason = "copy" if matches.exact[row] else "near-duplicate"
         _add_leak(leaks, row, int(matches.ids[row]), reason, float(matches.cosines[row]))
     _add_groups(leaks, matches, num_train)
-    sources = np.concatenate([train.columns["source"], test.columns["source"]]).astype(str)
+    sources = np.concatenate([train.sources, test.sources]).astype(str)
     train_of = {source: clip for clip, source in reversed(list(enumerate(sources[:num_train].tolist())))}
     test_of = {source: num_train + clip for clip, source in reversed(list(enumerate(sources[num_train:].tolist())))}
     for row, source in enumerate(sources.tolist()):

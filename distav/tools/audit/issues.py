@@ -16,7 +16,8 @@ from distav.data.dataset import Split
 from distav.data.files import read_table
 from distav.evaluation.embedding import Embeddings, normalize_rows
 from distav.evaluation.metrics import MISMATCH_THRESHOLD
-from distav.memory.knn import MAX_K, nearest_neighbors
+from distav.memory.knn import nearest_neighbors
+from distav.memory.neighbor_search import MAX_K
 
 KINDS = ("label", "pair", "duplicate", "leak", "off_topic", "media")
 """Types of issues, in the order of the lists of the page."""

@@ -147,7 +147,7 @@ def list_page_data(audit: ListAudit) -> dict[str, Any]:
         },
         "clips": {
             "key": split.keys[clip_ids].tolist(),
-            "source": [str(source) for source in split.columns["source"][clip_ids]],
+            "source": [str(source) for source in split.sources[clip_ids]],
             "start_s": split.columns["start_s"][clip_ids].tolist(),
             "given": lists(audit.table.given),
             "corrected": lists(audit.table.corrected),

@@ -56,7 +56,7 @@ def export_rows(audit: ListAudit) -> list[dict[str, Any]]:
             "split": audit.split.name,
             "id": clip,
             "key": str(audit.split.keys[clip]),
-            "source": str(audit.split.columns["source"][clip]),
+            "source": str(audit.split.sources[clip]),
             "score": scores[clip],
             "given": np.flatnonzero(audit.table.given[clip]).tolist(),
             "corrected": np.flatnonzero(audit.table.corrected[clip]).tolist(),

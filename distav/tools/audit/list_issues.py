@@ -133,7 +133,7 @@ def list_issue_table(issues: list[ListIssues], table: ListTable, split: Split, c
                     "split": split.name,
                     "id": sample,
                     "key": str(split.keys[sample]),
-                    "source": str(split.columns["source"][sample]),
+                    "source": str(split.sources[sample]),
                     "class": classes[column],
                     "issue": ranked.kind,
                     "score": float(score),

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from distav.data.dataset import Split
+from distav.data.dataset import TEXT_COLUMNS, Split
 from distav.data.files import temporary_path
 from distav.data.pipeline.decoding import decode_clip
 from distav.data.pipeline.reader import CorruptSampleError, DecodeError, ShardReader
@@ -193,7 +193,10 @@ def _page_data(audit: Audit) -> dict[str, Any]:
     parts = audit.splits(clip_ids)
 
     def stored(column: str) -> list[Any]:
-        return [value for split, samples in parts for value in split.columns[column][samples].tolist()]
+        columns = [(split.texts if column in TEXT_COLUMNS else split.columns)[column] for split, _ in parts]
+        return [
+            value for values, (_, samples) in zip(columns, parts, strict=True) for value in values[samples].tolist()
+        ]
 
     rates_by_class = audit.correction["label_noise_rate_by_class"]
     skipped = [issues.kind for issues in audit.issues if issues.total is None]

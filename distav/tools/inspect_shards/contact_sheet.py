@@ -120,4 +120,4 @@ def _row(split: Split, sample: int, cell: Cell) -> tuple[Any, ...]:
     columns = split.columns
     size = f"{columns['frames'][sample]}x{columns['width'][sample]}x{columns['height'][sample]}"
     size = size if columns["frames"][sample] else "no video"
-    return cell.key, cell.label, columns["source"][sample], float(columns["start_s"][sample]), size, cell.note
+    return cell.key, cell.label, split.sources[sample], float(columns["start_s"][sample]), size, cell.note

@@ -215,9 +215,7 @@ def _write_events(shards: ShardedDataset, prompts: dict[str, Prompts], class_ind
             unreadable = int((~scored).sum())
             print(f"{name}: {unreadable} clips could not be read; they get no pseudo-labels", file=sys.stderr)
         predicted = (scores > thresholds) & labels.weak[:, None, None]
-        tables.append(
-            events_table(name, split.keys, split.columns["source"], shards.classes, predicted, annotated=scored)
-        )
+        tables.append(events_table(name, split.keys, split.sources, shards.classes, predicted, annotated=scored))
         if labels.events is not None:
             quality[name] = event_metrics(predicted, labels.events)
         print(_summary(name, predicted, labels.weak, quality.get(name)))

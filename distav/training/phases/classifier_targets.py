@@ -80,7 +80,7 @@ class ClassifierTargets:
             owned = ids - rows.start
 
             def columns(*names: str, owned: Tensor = owned) -> list[Tensor]:
-                return [self.bank.columns[name][owned] for name in names]
+                return [self.bank.columns[name][owned].float() for name in names]
 
             yield ids, *self._of_samples(ids, columns)
 

@@ -79,6 +79,7 @@ def compute_correction(run: Run, name: str, config: LabelCorrectionPhase) -> Cor
             whitening_powers=config.whitening_powers,
             num_components=config.num_components,
             min_log_likelihood_gain=config.min_log_likelihood_gain,
+            num_probes=config.probes,
         ),
         prior=_correction_prior(run),
         teachers=_teacher_probs(run, name, config),

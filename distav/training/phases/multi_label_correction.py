@@ -82,7 +82,13 @@ def _correct(run: Run, name: str, config: LabelCorrectionPhase) -> ListCorrectio
         given,
         torch.from_numpy(run.data.train.source_codes).to(device),
         {modality: all_gather_variable_rows(rows.float()) > 0 for modality, rows in present.items()},
-        ListVoteSearch(config.num_neighbors, config.vote_temperatures, config.whitening_powers, config.num_components),
+        ListVoteSearch(
+            config.num_neighbors,
+            config.vote_temperatures,
+            config.whitening_powers,
+            config.num_components,
+            config.probes,
+        ),
         config.min_log_likelihood_gain,
         None if earlier is None else torch.tensor(earlier, dtype=torch.float64, device=device),
     )

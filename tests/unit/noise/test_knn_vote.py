@@ -20,9 +20,7 @@ def test_labels_never_contribute_to_their_own_vote():
         changed[sample] = (scene.given[sample] + 3) % 10
         first_rounds = [(labels, graph.vote(labels, 10, 30, 0.2)) for labels in (scene.given, changed)]
         for voters in num_changed:
-            before, after = (
-                vote.second_round(labels, voters) if voters else vote.probs for labels, vote in first_rounds
-            )
+            before, after = (vote.table(voters) for labels, vote in first_rounds)
             torch.testing.assert_close(before[sample], after[sample], rtol=1e-5, atol=1e-6)
             num_changed[voters] += not torch.allclose(before, after, rtol=1e-5, atol=1e-6)
     assert num_changed[0] == 100 and num_changed[10] > 50
@@ -45,7 +43,7 @@ def test_a_group_of_several_samples_weighs_as_much_as_one_sample():
     labels = torch.tensor([0, 1, 1, 2])
     for groups, expected in (([0, 1, 1, 2], [0.0, 0.5, 0.5]), ([0, 1, 2, 3], [0.0, 2 / 3, 1 / 3])):
         vote = NeighborGraph(features, 3, torch.tensor(groups), valid).vote(labels, 3, 3, 0.2)
-        assert vote.probs[0].tolist() == pytest.approx(expected)
+        assert vote.table()[0].tolist() == pytest.approx(expected)
 
 
 def test_repeating_all_samples_of_a_group_does_not_change_the_votes_of_others():
@@ -58,7 +56,7 @@ def test_repeating_all_samples_of_a_group_does_not_change_the_votes_of_others():
         )
         for rows in (torch.arange(100), repeated)
     )
-    torch.testing.assert_close(several.probs[:100], single.probs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(several.table()[:100], single.table(), rtol=1e-4, atol=1e-5)
 
 
 def test_weights_of_samples_sum_to_1_in_each_group():
@@ -87,7 +85,7 @@ def test_votes_of_a_half_do_not_depend_on_the_labels_of_the_other_half():
     shares = torch.stack([(weights * (halves[graph.ids[rows, :30]] == half)).sum(1) for half in (0, 1)])
     shares /= shares.sum(0)
     expected = (torch.stack(votes) * shares[..., None]).sum(0)
-    torch.testing.assert_close(graph.vote(scene.given, 10, 30, 0.2).probs[rows], expected)
+    torch.testing.assert_close(graph.vote(scene.given, 10, 30, 0.2).of_rows(rows), expected)
 
 
 def test_labels_never_contribute_to_their_own_second_round_with_weights_of_groups():
@@ -98,9 +96,7 @@ def test_labels_never_contribute_to_their_own_second_round_with_weights_of_group
         for offset in (1, 4):
             changed = scene.given.clone()
             changed[sample] = (scene.given[sample] + offset) % 10
-            before, after = (
-                graph.vote(labels, 10, 30, 0.2).second_round(labels, 10) for labels in (scene.given, changed)
-            )
+            before, after = (graph.vote(labels, 10, 30, 0.2).table(10) for labels in (scene.given, changed))
             torch.testing.assert_close(before[sample], after[sample], rtol=1e-5, atol=1e-6)
             num_changed += not torch.allclose(before, after, rtol=1e-5, atol=1e-6)
     assert num_changed > 30

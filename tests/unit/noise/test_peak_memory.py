@@ -66,8 +66,8 @@ def functions(num_samples: int) -> dict[str, tuple[int, Callable[[], object]]]:
     return {
         "VoteScorer.score": (0, lambda: scorer.score(votes)),
         "transition_matrix": (0, lambda: transition_matrix(votes, labels)),
-        "vote": (1, lambda: graph.vote(labels, NUM_CLASSES, 10, 0.2)),
-        "second_round": (1, lambda: vote.second_round(labels, 10)),
+        "vote": (1, vote.table),
+        "second_round": (1, lambda: graph.vote(labels, NUM_CLASSES, 10, 0.2).table(10)),
     }
 
 
@@ -105,6 +105,23 @@ def test_features_are_whitened_without_copies():
     assert in_own_process(measure_whitening, 100_000) <= 1.1 * 100_000 * 48 * 4 + OVERHEAD
 
 
+def measure_neighbors(num_samples: int, k: int, num_probes: int | None) -> int:
+    torch.set_num_threads(1)
+    growth = 0
+    for size in (1000, num_samples):
+        features = torch.randn(size, 8, generator=torch.Generator().manual_seed(0))
+        arguments = features, k, torch.arange(size), torch.ones(size, dtype=torch.bool), num_probes
+        growth = peak_growth(lambda arguments=arguments: NeighborGraph(*arguments))
+    return growth
+
+
+@pytest.mark.parametrize("num_probes", [None, 12])
+def test_neighbors_take_8_bytes_each(num_probes: int | None):
+    """Peak above the features <= 8 bytes per neighbor + the buffers of a block of queries."""
+    growth = in_own_process(measure_neighbors, 20_000, 300, num_probes)
+    assert growth <= 1.1 * 20_000 * 300 * 8 + 64 * 2**20, f"{growth / (20_000 * 300):.1f} bytes per neighbor"
+
+
 def measure_correction(num_samples: int, with_prior: bool) -> int:
     torch.set_num_threads(1)
     growth = 0
@@ -138,11 +155,12 @@ def measure_correction(num_samples: int, with_prior: bool) -> int:
     ("num_samples", "with_prior"), [(12_500, False), pytest.param(50_000, True, marks=pytest.mark.long)]
 )
 def test_correction_holds_three_tables_of_votes_and_the_six_of_its_result(num_samples: int, with_prior: bool):
-    """Peak above the arguments <= 9 tables, 3 more for a prior and two teachers, + 0.7 tables + overhead.
+    """Peak above the arguments <= 2 tables of float32 and 7 of float16 + 0.7 tables of float32 + overhead.
 
-    The overhead has a tile, the fit, and k neighbors per sample with 44 bytes per neighbor for the search.
+    Votes of a prior and of teachers are not copied. The overhead has a tile, the fit, and 8 neighbors per sample with
+    16 bytes each for the search.
     """
-    num_tables, table = 12 if with_prior else 9, num_samples * CORRECTION_CLASSES * 4
-    allowed = (num_tables + 0.7) * table + 8 * CORRECTION_CLASSES**2 * 8 + num_samples * 8 * 44
+    table = num_samples * CORRECTION_CLASSES * 4
+    allowed = (2 + 7 / 2 + 0.7) * table + 8 * CORRECTION_CLASSES**2 * 8 + num_samples * 8 * 16
     growth = in_own_process(measure_correction, num_samples, with_prior)
     assert growth <= allowed, f"{growth / table:.2f} tables, allowed {allowed / table:.2f}"

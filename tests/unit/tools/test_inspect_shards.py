@@ -69,8 +69,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def keys_of(root: Path, trait: str, split: str = "train") -> list[str]:
-    columns = ShardedDataset.open(root).split(split).columns
-    return [str(key) for key, source in zip(columns["key"], columns["source"], strict=True) if source.startswith(trait)]
+    samples = ShardedDataset.open(root).split(split)
+    return [key for key, source in zip(samples.keys, samples.sources, strict=True) if source.startswith(trait)]
 
 
 def stats_of(root: Path, *options: str, status: int = 0) -> dict:

@@ -36,14 +36,14 @@ def test_statistics_refer_to_the_clips_with_the_modality(mixed: Path, capsys: py
     decoded = train["decoded"]
     assert decoded["clips"] == 28 and decoded["damaged"] == decoded["undecodable"] == {}
     keys = ShardedDataset.open(mixed).split("train")
-    silent = {keys.columns["source"][keys.keys.tolist().index(key)] for key in decoded["silent"]}
+    silent = {keys.sources[keys.keys.tolist().index(key)] for key in decoded["silent"]}
     assert all("audio" in members_of(source) for source in silent)
     assert re.search(r"video only +8\n *audio only +8", output)
 
 
 def test_a_sheet_shows_which_modality_a_clip_lacks(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     split = ShardedDataset.open(mixed).split("train")
-    sources = split.columns["source"].tolist()
+    sources = split.sources.tolist()
     shown = [sources.index(f"cat/{name}") for name in MODALITIES]
     keys = [str(split.keys[sample]) for sample in shown]
     assert main(["preview", str(mixed), "--keys", *keys, f"--out={tmp_path / 'a.png'}"]) == 0
@@ -91,7 +91,7 @@ def test_a_wrong_index_of_a_missing_member_is_a_fault(
     root = Path(shutil.copytree(mixed, tmp_path / "shards"))
     split = ShardedDataset.open(root).split("train")
     row = next(
-        sample for sample, source in enumerate(split.columns["source"]) if member not in members_of(source)
+        sample for sample, source in enumerate(split.sources) if member not in members_of(source)
     )  # fmt: skip
     change_index(root, row, **values)
     faults = list(verify(root))

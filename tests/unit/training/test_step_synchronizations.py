@@ -101,8 +101,8 @@ def test_event_parsing_steps_do_not_wait(tmp_path: Path):
     llp_shards(tmp_path / "raw", tmp_path / "shards")
     shards = ShardedDataset.open(tmp_path / "shards")
     split = shards.split("train")
-    events = np.stack([truth[source] for source in split.columns["source"]])
-    table = events_table("train", split.keys, split.columns["source"], shards.classes, events)
+    events = np.stack([truth[source] for source in split.sources])
+    table = events_table("train", split.keys, split.sources, shards.classes, events)
     pq.write_table(table, tmp_path / "events.parquet")
     overrides = [f"data.root={tmp_path}/shards", f"run.root={tmp_path}", "run.device=cpu", "optim.global_batch=8",
                  f"phases.parse.pseudo_labels={tmp_path}/events.parquet", "phases.parse.epochs=1",

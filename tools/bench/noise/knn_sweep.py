@@ -57,7 +57,7 @@ def sweep(run: Path, shards: Path, noises: Sequence[str], seed: int) -> list[dic
         for k in (k for k in NUM_NEIGHBORS if k < len(split)):
             vote = graph.vote(given, num_classes, k, TEMPERATURE)
             for voters in (voters for voters in (0, SECOND_ROUND_NEIGHBORS) if voters <= k):
-                votes = vote.second_round(given, voters) if voters else vote.probs
+                votes = vote.table(voters)
                 accuracy = (votes.argmax(1).numpy() == labels.given).mean()
                 gain = scorer.score(votes) - baseline
                 row = {"label_noise": noise, "k": k, "second_round_neighbors": voters}

@@ -18,9 +18,14 @@ from distav.data.modalities import FeatureStream
 from distav.data.pipeline.features import decode_features, encode_features
 from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.reader import DecodeError
+from distav.data.strings import StringColumn
 from distav.tools.inspect_shards.verify import verify
 from tests.conftest import make_shards
 from tests.helpers.events import SIZES, STREAMS, llp_shards, write_llp
+
+
+def column_of(texts: list[str]) -> StringColumn:
+    return StringColumn(pa.chunked_array([texts], pa.string()))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +45,7 @@ def test_dataset_of_features_stores_features_and_annotations(llp: tuple[Path, Pa
         split = shards.split(name)
         labels = load_events(shards, split)
         assert len(split) == count and labels.num_segments == 10
-        expected = np.stack([truth[source] for source in split.columns["source"]])
+        expected = np.stack([truth[source] for source in split.sources])
         assert np.array_equal(labels.weak, expected.any(axis=(1, 2)))
         if name == "train":
             assert labels.events is None
@@ -53,7 +58,7 @@ def test_dataset_of_features_stores_features_and_annotations(llp: tuple[Path, Pa
     loader.close()
     assert batch.valid.tolist() == [True, True, True, False, True]
     for name in STREAMS:
-        stored = np.load(raw / name / f"{split.columns['source'][31][:11]}.npy")
+        stored = np.load(raw / name / f"{split.sources[31][:11]}.npy")
         assert np.array_equal(batch.media[name][2].numpy(), stored)
 
 
@@ -124,7 +129,7 @@ def test_events_are_restored_from_their_table(llp: tuple[Path, Path, dict[str, n
     split = shards.split("train")
     events = np.random.default_rng(1).uniform(size=(len(split), 2, 10, 25)) < 0.3
     pq.write_table(
-        events_table("train", split.keys, split.columns["source"], shards.classes, events), tmp_path / "events.parquet"
+        events_table("train", split.keys, split.sources, shards.classes, events), tmp_path / "events.parquet"
     )
     table = tmp_path / "events.parquet"
     weak = events.any(axis=(1, 2))
@@ -132,11 +137,11 @@ def test_events_are_restored_from_their_table(llp: tuple[Path, Path, dict[str, n
     assert np.array_equal(restored, events) and annotated.all()
     # Another dataset with a subset of the videos, in another order.
     kept = np.random.default_rng(2).permutation(len(split))[:30]
-    columns = {name: column[kept] for name, column in split.columns.items()}
-    other = replace(split, columns=columns | {"id": np.arange(30)})
+    texts = {name: column_of(column[kept].tolist()) for name, column in split.texts.items()}
+    other = replace(split, columns=split.columns | {"id": np.arange(30)}, texts=texts)
     restored, annotated = read_events(table, "key", other, shards.classes, weak[kept])
     assert np.array_equal(restored, events[kept]) and annotated.all()
-    unrelated = replace(split, columns=split.columns | {"source": split.columns["source"] + "x"})
+    unrelated = replace(split, texts=split.texts | {"source": column_of([f"{source}x" for source in split.sources])})
     with pytest.raises(UserError, match="no row has a source of"):
         read_events(table, "key", unrelated, shards.classes, weak)
     with pytest.raises(UserError, match="no rows of split test; its rows belong to train"):
@@ -150,7 +155,7 @@ def test_clip_without_a_row_is_not_annotated(llp: tuple[Path, Path, dict[str, np
     events[:4] = False
     annotated = np.arange(len(split)) % 2 == 0
     events[~annotated] = False
-    table = events_table("train", split.keys, split.columns["source"], shards.classes, events, annotated)
+    table = events_table("train", split.keys, split.sources, shards.classes, events, annotated)
     pq.write_table(table, tmp_path / "events.parquet")
     restored = read_events(tmp_path / "events.parquet", "key", split, shards.classes, events.any(axis=(1, 2)))
     assert np.array_equal(restored[0], events) and np.array_equal(restored[1], annotated)
@@ -161,11 +166,11 @@ def test_clips_of_one_video_are_distinguished_by_their_classes(
 ):
     shards = ShardedDataset.open(llp[1])
     split = shards.split("train")
-    sources = split.columns["source"].copy()
+    sources = np.array(split.sources)
     sources[[3, 5]] = "twice"
     weak = np.zeros((len(split), 25), dtype=bool)
     weak[3, 1] = weak[5, 2] = True
-    other = replace(split, columns=split.columns | {"source": sources})
+    other = replace(split, texts=split.texts | {"source": column_of(sources.tolist())})
     rows = [
         {
             "split": "train",

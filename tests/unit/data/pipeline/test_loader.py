@@ -239,7 +239,7 @@ def test_a_missing_modality_is_marked_and_zero(codec: str, tmp_path: Path):
     mixed_loader = Loader(split, DATA, AugmentConfig(), 0, len(split), CPU)
     batch = mixed_loader.load(np.append(np.arange(len(split) - 1), PADDING), epoch=0)
     assert batch.valid.tolist() == [True] * (len(split) - 1) + [False] and not mixed_loader.quarantine.reasons
-    for row, source in enumerate(split.columns["source"][:-1]):
+    for row, source in enumerate(split.sources[:-1]):
         members = members_of(source)
         for modality, media in (("visual", "frames"), ("audio", "audio")):
             present = MEMBERS[modality] in members

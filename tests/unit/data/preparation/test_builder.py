@@ -185,8 +185,8 @@ def test_csv_builds_readable_clips_and_lists_the_others(tmp_path: Path):
     split = ShardedDataset.open(out).split("train")
     assert len(split) == 6 and len(ShardedDataset.open(out).split("test")) == 2
     columns = split.columns
-    assert sorted(columns["source"]) == ["good0.mp4"] * 2 + ["good1.mp4"] * 2 + ["long.webm"] * 2
-    portrait = columns["source"] == "good0.mp4"
+    assert sorted(split.sources) == ["good0.mp4"] * 2 + ["good1.mp4"] * 2 + ["long.webm"] * 2
+    portrait = np.array(split.sources) == "good0.mp4"
     assert set(columns["height"][portrait]) == {54} and set(columns["width"][portrait]) == {32}
     check_content(split)
 
@@ -223,7 +223,7 @@ def test_videos_reads_class_directories_and_keeps_sources_in_one_split(tmp_path:
     shards = ShardedDataset.open(out)
     train, test = shards.split("train"), shards.split("test")
     assert shards.classes == ["cat", "dog"] and len(train) == 12 and len(test) == 4
-    assert not set(train.columns["source"]) & set(test.columns["source"])
+    assert not set(train.sources) & set(test.sources)
     assert len(set(train.source_codes)) == 6
 
 

@@ -85,12 +85,13 @@ def test_decisions_change_labels_and_remove_clips(tiny_shards: Path, tmp_path: P
         expected = checksums(old, split)
         assert checksums(new, split) == {key: expected[key] for key in (kept if split == "train" else expected)}
     rejected = list(csv.DictReader((out / "rejected.csv").open()))
-    sources = old.split("train").columns["source"]
+    sources = old.split("train").sources
     assert [row["path"] for row in rejected] == [sources[7], sources[95]]
     assert {row["reason"] for row in rejected} == {"mismatched pair"}
     assert [row["label"] for row in rejected] == [old_labels[KEYS[7]], old_labels[KEYS[95]]]
     old_ids = [KEYS.index(key) for key in kept]
-    for column in ("source", "start_s", "frames", "width", "height", "video_crc32", "audio_bytes"):
+    assert train.sources.tolist() == sources[old_ids].tolist()
+    for column in ("start_s", "frames", "width", "height", "video_crc32", "audio_bytes"):
         assert np.array_equal(train.columns[column], old.split("train").columns[column][old_ids])
     assert list(verify(out)) == []
     assert new.manifest["num_relabeled"] == sum(old_labels[key] != label for key, label in relabeled.items())

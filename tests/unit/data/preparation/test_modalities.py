@@ -66,7 +66,7 @@ def test_a_sample_has_the_members_of_its_file_alone(codec: str, folder: Path, tm
     samples = {sample["__key__"]: sample for sample in webdataset.WebDataset(str(split.shards[0]), shardshuffle=False)}
     reader = ShardReader(split)
     for sample, key in enumerate(split.keys):
-        members = members_of(split.columns["source"][sample])
+        members = members_of(split.sources[sample])
         files = {extensions[member] for member in members}
         assert {name for name in samples[key] if not name.startswith("__")} == {*files, "json"}
         metadata = json.loads(samples[key]["json"])

@@ -245,7 +245,7 @@ def test_silent_videos_of_ucf101_are_used_if_a_modality_may_be_missing(
     shards = ShardedDataset.open(out)
     assert shards.manifest["recipe"]["config"]["encoding"]["modalities"] == "any"
     train = shards.split("train")
-    silent = np.array([source.startswith("Archery") for source in train.columns["source"]])
+    silent = np.array([source.startswith("Archery") for source in train.sources])
     np.testing.assert_array_equal(train.has_modality("audio"), ~silent)
     assert train.has_modality("visual").all() and shards.split("test").has_modality("visual").all()
     assert not shards.split("test").has_modality("audio").any()
