@@ -51,9 +51,9 @@ from distav.evaluation.embedding import Embedder
 from distav.evaluation.frozen_tasks import PROBES, classifier_metrics, embed_split, knn_metrics, probe_metrics
 from distav.evaluation.metrics import retrieval
 from distav.evaluation.protocols import parse_with_protocol
-from distav.evaluation.summary import over_folds, print_metrics, record
+from distav.evaluation.summary import format_metrics, over_folds, record
+from distav.evaluation.zero_shot import OPTION as TEXT_NETWORKS
 from distav.evaluation.zero_shot import ZeroShot
-from distav.models.families.text_networks import KEY as TEXT_NETWORKS
 from distav.models.families.text_networks import TextNetwork
 from distav.models.hub import export_folder
 from distav.models.pretrained import input_config
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folds = [_evaluate(options, folder, world, zero_shot) for folder in options.shards]
             if world.is_main:
                 results = over_folds(folds)
-                print_metrics(results)
+                print(format_metrics(results))
                 if options.json:
                     results |= record(options)
                     write_atomically(options.json, (json.dumps(results, indent=1) + "\n").encode())
@@ -198,7 +198,7 @@ def _zero_shot(options: argparse.Namespace, world: World) -> ZeroShot:
             f"--tasks zero_shot: {TEXT_NETWORKS} is missing; give the checkpoint that a tower was made from, such as "
             "hf:openai/clip-vit-base-patch16."
         )
-    networks = [TextNetwork(name, world.device) for name in options.text_networks]
+    networks = [TextNetwork(TEXT_NETWORKS, name, world.device) for name in options.text_networks]
     return ZeroShot.of(networks, {"visual": options.visual_prompts, "audio": options.audio_prompts})
 
 

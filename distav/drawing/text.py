@@ -5,17 +5,14 @@ from functools import lru_cache
 
 from PIL import ImageDraw, ImageFont
 
+from distav.console import printable
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf")
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "DroidSansFallbackFull.ttf", "wqy-microhei.ttc")
 """Fonts for many scripts and for East Asian ones, if installed; Pillow's built-in font has ASCII glyphs only."""
 _MAX_CHARACTERS = 400
-
-
-def printable(text: object) -> str:
-    """Return text in which characters that control a terminal are replaced."""
-    return "".join(character if character.isprintable() else "\ufffd" for character in str(text))
 
 
 def display_width(text: str) -> int:

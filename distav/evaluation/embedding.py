@@ -3,7 +3,8 @@
 Legend: n clips, E tower width, D embedding width, C classes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distav.config.errors import UserError
+from distav.console import WorkCounter, show_progress
 from distav.data.dataset import Split
 from distav.data.modalities import MODALITIES
 from distav.data.pipeline.loader import Batch, Loader
@@ -115,18 +117,23 @@ class Embedder:
         model, description = load_encoders(export)
         return cls(model.to(device), description, device, batch_size)
 
-    def embed_clips(self, split: Split, ids: np.ndarray | None = None) -> Embeddings:
+    def embed_clips(
+        self, split: Split, ids: np.ndarray | None = None, counter: WorkCounter | None = None
+    ) -> Embeddings:
         """Embed the middle of each clip; see `embed_views`."""
-        (embeddings,) = self.embed_views(split, 1, ids)
+        (embeddings,) = self.embed_views(split, 1, ids, counter)
         return embeddings
 
-    def embed_views(self, split: Split, views: int, ids: np.ndarray | None = None) -> list[Embeddings]:
+    def embed_views(
+        self, split: Split, views: int, ids: np.ndarray | None = None, counter: WorkCounter | None = None
+    ) -> list[Embeddings]:
         """Embed several parts of each clip, evenly spaced from its beginning to its end; one: its middle.
 
         Args:
             split: split of a dataset.
             views: number of parts.
             ids: [n] rows of the split; all of them if None.
+            counter: counts the parts; None shows progress of its own.
 
         Returns:
             The embeddings of the first parts of all clips, of the second parts, and so on.
@@ -144,15 +151,15 @@ class Embedder:
         def embed(batch: Batch) -> Embeddings:
             return self._embed(batch.media["frames"], batch.media["audio"], batch.present)
 
-        try:
-            return [
-                Embeddings.concatenate(
-                    _select(part, rows != PADDING) for rows, _, part in iter_outputs(embed, loader, batches, view)
-                )
-                for view in range(views)
-            ]
-        finally:
-            loader.close()
+        def embedded(view: int) -> Iterator[Embeddings]:
+            for rows, _, part in iter_outputs(embed, loader, batches, view):
+                is_clip = rows != PADDING
+                counting.advance(int(is_clip.sum()))
+                yield _select(part, is_clip)
+
+        shown = nullcontext(counter) if counter else show_progress(views * len(ids), "clips", f"embedding {split.name}")
+        with closing(loader), shown as counting:
+            return [Embeddings.concatenate(embedded(view)) for view in range(views)]
 
     def embed_arrays(self, frames: np.ndarray | None, audio: np.ndarray | None) -> Embeddings:
         """Embed clips in memory.

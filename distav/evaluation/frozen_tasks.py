@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distav.config.errors import UserError
+from distav.console import show_progress
 from distav.data.dataset import Split
 from distav.distributed.collectives import (
     all_gather_variable_rows,
@@ -24,6 +25,7 @@ from distav.evaluation.embedding import Embedder, Embeddings
 from distav.evaluation.metrics import class_scores
 from distav.evaluation.multi_label_metrics import MultiLabelScores
 from distav.evaluation.probing import (
+    MAX_FITS,
     LinearProbe,
     LinearSVM,
     MultiLabelProbe,
@@ -151,37 +153,51 @@ def knn_metrics(
     train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int, k: int, by_video: bool = False
 ) -> dict[str, float]:
     """Return the metrics of k-NN votes by modality; each rank votes on its part of the test split."""
-    metrics: dict[str, float] = {}
-    for modality, clips in train.features.items():
-        if queries := test.features.get(modality):
-            keys, labels, _ = clips.flat()
-            local = local_shard(queries.features)
+    queries = {modality: local_shard(test.features[modality].features) for modality in _shared(train, test)}
+    votes: dict[str, Tensor] = {}
+    with show_progress(sum(local.shape[:2].numel() for local in queries.values()), "clips", "knn") as counter:
+        for modality, local in queries.items():
+            keys, labels, _ = train.features[modality].flat()
             if labels.ndim == 2:
-                votes = knn_label_probs(keys, labels, local.flatten(0, 1), k)
+                local_votes = knn_label_probs(keys, labels, local.flatten(0, 1), k, counter=counter)
             else:
-                votes = knn_class_probs(keys, labels, local.flatten(0, 1), num_classes, k)
-            votes = all_gather_variable_rows(votes.view(*local.shape[:2], num_classes).mean(1))
-            metrics |= modality_metrics(modality, votes, queries, by_video)
-    return metrics
+                local_votes = knn_class_probs(keys, labels, local.flatten(0, 1), num_classes, k, counter=counter)
+            votes[modality] = all_gather_variable_rows(local_votes.view(*local.shape[:2], num_classes).mean(1))
+    return _metrics(votes, test, by_video)
 
 
 def probe_metrics(
     train: EmbeddedSplit, test: EmbeddedSplit, num_classes: int, task: str, by_video: bool = False
 ) -> dict[str, float]:
     """Return the metrics of a task of `PROBES` by modality; rank 0 fits the classifiers."""
+    if get_rank():
+        return broadcast({})
+    single, multiple = PROBES[task]
+    modalities = _shared(train, test)
+    scores: dict[str, Tensor] = {}
+    with show_progress(len(modalities) * MAX_FITS, "fits", task) as counter:
+        for modality in modalities:
+            features, labels, groups = train.features[modality].flat()
+            if labels.ndim == 2:
+                probe = multiple(features, labels.float(), num_classes, groups, counter)
+            else:
+                probe = single(features, labels, num_classes, groups, counter)
+            queries = test.features[modality].features
+            scores[modality] = probe.scores(queries.flatten(0, 1)).view(*queries.shape[:2], num_classes).mean(1)
+    return broadcast(_metrics(scores, test, by_video))
+
+
+def _shared(train: EmbeddedSplit, test: EmbeddedSplit) -> list[str]:
+    """Return the modalities that both splits have."""
+    return [modality for modality in train.features if modality in test.features]
+
+
+def _metrics(scores: dict[str, Tensor], test: EmbeddedSplit, by_video: bool) -> dict[str, float]:
+    """Return the metrics of scores [n, C] by modality."""
     metrics: dict[str, float] = {}
-    if get_rank() == 0:
-        for modality, clips in train.features.items():
-            if queries := test.features.get(modality):
-                features, labels, groups = clips.flat()
-                single, multiple = PROBES[task]
-                if labels.ndim == 2:
-                    probe = multiple(features, labels.float(), num_classes, groups)
-                else:
-                    probe = single(features, labels, num_classes, groups)
-                scores = probe.scores(queries.features.flatten(0, 1)).view(*queries.features.shape[:2], num_classes)
-                metrics |= modality_metrics(modality, scores.mean(1), queries, by_video)
-    return broadcast(metrics)
+    for modality, values in scores.items():
+        metrics |= modality_metrics(modality, values, test.features[modality], by_video)
+    return metrics
 
 
 def modality_metrics(modality: str, scores: Tensor, clips: LabeledFeatures, by_video: bool) -> dict[str, float]:

@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distav.console import WorkCounter
 from distav.losses.multi_label import binary_cross_entropy
 
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 """Candidate L2 penalties of a linear probe."""
+MAX_FITS = len(PENALTIES) + 1
+"""Fits of a linear probe; one if no clips can be held out to select the penalty."""
 _FOLDS = 5
 """One fold of this number is held out to select the penalty."""
 _BLOCK_SCORES = 2**24
@@ -20,7 +23,13 @@ _BLOCK_SCORES = 2**24
 
 
 def knn_class_probs(
-    keys: Tensor, classes: Tensor, queries: Tensor, num_classes: int, k: int = 20, temperature: float = 0.07
+    keys: Tensor,
+    classes: Tensor,
+    queries: Tensor,
+    num_classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    counter: WorkCounter | None = None,
 ) -> Tensor:
     """Return the votes of the k nearest neighbors, weighted by exp(cosine / temperature) (Wu et al. 2018, section 3.4).
 
@@ -31,18 +40,26 @@ def knn_class_probs(
         num_classes: C.
         k: number of neighbors, at most N.
         temperature: temperature of the weights.
+        counter: counts the queries.
 
     Returns:
         [m, C] votes; the weight of the nearest neighbor is 1.
     """
     present = keys.norm(dim=1) > 0
     votes, classes = torch.zeros(len(queries), num_classes, device=queries.device), classes[present]
-    for part, neighbors, weights in _weighted_neighbors(keys[present], queries, k, temperature):
+    for part, neighbors, weights in _weighted_neighbors(keys[present], queries, k, temperature, counter):
         votes[part].scatter_add_(1, classes[neighbors], weights)
     return votes
 
 
-def knn_label_probs(keys: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
+def knn_label_probs(
+    keys: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    k: int = 20,
+    temperature: float = 0.07,
+    counter: WorkCounter | None = None,
+) -> Tensor:
     """Return the weighted fraction of the k nearest neighbors that have each label; see `knn_class_probs`.
 
     Args:
@@ -51,13 +68,14 @@ def knn_label_probs(keys: Tensor, labels: Tensor, queries: Tensor, k: int = 20, 
         queries: [m, E] features.
         k: number of neighbors, at most N.
         temperature: temperature of the weights.
+        counter: counts the queries.
 
     Returns:
         [m, C] probabilities.
     """
     present = keys.norm(dim=1) > 0
     probs, labels = torch.zeros(len(queries), labels.shape[1], device=queries.device), labels[present].float()
-    for part, neighbors, weights in _weighted_neighbors(keys[present], queries, k, temperature):
+    for part, neighbors, weights in _weighted_neighbors(keys[present], queries, k, temperature, counter):
         weights = weights / weights.sum(1, keepdim=True)
         # One neighbor at a time, to hold no table of the labels of all neighbors.
         for rank in range(neighbors.shape[1]):
@@ -66,7 +84,7 @@ def knn_label_probs(keys: Tensor, labels: Tensor, queries: Tensor, k: int = 20, 
 
 
 def _weighted_neighbors(
-    keys: Tensor, queries: Tensor, k: int, temperature: float
+    keys: Tensor, queries: Tensor, k: int, temperature: float, counter: WorkCounter | None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield blocks of queries with the ids of their nearest keys and the weights of these, [b, k] each."""
     keys = F.normalize(keys.float(), dim=1)
@@ -77,6 +95,8 @@ def _weighted_neighbors(
         # Relative to the largest weight, so that none overflows.
         weights = ((nearest.values - nearest.values[:, :1]) / temperature).exp()
         yield slice(start, start + block), nearest.indices, weights
+        if counter:
+            counter.advance(len(rows))
 
 
 class LinearProbe:
@@ -89,7 +109,14 @@ class LinearProbe:
         coefficients: [E + 1, C], the last row is the bias.
     """
 
-    def __init__(self, features: Tensor, classes: Tensor, num_classes: int, groups: Tensor):
+    def __init__(
+        self,
+        features: Tensor,
+        classes: Tensor,
+        num_classes: int,
+        groups: Tensor,
+        counter: WorkCounter | None = None,
+    ):
         """Fit the probe.
 
         Args:
@@ -97,7 +124,9 @@ class LinearProbe:
             classes: [N].
             num_classes: C.
             groups: [N] group of each clip, such as its video; a group is held out as a unit.
+            counter: counts the fits, `MAX_FITS` or one.
         """
+        self._counter = counter
         self.mean, self.std = features.mean(0), features.std(0) + 1e-6
         self.num_classes = num_classes
         inputs = self._standardize(features)
@@ -141,6 +170,8 @@ class LinearProbe:
 
         with torch.enable_grad():
             optimizer.step(loss)  # pyright: ignore[reportArgumentType]
+        if self._counter:
+            self._counter.advance()
         return coefficients.detach()
 
 

@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from distav.config.errors import UserError, format_list
+from distav.console import WorkCounter, show_progress
 from distav.evaluation.frozen_tasks import EmbeddedSplit, modality_metrics
-from distav.models.families.text_networks import KEY, TextNetwork
+from distav.models.families.text_networks import TextNetwork
 
 PROMPTS = {"visual": ("a photo of {}.",), "audio": ("This is a sound of {}.",)}
 """Texts by modality unless others are given, with `{}` in the place of the class."""
+OPTION = "--text-networks"
+"""Option that names the text networks, for messages."""
 _CAPITAL_INSIDE = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
@@ -48,8 +51,8 @@ class ZeroShot:
             for modality in network.modalities:
                 if modality in by_modality:
                     raise UserError(
-                        f"{KEY}: {by_modality[modality].name} and {network.name} are both {modality}; allowed: one for "
-                        "each modality."
+                        f"{OPTION}: {by_modality[modality].name} and {network.name} are both {modality}; allowed: one "
+                        "for each modality."
                     )
                 by_modality[modality] = network
         for modality, texts in prompts.items():
@@ -85,27 +88,42 @@ class ZeroShot:
             UserError: if no clip has a modality of the networks.
         """
         metrics: dict[str, float] = {}
-        for modality, network in self.networks.items():
-            if clips := test.features.get(modality):
-                texts = class_vectors(network, modality, classes, self.prompts[modality])
-                vectors = network.project(clips.features.flatten(0, 1), modality)
-                similarities = (vectors @ texts.T).view(*clips.features.shape[:2], len(classes)).mean(1)
-                scores = modality_metrics(modality, similarities, clips, by_video)
-                several = clips.labels.ndim == 2
-                metrics |= {name: value for name, value in scores.items() if not (several and name.startswith("f1"))}
+        networks = {modality: network for modality, network in self.networks.items() if modality in test.features}
+        num_texts = sum(len(self.prompts[modality]) for modality in networks) * len(classes)
+        with show_progress(num_texts, "texts", "embedding texts") as counter:
+            texts = {
+                modality: class_vectors(network, modality, classes, self.prompts[modality], counter)
+                for modality, network in networks.items()
+            }
+        for modality, network in networks.items():
+            clips = test.features[modality]
+            vectors = network.project(clips.features.flatten(0, 1), modality)
+            similarities = (vectors @ texts[modality].T).view(*clips.features.shape[:2], len(classes)).mean(1)
+            scores = modality_metrics(modality, similarities, clips, by_video)
+            several = clips.labels.ndim == 2
+            metrics |= {name: value for name, value in scores.items() if not (several and name.startswith("f1"))}
         if not metrics:
             names = format_list([network.name for network in self.networks.values()])
             raise UserError(
-                f"{KEY}={names}: the test clips have no {format_list(self.networks)} modality; "
+                f"{OPTION}={names}: the test clips have no {format_list(self.networks)} modality; "
                 "give a text network of a modality that they have, or another --test-split."
             )
         return metrics
 
 
-def class_vectors(network: TextNetwork, modality: str, classes: Sequence[str], prompts: Sequence[str]) -> Tensor:
-    """Return the unit vector of each class in the space of a modality: [C, D]."""
-    names = [spoken_name(name) for name in classes]
-    vectors = [network.embed([prompt.replace("{}", name) for name in names], modality) for prompt in prompts]
+def class_vectors(
+    network: TextNetwork,
+    modality: str,
+    classes: Sequence[str],
+    prompts: Sequence[str],
+    counter: WorkCounter | None = None,
+) -> Tensor:
+    """Return the unit vector of each class in the space of a modality, and count the texts: [C, D]."""
+    names, vectors = [spoken_name(name) for name in classes], []
+    for prompt in prompts:
+        vectors.append(network.embed([prompt.replace("{}", name) for name in names], modality))
+        if counter:
+            counter.advance(len(names))
     return normalize(sum(vectors[1:], vectors[0]), dim=1)
 
 

@@ -37,6 +37,7 @@ from distav.config.cli import (
     exit_with_error,
 )
 from distav.config.errors import UserError
+from distav.console import WorkCounter
 from distav.data.annotations.teacher_scores import manifest_digest
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.files import claim_dir, write_table
@@ -51,7 +52,7 @@ from distav.distributed.process_group import World, process_group
 from distav.evaluation.embedding import Embedder, Embeddings, to_table
 from distav.models.hub import export_folder
 from distav.models.pretrained import weights_digest
-from distav.tools.chunks import iter_rank_chunks, missing_chunks
+from distav.tools.chunks import chunk_progress, missing_chunks, rank_chunks
 
 CHUNK = 1024
 """Clips per table."""
@@ -67,12 +68,12 @@ class ClipGroup:
     Attributes:
         name: prefix of the file names of its tables.
         count: number of clips.
-        embed: returns the other columns and the embeddings of the clips with the ids [n].
+        embed: returns the other columns and the embeddings of the clips with the ids [n], and counts these.
     """
 
     name: str
     count: int
-    embed: Callable[[np.ndarray], tuple[dict[str, Any], Embeddings]]
+    embed: Callable[[np.ndarray, WorkCounter], tuple[dict[str, Any], Embeddings]]
 
 
 @command
@@ -141,18 +142,20 @@ def _array_clips(path: Path, embedder: Embedder) -> ClipGroup:
             f"{path}: `frames` {frames.shape} and `audio` {audio.shape}; allowed: [n, T, H, W, 3] and [n, N], equal n."
         )
 
-    def embed(ids: np.ndarray) -> tuple[dict[str, Any], Embeddings]:
+    def embed(ids: np.ndarray, counter: WorkCounter) -> tuple[dict[str, Any], Embeddings]:
         keys = np.array([f"arrays-{number:09d}" for number in ids], dtype=object)
         columns = {"key": keys, "source": keys, "start_s": np.zeros(len(ids)), "split": ["arrays"] * len(ids)}
-        return columns, embedder.embed_arrays(frames[ids], audio[ids])
+        embeddings = embedder.embed_arrays(frames[ids], audio[ids])
+        counter.advance(len(ids))
+        return columns, embeddings
 
     return ClipGroup("arrays", len(frames), embed)
 
 
 def _split_clips(split: Split, embedder: Embedder) -> ClipGroup:
-    def embed(ids: np.ndarray) -> tuple[dict[str, Any], Embeddings]:
+    def embed(ids: np.ndarray, counter: WorkCounter) -> tuple[dict[str, Any], Embeddings]:
         columns = {"key": split.keys[ids], "source": split.sources[ids], "start_s": split.columns["start_s"][ids]}
-        return {**columns, "split": [split.name] * len(ids)}, embedder.embed_clips(split, ids)
+        return {**columns, "split": [split.name] * len(ids)}, embedder.embed_clips(split, ids, counter)
 
     return ClipGroup(split.name, len(split), embed)
 
@@ -194,11 +197,12 @@ def _claim(options: argparse.Namespace, digest: str) -> None:
 def _write_tables(out: Path, group: ClipGroup, world: World) -> None:
     """Write the tables of a group that do not exist yet."""
     paths = [out / f"{group.name}-{chunk:06d}.parquet" for chunk in range(-(-group.count // CHUNK))]
+    chunks = rank_chunks(missing_chunks(paths), CHUNK, group.count, world)
     unreadable = 0
-    for chunk in iter_rank_chunks(missing_chunks(paths), world, f"{group.name}, {CHUNK} clips each"):
-        ids = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, group.count))
-        columns, embeddings = group.embed(ids)
-        unreadable += int((~embeddings.valid).sum())
-        write_table(paths[chunk], to_table(embeddings, columns), scratch=out / WORK)
+    with chunk_progress(chunks, f"embedding {group.name}", world) as counter:
+        for chunk in chunks:
+            columns, embeddings = group.embed(chunk.ids, counter)
+            unreadable += int((~embeddings.valid).sum())
+            write_table(paths[chunk.index], to_table(embeddings, columns), scratch=out / WORK)
     if unreadable:
         print(f"{group.name}: {unreadable} clips could not be read; their embeddings are null", file=sys.stderr)

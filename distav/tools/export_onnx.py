@@ -14,6 +14,7 @@ from pathlib import Path
 
 from distav.config.cli import CommandParser, command, exit_with_error
 from distav.config.errors import UserError
+from distav.console import show_progress
 from distav.models.onnx_export import INPUTS, export_onnx
 
 
@@ -22,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        for modality, difference in export_onnx(options.export, options.out, options.modalities).items():
+        with show_progress(None, "towers", "exporting"):
+            differences = export_onnx(options.export, options.out, options.modalities)
+        for modality, difference in differences.items():
             print(f"{options.out / modality}.onnx: largest difference from PyTorch {difference:.1e}")
     except UserError as error:
         return exit_with_error(error, "export_onnx", {"modalities": "--modalities"})

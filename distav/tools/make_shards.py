@@ -133,6 +133,7 @@ def _clean(options: argparse.Namespace) -> BuildResult:
     )
     manifest = json.loads((options.out / "manifest.json").read_text())
     if REVIEW in manifest:
+        print()
         print(format_review(review_from_json(manifest[REVIEW]), len(options.decisions)))
     return result
 

@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 
 import torch
 from torch import Tensor
 
+from distav.console import show_progress
 from distav.data.pipeline.class_balance import ClassBalance
 from distav.data.pipeline.loader import Batch
 from distav.data.pipeline.sampler import Ids
@@ -97,20 +99,19 @@ class TrainingLoop:
         """Train to the end of the phase; returns False if a loss spike ends training before."""
         run, steps_per_epoch = self.run, self.sampler.steps_per_epoch
         run.engine.train()
-        batches = self._batches()
-        try:
+        shown = show_progress(self.total_steps, "steps", self.name, done=run.progress.step, is_logged=True)
+        with closing(self._batches()) as batches, shown as counter:
             for step in range(run.progress.step, self.total_steps):
                 set_stage(f"{self.name} step {step + 1}")
                 if self.begin_epoch and step % steps_per_epoch == 0:
                     self.begin_epoch(step // steps_per_epoch, step / self.total_steps)
                 if not self._step(step, batches):
                     return False
+                counter.advance()
                 if run.progress.step < self.total_steps:
                     if run.progress.step % run.config.run.checkpoint_every == 0:
                         run.save()
                     run.stop_if_requested()
-        finally:
-            batches.close()
         return True
 
     def _batches(self) -> Generator[Batch, None, None]:

@@ -9,7 +9,6 @@ import logging
 import math
 import resource
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,17 @@ log = logging.getLogger("distav")
 _MAX_TABLE_CLASSES = 50
 
 
+class _StdoutHandler(logging.Handler):
+    """Prints records on what is stdout at that time: it is redirected while a bar is drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        try:
+            print(self.format(record), flush=True)
+        except Exception:  # noqa: BLE001  # A full disk or a closed pipe does not end the training.
+            self.handleError(record)
+
+
 class MetricLogger:
     """Logs lines, scalars, images and audio of one run.
 
@@ -45,7 +55,7 @@ class MetricLogger:
         self.folder, self.world = folder, world
         self.tensorboard: TensorBoard | None = None
         self._external: list[Tracker] = []
-        handler: logging.Handler = logging.StreamHandler(sys.stdout)
+        handler: logging.Handler = _StdoutHandler()
         if not world.is_main:
             (folder / "logs").mkdir(exist_ok=True)
             handler = logging.FileHandler(folder / "logs" / f"rank_{world.rank:03d}.log", delay=True)
@@ -189,10 +199,3 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration as 1:02:03 or 02:03."""
-    total = max(0, round(seconds)) if math.isfinite(seconds) else 0
-    hours, rest = divmod(total, 3600)
-    return (f"{hours}:" if hours else "") + f"{rest // 60:02d}:{rest % 60:02d}"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from distav.config.phases import EventParsingPhase, SupervisedPhase
+from distav.console import format_entries
 from distav.data.files import write_atomically
 from distav.noise.noise_rate import MAX_INTERVAL_WIDTH
 from distav.training import final_evaluation
@@ -131,9 +132,7 @@ def format_summary(report: dict[str, Any], folder: Path, num_classes: int, has_s
         ("Metrics", f"tensorboard --logdir {folder}"),
         ("Report", f"{folder / 'report.json'}"),
     ]
-    lines = ["", f"Done: {report['samples']} training clips, {seconds:.0f} s of training."]
-    lines += [f"  {name + ':':<12}{text}" for name, text in entries]
-    return "\n".join(lines)
+    return "\n" + format_entries(f"Done: {report['samples']} training clips, {seconds:.0f} s of training.", entries)
 
 
 def _label_entries(report: dict[str, Any]) -> list[tuple[str, str]]:

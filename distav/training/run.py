@@ -9,11 +9,12 @@ from torch import Tensor
 
 from distav.config.errors import UserError
 from distav.config.schema import Config
+from distav.console import show_progress
 from distav.data.data_module import DataModule
 from distav.data.dataset import Split
 from distav.data.pipeline.class_balance import ClassBalance
 from distav.data.pipeline.loader import Batch, Loader, Quarantine
-from distav.data.pipeline.sampler import GlobalBatchSampler, Ids, micro_batch_size
+from distav.data.pipeline.sampler import PADDING, GlobalBatchSampler, Ids, micro_batch_size
 from distav.distributed.collectives import all_gather_objects, any_across_ranks
 from distav.distributed.process_group import World
 from distav.distributed.signals import Interrupted, ShutdownRequest
@@ -211,8 +212,12 @@ class Run:
         loader = Loader(split, config.data, None, config.run.seed, self.micro_batch, self.world.device)
         loader.quarantine = quarantine or loader.quarantine
         self.engine.train(False)
+        num_clips = sum(int((ids != PADDING).sum()) for ids in batches)
         try:
-            yield from iter_outputs(lambda batch: self.engine(batch, **options), loader, batches)
+            with show_progress(num_clips, "clips", f"evaluating {split.name}") as counter:
+                for ids, batch, outputs in iter_outputs(lambda batch: self.engine(batch, **options), loader, batches):
+                    yield ids, batch, outputs
+                    counter.advance(int((ids != PADDING).sum()))
         finally:
             loader.close()
             self.engine.train()

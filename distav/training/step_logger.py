@@ -5,9 +5,10 @@ import time
 import torch
 from torch import Tensor
 
+from distav.console import format_duration
 from distav.distributed.collectives import all_reduce_sum_, get_world_size
 from distav.training.anomaly_guard import Losses
-from distav.training.metric_logger import format_duration, peak_memory_gib
+from distav.training.metric_logger import peak_memory_gib
 from distav.training.run import Run
 
 

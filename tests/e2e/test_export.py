@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -40,8 +41,8 @@ class Blocked:
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]
         third_party = {"nvidia", "deepspeed", "hydra", "omegaconf", "webdataset", "pyarrow", "av", "soundfile", "scipy",
-                       "tqdm", "tensorboard", "isal", "transformers", "fsspec", "pandas", "sklearn", "torchaudio",
-                       "huggingface_hub"}
+                       "tqdm", "rich", "tensorboard", "isal", "transformers", "fsspec", "pandas", "sklearn",
+                       "torchaudio", "huggingface_hub"}
         if top in third_party:
             raise ImportError(f"{name} is not installed")
 
@@ -235,7 +236,9 @@ def test_metrics_are_the_same_for_any_number_of_ranks(
     for name, values in one.items():
         assert two[name] == pytest.approx(values, abs=1e-6)
     assert all(0 <= value <= 1 for name in ("knn", "linear_probe") for value in one[name].values())
-    assert f"knn both: top1 {100 * one['knn']['top1_both']:.1f} %, " in capsys.readouterr().out
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][:3] == ["task", "modality", "top1,"]
+    assert f"{100 * one['knn']['top1_both']:.1f}" == next(row for row in rows if row[:2] == ["knn", "both"])[2]
     assert evaluate([*arguments, "--train-split", "trian"]) == 1
     assert "Did you mean 'train'?" in capsys.readouterr().err
 
@@ -306,7 +309,10 @@ def test_folds_are_averaged_and_the_record_repeats_the_evaluation(
     assert [fold["data"] for fold in results["folds"]] == [str(tiny_shards), str(other)]
     digest = hashlib.sha256((export / "model.safetensors").read_bytes()).hexdigest()
     assert results["weights"]["sha256"] == digest and results["machine"]["versions"]["torch"] == version("torch")
-    assert "svm visual (2 folds): top1 " in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "Mean ± standard deviation over 2 folds:" in output
+    row = next(line for line in output.splitlines() if re.match("svm +audio", line))
+    assert f" {100 * np.mean(scores):.1f} ± {100 * np.std(scores, ddof=1):.1f} " in row
 
 
 def test_an_export_in_an_older_format_is_rejected(finished: tuple[Path, str], tmp_path: Path):

@@ -62,7 +62,7 @@ def initial(towers: tuple[str, str]) -> dict[str, Tensor]:
 
 def zero_shot_accuracy(text_network: str, run: Path, shards: Path) -> float:
     """Accuracy by the similarity of each test clip and `a photo of CLASS.`, computed clip by clip."""
-    network, dataset = TextNetwork(text_network, torch.device("cpu")), ShardedDataset.open(shards)
+    network, dataset = TextNetwork("text network", text_network, torch.device("cpu")), ShardedDataset.open(shards)
     split = dataset.split("test")
     features = Embedder.open(run / "export", torch.device("cpu")).embed_clips(split).visual
     texts = network.embed([f"a photo of {name.replace('_', ' ')}." for name in dataset.classes], "visual")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -54,6 +55,15 @@ def test_report_contents(finished: tuple[Path, str], tiny_shards: Path):
     accuracies = {f"{metric}{head}" for metric in ("top1", "balanced_accuracy") for head in ("", "_visual", "_audio")}
     assert report["test"].keys() == accuracies | {"by_class", "v2a_map", "a2v_map", "rsum"} | recalls
     assert "of wrong labels fixed" in output and "Test:" in output
+
+
+def test_output_that_is_no_terminal_has_one_line_per_step_and_no_control_characters(finished: tuple[Path, str]):
+    lines = finished[1].splitlines()
+    assert not any(character in finished[1] for character in "\x1b\r━")
+    steps = [line for line in lines if line.startswith("step ")]
+    assert all(re.fullmatch(r"step \d+/\d+ phase=\w+ loss=[\d.]+ .* eta [\d:]+", line) for line in steps)
+    assert {line.split()[1] for line in steps} >= {"12/12", "8/8"}
+    assert not any("evaluating" in line or "correcting labels" in line for line in lines)
 
 
 def test_run_directory_contents(finished: tuple[Path, str], tiny_shards: Path):

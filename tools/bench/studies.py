@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
+from tools.bench.console_tables import from_markdown
 from tools.bench.timing import add_timing_options, setting_of
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _noise(options: argparse.Namespace) -> None:
     records = {"rows": results.training_records(bench, jobs), "votes": results.vote_records(bench, jobs)}
     if options.json:
         records = results.save(records, options.json)
-    print(*tables.all_tables(records["rows"]), sep="\n\n")
+    print(from_markdown("\n\n".join(tables.all_tables(records["rows"]))))
     if options.json:
         rows = {name: results.over_seeds(added) for name, added in records.items()}
         plots.save(rows, options.json.with_suffix(".svg"))
@@ -80,7 +81,7 @@ def _natural(options: argparse.Namespace) -> None:
     records = {"rows": results.training_records(bench, jobs)}
     if options.json:
         records = results.save(records, options.json, "natural")
-    print(*tables.natural_tables(records["rows"]), sep="\n\n")
+    print(from_markdown("\n\n".join(tables.natural_tables(records["rows"]))))
 
 
 def _selection(options: argparse.Namespace) -> "Selection":
@@ -93,7 +94,7 @@ def _parsing(options: argparse.Namespace) -> None:
     from tools.bench import event_parsing
 
     results = event_parsing.run(options.annotations, options.work, options.seeds, options.max_parallel)
-    print(event_parsing.table(results))
+    print(from_markdown(event_parsing.table(results)))
     _write_json(options.json, results)
 
 
@@ -101,7 +102,7 @@ def _audit(options: argparse.Namespace) -> None:
     from tools.bench import audit
 
     results = audit.run(options.runs)
-    print(audit.table(results))
+    print(from_markdown(audit.table(results)))
     _write_json(options.json, results)
 
 
@@ -109,7 +110,7 @@ def _towers(options: argparse.Namespace) -> None:
     from tools.bench import towers
 
     results = towers.run(setting_of(options), options.names, options.batch)
-    print(towers.table(results))
+    print(from_markdown(towers.table(results)))
     _write_json(options.json, results)
 
 
@@ -122,7 +123,7 @@ def _mteb(options: argparse.Namespace) -> None:
     if not options.export or not options.tasks:
         raise UserError("mteb: EXPORT and the names of tasks are missing; --list shows the tasks.")
     results = embedding_tasks.run(options.export, options.tasks, options.work, options.views)
-    print(embedding_tasks.table(results))
+    print(from_markdown(embedding_tasks.table(results)))
     _write_json(options.json, results)
 
 

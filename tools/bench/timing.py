@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from distav.config.errors import UserError
+from distav.console import Cell, Styled, format_table
 from distav.data.files import write_atomically
 from distav.distributed.environment import machine
 
@@ -104,21 +105,29 @@ class Results:
         }
 
     def table(self) -> str:
-        """Return the figures and ratios as plain text."""
-        lines = [f"{self.name}: " + " ".join(f"{key}={value}" for key, value in self.arguments.items())]
+        """Return the figures and ratios as tables for stdout."""
+        figures: list[tuple[Cell, ...]] = []
         for name, figure in self.figures.items():
             if "median_s" in figure:
-                rate = f"{figure['rate']:12,.1f} {figure['unit']}" if "rate" in figure else ""
-                others = "".join(f"  {key}={figure[key]:.4g}" for key in figure if key not in _TIME_KEYS)
-                lines.append(f"  {name:58s}{1000 * figure['median_s']:12.2f} ms{rate}{others}")
+                rate = f"{figure['rate']:,.1f} {figure['unit']}" if "rate" in figure else ""
+                others = [f"{key}={figure[key]:.4g}" for key in figure if key not in _TIME_KEYS]
+                figures.append(
+                    (name, f"{1000 * figure['median_s']:.2f}", "ms", " ".join(filter(None, [rate, *others])))
+                )
             else:
-                lines.append(f"  {name:58s}{figure['value']:12.4g} {figure['unit']}")
+                figures.append((name, f"{figure['value']:.4g}", figure["unit"], ""))
+        ratios: list[tuple[Cell, ...]] = []
         for name, ratio in self.ratios.items():
-            outcome = ""
+            outcome: Cell = ""
             if "threshold" in ratio:
-                outcome = f"   threshold {ratio['threshold']}: {'passed' if ratio['passed'] else 'FAILED'}"
-            lines.append(f"  {name:58s}{ratio['value']:12.4g}{outcome}")
-        return "\n".join(lines)
+                outcome = Styled("passed", "green") if ratio["passed"] else Styled("FAILED", "bold red")
+            ratios.append((name, f"{ratio['value']:.4g}", ratio.get("threshold", ""), outcome))
+        parts = [f"{self.name}: " + " ".join(f"{key}={value}" for key, value in self.arguments.items())]
+        if figures:
+            parts.append(format_table(("figure", "value", "unit", "rate"), figures, numbers=("value", "rate")))
+        if ratios:
+            parts.append(format_table(("ratio", "value", "threshold", "outcome"), ratios, numbers=("value",)))
+        return "\n\n".join(parts)
 
     def save(self, path: Path) -> None:
         """Write the JSON object to a file."""

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from distav.config.errors import UserError
+from distav.console import WorkCounter, show_progress
 from distav.data.files import write_atomically
 from distav.data.preparation.encoding import ClipSource, Encoding, RejectedClip
 from distav.data.preparation.shared_work import Part, SharedWork, wait_for_others
@@ -92,19 +92,27 @@ def encode_all(
     start, part = time.monotonic(), part or Part()
     indices = part.indices(len(chunks))
     tasks = [_task(index) for index in range(len(chunks))]
-    bar = tqdm(total=sum(len(chunks[index]) for index in indices), unit="clip", desc="encoding", mininterval=1)
-    with part.work(work_dir, tasks, lambda task: _list_path(work_dir, task).exists()) as work:
+
+    def is_encoded(task: str) -> bool:
+        return _list_path(work_dir, task).exists()
+
+    def count(selected: Iterable[int]) -> int:
+        return sum(len(chunks[index]) for index in selected)
+
+    done = count(index for index in indices if is_encoded(tasks[index]))
+    with (
+        part.work(work_dir, tasks, is_encoded) as work,
+        show_progress(count(indices), "candidates", "encoding", done=done) as encoding_progress,
+    ):
         anything_to_do = not work.finished()
         while not work.finished():
-            crashed = _encode_in_pool(source, encoding, seed, chunks, work, work_dir, workers, bar)
+            crashed = _encode_in_pool(source, encoding, seed, chunks, work, work_dir, workers, encoding_progress)
             if crashed:
                 _encode_without_crashing(source, encoding, seed, crashed[0], chunks[crashed[0]], work_dir)
             for index in crashed:
                 work.release(_task(index))
             if not crashed and not work.finished():
                 wait_for_others()
-    bar.update(bar.total - bar.n)
-    bar.close()
     encoded, rejected = read_lists(work_dir, indices)
     return encoded, rejected, time.monotonic() - start if anything_to_do else 0.0
 
@@ -122,7 +130,7 @@ def _encode_in_pool(
     work: SharedWork,
     work_dir: Path,
     workers: int,
-    bar: tqdm,
+    encoding_progress: WorkCounter,
 ) -> list[int]:
     """Encode chunks in a pool of processes until none can be claimed.
 
@@ -152,7 +160,7 @@ def _encode_in_pool(
                 try:
                     future.result()
                     work.release(_task(index))
-                    bar.update(len(chunks[index]))
+                    encoding_progress.advance(len(chunks[index]))
                 except BrokenProcessPool:
                     crashed.append(index)
     return sorted(crashed)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from distav.config.errors import UserError
+from distav.console import format_table
 from distav.data.annotations.labels import LISTS_TABLE, class_index, sample_ids
 from distav.data.annotations.tables import TableFormat, read_user_table
 from distav.data.dataset import Split
@@ -174,19 +175,29 @@ def review_from_json(values: dict[str, Any]) -> Review:
 
 
 def format_review(review: Review, num_reviewers: int, limit: int = 20) -> str:
-    """Return the agreement and the conflicts as text, with at most `limit` conflicts."""
-    name = "Cohen's kappa" if num_reviewers == 2 else "Fleiss' kappa"
-    lines = []
-    for result in review.agreement:
-        kappa = "not defined" if result.kappa is None else f"{result.kappa:.2f}"
-        clips = "clip" if result.num_clips == 1 else "clips"
-        lines.append(f"{result.column}: {result.percent:.1f} % agreement on {result.num_clips} {clips}, {name} {kappa}")
-    if not review.agreement:
-        lines.append("agreement: no clip was decided by two reviewers")
-    for conflict in review.conflicts[:limit]:
-        values = " / ".join(value or "-" for value in conflict.values)
-        outcome = f"majority: {conflict.merged}" if conflict.merged else "tie: unchanged"
-        lines.append(f"conflict {conflict.key}: {conflict.column} {values} ({outcome})")
+    """Return the agreement and the conflicts as tables for stdout, with at most `limit` conflicts."""
+    kappa = "Cohen's kappa" if num_reviewers == 2 else "Fleiss' kappa"
+    parts: list[str] = []
+    if review.agreement:
+        rows = [
+            (result.column, result.num_clips, result.percent, "–" if result.kappa is None else f"{result.kappa:.2f}")
+            for result in review.agreement
+        ]
+        parts.append(format_table(("decided", "clips", "agreement, %", kappa), rows, numbers=(kappa,)))
+    else:
+        parts.append("agreement: no clip was decided by two reviewers")
+    if review.conflicts:
+        reviewers = [f"reviewer {number + 1}" for number in range(num_reviewers)]
+        conflicts = [
+            (
+                conflict.key,
+                conflict.column,
+                *(value or "–" for value in conflict.values),
+                f"majority: {conflict.merged}" if conflict.merged else "tie: unchanged",
+            )
+            for conflict in review.conflicts[:limit]
+        ]
+        parts.append(format_table(("conflict", "decided", *reviewers, "result"), conflicts))
     if len(review.conflicts) > limit:
-        lines.append(f"... {len(review.conflicts) - limit} more conflicts")
-    return "\n".join(lines)
+        parts[-1] += f"\n... {len(review.conflicts) - limit} more conflicts"
+    return "\n\n".join(parts)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from distav.console import show_progress
 from distav.data.files import temporary_path, write_atomically
 from distav.data.preparation.encode_workers import EncodedClip
 from distav.data.preparation.encoding import Encoding
@@ -57,12 +58,18 @@ class SplitWriter:
         def is_written(name: str) -> bool:
             return self._rows_path(name).exists() and (out / f"{name}.tar").exists()
 
-        with (part or Part()).work(self.scratch, names, is_written) as work:
+        own = [names[index] for index in (part or Part()).indices(len(names))]
+        sizes = {name: len(shards[name]) for name in own if not is_written(name)}
+        with (
+            (part or Part()).work(self.scratch, names, is_written) as work,
+            show_progress(sum(sizes.values()), "clips", f"writing {self.split}") as writing,
+        ):
 
             def write_shards() -> None:
                 while (name := work.next()) is not None:
                     self._write_shard(out, name, names.index(name), shards[name])
                     work.release(name)
+                    writing.advance(len(shards[name]))
 
             while not work.finished():
                 # Threads suffice: reading, hashing and writing release the global interpreter lock.

@@ -15,9 +15,6 @@ from torch.nn.functional import normalize
 from distav.config.errors import UserError, format_list
 from distav.models.families.transformers_networks import PARTS, load_checkpoint
 
-KEY = "--text-networks"
-"""Option that names text networks, for messages."""
-
 
 @dataclass(frozen=True)
 class _Space:
@@ -55,17 +52,22 @@ class TextNetwork:
         name: `hf:REPOSITORY`, `hf:REPOSITORY@REVISION` or `hf:DIRECTORY`.
     """
 
-    def __init__(self, name: str, device: torch.device):
+    def __init__(self, key: str, name: str, device: torch.device):
         """Load a checkpoint.
+
+        Args:
+            key: setting or option that names the checkpoint, for messages.
+            name: name of the checkpoint.
+            device: device of the network.
 
         Raises:
             UserError: if it cannot be loaded, or is of a type without a text network that is known here.
         """
-        self.name, self._device = name, device
-        network, self._tokenizer = load_checkpoint(KEY, name)
+        self.name, self._key, self._device = name, key, device
+        network, self._tokenizer = load_checkpoint(key, name)
         model_type = network.config.model_type
         if model_type not in SPACES:
-            raise UserError(f"{KEY}={name}: a network of type {model_type}; allowed: {format_list(SPACES)}.")
+            raise UserError(f"{key}={name}: a network of type {model_type}; allowed: {format_list(SPACES)}.")
         self._spaces: dict[str, _Space] = SPACES[model_type]
         # SigLIP is trained with texts that are padded to the longest length.
         self._padding = "max_length" if model_type == "siglip" else True
@@ -105,13 +107,13 @@ class TextNetwork:
         exported = network["model_type"] if isinstance(network, Mapping) else settings["name"]
         if exported != own:
             raise UserError(
-                f"{KEY}={self.name}: its {modality} network is of type {own}, the exported {modality} tower of type "
-                f"{exported}; allowed: the checkpoint that the tower was made from."
+                f"{self._key}={self.name}: its {modality} network is of type {own}, the exported {modality} tower of "
+                f"type {exported}; allowed: the checkpoint that the tower was made from."
             )
         if settings.get("frame_pooling") == "transformer":
             raise UserError(
-                f"{KEY}={self.name}: the exported tower has model.visual.frame_pooling=transformer, which changes the "
-                "space of its features; allowed: mean or attention."
+                f"{self._key}={self.name}: the exported tower has model.visual.frame_pooling=transformer, which "
+                "changes the space of its features; allowed: mean or attention."
             )
 
     def _network_config(self, modality: str) -> Any:
@@ -129,7 +131,7 @@ class TextNetwork:
         width = self._network_config(modality).hidden_size
         if features.shape[1] != width:
             raise UserError(
-                f"{KEY}={self.name}: its {modality} network has features of width {width}, the exported tower "
+                f"{self._key}={self.name}: its {modality} network has features of width {width}, the exported tower "
                 f"{features.shape[1]}; allowed: the checkpoint whose network is the exported tower."
             )
         features = features.to(self._device)

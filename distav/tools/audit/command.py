@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 
 from distav.config.cli import CommandParser, check_minimums, command, exit_with_error, name_arguments
 from distav.config.errors import UserError
+from distav.console import format_table, show_progress
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset, Split
 from distav.evaluation.embedding import Embedder, Embeddings
@@ -123,11 +124,12 @@ def _report_write_errors(out: Path) -> Iterator[None]:
 
 
 def _print_summary(audit: Audit, out: Path, tables: list[Path]) -> None:
-    counts = ", ".join(
-        f"{'–' if issues.total is None else len(issues.ids)} {issues.kind.replace('_', '-')} issues"
+    rows = [
+        (issues.kind.replace("_", "-"), *(["–"] * 2 if issues.total is None else [issues.total, len(issues.ids)]))
         for issues in audit.issues
-    )
-    print(f"{out}: {counts}, {len(audit.clip_ids())} clips, {out.stat().st_size / 2**20:.1f} MiB; open it in a browser")
+    ]
+    print(format_table(("issues", "found", "listed"), rows, numbers=("found", "listed")))
+    print(f"\n{out}: {len(audit.clip_ids())} clips, {out.stat().st_size / 2**20:.1f} MiB; open it in a browser")
     print(f"{' and '.join(map(str, tables))}: the issues of every clip")
     has_signal = bool(audit.correction["label_noise_rate_by_class"])
     empty = [issues for issues in audit.issues if not issues.total]
@@ -189,7 +191,11 @@ def _audit(options: argparse.Namespace, run: _AuditedRun) -> tuple[DataIssues, A
     if not data.media.measured:
         facts["media issues"] = "– not searched (--skip-media)"
     issues = [ranked.first(options.limit) for ranked in data.issues]
-    neighbors = [neighbors_of(embeddings, split, ranked.ids, options.neighbors) for ranked in issues]
+    with show_progress(len(issues), "lists", "searching similar clips") as searching:
+        neighbors = []
+        for ranked in issues:
+            neighbors.append(neighbors_of(embeddings, split, ranked.ids, options.neighbors))
+            searching.advance()
     title = f"{run.short_name} · audit"
     correction = report["corrections"][-1]
     audit = Audit(title, split, shards.classes, table, correction, issues, neighbors, facts, test, test_labels)
@@ -207,7 +213,8 @@ def _find_issues(
         labels = load_labels(shards, test)
         test_labels = [labels.classes[label] for label in labels.given]
     media = MediaCheck.skipped(len(split)) if options.skip_media else MediaCheck.measure(split, options.workers)
-    return embeddings, find_data_issues(split, test, table, test_labels, embeddings, test_embeddings, media)
+    with show_progress(None, "clips", "searching issues"):
+        return embeddings, find_data_issues(split, test, table, test_labels, embeddings, test_embeddings, media)
 
 
 def _open_dataset(specified: str, recorded: str, run: Path) -> ShardedDataset:

@@ -5,6 +5,7 @@ Every export has the clips as `media/KEY.mp4`, one file with video and audio, an
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from distav.config.errors import UserError
+from distav.console import show_progress
 from distav.data.dataset import Split
 from distav.data.files import write_atomically
 from distav.data.pipeline.decoding import decode_clip
@@ -86,18 +87,16 @@ def write_export(export_format: str, export: Export, folder: Path) -> None:
 def write_media(split: Split, rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """Write the clips and return the rows of those that can be decoded, with their `path` in the folder."""
     written: list[dict[str, Any]] = []
-    reader = ShardReader(split)
-    try:
-        for row in tqdm(rows, unit="clip", desc="writing clips", mininterval=1):
+    with closing(ShardReader(split)) as reader, show_progress(len(rows), "clips", "writing clips") as writing:
+        for row in rows:
             path = f"{MEDIA}/{row['key']}.mp4"
+            writing.advance()
             try:
                 frames, audio = decode_clip(reader.read(row["id"]))
             except (CorruptSampleError, DecodeError):
                 continue
             write_mp4(folder / path, frames, audio, split.fps, split.sample_rate_hz)
             written.append({**row, "path": path})
-    finally:
-        reader.close()
     return written
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from distav.console import format_table, show_progress
 from distav.data.dataset import ShardedDataset, Split
 from distav.tools.audit.issue_table import write_issue_table
 from distav.tools.audit.issues import neighbors_of
@@ -79,7 +80,8 @@ def audit_lists(
     table = ListTable.read(path, split, shards.classes)
     issues = find_list_issues(table)
     listed = [ranked.first(options.limit) for ranked in issues]
-    neighbors = [neighbors_of(embeddings, split, ranked.ids, options.neighbors) for ranked in listed]
+    with show_progress(None, "clips", "searching similar clips"):
+        neighbors = [neighbors_of(embeddings, split, ranked.ids, options.neighbors) for ranked in listed]
     facts = {
         "run": run_name,
         "dataset": f"{shards.location}, split {split.name}",
@@ -101,10 +103,11 @@ def write_list_audit(audit: ListAudit, out: Path, height: int) -> list[Path]:
 
 def list_summary(audit: ListAudit, out: Path, tables: list[Path]) -> list[str]:
     """Return the lines that the command prints."""
-    counts = ", ".join(f"{len(ranked.ids)} {ranked.kind} labels" for ranked in audit.issues)
-    size = out.stat().st_size / 2**20
+    rows = [(f"{ranked.kind} labels", ranked.total, len(ranked.ids)) for ranked in audit.issues]
     lines = [
-        f"{out}: {counts}, {len(audit.clip_ids())} clips, {size:.1f} MiB; open it in a browser",
+        format_table(("issues", "found", "listed"), rows),
+        "",
+        f"{out}: {len(audit.clip_ids())} clips, {out.stat().st_size / 2**20:.1f} MiB; open it in a browser",
         f"{' and '.join(map(str, tables))}: all issues, one row for each clip and class",
     ]
     empty = [ranked.kind for ranked in audit.issues if not ranked.total]

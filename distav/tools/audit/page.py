@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
+from distav.console import show_progress
 from distav.data.dataset import TEXT_COLUMNS, Split
 from distav.data.files import temporary_path
 from distav.data.pipeline.decoding import decode_clip
@@ -149,7 +149,7 @@ def encode_media(parts: Sequence[tuple[Split, np.ndarray]], height: int) -> Iter
         height: height of a frame in pixels.
     """
     index = 0
-    with tqdm(total=sum(len(ids) for _, ids in parts), unit="clip", desc="encoding clips", mininterval=1) as bar:
+    with show_progress(sum(len(ids) for _, ids in parts), "clips", "encoding clips") as encoding:
         for split, samples in parts:
             reader = ShardReader(split)
             try:
@@ -158,7 +158,7 @@ def encode_media(parts: Sequence[tuple[Split, np.ndarray]], height: int) -> Iter
                         text = base64.b64encode(content).decode()
                         yield f'<script type="text/plain" id="{medium}{index}">{text}</script>\n'
                     index += 1
-                    bar.update()
+                    encoding.advance()
             finally:
                 reader.close()
 

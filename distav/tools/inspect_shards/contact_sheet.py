@@ -1,23 +1,22 @@
 """A contact sheet: one image with frames, audio, key and label of some clips of a split."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from distav.config.errors import UserError, did_you_mean, format_list
+from distav.console import Cell as TableCell
+from distav.console import Styled, format_table
 from distav.data.annotations.labels import load_labels, multi_labels
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.pipeline.decoding import decode_clip
 from distav.data.pipeline.reader import CorruptSampleError, DecodeError, ShardReader
 from distav.tools.inspect_shards.drawing import Cell, draw
 from distav.tools.inspect_shards.measurements import measure_clip
-from distav.tools.inspect_shards.text_table import LINE_WIDTH, format_table, truncate
 
 DEFAULT_FRAMES = 4
 MAX_CLIPS = 400
 """Limit of the clips on a sheet; few programs open larger images."""
-_MAX_CELL_WIDTH = 28
 
 
 def preview(
@@ -59,12 +58,9 @@ def preview(
     reader.close()
     draw(cells, frames).save(out)
     rows = [_row(split, sample, cell) for sample, cell in zip(samples, cells, strict=True)]
-    print(format_table(("key", "label", "source", "start, s", "size", "note"), rows, _MAX_CELL_WIDTH))
-    faulty = [cell for cell in cells if cell.is_fault]
-    for cell in faulty:
-        print(truncate(f"{cell.key}: {cell.note}", LINE_WIDTH))
+    print(format_table(("key", "label", "source", "start, s", "size", "note"), rows))
     print(f"{out}: {len(cells)} of {len(split)} clips of {split_name}")
-    return not faulty
+    return not any(cell.is_fault for cell in cells)
 
 
 def _labels(shards: ShardedDataset, split: Split) -> list[list[str]]:
@@ -116,8 +112,9 @@ def _cell(reader: ShardReader, sample: int, names: list[str]) -> Cell:
     return Cell(key, label, ", ".join(notes), frames, audio)
 
 
-def _row(split: Split, sample: int, cell: Cell) -> tuple[Any, ...]:
+def _row(split: Split, sample: int, cell: Cell) -> tuple[TableCell, ...]:
     columns = split.columns
     size = f"{columns['frames'][sample]}x{columns['width'][sample]}x{columns['height'][sample]}"
     size = size if columns["frames"][sample] else "no video"
-    return cell.key, cell.label, split.sources[sample], float(columns["start_s"][sample]), size, cell.note
+    note = Styled(cell.note, "red") if cell.is_fault else cell.note
+    return cell.key, cell.label, split.sources[sample], float(columns["start_s"][sample]), size, note

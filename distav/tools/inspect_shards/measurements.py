@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from distav.config.errors import UserError
+from distav.console import show_progress
 from distav.data.dataset import ShardedDataset, Split
 from distav.data.pipeline.decoding import decode_clip
 from distav.data.pipeline.features import decode_features
@@ -56,14 +56,14 @@ def measure(root: str | Path, split: Split, ids: np.ndarray, workers: int) -> li
     """
     batches = [ids[start : start + _BATCH].tolist() for start in range(0, len(ids), _BATCH)]
     workers = min(workers, len(batches))
-    with tqdm(total=len(ids), unit="clip", desc=f"decoding {split.name}", mininterval=1, disable=None) as bar:
+    with show_progress(len(ids), "clips", f"decoding {split.name}") as decoding:
         rows: list[dict[str, Any]] = []
         measured = (
             _measure_in_processes(root, split, batches, workers) if workers > 1 else _measure_serially(split, batches)
         )
         for batch_rows in measured:
             rows += batch_rows
-            bar.update(len(batch_rows))
+            decoding.advance(len(batch_rows))
     return rows
 
 

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 
 from distav.config.errors import format_list
+from distav.console import format_table, printable, styled
 from distav.data.annotations.labels import load_labels, multi_labels
 from distav.data.dataset import ShardedDataset, Split
-from distav.drawing.text import printable
 from distav.tools.inspect_shards.measurements import BLACK_FRACTION, BLACK_PIXEL, SILENT_DBFS, measure
-from distav.tools.inspect_shards.text_table import LINE_WIDTH, format_table, truncate
 
 PERCENTILES = (5, 25, 50, 75, 95)
 MODALITY_COUNTS = ("video and audio", "video only", "audio only")
 """Keys of the numbers of clips by the modalities that they have."""
+_LIST_WIDTH = 120
+"""Width of lists of keys, in columns; keys are not divided."""
 
 
 def compute_stats(root: str | Path, clips: int, seed: int, workers: int) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def format_stats(statistics: dict[str, Any], limit: int) -> str:
         video = f"{statistics['codec']} at {statistics['fps']:g} frames/s"
         content = f"{video}, audio at {statistics['sample_rate_hz']} Hz"
     multi_label = ", several per clip" if statistics["multi_label"] else ""
-    lines = [printable(f"{statistics['root']}: {content}; {statistics['classes']} classes{multi_label}")]
+    lines = [styled(f"{statistics['root']}: {content}; {statistics['classes']} classes{multi_label}", "bold")]
     for name, split in statistics["splits"].items():
         lines += ["", *_format_split(name, split, limit)]
     return "\n".join(lines)
@@ -162,9 +163,8 @@ def format_stats(statistics: dict[str, Any], limit: int) -> str:
 def _format_split(name: str, split: dict[str, Any], limit: int) -> list[str]:
     size = f"{split['tar_bytes'] / 1e6:.1f} MB in {split['tars']} tar files"
     lengths = format_list((f"{float(seconds):g} s" for seconds in split["clip_s"]), 4)
-    lines = [
-        f"{name}: {split['clips']} clips of {lengths} from {split['sources']} sources, {split['hours']:.2f} h, {size}"
-    ]
+    contents = f"{split['clips']} clips of {lengths} from {split['sources']} sources, {split['hours']:.2f} h, {size}"
+    lines = [styled(f"{name}: {contents}", "bold")]
     classes = [(label, entry["clips"], 100 * entry["fraction"]) for label, entry in split["classes"].items()]
     lines += _format_rows(("class", "clips", "%"), classes, limit)
     if lists := split.get("labels_per_clip"):
@@ -217,8 +217,11 @@ def _format_measurements(decoded: dict[str, Any], limit: int) -> list[str]:
         if name in decoded:
             keys = f": {format_list(decoded[name], limit)}" if decoded[name] else ""
             line = printable(f"{len(decoded[name])} {description}{keys}")
-            lines += textwrap.wrap(line, LINE_WIDTH, initial_indent="  ", subsequent_indent="    ")
+            lines += textwrap.wrap(
+                line, _LIST_WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False,
+                break_on_hyphens=False,
+            )  # fmt: skip
     for key, reasons in [*decoded["damaged"].items(), *decoded["undecodable"].items()][:limit]:
         reason = "; ".join(reasons.values()) if isinstance(reasons, dict) else reasons
-        lines.append(truncate(f"  {key}: {reason}", LINE_WIDTH))
+        lines.append(printable(f"  {key}: {reason}"))
     return lines

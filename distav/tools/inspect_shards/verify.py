@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distav.config.errors import UserError
+from distav.console import show_progress
 from distav.data.annotations.events import load_events
 from distav.data.annotations.labels import load_labels
 from distav.data.annotations.multi_labels import load_multi_labels
@@ -72,14 +73,16 @@ def _remote_faults(shards: ShardedDataset, split: Split) -> Iterator[str]:
 def _shard_faults(shards: ShardedDataset, split: Split, remote: ObjectStore | None = None) -> Iterator[str]:
     digests = [shard.get("sha256") for shard in shards.manifest["splits"][split.name]["shards"]]
     first_id = 0
-    for number, path in enumerate(split.shards):
-        ids = range(first_id, first_id + split.shard_sizes[number])
-        first_id = ids.stop
-        try:
-            with _downloaded(remote, path), contextlib.closing(ShardReader(split)) as reader:
-                yield from _file_faults(split, reader, number, path, ids, digests[number])
-        except StorageError as error:
-            yield f"{path}: {error.reason}"
+    with show_progress(len(split), "clips", f"verifying {split.name}") as verifying:
+        for number, path in enumerate(split.shards):
+            ids = range(first_id, first_id + split.shard_sizes[number])
+            first_id = ids.stop
+            try:
+                with _downloaded(remote, path), contextlib.closing(ShardReader(split)) as reader:
+                    yield from _file_faults(split, reader, number, path, ids, digests[number])
+            except StorageError as error:
+                yield f"{path}: {error.reason}"
+            verifying.advance(len(ids))
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +34,7 @@ from distav.config.cli import (
 )
 from distav.config.errors import UserError, format_list
 from distav.config.schema import DataConfig
+from distav.console import Cell, WorkCounter, format_table
 from distav.data.annotations.events import events_table, load_events, num_segments
 from distav.data.annotations.teacher_scores import (
     CHUNK,
@@ -48,19 +48,23 @@ from distav.data.dataset import ShardedDataset, Split
 from distav.data.files import claim_dir, write_atomically, write_table
 from distav.data.modalities import MODALITIES
 from distav.data.pipeline.loader import Batch, Loader
-from distav.data.pipeline.sampler import padded_batches
+from distav.data.pipeline.sampler import PADDING, padded_batches
 from distav.distributed.collectives import barrier, run_on_main_rank
 from distav.distributed.launch import set_rank_variables
 from distav.distributed.process_group import World, process_group
 from distav.evaluation.event_metrics import event_metrics
 from distav.evaluation.inference import iter_outputs
-from distav.tools.chunks import iter_rank_chunks, missing_chunks
+from distav.tools.chunks import chunk_progress, missing_chunks, rank_chunks
 from distav.tools.pseudo_label.prompts import Prompts, read_prompts
 from distav.tools.pseudo_label.teachers import TEACHERS, Teacher
 
 MEDIA = {"audio": "audio", "visual": "frames"}
 """Name of each modality in the media of a batch."""
 
+_SUMMARY_HEAD = (
+    "split", "clips", "labels with audio events, %", "with visual events, %",
+    "segment F-score audio", "visual", "Type@AV", "Event@AV",
+)  # fmt: skip
 _OUT_ADVICE = "choose another --out, or fix the directory"
 
 
@@ -172,17 +176,20 @@ def _score(split: Split, prompts: dict[str, Prompts], out: Path, batch_size: int
         squash=True,
         audio_s=float(segments),
     )
-    with closing(Loader(split, data, None, 0, batch_size, world.device)) as loader:
-        for chunk in iter_rank_chunks(missing, world, f"{split.name}, {CHUNK} clips each"):
-            ids = np.arange(chunk * CHUNK, min((chunk + 1) * CHUNK, len(split)))
-            scores = _score_clips(loader, ids, batch_size, teachers)
-            write_scores(paths[chunk], scores["audio"], scores["visual"])
+    chunks = rank_chunks(missing, CHUNK, len(split), world)
+    with (
+        closing(Loader(split, data, None, 0, batch_size, world.device)) as loader,
+        chunk_progress(chunks, f"scoring {split.name}", world) as counter,
+    ):
+        for chunk in chunks:
+            scores = _score_clips(loader, chunk.ids, batch_size, teachers, counter)
+            write_scores(paths[chunk.index], scores["audio"], scores["visual"])
 
 
 def _score_clips(
-    loader: Loader, ids: np.ndarray, batch_size: int, teachers: dict[str, Teacher]
+    loader: Loader, ids: np.ndarray, batch_size: int, teachers: dict[str, Teacher], counter: WorkCounter
 ) -> dict[str, np.ndarray]:
-    """Return the scores of clips by modality, [n, T, C] float32.
+    """Return the scores of clips by modality, [n, T, C] float32, and count the clips.
 
     They are NaN for clips that cannot be read, or lack the modality.
     """
@@ -192,7 +199,8 @@ def _score_clips(
 
     scores: dict[str, list[np.ndarray]] = {modality: [] for modality in teachers}
     batches = padded_batches(ids, batch_size, -(-len(ids) // batch_size))
-    for _, batch, outputs in iter_outputs(forward, loader, batches):
+    for rows, batch, outputs in iter_outputs(forward, loader, batches):
+        counter.advance(int((rows != PADDING).sum()))
         for modality, output in outputs.items():
             masked = output.masked_fill(~batch.present[modality][:, None, None], torch.nan)
             scores[modality].append(masked.cpu().numpy())
@@ -203,7 +211,8 @@ def _write_events(shards: ShardedDataset, prompts: dict[str, Prompts], class_ind
     """Write the predicted events of all splits whose scores are complete, and their accuracy."""
     thresholds = np.stack([prompts[modality].thresholds[class_indices] for modality in MODALITIES])[None, :, None, :]
     tables: list[pa.Table] = []
-    quality: dict[str, Any] = {}
+    quality: dict[str, dict[str, dict[str, float]]] = {}
+    rows: list[tuple[Cell, ...]] = []
     for name in shards.manifest["splits"]:
         split = shards.split(name, "--splits")
         if not all(path.exists() for path in score_files(out, split)):
@@ -218,9 +227,10 @@ def _write_events(shards: ShardedDataset, prompts: dict[str, Prompts], class_ind
         tables.append(events_table(name, split.keys, split.sources, shards.classes, predicted, annotated=scored))
         if labels.events is not None:
             quality[name] = event_metrics(predicted, labels.events)
-        print(_summary(name, predicted, labels.weak, quality.get(name)))
+        rows.append(_summary_row(name, predicted, labels.weak, quality.get(name)))
     write_table(out / "events.parquet", pa.concat_tables(tables))
     write_atomically(out / "quality.json", (json.dumps(quality, indent=1) + "\n").encode())
+    print(format_table(_SUMMARY_HEAD, rows))
     count = sum(len(table) - table.column("label").null_count for table in tables)
     print(f"{out / 'events.parquet'}: {count} events")
 
@@ -231,18 +241,10 @@ def _readable(split: Split, scores: np.ndarray) -> np.ndarray:
     return np.all(np.isfinite(scores).all(axis=(2, 3)) | ~has_modality, axis=1).reshape(-1)
 
 
-def _summary(
+def _summary_row(
     split_name: str, predicted: np.ndarray, weak: np.ndarray, metrics: dict[str, dict[str, float]] | None
-) -> str:
-    """Return the fraction of the labels with events in each modality and, if known, the segment F-scores."""
-    audio, visual = 100 * predicted.any(axis=2).mean(axis=(0, 2)) / max(1e-9, weak.mean())
-    text = (
-        f"{split_name}: {len(weak)} clips; {audio:.1f} % of their labels have audio events, {visual:.1f} % visual ones"
-    )
-    if metrics:
-        scores = metrics["segment"]
-        text += (
-            f"; segment F-scores: audio {scores['audio']:.1f}, visual {scores['visual']:.1f}, "
-            f"Type@AV {scores['type']:.1f}, Event@AV {scores['event']:.1f}"
-        )
-    return text
+) -> tuple[Cell, ...]:
+    """Return the cells of `_SUMMARY_HEAD`; the segment F-scores are empty where events are not annotated."""
+    fractions = 100 * predicted.any(axis=2).mean(axis=(0, 2)) / max(1e-9, weak.mean())
+    scores = [f"{metrics['segment'][name]:.1f}" if metrics else "" for name in ("audio", "visual", "type", "event")]
+    return split_name, len(weak), *map(float, fractions), *scores

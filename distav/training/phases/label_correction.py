@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from distav.config.phases import LabelCorrectionPhase
+from distav.console import show_progress
 from distav.data.modalities import MODALITIES
 from distav.distributed.collectives import all_gather_variable_rows, local_shard
 from distav.noise.correction import Correction, CorrectionPrior, identity_correction
@@ -66,24 +67,26 @@ def compute_correction(run: Run, name: str, config: LabelCorrectionPhase) -> Cor
             )
     spaces, present = extract_features(run)
     run.enforce_quarantine_limit()
-    return correct_labels(
-        spaces,
-        given,
-        len(labels.classes),
-        groups=torch.from_numpy(run.data.train.source_codes).to(run.world.device),
-        has_modality={name: all_gather_variable_rows(rows.float()) > 0 for name, rows in present.items()},
-        search_space=VoteSearchSpace(
-            num_neighbors=config.num_neighbors,
-            second_round_neighbors=config.second_round_neighbors,
-            vote_temperatures=config.vote_temperatures,
-            whitening_powers=config.whitening_powers,
-            num_components=config.num_components,
-            min_log_likelihood_gain=config.min_log_likelihood_gain,
-            num_probes=config.probes,
-        ),
-        prior=_correction_prior(run),
-        teachers=_teacher_probs(run, name, config),
+    search_space = VoteSearchSpace(
+        num_neighbors=config.num_neighbors,
+        second_round_neighbors=config.second_round_neighbors,
+        vote_temperatures=config.vote_temperatures,
+        whitening_powers=config.whitening_powers,
+        num_components=config.num_components,
+        min_log_likelihood_gain=config.min_log_likelihood_gain,
+        num_probes=config.probes,
     )
+    with show_progress(None, "clips", f"{name}: correcting labels"):
+        return correct_labels(
+            spaces,
+            given,
+            len(labels.classes),
+            groups=torch.from_numpy(run.data.train.source_codes).to(run.world.device),
+            has_modality={modality: all_gather_variable_rows(rows.float()) > 0 for modality, rows in present.items()},
+            search_space=search_space,
+            prior=_correction_prior(run),
+            teachers=_teacher_probs(run, name, config),
+        )
 
 
 def _warn(run: Run, text: str) -> None:

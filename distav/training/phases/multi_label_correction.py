@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distav.config.phases import LabelCorrectionPhase
+from distav.console import show_progress
 from distav.data.annotations.multi_labels import MultiLabels, multi_label_correction_table
 from distav.data.files import write_table
 from distav.distributed.collectives import all_gather_variable_rows
@@ -77,21 +78,23 @@ def _correct(run: Run, name: str, config: LabelCorrectionPhase) -> ListCorrectio
     spaces, present = extract_features(run)
     run.enforce_quarantine_limit()
     earlier = previous.label_rate_logits if previous is not None else None
-    return correct_label_lists(
-        {space.name: (space.visual, space.audio) for space in spaces},
-        given,
-        torch.from_numpy(run.data.train.source_codes).to(device),
-        {modality: all_gather_variable_rows(rows.float()) > 0 for modality, rows in present.items()},
-        ListVoteSearch(
-            config.num_neighbors,
-            config.vote_temperatures,
-            config.whitening_powers,
-            config.num_components,
-            config.probes,
-        ),
-        config.min_log_likelihood_gain,
-        None if earlier is None else torch.tensor(earlier, dtype=torch.float64, device=device),
+    search = ListVoteSearch(
+        config.num_neighbors,
+        config.vote_temperatures,
+        config.whitening_powers,
+        config.num_components,
+        config.probes,
     )
+    with show_progress(None, "clips", f"{name}: correcting labels"):
+        return correct_label_lists(
+            {space.name: (space.visual, space.audio) for space in spaces},
+            given,
+            torch.from_numpy(run.data.train.source_codes).to(device),
+            {modality: all_gather_variable_rows(rows.float()) > 0 for modality, rows in present.items()},
+            search,
+            config.min_log_likelihood_gain,
+            None if earlier is None else torch.tensor(earlier, dtype=torch.float64, device=device),
+        )
 
 
 def build_list_summary(

@@ -13,7 +13,7 @@ from tests.helpers.hub_networks import AUDIO, SIDE, VISUAL, save_audio, save_tok
 
 transformers = pytest.importorskip("transformers")
 TEXTS = ["a dog barks", "a cat"]
-CPU = torch.device("cpu")
+CPU, KEY = torch.device("cpu"), "--networks"
 
 
 def save(kind: str, folder: Path) -> Any:
@@ -67,7 +67,7 @@ def test_similarities_are_those_of_the_checkpoint(kind: str, tmp_path: Path):
     else:
         inputs = torch.randn(3, 4, 3, SIDE, SIDE, generator=generator)
         features = pooled(net.video_encoder(inputs), net.video_encoder)
-    network = TextNetwork(f"hf:{tmp_path}", CPU)
+    network = TextNetwork(KEY, f"hf:{tmp_path}", CPU)
     assert network.modalities == [modality]
     own = network.project(features, modality) @ network.embed(TEXTS, modality).T
     torch.testing.assert_close(own, similarities(kind, net, inputs), rtol=1e-4, atol=1e-5)
@@ -78,7 +78,7 @@ def test_similarities_are_those_of_the_checkpoint(kind: str, tmp_path: Path):
 @torch.inference_mode()
 def test_both_modalities_of_an_audio_visual_network_are_compared_with_texts(tmp_path: Path):
     net = save("pe_audio_video", tmp_path)
-    network = TextNetwork(f"hf:{tmp_path}", CPU)
+    network = TextNetwork(KEY, f"hf:{tmp_path}", CPU)
     assert network.modalities == ["visual", "audio"]
     for modality, part, name in (("visual", net.video_model, "video"), ("audio", net.audio_model, "audio")):
         features = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
@@ -90,7 +90,7 @@ def test_both_modalities_of_an_audio_visual_network_are_compared_with_texts(tmp_
 
 def test_towers_of_another_network_are_rejected(tmp_path: Path):
     save("clip", tmp_path)
-    network = TextNetwork(f"hf:{tmp_path}", CPU)
+    network = TextNetwork(KEY, f"hf:{tmp_path}", CPU)
     own = {"name": "hf:clip", "architecture": {"network": {"model_type": "clip_vision_model"}}}
     network.check_tower("visual", own)
     with pytest.raises(UserError, match="frame_pooling=transformer, which changes the space"):
@@ -107,8 +107,8 @@ def test_towers_of_another_network_are_rejected(tmp_path: Path):
 def test_checkpoints_without_a_known_text_network_are_rejected(tmp_path: Path):
     kind = "vit"
     save(kind, tmp_path)
-    with pytest.raises(UserError, match="--text-networks=hf:.*: a network of type vit; allowed: clip"):
-        TextNetwork(f"hf:{tmp_path}", CPU)
-    with pytest.raises(UserError, match="--text-networks=ViT-B: allowed: hf:REPOSITORY"):
-        TextNetwork("ViT-B", CPU)
+    with pytest.raises(UserError, match="--networks=hf:.*: a network of type vit; allowed: clip"):
+        TextNetwork(KEY, f"hf:{tmp_path}", CPU)
+    with pytest.raises(UserError, match="--networks=ViT-B: allowed: hf:REPOSITORY"):
+        TextNetwork(KEY, "ViT-B", CPU)
     assert set(SPACES) <= VISUAL.keys() | AUDIO.keys()

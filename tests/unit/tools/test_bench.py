@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -11,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from distav.data.pipeline.loader import Batch
 from distav.models.av_model import AVModel
 from tests.conftest import ROOT
+from tests.helpers.terminal import run_python
 from tools.bench import markdown, towers
 from tools.bench.command import main
+from tools.bench.console_tables import from_markdown
 from tools.bench.memory_bank import MemoryBankBenchmark
 from tools.bench.timing import Results, Setting
 from tools.bench.training_step import TOWERS, count_operations
@@ -137,8 +140,23 @@ def test_towers_are_measured_in_processes_of_their_own(tmp_path: Path, capsys: p
     for row in rows:  # Weights and gradients alone take 8 bytes per parameter.
         assert row["train_mib"] > 8 * row["parameters"] / 2**20
         assert 0 < row["train_clips_per_s"] < row["encode_clips_per_s"]
-    assert "| `small_conv` (visual) | 0.8 M | 256 |" in capsys.readouterr().out
+    assert re.search(r"^small_conv \(visual\) +0\.8 M +256 +4 × 32 × 32 ", capsys.readouterr().out, re.MULTILINE)
     assert main(["towers", "avid_con"]) == 1 and "Did you mean 'avid_conv'?" in capsys.readouterr().err
+
+
+def test_markdown_tables_are_drawn_on_the_console():
+    text = "Title\n\n| `a` | n | x |\n|---|---|---|\n| **first** `b` | 7 | **99.5 ± 0.1** |\n| *c* | 12 | |\n\nrest | x"
+    assert from_markdown(text).splitlines() == [
+        "Title",
+        "",
+        "a             n               x",
+        "**first** b   7  **99.5 ± 0.1**",
+        "*c*          12",
+        "",
+        "rest | x",
+    ]
+    program = "from tools.bench.console_tables import from_markdown; print(from_markdown('| a |\\n|---|\\n| **b** |'))"
+    assert "\x1b[1mb" in run_python(program)["terminal"]
 
 
 @pytest.mark.long

@@ -20,11 +20,9 @@ from distav.data.preparation.builder import build_dataset
 from distav.data.preparation.encoding import Clip, ClipSource, Encoding, encode_audio, encode_video
 from distav.data.preparation.sources.annotated_videos import FeatureFolder
 from distav.data.preparation.sources.llp import LLPSource
-from distav.drawing.text import display_width
 from distav.tools.inspect_shards.command import main
 from distav.tools.inspect_shards.drawing import FRAME, PAD, TEXT, WAVE, layout
 from distav.tools.inspect_shards.measurements import loudness_lufs, measure_clip, peak_dbfs
-from distav.tools.inspect_shards.text_table import format_table
 from tests.conftest import ROOT
 from tests.helpers.events import STREAMS, write_llp
 
@@ -108,7 +106,8 @@ def test_stats_lists_silent_black_and_still_clips(dataset: Path, capsys: pytest.
             assert decoded[trait] == keys_of(dataset, trait, split), (split, trait)
             assert keys_of(dataset, trait, split)[0] in output
         assert decoded["damaged"] == decoded["undecodable"] == {}
-    assert max(display_width(line) for line in output.splitlines()) <= 120
+    row = next(line for line in output.splitlines() if line.startswith(LONG))  # In a pipe, names are complete.
+    assert row.split()[-2:] == ["5", "83.3"] and "\x1b" not in output
 
 
 def test_stats_counts_clips_classes_sources_and_bytes(dataset: Path):
@@ -232,9 +231,3 @@ def test_undecodable_members_raise_an_error_with_a_reason():
             decode_audio(content)
     assert len(decode_video(encode_video(np.zeros((3, 16, 16, 3), np.uint8), ENCODING))) == 3
     assert len(decode_audio(encode_audio(np.zeros(50, np.float32), 8000))) == 50
-
-
-def test_tables_are_aligned_and_have_no_control_characters():
-    lines = format_table(("label", "n"), [("犬", 5), ("\x1b[2J\n", 12), ("x" * 90, 7)]).splitlines()
-    assert len({display_width(line) for line in lines}) == 1 and len(lines) == 4
-    assert "\x1b" not in "".join(lines) and lines[-1].startswith("x" * 45 + "...")

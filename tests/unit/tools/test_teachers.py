@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -138,7 +139,9 @@ def test_pseudo_labels_are_scores_above_the_threshold_of_classes_in_the_label(
     ave: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert pseudo_label(ave, tmp_path) == 0
-    assert "segment F-scores: audio" in capsys.readouterr().out
+    rows = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][0] == "split" and rows[0][-4:] == ["segment F-score audio", "visual", "Type@AV", "Event@AV"]
+    assert [len(row) for row in rows[:4]] == [8] * 4 and [row[0] for row in rows[1:4]] == ["test", "train", "val"]
     shards, prompts = ShardedDataset.open(ave / "shards"), read_prompts(ave / "prompts.yaml")
     median = np.median(read_scores(tmp_path, "x", shards, shards.split("train")), axis=(0, 2, 3))
     (tmp_path / "shards").symlink_to(ave / "shards")

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from distav.distributed.process_group import World
 from distav.drawing.figures import confusion_matrix
 from distav.training.metric_logger import MetricLogger
+from tests.helpers.terminal import run_python
 
 
 def test_lines_are_printed_once_and_other_loggers_are_unchanged(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -27,6 +28,28 @@ def test_lines_are_printed_once_and_other_loggers_are_unchanged(tmp_path: Path, 
     assert capsys.readouterr().out.count("step 1") == 1
     assert (package.handlers, package.level, package.propagate) == before
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 0.5
+
+
+def test_lines_are_printed_above_a_bar_in_terminals_and_alone_elsewhere(tmp_path: Path):
+    program = f"""
+import pathlib, time, torch
+from distav.console import show_progress
+from distav.distributed.process_group import World
+from distav.training.metric_logger import MetricLogger
+logger = MetricLogger(pathlib.Path({str(tmp_path)!r}), World(0, 1, 0, torch.device("cpu")))
+with show_progress(3, "steps", "contrastive", is_logged=True) as counter:
+    for step in range(3):
+        counter.advance()
+        logger.info(f"step {{step}}/3 loss=[1.0]")
+        time.sleep(0.3)
+logger.close()
+"""
+    output = run_python(program)["terminal"]
+    for step in range(3):
+        assert f"\x1b[2Kstep {step}/3 loss=[1.0]\ncontrastive " in output
+    assert "2/3 steps (66 %)" in output
+    piped = run_python(program, pipes=["stdout"])
+    assert piped == {"terminal": "", "stdout": "".join(f"step {step}/3 loss=[1.0]\n" for step in range(3))}
 
 
 def test_warnings_of_other_ranks_are_in_their_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -10,6 +10,7 @@ import torch
 
 from distav.config.errors import UserError
 from distav.data.files import write_atomically
+from tools.bench.console_tables import from_markdown
 from tools.bench.coverage import families, plots, stored, summary
 from tools.bench.coverage.problem import CoverageProblem
 from tools.bench.coverage.runner import WorkFile, run
@@ -61,12 +62,12 @@ def execute(options: argparse.Namespace) -> int:
     outcome = summary.results(rows, arguments)
     if options.json:
         _save(rows, outcome.as_dict(), options.json)
-    print(f"\n{summary.worst(rows)}\n\n{summary.LEGEND}\n")
+    print(f"\n{from_markdown(summary.worst(rows))}\n\n{summary.LEGEND}\n")
     if baseline is not None:
         both, before = summary.common(rows, baseline)
-        print(f"{summary.table(both, before)}\n\n{summary.changes(both, before)}\n")
+        print(f"{from_markdown(summary.table(both, before))}\n\n{from_markdown(summary.changes(both, before))}\n")
     else:
-        print(f"{summary.table(rows)}\n")
+        print(f"{from_markdown(summary.table(rows))}\n")
     print(outcome.table())
     return 3 if any(not ratio["passed"] for ratio in outcome.ratios.values()) else 0
 

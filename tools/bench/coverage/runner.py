@@ -12,6 +12,7 @@ import torch
 
 import distav
 from distav.config.errors import UserError
+from distav.console import show_progress
 from tools.bench.coverage.families import work
 from tools.bench.coverage.problem import CoverageProblem
 from tools.bench.coverage.scores import score_problem
@@ -113,18 +114,20 @@ def _collect(
     """Store the scores of each problem as soon as they are there."""
     total = len(running)
     waiting = set(running)
-    while waiting:
-        done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-        for future in done:
-            problem, error = running[future], future.exception()
-            if error is not None:
-                failed[problem.name] = error
-                print(f"{problem.name}: failed: {error}", flush=True)
-                continue
-            row = future.result()
-            finished[problem.name] = row
-            work_file.add(row)
-            print(f"{_line(row)}; {len(waiting)} of {total} left", flush=True)
+    with show_progress(total, "problems", "coverage", is_logged=True) as counter:
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                counter.advance()
+                problem, error = running[future], future.exception()
+                if error is not None:
+                    failed[problem.name] = error
+                    print(f"{problem.name}: failed: {error}", flush=True)
+                    continue
+                row = future.result()
+                finished[problem.name] = row
+                work_file.add(row)
+                print(f"{_line(row)}; {len(waiting)} of {total} left", flush=True)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from distav.config import loading
 from distav.config.errors import UserError
+from distav.console import show_progress
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset
 from distav.data.files import write_atomically, write_table
@@ -63,26 +64,30 @@ class Bench:
         context.set_forkserver_preload(list(PRELOADED))
         running: dict[Job, tuple[ForkServerProcess, float]] = {}
         failed: dict[Job, str] = {}
-        while waiting or running:
-            ready = [job for job in waiting if job.pretraining is None or self.result_path(job.pretraining).exists()]
-            while ready and len(running) < max_parallel:
-                job = ready.pop(0)
-                waiting.remove(job)
-                process = context.Process(target=_train, args=self.task(job))
-                process.start()
-                running[job] = process, time.monotonic()
-            time.sleep(0.5)
-            for job, (process, started) in list(running.items()):
-                if process.is_alive():
-                    continue
-                del running[job]
-                if process.exitcode:
-                    failed[job] = f"{job.name} ended with status {process.exitcode}; see {self.log_path(job)}."
-                    waiting = [other for other in waiting if other.pretraining != job]
-                    print(failed[job], flush=True)
-                else:
-                    self.store_report(job)
-                    print(f"{job.name}: {time.monotonic() - started:.0f} s, {len(waiting)} left", flush=True)
+        with show_progress(len(waiting), "trainings", "noise", is_logged=True) as counter:
+            while waiting or running:
+                ready = [
+                    job for job in waiting if job.pretraining is None or self.result_path(job.pretraining).exists()
+                ]
+                while ready and len(running) < max_parallel:
+                    job = ready.pop(0)
+                    waiting.remove(job)
+                    process = context.Process(target=_train, args=self.task(job))
+                    process.start()
+                    running[job] = process, time.monotonic()
+                time.sleep(0.5)
+                for job, (process, started) in list(running.items()):
+                    if process.is_alive():
+                        continue
+                    del running[job]
+                    counter.advance()
+                    if process.exitcode:
+                        failed[job] = f"{job.name} ended with status {process.exitcode}; see {self.log_path(job)}."
+                        waiting = [other for other in waiting if other.pretraining != job]
+                        print(failed[job], flush=True)
+                    else:
+                        self.store_report(job)
+                        print(f"{job.name}: {time.monotonic() - started:.0f} s, {len(waiting)} left", flush=True)
         if failed:
             raise UserError(
                 "\n".join(["Some trainings failed; all that do not depend on them are finished.", *failed.values()])

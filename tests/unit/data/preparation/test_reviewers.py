@@ -1,6 +1,7 @@
 """Decisions of several reviewers: majority, ties, conflicts and agreement."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,14 @@ def test_the_majority_of_those_who_decided_is_applied_and_a_tie_changes_nothing(
         Conflict(KEYS[0], "pair", ["matched", "mismatched", ""], ""),
         Conflict(KEYS[1], "label", ["disc+tone", "bars+tone", ""], ""),
     ]
-    text = format_review(review, 3, limit=2)
-    assert f"conflict {KEYS[0]}: pair matched / mismatched / - (tie: unchanged)" in text and "1 more" in text
-    assert "label: 16.7 % agreement on 2 clips, Fleiss' kappa" in text
+    rows = [re.split("  +", line) for line in format_review(review, 3, limit=2).splitlines()]
+    assert rows[:2] == [["decided", "clips", "agreement, %", "Fleiss' kappa"], ["label", "2", "16.7", "-0.74"]]
+    assert rows[4:] == [
+        ["conflict", "decided", "reviewer 1", "reviewer 2", "reviewer 3", "result"],
+        [KEYS[0], "label", "disc+tone", "disc+tone", "bars+tone", "majority: disc+tone"],
+        [KEYS[0], "pair", "matched", "mismatched", "–", "tie: unchanged"],
+        ["... 1 more conflicts"],
+    ]
 
 
 def test_kappa_of_two_reviewers_is_cohens():
@@ -83,9 +89,10 @@ def test_clean_merges_the_files_of_reviewers_and_reports_conflicts(
     del expected[KEYS[2]]
     assert labels_by_key(after) == expected
     output = capsys.readouterr().out
-    assert "label: 50.0 % agreement on 2 clips, Cohen's kappa" in output
-    assert f"conflict {KEYS[1]}: label {new} / {other} (tie: unchanged)" in output
-    assert "action: 100.0 % agreement on 2 clips" in output
+    rows = [re.split("  +", line) for line in output.splitlines()]
+    assert ["decided", "clips", "agreement, %", "Cohen's kappa"] in rows
+    assert ["label", "2", "50.0"] in [row[:3] for row in rows] and ["action", "2", "100.0"] in [row[:3] for row in rows]
+    assert [KEYS[1], "label", new, other, "tie: unchanged"] in rows
     assert "removed by review" in (tmp_path / "out" / "rejected.csv").read_text()
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["review"]["conflicts"][0]["key"] == KEYS[1]
     assert main(arguments) == 3 and "Cohen's kappa" in capsys.readouterr().out  # The dataset is complete.
