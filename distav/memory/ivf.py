@@ -84,8 +84,8 @@ def packed_approximate_neighbors(
     if not num_valid:
         return search.best
     with search.workers() as map_parts:
-        num_lists = min(num_lists or round(LISTS_PER_ROOT * num_valid**0.5), num_valid)
-        centroids = _shared_centroids(search.features, valid, num_lists, seed)
+        count = min(num_lists or round(LISTS_PER_ROOT * num_valid**0.5), num_valid)
+        centroids = _shared_centroids(search.features, valid, count, seed)
         own_lists = nearest_centroids(search.features, centroids, map_parts)[0]
         all_lists = all_gather_variable_rows(own_lists).masked_fill(~valid, len(centroids))
         probes = _Probes(centroids, torch.bincount(all_lists, minlength=len(centroids) + 1)[:-1], num_probes, k)
