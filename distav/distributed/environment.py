@@ -13,7 +13,6 @@ PACKAGES = (
     "distav",
     "torch",
     "torchvision",
-    "torchaudio",
     "numpy",
     "nvidia-dali-cuda130",
     "deepspeed",

@@ -20,6 +20,7 @@ from distav.data.pipeline.decoding import decode_clip
 from distav.data.pipeline.features import decode_features
 from distav.data.pipeline.reader import CorruptSampleError, DecodeError, ShardReader
 from distav.data.worker_processes import ctrl_c_blocked, ignore_ctrl_c
+from distav.tools.inspect_shards.loudness import loudness_lufs
 
 SILENT_DBFS = -60.0
 """A clip is silent if its peak is below this level."""
@@ -30,8 +31,6 @@ BLACK_PIXEL, BLACK_FRACTION = 0.1, 0.98
 STILL_LEVELS, STILL_BLOCK = 2.0, 8
 """A clip is still if the mean of every block of STILL_BLOCK x STILL_BLOCK pixels stays within STILL_LEVELS of the first
 frame's."""
-MIN_LOUDNESS_S = 0.4
-"""One block of ITU-R BS.1770; the loudness of shorter audio is not defined."""
 _BATCH = 32
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
@@ -169,17 +168,6 @@ def peak_dbfs(audio: np.ndarray) -> float:
     """Return the peak level of audio [N] in dB relative to full scale."""
     peak = float(np.abs(audio).max(initial=0.0))
     return 20 * float(np.log10(max(peak, 10 ** (LOWEST_DBFS / 20))))
-
-
-def loudness_lufs(audio: np.ndarray, sample_rate_hz: int) -> float | None:
-    """Return the loudness of mono audio [N] by ITU-R BS.1770, None below 0.4 s or its gate of -70 LUFS."""
-    if len(audio) < round(MIN_LOUDNESS_S * sample_rate_hz):
-        return None
-    import torch
-    import torchaudio.functional
-
-    loudness = float(torchaudio.functional.loudness(torch.from_numpy(audio)[None], sample_rate_hz))
-    return loudness if np.isfinite(loudness) else None
 
 
 def _is_still(luma: np.ndarray) -> bool:

@@ -5,11 +5,11 @@ from typing import ClassVar, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchaudio.functional as AF
 from torch import Tensor
 
 from distav.data.annotations.events import num_segments
 from distav.data.dataset import Split
+from distav.models.resampling import Resample
 from distav.tools.pseudo_label.hub import import_transformers, load_pretrained, tokenize
 from distav.tools.pseudo_label.prompts import Prompts
 
@@ -35,10 +35,11 @@ class CLAPTeacher:
             UserError: if transformers is missing, or if the checkpoint is not a CLAP checkpoint.
         """
         transformers = import_transformers()
-        self.device, self.sample_rate_hz, self.segments = device, sample_rate_hz, segments
+        self.device, self.segments = device, segments
         self.frame_size = 0
         self.model = load_pretrained(transformers.ClapModel, prompts.checkpoint).eval().to(device)
         self.feature_extractor = load_pretrained(transformers.AutoFeatureExtractor, prompts.checkpoint)
+        self.resample = Resample(sample_rate_hz, int(self.feature_extractor.sampling_rate))
         tokens = tokenize(transformers, prompts.checkpoint, prompts.captions, device)
         with torch.inference_mode():
             captions = self.model.get_text_features(**tokens).pooler_output
@@ -55,8 +56,7 @@ class CLAPTeacher:
 
         A segment is repeated until it has the length of CLAP's input.
         """
-        rate = int(self.feature_extractor.sampling_rate)
-        audio = AF.resample(media.to(self.device).float(), self.sample_rate_hz, rate)
+        audio = self.resample(media.to(self.device))
         length = audio.shape[1] // self.segments
         starts = np.linspace(0, audio.shape[1], self.segments + 1).round().astype(int)[:-1]
         segments = torch.cat([audio[:, start : start + length] for start in starts.tolist()])
