@@ -21,7 +21,11 @@ EXIT_CTRL_C = 130
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser that suggests the nearest name for an unknown option, value or command."""
+    """An argument parser that suggests the nearest name for an unknown option, value or command.
+
+    Attributes:
+        declared: what `add_argument` has added, in this order; `add_argument_group` and the like are not supported.
+    """
 
     def __init__(self, *, script: str = "", **options: Any):
         """Create a parser; `options` are those of `argparse.ArgumentParser`.
@@ -32,7 +36,20 @@ class CommandParser(argparse.ArgumentParser):
         started = Path(sys.argv[0]).name
         if script:
             options["prog"] = started if started.startswith("distav-") else script
+        self.declared: list[argparse.Action] = []
+        self._has_commands = False
         super().__init__(**options)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """Add an argument as `argparse.ArgumentParser.add_argument`."""
+        action = super().add_argument(*names, **options)
+        self.declared.append(action)
+        return action
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """Add commands as `argparse.ArgumentParser.add_subparsers`."""
+        self._has_commands = True
+        return super().add_subparsers(**options)
 
     def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, args: Iterable[str] | None = None, namespace: Any = None
@@ -55,9 +72,9 @@ class CommandParser(argparse.ArgumentParser):
     def _check_option_names(self, args: Iterable[str] | None) -> list[str]:
         """Return the arguments, those of the process if None, after a check of the names of their options."""
         words = sys.argv[1:] if args is None else list(args)
-        if self._subparsers is not None:  # The parser of a command checks the options that follow the command.
+        if self._has_commands:  # The parser of a command checks the options that follow the command.
             return words
-        options = [option for option in self._option_string_actions if option.startswith("--")]
+        options = [name for action in self.declared for name in action.option_strings if name.startswith("--")]
         for word in words:
             if word == "--":
                 break

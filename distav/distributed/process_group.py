@@ -107,12 +107,6 @@ def core_for_loading(needed: bool) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def collective_timeout() -> timedelta:
-    """Return the timeout of collectives of the process group that `process_group` created."""
-    group = dist.distributed_c10d._get_default_group()
-    return group._get_backend(torch.device("cpu")).options._timeout
-
-
 def _keep_freed_memory() -> None:
     """Let glibc reuse freed activations instead of returning them to the operating system at every step.
 

@@ -11,20 +11,19 @@ begun and the last one that finished. No rank is reported while no rank waits: r
 """
 
 import faulthandler
-import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from torch._C import _distributed_c10d as c10d
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from distav.distributed.torch_internals import flight_recorders, is_in_collective, recorded_collectives
 
 EXIT_WATCHDOG = 76
 """Exit status of a rank that the watchdog has ended."""
@@ -71,15 +70,12 @@ class CollectiveCounts:
 
     @classmethod
     def read(cls) -> "CollectiveCounts":
-        """Read the flight recorders; takes no lock and calls no CUDA function, so it never blocks."""
+        """Read the flight recorders; never blocks."""
         begun, finished, in_progress = 0, 0, False
-        for read_recorder in _recorders("_json").values():
-            for group, status in json.loads(read_recorder(includeCollectives=False))["pg_status"].items():
-                last_begun = int(status["last_enqueued_collective"])
-                last_finished = int(status["last_completed_collective"])
-                begun += last_begun if group != "0" else 0
-                finished += last_finished
-                in_progress |= last_begun != last_finished
+        for is_default_group, last_begun, last_finished in recorded_collectives():
+            begun += 0 if is_default_group else last_begun
+            finished += last_finished
+            in_progress |= last_begun != last_finished
         return cls(begun, finished, in_progress)
 
 
@@ -249,19 +245,13 @@ class Watchdog(threading.Thread):
             return
         # The recorder asks CUDA whether collectives have ended. CUDA may never answer, and no Python code runs then.
         faulthandler.dump_traceback_later(MAX_RECORDING_S, exit=True)
-        for backend, read_recorder in _recorders("").items():
+        for backend, read_recorder in flight_recorders().items():
             path = self.record_dir / backend / f"rank_{self.rank}"
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(read_recorder(includeCollectives=True, includeStackTraces=True, onlyActive=False))
             except (OSError, RuntimeError) as error:
                 print(f"distav: rank {self.rank}: failed to write {path}: {error}", file=sys.stderr, flush=True)
-
-
-def _recorders(suffix: str) -> dict[str, Callable[..., bytes]]:
-    """Return the functions of this build of torch that read its flight recorders, by backend."""
-    names = {"gloo": f"_dump_fr_trace{suffix}", "nccl": f"_dump_nccl_trace{suffix}"}
-    return {backend: getattr(c10d, name) for backend, name in names.items() if hasattr(c10d, name)}
 
 
 def _is_communication_error(error: BaseException) -> bool:
@@ -274,7 +264,7 @@ def _waits_in_python() -> bool:
     """Whether a thread of this process is inside a call of torch.distributed, such as one that creates a group."""
     for frame in sys._current_frames().values():
         while frame:
-            if frame.f_code.co_filename.endswith("distributed_c10d.py"):
+            if is_in_collective(frame):
                 return True
             frame = frame.f_back
     return False

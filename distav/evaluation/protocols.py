@@ -26,7 +26,7 @@ def parse_with_protocol(parser: CommandParser, arguments: Sequence[str] | None) 
         return options
     file = protocol_file(options.protocol)
     values = _read(file)
-    names = {action.dest: action for action in parser._actions if action.option_strings}
+    names = {action.dest: action for action in parser.declared if action.option_strings}
     words: list[str] = []
     for key, value in values.items():
         if key not in names or key in ("help", "protocol"):
@@ -37,7 +37,7 @@ def parse_with_protocol(parser: CommandParser, arguments: Sequence[str] | None) 
         else:
             words += [names[key].option_strings[0], *map(str, value if isinstance(value, list) else [value])]
     # Parsed like a command line, so that types and allowed values are checked.
-    positionals = ["x" for action in parser._actions if not action.option_strings]
+    positionals = ["x" for action in parser.declared if not action.option_strings]
     with raise_parse_errors(f"--protocol={file}"):
         typed = parser.parse_args([*positionals, *words])
     parser.set_defaults(**{key: getattr(typed, key) for key in values})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+from distav.distributed.torch_internals import attend_cudnn, attend_flash_cpu, attend_flash_cuda, compiler_limits
 from distav.memory.attention import TILE_KEYS, AttentionInputs, AttentionOutput, merge_parts, tiled_attention
 
 AttentionFunction = Callable[[AttentionInputs], AttentionOutput]
@@ -97,7 +98,7 @@ def flash_cpu(inputs: AttentionInputs) -> AttentionOutput:
     """Attend with FlashAttention for CPUs."""
     q, k, v, scale = _as_heads(inputs)
     mask = None if inputs.bias is None else inputs.bias[None, :, None].expand(-1, -1, q.shape[2], -1)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    out, lse = attend_flash_cpu(q, k, v, mask, scale)
     return lse[0], out[0]
 
 
@@ -105,7 +106,7 @@ def flash_cpu(inputs: AttentionInputs) -> AttentionOutput:
 def flash_cuda(inputs: AttentionInputs) -> AttentionOutput:
     """Attend with FlashAttention for CUDA devices."""
     q, k, v, scale = _as_heads(inputs)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q.contiguous(), k, v, scale=scale)
+    out, lse = attend_flash_cuda(q.contiguous(), k, v, scale)
     return lse[0], out[0]
 
 
@@ -113,7 +114,7 @@ def flash_cuda(inputs: AttentionInputs) -> AttentionOutput:
 def cudnn(inputs: AttentionInputs) -> AttentionOutput:
     """Attend with cuDNN."""
     q, k, v, scale = _as_heads(inputs)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q.contiguous(), k, v, None, True, scale=scale)
+    out, lse = attend_cudnn(q.contiguous(), k, v, scale)
     return lse.reshape(q.shape[1:3]), out[0]
 
 
@@ -159,9 +160,6 @@ def _flex_attention(
 
 @functools.cache
 def _compiled_flex() -> Callable[..., AttentionOutput]:
-    import torch._dynamo.config
-    import torch._inductor.config
-
     # Without fullgraph, a graph break would run unfused and materialize the matrix of scores.
     compiled = torch.compile(_flex_attention, dynamic=True, fullgraph=True)
 
@@ -169,10 +167,7 @@ def _compiled_flex() -> Callable[..., AttentionOutput]:
     def run(*arguments: Any) -> AttentionOutput:
         # By default a function is compiled at most eight times, and by a pool of processes on all cores, which takes
         # longer to start than this one kernel to compile.
-        with (
-            torch._dynamo.config.patch(recompile_limit=_MAX_COMPILATIONS),
-            torch._inductor.config.patch(compile_threads=1),
-        ):
+        with compiler_limits(_MAX_COMPILATIONS, num_processes=1):
             return compiled(*arguments)
 
     return run

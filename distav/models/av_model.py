@@ -13,6 +13,7 @@ from distav.config.errors import UserError
 from distav.config.model import ModelConfig, TowerConfig
 from distav.config.registry import Registry
 from distav.config.schema import DataConfig
+from distav.distributed.deepspeed_internals import full_shape
 from distav.models.event_parser import TokenSpec, build_parser
 from distav.models.heads import CategoryHead, Classifiers, Projection
 from distav.models.input_checks import check_audio, check_frames, check_seeds
@@ -180,8 +181,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         if not parameter.requires_grad:
             continue
         lr_group = "towers" if id(parameter) in tower_parameters else "heads"
-        # Decided by name and not by number of dimensions: with ZeRO-3, parameters here are empty vectors.
-        decays = name.endswith("weight") and len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        decays = name.endswith("weight") and len(full_shape(parameter)) > 1
         groups.setdefault((lr_group, *options.get(id(parameter), (1.0, 0)), decays), []).append(parameter)
     return [
         {

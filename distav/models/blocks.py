@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from distav.distributed.deepspeed_internals import full_shape
 from distav.distributed.rng import uniform
 from distav.models.layers import recomputation
 
@@ -40,8 +41,7 @@ def find_blocks(net: nn.Module) -> list[nn.Module]:
 
 
 def _num_parameters(module: nn.Module) -> int:
-    # With ZeRO-3, parameters are empty and have their number of elements as an attribute.
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
+    return sum(full_shape(parameter).numel() for parameter in module.parameters())
 
 
 def _is_unit(module: nn.Module) -> bool:

@@ -217,7 +217,7 @@ def _network_class(settings: Any) -> Any:
 
     if type(settings) is transformers.ClapAudioConfig:  # The only part that the table of transformers lacks.
         return transformers.ClapAudioModel
-    return transformers.AutoModel._model_mapping[type(settings)]
+    return transformers.MODEL_MAPPING[type(settings)]
 
 
 def _remove_randomness(values: dict[str, Any]) -> None:

@@ -82,9 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--clips", type=int, default=24, metavar="N", help=f"clips to show, at most {MAX_CLIPS} (%(default)s)")
     add("--frames", type=int, default=DEFAULT_FRAMES, metavar="N", help="frames per clip (%(default)s)")
     add("--seed", type=int, default=0, help="seed for selecting the clips (%(default)s)")
-    selection = command.add_mutually_exclusive_group()
-    selection.add_argument("--class", default="", dest="label", metavar="NAME", help="only clips of this class")
-    selection.add_argument("--keys", nargs="+", default=[], metavar="KEY", help="these clips, in this order")
+    add("--class", default="", dest="label", metavar="NAME", help="only clips of this class")
+    add("--keys", nargs="+", default=[], metavar="KEY", help="these clips, in this order")
     return parser
 
 
@@ -118,6 +117,8 @@ def _stats(options: argparse.Namespace) -> int:
 def _preview(options: argparse.Namespace) -> int:
     check_minimums(options, clips=1, seed=0, frames=1)
     check_parent_dirs(options, "out")
+    if options.label and options.keys:
+        raise UserError(f"--class={options.label} contradicts --keys, which selects the clips; remove one of them.")
     out = options.out or Path(f"{Path(options.root).resolve().name}-{options.split}.png")
     valid = preview(
         options.root, options.split, options.clips, options.seed, options.frames, options.label, options.keys, out

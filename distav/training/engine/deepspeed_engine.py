@@ -1,8 +1,7 @@
-"""DeepSpeed engine; the only package that imports DeepSpeed."""
+"""The DeepSpeed engine of a run."""
 
 import contextlib
 import importlib
-import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +13,10 @@ from distav.config.errors import UserError
 from distav.config.schema import Config, Device, Precision
 from distav.data.pipeline.loader import Batch
 from distav.data.pipeline.sampler import micro_batch_size
-from distav.distributed.process_group import World, collective_timeout
+from distav.distributed import deepspeed_internals
+from distav.distributed.deepspeed_internals import full_shape
+from distav.distributed.process_group import World
+from distav.distributed.torch_internals import group_timeout
 from distav.models.av_model import parameter_groups
 from distav.models.towers import Tower
 from distav.training.engine.sharded_state import export_sharded_state, load_sharded_state
@@ -121,17 +123,9 @@ class Engine:
         # The import takes seconds and selects the accelerator, so it must come after `_set_accelerator`.
         _set_accelerator(world.device, config.run.device)
         import deepspeed
-        from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-        from deepspeed.utils import logger
 
-        logger.setLevel(logging.WARNING)
-        if _AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # DeepSpeed compares exact types and warns about subclasses.
-            ZERO_SUPPORTED_OPTIMIZERS.append(_AdamW)
-        # This op serves inference only; building it needs a compiler and takes half a minute.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed_internals.prepare(_AdamW)
         self.config = deepspeed_config(config, world)
-        from distav.training.engine.zero_optimizer import batch_operations
-
         deepspeed.init_distributed(dist_init_required=False)
         self.stage = int(self.config["zero_optimization"]["stage"])
         torch.manual_seed(config.run.seed)
@@ -155,20 +149,18 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=self._adamw, config=self.config, dist_init_required=False
         )
-        batch_operations(self._optimizer)
-        # DeepSpeed creates its own process group with a timeout of half an hour.
-        self._engine.data_parallel_group.set_timeout(collective_timeout())
+        deepspeed_internals.batch_operations(self._engine)
+        deepspeed_internals.set_collective_timeout(self._engine, group_timeout())
 
     @staticmethod
     def release_groups() -> None:
         """Forget the process groups of DeepSpeed, so that another run of this process creates its own."""
-        groups: Any = importlib.import_module("deepspeed.utils.groups")
-        groups._release_process_group_references()
+        deepspeed_internals.release_groups()
 
     @property
     def num_parameters(self) -> int:
         """Number of parameters of the network, on all ranks together."""
-        return sum(getattr(weight, "ds_numel", weight.numel()) for weight in self.model.parameters())
+        return sum(full_shape(weight).numel() for weight in self.model.parameters())
 
     @property
     def model(self) -> nn.Module:
@@ -204,8 +196,7 @@ class Engine:
         self._adamw.skips = norm is not None and not bool(torch.isfinite(norm))
         self._engine.step()
         if complete and self.stage == 3:
-            # Otherwise parameters without a gradient in the next step keep that of the last one.
-            self._optimizer.grad_partitions_flat_buffer.zero_()
+            deepspeed_internals.clear_gradients(self._engine)
         self.skipped = complete and (self._adamw.skips or not self._engine.was_step_applied())
         norm = self._engine.get_global_grad_norm() if norm is None else norm
         return torch.as_tensor(float("nan") if norm is None else norm)

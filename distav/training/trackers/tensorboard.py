@@ -4,6 +4,7 @@ import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class TensorBoard(Tracker):
         from torch.utils.tensorboard.summary import hparams
 
         # SummaryWriter.add_hparams would write them as a run of its own.
-        file_writer = self._writer._get_file_writer()
+        file_writer: Any = self._writer.file_writer
         for summary in hparams(dict(settings), dict(metrics)):
             file_writer.add_summary(summary)
 

@@ -82,7 +82,7 @@ def test_image_is_that_of_the_kubernetes_job():
 def test_python_of_the_base_image_is_supported_and_extras_exist():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (base,) = values("FROM")
-    assert re.fullmatch(r"python:3\.12-slim-\w+", base) and project["requires-python"] == ">=3.11,<3.13"
+    assert re.fullmatch(r"python:3\.12-slim-\w+", base) and project["requires-python"] == ">=3.11,<3.14"
     installs = " ".join(values("RUN"))
     extras = re.findall(r"\['optional-dependencies'\]\['(\w+)'\]", installs)
     assert extras == ["remote"] and set(extras) <= set(project["optional-dependencies"])

@@ -3,6 +3,7 @@
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import av
 import av.error
@@ -31,6 +32,8 @@ _OPTIONS = {
     "format_whitelist": ",".join(sorted(av.formats_available - _REFERRING_FORMATS)),
     "protocol_whitelist": "file",
 }
+_TEXT_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+"""Options for texts that are not UTF-8; since version 19, PyAV replaces their characters without being told to."""
 _PLAYLIST_HEADS = (b"#EXTM3U", b"ffconcat", b"[playlist]")
 _LEAST_PLACEHOLDER = 0x7FFFF000
 """Smallest of the sizes, besides 0, that RIFF files have in their header if they were written to a pipe."""
@@ -52,7 +55,7 @@ def open_container(path: Path) -> InputContainer:
         head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(_PLAYLIST_HEADS):
         raise RejectedClip("not a video: the file is a playlist of other files")
-    return av.open(os.path.abspath(path), metadata_errors="replace", container_options=_OPTIONS)
+    return av.open(os.path.abspath(path), container_options=_OPTIONS, **_TEXT_OPTIONS)
 
 
 def choose_stream(container: InputContainer, kind: str) -> VideoStream | AudioStream | None:
