@@ -35,9 +35,9 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     if get_world_size() == 1:
         return rows
     record_collective("all_gather")
-    parts = [torch.empty_like(rows) for _ in range(get_world_size())]
-    dist.all_gather(parts, rows)
-    return torch.cat(parts)
+    gathered = rows.new_empty(get_world_size() * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows)  # With a list of tensors, NCCL launches a copy for each rank.
+    return gathered
 
 
 def all_gather_variable_rows(rows: Tensor) -> Tensor:
@@ -143,6 +143,33 @@ def all_gather_rows_with_grad(rows: Tensor) -> Tensor:
 def any_across_ranks(flag: bool) -> bool:
     """Return whether the flag is set on any rank; the result is the same on all ranks."""
     return bool(all_reduce_max_(torch.tensor([float(flag)])).item())
+
+
+class DelayedVote:
+    """Ranks agree on a flag while they do something else: every call returns whether it was set at the previous one.
+
+    The time of a reduction of CPU tensors is proportional to the number of ranks; no rank waits for it here.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        """Return whether the flag was set on any rank at the previous call, the same on all ranks.
+
+        A single process returns the flag itself. The first call of several ranks returns False.
+        """
+        if get_world_size() == 1:
+            return flag
+        record_collective("all_reduce max")
+        votes = torch.tensor([float(flag)])
+        work = dist.all_reduce(votes, op=dist.ReduceOp.MAX, async_op=True)
+        assert work is not None
+        previous, self._pending = self._pending, (work, votes)
+        if previous is None:
+            return False
+        previous[0].wait()
+        return bool(previous[1].item())
 
 
 def broadcast(value: Any, source: int = 0) -> Any:

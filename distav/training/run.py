@@ -15,7 +15,7 @@ from distav.data.dataset import Split
 from distav.data.pipeline.class_balance import ClassBalance
 from distav.data.pipeline.loader import Batch, Loader, Quarantine
 from distav.data.pipeline.sampler import PADDING, GlobalBatchSampler, Ids, micro_batch_size
-from distav.distributed.collectives import all_gather_objects, any_across_ranks
+from distav.distributed.collectives import DelayedVote, all_gather_objects
 from distav.distributed.process_group import World
 from distav.distributed.signals import Interrupted, ShutdownRequest
 from distav.evaluation.inference import iter_outputs
@@ -58,6 +58,7 @@ class Run:
     progress: Progress
     state: RunState
     _phase_started: float = field(default_factory=time.monotonic)
+    _stop_vote: DelayedVote = field(default_factory=DelayedVote)
 
     @property
     def micro_batch(self) -> int:
@@ -164,10 +165,12 @@ class Run:
     def stop_if_requested(self) -> None:
         """Save a checkpoint and end the run on all ranks if a signal requested it on any rank.
 
+        With several ranks, the run ends one call after the signal.
+
         Raises:
             Interrupted: after the checkpoint is on disk.
         """
-        if any_across_ranks(self.shutdown.requested):
+        if self._stop_vote(self.shutdown.requested):
             self.save()
             self.finish_saving()
             self.finish_uploading()

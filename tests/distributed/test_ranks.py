@@ -8,6 +8,7 @@ from torch import Tensor
 from distav.config.model import AudioConfig, ModelConfig, VisualConfig
 from distav.config.schema import DataConfig
 from distav.distributed.collectives import (
+    DelayedVote,
     all_gather_rows,
     all_gather_variable_rows,
     all_reduce_sum,
@@ -218,6 +219,47 @@ def test_global_batch_norm_equals_that_of_one_rank():
     expected = sharded_batch_norm()
     for results in on_ranks(2, sharded_batch_norm):
         torch.testing.assert_close(tuple(results), expected, rtol=1e-4, atol=1e-5)
+
+
+def moments_of_large_values() -> tuple[Tensor, Tensor]:
+    layer = GlobalBatchNorm(2, momentum=1.0).train()
+    layer(local_batch(30 + 0.1 * torch.randn(12, 2, 50, generator=torch.Generator().manual_seed(3))))
+    return layer.running_mean, layer.running_var
+
+
+def test_moments_of_large_values_with_a_small_variance_do_not_depend_on_the_number_of_ranks():
+    expected = moments_of_large_values()
+    assert 0.005 < float(expected[1].min()) < float(expected[1].max()) < 0.02
+    for results in on_ranks(3, moments_of_large_values):
+        torch.testing.assert_close(tuple(results), expected, rtol=1e-6, atol=0)
+
+
+def gathered_by_type() -> list[Tensor]:
+    rank = get_rank()
+    rows = [torch.full((2, 3), rank + 0.5), torch.tensor([rank > 0]), torch.tensor([[2**40 + rank]])]
+    rows += [torch.full((2, 2), rank, dtype=torch.uint8).T, torch.zeros(0, 4), torch.full((3,), 0.1).bfloat16()]
+    return [all_gather_rows(part) for part in rows]
+
+
+def test_rows_of_every_type_and_shape_are_gathered_in_rank_order():
+    for results in on_ranks(2, gathered_by_type):
+        assert [tuple(part.shape) for part in results] == [(4, 3), (2,), (2, 1), (4, 2), (0, 4), (6,)]
+        assert results[0][:, 0].tolist() == [0.5, 0.5, 1.5, 1.5] and results[1].tolist() == [False, True]
+        assert results[2].flatten().tolist() == [2**40, 2**40 + 1] and results[3][:, 1].tolist() == [0, 0, 1, 1]
+        assert results[5].dtype == torch.bfloat16
+
+
+def delayed_votes() -> list[bool]:
+    vote = DelayedVote()
+    outcomes = [vote(get_rank() == step == 1) for step in range(4)]
+    all_reduce_sum_(torch.zeros(1))  # A vote that is pending does not disturb other collectives.
+    return outcomes
+
+
+def test_ranks_learn_of_a_flag_at_the_call_after_it_was_set():
+    assert on_ranks(2, delayed_votes) == [[False, False, True, False]] * 2
+    vote = DelayedVote()
+    assert [vote(False), vote(True)] == [False, True]
 
 
 def bank_with_few_rows(num_rows: int) -> list[Tensor]:

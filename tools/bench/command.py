@@ -11,6 +11,7 @@ from distav.config.errors import UserError
 from distav.data.preparation.encoding import CODECS
 from tools.bench import studies
 from tools.bench.coverage import command as coverage
+from tools.bench.scaling import command as scaling
 from tools.bench.timing import Results, Setting, add_rounds_and_json, add_timing_options, setting_of
 
 _EPILOG = """Candidates are timed alternately in one process with the same number of threads; ratios are medians over
@@ -28,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command in studies.COMMANDS:
             studies.COMMANDS[options.command](options)
             return 0
-        if options.command == "coverage":
-            return coverage.execute(options)
+        if options.command in ("coverage", "scaling"):
+            return {"coverage": coverage, "scaling": scaling}[options.command].execute(options)
         results = _measure(options)
     except UserError as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -85,12 +86,6 @@ def _step(setting: Setting, options: argparse.Namespace) -> Results:
     return training_step.run(setting, options.towers, options.batch, options.clips, options.overrides)
 
 
-def _scaling(setting: Setting, options: argparse.Namespace) -> Results:
-    from tools.bench import scaling
-
-    return scaling.run(setting, options.batch, options.dim)
-
-
 def _busy(setting: Setting, options: argparse.Namespace) -> Results:
     from tools.bench import busy_machine
 
@@ -119,7 +114,6 @@ _TIMED = {
     "step": (_step, "training step", {"clips": 384}),
     "busy": (_busy, "training beside processes that occupy the cores", {"clips": 480, "epochs": 4}),
     "storage": (_storage, "reading from an object store, with s3fs and with obstore", {"samples": 2000}),
-    "scaling": (_scaling, "cost for growing memory bank, batch and number of ranks", {"batch": 1024, "dim": 128}),
 }
 """Timing benchmarks: function, help, and integer options with their defaults."""
 _THREADS = {"loader": 2}
@@ -161,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         else:
             add_timing_options(command, _THREADS.get(name, 1))
     coverage.add_command(commands)
+    scaling.add_command(commands)
     studies.add_commands(commands)
     return parser
 

@@ -11,6 +11,7 @@ from tools.bench import event_parsing
 from tools.bench.coverage import summary
 from tools.bench.noise import tables
 from tools.bench.noise.results import over_seeds
+from tools.bench.scaling import report as scaling
 
 ORDER = ("bank", "bank-2-threads", "neighbors", "neighbors-2-threads", "shards", "loader", "step")
 """Order of the timing benchmarks in the table; further ones follow by name."""
@@ -146,6 +147,19 @@ def storage_section(results: Path) -> str:
     return "\n\n".join(["", _machines(("storage", stored["machine"])), legend, storage.table(stored), ""])[1:]
 
 
+def scaling_section(results: Path) -> str:
+    """Return the tables of the scaling benchmark."""
+    if not (results / "scaling.json").exists():
+        return "\nNo results are stored.\n\n"
+    stored = json.loads((results / "scaling.json").read_text())
+    machines = _machines(*((part, stored[part]["machine"]) for part in ("steps", "costs") if part in stored))
+    return "\n\n".join(["", machines, scaling.section(stored), ""])[1:]
+
+
+TABLES_OF_THEIR_OWN = ("noise", "natural", "parsing", "audit", "coverage", "towers", "correction", "scaling")
+"""Files of results that are not a list of figures and ratios."""
+
+
 def timing_section(results: Path) -> str:
     """Return the tables of the timing benchmarks.
 
@@ -155,17 +169,15 @@ def timing_section(results: Path) -> str:
     runs = {
         path.stem: json.loads(path.read_text())
         for path in sorted(results.glob("*.json"))
-        if path.stem not in ("noise", "natural", "parsing", "audit", "coverage", "towers", "correction")
+        if path.stem not in TABLES_OF_THEIR_OWN
     }
     if not runs:
         raise UserError(f"--results={results}: no JSON files; create them with bench.py NAME --json FILE.")
     machines = _machines(*((name, run["machine"]) for name, run in runs.items()))
     lines = ["", machines, "", "| measurement | ratio | threshold |", "|---|---|---|"]
-    for name in [*ORDER, *sorted(set(runs) - set(ORDER) - {"scaling"})]:
+    for name in [*ORDER, *sorted(set(runs) - set(ORDER))]:
         if name in runs:
             lines += _ratio_rows(name, runs[name])
-    if "scaling" in runs:
-        lines += ["", *_scaling(runs["scaling"])]
     return "\n".join(lines) + "\n\n"
 
 
@@ -189,35 +201,6 @@ def _ratio_rows(name: str, run: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _scaling(run: dict[str, Any]) -> list[str]:
-    figures, ratios = run["figures"], run["ratios"]
-    lines = [
-        "The loss takes 8 B N D operations on all ranks together, and the memory bank holds 2 N D numbers. A step "
-        "sends (W - 1) B (16 D + 20) bytes for queries and partial softmaxes and 8 D B (W - 1) / W bytes for "
-        "fetched bank rows, independent of N. The nearest-neighbor search takes 2 N^2 D operations and sends "
-        "N D (W - 1) numbers in the ring exchange.",
-        "",
-        "| point | measured | measured / formula |",
-        "|---|---|---|",
-    ]
-    for name, figure in figures.items():
-        if not name.startswith(("plan", "rate")):
-            prefix = name.replace(" per step", " /") if "bytes" in name else name
-            value = next((ratio["value"] for title, ratio in ratios.items() if title.startswith(prefix)), None)
-            relative = "" if value is None else _number(value)
-            lines.append(f"| {name} | {_number(figure['value'])} {figure['unit']} | {relative} |")
-    lines += [
-        "",
-        "Calculated, not measured: 1,024 GPUs, 10^8 clips, 64 clips per GPU and step, D = 128, sharded bank.",
-        "",
-    ]
-    lines += ["| quantity | value |", "|---|---|"]
-    for name, figure in figures.items():
-        if name.startswith("plan: "):
-            lines.append(f"| {name.removeprefix('plan: ')} | {_number(figure['value'])} {figure['unit']} |")
-    return lines
-
-
 def _number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
@@ -232,5 +215,6 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "towers": towers_section,
     "storage": storage_section,
     "correction": correction_section,
+    "scaling": scaling_section,
 }
 """Functions that generate the sections, by the name in their markers."""

@@ -1,4 +1,4 @@
-"""The fused path of the global batch normalization, with CPU implementations of its five CUDA operators.
+"""The fused path of the global batch normalization, with CPU implementations of its four CUDA operators.
 
 The implementations check the arguments: they reject types and layouts that the kernels reject or compute wrongly.
 """
@@ -35,18 +35,6 @@ def stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return mean, (var + eps).rsqrt()
 
 
-def gather_stats(
-    x: Tensor, means: Tensor, invstds: Tensor, running_mean: None, running_var: None, momentum: float, eps: float,
-    counts: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    assert means.dtype == invstds.dtype == FLOAT and counts.dtype == x.dtype and running_mean is running_var is None
-    assert counts.sum() < 2**31
-    fraction = (counts / counts.sum())[:, None]
-    mean = (fraction * means).sum(0)
-    var = (fraction * (invstds**-2 - eps + (means - mean) ** 2)).sum(0)
-    return mean, (var + eps).rsqrt()
-
-
 def elemt(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
     assert weight.dtype == bias.dtype and weight.dtype in (x.dtype, FLOAT) and mean.dtype == invstd.dtype == FLOAT
     scaled = (x.float() - _broadcast(mean, x)) * _broadcast(weight.float() * invstd, x)
@@ -78,7 +66,6 @@ def backward_elemt(
 
 OPERATORS = {
     "batch_norm_stats": stats,
-    "batch_norm_gather_stats_with_counts": gather_stats,
     "batch_norm_elemt": elemt,
     "batch_norm_backward_reduce": backward_reduce,
     "batch_norm_backward_elemt": backward_elemt,
