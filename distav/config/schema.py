@@ -100,7 +100,7 @@ class DataConfig:
     cache: FilePath = ""
     """Local cache directory for a dataset at a URL, shared by ranks and runs; empty for ~/.cache/distav."""
     cache_mib: int = field(default=10240, metadata=at_least(0))
-    """Maximum size of the cache in MiB; 0 disables it."""
+    """Maximum size of the cache in MiB, best that of two shuffle blocks; 0: no cache, one request per sample."""
     train_split: str = "train"
     """Training split."""
     test_split: str = "test"

@@ -32,7 +32,7 @@ from distav.data.storage.errors import (
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "https": "aiohttp", "http": "aiohttp"}
 """Supported URL protocols, and the package that reads each."""
 CONNECTIONS = 16
-"""Concurrent requests of a process."""
+"""Concurrent requests of a process for samples."""
 MAX_ATTEMPTS = 6
 RETRY_WAIT_S = 0.5
 """Wait before the second attempt; it doubles from attempt to attempt, with a random factor of 0.5 to 1.5."""

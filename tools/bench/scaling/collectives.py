@@ -7,6 +7,7 @@ import copy
 import math
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 
 import torch
 
@@ -157,8 +158,7 @@ def _normalizations(
     channels: list[int] = []
     for module in model.modules():
         if isinstance(module, GlobalBatchNorm) and module.uses_batch:
-            size = len(module.weight)
-            module.register_forward_pre_hook(lambda _norm, _inputs, size=size: channels.append(size))
+            module.register_forward_pre_hook(partial(_append_size, channels, len(module.weight)))
     size, clips = data.frame_size, 2
     media = {
         "frames": torch.zeros(clips, data.num_frames, size, size, 3, dtype=torch.uint8, device="meta"),
@@ -251,3 +251,7 @@ def _padded(numbers: int, multiple: int) -> int:
 def sent_bytes(collectives: list[Collective], world_size: int) -> float:
     """Return the bytes that a rank sends in a step, if all collectives use rings or pairwise exchanges."""
     return sum(item.count * wire_bytes(item.kind, item.num_bytes, world_size) for item in collectives)
+
+
+def _append_size(sizes: list[int], size: int, *_: object) -> None:
+    sizes.append(size)

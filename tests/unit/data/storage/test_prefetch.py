@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from distav.config import loading
+from distav.config.schema import DataConfig
 from distav.data.data_module import DataModule
 from distav.data.dataset import ShardedDataset, Split
+from distav.data.pipeline.loader import Loader
 from distav.data.pipeline.reader import ShardReader
 from distav.data.pipeline.sampler import PADDING, permutation
 from distav.data.storage import object_store, parts
@@ -99,12 +102,10 @@ def test_few_samples_of_a_shard_are_requested_alone(site: Web, tiny_shards: Path
     samples = read_batches(split, [ids[:3], ids[3:]])
     assert samples == {sample: expected[sample] for sample in (3, 41, 90)}
     assert len(site.shard_requests()) == 3
-    # The same ids in so many epochs that most of each part is planned.
-    site.requests.clear()
-    shutil.rmtree(tmp_path / "cache")
-    split = open_split(site, tmp_path)
-    rest = [np.arange(start, 96, 8) for start in range(8)]
-    assert read_batches(split, rest) == expected and len(site.shard_requests()) == 3
+    # An eighth of each part per epoch, but all of it in eight epochs: more than the next block is planned.
+    split = open_split(site, tmp_path / "epochs")
+    eighths = [np.arange(start, 96, 8) for start in range(8)]
+    assert read_batches(split, eighths, block_shards=1) == expected and len(site.shard_requests()) == 3
 
 
 def test_ranks_of_a_machine_plan_together(site: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -176,6 +177,28 @@ def test_samples_of_a_part_that_cannot_be_downloaded_are_requested_alone(
     site.largest_range = (site.folder / "train-000002.tar").stat().st_size
     assert read_batches(split, shuffled(split, 0)) == local_samples(tiny_shards)
     assert len(site.shard_requests()) == 3 + split.shard_sizes[0] + split.shard_sizes[1]
+
+
+def test_repeated_samples_are_read_from_one_download(site: Web, tiny_shards: Path, tmp_path: Path):
+    split = open_split(site, tmp_path)
+    draws = np.random.default_rng(0).permutation(np.repeat(np.arange(96), 2))
+    assert read_batches(split, np.array_split(draws, 20)) == local_samples(tiny_shards)
+    assert sorted(site.shard_requests()) == part_ranges(site)
+
+
+def test_sample_that_is_corrupt_in_the_store_is_quarantined(site: Web, tmp_path: Path):
+    split = open_split(site, tmp_path)
+    offset, size = (int(split.columns[f"video_{column}"][3]) for column in ("offset", "bytes"))
+    with open(site.folder / "train-000000.tar", "r+b") as file:
+        file.seek(offset + size // 2)
+        file.write(b"\x00\xff")
+    data = DataConfig(num_frames=3, frame_stride=2, frame_size=24, audio_s=0.5)
+    loader = Loader(split, data, None, 0, 8, torch.device("cpu"))
+    batches = list(loader.batches((ids, 0) for ids in shuffled(split, 0)))
+    loader.close()
+    assert sum(int(batch.valid.sum()) for batch in batches) == 95
+    assert loader.quarantine.reasons == {3: "video altered in train-000000.tar: CRC-32 differs"}
+    assert len(site.shard_requests()) == len(part_ranges(site)) + 1  # The sample was requested again, its part was not.
 
 
 def test_corrupt_parts_are_downloaded_again(site: Web, tiny_shards: Path, tmp_path: Path):
