@@ -56,7 +56,7 @@ RUN_SMALL = ("tools/make_shards.py videos", "tools/make_shards.py csv", "tools/i
 """What `test_tools_run_as_the_readmes_say` runs."""
 
 
-CHECKS = ("pip", "pytest", "ruff", "pyright", "lint-imports")
+CHECKS = ("pip", "uv", "pytest", "ruff", "pyright", "lint-imports")
 
 
 def _words(command: str) -> list[str]:

@@ -20,7 +20,8 @@ set_rank_variables()
 with process_group("cpu", 30.0) as world:
     total = torch.tensor(1 + world.rank)
     dist.all_reduce(total)
-    print(f"rank {world.rank} of {world.world_size}, local {world.local_rank}, sum {int(total)}", flush=True)
+    line = f"rank {world.rank} of {world.world_size}, local {world.local_rank}, sum {int(total)}\\n"
+    print(line, end="", flush=True)  # one write, since both ranks write to the same pipe
 """
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TWO_NODES = {
