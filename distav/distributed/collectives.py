@@ -79,7 +79,7 @@ def all_to_all_rows(
     rows = rows.detach().contiguous()
     num_received = sum(receive_counts) if receive_counts is not None else len(rows)
     received = rows.new_empty(num_received, *rows.shape[1:])
-    dist.all_to_all_single(received, rows, receive_counts and list(receive_counts), send_counts and list(send_counts))
+    dist.all_to_all_single(received, rows, *(None if n is None else list(n) for n in (receive_counts, send_counts)))
     return received
 
 

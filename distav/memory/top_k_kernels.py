@@ -37,7 +37,7 @@ def _append_passing(
         column, score = first + start + tl.arange(0, COLUMNS), next_score
         next_score = tl.load(scores + column + COLUMNS, mask=column + COLUMNS < width, other=-float("inf"))
         passes = score.to(tl.float32) >= lowest
-        if tl.max(passes.to(tl.int32), axis=0) > 0:
+        if tl.max(passes.to(tl.int32), axis=0) > 0:  # pyright: ignore[reportOperatorIssue]
             slot = tl.atomic_add(num_passed + row + tl.zeros_like(column), 1, mask=passes, sem="relaxed")
             bits = score.to(tl.int16, bitcast=True).to(tl.int64)
             ordered = tl.where(bits < 0, -0x8000 - bits, bits)

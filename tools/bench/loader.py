@@ -228,6 +228,6 @@ class _Decode:
 
     @staticmethod
     def _decode_torchcodec(video: bytes, numbers: list[int]) -> Tensor:
-        from torchcodec.decoders import VideoDecoder
+        from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportPrivateImportUsage]
 
         return VideoDecoder(video, num_ffmpeg_threads=1).get_frames_at(numbers).data
