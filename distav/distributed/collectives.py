@@ -79,7 +79,8 @@ def all_to_all_rows(
     rows = rows.detach().contiguous()
     num_received = sum(receive_counts) if receive_counts is not None else len(rows)
     received = rows.new_empty(num_received, *rows.shape[1:])
-    dist.all_to_all_single(received, rows, *(None if n is None else list(n) for n in (receive_counts, send_counts)))
+    received_sizes, sent_sizes = (None if n is None else list(n) for n in (receive_counts, send_counts))
+    dist.all_to_all_single(received, rows, received_sizes, sent_sizes)
     return received
 
 
@@ -143,33 +144,6 @@ def all_gather_rows_with_grad(rows: Tensor) -> Tensor:
 def any_across_ranks(flag: bool) -> bool:
     """Return whether the flag is set on any rank; the result is the same on all ranks."""
     return bool(all_reduce_max_(torch.tensor([float(flag)])).item())
-
-
-class DelayedVote:
-    """Ranks agree on a flag while they do something else: every call returns whether it was set at the previous one.
-
-    The time of a reduction of CPU tensors is proportional to the number of ranks; no rank waits for it here.
-    """
-
-    def __init__(self) -> None:
-        self._pending: tuple[dist.Work, Tensor] | None = None
-
-    def __call__(self, flag: bool) -> bool:
-        """Return whether the flag was set on any rank at the previous call, the same on all ranks.
-
-        A single process returns the flag itself. The first call of several ranks returns False.
-        """
-        if get_world_size() == 1:
-            return flag
-        record_collective("all_reduce max")
-        votes = torch.tensor([float(flag)])
-        work = dist.all_reduce(votes, op=dist.ReduceOp.MAX, async_op=True)
-        assert work is not None
-        previous, self._pending = self._pending, (work, votes)
-        if previous is None:
-            return False
-        previous[0].wait()
-        return bool(previous[1].item())
 
 
 def broadcast(value: Any, source: int = 0) -> Any:

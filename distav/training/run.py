@@ -15,7 +15,8 @@ from distav.data.dataset import Split
 from distav.data.pipeline.class_balance import ClassBalance
 from distav.data.pipeline.loader import Batch, Loader, Quarantine
 from distav.data.pipeline.sampler import PADDING, GlobalBatchSampler, Ids, micro_batch_size
-from distav.distributed.collectives import DelayedVote, all_gather_objects
+from distav.distributed.collectives import all_gather_objects
+from distav.distributed.delayed_vote import DelayedVote
 from distav.distributed.process_group import World
 from distav.distributed.signals import Interrupted, ShutdownRequest
 from distav.evaluation.inference import iter_outputs

@@ -8,7 +8,6 @@ from torch import Tensor
 from distav.config.model import AudioConfig, ModelConfig, VisualConfig
 from distav.config.schema import DataConfig
 from distav.distributed.collectives import (
-    DelayedVote,
     all_gather_rows,
     all_gather_variable_rows,
     all_reduce_sum,
@@ -18,6 +17,7 @@ from distav.distributed.collectives import (
     local_batch,
     shard_range,
 )
+from distav.distributed.delayed_vote import DelayedVote
 from distav.evaluation.metrics import retrieval
 from distav.losses.active_complementary import active_complementary_loss
 from distav.losses.category_contrast import category_agreement, category_loss

@@ -14,7 +14,7 @@ import distav
 from distav.config import loading
 from distav.data.annotations.events import events_table
 from distav.data.dataset import ShardedDataset
-from distav.distributed.collectives import DelayedVote
+from distav.distributed.delayed_vote import DelayedVote
 from distav.distributed.process_group import World
 from distav.training.engine.deepspeed_engine import Engine, _AdamW
 from distav.training.phases.registry import phase_function
