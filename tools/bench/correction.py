@@ -244,11 +244,14 @@ def _estimate(true: float, estimate: Sequence[float]) -> str:
 
 
 def scaling_table(results: dict[str, Any]) -> str:
-    """Return the fitted exponents, and the CPU time of several ranks relative to one process, as a Markdown table."""
+    """Return the fitted exponents, and the CPU time of several ranks relative to one process, as a Markdown table.
+
+    It is empty if the results have neither several sizes nor several ranks.
+    """
     series: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in results["rows"]:
         series.setdefault((row["search"], row["probes"], row["ranks"], row["threads"], row["classes"]), []).append(row)
-    lines = ["| measurement | value | threshold |", "|---|---|---|"]
+    lines: list[str] = []
     for (search, _, ranks, _, _), rows in series.items():
         sizes = [row["samples"] for row in rows]
         if len(sizes) < 2:
@@ -273,4 +276,4 @@ def scaling_table(results: dict[str, Any]) -> str:
             outcome = "passed" if ratio <= MAX_CPU_RATIO else "**FAILED**"
             title = f"{row['search']}, {row['samples']:,} samples: CPU time of {row['ranks']} ranks / of one process"
             lines.append(f"| {title} | {ratio:.2f} | <= {MAX_CPU_RATIO}, {outcome} |")
-    return "\n".join(lines)
+    return "\n".join(["| measurement | value | threshold |", "|---|---|---|", *lines]) if lines else ""

@@ -112,7 +112,7 @@ def correction_section(results: Path) -> str:
         return "\nNo results are stored.\n\n"
     stored = json.loads((results / "correction.json").read_text())
     machines = _machines(("correction", stored["machine"]))
-    tables = correction.scaling_table(stored), correction.table(stored)
+    tables = filter(None, (correction.scaling_table(stored), correction.table(stored)))
     return "\n\n".join(["", machines, *tables, ""])[1:]
 
 
