@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_run_directory_contents(finished: tuple[Path, str], tiny_shards: Path):
     )
     assert "input/audio_0" in tags["audio"]
     assert len(list((run / "checkpoints").glob("step-*"))) == 2
-    assert json.loads((run / "environment.json").read_text())["versions"]["torch"].startswith("2.11")
+    assert json.loads((run / "environment.json").read_text())["versions"]["torch"] == version("torch")
 
 
 def test_projector_shows_the_labels_of_the_correction(finished: tuple[Path, str]):
