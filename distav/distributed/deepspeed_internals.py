@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 else:
     _ZeroOptimizer = object
 
-_GROUPS = ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_TENSOR_MODEL_PARALLEL_GROUP", "_MODEL_PARALLEL_GROUP")
-_GROUPS += ("_DATA_PARALLEL_GROUP",)
-"""Process groups that DeepSpeed keeps in its module `groups`."""
-
 
 def full_shape(parameter: Tensor) -> torch.Size:
     """Return the shape of a parameter; one that ZeRO-3 has partitioned appears empty."""
@@ -53,11 +49,7 @@ def prepare(optimizer_class: type) -> None:
 def release_groups() -> None:
     """Forget the process groups of DeepSpeed, so that another run of this process creates its own."""
     groups: Any = importlib.import_module("deepspeed.utils.groups")
-    if hasattr(groups, "_release_process_group_references"):  # since DeepSpeed 0.19.8
-        groups._release_process_group_references()
-        return
-    for name in _GROUPS:
-        setattr(groups, name, None)
+    groups._release_process_group_references()
 
 
 def set_collective_timeout(engine: Any, timeout: timedelta) -> None:
@@ -210,7 +202,7 @@ class _BatchedOperations(_ZeroOptimizer):
 
     def check_overflow(self, partition_gradients: bool = True) -> None:
         """Leave the check to the norm, which is not finite if any gradient is not finite; `step` checks it."""
-        if not getattr(self, "compute_grad_norm", True):  # since DeepSpeed 0.19.7
+        if not self.compute_grad_norm:
             super().check_overflow(partition_gradients)
 
     def get_grad_norm_direct(self, gradients: list[Tensor], params: list[nn.Parameter], norm_type: float = 2) -> Tensor:
