@@ -168,7 +168,7 @@ def _correction(options: argparse.Namespace) -> None:
         for samples in options.samples
     ]
     results = correction.run(cases, options.json)
-    print(correction.scaling_table(results))
+    print(from_markdown("\n\n".join(filter(None, (correction.table(results), correction.scaling_table(results))))))
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
