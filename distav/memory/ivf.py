@@ -16,7 +16,7 @@ from torch import Tensor
 from distav.distributed.collectives import all_gather_variable_rows, compute_on_main_rank, local_shard
 from distav.memory.key_shard import KeyShard, Tiling
 from distav.memory.kmeans import fit_centroids, nearest_centroids
-from distav.memory.neighbor_search import GATHER_BELOW_BYTES, NeighborSearch, key_shards
+from distav.memory.neighbor_search import GATHER_BELOW_BYTES, SearchState, key_shards
 from distav.memory.packing import EMPTY, unpack
 
 LISTS_PER_ROOT = 4
@@ -79,7 +79,7 @@ def packed_approximate_neighbors(
     for name, value in (("num_probes", num_probes), ("num_lists", num_lists)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}; allowed: 1 or more")
-    search = NeighborSearch.start(features, k, groups, valid, queries, tiling)
+    search = SearchState.start(features, k, groups, valid, queries, tiling)
     num_valid = int(valid.sum())
     if not num_valid:
         return search.best

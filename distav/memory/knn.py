@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distav.memory.key_shard import KeyShard, Tiling
-from distav.memory.neighbor_search import GATHER_BELOW_BYTES, NeighborSearch, key_shards
+from distav.memory.neighbor_search import GATHER_BELOW_BYTES, SearchState, key_shards
 from distav.memory.packing import unpack
 
 
@@ -59,7 +59,7 @@ def packed_neighbors(
     gather_below_bytes: int = GATHER_BELOW_BYTES,
 ) -> Tensor:
     """Return the result of `nearest_neighbors` in 8 bytes per neighbor, see `distav.memory.packing`: [q, k] int64."""
-    search = NeighborSearch.start(features, k, groups, valid, queries, tiling)
+    search = SearchState.start(features, k, groups, valid, queries, tiling)
     rows, first = torch.arange(len(search.index), device=features.device), True
     with search.workers() as map_parts:
         for first_id, keys in key_shards(search.features, len(groups), gather_below_bytes):

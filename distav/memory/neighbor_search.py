@@ -33,7 +33,7 @@ _MAX_LISTED_IDS = 5
 
 
 @dataclass(frozen=True)
-class NeighborSearch:
+class SearchState:
     """State of a search.
 
     Attributes:
@@ -61,7 +61,7 @@ class NeighborSearch:
     @staticmethod
     def start(
         features: Tensor, k: int, groups: Tensor, valid: Tensor, queries: Tensor | None, tiling: Tiling | None
-    ) -> "NeighborSearch":
+    ) -> "SearchState":
         """Return a search without results; see `distav.memory.knn.nearest_neighbors` for arguments and errors."""
         num_samples, device = len(groups), features.device
         own = shard_range(num_samples)
@@ -75,7 +75,7 @@ class NeighborSearch:
             raise ValueError(f"queries must be ids of this rank, {own.start} to {own.stop - 1}")
         sorted_groups, order = groups.sort(stable=True)
         best = torch.full((len(index), k), EMPTY, device=device)
-        return NeighborSearch(
+        return SearchState(
             features,
             index,
             groups[own.start + index],

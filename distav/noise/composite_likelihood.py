@@ -116,10 +116,8 @@ class CompositeLikelihood:
         likelihoods = self._likelihoods(parameters, evidence.label_probs)
         visual, audio, fused, *of_owner = likelihoods.unbind(1)
         owner_if_visual, owner_if_audio = of_owner or (visual, audio)
-        matched, owner = (
-            match_probability(parameters.mismatch, evidence.ratios, self.votes.paired),
-            parameters.visual_owner,
-        )
+        matched = match_probability(parameters.mismatch, evidence.ratios, self.votes.paired)
+        owner = parameters.visual_owner
         mismatched = owner * owner_if_visual + (1 - owner) * owner_if_audio
         total = (matched * fused + (1 - matched) * mismatched).clamp_min(1e-12).log()
         for role, known in enumerate((visual, audio)):

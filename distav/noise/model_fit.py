@@ -16,7 +16,7 @@ from torch import Tensor
 from distav.distributed.collectives import all_reduce_sum_
 from distav.noise.composite_likelihood import CompositeLikelihood, Evidence
 from distav.noise.model_parameters import LabelNoise, Parameters, at_rates, join_parameters, with_rows
-from distav.noise.noise_rate import INTERVAL_SLOPE, temperature
+from distav.noise.noise_rate import INTERVAL_SLOPE, profile_temperature
 
 STEPS, STEP_SIZE = 10, 0.2
 """Steps of Adam between two updates by expectation-maximization, and the first step size."""
@@ -114,12 +114,10 @@ class Start:
 
     Attributes:
         parameters: the best parameters at each of these rates.
-        largest_objective: largest objective of all.
-        largest_expected: what the largest objective may become in the later rounds.
+        largest_expected: what the largest objective of all may become in the later rounds.
     """
 
     parameters: Parameters
-    largest_objective: float
     largest_expected: float
 
 
@@ -142,7 +140,6 @@ def fit_starts(
     largest = float(objectives.max())
     return Start(
         join_parameters([parameters for parameters, _ in fitted]).select(best),
-        largest,
         largest + LAST_GAIN * (largest - likelihood.baseline),
     )
 
@@ -175,7 +172,7 @@ def _likely_rows(likelihood: CompositeLikelihood, profile: Profile, entropy_pena
     for weight in (0.0, entropy_penalty):
         curve = profile.objective - weight * profile.entropy
         entropy = profile.entropy[curve.argmax()] / (len(likelihood.labels) * math.log(likelihood.num_classes))
-        likely |= curve > curve.max() - NEGLIGIBLE_DIFFERENCE * temperature(float(entropy), INTERVAL_SLOPE)
+        likely |= curve > curve.max() - NEGLIGIBLE_DIFFERENCE * profile_temperature(float(entropy), INTERVAL_SLOPE)
     return likely.nonzero().squeeze(1)
 
 

@@ -31,7 +31,7 @@ likelihood twice, and the more diffuse the votes are, the more a misfit of the m
 at the likely rates are more accurate than an average over all rates of a wide interval."""
 
 
-def temperature(entropy: float, slope: float) -> float:
+def profile_temperature(entropy: float, slope: float) -> float:
     """Return the temperature of a log-likelihood; see `TEMPERATURE`."""
     return TEMPERATURE * (1 + slope * entropy**2)
 

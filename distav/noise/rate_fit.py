@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distav.noise.composite_likelihood import CompositeLikelihood
 from distav.noise.model_fit import MAX_ELEMENTS, PairAssumption, Profile, continue_fit, fit_profile, fit_starts
-from distav.noise.noise_rate import candidate_rates, temperature
+from distav.noise.noise_rate import candidate_rates, profile_temperature
 from distav.noise.tiling import threads_for
 from distav.noise.vote_unmixing import VoteUnmixing
 
@@ -53,8 +53,8 @@ class RateFit:
     gain: float
 
     def temperature(self, slope: float) -> float:
-        """Return the temperature of the log-likelihood; see `distav.noise.noise_rate.temperature`."""
-        return temperature(self.entropy, slope)
+        """Return the temperature of the log-likelihood; see `distav.noise.noise_rate.profile_temperature`."""
+        return profile_temperature(self.entropy, slope)
 
 
 def fit_rates(likelihood: CompositeLikelihood, pairs: PairAssumption, is_preliminary: bool) -> RateFit:

@@ -1,8 +1,7 @@
 """Probabilities of the given labels under weighted products of votes, with an explicit gradient.
 
 The fit of the label model evaluates these probabilities and their gradient several hundred times. All products are
-computed by one matrix product and one softmax, and the gradient by one matrix product: several times faster than
-automatic differentiation of each table.
+computed by one matrix product and one softmax, and the gradient by one matrix product.
 Legend: n samples, C classes, G noise rates, K votes, P products.
 """
 

@@ -33,7 +33,7 @@ _OPTIONS = {
     "protocol_whitelist": "file",
 }
 _TEXT_OPTIONS: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
-"""Options for texts that are not UTF-8; since version 19, PyAV replaces their characters without being told to."""
+"""Options for texts that are not UTF-8; since version 19, PyAV always replaces their characters."""
 _PLAYLIST_HEADS = (b"#EXTM3U", b"ffconcat", b"[playlist]")
 _LEAST_PLACEHOLDER = 0x7FFFF000
 """Smallest of the sizes, besides 0, that RIFF files have in their header if they were written to a pipe."""
