@@ -75,6 +75,8 @@ class Web(http.server.ThreadingHTTPServer):
 
     Attributes:
         requests: method, path and Range header of every request so far.
+        authorizations: Authorization header of every request so far.
+        clients: User-Agent header of every request so far.
         fails: fault to inject, by path and number of earlier requests with the same range: an HTTP status, "reset"
             (closes the connection before the response), "truncated" (closes it within the response), "no ranges"
             (ignores the Range header), or "" for none.
@@ -86,6 +88,7 @@ class Web(http.server.ThreadingHTTPServer):
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder, self.requests = folder, list[tuple[str, str, str]]()
+        self.authorizations, self.clients = list[str](), list[str]()
         self.fails: Callable[[str, int], int | str] = lambda path, attempt: ""
         self.largest_range = 1 << 40
         self.url = f"http://127.0.0.1:{self.server_port}/dataset"
@@ -112,6 +115,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         request = (self.command, name, self.headers.get("Range", ""))
         attempt = self.server.requests.count(request)
         self.server.requests.append(request)
+        self.server.authorizations.append(self.headers.get("Authorization", ""))
+        self.server.clients.append(self.headers.get("User-Agent", ""))
         fault, path = self.server.fails(name, attempt), self.server.folder / name
         if fault == "reset":
             self.connection.close()
@@ -125,8 +130,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(403)
             return
         if byte_range and fault != "no ranges":
-            content, status = content[int(byte_range[1]) : int(byte_range[2]) + 1], 206
+            first, last, size = int(byte_range[1]), min(int(byte_range[2]), len(content) - 1), len(content)
+            content, status = content[first : last + 1], 206
         self.send_response(status)
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
+        self.send_header("ETag", '"dataset"')
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":

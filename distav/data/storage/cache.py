@@ -82,12 +82,13 @@ class Cache:
             return None
         try:
             content = os.pread(descriptor, size, offset)
-            os.utime(descriptor)
+            with contextlib.suppress(OSError):
+                os.utime(descriptor)
+            return content if len(content) == size else None
         except OSError:
             return None
         finally:
             os.close(descriptor)
-        return content if len(content) == size else None
 
     def contains(self, name: str, size: int) -> bool:
         """Return whether a file of this size is cached."""

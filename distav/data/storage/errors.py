@@ -11,8 +11,10 @@ CREDENTIALS_HELP = (
 )
 _DIRECTORY_HELP = "Give the URL of a complete copy of the directory that tools/make_shards.py wrote."
 _NETWORK_HELP = "Check the network, set AWS_ENDPOINT_URL if the store is not Amazon's, and try again."
-_STORE_LIBRARIES = ("aiohttp", "botocore", "gcsfs", "google", "urllib3")
+_STORE_LIBRARIES = ("aiohttp", "botocore", "gcsfs", "google", "obstore", "urllib3")
 """Libraries whose exceptions are the store's; OSError is too."""
+_OBSTORE_DETAILS = "\n\nDebug source:"
+"""Beginning of the part of obstore's messages that describes the structures of its code."""
 _TEMPORARY = (408, 425, 429)
 """Client errors after which the same request may succeed later."""
 
@@ -65,7 +67,7 @@ def classify_error(error: Exception) -> tuple[int, str]:
         error = cause  # fsspec raises FileNotFoundError for any URL whose size a web server does not report.
     if not isinstance(error, OSError) and not _is_from(error, *_STORE_LIBRARIES):
         raise error
-    type_name, message = type(error).__name__, " ".join(str(error).split()).rstrip(".")
+    type_name, message = type(error).__name__, " ".join(str(error).partition(_OBSTORE_DETAILS)[0].split()).rstrip(".")
     message = message.removeprefix(f"[Errno {getattr(error, 'errno', None)}] ") or type_name
     if isinstance(error, FileNotFoundError):
         return 404, message
@@ -75,6 +77,8 @@ def classify_error(error: Exception) -> tuple[int, str]:
         return 401, message
     if getattr(error, "errno", None) == errno.EINVAL:
         return 400, message
+    if _is_from(error, "obstore") and (code := re.search(r"status code: (\d+)", message)):
+        return int(code[1]), message
     status = str(getattr(error, "status", None) or getattr(error, "code", None))
     return (int(status) if status.isdigit() else 0), message
 

@@ -1,6 +1,6 @@
-"""Datasets in object stores and on web servers: byte ranges through fsspec, with retries and a local cache.
+"""Datasets in object stores and on web servers, through fsspec and obstore, with retries and a local cache.
 
-fsspec and its file systems come with `pip install 'distav[remote]'`; they are imported when the first URL is opened.
+fsspec, its file systems and obstore come with `pip install 'distav[remote]'`; they are imported when a URL is opened.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from distav.data.storage.errors import (
     is_permanent,
     storage_error,
 )
+from distav.data.storage.obstore_client import ObstoreClient
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "https": "aiohttp", "http": "aiohttp"}
 """Supported URL protocols, and the package that reads each."""
@@ -66,6 +67,7 @@ class RemoteDirectory:
         """
         self.url = _check_url(url, self.setting, self.protocols)
         self._systems: dict[int, Any] = {}
+        self._obstore = ObstoreClient(self.url, (CONNECT_TIMEOUT_S, READ_TIMEOUT_S))
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes.
@@ -93,7 +95,9 @@ class RemoteDirectory:
             return b""
 
         def request(system: Any) -> bytes:
-            content = system.cat_file(self._address(name), start=offset, end=offset + size)
+            content = self._obstore.read_range(name, offset, size)
+            if content is None:
+                content = system.cat_file(self._address(name), start=offset, end=offset + size)
             if len(content) < size:
                 raise OSError(f"received {len(content)} of {size} bytes")
             return content
