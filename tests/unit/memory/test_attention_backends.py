@@ -69,6 +69,7 @@ def test_flex_attention_is_compiled_once_for_all_temperatures(
     assert compile_counter.frame_count == 1
 
 
+@pytest.mark.long
 def test_flex_attention_is_compiled_for_more_forms_of_inputs_than_the_default_limit(
     compile_counter: CompileCounterWithBackend,
 ):

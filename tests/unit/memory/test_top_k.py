@@ -240,6 +240,7 @@ for coarse, k in ((torch.float16, 5), (torch.bfloat16, 30)):
 """
 
 
+@pytest.mark.long
 def test_kernels_in_the_interpreter_return_the_same_neighbors():
     process = subprocess.run(
         [sys.executable, "-c", _COMPARE_KERNELS],

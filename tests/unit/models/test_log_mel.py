@@ -43,7 +43,7 @@ def test_log_mel_is_that_of_torchaudio(rate: int, num_mels: int):
     torch.testing.assert_close(front_end(audio)[:, 0], expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("audio", ["small_conv", "hf:ast", "hf:wav2vec2"])
+@pytest.mark.parametrize("audio", ["small_conv", "hf:ast", pytest.param("hf:wav2vec2", marks=pytest.mark.long)])
 def test_exported_encoders_embed_without_torchaudio(audio: str, tmp_path: Path):
     if audio.startswith("hf:"):
         pytest.importorskip("transformers", reason="needs transformers: pip install 'distav[pretrained]'")

@@ -15,7 +15,11 @@ from distav.models.pretrained import load_encoders
 from distav.tools.export_onnx import main
 from tests.helpers.exports import example_clips, write_encoders
 
-TOWERS = [("small_conv", "small_conv"), ("r2plus1d_18", "avid_conv"), ("vit_tiny", "vit_tiny")]
+TOWERS = [
+    ("small_conv", "small_conv"),
+    ("r2plus1d_18", "avid_conv"),
+    pytest.param("vit_tiny", "vit_tiny", marks=pytest.mark.long),
+]
 
 
 def require_onnx() -> None:

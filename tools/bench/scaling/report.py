@@ -80,7 +80,8 @@ def steps_tables(steps: Record) -> str:
     constants = (
         "Constants, measured apart from these steps: slowdown of one of several runs of one rank, which do not "
         f"communicate: {slowdowns} runs; copies in memory: {steps['memory_bandwidth'] / 1e9:.1f} GB/s; single "
-        "collectives of gloo between computations, with 2 and 4 ranks, to which the following constants are fitted with relative errors of "
+        "collectives of gloo between computations, with 2 and 4 ranks, to which the following constants are fitted "
+        "with relative errors of "
         f"{100 * errors['median']:.0f} % in the median and {100 * errors['largest']:.0f} % at most."
     )
     return "\n\n".join([text, table, constants, networks])
