@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,8 +82,6 @@ def run(arguments: Sequence[str]) -> BuildResult:
 
 
 def _run(options: argparse.Namespace) -> BuildResult:
-    # Makes webdataset refuse to open other files by name, to run commands from URLs, and to unpickle.
-    os.environ.setdefault("WDS_SECURE", "1")
     try:
         check_minimums(options, workers=1)
         return _clean(options) if options.command == "clean" else _build(options)

@@ -1,6 +1,7 @@
 """Training and preparation of datasets from Python, and the examples of tools/examples."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -33,6 +34,7 @@ for attempt in range(2):  # The second call finds the run finished.
 
 
 def test_datasets_are_built_and_cleaned(tmp_path: Path):
+    environment_before = dict(os.environ)
     built = distav.make_shards(
         "synthetic", tmp_path / "set", train_clips=20, test_clips=8, workers=1, label_noise="symmetric:0.4", part=None
     )
@@ -45,6 +47,7 @@ def test_datasets_are_built_and_cleaned(tmp_path: Path):
     decisions.write_text(f"key,label,action\n{first},,remove\n{second},{other},\n")
     cleaned = distav.make_shards("clean", tmp_path / "set", tmp_path / "clean", decisions=[decisions], workers=1)
     assert cleaned.clips["train"] == 19 and cleaned.rejected == 1 and cleaned.num_relabeled == 1
+    assert dict(os.environ) == environment_before  # Webdataset has variables for all its users.
 
 
 @pytest.mark.parametrize(

@@ -35,14 +35,6 @@ SMALL = {
 _SLOW = ("bank", "neighbors", "step", "busy")
 
 
-@pytest.fixture(autouse=True)
-def files_by_name(monkeypatch: pytest.MonkeyPatch):
-    """Let webdataset open files by name, which make_shards.py forbids for the rest of its process."""
-    import webdataset.utils
-
-    monkeypatch.setattr(webdataset.utils, "enforce_security", False)
-
-
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in _SLOW)) for name in SMALL])
 def test_every_benchmark_measures_and_reports_whether_thresholds_pass(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

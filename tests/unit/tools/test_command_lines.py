@@ -1,7 +1,6 @@
 """Suggestions of the command-line tools, and the arguments that their messages name."""
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,12 +24,6 @@ MAINS: dict[str, Callable[[list[str]], int]] = {
     "train": train.main,
     "bench": bench.main,
 }
-
-
-@pytest.fixture(autouse=True)
-def _keep_environment(monkeypatch: pytest.MonkeyPatch):
-    """Remove the variable that make_shards.py sets, which restricts webdataset in the tests that follow."""
-    monkeypatch.setenv("WDS_SECURE", os.environ.get("WDS_SECURE", "0"))
 
 
 @pytest.mark.parametrize(
