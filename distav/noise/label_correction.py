@@ -7,9 +7,11 @@ used.
 Legend: N samples, n samples of this rank, C classes, R candidate rates.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from operator import attrgetter
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,10 +19,12 @@ from torch import Tensor
 from distav.distributed.collectives import local_shard
 from distav.noise.correction import Correction, CorrectionPrior
 from distav.noise.knn_vote import source_weights
-from distav.noise.label_model import fit_label_model, gain_and_temperature
-from distav.noise.model_fit import PairAssumption, select_fit_rows
+from distav.noise.label_model import LabelModel, fit_label_model, gain_and_temperature
+from distav.noise.model_fit import PairAssumption, fit_elements, select_fit_rows
 from distav.noise.model_parameters import Votes
 from distav.noise.noise_rate import transition_matrix, unknown_rate
+from distav.noise.rate_fit import COARSE_GRID
+from distav.noise.threads import call_concurrently
 from distav.noise.vote_score import VoteScorer, log_votes
 from distav.noise.vote_search import (
     FeatureSpace,
@@ -39,6 +43,10 @@ and half of them."""
 MIN_MISMATCH = 0.05
 """Mismatch rate below which the owner of the labels hardly matters; if it is below under all assumptions, only the
 first one is tried."""
+
+MAX_CONCURRENT_SAMPLES = 50_000
+"""Samples up to which votes are searched at the same time; each search holds the neighbors of all samples."""
+T = TypeVar("T")
 
 
 def correct_labels(
@@ -85,12 +93,17 @@ def correct_labels(
     sample_weights = local_shard(source_weights(groups))
     rate_priors = (prior.rate_log_likelihood, prior.pair_rate_log_likelihood) if prior else None
 
+    def call_all(functions: Sequence[Callable[[], T]]) -> list[T]:
+        if len(given) <= MAX_CONCURRENT_SAMPLES:
+            return call_concurrently(functions, given.device)
+        return [function() for function in functions]
+
     def fit_data(votes: VoteTables) -> tuple[Votes, Tensor, int, Tensor]:
         subset = replace(votes.rows(fit_rows), visual_halves=halves[0], audio_halves=halves[1])
         return subset, local_labels[fit_rows], num_classes, sample_weights[fit_rows]
 
-    visual = select_vote(task.restricted("visual"), spaces, lambda space: space.visual)
-    audio = select_vote(task.restricted("audio"), spaces, lambda space: space.audio)
+    searches = [partial(select_vote, task.restricted(name), spaces, attrgetter(name)) for name in ("visual", "audio")]
+    visual, audio = call_all(searches)
     votes = _votes(task, visual, audio, prior, teachers)
     halves = [[log_votes(table) for table in vote.half_votes] for vote in (visual, audio)]
     selected_votes = {"visual": str(visual.config), "audio": str(audio.config)}
@@ -101,18 +114,12 @@ def correct_labels(
     del visual, audio  # Their tables.
     owners = [prior.visual_owner] if prior else VISUAL_OWNERS
     data = fit_data(votes)
-    models = [fit_label_model(*data, PairAssumption(owner), rate_priors, is_preliminary=True) for owner in owners]
+    fits = [partial(fit_label_model, *data, PairAssumption(w), rate_priors, is_preliminary=True) for w in owners]
+    models = call_concurrently(fits, given.device, fit_elements(len(fit_rows), num_classes, len(COARSE_GRID)))
     if all(model.pair_mismatch < MIN_MISMATCH for model in models):
         models = models[:1]
-    candidates: list[_Candidate] = []
-    for owner_model in models:
-        features_of = partial(joint_features, task, owner_model.correspondence(votes, local_labels))
-        joint = select_vote(task, spaces, features_of)
-        gain, temperature = 0.0, 1.0
-        if len(models) > 1:
-            gain, temperature = gain_and_temperature(*fit_data(votes.with_joint(joint.votes)), owner_model.pairs)
-        candidates.append(_Candidate(owner_model.pairs, joint, gain, temperature))
-        del joint
+    compare = fit_data if len(models) > 1 else None
+    candidates = call_all([partial(_candidate, task, spaces, votes, owner_model, compare) for owner_model in models])
     chosen = _likely_owner(candidates)
     del candidates
     pairs, votes, selected_votes["joint"] = chosen.pairs, votes.with_joint(chosen.joint.votes), str(chosen.joint.config)
@@ -161,6 +168,21 @@ class _Candidate:
     joint: SelectedVote
     gain: float
     temperature: float
+
+
+def _candidate(
+    task: VoteTask,
+    spaces: Sequence[FeatureSpace],
+    votes: VoteTables,
+    owner_model: LabelModel,
+    fit_data: Callable[[VoteTables], tuple[Votes, Tensor, int, Tensor]] | None,
+) -> _Candidate:
+    """Return the joint vote under an assumption on the owner; without `fit_data`, its likelihood is not computed."""
+    features_of = partial(joint_features, task, owner_model.correspondence(votes, local_shard(task.labels)))
+    joint, gain, temperature = select_vote(task, spaces, features_of), 0.0, 1.0
+    if fit_data is not None:
+        gain, temperature = gain_and_temperature(*fit_data(votes.with_joint(joint.votes)), owner_model.pairs)
+    return _Candidate(owner_model.pairs, joint, gain, temperature)
 
 
 def _likely_owner(candidates: Sequence[_Candidate]) -> _Candidate:

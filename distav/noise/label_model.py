@@ -17,9 +17,9 @@ from distav.noise.class_posterior import Posterior, posterior
 from distav.noise.composite_likelihood import CompositeLikelihood
 from distav.noise.correction import MODALITY_DTYPE
 from distav.noise.model_fit import (
-    MAX_ELEMENTS,
     PairAssumption,
     Profile,
+    fit_elements,
     fit_pair_profile,
 )
 from distav.noise.model_parameters import Parameters, Votes
@@ -32,7 +32,8 @@ from distav.noise.noise_rate import (
     interpolate_profile,
 )
 from distav.noise.rate_fit import fit_rates, unmix_if_likely
-from distav.noise.tiling import threads_for, tiles
+from distav.noise.threads import threads_for
+from distav.noise.tiling import tiles
 from distav.noise.vote_tables import VoteTables
 from distav.noise.vote_unmixing import VoteUnmixing
 
@@ -223,7 +224,7 @@ def _fit_pairs(
     from it in balanced data. The joint votes are left out, because they say nothing on the class of a modality alone.
     """
     likelihood, parameters = likelihood.without_joint_votes(), _without_joint_votes(parameters, likelihood)
-    with threads_for(min(len(likelihood.labels) * likelihood.num_classes * len(MISMATCH_GRID), MAX_ELEMENTS)):
+    with threads_for(fit_elements(len(likelihood.labels), likelihood.num_classes, len(MISMATCH_GRID))):
         parameters, objective = fit_pair_profile(likelihood, parameters, MISMATCH_GRID, temperature)
     rates = candidate_rates(likelihood.num_classes)
     curve = objective.cpu() / temperature

@@ -40,6 +40,11 @@ MAX_FIT_SAMPLES, MIN_FIT_SAMPLES, MAX_FIT_ELEMENTS = 3000, 1200, 300_000
 """Largest and smallest number of samples of a fit, and the table size n C between them."""
 
 
+def fit_elements(num_samples: int, num_classes: int, num_rates: int) -> int:
+    """Return the number of elements of the largest table of a fit at several rates."""
+    return min(num_samples * num_classes * num_rates, MAX_ELEMENTS)
+
+
 @dataclass(frozen=True)
 class PairAssumption:
     """What is assumed of the pairs in a fit.

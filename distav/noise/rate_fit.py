@@ -9,14 +9,15 @@ Legend: n samples, C classes, G noise rates of the grid.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from distav.noise.composite_likelihood import CompositeLikelihood
-from distav.noise.model_fit import MAX_ELEMENTS, PairAssumption, Profile, continue_fit, fit_profile, fit_starts
+from distav.noise.model_fit import PairAssumption, Profile, continue_fit, fit_elements, fit_profile, fit_starts
 from distav.noise.noise_rate import candidate_rates, profile_temperature
-from distav.noise.tiling import threads_for
+from distav.noise.threads import call_concurrently, threads_for
 from distav.noise.vote_unmixing import VoteUnmixing
 
 GRID = (0.002, 0.03, 0.08, 0.13, 0.18, 0.235, 0.29, 0.345, 0.4, 0.46, 0.52, 0.58, 0.64, 0.7, 0.76, 0.82, 0.88, 0.94)
@@ -62,10 +63,16 @@ def fit_rates(likelihood: CompositeLikelihood, pairs: PairAssumption, is_prelimi
     num_classes = likelihood.num_classes
     largest_rate = float(candidate_rates(num_classes)[-1])
     grid = [largest_rate * rate for rate in (COARSE_GRID if is_preliminary else GRID)]
-    with threads_for(min(len(likelihood.labels) * num_classes * len(grid), MAX_ELEMENTS)):
-        profiles = [fit_profile(likelihood, grid, True, pairs, SYMMETRIC_ENTROPY_PENALTY)]
-        if not is_preliminary:
-            profiles.append(fit_profile(likelihood, grid, False, pairs, ASYMMETRIC_ENTROPY_PENALTY))
+    elements = fit_elements(len(likelihood.labels), num_classes, len(grid))
+
+    def fit(symmetric: bool, entropy_penalty: float) -> Profile:
+        with threads_for(elements):
+            return fit_profile(likelihood, grid, symmetric, pairs, entropy_penalty)
+
+    fits = [partial(fit, True, SYMMETRIC_ENTROPY_PENALTY)]
+    if not is_preliminary:
+        fits.append(partial(fit, False, ASYMMETRIC_ENTROPY_PENALTY))
+    profiles = call_concurrently(fits, likelihood.labels.device, elements)
     gain = max(profile.gain - kind * _asymmetry_penalty(num_classes) for kind, profile in enumerate(profiles))
     return RateFit(grid, profiles, *_penalized_curves(likelihood, profiles, gain), gain)
 
@@ -84,7 +91,7 @@ def unmix_if_likely(
         return likelihood, fit, None
     unmixed = CompositeLikelihood(unmixing.apply(likelihood.votes), likelihood.labels, num_classes, likelihood.weights)
     penalty, needed = _asymmetry_penalty(num_classes), max(float(curve.max()) for curve in fit.curves)
-    with threads_for(min(num_samples * num_classes * len(fit.grid), MAX_ELEMENTS)):
+    with threads_for(fit_elements(num_samples, num_classes, len(fit.grid))):
         start = fit_starts(unmixed, fit.grid, False, pairs)
         if start.largest_expected - penalty + MAX_ENTROPY_BONUS * penalty <= needed:
             return likelihood, fit, None

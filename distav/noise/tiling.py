@@ -1,9 +1,8 @@
-"""Row-wise computation in tiles, which keeps temporary results small, and threads that fit the size of the tables.
+"""Row-wise computation in tiles, which keeps temporary results small.
 
 Legend: n rows, t rows of a tile.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -11,20 +10,6 @@ from torch import Tensor
 
 TILE_ELEMENTS = {"cpu": 2**17, "cuda": 2**22}
 """Elements of a tile by device type: few enough for the L2 cache, enough to outweigh the launch of an operator."""
-
-ELEMENTS_PER_THREAD = 2**19
-"""Elements for which another thread of a CPU saves more time than the threads take to wait for one another."""
-
-
-@contextlib.contextmanager
-def threads_for(elements: int) -> Iterator[None]:
-    """Context in which operations on tables of a size use the threads that they gain from, at most the present ones."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(threads, elements // ELEMENTS_PER_THREAD)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def tiles(num_rows: int, width: int, device: torch.device) -> Iterator[slice]:
