@@ -42,6 +42,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     sources = Sources(file, [parse_override(override) for override in overrides])
     try:
         config = _load(sources)
+        if _names_own_dataset(sources):
+            config.data.synthetic.enabled = False
         validate(config)
     except SettingError as error:
         raise UserError(sources.with_source(error.key, str(error))) from None
@@ -50,6 +52,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid YAML: {error}") from None
     return config
+
+
+def _names_own_dataset(sources: Sources) -> bool:
+    """Return whether overrides set `data.root` and nothing of `data.synthetic`; a wrong path is an error then."""
+    keys = [override.key for override in sources.overrides]
+    return "data.root" in keys and not any(key.startswith("data.synthetic.") for key in keys)
 
 
 def to_yaml(config: Config) -> str:

@@ -74,7 +74,8 @@ class SyntheticConfig:
     """Synthetic dataset, rendered at the start of a run if `data.root` holds no dataset."""
 
     enabled: bool = False
-    """Render the synthetic dataset if `data.root` has no manifest.json."""
+    """Render the synthetic dataset if `data.root` has no manifest.json. Overridden by false if the command line has
+    `data.root` and no setting of `data.synthetic`."""
     train_clips: int = field(default=1200, metadata=at_least(1))
     """Number of training clips."""
     test_clips: int = field(default=300, metadata=at_least(0))

@@ -192,10 +192,14 @@ class ShardedDataset:
             return cls(remote.folder, read_manifest(remote.manifest, f"{remote.url}/manifest.json"), remote)
         root = Path(root).expanduser()
         path = root / "manifest.json"
+        if not root.is_dir():
+            datasets = [other.parent.name for other in root.parent.glob("*/manifest.json")]
+            raise UserError(f"data.root={root}: no such directory.{did_you_mean(root.name, datasets)}")
         if not path.is_file():
             raise UserError(
                 f"data.root={root}: no manifest.json found. Give the directory that tools/make_shards.py wrote; if it "
-                "was interrupted, run it again to resume."
+                "was interrupted, run it again to resume. A directory of videos is not a dataset yet: "
+                "tools/make_shards.py videos makes one of it."
             )
         return cls(root, read_manifest(path.read_bytes(), str(path)))
 

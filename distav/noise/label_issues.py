@@ -3,6 +3,7 @@
 Legend: N samples, E feature width, C classes.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -56,6 +57,16 @@ class CorrectedLabels:
     pair_mismatch_rate: RateEstimate | None
     has_signal: bool
 
+    def __repr__(self) -> str:
+        rates = [("label noise rate", self.label_noise_rate), ("pair mismatch rate", self.pair_mismatch_rate)]
+        texts = [
+            f"{name} {rate.estimate:.1%} (95 % interval {rate.ci95_low:.1%} to {rate.ci95_high:.1%})"
+            for name, rate in rates
+            if rate is not None
+        ]
+        result = f"{self.is_issue.sum()} labels changed, {', '.join(texts)}" if self.has_signal else "no label signal"
+        return f"CorrectedLabels({len(self.given)} samples, {len(self.classes)} classes: {result})"
+
     @property
     def is_issue(self) -> NDArray[np.bool_]:
         """[N] whether the correction changed the label."""
@@ -88,7 +99,8 @@ def correct_labels(
             vote for each other. By default, each sample is its own source.
         num_neighbors: numbers of voters to select from; those that are too large for the dataset are left out.
         min_change_odds: how many times as probable as the given label another one must be to replace it.
-        min_log_likelihood_gain: gain of the votes over the class frequencies, in nats, below which labels are kept.
+        min_log_likelihood_gain: gain of the votes over the class frequencies, in nats, below which a warning is
+            given and labels are kept.
 
     Raises:
         UserError: if an argument has the wrong shape, type or value.
@@ -118,6 +130,12 @@ def correct_labels(
         {"visual": ~visual.isnan().all(1), "audio": ~audio.isnan().all(1)},
         VoteSearchSpace(num_neighbors=neighbors, min_log_likelihood_gain=min_log_likelihood_gain),
     )
+    if not correction.has_signal:
+        warnings.warn(
+            f"The labels are unchanged, because neighbors do not predict them: {size} samples are too few, or the "
+            "features do not separate the classes.",
+            stacklevel=2,
+        )
     corrected = corrected_labels(correction.posterior, targets, min_change_odds)
     rates = zip(classes.tolist(), correction.class_rates, strict=True) if correction.has_signal else ()
     return CorrectedLabels(

@@ -13,11 +13,11 @@ from distav.config.cli import (
     name_arguments,
     raise_parse_errors,
 )
-from distav.config.errors import UserError
+from distav.config.errors import UserError, format_list
 from distav.data.files import report_os_errors
 from distav.data.preparation.build_config import BuildConfig
 from distav.data.preparation.builder import build_dataset
-from distav.data.preparation.cleaning import CleaningConfig, clean_dataset
+from distav.data.preparation.cleaning import CLEANED_SPLIT, CleaningConfig, clean_dataset
 from distav.data.preparation.encoding import ANY_HINT, Encoding
 from distav.data.preparation.multi_label_noise import ClassRates
 from distav.data.preparation.noise_injection import LabelNoise
@@ -128,6 +128,8 @@ def _clean(options: argparse.Namespace) -> BuildResult:
         f"{options.out}: {_clip_counts(result)} clips copied, {result.num_relabeled} relabeled, "
         f"{result.rejected} removed{details}"
     )
+    if others := [name for name in result.clips if name != CLEANED_SPLIT]:
+        print(f"labels of the split {format_list(others)} are unchanged")
     manifest = json.loads((options.out / "manifest.json").read_text())
     if REVIEW in manifest:
         print()

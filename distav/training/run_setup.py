@@ -31,7 +31,7 @@ from distav.training.metric_logger import MetricLogger
 from distav.training.run import Run
 from distav.training.run_dir import lock_run_dir
 from distav.training.run_state import Progress, RunState
-from distav.training.validation import validate_multi_label_losses
+from distav.training.validation import validate_labels
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def open_run(config: Config, world: World) -> Iterator[Run]:
         UserError: if config and data are inconsistent, or the run directory belongs to another run.
     """
     data = DataModule.open(config)
-    validate_multi_label_losses(config, data)
+    validate_labels(config, data)
     if not data.train.streams:
         model = describe_towers(config.model)
         config = replace(config, model=model, data=with_tower_inputs(config.data, model, data.train.fps))

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from distav.config.errors import UserError, format_list
-from distav.config.phases import ContrastivePhase, EventParsingPhase, SupervisedPhase
+from distav.config.phases import ContrastivePhase, EventParsingPhase, LabelCorrectionPhase, SupervisedPhase
 from distav.config.schema import Config
 from distav.data.data_module import DataModule
+from distav.data.dataset import ShardedDataset
 from distav.losses.classification import CLASSIFICATION_LOSSES
 from distav.losses.contrastive_objectives import select_objective
 from distav.models.av_model import check_towers
@@ -38,13 +39,14 @@ def validate_names(config: Config) -> None:
                 )
 
 
-def validate_multi_label_losses(config: Config, data: DataModule) -> None:
-    """Check that all losses of the supervised phases accept the labels of a multi-label dataset.
+def validate_labels(config: Config, data: DataModule) -> None:
+    """Check that there are classes to distinguish, and that all losses accept the labels of a multi-label dataset.
 
     Raises:
         UserError: naming the key, its value and what is allowed.
     """
     if not data.shards.multi_label:
+        _check_num_classes(config, data.shards)
         return
     allowed = [name for name, loss in CLASSIFICATION_LOSSES.items() if loss.multi_label]
     for name, phase in config.phases.items():
@@ -52,4 +54,13 @@ def validate_multi_label_losses(config: Config, data: DataModule) -> None:
             raise UserError(
                 f"phases.{name}.loss={phase.loss}: clips of {data.shards.location} may have several classes; allowed: "
                 f"{format_list(allowed)}."
+            )
+
+
+def _check_num_classes(config: Config, shards: ShardedDataset) -> None:
+    for name, phase in config.phases.items():
+        if len(shards.classes) < 2 and isinstance(phase, LabelCorrectionPhase | SupervisedPhase):
+            raise UserError(
+                f"phases.{name}: all clips of {shards.location} have the label {shards.classes[0]}; allowed: two or "
+                "more classes. Add clips of other classes, or keep only phases of kind contrastive."
             )

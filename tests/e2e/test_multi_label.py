@@ -19,7 +19,7 @@ from distav.data.preparation.multi_label_noise import ClassRates
 from distav.evaluate import main as evaluate
 from distav.tools.audit.command import main as audit
 from distav.tools.make_shards import main as make_shards
-from distav.training.validation import validate_multi_label_losses
+from distav.training.validation import validate_labels
 from tests.e2e.test_audit import browser, open_page  # noqa: F401
 from tests.helpers.launch import losses, tiny_config, train
 from tests.helpers.multi_label import multi_label_shards
@@ -208,4 +208,4 @@ def test_settings_for_one_label_per_clip_are_rejected(shards: Path, tmp_path: Pa
     text = BASE + f"phases:\n  c: {{kind: label_correction, num_neighbors: [10]}}\n  p: {phase}\n"
     config = load(tiny_config(tmp_path, text), [f"data.root={shards}"])
     with pytest.raises(UserError, match=message):
-        validate_multi_label_losses(config, DataModule.open(config))
+        validate_labels(config, DataModule.open(config))

@@ -57,7 +57,7 @@ def test_datasets_are_built_and_cleaned(tmp_path: Path):
         (("synthetic", "out"), {"train_clipz": 3}, "make_shards: unknown option --train-clipz"),
         (("synthetic", "out"), {"train_clips": "many"}, "make_shards: --train-clips: "),
         (("synthetic", "out"), {"workers": 0}, "--workers=0: allowed: 1 or more"),
-        (("clean", "missing", "out"), {"labels": "labels.parquet"}, "SHARDS=missing: no manifest.json found"),
+        (("clean", "missing", "out"), {"labels": "labels.parquet"}, "SHARDS=missing: no such directory"),
     ],
 )
 def test_invalid_arguments_of_make_shards_are_errors(

@@ -105,7 +105,7 @@ def run(setting: Setting, towers: str, batch: int | None, clips: int, overrides:
         make_clips(directory / "dataset", clips)
         settings = TOWERS[towers].settings(
             f"data.root={directory / 'dataset'}", f"run.root={directory}", "run.name=bench",
-            f"optim.global_batch={batch}", f"run.threads_per_rank={setting.threads}", "data.synthetic.enabled=false",
+            f"optim.global_batch={batch}", f"run.threads_per_rank={setting.threads}",
             f"run.device={'gpu' if setting.device.type == 'cuda' else 'cpu'}", *overrides,
         )  # fmt: skip
         with process_group(settings.run.device.name, 600, setting.threads) as world, open_run(settings, world) as run:

@@ -17,12 +17,7 @@ def main(clips: Path, out: Path) -> None:
     print(f"{built.clips} clips, {built.rejected} rejected")
     finished = distav.train(
         "quickstart",
-        {
-            "data.root": out / "shards",
-            "data.synthetic.enabled": False,
-            "run.root": out / "runs",
-            "run.name": "clean",
-        },
+        {"data.root": out / "shards", "run.root": out / "runs", "run.name": "clean"},
     )
     correction = finished.report["corrections"][-1]
     rate = correction["label_noise_rate"]

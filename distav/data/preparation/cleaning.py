@@ -26,6 +26,7 @@ from distav.data.preparation.output_dir import (
     claim_work_dir,
     make_recipe,
     read_result,
+    write_clip_list,
     write_index,
     write_manifest,
     write_rejected,
@@ -146,14 +147,14 @@ def _check_directories(root: Path, out: Path) -> None:
 
 
 def _rejected_row(shards: ShardedDataset, split: Split, review: ReviewResult, sample: int) -> dict[str, Any]:
+    return _listed_clip(shards, split, sample, review.given[sample]) | {"reason": review.removed[sample]}
+
+
+def _listed_clip(shards: ShardedDataset, split: Split, sample: int, label: Any) -> dict[str, Any]:
+    """Return the row of a clip in a list: its file, the section of it, and a label as in `_label_text`."""
     start = float(split.columns["start_s"][sample])
-    return {
-        "path": split.sources[sample],
-        "start_s": start,
-        "end_s": start + float(split.columns["duration_s"][sample]),
-        "label": _label_text(shards, review.given[sample]),
-        "reason": review.removed[sample],
-    }
+    end = start + float(split.columns["duration_s"][sample])
+    return {"path": split.sources[sample], "start_s": start, "end_s": end, "label": _label_text(shards, label)}
 
 
 def _label_text(shards: ShardedDataset, label: Any) -> str:
@@ -169,6 +170,7 @@ def _copy(shards: ShardedDataset, review: ReviewResult, out: Path, shard_samples
     index: list[dict[str, Any]] = []
     labels: list[pa.Table] = []
     events: list[pa.Table] = []
+    listed: list[dict[str, Any]] = []
     members: dict[str, str] = {}
     for name, original in shards.manifest["splits"].items():
         split = shards.split(name)
@@ -182,12 +184,14 @@ def _copy(shards: ShardedDataset, review: ReviewResult, out: Path, shard_samples
         entries, rows = writer.collect(shard_samples)
         splits[name] = {"clips": len(kept), "shards": entries}
         index += rows
+        listed += [_listed_clip(shards, split, sample, given[sample]) | {"split": name} for sample in kept.tolist()]
         table = _labels_table(shards, split, kept, given, bool(review.removed))
         labels.append(table)
         if "noise" in original and "true_label" in table.column_names:
             splits[name]["noise"] = _label_noise(shards, table)
         if name in shards.manifest.get("annotated_splits", ()):
             events.append(_events_table(shards, split, kept))
+    write_clip_list(out, listed)
     write_index(out, index, members)
     write_table(out / "labels.parquet", pa.concat_tables(labels), out / WORK)
     if events:

@@ -197,11 +197,20 @@ def _read_reasons(out: Path) -> dict[str, int]:
 
 def write_rejected(out: Path, rejected: list[dict[str, Any]]) -> None:
     """Write rejected.csv: path, start_s, end_s, label and reason of each rejected candidate."""
+    _write_list(out / "rejected.csv", "reason", rejected, out / WORK)
+
+
+def write_clip_list(out: Path, clips: list[dict[str, Any]]) -> None:
+    """Write clips.csv: path, start_s, end_s, label and split of each clip of a dataset."""
+    _write_list(out / "clips.csv", "split", clips, out / WORK)
+
+
+def _write_list(path: Path, last_column: str, rows: list[dict[str, Any]], scratch: Path) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["path", "start_s", "end_s", "label", "reason"], lineterminator="\n")
+    writer = csv.DictWriter(text, ["path", "start_s", "end_s", "label", last_column], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rejected)
-    write_atomically(out / "rejected.csv", text.getvalue().encode(errors="backslashreplace"), out / WORK)
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode(errors="backslashreplace"), scratch)
 
 
 def write_index(out: Path, rows: list[dict[str, Any]], members: Iterable[str]) -> None:

@@ -131,6 +131,8 @@ def _print_summary(audit: Audit, out: Path, tables: list[Path]) -> None:
     print(format_table(("issues", "found", "listed"), rows, numbers=("found", "listed")))
     print(f"\n{out}: {len(audit.clip_ids())} clips, {out.stat().st_size / 2**20:.1f} MiB; open it in a browser")
     print(f"{' and '.join(map(str, tables))}: the issues of every clip")
+    if audit.test:
+        print(f"labels of the {len(audit.test)} clips of the split {audit.test.name} are not checked")
     has_signal = bool(audit.correction["label_noise_rate_by_class"])
     empty = [issues for issues in audit.issues if not issues.total]
     texts = (describe_no_issues(issues.kind, has_signal, issues.total is not None) for issues in empty)
@@ -159,7 +161,8 @@ def _parser() -> argparse.ArgumentParser:
 def _open_run(options: argparse.Namespace) -> _AuditedRun:
     run: Path = options.run
     if not (run / "report.json").is_file():
-        raise UserError(f"{run}: no report.json; specify the directory of a finished run, runs/NAME.")
+        reason = "no report.json" if run.is_dir() else "no such directory"
+        raise UserError(f"{run}: {reason}; specify the directory of a finished run, runs/NAME.")
     config = OmegaConf.load(run / "config.yaml")  # Not validated: the allowed keys may have changed since the run.
     report: dict[str, Any] = json.loads((run / "report.json").read_text())
     shards = _open_dataset(options.shards, config.data.root, run)

@@ -150,3 +150,18 @@ def test_an_invalid_file_is_reported_with_the_allowed_values(tmp_path: Path, tex
 def test_a_missing_file_is_reported_with_a_similar_name(config_file: Path):
     with pytest.raises(UserError, match=r"Did you mean 'config\.yaml'"):
         loading.load(config_file.with_name("confg.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "enabled"),
+    [
+        ([], True),
+        (["run.name=other"], True),
+        (["data.root=shards/mine"], False),
+        (["data.root=shards/mine", "data.synthetic.enabled=true"], True),
+        (["data.synthetic.train_clips=20", "data.root=shards/mine"], True),
+    ],
+)
+def test_a_dataset_on_the_command_line_is_not_rendered(overrides: list[str], enabled: bool):
+    config = loading.load("quickstart", overrides)
+    assert config.data.synthetic.enabled == enabled

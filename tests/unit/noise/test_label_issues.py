@@ -69,15 +69,26 @@ def test_rows_of_nan_lack_the_modality(problem: dict[str, np.ndarray]):
 
 def test_features_without_signal_change_no_label(problem: dict[str, np.ndarray]):
     noise = np.random.default_rng(0).normal(size=(SIZE, 8))
-    result = distav.correct_labels(noise, problem["given"])
+    with pytest.warns(UserWarning, match=f"labels are unchanged, .*: {SIZE} samples are too few, or the features"):
+        result = distav.correct_labels(noise, problem["given"])
+    assert repr(result) == f"CorrectedLabels({SIZE} samples, 4 classes: no label signal)"
     assert not result.has_signal and not result.is_issue.any() and not result.label_noise_rate_by_class
     assert result.label_noise_rate.ci95_width > 0.7
 
 
 def test_tiny_datasets_are_accepted():
     labels = np.arange(12) % 3
-    result = distav.correct_labels(np.eye(3)[labels], labels)
+    with pytest.warns(UserWarning, match="12 samples are too few"):
+        result = distav.correct_labels(np.eye(3)[labels], labels)
     assert (result.corrected == labels).all()
+
+
+def test_the_result_is_described_in_one_line(corrected: distav.CorrectedLabels):
+    rate = corrected.label_noise_rate
+    assert repr(corrected) == (
+        f"CorrectedLabels({SIZE} samples, 4 classes: {corrected.is_issue.sum()} labels changed, label noise rate "
+        f"{rate.estimate:.1%} (95 % interval {rate.ci95_low:.1%} to {rate.ci95_high:.1%}))"
+    )
 
 
 def test_issues_are_a_mask_or_ranked_indices(problem: dict[str, np.ndarray], corrected: distav.CorrectedLabels):

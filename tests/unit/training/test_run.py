@@ -40,7 +40,7 @@ def settings(tiny_shards: Path, tmp_path: Path):
         ),
         ("data.train_split=tran", "Did you mean 'train'"),
         ("data.test_split=tset", "data.test_split=tset .* Did you mean 'test'"),
-        ("data.root=nowhere", "no manifest.json"),
+        ("data.root=nowhere", "no such directory"),
         ("data.label_overrides=gone.csv", "data.label_overrides=gone.csv: no such file"),
     ],
 )

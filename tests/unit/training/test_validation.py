@@ -1,10 +1,13 @@
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from distav.config import loading
 from distav.config.errors import UserError
-from distav.training.validation import validate_names
+from distav.data.data_module import DataModule
+from distav.training.validation import validate_labels, validate_names
 
 
 @pytest.fixture
@@ -66,3 +69,13 @@ def test_valid_objectives_are_accepted(file: Path, overrides: str):
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[3].glob("configs/*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configurations_are_valid(path: Path):
     validate_names(loading.load(path))
+
+
+def test_labels_need_two_classes(file: Path):
+    shards = SimpleNamespace(multi_label=False, classes=["dog"], location="shards/dogs")
+    data = cast(DataModule, SimpleNamespace(shards=shards))
+    with pytest.raises(
+        UserError, match=r"phases\.fix: all clips of shards/dogs have the label dog; allowed: two or more"
+    ):
+        validate_labels(loading.load(file), data)
+    validate_labels(loading.load(file, ["~phases.fix", "~phases.use"]), data)

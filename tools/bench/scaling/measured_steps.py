@@ -52,7 +52,7 @@ class RankTimes:
 def step_settings(dataset: Path, batch: int, ranks: int, overrides: Sequence[str], run_root: Path) -> Config:
     """Return the settings of the measured steps: `batch` clips on each rank, one thread, small networks."""
     return TOWERS["small"].settings(
-        f"data.root={dataset}", f"run.root={run_root}", "run.name=bench", "data.synthetic.enabled=false",
+        f"data.root={dataset}", f"run.root={run_root}", "run.name=bench",
         "run.device=cpu", "run.threads_per_rank=1", f"optim.global_batch={batch * ranks}", *overrides,
     )  # fmt: skip
 

@@ -89,6 +89,11 @@ def test_decisions_change_labels_and_remove_clips(tiny_shards: Path, tmp_path: P
     assert [row["path"] for row in rejected] == [sources[7], sources[95]]
     assert {row["reason"] for row in rejected} == {"mismatched pair"}
     assert [row["label"] for row in rejected] == [old_labels[KEYS[7]], old_labels[KEYS[95]]]
+    listed = list(csv.DictReader((out / "clips.csv").open()))
+    assert [row["label"] for row in listed if row["split"] == "train"] == list(labels_by_key(new).values())
+    assert [row["path"] for row in listed if row["split"] == "train"] == train.sources.tolist()
+    assert [row["label"] for row in listed if row["split"] == "test"] == list(labels_by_key(old, "test").values())
+    assert all(float(row["end_s"]) > float(row["start_s"]) for row in listed)
     old_ids = [KEYS.index(key) for key in kept]
     assert train.sources.tolist() == sources[old_ids].tolist()
     for column in ("start_s", "frames", "width", "height", "video_crc32", "audio_bytes"):
