@@ -74,8 +74,6 @@ def test_shipped_configurations_are_valid(path: Path):
 def test_labels_need_two_classes(file: Path):
     shards = SimpleNamespace(multi_label=False, classes=["dog"], location="shards/dogs")
     data = cast(DataModule, SimpleNamespace(shards=shards))
-    with pytest.raises(
-        UserError, match="phases.fix: all clips of shards/dogs have the label dog; allowed: two"
-    ):
+    with pytest.raises(UserError, match="phases.fix: all clips of shards/dogs have the label dog; allowed: two"):
         validate_labels(loading.load(file), data)
     validate_labels(loading.load(file, ["~phases.fix", "~phases.use"]), data)
