@@ -146,7 +146,7 @@ def select_backend(inputs: AttentionInputs) -> AttentionBackend:
     """Return the first backend that supports the inputs and passes its self-test.
 
     The choice is logged once for each device, dtype and form of the inputs, with the reason why each preferred
-    backend is not used.
+    backend of the device is not used.
     """
     keys, with_bias = inputs.keys, inputs.bias is not None
     num_excluded = 0 if inputs.exclude is None else inputs.exclude.shape[1]
@@ -161,7 +161,8 @@ def select_backend(inputs: AttentionInputs) -> AttentionBackend:
             form += f", {num_excluded} excluded" if num_excluded else ""
             _log_selection(backend.name, form, tuple(rejected))
             return backend
-        rejected.append(f"{backend.name} ({reason})")
+        if backend.device == keys.device.type:
+            rejected.append(f"{backend.name} ({reason})")
     raise AssertionError("the last backend supports all inputs")
 
 
