@@ -160,7 +160,9 @@ def _test_entries(report: dict[str, Any], num_classes: int) -> list[tuple[str, s
     test = report.get("test") or {}
     entries = list_test_entries(test)
     if "top1" in test:
-        entries.append(("Test", f"top-1 {_accuracies(test, 'top1')}; chance {_percent(1 / num_classes)}"))
+        given = report.get("corrections") and "label_accuracy" not in report
+        labels = "; by the given labels, which are not corrected" if given else ""
+        entries.append(("Test", f"top-1 {_accuracies(test, 'top1')}; chance {_percent(1 / num_classes)}{labels}"))
         entries += _class_entries(report)
     if "rsum" in test:
         text = (

@@ -87,8 +87,11 @@ def test_summary_without_ground_truth_reports_the_changed_labels_and_quarantined
     content = report(
         corrections=[correction(rate(0.5, 0.1, 0.9), rate(0.2, 0.1, 0.3))],
         quarantined_samples=[{"id": 3, "key": "clip", "reason": "CRC-32"}],
+        test={"top1": 0.9, "by_class": {"both": {"cat": {"clips": 12}, "dog": {"clips": 15}}}},
+        given_labels_by_class={"cat": 40, "dog": 56},
     )
     summary = format_summary(content, FOLDER, 5, has_signal=True)
+    assert "90.0 % (video and audio); chance 20.0 %; by the given labels, which are not corrected\n" in summary
     assert "  Labels:     12.5 % of the given labels changed by correction\n" in summary
     assert "  Noise:      label noise rate not identified (95 % interval 10.0 % to 90.0 %)\n" in summary
     assert "  Quarantine: 1 clip could not be read or decoded\n" in summary
