@@ -27,6 +27,8 @@ from distav.models.pretrained import input_config, load_encoders
 
 COLUMNS = ("visual", "audio", "visual_embedding", "audio_embedding")
 """Arrays of embeddings that a table stores."""
+WIDTH = b"width"
+"""Key in the metadata of such a column: its width E or D, which a column of null values does not show."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Embeddings:
         """Return the embeddings in a table of `to_table`, which has no logits."""
         columns = [table.column(name).combine_chunks() for name in COLUMNS]
         valid = [column.is_valid().to_numpy(zero_copy_only=False) for column in columns]
-        arrays = [np.zeros((len(table), column.type.list_size), np.float32) for column in columns]
+        widths = [int(table.schema.field(name).metadata[WIDTH]) for name in COLUMNS]
+        arrays = [np.zeros((len(table), width), np.float32) for width in widths]
         for values, column, rows in zip(arrays, columns, valid, strict=True):
             values[rows] = column.flatten().to_numpy().reshape(-1, values.shape[1])
         none = np.zeros((len(table), 0), np.float32)
@@ -245,10 +248,16 @@ def to_table(embeddings: Embeddings, columns: dict[str, Any]) -> pa.Table:
         embeddings: embeddings of n clips.
         columns: further columns, [n] each.
     """
-    lists = {name: _list_array(getattr(embeddings, name), embeddings.modality(name)) for name in COLUMNS}
-    return pa.table({**columns, **lists})
+    table = pa.table(columns)
+    for name in COLUMNS:
+        rows, valid = getattr(embeddings, name), embeddings.modality(name)
+        field = pa.field(name, pa.list_(pa.float32()), metadata={WIDTH: str(rows.shape[1]).encode()})
+        table = table.append_column(field, _list_array(rows, valid))
+    return table
 
 
-def _list_array(rows: np.ndarray, valid: np.ndarray) -> pa.Array:
-    values = pa.array(np.ascontiguousarray(rows, dtype=np.float32).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(values, rows.shape[1], mask=pa.array(~valid))
+def _list_array(rows: np.ndarray, valid: np.ndarray) -> pa.ListArray:
+    """Return lists of floats; not lists of a fixed size, which Parquet readers do not support if some are null."""
+    offsets = np.concatenate([[0], np.cumsum(np.where(valid, rows.shape[1], 0))]).astype(np.int32)
+    values = np.ascontiguousarray(rows[valid], dtype=np.float32).reshape(-1)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), mask=pa.array(~valid))
