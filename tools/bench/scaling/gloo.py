@@ -9,7 +9,6 @@ Legend: W ranks, V bytes of a collective as in `Network.seconds`.
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from scipy.optimize import nnls
 
-from distav.distributed.collectives import all_gather_rows, all_reduce_sum_, all_to_all_rows
+from distav.distributed.collectives import all_gather_rows, all_reduce_sum_, all_to_all_rows, barrier
 from tools.bench.multiprocess import run_on_ranks
 from tools.bench.scaling.network import (
     ALL_GATHER,
@@ -65,18 +64,22 @@ def _measure_rank() -> list[CollectiveTime]:
     points = []
     for num_bytes in SIZES:
         for kind, run in _collectives(num_bytes // 4, world_size).items():
-            compute()
-            run()
-            seconds = []
-            for _ in range(REPETITIONS if num_bytes < 2**20 else REPETITIONS // 3):
-                began = time.perf_counter()
-                compute()
-                middle = time.perf_counter()
-                compute()
-                run()
-                seconds.append(time.perf_counter() - middle - (middle - began))
-            points.append(CollectiveTime(kind, num_bytes, world_size, max(fmean(seconds), SHORTEST_S)))
+            repetitions = REPETITIONS if num_bytes < 2**20 else REPETITIONS // 3
+            alone, together = (_mean_s(calls, repetitions) for calls in ([compute], [compute, run]))
+            points.append(CollectiveTime(kind, num_bytes, world_size, max(together - alone, SHORTEST_S)))
     return points
+
+
+def _mean_s(functions: Sequence[Callable[[], Any]], repetitions: int) -> float:
+    """Return the mean time of calling functions in turn, on all ranks at the same time."""
+    for function in functions:
+        function()
+    barrier()
+    started = time.perf_counter()
+    for _ in range(repetitions):
+        for function in functions:
+            function()
+    return (time.perf_counter() - started) / repetitions
 
 
 def _computation() -> Callable[[], Any]:
