@@ -194,7 +194,10 @@ class ShardedDataset:
         path = root / "manifest.json"
         if not root.is_dir():
             datasets = [other.parent.name for other in root.parent.glob("*/manifest.json")]
-            raise UserError(f"data.root={root}: no such directory.{did_you_mean(root.name, datasets)}")
+            raise UserError(
+                f"data.root={root}: no such directory. Give the one that tools/make_shards.py wrote."
+                + did_you_mean(root.name, datasets)
+            )
         if not path.is_file():
             raise UserError(
                 f"data.root={root}: no manifest.json found. Give the directory that tools/make_shards.py wrote; if it "

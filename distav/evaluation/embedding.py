@@ -67,7 +67,13 @@ class Embeddings:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> "Embeddings":
-        """Return the embeddings in a table of `to_table`, which has no logits."""
+        """Return the embeddings in a table of `to_table`, which has no logits.
+
+        Raises:
+            UserError: if the table is another one.
+        """
+        if any(WIDTH not in (table.schema.field(name).metadata or {}) for name in COLUMNS):
+            raise UserError("the columns of the embeddings do not state their width; run tools/embed.py again.")
         columns = [table.column(name).combine_chunks() for name in COLUMNS]
         valid = [column.is_valid().to_numpy(zero_copy_only=False) for column in columns]
         widths = [int(table.schema.field(name).metadata[WIDTH]) for name in COLUMNS]

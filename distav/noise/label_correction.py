@@ -43,9 +43,9 @@ and half of them."""
 MIN_MISMATCH = 0.05
 """Mismatch rate below which the owner of the labels hardly matters; if it is below under all assumptions, only the
 first one is tried."""
-
 MAX_CONCURRENT_SAMPLES = 50_000
 """Samples up to which votes are searched at the same time; each search holds the neighbors of all samples."""
+
 T = TypeVar("T")
 
 
@@ -69,7 +69,8 @@ def correct_labels(
 
     Votes and the class probabilities of the modalities are float16. In addition to the arguments, a search holds the
     neighbors [n, k] of 8 bytes each, and up to three tables [n, C] of votes, or two and one for each assumed owner; the
-    six tables of the result are held together with three of votes.
+    six tables of the result are held together with three of votes. A single rank on a CPU searches several votes at the
+    same time, up to `MAX_CONCURRENT_SAMPLES`.
 
     Args:
         spaces: features of this rank's samples, `shard_range(N)`.

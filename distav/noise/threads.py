@@ -9,9 +9,10 @@ import torch
 
 from distav.distributed.collectives import get_world_size
 
-T = TypeVar("T")
 ELEMENTS_PER_THREAD = 2**19
 """Elements for which another thread of a CPU saves more time than the threads take to wait for one another."""
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """Times of gloo's collectives between processes of this machine, and the network that is fitted to them.
 
-The collectives alternate with computations, as in a training step: between computations, which replace the contents of
-the caches and do not end at the same time on all ranks, a short collective takes about twice as long as in a loop of
-its own.
+The collectives alternate with computations, as in a training step. Computations replace the contents of the caches and
+do not end at the same time on all ranks, so a collective takes longer than in a loop of its own.
 Legend: W ranks, V bytes of a collective as in `Network.seconds`.
 """
 
@@ -35,6 +34,7 @@ SIZES = (64, 1024, 16384, 131072, 1048576, 4194304)
 RANKS = (2, 4)
 REPETITIONS = 60
 SHORTEST_S = 1e-6
+"""Least time of a collective: the difference of two measured times can be negative."""
 
 
 @dataclass(frozen=True)

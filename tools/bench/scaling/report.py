@@ -73,9 +73,9 @@ def steps_tables(steps: Record) -> str:
     errors = steps["network_errors"]
     text = (
         f"Steps of {arguments['clips']} clips per rank on {arguments['cores']} cores, median of {arguments['steps']} "
-        f"steps in the fastest of {arguments['rounds']} rounds. Busy cores: CPU time of all ranks per second; if it is "
-        "less than the number of ranks or cores, ranks wait for messages, or other load has disturbed the steps. The "
-        "terms are those of the prediction, in ms."
+        f"steps in the fastest of {arguments['rounds']} round(s). Busy cores: CPU time of all ranks per second; if it "
+        "is less than the number of ranks or cores, ranks wait for messages, or other load has disturbed the steps. "
+        "The terms are those of the prediction, in ms."
     )
     constants = (
         "Constants, measured apart from these steps: slowdown of one of several runs of one rank, which do not "
