@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from distav.distributed.collectives import local_shard
-from distav.noise.noise_rate import RateEstimate, candidate_rates, class_rates, unknown_rate
+from distav.noise.class_posterior import corrected_labels
+from distav.noise.noise_rate import RateEstimate, candidate_rates, cautious_odds_factor, class_rates, unknown_rate
 
 MODALITY_DTYPE = torch.float16
 """Type of the class probabilities of the modalities. They are the targets of classifiers; the probabilities of the
@@ -77,6 +78,23 @@ class Correction:
     def class_rates(self) -> list[RateEstimate]:
         """Label-noise rate of each class."""
         return class_rates(self.transition_matrix, self.label_rate)
+
+    def change_odds(self, min_odds: float) -> float:
+        """Return how many times as probable as the given label another one must be to replace it.
+
+        Args:
+            min_odds: the value for a certain label-noise rate; see `cautious_odds_factor`.
+        """
+        return min_odds * cautious_odds_factor(self.rate_log_likelihood, self.posterior.shape[1])
+
+    def corrected_labels(self, given: Tensor, min_odds: float) -> Tensor:
+        """Return the labels after correction: [n] -> [n] int64.
+
+        Args:
+            given: [n] int64 labels of this rank.
+            min_odds: see `change_odds`.
+        """
+        return corrected_labels(self.posterior, given, self.change_odds(min_odds))
 
 
 def identity_correction(given: Tensor, num_classes: int) -> Correction:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from distav.config.errors import UserError, did_you_mean, format_list
-from distav.noise.class_posterior import corrected_labels, probability_of
+from distav.noise.class_posterior import probability_of
 from distav.noise.label_correction import correct_labels as correct_local_labels
 from distav.noise.noise_rate import RateEstimate
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
@@ -98,7 +98,8 @@ def correct_labels(
         groups: [N] identifiers of sources, such as the video that a clip was cut from; samples of one source do not
             vote for each other. By default, each sample is its own source.
         num_neighbors: numbers of voters to select from; those that are too large for the dataset are left out.
-        min_change_odds: how many times as probable as the given label another one must be to replace it.
+        min_change_odds: how many times as probable as the given label another one must be to replace it, if the noise
+            rate is certain; more the less certain it is.
         min_log_likelihood_gain: gain of the votes over the class frequencies, in nats, below which a warning is
             given and labels are kept.
 
@@ -136,7 +137,7 @@ def correct_labels(
             "features do not separate the classes.",
             stacklevel=2,
         )
-    corrected = corrected_labels(correction.posterior, targets, min_change_odds)
+    corrected = correction.corrected_labels(targets, min_change_odds)
     rates = zip(classes.tolist(), correction.class_rates, strict=True) if correction.has_signal else ()
     return CorrectedLabels(
         classes=classes,

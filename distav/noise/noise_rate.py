@@ -17,12 +17,17 @@ from distav.noise.tiling import tiles
 
 NUM_RATES = 181
 """R, the number of candidate rates."""
+CAUTIOUS_LEVEL = 0.25
+"""Quantile of a noise rate at which labels must still be wrong to be changed; see `cautious_odds_factor`."""
 MAX_INTERVAL_WIDTH = 0.5
 """Width of a 95 % interval above which a noise rate counts as not identified."""
 CONFORMAL_FACTOR = 1.5
 """Factor on the distances of the bounds of an interval from the estimate. The model does not describe all noise, so its
 likelihood is too certain. As in split conformal prediction (Lei et al. 2018, section 2.2), the factor is such that the
 intervals cover the true rates of nine tenths of the calibration problems, those of `tools/bench.py coverage`."""
+
+MIN_RATE = 1e-4
+"""Smallest noise rate of which odds are computed."""
 
 TEMPERATURE, INTERVAL_SLOPE, AVERAGE_SLOPE = 4.0, 32.0, 4.0
 """Temperature of a profile if the classes are certain, and its relative increase per square of the mean entropy, which
@@ -71,15 +76,38 @@ def estimate_rate(log_likelihood: Tensor, num_classes: int) -> RateEstimate:
         log_likelihood: [R] over `candidate_rates(C)`.
         num_classes: C.
     """
+    return RateEstimate(*_mean_and_quantiles(log_likelihood, num_classes, 0.025, 0.975))
+
+
+def cautious_odds_factor(log_likelihood: Tensor, num_classes: int) -> float:
+    """Return how many times more probable a class must be for its label to be changed if the noise rate is uncertain.
+
+    If the noise rate is r, the odds that a label is wrong are proportional to r / (1 - r). The factor is these odds at
+    the estimate, divided by those at the lower quartile of the rate, the bound of an interval like those of
+    `estimate_rate`. Wrong corrections cost more than missed ones, and overestimated noise makes many of them.
+
+    Args:
+        log_likelihood: [R] over `candidate_rates(C)`.
+        num_classes: C.
+
+    Returns:
+        1 if the rate is certain, larger otherwise.
+    """
+    estimate, low = (
+        min(max(rate, MIN_RATE), 1 - MIN_RATE)
+        for rate in _mean_and_quantiles(log_likelihood, num_classes, CAUTIOUS_LEVEL)
+    )
+    return max(1.0, estimate / (1 - estimate) * (1 - low) / low)
+
+
+def _mean_and_quantiles(log_likelihood: Tensor, num_classes: int, *levels: float) -> list[float]:
+    """Return the posterior mean of a rate, and quantiles, moved away from it by `CONFORMAL_FACTOR`."""
     rates = candidate_rates(num_classes).to(log_likelihood.device)
     posterior = normalize_likelihood(log_likelihood)
-    cumulative, estimate = posterior.cumsum(0), float(posterior @ rates)
-
-    def bound(level: float) -> float:
-        quantile = float(rates[int((cumulative >= level).nonzero()[0, 0])])
-        return min(max(estimate + CONFORMAL_FACTOR * (quantile - estimate), 0.0), float(rates[-1]))
-
-    return RateEstimate(estimate, bound(0.025), bound(0.975))
+    cumulative, mean = posterior.cumsum(0), float(posterior @ rates)
+    quantiles = (float(rates[int((cumulative >= level).nonzero()[0, 0])]) for level in levels)
+    moved = (mean + CONFORMAL_FACTOR * (quantile - mean) for quantile in quantiles)
+    return [mean, *(min(max(bound, 0.0), float(rates[-1])) for bound in moved)]
 
 
 def unknown_rate(num_classes: int) -> RateEstimate:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distav.config.phases import EventParsingPhase, LabelCorrectionPhase
+from distav.config.phases import EventParsingPhase
 from distav.distributed.collectives import all_gather_rows
 from distav.noise.class_posterior import corrected_labels, probability_of
 from distav.training.run import Run
@@ -62,7 +62,7 @@ def read_clip_labels(run: Run, ids: Tensor) -> ClipLabels:
         confidence = torch.maximum(posterior, 1 - posterior).amin(1)
         return ClipLabels(given, [_list_names(row, classes) for row in has], confidence.tolist())
     labels = torch.from_numpy(run.data.labels.given[rows]).to(posterior.device)
-    corrected = corrected_labels(posterior, labels, _min_change_odds(run))
+    corrected = corrected_labels(posterior, labels, run.state.report.corrections[-1]["change_odds"])
     names = [classes[label] for label in corrected.tolist()]
     return ClipLabels(given, names, probability_of(corrected, posterior).tolist())
 
@@ -73,8 +73,3 @@ def _only_parses(run: Run) -> bool:
 
 def _list_names(has: np.ndarray, classes: list[str]) -> str:
     return " | ".join(classes[index] for index in np.flatnonzero(has)) or "(none)"
-
-
-def _min_change_odds(run: Run) -> float:
-    phase = run.config.phases[run.state.report.corrections[-1]["phase"]]
-    return phase.min_change_odds if isinstance(phase, LabelCorrectionPhase) else 1.0

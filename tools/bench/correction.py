@@ -23,7 +23,6 @@ from distav.distributed.collectives import all_gather_variable_rows, local_shard
 from distav.distributed.environment import machine
 from distav.memory.ivf import approximate_neighbors
 from distav.memory.knn import nearest_neighbors
-from distav.noise.class_posterior import corrected_labels
 from distav.noise.knn_vote import pca_whiten
 from distav.noise.label_correction import correct_labels
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
@@ -137,7 +136,7 @@ def measure_rank(case: Case) -> dict[str, Any]:
         "peak_mib": memory_mib("VmHWM"),
     }
     given = local_shard(truth.given)
-    corrected = corrected_labels(correction.posterior, given, LabelCorrectionPhase.min_change_odds)
+    corrected = correction.corrected_labels(given, LabelCorrectionPhase.min_change_odds)
     right = [all_gather_variable_rows((labels == local_shard(truth.true)).float()) for labels in (given, corrected)]
     rate, pair_rate = correction.label_rate, correction.pair_rate
     result |= {

@@ -37,7 +37,7 @@ from distav.training.checkpoint.mirror_uploader import MirrorUploader
 from distav.training.engine.deepspeed_engine import Engine
 from distav.training.run_state import Progress, RunState
 
-FORMAT = 6
+FORMAT = 7
 """Version of the names in state.json and in the safetensors files."""
 
 _INCOMPLETE_PREFIX, _CORRUPT_PREFIX = ".writing-", ".broken-"

@@ -20,7 +20,7 @@ from distav.evaluation.metrics import (
     label_accuracy,
     noise_kinds,
 )
-from distav.noise.class_posterior import corrected_labels, probability_of
+from distav.noise.class_posterior import probability_of
 from distav.noise.correction import Correction
 from distav.training.run import Run
 
@@ -34,6 +34,7 @@ class CorrectionResult:
 
     Attributes:
         corrected: [N] int64 classes after correction; see `distav.noise.class_posterior.corrected_labels`.
+        change_odds: odds above which labels were changed.
         knn_labels: [N] int64 classes predicted by the held-out votes.
         confidence: [N] float32 probability of the corrected class.
         self_confidence: [N] float32 probability of the given class under held-out votes.
@@ -42,6 +43,7 @@ class CorrectionResult:
     """
 
     corrected: np.ndarray
+    change_odds: float
     knn_labels: np.ndarray
     confidence: np.ndarray
     self_confidence: np.ndarray
@@ -50,10 +52,10 @@ class CorrectionResult:
 
 
 def gather_result(run: Run, correction: Correction, min_change_odds: float) -> CorrectionResult:
-    """Gather the result of a correction from all ranks; see `corrected_labels` for the odds."""
+    """Gather the result of a correction from all ranks; see `Correction.change_odds` for the odds."""
     labels = run.data.labels
     given = local_shard(torch.from_numpy(labels.given)).to(run.world.device)
-    corrected = corrected_labels(correction.posterior, given, min_change_odds)
+    corrected = correction.corrected_labels(given, min_change_odds)
     errors = {}
     if labels.true is not None:
         errors = {
@@ -62,6 +64,7 @@ def gather_result(run: Run, correction: Correction, min_change_odds: float) -> C
         }
     return CorrectionResult(
         corrected=_gather(corrected),
+        change_odds=correction.change_odds(min_change_odds),
         knn_labels=_gather(correction.held_out.argmax(1)),
         confidence=_gather(probability_of(corrected, correction.posterior)),
         self_confidence=_gather(probability_of(given, correction.held_out)),
@@ -82,6 +85,7 @@ def build_summary(name: str, labels: Labels, correction: Correction, result: Cor
         "phase": name,
         "log_likelihood_gain": round(correction.log_likelihood_gain, 1),
         "selected_votes": correction.selected_votes,
+        "change_odds": round(result.change_odds, 3),
         "changed_fraction": float(changed.mean()),
         "changed_confidence": float(result.confidence[changed].mean()) if changed.any() else None,
         "label_noise_rate": correction.label_rate.as_dict(),

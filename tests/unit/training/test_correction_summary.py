@@ -35,6 +35,7 @@ def make_correction(has_signal: bool) -> Correction:
 
 RESULT = CorrectionResult(
     corrected=np.array([0, 1, 0, 0]),
+    change_odds=2.5,
     knn_labels=np.array([0, 1, 0, 0]),
     confidence=np.array([0.9, 0.8, 0.7, 0.6], dtype=np.float32),
     self_confidence=np.array([0.9, 0.8, 0.3, 0.6], dtype=np.float32),
@@ -48,6 +49,7 @@ def test_summary_with_ground_truth():
     summary = build_summary("correction", labels, make_correction(has_signal=True), RESULT)
     assert summary["phase"] == "correction" and summary["selected_votes"] == {"visual": "towers"}
     assert summary["log_likelihood_gain"] == 12.3 and summary["changed_fraction"] == 0.25
+    assert summary["change_odds"] == 2.5
     assert summary["changed_confidence"] == pytest.approx(0.7)
     assert summary["warning"].startswith(
         "the changed labels have a mean confidence of 70%: about 30% of the changes are probably wrong."

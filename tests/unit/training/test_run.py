@@ -106,6 +106,6 @@ def test_checkpoint_of_another_format_is_rejected(tmp_path: Path):
     (checkpoint / "state.json").write_text(json.dumps({"format": 1}))
     write_manifest(checkpoint, {"state.json": file_entry(checkpoint / "state.json")})
     engine: Any = None  # Not used before the format is checked.
-    with pytest.raises(UserError, match="checkpoint format 1; this version of distav reads format 6") as error:
+    with pytest.raises(UserError, match="checkpoint format 1; this version of distav reads format 7") as error:
         CheckpointManager(tmp_path, 2).restore(engine, engine, print)
     assert checkpoint.name in str(error.value) and "run.name" in str(error.value)

@@ -11,7 +11,6 @@ import torch
 
 from distav.config.phases import LabelCorrectionPhase
 from distav.data.modalities import MODALITIES
-from distav.noise.class_posterior import corrected_labels
 from distav.noise.label_correction import correct_labels
 from distav.noise.noise_rate import RateEstimate
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
@@ -57,7 +56,7 @@ def run_correction(data: CoverageData) -> Estimates:
         posterior=correction.posterior.numpy(),
         audio_posterior=correction.audio_posterior.numpy(),
         held_out=correction.held_out.numpy(),
-        corrected=corrected_labels(correction.posterior, given, LabelCorrectionPhase.min_change_odds).numpy(),
+        corrected=correction.corrected_labels(given, LabelCorrectionPhase.min_change_odds).numpy(),
         correspondence=correction.correspondence.numpy(),
         label_rate=correction.label_rate,
         pair_rate=correction.pair_rate,
