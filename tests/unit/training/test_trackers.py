@@ -67,17 +67,28 @@ def read_offline_run(path: Path) -> Iterator[bytes]:
             parts = b""
 
 
+def finished_offline_runs(folder: Path, number: int, timeout_s: float = 30.0) -> list[Any]:
+    """Return the records of all offline runs of W&B, whose process may write the last ones after the run has ended."""
+    from wandb.proto import wandb_internal_pb2
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
+        runs = [[wandb_internal_pb2.Record.FromString(data) for data in read_offline_run(path)] for path in files]
+        is_finished = [bool(records) and records[-1].WhichOneof("record_type") == "exit" for records in runs]
+        if len(runs) == number and all(is_finished):
+            return [record for records in runs for record in records]
+        assert time.monotonic() < deadline, f"{sum(is_finished)} of {number} runs have ended after {timeout_s} s"
+        time.sleep(0.1)
+
+
 def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     needs("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_PROJECT", "project")
     identity = log_twice(tmp_path, "wandb")
-    from wandb.proto import wandb_internal_pb2
-
-    files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime)
-    assert len(files) == 2
-    records = [wandb_internal_pb2.Record.FromString(data) for path in files for data in read_offline_run(path)]
+    records = finished_offline_runs(tmp_path, 2)
     runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert {run.run_id for run in runs} == {identity}
     assert {(run.display_name, run.project) for run in runs} == {("first", "project")}
