@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from distav.models.onnx_export import export_onnx
     from distav.models.pretrained import load_encoders
     from distav.noise.label_issues import CorrectedLabels, correct_labels, find_label_issues
+    from distav.noise.multi_label_issues import CorrectedLabelLists, correct_label_lists
 
 if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
     # Threads that wait actively use a core, which slows down others if processes compete for the cores.
@@ -20,8 +21,10 @@ if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 __all__ = [
+    "CorrectedLabelLists",
     "CorrectedLabels",
     "__version__",
+    "correct_label_lists",
     "correct_labels",
     "export_onnx",
     "find_label_issues",
@@ -32,7 +35,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "CorrectedLabelLists": "distav.noise.multi_label_issues",
     "CorrectedLabels": "distav.noise.label_issues",
+    "correct_label_lists": "distav.noise.multi_label_issues",
     "correct_labels": "distav.noise.label_issues",
     "export_onnx": "distav.models.onnx_export",
     "find_label_issues": "distav.noise.label_issues",

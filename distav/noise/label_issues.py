@@ -15,12 +15,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from distav.config.errors import UserError, did_you_mean, format_list
 from distav.noise.class_posterior import probability_of
+from distav.noise.embedding_arguments import MODALITY_NAMES, check_features, feasible_neighbors, source_codes
 from distav.noise.label_correction import correct_labels as correct_local_labels
 from distav.noise.noise_rate import RateEstimate
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
 
-MODALITY_NAMES = ("visual", "audio")
-"""Keys of features of two modalities."""
 RANKINGS = ("self_confidence", "normalized_margin")
 """Scores by which `find_label_issues` can rank samples."""
 Ranking = Literal["self_confidence", "normalized_margin"]
@@ -112,13 +111,13 @@ def correct_labels(
     """
     given = _labels(labels)
     size = len(given)
-    tables = _features(features, size)
+    tables = check_features(features, size)
     classes, codes = np.unique(given, return_inverse=True)
     if len(classes) < 2:
         raise UserError(f"labels: all {size} labels are {classes[0]}; give labels of two or more classes.")
-    _check_numbers(num_neighbors, min_change_odds)
-    neighbors = [k for k in num_neighbors if k < size] or [max(1, size // 2)]
-    source_codes = np.arange(size) if groups is None else _groups(groups, size)
+    if not min_change_odds >= 1:
+        raise UserError(f"min_change_odds={min_change_odds}: allowed: 1 or more.")
+    neighbors, sources = feasible_neighbors(num_neighbors, size), source_codes(groups, size)
     absent = np.full((size, 1), np.nan, dtype=np.float32)
     visual, audio = (torch.from_numpy(tables.get(name, absent)) for name in MODALITY_NAMES)
     space = FeatureSpace("features", visual.nan_to_num(0.0), audio.nan_to_num(0.0))
@@ -127,7 +126,7 @@ def correct_labels(
         [space],
         targets,
         len(classes),
-        torch.from_numpy(source_codes),
+        torch.from_numpy(sources),
         {"visual": ~visual.isnan().all(1), "audio": ~audio.isnan().all(1)},
         VoteSearchSpace(num_neighbors=neighbors, min_log_likelihood_gain=min_log_likelihood_gain),
     )
@@ -205,47 +204,8 @@ def _labels(labels: ArrayLike) -> NDArray[Any]:
     if given.ndim != 1 or not (given.dtype.kind in "biuU" or is_text):
         raise UserError(
             f"labels: shape {given.shape}, type {given.dtype}; allowed: [N] integers or texts, one label per sample. "
-            "For several labels per sample, train on a multi-label dataset."
+            "For several labels per sample, use distav.correct_label_lists."
         )
     if not len(given):
         raise UserError("labels: empty; give one label per sample.")
     return given.astype(str) if is_text else given
-
-
-def _features(features: ArrayLike | Mapping[str, ArrayLike], size: int) -> dict[str, NDArray[np.float32]]:
-    arrays = dict(features) if isinstance(features, Mapping) else {MODALITY_NAMES[0]: features}
-    if not arrays or not set(arrays) <= set(MODALITY_NAMES):
-        raise UserError(f"features: keys {sorted(map(str, arrays))}; allowed: {' and '.join(MODALITY_NAMES)}.")
-    tables = {}
-    for name, array in arrays.items():
-        what = f"features[{name!r}]" if isinstance(features, Mapping) else "features"
-        try:
-            table = np.asarray(array, dtype=np.float32)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{what}: not an array of numbers ({error}); allowed: [N, E] numbers.") from None
-        if table.ndim != 2 or not table.shape[1] or len(table) != size:
-            raise UserError(f"{what}: shape {table.shape}; allowed: ({size}, E), a row for each of the {size} labels.")
-        unusable = np.flatnonzero(np.isinf(table).any(1) | (np.isnan(table).any(1) & ~np.isnan(table).all(1)))
-        if len(unusable):
-            raise UserError(
-                f"{what}: row {unusable[0]} has values that are not finite ({len(unusable)} such rows); allowed: "
-                "finite numbers, or NaN in the whole row of a sample that lacks the modality."
-            )
-        tables[name] = table
-    if all(np.isnan(table).all() for table in tables.values()):
-        raise UserError("features: every row is NaN; give the embeddings of some samples.")
-    return tables
-
-
-def _groups(groups: ArrayLike, size: int) -> NDArray[np.int64]:
-    array = np.asarray(groups)
-    if array.shape != (size,):
-        raise UserError(f"groups: shape {array.shape}; allowed: ({size},), a source for each of the {size} labels.")
-    return np.unique(array, return_inverse=True)[1].astype(np.int64)
-
-
-def _check_numbers(num_neighbors: Sequence[int], min_change_odds: float) -> None:
-    if not len(num_neighbors) or any(k < 1 for k in num_neighbors):
-        raise UserError(f"num_neighbors={list(num_neighbors)}: allowed: one or more numbers from 1 on.")
-    if not min_change_odds >= 1:
-        raise UserError(f"min_change_odds={min_change_odds}: allowed: 1 or more.")

@@ -15,30 +15,15 @@ from torch import Tensor
 from distav.distributed.collectives import all_reduce_sum_, broadcast, local_shard
 from distav.noise.multi_label_model import LabelVotes, MultiLabelModel, fit_model, frequency_log_likelihood
 from distav.noise.multi_label_votes import ListVoteSearch, ListVoteTask, class_offsets, select_votes
+from distav.noise.noise_rate import RateEstimate
 from distav.noise.tiling import map_tiles
 
+PRESENT = 0.5
+"""Probability above which a sample has a class."""
 ZERO_TEST = 1.92
 """Loss of log-likelihood below which a rate of 0 is not rejected: half the 95 % quantile of chi-squared."""
 NUM_DRAWS = 1000
 """Draws of the parameters from which the intervals of the overall rates are computed."""
-
-
-@dataclass(frozen=True)
-class ListRate:
-    """A rate of missing or wrong labels.
-
-    Attributes:
-        estimate: the rate.
-        ci95_low, ci95_high: bounds of the 95 % interval.
-    """
-
-    estimate: float
-    ci95_low: float
-    ci95_high: float
-
-    def as_dict(self) -> dict[str, float]:
-        """Return the values, rounded for a report."""
-        return {name: round(getattr(self, name), 4) for name in ("estimate", "ci95_low", "ci95_high")}
 
 
 @dataclass(frozen=True)
@@ -61,10 +46,10 @@ class ListCorrection:
 
     held_out: Tensor
     posterior: Tensor
-    missing_rate: ListRate
-    wrong_rate: ListRate
-    class_missing_rates: list[ListRate]
-    class_wrong_rates: list[ListRate]
+    missing_rate: RateEstimate
+    wrong_rate: RateEstimate
+    class_missing_rates: list[RateEstimate]
+    class_wrong_rates: list[RateEstimate]
     rate_logits: Tensor
     log_likelihood_gain: float
     has_signal: bool
@@ -129,15 +114,15 @@ def identity_correction(given: Tensor) -> ListCorrection:
     return ListCorrection(local, local.clone(), *_unknown_rates(num_classes), rate_logits, 0.0, False, {})
 
 
-def _unknown_rates(num_classes: int) -> tuple[ListRate, ListRate, list[ListRate], list[ListRate]]:
+def _unknown_rates(num_classes: int) -> tuple[RateEstimate, RateEstimate, list[RateEstimate], list[RateEstimate]]:
     """Return the result of `_estimate_rates` without a label signal."""
-    unknown = ListRate(0.0, 0.0, 1.0)
+    unknown = RateEstimate(0.0, 0.0, 1.0)
     return unknown, unknown, [unknown] * num_classes, [unknown] * num_classes
 
 
 def _estimate_rates(
     rate_logits: Tensor, posterior: Tensor
-) -> tuple[ListRate, ListRate, list[ListRate], list[ListRate]]:
+) -> tuple[RateEstimate, RateEstimate, list[RateEstimate], list[RateEstimate]]:
     """Return missing and wrong rate over all classes, then of each class, with intervals.
 
     The overall rates weight the classes by their expected numbers of clips with and without the class. Intervals are
@@ -172,7 +157,7 @@ def _rate_logits(model: MultiLabelModel) -> Tensor:
     return torch.cat([table[:, -2:] for table in tables], dim=1)
 
 
-def _rate(estimate: float, draws: Tensor, zero_loss: float) -> ListRate:
+def _rate(estimate: float, draws: Tensor, zero_loss: float) -> RateEstimate:
     """Return a rate with its interval; `zero_loss` is the log-likelihood that is lost if it is 0."""
     low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return ListRate(estimate, 0.0 if zero_loss < ZERO_TEST else min(low, estimate), max(high, estimate))
+    return RateEstimate(estimate, 0.0 if zero_loss < ZERO_TEST else min(low, estimate), max(high, estimate))

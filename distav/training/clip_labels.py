@@ -12,10 +12,8 @@ from torch import Tensor
 from distav.config.phases import EventParsingPhase
 from distav.distributed.collectives import all_gather_rows
 from distav.noise.class_posterior import corrected_labels, probability_of
+from distav.noise.multi_label_correction import PRESENT
 from distav.training.run import Run
-
-PRESENT = 0.5
-"""Posterior probability above which a clip of a multi-label dataset has a class."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from distav.data.annotations.multi_labels import MultiLabels, multi_label_correc
 from distav.data.files import write_table
 from distav.distributed.collectives import all_gather_variable_rows
 from distav.evaluation.multi_label_metrics import label_list_accuracy
-from distav.noise.multi_label_correction import ListCorrection, correct_label_lists, identity_correction
+from distav.noise.multi_label_correction import PRESENT, ListCorrection, correct_label_lists, identity_correction
 from distav.noise.multi_label_votes import ListVoteSearch
-from distav.training.clip_labels import PRESENT
 from distav.training.feature_extraction import extract_features
 from distav.training.phases.correction_summary import correction_warning, log_confidence
 from distav.training.run import Run
