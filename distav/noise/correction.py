@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distav.distributed.collectives import local_shard
 from distav.noise.class_posterior import corrected_labels
-from distav.noise.noise_rate import RateEstimate, candidate_rates, cautious_odds_factor, class_rates, unknown_rate
+from distav.noise.noise_rate import RateEstimate, candidate_rates, class_rates, unknown_rate
 
 MODALITY_DTYPE = torch.float16
 """Type of the class probabilities of the modalities. They are the targets of classifiers; the probabilities of the
@@ -55,6 +55,8 @@ class Correction:
         log_likelihood_gain: gain of the votes over the class frequencies in predicting the given labels, in nats.
         has_signal: whether the gain exceeds `min_log_likelihood_gain`.
         selected_votes: configuration of each vote.
+        caution: factor on the odds from which on a label is changed, more than 1 if label noise and mismatched pairs
+            cannot be told apart; see `cautious_odds_factor`.
     """
 
     held_out: Tensor
@@ -73,28 +75,21 @@ class Correction:
     log_likelihood_gain: float
     has_signal: bool
     selected_votes: dict[str, str]
+    caution: float = 1.0
 
     @property
     def class_rates(self) -> list[RateEstimate]:
         """Label-noise rate of each class."""
         return class_rates(self.transition_matrix, self.label_rate)
 
-    def change_odds(self, min_odds: float) -> float:
-        """Return how many times as probable as the given label another one must be to replace it.
-
-        Args:
-            min_odds: the value for a certain label-noise rate; see `cautious_odds_factor`.
-        """
-        return min_odds * cautious_odds_factor(self.rate_log_likelihood, self.posterior.shape[1])
-
     def corrected_labels(self, given: Tensor, min_odds: float) -> Tensor:
         """Return the labels after correction: [n] -> [n] int64.
 
         Args:
             given: [n] int64 labels of this rank.
-            min_odds: see `change_odds`.
+            min_odds: how many times as probable as the given label another one must be to replace it, times `caution`.
         """
-        return corrected_labels(self.posterior, given, self.change_odds(min_odds))
+        return corrected_labels(self.posterior, given, min_odds * self.caution)
 
 
 def identity_correction(given: Tensor, num_classes: int) -> Correction:

@@ -20,6 +20,8 @@ from distav.noise.tiling import map_tiles, tiles
 SIMILARITY_TOLERANCE = 1e-6
 """Difference up to which a similarity counts as that of the farthest voter."""
 NUM_HALVES = 2
+MAX_KEPT_VOTES = 2**20
+"""Elements up to which the table of a first round is kept for the second rounds with other numbers of voters."""
 
 
 def pca_whiten(features: Tensor, present: Tensor, num_components: int, power: float) -> Tensor:
@@ -104,6 +106,7 @@ class NeighborGraph:
         self.ids, self.similarity = unpack_in_place(packed)
         self.ids.masked_fill_(~local_shard(valid)[:, None], -1)
         self.voter_weights = source_weights(groups)
+        self._has_equal_weights = bool((self.voter_weights == 1).all())
         self._half_of_voter = source_halves(groups)
 
     def vote(self, labels: Tensor, num_classes: int, k: int, temperature: float) -> "KnnVote":
@@ -131,7 +134,8 @@ class NeighborGraph:
     def vote_weights(self, part: slice | Tensor, k: int, temperature: float) -> Tensor:
         """Return the weights of the k nearest neighbors of some rows: [t, k]; 0 for missing neighbors."""
         weights = ((self.similarity[part, :k] - 1) / temperature).exp_()
-        weights *= self.voter_weights[self.ids[part, :k].clamp_min(0)]
+        if not self._has_equal_weights:
+            weights *= self.voter_weights[self.ids[part, :k].clamp_min(0)]
         return weights.masked_fill_(self.ids[part, :k] < 0, 0.0)
 
 
@@ -146,6 +150,7 @@ class KnnVote:
     def __init__(self, graph: NeighborGraph, labels: Tensor, num_classes: int, k: int, temperature: float):
         """Store the configuration; see `NeighborGraph.vote`."""
         self.graph, self.labels, self.num_classes, self.k, self.temperature = graph, labels, num_classes, k, temperature
+        self._kept: tuple[Tensor, Tensor] | None = None
 
     def of_rows(self, rows: slice | Tensor, voters: int = 0) -> Tensor:
         """Return the votes of some of this rank's samples: [t, C]; rows sum to 1, uniform without neighbors.
@@ -169,6 +174,13 @@ class KnnVote:
 
     def _count_first_round(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Return the votes [t, C] and the total weights of the voters [t]."""
+        if len(self.graph.ids) * self.num_classes > MAX_KEPT_VOTES:
+            return self._recount_first_round(rows)
+        if self._kept is None:
+            self._kept = self._recount_first_round(slice(None))
+        return self._kept[0][rows], self._kept[1][rows]
+
+    def _recount_first_round(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         weights = self.graph.vote_weights(rows, self.k, self.temperature)
         classes = self.labels[self.graph.ids[rows, : self.k].clamp_min(0)]
         return _count_votes(classes, weights, self.num_classes), weights.sum(1)

@@ -22,7 +22,7 @@ from distav.noise.knn_vote import source_weights
 from distav.noise.label_model import LabelModel, fit_label_model, gain_and_temperature
 from distav.noise.model_fit import PairAssumption, fit_elements, select_fit_rows
 from distav.noise.model_parameters import Votes
-from distav.noise.noise_rate import transition_matrix, unknown_rate
+from distav.noise.noise_rate import MAX_INTERVAL_WIDTH, cautious_odds_factor, transition_matrix, unknown_rate
 from distav.noise.rate_fit import COARSE_GRID
 from distav.noise.threads import call_concurrently
 from distav.noise.vote_score import VoteScorer, log_votes
@@ -129,9 +129,12 @@ def correct_labels(
     result = model.posterior(votes, local_labels)
     del votes
     has_signal = model.gain > search_space.min_log_likelihood_gain
+    rate_log_likelihood = model.rate_log_likelihood.to(given.device)
     pair_log_likelihood, pair_rate = model.pair_rate_log_likelihood.to(given.device), model.pair_rate
     if not (has_signal and knows_pairs):
         pair_log_likelihood, pair_rate = torch.zeros_like(pair_log_likelihood), unknown_rate(num_classes)
+    has_pairs = bool(torch.stack(list(has_modality.values())).all(0).any())
+    is_confounded = has_pairs and pair_rate.ci95_width > MAX_INTERVAL_WIDTH
     corrected = present if has_signal else torch.zeros_like(present)
     for probs in (getattr(result, field.name) for field in fields(result) if field.name != "correspondence"):
         _restore_labels(probs, local_labels, ~corrected)
@@ -143,7 +146,7 @@ def correct_labels(
         audio_held_out=result.audio_held_out,
         audio_posterior=result.audio,
         correspondence=torch.where(corrected & paired, result.correspondence, 1.0),
-        rate_log_likelihood=model.rate_log_likelihood.to(given.device),
+        rate_log_likelihood=rate_log_likelihood,
         pair_rate_log_likelihood=pair_log_likelihood,
         label_rate=model.label_rate if has_signal else unknown_rate(num_classes),
         transition_matrix=transition_matrix(result.owner, local_labels, corrected),
@@ -152,6 +155,7 @@ def correct_labels(
         log_likelihood_gain=model.gain,
         has_signal=has_signal,
         selected_votes=selected_votes,
+        caution=cautious_odds_factor(rate_log_likelihood, num_classes) if is_confounded else 1.0,
     )
 
 

@@ -30,6 +30,7 @@ from distav.noise.noise_rate import (
     candidate_rates,
     estimate_rate,
     interpolate_profile,
+    rates_within_prior,
 )
 from distav.noise.rate_fit import fit_rates, unmix_if_likely
 from distav.noise.threads import threads_for
@@ -147,14 +148,15 @@ def _fit(
 ) -> LabelModel:
     """Fit the model; see `fit_label_model`."""
     num_classes = likelihood.num_classes
-    fit, unmixing = fit_rates(likelihood, pairs, is_preliminary), None
+    rate_prior, pair_prior = rate_priors or (None, None)
+    fit, unmixing = fit_rates(likelihood, pairs, is_preliminary, rate_prior), None
     if not is_preliminary:
         likelihood, fit, unmixing = unmix_if_likely(likelihood, fit, pairs)
     temperature, average_temperature = fit.temperature(INTERVAL_SLOPE), fit.temperature(AVERAGE_SLOPE)
     positions = candidate_rates(num_classes)
     prior = torch.zeros(len(fit.grid), dtype=torch.float64)
-    if rate_priors is not None:
-        prior = interpolate_profile(positions.tolist(), rate_priors[0].cpu(), torch.tensor(fit.grid))
+    if rate_prior is not None:
+        prior = interpolate_profile(positions.tolist(), rate_prior.cpu(), torch.tensor(fit.grid))
     log_likelihood = torch.stack(
         [interpolate_profile(fit.grid, curve / temperature + prior, positions) for curve in fit.curves]
     ).logsumexp(0)
@@ -164,7 +166,7 @@ def _fit(
     total = sum(float(part.sum()) for _, part in kept)
     best_parameters, best_weights = max(kept, key=lambda item: float(item[1].max()))
     best = best_parameters.select(best_weights.argmax()[None]).to(likelihood.labels.device)
-    pair, pair_log_likelihood = _fit_pairs(likelihood, best, temperature, rate_priors and rate_priors[1])
+    pair, pair_log_likelihood = _fit_pairs(likelihood, best, temperature, pair_prior)
     return LabelModel(
         parameters=[parameters for parameters, _ in kept],
         weights=[part / total for _, part in kept],
@@ -224,13 +226,15 @@ def _fit_pairs(
     from it in balanced data. The joint votes are left out, because they say nothing on the class of a modality alone.
     """
     likelihood, parameters = likelihood.without_joint_votes(), _without_joint_votes(parameters, likelihood)
-    with threads_for(fit_elements(len(likelihood.labels), likelihood.num_classes, len(MISMATCH_GRID))):
-        parameters, objective = fit_pair_profile(likelihood, parameters, MISMATCH_GRID, temperature)
     rates = candidate_rates(likelihood.num_classes)
+    positions = rates / rates[-1]
+    grid = rates_within_prior(MISMATCH_GRID, positions, prior)
+    with threads_for(fit_elements(len(likelihood.labels), likelihood.num_classes, len(grid))):
+        parameters, objective = fit_pair_profile(likelihood, parameters, grid, temperature)
     curve = objective.cpu() / temperature
     if prior is not None:
-        curve = curve + interpolate_profile((rates / rates[-1]).tolist(), prior.cpu(), torch.tensor(MISMATCH_GRID))
-    log_likelihood = interpolate_profile(MISMATCH_GRID, curve, rates / rates[-1])
+        curve = curve + interpolate_profile(positions.tolist(), prior.cpu(), torch.tensor(grid))
+    log_likelihood = interpolate_profile(grid, curve, positions)
     return parameters.select(curve.argmax()[None]), log_likelihood - log_likelihood.max()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from distav.distributed.collectives import all_reduce_sum_
 from distav.noise.composite_likelihood import CompositeLikelihood, Evidence
 from distav.noise.model_parameters import LabelNoise, Parameters, at_rates, join_parameters, with_rows
-from distav.noise.noise_rate import INTERVAL_SLOPE, profile_temperature
+from distav.noise.noise_rate import INTERVAL_SLOPE, NEGLIGIBLE_DIFFERENCE, profile_temperature
 
 STEPS, STEP_SIZE = 10, 0.2
 """Steps of Adam between two updates by expectation-maximization, and the first step size."""
@@ -32,8 +32,6 @@ START_STRIDE = 3
 """Every third noise rate is fitted from all starts; the results are candidates at all rates."""
 LAST_GAIN = 0.03
 """Fraction of the gain over the class frequencies that the rounds after the starts add at most."""
-NEGLIGIBLE_DIFFERENCE = 12.0
-"""Difference of the tempered log-likelihood to its maximum from which on a rate needs no last rounds."""
 MAX_ELEMENTS = 2**22
 """Elements of a table [G, C, n] of a fit; noise rates are fitted in parts."""
 MAX_FIT_SAMPLES, MIN_FIT_SAMPLES, MAX_FIT_ELEMENTS = 3000, 1200, 300_000

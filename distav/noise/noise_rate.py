@@ -3,6 +3,7 @@
 Legend: N samples, n samples of this rank, C classes, R rates.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ NUM_RATES = 181
 """R, the number of candidate rates."""
 CAUTIOUS_LEVEL = 0.25
 """Quantile of a noise rate at which labels must still be wrong to be changed; see `cautious_odds_factor`."""
+NEGLIGIBLE_DIFFERENCE = 12.0
+"""Difference of a tempered log-likelihood to its maximum from which on a rate is negligible."""
 MAX_INTERVAL_WIDTH = 0.5
 """Width of a 95 % interval above which a noise rate counts as not identified."""
 CONFORMAL_FACTOR = 1.5
@@ -26,8 +29,8 @@ CONFORMAL_FACTOR = 1.5
 likelihood is too certain. As in split conformal prediction (Lei et al. 2018, section 2.2), the factor is such that the
 intervals cover the true rates of nine tenths of the calibration problems, those of `tools/bench.py coverage`."""
 
-MIN_RATE = 1e-4
-"""Smallest noise rate of which odds are computed."""
+MAX_CAUTION = 5.0
+"""Largest factor of `cautious_odds_factor`; without it, no label would change if the rate may be 0."""
 
 TEMPERATURE, INTERVAL_SLOPE, AVERAGE_SLOPE = 4.0, 32.0, 4.0
 """Temperature of a profile if the classes are certain, and its relative increase per square of the mean entropy, which
@@ -82,22 +85,24 @@ def estimate_rate(log_likelihood: Tensor, num_classes: int) -> RateEstimate:
 def cautious_odds_factor(log_likelihood: Tensor, num_classes: int) -> float:
     """Return how many times more probable a class must be for its label to be changed if the noise rate is uncertain.
 
+    It is used where the mismatch rate of the pairs is not identified: a label that names the class of the other
+    modality then looks wrong, and the noise is overestimated.
+
     If the noise rate is r, the odds that a label is wrong are proportional to r / (1 - r). The factor is these odds at
     the estimate, divided by those at the lower quartile of the rate, the bound of an interval like those of
-    `estimate_rate`. Wrong corrections cost more than missed ones, and overestimated noise makes many of them.
+    `estimate_rate`.
 
     Args:
         log_likelihood: [R] over `candidate_rates(C)`.
         num_classes: C.
 
     Returns:
-        1 if the rate is certain, larger otherwise.
+        1 if the rate is certain, up to `MAX_CAUTION` otherwise.
     """
-    estimate, low = (
-        min(max(rate, MIN_RATE), 1 - MIN_RATE)
-        for rate in _mean_and_quantiles(log_likelihood, num_classes, CAUTIOUS_LEVEL)
-    )
-    return max(1.0, estimate / (1 - estimate) * (1 - low) / low)
+    estimate, low = _mean_and_quantiles(log_likelihood, num_classes, CAUTIOUS_LEVEL)
+    if low <= 0:
+        return MAX_CAUTION if estimate > 0 else 1.0
+    return min(max(1.0, estimate / (1 - estimate) * (1 - low) / low), MAX_CAUTION)
 
 
 def _mean_and_quantiles(log_likelihood: Tensor, num_classes: int, *levels: float) -> list[float]:
@@ -129,6 +134,22 @@ def interpolate_profile(rates: Sequence[float], log_likelihood: Tensor, position
     curve = PchipInterpolator(np.asarray(rates), log_likelihood.double().cpu().numpy())
     clamped = positions.double().cpu().numpy().clip(rates[0], rates[-1])
     return torch.from_numpy(curve(clamped)).to(positions.device)
+
+
+def rates_within_prior(grid: Sequence[float], positions: Tensor, prior: Tensor | None) -> list[float]:
+    """Return the rates of a grid between which the prior is not negligible, and those that bound this range.
+
+    Args:
+        grid: increasing rates.
+        positions: [R] increasing rates.
+        prior: [R] their log-probability, maximum 0; None: all rates are returned.
+    """
+    if prior is None:
+        return list(grid)
+    likely = positions[(prior.cpu() > -NEGLIGIBLE_DIFFERENCE).nonzero().squeeze(1)]
+    first = min(max(bisect_right(grid, float(likely[0])) - 1, 0), len(grid) - 2)
+    last = max(bisect_left(grid, float(likely[-1])), first + 1)
+    return list(grid[first : last + 1])
 
 
 def transition_matrix(posterior: Tensor, labels: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distav.noise.composite_likelihood import CompositeLikelihood
 from distav.noise.model_fit import PairAssumption, Profile, continue_fit, fit_elements, fit_profile, fit_starts
-from distav.noise.noise_rate import candidate_rates, profile_temperature
+from distav.noise.noise_rate import candidate_rates, profile_temperature, rates_within_prior
 from distav.noise.threads import call_concurrently, threads_for
 from distav.noise.vote_unmixing import VoteUnmixing
 
@@ -58,11 +58,22 @@ class RateFit:
         return profile_temperature(self.entropy, slope)
 
 
-def fit_rates(likelihood: CompositeLikelihood, pairs: PairAssumption, is_preliminary: bool) -> RateFit:
-    """Fit the model at the noise rates of the grid; a preliminary fit is of symmetric noise only, on a coarse grid."""
+def fit_rates(
+    likelihood: CompositeLikelihood, pairs: PairAssumption, is_preliminary: bool, prior: Tensor | None = None
+) -> RateFit:
+    """Fit the model at the noise rates of the grid.
+
+    Args:
+        likelihood: likelihood of the labels.
+        pairs: assumption on the pairs.
+        is_preliminary: whether to fit symmetric noise only, on a coarse grid.
+        prior: [R] log-probability of the candidate rates from an earlier correction; rates that it excludes are left
+            out.
+    """
     num_classes = likelihood.num_classes
-    largest_rate = float(candidate_rates(num_classes)[-1])
-    grid = [largest_rate * rate for rate in (COARSE_GRID if is_preliminary else GRID)]
+    positions = candidate_rates(num_classes)
+    grid = [float(positions[-1]) * rate for rate in (COARSE_GRID if is_preliminary else GRID)]
+    grid = rates_within_prior(grid, positions, prior)
     elements = fit_elements(len(likelihood.labels), num_classes, len(grid))
 
     def fit(symmetric: bool, entropy_penalty: float) -> Profile:

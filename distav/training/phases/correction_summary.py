@@ -52,7 +52,7 @@ class CorrectionResult:
 
 
 def gather_result(run: Run, correction: Correction, min_change_odds: float) -> CorrectionResult:
-    """Gather the result of a correction from all ranks; see `Correction.change_odds` for the odds."""
+    """Gather the result of a correction from all ranks; see `Correction.corrected_labels` for the odds."""
     labels = run.data.labels
     given = local_shard(torch.from_numpy(labels.given)).to(run.world.device)
     corrected = correction.corrected_labels(given, min_change_odds)
@@ -64,7 +64,7 @@ def gather_result(run: Run, correction: Correction, min_change_odds: float) -> C
         }
     return CorrectionResult(
         corrected=_gather(corrected),
-        change_odds=correction.change_odds(min_change_odds),
+        change_odds=min_change_odds * correction.caution,
         knn_labels=_gather(correction.held_out.argmax(1)),
         confidence=_gather(probability_of(corrected, correction.posterior)),
         self_confidence=_gather(probability_of(given, correction.held_out)),

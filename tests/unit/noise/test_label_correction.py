@@ -9,8 +9,9 @@ from distav.evaluation.metrics import auroc, expected_calibration_error
 from distav.noise import model_fit, tiling
 from distav.noise.correction import CorrectionPrior
 from distav.noise.label_correction import correct_labels
+from distav.noise.noise_rate import cautious_odds_factor
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace, feasible_num_neighbors
-from tests.unit.noise.scenes import accuracy, flip_to_next_class, make_scene, teacher_probs
+from tests.unit.noise.scenes import NUM_CLASSES, accuracy, flip_to_next_class, make_scene, teacher_probs
 
 long = pytest.mark.long
 
@@ -35,6 +36,7 @@ def test_audio_gets_its_own_label_and_mismatched_pairs_are_detected():
     assert accuracy(correction.audio_posterior, scene.audio_class) > 0.95
     assert auroc(correction.correspondence.numpy(), ~scene.mismatched) > 0.97
     assert correction.pair_rate.estimate == pytest.approx(scene.mismatched.mean(), abs=0.04)
+    assert correction.caution == 1
 
 
 @long
@@ -95,6 +97,7 @@ def test_mismatch_rate_is_unknown_if_one_modality_has_no_class_information():
     correction = scene.correct()
     assert correction.has_signal and accuracy(correction.posterior, scene.true) > 0.9
     assert correction.pair_rate.ci95_low == 0 and correction.pair_rate.ci95_width > 0.8
+    assert 1 < correction.caution == cautious_odds_factor(correction.rate_log_likelihood, NUM_CLASSES)
     guessing, informative = (teacher_probs(scene.audio_class, skill, 5) for skill in (0.0, 0.9))
     assert scene.correct(teachers=(guessing, informative)).pair_rate.ci95_width < 0.3
 
@@ -239,7 +242,7 @@ def test_labels_are_corrected_with_one_modality(missing: str):
     correction = scene.correct(has_modality=present)
     assert accuracy(correction.posterior, scene.true) > 0.95
     assert abs(correction.label_rate.estimate - 0.4) < 0.05
-    assert bool((correction.correspondence == 1).all())
+    assert bool((correction.correspondence == 1).all()) and correction.caution == 1
 
 
 def test_features_of_a_missing_modality_have_no_effect():

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from distav.noise import vote_score
-from distav.noise.noise_rate import candidate_rates
-from distav.noise.vote_score import INVERSE_TEMPERATURES, PSEUDO_COUNT, RATE_STRIDE, VoteScorer, log_votes
+from distav.noise.vote_score import INVERSE_TEMPERATURES, PSEUDO_COUNT, VoteScorer, log_votes
 from tests.unit.noise.scenes import NUM_CLASSES, flip_to_next_class, teacher_probs
 
 
@@ -37,7 +36,7 @@ def test_score_is_the_largest_log_likelihood_of_all_rates_and_inverse_temperatur
     for scale in INVERSE_TEMPERATURES:
         probs = smoothed**scale / (smoothed**scale).sum(1, keepdims=True)
         right = probs[np.arange(num_samples), labels]
-        for rate in np.linspace(0, 0.75, 181)[::RATE_STRIDE]:
+        for rate in np.linspace(0, 0.75, 2001):
             values.append(np.log((1 - rate) * right + rate * (1 - right) / 3).mean())
     score = scorer_of(torch.from_numpy(labels), 4).score(torch.from_numpy(votes))
     assert score == pytest.approx(max(values), rel=1e-6)
@@ -101,7 +100,18 @@ def test_large_datasets_are_scored_on_a_subset(monkeypatch: pytest.MonkeyPatch):
     assert scorer.score(changed) == scorer.score(votes)
 
 
-def test_rates_of_the_score_are_candidate_rates():
-    rates = scorer_of(torch.arange(NUM_CLASSES)).rates
-    assert torch.equal(rates, candidate_rates(NUM_CLASSES)[::RATE_STRIDE]) and rates[0] == 0
-    assert float(rates[-1]) == pytest.approx(0.9)
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_the_likely_rate_may_be_the_smallest_or_the_largest(accuracy: float):
+    labels = torch.arange(500) % NUM_CLASSES
+    votes = torch.nn.functional.one_hot(labels if accuracy else (labels + 1) % NUM_CLASSES, NUM_CLASSES).float()
+    score = scorer_of(labels).score(votes)
+    right = (PSEUDO_COUNT + 0.1) / (PSEUDO_COUNT + 1) if accuracy else 0.1 / (PSEUDO_COUNT + 1)
+    largest = 0.9 if accuracy == 0 else 0.0
+    scaled = [
+        right**scale / (right**scale + 9 * ((1 - right) / 9) ** scale)
+        if accuracy
+        else right**scale / (9 * right**scale + (1 - 8.0 * right - right) ** scale)
+        for scale in INVERSE_TEMPERATURES
+    ]
+    expected = max(np.log((1 - largest) * value + largest * (1 - value) / 9) for value in scaled)
+    assert score == pytest.approx(expected, abs=1e-6)
