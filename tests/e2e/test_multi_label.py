@@ -131,11 +131,13 @@ def test_issues_are_reviewed_and_decisions_clean_the_dataset(
     shards: Path,
     tmp_path: Path,
     browser,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
 ):
     run = tmp_path / "tiny"
     shutil.copytree(finished[0], run)
     words = ["--shards", str(shards), "--limit", "10", "--neighbors", "3", "--export", "csv"]
     assert audit([str(run), *words]) == 0
+    assert re.search(r"labels of the \d+ clips of the split test are not checked", capsys.readouterr().out)
     issues = pq.read_table(run / "issues.parquet").to_pylist()
     labels = lists_of(shards)
     assert labels.true is not None

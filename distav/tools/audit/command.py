@@ -105,6 +105,8 @@ def _audit_lists(options: argparse.Namespace, run: _AuditedRun, out: Path) -> No
     with _report_write_errors(out):
         tables = write_list_audit(audit, out, options.thumbnail_height)
     print("\n".join(list_summary(audit, out, tables)))
+    if run.test_split:
+        print(_describe_unchecked(run.shards.split(run.test_split)))
     if options.export:
         write_list_export(options.export, audit, _export_dir(options, out))
 
@@ -123,6 +125,10 @@ def _report_write_errors(out: Path) -> Iterator[None]:
         raise UserError(f"--out={out}: {error.strerror}; choose another file.") from None
 
 
+def _describe_unchecked(test: Split) -> str:
+    return f"labels of the {len(test)} clips of the split {test.name} are not checked"
+
+
 def _print_summary(audit: Audit, out: Path, tables: list[Path]) -> None:
     rows = [
         (issues.kind.replace("_", "-"), *(["–"] * 2 if issues.total is None else [issues.total, len(issues.ids)]))
@@ -132,7 +138,7 @@ def _print_summary(audit: Audit, out: Path, tables: list[Path]) -> None:
     print(f"\n{out}: {len(audit.clip_ids())} clips, {out.stat().st_size / 2**20:.1f} MiB; open it in a browser")
     print(f"{' and '.join(map(str, tables))}: the issues of every clip")
     if audit.test:
-        print(f"labels of the {len(audit.test)} clips of the split {audit.test.name} are not checked")
+        print(_describe_unchecked(audit.test))
     has_signal = bool(audit.correction["label_noise_rate_by_class"])
     empty = [issues for issues in audit.issues if not issues.total]
     texts = (describe_no_issues(issues.kind, has_signal, issues.total is not None) for issues in empty)
