@@ -3,7 +3,6 @@
 Legend: N samples, E feature width, C classes.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from distav.config.errors import UserError, did_you_mean, format_list
 from distav.noise.class_posterior import probability_of
-from distav.noise.embedding_arguments import MODALITY_NAMES, check_features, feasible_neighbors, source_codes
+from distav.noise.embedding_arguments import feasible_neighbors, feature_tensors, source_codes, warn_of_unchanged_labels
 from distav.noise.label_correction import correct_labels as correct_local_labels
 from distav.noise.noise_rate import RateEstimate
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
@@ -111,31 +110,25 @@ def correct_labels(
     """
     given = _labels(labels)
     size = len(given)
-    tables = check_features(features, size)
+    visual, audio, has_modality = feature_tensors(features, size)
     classes, codes = np.unique(given, return_inverse=True)
     if len(classes) < 2:
         raise UserError(f"labels: all {size} labels are {classes[0]}; give labels of two or more classes.")
     if not min_change_odds >= 1:
         raise UserError(f"min_change_odds={min_change_odds}: allowed: 1 or more.")
     neighbors, sources = feasible_neighbors(num_neighbors, size), source_codes(groups, size)
-    absent = np.full((size, 1), np.nan, dtype=np.float32)
-    visual, audio = (torch.from_numpy(tables.get(name, absent)) for name in MODALITY_NAMES)
-    space = FeatureSpace("features", visual.nan_to_num(0.0), audio.nan_to_num(0.0))
+    space = FeatureSpace("features", visual, audio)
     targets = torch.from_numpy(codes.astype(np.int64))
     correction = correct_local_labels(
         [space],
         targets,
         len(classes),
         torch.from_numpy(sources),
-        {"visual": ~visual.isnan().all(1), "audio": ~audio.isnan().all(1)},
+        has_modality,
         VoteSearchSpace(num_neighbors=neighbors, min_log_likelihood_gain=min_log_likelihood_gain),
     )
     if not correction.has_signal:
-        warnings.warn(
-            f"The labels are unchanged, because neighbors do not predict them: {size} samples are too few, or the "
-            "features do not separate the classes.",
-            stacklevel=2,
-        )
+        warn_of_unchanged_labels(size)
     corrected = correction.corrected_labels(targets, min_change_odds)
     rates = zip(classes.tolist(), correction.class_rates, strict=True) if correction.has_signal else ()
     return CorrectedLabels(
@@ -148,7 +141,7 @@ def correct_labels(
         pred_probs=correction.held_out.numpy(),
         label_noise_rate=correction.label_rate,
         label_noise_rate_by_class=dict(rates),
-        pair_mismatch_rate=correction.pair_rate if len(tables) == len(MODALITY_NAMES) else None,
+        pair_mismatch_rate=correction.pair_rate if all(map(torch.any, has_modality.values())) else None,
         has_signal=correction.has_signal,
     )
 

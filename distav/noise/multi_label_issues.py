@@ -3,7 +3,6 @@
 Legend: N samples, E feature width, C classes.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from distav.config.errors import UserError, did_you_mean, format_list
-from distav.noise.embedding_arguments import MODALITY_NAMES, check_features, feasible_neighbors, source_codes
+from distav.noise.embedding_arguments import feasible_neighbors, feature_tensors, source_codes, warn_of_unchanged_labels
 from distav.noise.multi_label_correction import PRESENT
 from distav.noise.multi_label_correction import correct_label_lists as correct_local_label_lists
 from distav.noise.multi_label_votes import ListVoteSearch
@@ -114,15 +113,13 @@ def correct_label_lists(
     """
     names, given = _label_matrix(labels, classes)
     size = len(given)
-    tables = check_features(features, size)
-    absent = np.full((size, 1), np.nan, dtype=np.float32)
-    visual, audio = (torch.from_numpy(tables.get(name, absent)) for name in MODALITY_NAMES)
+    visual, audio, has_modality = feature_tensors(features, size)
     defaults = VoteSearchSpace()
     correction = correct_local_label_lists(
-        {"features": (visual.nan_to_num(0.0), audio.nan_to_num(0.0))},
+        {"features": (visual, audio)},
         torch.from_numpy(given),
         torch.from_numpy(source_codes(groups, size)),
-        {"visual": ~visual.isnan().all(1), "audio": ~audio.isnan().all(1)},
+        has_modality,
         ListVoteSearch(
             feasible_neighbors(num_neighbors, size),
             defaults.vote_temperatures,
@@ -132,11 +129,7 @@ def correct_label_lists(
         min_log_likelihood_gain,
     )
     if not correction.has_signal:
-        warnings.warn(
-            f"The labels are unchanged, because neighbors do not predict them: {size} samples are too few, or the "
-            "features do not separate the classes.",
-            stacklevel=2,
-        )
+        warn_of_unchanged_labels(size)
     probabilities, is_known = correction.posterior.numpy(), correction.has_signal
     return CorrectedLabelLists(
         classes=names,
