@@ -17,7 +17,7 @@ from distav.data.preparation.output_dir import BuildResult
 from distav.models.av_model import AVModel
 from distav.models.pretrained import load_encoders
 from distav.tools.make_shards import run as run_make_shards
-from distav.train import run
+from distav.training.all_phases import train_all_phases
 from distav.training.validation import validate_names
 
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -89,7 +89,7 @@ def train(config: str | Path | Config, overrides: Overrides = ()) -> FinishedRun
             "distav.train, which creates its own."
         )
     validate_names(settings)
-    if interruption := run(settings):
+    if interruption := train_all_phases(settings):
         raise interruption
     folder = Path(settings.run.root) / settings.run.name
     return FinishedRun(folder, json.loads((folder / "report.json").read_text()))

@@ -22,9 +22,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Pa
 from distav.config import loading
 from distav.config.cli import CommandParser, command, exit_with_error
 from distav.config.errors import UserError
-from distav.config.schema import Config
 from distav.distributed.launch import set_rank_variables
-from distav.distributed.signals import EXIT_INTERRUPTED, Interrupted
+from distav.distributed.signals import EXIT_INTERRUPTED
 
 
 @command
@@ -34,14 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         config = loading.load(options.config, options.overrides)
-        # Imported late, as below: errors in the configuration are reported before PyTorch is imported.
+        # Imported late: errors in the configuration are reported before PyTorch is imported.
         from distav.training.validation import validate_names
 
         validate_names(config)
         if options.print_config:
             print(loading.to_yaml(config), end="")
             return 0
-        interruption = run(config)
+        from distav.training.all_phases import train_all_phases
+
+        interruption = train_all_phases(config)
         if interruption and os.environ.get("RANK", "0") == "0":
             advice = f"the same command resumes the run (exit status {EXIT_INTERRUPTED})"
             print(f"distav: {interruption}; {advice}", file=sys.stderr)
@@ -57,33 +58,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # Added by the launcher.
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace those of the file")
     return parser.parse_intermixed_args(arguments)
-
-
-def run(config: Config) -> Interrupted | None:
-    """Train with settings, on the ranks that the launcher has started.
-
-    Returns:
-        The interruption, if a signal ended the run and a checkpoint is on disk; None if the run is finished.
-
-    Raises:
-        UserError: if settings, data or the run directory are invalid.
-    """
-    from distav.data.files import report_os_errors
-    from distav.data.preparation.quickstart import render_missing_dataset
-    from distav.distributed.process_group import process_group
-    from distav.training.phases.registry import run_remaining
-    from distav.training.report import write_report
-    from distav.training.run_setup import open_run
-
-    with process_group(config.run.device.name, config.run.timeout_s, config.run.threads_per_rank) as world:
-        render_missing_dataset(config.data, world)
-        try:
-            with report_os_errors(Path(config.run.root), disk_only=True), open_run(config, world) as run:
-                run_remaining(run)
-                write_report(run)
-        except Interrupted as interruption:
-            return interruption
-    return None
 
 
 class _CallableModule(ModuleType):
