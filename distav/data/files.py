@@ -28,17 +28,17 @@ def read_table(path: Path, **options: Any) -> pa.Table:
     if not path.is_file():
         raise UserError(f"{path}: no such file; copy the complete dataset directory, or make the dataset again.")
     try:
-        return check_column_names(pq.read_table(path, **options))
+        check_column_names(pq.read_schema(path))
+        return pq.read_table(path, **options)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
 
 
-def check_column_names(table: pa.Table) -> pa.Table:
-    """Return the table; raise ArrowInvalid if two columns have the same name."""
-    duplicates = [name for name in table.column_names if table.column_names.count(name) > 1]
+def check_column_names(schema: pa.Schema) -> None:
+    """Raise ArrowInvalid if two columns have the same name."""
+    duplicates = [name for name in schema.names if schema.names.count(name) > 1]
     if duplicates:
         raise pa.ArrowInvalid(f"more than one column is named '{duplicates[0]}'")
-    return table
 
 
 def write_atomically(path: Path, content: bytes, scratch: Path | None = None) -> None:

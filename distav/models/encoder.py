@@ -103,7 +103,7 @@ class Encoder(nn.Module):
         if not prefixes:
             raise TypeError(f"{type(self).__name__}.backbone has to return this module or one of its submodules.")
         own, prefix = backbone.state_dict(), prefixes[0]
-        weights = self.fit_positions(config, with_names_of(weights, own), own)
+        weights = self.fit_positions(config, self.with_own_names(config, weights, own), own)
         return {f"{prefix}.{name}" if prefix else name: values for name, values in weights.items()}
 
     def published_weights(self, config: Any) -> Mapping[str, Tensor]:
@@ -113,6 +113,12 @@ class Encoder(nn.Module):
             UserError: if they are not available here.
         """
         return {}
+
+    def with_own_names(
+        self, config: Any, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return weights by the names in the state dict `own` of the backbone, where they have others."""
+        return with_names_of(weights, own)
 
     def fit_positions(self, config: Any, weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the weights with position embeddings of the size of those in the state dict `own`."""

@@ -7,11 +7,14 @@ from torch import Tensor, nn
 from distav.config.errors import UserError, format_list
 from distav.config.model import ModelConfig
 from distav.models import lora
+from distav.models.encoder import Encoder
 from distav.models.pretrained import load_weights
 from distav.models.towers import Tower
 from distav.models.weights import COUNTER
 from distav.training.metric_logger import MetricLogger
 
+MIN_COVERAGE = 0.5
+"""Fraction of the tensors of a network that its pretrained weights contain at least."""
 MAX_LISTED = 8
 """Largest number of names in a message; the remaining ones are counted."""
 
@@ -45,7 +48,15 @@ class InitialWeights:
                 expected = [name for name in own if name.startswith(prefix)]
                 named = lora.to_adapted_names({prefix + name: values for name, values in weights.items()}, own)
                 source = config.weights or config.name
-                loaded |= self._fitting(named, expected, own, f"model.{modality}.name={config.name}", source)
+                key = f"model.{modality}.name={config.name}"
+                fitting = self._fitting(named, expected, own, key, source)
+                self._check_coverage(fitting, named, prefix, tower.net, key, source)
+                loaded |= fitting
+            elif isinstance(tower, Tower) and config.freeze and not self.config.pretrained:
+                self.logger.warn(
+                    f"model.{modality}.freeze={config.freeze} freezes random weights of model.{modality}.name="
+                    f"{config.name}; give pretrained ones by model.{modality}.weights, or remove the setting."
+                )
         if self.config.pretrained:
             loaded |= self._exported(own)
         return loaded
@@ -56,8 +67,6 @@ class InitialWeights:
         """Return the weights that fit, and log which are missing, unexpected or of another shape."""
         weights = {name: values for name, values in weights.items() if not name.endswith(COUNTER)}
         fitting = {name: values for name, values in weights.items() if name in own and own[name].shape == values.shape}
-        if not fitting:
-            raise UserError(f"{key}: none of the {len(weights)} weights of {source} fits this network.")
         expected = [name for name in expected if ".lora_A." not in name and ".lora_B." not in name]
         differences = {
             "missing": [name for name in expected if name not in weights],
@@ -69,6 +78,27 @@ class InitialWeights:
             if names:
                 self.logger.info(f"{key}: {len(names)} tensors {kind}: {_listed(names)}")
         return fitting
+
+    def _check_coverage(
+        self,
+        fitting: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        prefix: str,
+        net: Encoder,
+        key: str,
+        source: str,
+    ) -> None:
+        """Raise a UserError unless most tensors of the network without its pooling over frames are initialized."""
+        (backbone,) = (name for name, module in net.named_modules() if module is net.backbone)
+        prefix = f"{prefix}{backbone}." if backbone else prefix
+        own = [prefix + name for name in net.backbone.state_dict() if ".lora_" not in name]
+        if len(fitting) < MIN_COVERAGE * len(own):
+            missing, unexpected = sorted(set(own) - set(fitting)), sorted(set(weights) - set(fitting))
+            raise UserError(
+                f"{key}: {len(fitting)} of the {len(own)} tensors of this network are among the weights of {source}, "
+                f"at least half of them are needed; missing are {_listed(missing)}; others are {_listed(unexpected)}. "
+                f"Give weights of this network, or set model.{prefix.split('.')[0]}.weights=none for random ones."
+            )
 
     def _exported(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         source = self.config.pretrained

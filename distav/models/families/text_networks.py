@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from distav.config.errors import UserError, format_list
-from distav.models.families.transformers_networks import PARTS, load_checkpoint
+from distav.models.families.transformers_networks import PARTS
+from distav.models.families.transformers_weights import load_checkpoint
 
 
 @dataclass(frozen=True)

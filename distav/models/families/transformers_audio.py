@@ -16,6 +16,7 @@ from distav.config.model import AudioConfig
 from distav.models.audio_front_ends import AudioFrontEnd, KaldiFilterBank, from_preprocessor
 from distav.models.encoder import AudioEncoder, AudioInput
 from distav.models.families import transformers_networks as networks
+from distav.models.families import transformers_weights
 from distav.models.layers import with_global_batch_norm
 from distav.models.log_mel import FrontEnd
 from distav.models.mel import mel_centers
@@ -137,7 +138,13 @@ class TransformersAudio(AudioEncoder):
 
     def published_weights(self, config: AudioConfig) -> Mapping[str, Tensor]:
         """Return the weights of a repository or directory."""
-        return networks.download(config, "audio", config.architecture or self.describe(config))
+        return transformers_weights.download(config, "audio", config.architecture or self.describe(config))
+
+    def with_own_names(
+        self, config: AudioConfig, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return weights by the names that the present version of transformers has for them."""
+        return transformers_weights.with_own_names(config.architecture or self.describe(config), weights, own)
 
     def fit_positions(
         self, config: AudioConfig, weights: dict[str, Tensor], own: Mapping[str, Tensor]

@@ -1,4 +1,4 @@
-"""Networks of transformers by their model type: description, construction, weights and pooling.
+"""Networks of transformers by their model type: description, construction and pooling.
 
 A network is named `hf:REPOSITORY`, `hf:REPOSITORY@REVISION` or `hf:DIRECTORY`. Of networks of several modalities, such
 as CLIP, CLAP and PE-AV, only the part for one of them is created. No code of a repository is executed.
@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import torch
 from torch import Tensor, nn
 
 from distav.config.errors import UserError
@@ -23,14 +21,6 @@ PARTS = {"visual": ("video_config", "vision_config"), "audio": ("audio_config",)
 """Names under which networks of several modalities have the settings of the part for one of them."""
 RANDOM_PARTS = ("layerdrop", "apply_spec_augment", "drop_path_rate")
 """Settings of random parts of a network, whose random numbers would depend on the number of ranks, besides dropout."""
-_KEY_MAPPINGS = {
-    "clap_audio_model": {r"^audio_model\.": ""},
-    "pe_audio_encoder": {r"^(.*\.)?audio_encoder\.": ""},
-    "pe_video_encoder": {r"^(.*\.)?video_encoder\.": ""},
-}
-"""Changes of names in checkpoints of several modalities that transformers does not make itself."""
-LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError)
-"""What transformers raises for files that are missing or that it cannot read."""
 _PREPROCESSOR_FILES = {
     "visual": ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json"),
     "audio": ("preprocessor_config.json", "processor_config.json"),
@@ -50,13 +40,13 @@ def describe(config: TowerConfig, modality: str) -> dict[str, Any]:
         UserError: if transformers is missing, or the settings cannot be read.
     """
     key = f"model.{modality}.name"
-    transformers, (source, revision) = import_transformers(key, config.name), _source(config.name)
+    transformers, (source, revision) = import_transformers(key, config.name), source_of(config.name)
     try:
-        with _quiet(transformers):
+        with quiet(transformers):
             settings = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             stored, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise unavailable(key, config.name, error, _advice(source)) from None
+        raise unavailable(key, config.name, error, advice(source)) from None
     settings = _part(settings, modality)
     values = settings.to_dict() | {"model_type": settings.model_type}
     if settings.model_type == "pe_video_encoder":
@@ -79,7 +69,7 @@ def _part(settings: Any, modality: str) -> Any:
     return getattr(part, "video_config", part) if part.model_type == "pe_video" else part
 
 
-def _restore_image_width(settings: Any, stored: dict[str, Any]) -> None:
+def restore_image_width(settings: Any, stored: dict[str, Any]) -> None:
     """Set the width of the image features in the settings of a checkpoint of PE-AV; leave all others as they are."""
     settings = getattr(settings, "audio_video_config", None) or settings
     video = getattr(settings, "video_config", None)
@@ -100,72 +90,11 @@ def build(description: dict[str, Any], **options: Any) -> nn.Module:
     import transformers
 
     settings = transformers.AutoConfig.for_model(**{**description["network"], **options})
-    return _trim(_network_class(settings)(settings))
-
-
-def download(config: TowerConfig, modality: str, description: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the weights of the network that a tower names, by the names in the network of `build`.
-
-    Raises:
-        UserError: if they are neither in a directory or the cache of the hub, nor can be downloaded.
-    """
-    key = f"model.{modality}.name"
-    transformers, (source, revision) = import_transformers(key, config.name), _source(config.name)
-    settings = transformers.AutoConfig.for_model(**description["network"])
-    try:
-        with _quiet(transformers):
-            net, loaded = _network_class(settings).from_pretrained(
-                source,
-                revision=revision,
-                config=settings,
-                dtype=torch.float32,
-                weights_only=True,
-                output_loading_info=True,
-                key_mapping=_KEY_MAPPINGS.get(settings.model_type),
-            )
-    except LOAD_ERRORS as error:
-        raise unavailable(key, config.name, error, _advice(source)) from None
-    missing = set(loaded["missing_keys"])  # Transformers has given them random values.
-    weights = {name: values for name, values in net.state_dict().items() if name not in missing}
-    prefix = "encoder." if getattr(net.config, "is_encoder_decoder", False) else ""
-    return {name.removeprefix(prefix): values for name, values in weights.items() if name.startswith(prefix)}
-
-
-def load_checkpoint(key: str, name: str) -> tuple[Any, Any]:
-    """Return the network of a checkpoint, with all its parts, and its tokenizer.
-
-    Args:
-        key: setting or option that names the checkpoint.
-        name: `hf:` and a repository or directory.
-
-    Raises:
-        UserError: if either cannot be loaded, or the checkpoint lacks weights of the network.
-    """
-    if not name.startswith("hf:"):
-        raise UserError(f"{key}={name}: allowed: hf:REPOSITORY, hf:REPOSITORY@REVISION or hf:DIRECTORY.")
-    transformers, (source, revision) = import_transformers(key, name), _source(name)
-    try:
-        with _quiet(transformers):
-            settings = transformers.AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-            stored, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=revision)
-            _restore_image_width(settings, stored)
-            network, loaded = transformers.AutoModel.from_pretrained(
-                source, revision=revision, config=settings, dtype=torch.float32, weights_only=True,
-                output_loading_info=True,
-            )  # fmt: skip
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except LOAD_ERRORS as error:
-        raise unavailable(key, name, error, _advice(source)) from None
-    if missing := sorted(loaded["missing_keys"]):
-        raise UserError(
-            f"{key}={name}: the checkpoint lacks {len(missing)} weights of a network of type "
-            f"{network.config.model_type}, such as {missing[0]}; download it again."
-        )
-    return network, tokenizer
+    return _trim(network_class(settings)(settings))
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Suppress messages of transformers, such as its report on weights, which lists those of other modalities."""
     logging = transformers.utils.logging
     verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -212,7 +141,8 @@ def _trim(net: Any) -> nn.Module:
     return without_dropout(net)
 
 
-def _network_class(settings: Any) -> Any:
+def network_class(settings: Any) -> Any:
+    """Return the class of the networks with the given settings."""
     import transformers
 
     if type(settings) is transformers.ClapAudioConfig:  # The only part that the table of transformers lacks.
@@ -246,7 +176,7 @@ def _preprocessor(transformers: Any, source: str, revision: str, modality: str) 
     return {}
 
 
-def _source(name: str) -> tuple[str, str]:
+def source_of(name: str) -> tuple[str, str]:
     """Return repository or directory, and revision, of a name with the prefix `hf:`."""
     name = name.partition(":")[2]
     directory = Path(name).expanduser()
@@ -270,7 +200,8 @@ def import_transformers(key: str, name: str) -> Any:
     return transformers
 
 
-def _advice(source: str) -> str:
+def advice(source: str) -> str:
+    """Return what to do if a repository or directory cannot be read."""
     if Path(source).is_dir():
         return "Allowed: a directory with config.json and model.safetensors, as save_pretrained() writes it."
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:

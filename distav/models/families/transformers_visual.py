@@ -14,6 +14,7 @@ from distav.config.model import VisualConfig
 from distav.config.schema import DataConfig
 from distav.models.encoder import IMAGENET_MEAN, IMAGENET_STD, VisualEncoder, VisualInput
 from distav.models.families import transformers_networks as networks
+from distav.models.families import transformers_weights
 from distav.models.families.frame_pooling import FramePooling, encode_frames
 from distav.models.layers import with_global_batch_norm
 from distav.models.weights import interpolate_positions
@@ -109,7 +110,13 @@ class TransformersVisual(VisualEncoder):
 
     def published_weights(self, config: VisualConfig) -> Mapping[str, Tensor]:
         """Return the weights of a repository or directory."""
-        return networks.download(config, "visual", config.architecture or self.describe(config))
+        return transformers_weights.download(config, "visual", config.architecture or self.describe(config))
+
+    def with_own_names(
+        self, config: VisualConfig, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return weights by the names that the present version of transformers has for them."""
+        return transformers_weights.with_own_names(config.architecture or self.describe(config), weights, own)
 
     def fit_positions(
         self, config: VisualConfig, weights: dict[str, Tensor], own: Mapping[str, Tensor]

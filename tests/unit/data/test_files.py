@@ -93,10 +93,10 @@ def test_failed_write_leaves_the_previous_file(tmp_path: Path):
 def test_tables_with_duplicate_columns_are_rejected(tmp_path: Path):
     table = pa.Table.from_arrays([pa.array([1]), pa.array([2])], ["id", "id"])
     write_table(tmp_path / "a.parquet", table)
-    with pytest.raises(UserError, match="a.parquet cannot be read as Parquet: .*id"):
+    with pytest.raises(UserError, match="a.parquet cannot be read as Parquet: more than one column is named 'id'"):
         read_table(tmp_path / "a.parquet")
     with pytest.raises(pa.ArrowInvalid, match="more than one column is named 'id'"):
-        check_column_names(table)
+        check_column_names(table.schema)
 
 
 def test_missing_table_is_reported(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Networks of torchvision, timm and transformers as towers: features, weights, input and messages."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from distav.config.errors import UserError
 from distav.config.model import AudioConfig, ModelConfig, VisualConfig
 from distav.config.schema import DataConfig
 from distav.models.av_model import check_towers
+from distav.models.encoder import Encoder
 from distav.models.tower_inputs import describe_towers, with_tower_inputs
 from distav.models.towers import AudioTower, VisualTower
 from tests.helpers.hub_networks import AUDIO, SIDE, VISUAL, VISUAL_MOMENTS, save_audio, save_visual
@@ -80,6 +82,16 @@ def published_features(kind: str, net: Any, pixels: Tensor) -> Tensor:
     return tokens.mean(1) if kind == "videomae" else tokens[:, 0]
 
 
+def assert_files_have_the_published_weights(net: Encoder, config: VisualConfig | AudioConfig, folder: Path) -> None:
+    """Compare the weights that the network's name selects with those of its file, whose names may be others."""
+    published = net.initial_weights(config)
+    for source in (folder, folder / "model.safetensors"):
+        stored = net.initial_weights(replace(config, weights=str(source)))
+        assert published and published.keys() <= stored.keys()
+        for name, values in published.items():
+            assert torch.equal(values, stored[name]), name
+
+
 @pytest.mark.parametrize("kind", list(VISUAL))
 @torch.inference_mode()
 def test_visual_networks_of_transformers_have_their_weights_and_preprocessing(kind: str, tmp_path: Path):
@@ -90,6 +102,7 @@ def test_visual_networks_of_transformers_have_their_weights_and_preprocessing(ki
     features = tower(frames)
     assert features.shape == (2, tower.feature_dim)
     torch.testing.assert_close(features, published_features(kind, net, normalized(frames)), **CPU_TOLERANCE)
+    assert_files_have_the_published_weights(tower.net, VisualConfig(f"hf:{tmp_path}"), tmp_path)
 
 
 @pytest.mark.parametrize("kind", list(AUDIO))
@@ -116,6 +129,7 @@ def test_audio_networks_of_transformers_have_their_weights_and_front_end(kind: s
     # The front end computes spectrograms in another order of operations than the extractor.
     torch.testing.assert_close(features, own.flatten(1), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(tower.net(inputs[tower.net.argument]), own.flatten(1), **CPU_TOLERANCE)
+    assert_files_have_the_published_weights(tower.net, AudioConfig(f"hf:{tmp_path}"), tmp_path)
 
 
 @torch.inference_mode()
