@@ -14,7 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from distav.config.errors import UserError, did_you_mean, format_list
 from distav.noise.class_posterior import probability_of
-from distav.noise.embedding_arguments import feasible_neighbors, feature_tensors, source_codes, warn_of_unchanged_labels
+from distav.noise.embedding_arguments import (
+    check_number,
+    feasible_neighbors,
+    feature_tensors,
+    source_codes,
+    warn_of_unchanged_labels,
+)
 from distav.noise.label_correction import correct_labels as correct_local_labels
 from distav.noise.noise_rate import RateEstimate
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
@@ -114,8 +120,10 @@ def correct_labels(
     classes, codes = np.unique(given, return_inverse=True)
     if len(classes) < 2:
         raise UserError(f"labels: all {size} labels are {classes[0]}; give labels of two or more classes.")
-    if not min_change_odds >= 1:
-        raise UserError(f"min_change_odds={min_change_odds}: allowed: 1 or more.")
+    if len(classes) == size:
+        raise UserError(f"labels: each of the {size} labels occurs once; give the classes of the samples.")
+    min_change_odds = check_number("min_change_odds", min_change_odds, 1)
+    min_log_likelihood_gain = check_number("min_log_likelihood_gain", min_log_likelihood_gain, 0)
     neighbors, sources = feasible_neighbors(num_neighbors, size), source_codes(groups, size)
     space = FeatureSpace("features", visual, audio)
     targets = torch.from_numpy(codes.astype(np.int64))
@@ -151,7 +159,10 @@ def find_label_issues(
     features: ArrayLike | Mapping[str, ArrayLike],
     *,
     return_indices_ranked_by: Ranking | None = None,
-    **options: Any,
+    groups: ArrayLike | None = None,
+    num_neighbors: Sequence[int] = (50, 200, 400),
+    min_change_odds: float = 2.0,
+    min_log_likelihood_gain: float = 10.0,
 ) -> NDArray[Any]:
     """Return which labels are probably wrong, with the signature of `cleanlab.filter.find_label_issues`.
 
@@ -163,7 +174,7 @@ def find_label_issues(
         return_indices_ranked_by: None for a mask; a score for the indices of the label issues, worst first:
             `self_confidence`, the held-out probability of the given label, or `normalized_margin`, this minus the
             largest probability of another class.
-        options: of `correct_labels`.
+        groups, num_neighbors, min_change_odds, min_log_likelihood_gain: see `correct_labels`.
 
     Returns:
         [N] bool, or the indices of the issues.
@@ -176,7 +187,14 @@ def find_label_issues(
             f"return_indices_ranked_by={return_indices_ranked_by!r}: allowed: None, {format_list(RANKINGS)}."
             f"{did_you_mean(str(return_indices_ranked_by), RANKINGS)}"
         )
-    result = correct_labels(features, labels, **options)
+    result = correct_labels(
+        features,
+        labels,
+        groups=groups,
+        num_neighbors=num_neighbors,
+        min_change_odds=min_change_odds,
+        min_log_likelihood_gain=min_log_likelihood_gain,
+    )
     if return_indices_ranked_by is None:
         return result.is_issue
     scores = result.self_confidence
@@ -189,16 +207,19 @@ def find_label_issues(
 
 
 def _labels(labels: ArrayLike) -> NDArray[Any]:
-    try:
-        given = np.asarray(labels)
-    except ValueError:  # Lists of different lengths.
-        given = np.empty((0, 0))
-    is_text = given.dtype.kind == "O" and all(isinstance(label, str) for label in given)
-    if given.ndim != 1 or not (given.dtype.kind in "biuU" or is_text):
-        raise UserError(
-            f"labels: shape {given.shape}, type {given.dtype}; allowed: [N] integers or texts, one label per sample. "
-            "For several labels per sample, use distav.correct_label_lists."
-        )
-    if not len(given):
+    if isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind in "biuU" and len(labels):
+        return labels
+    allowed = "allowed: [N] integers or texts, one label per sample"
+    values = np.asarray(labels, dtype=object)
+    if values.ndim != 1:
+        several = " For several labels per sample, use distav.correct_label_lists." if values.ndim == 2 else ""
+        raise UserError(f"labels: shape {values.shape}; {allowed}.{several}")
+    if not len(values):
         raise UserError("labels: empty; give one label per sample.")
-    return given.astype(str) if is_text else given
+    for row, label in enumerate(values):
+        if not isinstance(label, str | int | np.integer | np.bool_):
+            several = " For several labels per sample, use distav.correct_label_lists." if np.ndim(label) else ""
+            raise UserError(f"labels: {label!r} in row {row}; {allowed}.{several}")
+    if len({isinstance(label, str) for label in values}) > 1:
+        raise UserError("labels: some are texts and others are integers; use one kind.")
+    return np.array(values.tolist())

@@ -3,7 +3,7 @@
 Legend: N samples, E feature width, C classes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,23 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from distav.config.errors import UserError, did_you_mean, format_list
-from distav.noise.embedding_arguments import feasible_neighbors, feature_tensors, source_codes, warn_of_unchanged_labels
+from distav.noise.embedding_arguments import (
+    check_number,
+    feasible_neighbors,
+    feature_tensors,
+    source_codes,
+    warn_of_unchanged_labels,
+)
 from distav.noise.multi_label_correction import PRESENT
 from distav.noise.multi_label_correction import correct_label_lists as correct_local_label_lists
 from distav.noise.multi_label_votes import ListVoteSearch
 from distav.noise.noise_rate import RateEstimate
 from distav.noise.vote_search import VoteSearchSpace
+
+_ALLOWED = (
+    "a list of classes per sample, integers or texts, such as [['dog', 'rain'], []]; or an array [N, C] with the "
+    "values 0 and 1"
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ class CorrectedLabelLists:
 
 def correct_label_lists(
     features: ArrayLike | Mapping[str, ArrayLike],
-    labels: Sequence[Sequence[Any]] | NDArray[Any],
+    labels: Sequence[Sequence[Any]] | ArrayLike,
     *,
     classes: Sequence[Any] | None = None,
     groups: ArrayLike | None = None,
@@ -96,9 +107,9 @@ def correct_label_lists(
 
     Args:
         features: [N, E] embeddings, or those of two modalities; see `correct_labels`.
-        labels: N lists of classes, integers or texts, which may be empty; or [N, C] with 1 for the classes of a sample
-            and 0 for the others.
-        classes: C classes; by default those of the lists, sorted, or the numbers of the columns.
+        labels: N lists of classes, integers or texts, which may be empty; or an array [N, C] with 1 for the classes of
+            a sample and 0 for the others.
+        classes: C classes; by default those of the lists, sorted, or the names or numbers of the columns.
         groups: [N] identifiers of sources; see `correct_labels`.
         num_neighbors: numbers of voters to select from; those that are too large for the dataset are left out.
         min_log_likelihood_gain: gain of the votes over the class frequencies, in nats, below which a warning is
@@ -126,7 +137,7 @@ def correct_label_lists(
             defaults.whitening_powers,
             defaults.num_components,
         ),
-        min_log_likelihood_gain,
+        check_number("min_log_likelihood_gain", min_log_likelihood_gain, 0),
     )
     if not correction.has_signal:
         warn_of_unchanged_labels(size)
@@ -145,41 +156,55 @@ def correct_label_lists(
     )
 
 
-def _label_matrix(
-    labels: Sequence[Sequence[Any]] | NDArray[Any], classes: Sequence[Any] | None
-) -> tuple[list[Any], NDArray[np.bool_]]:
+def _label_matrix(labels: Any, classes: Any) -> tuple[list[Any], NDArray[np.bool_]]:
     """Return the classes and the labels [N, C] bool."""
-    if not len(labels):
-        raise UserError("labels: empty; give a list of classes per sample.")
+    if not hasattr(labels, "__len__") or isinstance(labels, str | Mapping):
+        raise UserError(f"labels: {type(labels).__name__}; allowed: {_ALLOWED}.")
+    if isinstance(classes, str | Set):
+        raise UserError(f"classes: {type(classes).__name__}; allowed: a list of classes, in the order of the result.")
     names = None if classes is None else list(classes)
-    if names is not None and len(set(names)) < len(names):
-        raise UserError(f"classes: {format_list(names)}: a class is named twice; name each once.")
-    names, given = _from_array(labels, names) if isinstance(labels, np.ndarray) else _from_lists(labels, names)
+    if names is not None and len(set(names)) < max(len(names), 1):
+        raise UserError(f"classes: {format_list(names) or 'empty'}; allowed: one or more classes, each of them once.")
+    if hasattr(labels, "__array__"):  # Also those of pandas and PyTorch.
+        array = np.asarray(labels)
+        columns = getattr(labels, "columns", None)
+        if array.ndim == 1 and array.dtype.kind == "O":
+            labels = array.tolist()
+        elif names is None and columns is not None:
+            names = list(columns)
+    names, given = _from_lists(labels, names) if isinstance(labels, list | tuple) else _from_array(labels, names)
     if not given.any():
         raise UserError(f"labels: none of the {len(given)} samples has a label; give some of them their classes.")
     return names, given
 
 
-def _from_array(labels: NDArray[Any], classes: list[Any] | None) -> tuple[list[Any], NDArray[np.bool_]]:
-    is_binary = labels.ndim == 2 and labels.dtype.kind in "biuf" and bool(np.isin(labels, (0, 1)).all())
+def _from_array(labels: Any, classes: list[Any] | None) -> tuple[list[Any], NDArray[np.bool_]]:
+    try:
+        array = np.asarray(labels)
+        is_binary = array.ndim == 2 and array.dtype.kind in "biuf" and bool(np.isin(array, (0, 1)).all())
+    except (TypeError, ValueError):
+        raise UserError(f"labels: {type(labels).__name__}; allowed: {_ALLOWED}.") from None
     if not is_binary:
         raise UserError(
-            f"labels: shape {labels.shape}, type {labels.dtype}; allowed: [N, C] with the values 0 and 1, or a list of "
-            "classes per sample. For one label per sample, use distav.correct_labels."
+            f"labels: shape {array.shape}, type {array.dtype}; allowed: {_ALLOWED}. For one label per sample, use "
+            "distav.correct_labels."
         )
-    names = list(range(labels.shape[1])) if classes is None else classes
-    if len(names) != labels.shape[1]:
-        raise UserError(f"classes: {len(names)} classes for {labels.shape[1]} columns of labels; name each column.")
-    return names, labels.astype(bool)
+    names = list(range(array.shape[1])) if classes is None else classes
+    if len(names) != array.shape[1]:
+        raise UserError(f"classes: {len(names)} classes for {array.shape[1]} columns of labels; name each column.")
+    return names, array.astype(bool)
 
 
-def _from_lists(labels: Sequence[Sequence[Any]], classes: list[Any] | None) -> tuple[list[Any], NDArray[np.bool_]]:
+def _from_lists(labels: Sequence[Any], classes: list[Any] | None) -> tuple[list[Any], NDArray[np.bool_]]:
+    if not len(labels):
+        raise UserError("labels: empty; give a list of classes per sample.")
     for row, sample in enumerate(labels):
         is_list = isinstance(sample, list | tuple | set | frozenset | np.ndarray)
-        if not is_list or not all(isinstance(name, str | int | np.integer) for name in sample):
+        if not is_list or not all(_is_class(name) for name in sample):
+            raise UserError(f"labels: {sample!r} in row {row}; allowed: {_ALLOWED}.")
+        if len(set(sample)) < len(sample):
             raise UserError(
-                f"labels: {sample!r} in row {row}; allowed: a list of classes, integers or texts, such as "
-                "['dog', 'rain'], or []."
+                f"labels: {sample!r} in row {row} has a class twice; name it once. Rows of 0 and 1 have to be an array."
             )
     lists = [[name if isinstance(name, str) else int(name) for name in sample] for sample in labels]
     used = {name for sample in lists for name in sample}
@@ -197,3 +222,7 @@ def _from_lists(labels: Sequence[Sequence[Any]], classes: list[Any] | None) -> t
                 )
             given[row, index[name]] = True
     return names, given
+
+
+def _is_class(name: Any) -> bool:
+    return isinstance(name, str | int | np.integer) and not isinstance(name, bool)

@@ -7,6 +7,7 @@ import pytest
 
 import distav
 from distav.config.errors import UserError
+from distav.noise.multi_label_issues import _label_matrix
 from tests.unit.noise.multi_label_scenes import MultiLabelScene, multi_label_scene
 
 NAMES = ["bark", "clap", "rain", "siren", "speech", "wind"]
@@ -75,6 +76,30 @@ def test_features_without_signal_change_no_label(scene: MultiLabelScene):
 GOOD = np.ones((3, 2))
 
 
+class Frame:
+    """An array with named columns, as pandas has."""
+
+    def __init__(self, values: np.ndarray, columns: list[str]):
+        self.values, self.columns = values, columns
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return self.values
+
+
+def test_arrays_of_other_libraries_are_accepted(scene: MultiLabelScene, corrected: distav.CorrectedLabelLists):
+    matrix = scene.given.numpy()
+    lists = np.empty(len(matrix), dtype=object)
+    lists[:] = [[NAMES[column] for column in np.flatnonzero(row)] for row in matrix]
+    for labels in (Frame(matrix.astype(int), NAMES), lists):
+        names, given = _label_matrix(labels, None)
+        assert names == NAMES and (given == corrected.given).all()
+    names, given = _label_matrix(scene.given.int(), None)
+    assert names == list(range(6)) and (given == corrected.given).all()
+
+
 @pytest.mark.parametrize(
     ("features", "labels", "options", "message"),
     [
@@ -85,7 +110,21 @@ GOOD = np.ones((3, 2))
         (GOOD, [["dog"], [None], []], {}, r"labels: \[None\] in row 1; allowed"),
         (GOOD, [["dog"], [1], []], {}, "some classes are texts and others are integers"),
         (GOOD, [["dog"], ["dgo"], []], {"classes": ["dog", "cat"]}, r"class 'dgo' in row 1 .* Did you mean 'dog'\?"),
-        (GOOD, [["dog"], [], []], {"classes": ["dog", "dog"]}, "a class is named twice"),
+        (GOOD, [["dog"], [], []], {"classes": ["dog", "dog"]}, "classes: dog, dog; allowed: one or more classes, each"),
+        (GOOD, None, {}, "labels: NoneType; allowed: a list of classes per sample"),
+        (GOOD, (name for name in "abc"), {}, "labels: generator; allowed"),
+        (GOOD, "abc", {}, "labels: str; allowed"),
+        (GOOD, [1, 2, 3], {}, "labels: 1 in row 0; allowed"),
+        (
+            GOOD,
+            [[0, 0, 1], [1, 0, 0], [0, 1, 1]],
+            {},
+            r"row 0 has a class twice; .* Rows of 0 and 1 have",
+        ),
+        (GOOD, [[True, False]] * 3, {}, r"labels: \[True, False\] in row 0; allowed"),
+        (GOOD, [["dog"], [], []], {"classes": []}, "classes: empty; allowed: one or more classes"),
+        (GOOD, [["dog"], [], []], {"classes": {"dog"}}, "classes: set; allowed: a list of classes"),
+        (GOOD, [["dog"], [], []], {"min_log_likelihood_gain": None}, "min_log_likelihood_gain=None: allowed: a number"),
         (GOOD, np.array([0, 1, 2]), {}, r"labels: shape \(3,\), .* use distav.correct_labels"),
         (GOOD, np.array([[0, 2]] * 3), {}, r"labels: shape \(3, 2\), type int64; allowed"),
         (GOOD, np.eye(3), {"classes": ["dog"]}, "classes: 1 classes for 3 columns"),

@@ -188,7 +188,7 @@ def test_pipeline_is_rebuilt_after_a_corrupt_jpeg(photo_like: Split):
     clip, transform = reader.read(0), ClipTransformSampler(photo_like, DATA, None, 0).sample(0, 0)
     image = jpeg_frames(clip["video"], [transform.start_frame])[0].tobytes()
     corrupt = clip | {"video": clip["video"].replace(image, bytes(len(image)))}
-    with pytest.raises(DecodeError, match="nvImageCodec"):
+    with pytest.raises(DecodeError, match="nvImageCodec|Unrecognized image format"):
         pipeline.run([corrupt], [transform])
     assert pipeline.run([clip], [transform])["frames"].any()
 
