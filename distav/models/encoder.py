@@ -140,9 +140,13 @@ class VisualEncoder(Encoder):
     A subclass creates its layers in a constructor with the same arguments, sets `feature_dim` there, and defines
     `forward(clip)`: normalized frames [B, 3, T, H, W] in, features [B, E] out. It takes its options from `config`, and
     the shape of the clips from `data`.
+
+    Attributes:
+        has_fixed_frame_size: whether all frames must have the size of those of training.
     """
 
     key = "model.visual"
+    has_fixed_frame_size: bool = False
 
     def __init__(self, config: VisualConfig, data: DataConfig):
         super().__init__()

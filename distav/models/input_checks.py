@@ -9,8 +9,8 @@ FRAMES_LAYOUT = "[B, T, H, W, 3]"
 AUDIO_LAYOUT = "[B, N]"
 
 
-def check_frames(frames: Tensor, shape: Sequence[int] | None = None) -> None:
-    """Check frames [B, T, H, W, 3] uint8; with `shape`, their T, H and W.
+def check_frames(frames: Tensor, shape: Sequence[int | None] | None = None) -> None:
+    """Check frames [B, T, H, W, 3] uint8; with `shape`, their T, H and W, which None leaves open.
 
     Raises:
         ValueError: naming the argument, what it is and what is allowed.
@@ -21,10 +21,11 @@ def check_frames(frames: Tensor, shape: Sequence[int] | None = None) -> None:
             f"frames: {_describe(frames)}; allowed: torch.uint8 {FRAMES_LAYOUT}, RGB from 0 to 255. The network "
             "normalizes the frames itself."
         )
-    sizes = "x".join(map(str, shape or ()))
+    sizes = "x".join(str(size or "T") for size in shape or ())
     expected = FRAMES_LAYOUT + (f" with TxHxW = {sizes}" if shape else "")
-    is_valid = frames.dim() == 5 and frames.shape[4] == 3 and (not shape or tuple(frames.shape[1:4]) == tuple(shape))
-    if not is_valid or not min(frames.shape[1:]):
+    is_valid = frames.dim() == 5 and frames.shape[4] == 3
+    has_shape = is_valid and all(size in (None, own) for own, size in zip(frames.shape[1:4], shape or (), strict=False))
+    if not has_shape or not min(frames.shape[1:]):
         raise ValueError(f"frames: {_describe(frames)}; allowed: {expected}, channels last.")
 
 

@@ -1,4 +1,4 @@
-"""Loading of exported networks; requires only torch, torchvision and safetensors."""
+"""Loading of exported networks; requires only torch, torchvision and safetensors, and the library of the towers."""
 
 import hashlib
 from pathlib import Path

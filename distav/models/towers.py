@@ -75,6 +75,11 @@ class Tower(nn.Module):
                 f"{net.key}.freeze={config.freeze}: {config.name} has {len(blocks)} blocks; allowed: -1 (all) to "
                 f"{len(blocks)}."
             )
+        if config.unfreeze_after and not config.freeze:
+            raise UserError(
+                f"{net.key}.unfreeze_after={config.unfreeze_after} has no effect with {net.key}.freeze=0; set "
+                "freeze to a number of blocks, or -1 for all, or remove the setting."
+            )
         self._frozen = tuple(blocks if config.freeze < 0 else blocks[: config.freeze])
         frozen = _frozen_parameters(net.backbone, blocks, config.freeze)
         scales = lr_scales(net.backbone, blocks, config.lr_decay)
@@ -157,7 +162,10 @@ class VisualTower(Tower):
     def __init__(self, config: VisualConfig, data: DataConfig, activation_checkpointing: bool):
         encoder = VISUAL_TOWERS.select(config.name)
         super().__init__(encoder(config, data), config, activation_checkpointing)
-        self._shape = None if self.net.supports_segments else (data.num_frames, data.frame_size, data.frame_size)
+        self._shape = None
+        if self.net.has_fixed_frame_size or not self.net.supports_segments:
+            num_frames = None if self.net.supports_segments else data.num_frames
+            self._shape = (num_frames, data.frame_size, data.frame_size)
         self._input = encoder.input_format(config)
         self._moments: dict[torch.device, Tensor] = {}
 

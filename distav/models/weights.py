@@ -14,6 +14,8 @@ from torch.nn.functional import interpolate
 from distav.config.errors import UserError, format_list
 
 FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+REFUSED = ("GLOBAL", "Unsupported global", "Unsupported class", "add_safe_globals")
+"""Words in the messages of PyTorch about Python objects that it refuses to load."""
 NAMES_IN_DIRECTORY = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module")
 """Keys under which training scripts store the weights in a file."""
@@ -52,7 +54,9 @@ def read_weights(path: Path, key: str) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if not any(word in str(error) for word in REFUSED):
+            raise UserError(f"{key}={file}: unreadable; copy or download it again.") from None
         raise UserError(
             f"{key}={file} contains Python objects besides weights, which are not loaded since they may run code; "
             "convert it to safetensors."

@@ -3,8 +3,10 @@
 Also `timm:hf-hub:REPOSITORY` and `timm:local-dir:DIRECTORY`. Legend: B clips, T frames, H W pixels, E feature width.
 """
 
+import json
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +43,7 @@ class TimmNetwork(VisualEncoder):
         net = _create(description["network"], **size)
         self.feature_dim = getattr(net, "head_hidden_size", None) or net.num_features
         self.network = without_dropout(with_global_batch_norm(net))
+        self.has_fixed_frame_size = description["fixed_input_size"]
         self.supports_segments = config.frame_pooling != "transformer"
         self.pool = FramePooling(config.frame_pooling, self.feature_dim, data.num_frames)
 
@@ -155,6 +158,8 @@ def _pretrained_cfg(timm: Any, name: str) -> dict[str, Any]:
     from timm.models._hub import load_model_config_from_path
 
     source, _, place = name.partition(":")
+    if source == "local-dir":
+        _check_directory(place, name)
     try:
         if source == "local-dir":
             cfg, architecture, _ = load_model_config_from_path(place)
@@ -163,6 +168,19 @@ def _pretrained_cfg(timm: Any, name: str) -> dict[str, Any]:
     except Exception as error:  # The hub raises errors of several libraries.
         raise unavailable(KEY, f"timm:{name}", error, _advice(place)) from None
     return {**cfg, "architecture": architecture, "hf_hub_id": place}
+
+
+def _check_directory(place: str, name: str) -> None:
+    """Raise a UserError unless a directory holds the description of a network of timm."""
+    file = Path(place).expanduser() / "config.json"
+    reason = "no such directory" if not file.parent.is_dir() else "it has no config.json"
+    if file.is_file():
+        content = json.loads(file.read_text())
+        if "architecture" in content:
+            return
+        reason = "its config.json names no architecture of timm"
+        reason += f"; a network of transformers is hf:{place}" if "model_type" in content else ""
+    raise UserError(f"{KEY}=timm:{name}: {reason}; allowed: a directory as timm.models.save_for_hf() writes it.")
 
 
 def _download(config: VisualConfig) -> dict[str, Tensor]:
@@ -178,6 +196,6 @@ def _download(config: VisualConfig) -> dict[str, Tensor]:
 def _advice(source: str) -> str:
     return (
         f"Where there is a network, run: hf download {source}; the files are then in the cache of the hub, "
-        "~/.cache/huggingface/hub, which can be copied. Or download the weights, and set model.visual.weights to the "
-        "file."
+        "~/.cache/huggingface/hub, which can be copied (HF_HUB_OFFLINE=1 searches nothing else). Or download the "
+        "weights, and set model.visual.weights to the file."
     )

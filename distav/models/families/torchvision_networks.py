@@ -34,6 +34,7 @@ class TorchvisionNetwork(VisualEncoder):
         self.check(config)
         self.check_input(config, data)
         name, _ = _parse(config)
+        self.has_fixed_frame_size = name.startswith(FIXED_SIZE)
         resizes = name.startswith("vit_") and config.interpolate_positions
         torchvision = _torchvision()
         net = torchvision.models.get_model(name, weights=None, **({"image_size": data.frame_size} if resizes else {}))

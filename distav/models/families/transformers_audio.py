@@ -31,6 +31,12 @@ DEFAULT_EXTRACTORS = {
     "pe_audio_encoder": "PeAudioFeatureExtractor",
 }
 """Feature extractor of a network whose repository has no preprocessor, by model type; all others take waveforms."""
+EXTRACTOR_SETTINGS = {
+    "audio-spectrogram-transformer": {"max_length": "max_length", "num_mel_bins": "num_mel_bins"},
+    "clap_audio_model": {"feature_size": "num_mel_bins"},
+    "whisper": {"feature_size": "num_mel_bins"},
+}
+"""Settings of the feature extractor that follow from those of the network, by model type."""
 INPUTS = ("input_values", "input_features")
 """Names of waveforms and spectrograms among the arguments of networks."""
 DEFAULT_AUDIO_S = 5.0
@@ -81,8 +87,6 @@ class TransformersAudio(AudioEncoder):
         options = {"max_length": num_frames} if _interpolates(config, settings) else {}
         self.network: Any = with_global_batch_norm(networks.build(description, **options))
         self.argument = self.network.main_input_name
-        if self.argument not in INPUTS:
-            raise networks.unsupported("audio", config.name, settings["model_type"], f"takes {self.argument}")
         self.feature_dim = networks.feature_dim(settings, self.network)
         self.is_fused = bool(settings.get("enable_fusion"))
 
@@ -102,9 +106,15 @@ class TransformersAudio(AudioEncoder):
     def describe(cls, config: AudioConfig) -> dict[str, Any]:
         """Return the settings of network and feature extractor, and the source of the weights."""
         description = networks.describe(config, "audio")
-        model_type = description["network"]["model_type"]
-        default = DEFAULT_EXTRACTORS.get(model_type, "Wav2Vec2FeatureExtractor")
-        return description | {"preprocessor": {"feature_extractor_type": default} | description["preprocessor"]}
+        networks.check_argument("audio", config.name, description, INPUTS)
+        settings = description["network"]
+        defaults = {
+            "feature_extractor_type": DEFAULT_EXTRACTORS.get(settings["model_type"], "Wav2Vec2FeatureExtractor")
+        }
+        for name, key in EXTRACTOR_SETTINGS.get(settings["model_type"], {}).items():
+            if key in settings:
+                defaults[name] = settings[key]
+        return description | {"preprocessor": defaults | description["preprocessor"]}
 
     @classmethod
     def input_format(cls, config: AudioConfig) -> AudioInput:

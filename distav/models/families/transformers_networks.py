@@ -6,7 +6,7 @@ as CLIP, CLAP and PE-AV, only the part for one of them is created. No code of a 
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,14 +208,25 @@ def advice(source: str) -> str:
         return "There is no such directory."
     return (
         f"Where there is a network, run: hf download {source}; the files are then in the cache of the hub, "
-        "~/.cache/huggingface/hub, which can be copied. Or use hf:DIRECTORY with a directory that holds config.json "
-        "and model.safetensors."
+        "~/.cache/huggingface/hub, which can be copied (HF_HUB_OFFLINE=1 searches nothing else). Or use hf:DIRECTORY "
+        "with a directory that holds config.json and model.safetensors."
     )
 
 
-def unsupported(modality: str, name: str, model_type: str, reason: str) -> UserError:
-    """Return the error for a network that cannot be a tower."""
-    return UserError(
-        f"model.{modality}.name={name}: a network of type {model_type} {reason}; allowed: image, video and audio "
-        "encoders of transformers."
-    )
+def check_argument(modality: str, name: str, description: dict[str, Any], allowed: Sequence[str]) -> None:
+    """Raise a UserError unless a network takes clips of a modality.
+
+    Args:
+        modality: visual or audio.
+        name: name of the network.
+        description: result of `describe`.
+        allowed: names of the arguments that take such clips.
+    """
+    import transformers
+
+    argument = network_class(transformers.AutoConfig.for_model(**description["network"])).main_input_name
+    if argument not in allowed:
+        raise UserError(
+            f"model.{modality}.name={name}: a network of type {description['network']['model_type']} takes {argument}; "
+            f"allowed: networks of transformers that take {' or '.join(allowed)}."
+        )

@@ -20,6 +20,8 @@ from distav.models.layers import with_global_batch_norm
 from distav.models.weights import interpolate_positions
 
 KEY = "model.visual.name"
+VISUAL_INPUTS = ("pixel_values", "pixel_values_videos")
+"""Names of images and videos among the arguments of networks."""
 SIZE_KEYS, LENGTH_KEYS = ("image_size", "crop_size"), ("num_frames", "frames_per_clip")
 ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 """Model types of transformers that adapt their positions to the size of the frames themselves."""
@@ -43,8 +45,7 @@ class TransformersVisual(VisualEncoder):
             options |= {key: data.num_frames for key in LENGTH_KEYS if key in settings}
         self.network: Any = with_global_batch_norm(networks.build(description, **options))
         self.argument = self.network.main_input_name
-        if not self.argument.startswith("pixel_values"):
-            raise networks.unsupported("visual", config.name, settings["model_type"], f"takes {self.argument}")
+        self.has_fixed_frame_size = _has_fixed_size(settings)
         self.feature_dim = networks.feature_dim(settings, self.network)
         self.is_video = _is_video(settings)
         self.pool = None if self.is_video else FramePooling(config.frame_pooling, self.feature_dim, data.num_frames)
@@ -72,7 +73,9 @@ class TransformersVisual(VisualEncoder):
     @classmethod
     def describe(cls, config: VisualConfig) -> dict[str, Any]:
         """Return the settings of network and preprocessor, and the source of the weights."""
-        return networks.describe(config, "visual")
+        description = networks.describe(config, "visual")
+        networks.check_argument("visual", config.name, description, VISUAL_INPUTS)
+        return description
 
     @classmethod
     def input_format(cls, config: VisualConfig) -> VisualInput:

@@ -17,6 +17,7 @@ from distav.config.model import AudioConfig, ModelConfig, VisualConfig
 from distav.config.schema import DataConfig
 from distav.models.av_model import check_towers
 from distav.models.encoder import Encoder
+from distav.models.families.transformers_audio import TransformersAudio
 from distav.models.tower_inputs import describe_towers, with_tower_inputs
 from distav.models.towers import AudioTower, VisualTower
 from tests.helpers.hub_networks import AUDIO, SIDE, VISUAL, VISUAL_MOMENTS, save_audio, save_visual
@@ -261,7 +262,45 @@ def test_networks_of_another_modality_are_rejected(tmp_path: Path):
         with pytest.raises(UserError, match=r"model\.audio\.name=.*takes "):
             audio_tower(AudioConfig(f"hf:{tmp_path / name}"), audio_s=0.5)
     with pytest.raises(UserError, match=r"model\.visual\.name=.*takes input_ids"):
-        visual_tower(VisualConfig(f"hf:{tmp_path / 'bert'}"))
+        visual_tower(VisualConfig(f"hf:{tmp_path / 'bert'}"), DataConfig(frame_size=32))
+
+
+def test_networks_without_a_preprocessor_get_the_input_that_their_settings_name(tmp_path: Path):
+    save_audio("ast", tmp_path)
+    config = AudioConfig(f"hf:{tmp_path}")
+    stored = TransformersAudio.describe(config)
+    for file in tmp_path.glob("*preprocessor*"):
+        file.unlink()
+    derived = TransformersAudio.describe(config)
+    for name in ("max_length", "num_mel_bins"):
+        assert derived["preprocessor"][name] == stored["preprocessor"][name] == stored["network"][name]
+    assert audio_tower(config, audio_s=1.0)(torch.zeros(2, RATE)).shape == (2, 32)
+
+
+def test_image_networks_of_one_size_refuse_frames_of_another_one(tmp_path: Path):
+    save_visual("vit", tmp_path)
+    tower, data = visual_tower(VisualConfig(f"hf:{tmp_path}"))
+    assert tower(clips(data)[:, :1]).shape == (2, tower.feature_dim)
+    with pytest.raises(ValueError, match=rf"allowed: .* with TxHxW = Tx{SIDE}x{SIDE}"):
+        tower(clips(data)[:, :, :-2, :-2])
+
+
+def test_directories_without_a_network_of_timm_are_reported(tmp_path: Path):
+    save_visual("vit", tmp_path / "vit")
+    (tmp_path / "empty").mkdir()
+    for name, reason in (
+        ("none", "no such directory"),
+        ("empty", "it has no config.json"),
+        ("vit", f"names no architecture of timm; a network of transformers is hf:{tmp_path / 'vit'}"),
+    ):
+        with pytest.raises(UserError, match=rf"model\.visual\.name=timm:local-dir:.*{name}: .*{reason}"):
+            visual_tower(VisualConfig(f"timm:local-dir:{tmp_path / name}"))
+
+
+def test_settings_without_effect_are_rejected(tmp_path: Path):
+    save_visual("vit", tmp_path)
+    with pytest.raises(UserError, match=r"model\.visual\.unfreeze_after=3 has no effect with model\.visual\.freeze=0"):
+        visual_tower(VisualConfig(f"hf:{tmp_path}", unfreeze_after=3))
 
 
 def test_directories_and_files_that_hold_no_weights_are_reported(tmp_path: Path):
@@ -271,10 +310,11 @@ def test_directories_and_files_that_hold_no_weights_are_reported(tmp_path: Path)
         visual_tower(VisualConfig(f"hf:{tmp_path / 'vit'}"))
     with pytest.raises(UserError, match="There is no such directory"):
         visual_tower(VisualConfig(f"hf:{tmp_path / 'none'}"))
-    (tmp_path / "junk.pt").write_text("hello")
-    config = VisualConfig("torchvision:resnet18", weights=str(tmp_path / "junk.pt"))
-    with pytest.raises(UserError, match=r"model\.visual\.weights=.*junk\.pt"):
-        visual_tower(config, DataConfig(frame_size=32))
+    for content in (b"hello", 100 * b"garbage"):
+        (tmp_path / "junk.pt").write_bytes(content)
+        config = VisualConfig("torchvision:resnet18", weights=str(tmp_path / "junk.pt"))
+        with pytest.raises(UserError, match=r"model\.visual\.weights=.*junk\.pt: unreadable.*download it again"):
+            visual_tower(config, DataConfig(frame_size=32))
 
 
 def test_more_frozen_blocks_than_there_are_and_adapters_without_blocks_are_rejected(tmp_path: Path):
