@@ -56,7 +56,7 @@ class Correction:
         has_signal: whether the gain exceeds `min_log_likelihood_gain`.
         selected_votes: configuration of each vote.
         caution: factor on the odds from which on a label is changed, more than 1 if label noise and mismatched pairs
-            cannot be told apart; see `cautious_odds_factor`.
+            cannot be distinguished; see `cautious_odds_factor`.
     """
 
     held_out: Tensor

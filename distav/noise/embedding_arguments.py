@@ -12,7 +12,7 @@ from torch import Tensor
 from distav.config.errors import UserError
 
 MODALITY_NAMES = ("visual", "audio")
-"""Keys of features of two modalities."""
+"""Keys of features of two modalities, the one of features without a key first."""
 
 
 def feature_tensors(

@@ -86,7 +86,8 @@ def correct_labels(
     """
     valid = torch.stack(list(has_modality.values())).any(0)
     local_labels, present = local_shard(given), local_shard(valid)
-    paired = local_shard(torch.stack(list(has_modality.values())).all(0))
+    has_both = torch.stack(list(has_modality.values())).all(0)
+    paired = local_shard(has_both)
     search_space = feasible_search_space(search_space, len(given), num_classes)
     scorer = VoteScorer(local_labels, num_classes, present)
     fit_rows = select_fit_rows(present, num_classes)
@@ -133,8 +134,7 @@ def correct_labels(
     pair_log_likelihood, pair_rate = model.pair_rate_log_likelihood.to(given.device), model.pair_rate
     if not (has_signal and knows_pairs):
         pair_log_likelihood, pair_rate = torch.zeros_like(pair_log_likelihood), unknown_rate(num_classes)
-    has_pairs = bool(torch.stack(list(has_modality.values())).all(0).any())
-    is_confounded = has_pairs and pair_rate.ci95_width > MAX_INTERVAL_WIDTH
+    is_confounded = bool(has_both.any()) and pair_rate.ci95_width > MAX_INTERVAL_WIDTH
     corrected = present if has_signal else torch.zeros_like(present)
     for probs in (getattr(result, field.name) for field in fields(result) if field.name != "correspondence"):
         _restore_labels(probs, local_labels, ~corrected)

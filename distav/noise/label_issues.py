@@ -103,7 +103,7 @@ def correct_labels(
             vote for each other. By default, each sample is its own source.
         num_neighbors: numbers of voters to select from; those that are too large for the dataset are left out.
         min_change_odds: how many times as probable as the given label another one must be to replace it; up to five
-            times more if label noise and mismatched pairs cannot be told apart.
+            times more if label noise and mismatched pairs cannot be distinguished.
         min_log_likelihood_gain: gain of the votes over the class frequencies, in nats, below which a warning is
             given and labels are kept.
 

@@ -25,7 +25,7 @@ MIN_PROBABILITY = 1e-12
 """Lower bound of the probability of a label; a product of sixteen of them is still a normal number."""
 INVERSE_TEMPERATURES = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0, 4.5, 7.0)
 NEWTON_STEPS = 6
-"""Steps of Newton's method, after which the rate is accurate to a few thousandths."""
+"""Steps of Newton's method; one that leaves the bracket of the maximum halves the bracket instead."""
 PSEUDO_COUNT = 20.0
 """Weight of a vote relative to one uniform vote that is added to it, so that no class has probability 0."""
 MAX_SCORED_SAMPLES = 20_000

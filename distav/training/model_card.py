@@ -54,7 +54,8 @@ def model_card(run: Run, inputs: dict[str, Any], report: dict[str, Any]) -> str:
 {usage}
 ```
 
-Loading needs torch, torchvision and safetensors; a name on the hub also needs huggingface_hub.
+Loading needs torch, torchvision and safetensors, and for towers of timm or transformers their library; a
+name on the hub also needs huggingface_hub.
 
 ## Metrics
 

@@ -175,7 +175,10 @@ def _check_directory(place: str, name: str) -> None:
     file = Path(place).expanduser() / "config.json"
     reason = "no such directory" if not file.parent.is_dir() else "it has no config.json"
     if file.is_file():
-        content = json.loads(file.read_text())
+        try:
+            content = json.loads(file.read_text())
+        except ValueError:
+            return  # timm reports it.
         if "architecture" in content:
             return
         reason = "its config.json names no architecture of timm"

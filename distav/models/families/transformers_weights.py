@@ -40,18 +40,9 @@ def download(config: TowerConfig, modality: str, description: dict[str, Any]) ->
     settings = transformers.AutoConfig.for_model(**description["network"])
     try:
         with quiet(transformers):
-            net, loaded = network_class(settings).from_pretrained(
-                source,
-                revision=revision,
-                config=settings,
-                dtype=torch.float32,
-                weights_only=True,
-                output_loading_info=True,
-                key_mapping=_KEY_MAPPINGS.get(settings.model_type),
-            )
+            return _load(settings, source, revision=revision, weights_only=True)
     except LOAD_ERRORS as error:
         raise unavailable(key, config.name, error, advice(source)) from None
-    return _loaded_weights(net, loaded)
 
 
 def with_own_names(
@@ -75,22 +66,22 @@ def with_own_names(
     settings = transformers.AutoConfig.for_model(**description["network"])
     try:
         with quiet(transformers):
-            net, loaded = network_class(settings).from_pretrained(
-                None,
-                config=settings,
-                state_dict=dict(weights),
-                dtype=torch.float32,
-                output_loading_info=True,
-                key_mapping=_KEY_MAPPINGS.get(settings.model_type),
-            )
+            renamed = _load(settings, None, state_dict=dict(weights))
     except LOAD_ERRORS:
         return candidate
-    renamed = _loaded_weights(net, loaded)
     return max(candidate, renamed, key=lambda found: len(own.keys() & found.keys()))
 
 
-def _loaded_weights(net: Any, loaded: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the weights that transformers has read, by the names in the network of `build`."""
+def _load(settings: Any, source: str | None, **options: Any) -> dict[str, Tensor]:
+    """Return the weights that transformers reads, by the names in the network of `build`."""
+    net, loaded = network_class(settings).from_pretrained(
+        source,
+        config=settings,
+        dtype=torch.float32,
+        output_loading_info=True,
+        key_mapping=_KEY_MAPPINGS.get(settings.model_type),
+        **options,
+    )
     missing = set(loaded["missing_keys"])  # Transformers has given them random values.
     weights = {name: values for name, values in net.state_dict().items() if name not in missing}
     prefix = "encoder." if getattr(net.config, "is_encoder_decoder", False) else ""

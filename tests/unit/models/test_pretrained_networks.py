@@ -295,6 +295,9 @@ def test_directories_without_a_network_of_timm_are_reported(tmp_path: Path):
     ):
         with pytest.raises(UserError, match=rf"model\.visual\.name=timm:local-dir:.*{name}: .*{reason}"):
             visual_tower(VisualConfig(f"timm:local-dir:{tmp_path / name}"))
+    (tmp_path / "empty" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"model\.visual\.name=timm:local-dir:.*empty: not available here"):
+        visual_tower(VisualConfig(f"timm:local-dir:{tmp_path / 'empty'}"))
 
 
 def test_settings_without_effect_are_rejected(tmp_path: Path):
