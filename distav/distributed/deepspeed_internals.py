@@ -6,6 +6,7 @@ takes seconds and selects the accelerator.
 
 import importlib
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,6 +41,7 @@ def prepare(optimizer_class: type) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if optimizer_class not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
     # This op serves inference only; building it needs a compiler and takes half a minute.

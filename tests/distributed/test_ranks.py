@@ -1,5 +1,7 @@
 """Several ranks compute the same as one process."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -235,6 +237,7 @@ def test_moments_of_large_values_with_a_small_variance_do_not_depend_on_the_numb
 
 
 def gathered_by_type() -> list[Tensor]:
+    warnings.simplefilter("error", FutureWarning)  # PyTorch renames collectives.
     rank = get_rank()
     rows = [torch.full((2, 3), rank + 0.5), torch.tensor([rank > 0]), torch.tensor([[2**40 + rank]])]
     rows += [torch.full((2, 2), rank, dtype=torch.uint8).T, torch.zeros(0, 4), torch.full((3,), 0.1).bfloat16()]

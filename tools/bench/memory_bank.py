@@ -89,7 +89,7 @@ class MemoryBankBenchmark:
         loss = instance_losses(self.bank, global_batch, visual, audio, self.tau).losses.sum()
         probs = None
         if with_categories:
-            logits = self.logits.clone().requires_grad_()
+            logits = [part.clone().requires_grad_() for part in self.logits]
             memory = self.bank.assignments.gram_matrices()
             category = category_loss(logits[0], logits[1], self.ones, 1.0, memory)
             loss = loss + category.contrast + category.imbalance + category.row_entropy

@@ -210,7 +210,9 @@ class CollectiveRecorder:
         "all_reduce": (ALL_REDUCE, lambda tensor, *_: tensor.nbytes),
         "all_gather": (ALL_GATHER, lambda parts, *_: sum(part.nbytes for part in parts)),
         "all_gather_into_tensor": (ALL_GATHER, lambda result, *_: result.nbytes),
+        "all_gather_single": (ALL_GATHER, lambda result, *_: result.nbytes),
         "reduce_scatter_tensor": (REDUCE_SCATTER, lambda _part, values, *_: values.nbytes),
+        "reduce_scatter_single": (REDUCE_SCATTER, lambda _part, values, *_: values.nbytes),
         "all_to_all_single": (ALL_TO_ALL, lambda received, sent, *_: max(received.nbytes, sent.nbytes)),
     }
 
@@ -221,7 +223,7 @@ class CollectiveRecorder:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Replace the functions of torch.distributed; to be entered before DeepSpeed refers to them."""
-        originals = {name: getattr(dist, name) for name in self._SIZES}
+        originals = {name: getattr(dist, name) for name in self._SIZES if hasattr(dist, name)}
         for name, original in originals.items():
             setattr(dist, name, self._recorded(name, original))
         try:
