@@ -14,6 +14,7 @@ from distav.config import loading
 from distav.config.errors import UserError
 from distav.config.schema import Config
 from distav.data.preparation.output_dir import BuildResult
+from distav.distributed.launch import set_rank_variables
 from distav.models.av_model import AVModel
 from distav.models.pretrained import load_encoders
 from distav.tools.make_shards import run as run_make_shards
@@ -44,6 +45,9 @@ class FinishedRun:
     def labels(self) -> pa.Table:
         """Return the table of the last label correction, with a row per training clip.
 
+        Columns, among others: `key` of the clip, `given_label`, `corrected_label`, `confidence` (probability of the
+        corrected label), `self_confidence` (held-out probability of the given one).
+
         Raises:
             UserError: if no phase of the run corrected labels.
         """
@@ -63,11 +67,14 @@ def train(config: str | Path | Config, overrides: Overrides = ()) -> FinishedRun
     """Train with a configuration in this process, and wait for the end.
 
     A run that was interrupted resumes. To train with several ranks, start the program with `torchrun` or `srun`: each
-    rank calls this function.
+    rank calls this function with the same settings, and all of them see the directory `run.root`.
 
     Args:
         config: name of a configuration of distav such as "quickstart", a YAML file, or settings.
         overrides: settings that replace those of the configuration, with their full names; not with `Config`.
+
+    Returns:
+        The finished run, on every rank.
 
     Raises:
         UserError: naming the setting, its value, what is allowed and what to do; if a process group exists already.
@@ -80,9 +87,15 @@ def train(config: str | Path | Config, overrides: Overrides = ()) -> FinishedRun
     if isinstance(config, Config):
         if overrides:
             raise UserError("overrides are given with a Config; change its fields instead, or give the path of a file.")
-        settings = config
-    else:
+        settings = loading.check(config)
+    elif isinstance(config, str | Path):
         settings = loading.load(config, _as_words(overrides))
+    else:
+        raise UserError(
+            f"config={config!r}: allowed: the name of a configuration such as 'quickstart', a YAML file, or a "
+            "distav.config.schema.Config."
+        )
+    set_rank_variables()
     if dist.is_initialized():
         raise UserError(
             "this process has a process group already; call torch.distributed.destroy_process_group() before "
@@ -111,7 +124,8 @@ def make_shards(source: str, *paths: str | Path, **options: Any) -> BuildResult:
         UserError: for invalid arguments or data.
 
     Example:
-        >>> distav.make_shards("videos", "clips", "shards/mine", workers=2)
+        >>> if __name__ == "__main__":  # Clips are encoded in processes that import the main module.
+        ...     distav.make_shards("videos", "clips", "shards/mine", workers=2)
     """
     words = [source, *map(str, paths)]
     for name, value in options.items():
@@ -130,6 +144,10 @@ def _as_words(overrides: Overrides) -> list[str]:
         raise UserError(f"overrides={overrides!r}: allowed: a list of texts such as ['{overrides}'], or a mapping.")
     if not isinstance(overrides, Mapping):
         return list(overrides)
+    for key, value in overrides.items():
+        if isinstance(value, Mapping) and "." not in key and key != "phases":
+            names = ", ".join(f"'{key}.{name}'" for name in value) or f"'{key}.NAME'"
+            raise UserError(f"overrides: '{key}' is a section; give its settings by their full names: {names}.")
     texts = {
         key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in overrides.items()
     }

@@ -54,6 +54,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def check(config: Config) -> Config:
+    """Return a configuration that was built in Python, after checking it like the values of a file.
+
+    Raises:
+        UserError: naming the setting, its value and what is allowed.
+    """
+    tree = SettingTree({name: type(phase) for name, phase in config.phases.items()})
+    try:
+        checked = Converter(tree, lambda key: None).config(to_plain(config))
+        validate(checked)
+    except SettingError as error:
+        raise UserError(str(error)) from None
+    return checked
+
+
 def _names_own_dataset(sources: Sources) -> bool:
     """Return whether overrides set `data.root` and nothing of `data.synthetic`; a wrong path is an error then."""
     keys = [override.key for override in sources.overrides]

@@ -13,6 +13,11 @@ EXPORT_FORMAT = 4
 DESCRIPTION, WEIGHTS, MODEL_CARD = "config.json", "model.safetensors", "README.md"
 EXAMPLE_REPOSITORY = "USER/NAME"
 """Repository in the usage example of a model card that has not been uploaded."""
+EXAMPLE_LOCATION = f'"export")  # or "hf://{EXAMPLE_REPOSITORY}"'
+"""End of the line that loads the network in this usage example."""
+UNKNOWN_LICENSE = "license: unknown"
+LICENSE_NOTE = "not stated. Whoever publishes the weights names it in the first lines of this file"
+"""What a model card says of its license until one is stated, in its metadata and in its text."""
 
 
 def read_description(folder: Path, location: str | Path) -> dict[str, Any]:

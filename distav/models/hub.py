@@ -11,7 +11,9 @@ from distav.config.errors import UserError
 from distav.config.version import __version__
 from distav.models.export_files import (
     DESCRIPTION,
+    EXAMPLE_LOCATION,
     EXAMPLE_REPOSITORY,
+    LICENSE_NOTE,
     MODEL_CARD,
     WEIGHTS,
     check_weights,
@@ -76,18 +78,21 @@ def push_to_hub(
     repo_id: str,
     *,
     private: bool | None = None,
+    license: str | None = None,
     commit_message: str = "Upload a network exported by distav",
     token: str | None = None,
 ) -> str:
     """Upload an export to a model repository of the Hugging Face hub in one commit.
 
-    The repository is created if it does not exist. The usage example of the uploaded model card names it.
+    The repository is created if it does not exist. The usage example of the uploaded model card loads the network from
+    it.
 
     Args:
         folder: an `export/` directory.
         repo_id: `USER/NAME` or `ORGANIZATION/NAME`.
         private: whether the repository is private; None: the default of the hub for a new one, and unchanged for an
             existing one.
+        license: identifier that the hub knows, such as "apache-2.0", for the model card; None: as the model card says.
         commit_message: first line of the message of the commit.
         token: access token with write permission; None: HF_TOKEN, or that of `hf auth login`.
 
@@ -97,7 +102,17 @@ def push_to_hub(
     Raises:
         UserError: if the directory holds no complete export, an existing repository is not as private as `private`
             says, or the hub rejects the upload.
+
+    Example:
+        >>> location = distav.push_to_hub("runs/mine/export", "USER/NAME", license="cc-by-4.0")
+        >>> model, description = distav.load_encoders(location)
     """
+    if not isinstance(folder, str | Path):
+        raise UserError(f"folder={folder!r}: allowed: the path of an export/ directory.")
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise UserError(
+            f"license={license!r}: allowed: an identifier of the hub in lower case, such as apache-2.0 or cc-by-4.0."
+        )
     path = Path(folder).expanduser()
     read_description(path, folder)
     check_weights(path)
@@ -106,7 +121,7 @@ def push_to_hub(
     if not _REPOSITORY.fullmatch(repo_id):
         raise UserError(f"repo_id={repo_id}: allowed: USER/NAME or ORGANIZATION/NAME.")
     hub = _import_hub(f"repo_id={repo_id}", "upload the files by hand")
-    card = (path / MODEL_CARD).read_text().replace(SCHEME + EXAMPLE_REPOSITORY, SCHEME + repo_id)
+    card = _card_of_repository((path / MODEL_CARD).read_text(), repo_id, license)
     contents = {DESCRIPTION: path / DESCRIPTION, WEIGHTS: path / WEIGHTS, MODEL_CARD: card.encode()}
     api = hub.HfApi(token=token, library_name="distav", library_version=__version__)
     try:
@@ -127,6 +142,17 @@ def push_to_hub(
             "access, run hf auth login, set HF_TOKEN or pass a token."
         ) from None
     return f"{SCHEME}{repo_id}@{commit.oid}"
+
+
+def _card_of_repository(card: str, repo_id: str, license: str | None) -> str:
+    """Return a model card whose usage example loads the network from a repository, with a license if there is one."""
+    location = SCHEME + repo_id
+    card = card.replace(EXAMPLE_LOCATION, f'"{location}")').replace(SCHEME + EXAMPLE_REPOSITORY, location)
+    if license is None:
+        return card
+    head, separator, text = card.partition("\n---\n")  # The metadata are YAML between two lines of dashes.
+    head = re.sub(r"^license:.*$", f"license: {license}", head, flags=re.MULTILINE)
+    return head + separator + text.replace(LICENSE_NOTE, license)
 
 
 def _import_hub(name: str, alternative: str) -> Any:

@@ -68,7 +68,7 @@ def export_onnx(
         UserError: if there is no export of encoders, onnx, onnxscript or onnxruntime is missing, or ONNX cannot express
             a tower.
     """
-    modalities = list(dict.fromkeys(modalities))
+    modalities = [modalities] if isinstance(modalities, str) else list(dict.fromkeys(modalities))
     for modality in modalities:
         if modality not in INPUTS:
             suggestion = did_you_mean(modality, INPUTS)

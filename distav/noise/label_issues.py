@@ -25,9 +25,9 @@ from distav.noise.label_correction import correct_labels as correct_local_labels
 from distav.noise.noise_rate import RateEstimate
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
 
-RANKINGS = ("self_confidence", "normalized_margin")
+RANKINGS = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
 """Scores by which `find_label_issues` can rank samples."""
-Ranking = Literal["self_confidence", "normalized_margin"]
+Ranking = Literal["self_confidence", "normalized_margin", "confidence_weighted_entropy"]
 
 
 @dataclass(frozen=True)
@@ -164,16 +164,18 @@ def find_label_issues(
     min_change_odds: float = 2.0,
     min_log_likelihood_gain: float = 10.0,
 ) -> NDArray[Any]:
-    """Return which labels are probably wrong, with the signature of `cleanlab.filter.find_label_issues`.
+    """Return which labels are probably wrong, for embeddings as `cleanlab.filter.find_label_issues` for probabilities.
 
-    cleanlab takes predicted probabilities; this function computes them from embeddings.
+    `labels`, `return_indices_ranked_by` and the result are as in cleanlab; the second argument is embeddings, and
+    there are no options of its filters. For several labels per sample, see `distav.correct_label_lists`.
 
     Args:
         labels: [N] one label per sample.
         features: embeddings; see `correct_labels`.
         return_indices_ranked_by: None for a mask; a score for the indices of the label issues, worst first:
-            `self_confidence`, the held-out probability of the given label, or `normalized_margin`, this minus the
-            largest probability of another class.
+            `self_confidence`, the held-out probability of the given label; `normalized_margin`, this minus the
+            largest probability of another class; or `confidence_weighted_entropy`, the probability divided by the
+            entropy of all classes.
         groups, num_neighbors, min_change_odds, min_log_likelihood_gain: see `correct_labels`.
 
     Returns:
@@ -202,6 +204,9 @@ def find_label_issues(
         others = result.pred_probs.copy()
         others[result.classes[None] == result.given[:, None]] = -1.0
         scores = scores - others.max(1)
+    elif return_indices_ranked_by == "confidence_weighted_entropy":
+        entropy = -(result.pred_probs * np.log(result.pred_probs.clip(min=1e-12))).sum(1)
+        scores = scores / entropy.clip(min=1e-12)
     issues = np.flatnonzero(result.is_issue)
     return issues[np.argsort(scores[issues], kind="stable")]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from distav.config.errors import format_list
 from distav.config.model import TowerConfig
-from distav.models.export_files import EXAMPLE_REPOSITORY
+from distav.models.export_files import EXAMPLE_LOCATION, LICENSE_NOTE, UNKNOWN_LICENSE
 from distav.models.hub import SCHEME
 from distav.noise.noise_rate import MAX_INTERVAL_WIDTH
 from distav.training.run import Run
@@ -43,12 +43,9 @@ def model_card(run: Run, inputs: dict[str, Any], report: dict[str, Any]) -> str:
 {input_lines}
 - Noise in the training data: {_noise_estimates(run, report)}.
 - Phases: {", ".join(run.config.phases)}.
-- License: not stated. Whoever publishes the weights replaces `license: unknown` above; the licenses of data and initial
-  weights may restrict it.
+- License: {LICENSE_NOTE}. The licenses of data and initial weights may restrict it.
 
 ## Usage
-
-`export` is this directory. A copy on the hub, which `distav.push_to_hub` uploads, is loaded by its name.
 
 ```python
 {usage}
@@ -64,7 +61,7 @@ name on the hub also needs huggingface_hub.
 
 def _front_matter(run: Run) -> str:
     parses = bool(run.data.train.streams)
-    lines = ["license: unknown", "library_name: distav"]
+    lines = [UNKNOWN_LICENSE, "library_name: distav"]
     if not parses:
         lines.append("pipeline_tag: feature-extraction")
     topics = ["audio-visual-event-parsing"] if parses else ["video", "audio", "representation-learning"]
@@ -95,7 +92,7 @@ def _parser_parts(run: Run) -> tuple[str, str, str]:
 
 from distav.models.pretrained import load_parser
 
-model, description = load_parser("export")  # or "{SCHEME}{EXAMPLE_REPOSITORY}"
+model, description = load_parser({EXAMPLE_LOCATION}
 streams = {{name: torch.zeros(1, stream["steps"], stream["dim"]) for name, stream in description["input"].items()}}
 seeds = torch.zeros(1, dtype=torch.int64)
 with torch.no_grad():
@@ -120,7 +117,7 @@ def _encoder_parts(run: Run, inputs: dict[str, Any]) -> tuple[str, str, str]:
     usage = f"""import distav
 import torch
 
-model, description = distav.load_encoders("export")  # or "{SCHEME}{EXAMPLE_REPOSITORY}"
+model, description = distav.load_encoders({EXAMPLE_LOCATION}
 frames = torch.zeros(1, {frames}, {side}, {side}, 3, dtype=torch.uint8)
 audio = torch.zeros(1, {samples})
 with torch.no_grad():

@@ -6,13 +6,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 import distav
 from distav.api import FinishedRun
+from distav.config import loading
 from distav.config.errors import UserError
-from distav.config.schema import Config
+from distav.config.schema import Config, OptimConfig
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset
 from tests.conftest import ROOT
@@ -77,10 +79,50 @@ def test_invalid_arguments_of_train_are_errors():
         distav.train("quickstart", "optim.lr=1")
     with pytest.raises(UserError, match="overrides are given with a Config"):
         distav.train(Config(), ["optim.lr=1"])
+    for config in (3, None):
+        with pytest.raises(UserError, match=f"config={config}: allowed: the name of a configuration"):
+            distav.train(cast(Any, config))
+    with pytest.raises(UserError, match="'optim' is a section; give its settings by their full names: 'optim.lr'"):
+        distav.train("quickstart", {"optim": {"lr": 1}})
+    phases = loading.load("quickstart").phases
+    with pytest.raises(UserError, match="optim.lr=-1.0: allowed"):
+        distav.train(Config(phases=phases, optim=OptimConfig(lr=-1)))
+    with pytest.raises(UserError, match="optim.global_batch=x: allowed"):
+        distav.train(Config(phases=phases, optim=OptimConfig(global_batch=cast(Any, "x"))))
+    with pytest.raises(UserError, match="phases={}: allowed: at least one phase"):
+        distav.train(Config())
     with pytest.raises(UserError, match="optim.lrr"):
         distav.train("quickstart", {"optim.lrr": 1})
     with pytest.raises(UserError, match="no phase of this run corrected labels"):
         FinishedRun(Path("runs/x"), {}).labels()
+
+
+def test_tasks_of_slurm_train_together(tiny_shards: Path, tmp_path: Path):
+    phases = loading.load("quickstart").phases
+    overrides = [
+        f"data.root={tiny_shards}", f"run.root={tmp_path}", "run.name=slurm", "model.visual.width=8",
+        "model.audio.width=8", "optim.global_batch=24", "phases.learn_2.epochs=1", "phases.learn_2.targets=given",
+        *(f"~phases.{name}" for name in phases if name != "learn_2"),
+    ]  # fmt: skip
+    program = f"import distav; print(distav.train('quickstart', {overrides!r}).report['samples'])"
+    processes = []
+    for rank in range(2):
+        variables = {
+            "SLURM_JOB_ID": str(os.getpid()),
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_STEP_TASKS_PER_NODE": "2",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NODEID": "0",
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank),
+        }
+        words = [sys.executable, "-c", program]
+        processes.append(
+            subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment() | variables, cwd=ROOT)
+        )
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert "2 rank(s)" in outputs[0] and [output.split()[-1] for output in outputs] == ["96", "96"]
 
 
 @pytest.mark.long

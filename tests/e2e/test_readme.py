@@ -109,6 +109,7 @@ def test_the_kubernetes_job_starts_torchrun_on_every_node():
     assert service["spec"]["clusterIP"] == "None"
     assert spec["completions"] == spec["parallelism"] == int(variables["NODES"])
     assert container["resources"]["limits"]["nvidia.com/gpu"] == int(variables["GPUS"])
+    assert 60 < int(variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
     program, *words = [
         re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], word)
         for word in container["command"] + container["args"]

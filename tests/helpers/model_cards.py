@@ -13,10 +13,10 @@ def front_matter(card: str) -> dict[str, Any]:
     return yaml.safe_load(found[1])
 
 
-def run_usage(card: str, location: str) -> dict[str, Any]:
-    """Run the usage example with another location of the export, and return its variables."""
+def run_usage(card: str, location: str, named: str = "export") -> dict[str, Any]:
+    """Run the usage example, which names one location of the export, with another one; return its variables."""
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert code.count('("export")') == 1
+    assert code.count(f'("{named}")') == 1
     values: dict[str, Any] = {}
-    exec(code.replace('("export")', f'("{location}")'), values)  # noqa: S102
+    exec(code.replace(f'("{named}")', f'("{location}")'), values)  # noqa: S102
     return values

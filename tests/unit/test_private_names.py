@@ -61,6 +61,8 @@ NAMES = [
     Name("deepspeed", f"{STAGE_3}._reassign_or_swap_out_partitioned_parameters", None, DEEPSPEED, "load weights"),
     Name("torch", "torch._C:_distributed_c10d._dump_fr_trace_json", None, TORCH, "find the rank that stalls"),
     Name("torch", "torch._C:_distributed_c10d._dump_fr_trace", None, TORCH, "write the flight recorder"),
+    Name("torch", "torch._C:_distributed_c10d._dump_nccl_trace_json", None, TORCH, "find the rank that stalls"),
+    Name("torch", "torch._C:_distributed_c10d._dump_nccl_trace", None, TORCH, "write the flight recorder"),
     Name("torch", "torch.distributed.distributed_c10d:_get_default_group", "", TORCH, "read the timeout"),
     Name("torch", "torch.distributed:ProcessGroup._get_backend", None, TORCH, "read the timeout"),
     Name("torch", "torch.distributed:ProcessGroup.set_timeout", None, DEEPSPEED, "set the timeout"),
@@ -136,6 +138,8 @@ def problem_of(name: Name) -> str:
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: name.path.replace(":", "."))
 def test_a_library_has_the_name_with_its_parameters(name: Name):
+    if "nccl" in name.path and not torch.distributed.is_nccl_available():
+        pytest.skip("this build of PyTorch has no NCCL")
     if name.package == "timm":
         pytest.importorskip("timm", reason="needs timm: pip install 'distav[pretrained]'")
     assert not problem_of(name)

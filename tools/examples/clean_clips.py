@@ -5,7 +5,7 @@
 Writes OUT/shards, the run OUT/runs/clean, and OUT/cleaned with the corrected labels. Existing parts are continued.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import distav
@@ -30,4 +30,7 @@ def main(clips: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clips", type=Path, metavar="CLIPS", help="directory with one directory of clips per class")
+    parser.add_argument("out", type=Path, metavar="OUT", help="directory for the results")
+    main(**vars(parser.parse_args()))

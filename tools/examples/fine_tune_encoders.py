@@ -6,7 +6,7 @@ EXPORT is the export/ directory of a run, SHARDS a dataset that make_shards.py w
 distav/evaluate.py EXPORT SHARDS --tasks fine_tune` does this with checkpoints, several ranks and published protocols.
 """
 
-import sys
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,4 +83,7 @@ def evaluate(model: Classifier, split: Split, labels: torch.Tensor, description:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("export", type=Path, metavar="EXPORT", help="export/ directory of a run")
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="dataset that make_shards.py wrote")
+    main(**vars(parser.parse_args()))

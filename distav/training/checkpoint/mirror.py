@@ -23,8 +23,8 @@ CHECKPOINTS = "checkpoints"
 """Directory of the checkpoints in a run directory and in its mirror."""
 _DESCRIPTION = ("config.yaml", "environment.json")
 _RESULT_FILES = ("metrics.jsonl", "report.json")
-_RESULT_DIRS = ("labels", "tensorboard", "export")
-_GROWING = ("metrics.jsonl", "tensorboard")
+_RESULT_DIRS = ("labels", "tensorboard", "trackers", "export")
+_GROWING = ("metrics.jsonl", "tensorboard", "trackers")
 """Results that this process may append to while they are copied."""
 _SNAPSHOT = ".mirror-snapshot"
 _CONNECTIONS = 8

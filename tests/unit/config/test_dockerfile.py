@@ -4,6 +4,7 @@ import fnmatch
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -84,5 +85,13 @@ def test_python_of_the_base_image_is_supported_and_extras_exist():
     (base,) = values("FROM")
     assert re.fullmatch(r"python:3\.12-slim-\w+", base) and project["requires-python"] == ">=3.11,<3.14"
     installs = " ".join(values("RUN"))
-    extras = re.findall(r"\['optional-dependencies'\]\['(\w+)'\]", installs)
-    assert extras == ["remote"] and set(extras) <= set(project["optional-dependencies"])
+    (extras,) = values("ARG")
+    code = re.search(r'python -c "(.*?)" >', installs)
+    assert extras == "EXTRAS=remote" and code
+    optional = project["optional-dependencies"]
+    for chosen in ("remote", "remote,pretrained,hub"):
+        words = [sys.executable, "-c", code[1]]
+        done = subprocess.run(
+            words, cwd=ROOT, env={"EXTRAS": chosen}, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        assert done == [*project["dependencies"], *(line for extra in chosen.split(",") for line in optional[extra])]

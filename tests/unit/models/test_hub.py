@@ -17,6 +17,7 @@ import torch
 import distav
 from distav.config.errors import UserError
 from distav.config.model import ModelConfig
+from distav.models.export_files import LICENSE_NOTE, UNKNOWN_LICENSE
 from distav.models.hub import export_folder
 from distav.models.pretrained import load_encoders, load_parser, load_weights, weights_digest
 from distav.tools.embed import main as embed
@@ -42,7 +43,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def export(folder: Path) -> Path:
     write_encoders(folder)
-    card = '---\nlicense: mit\n---\n# mine\n\n`distav.load_encoders("hf://USER/NAME")`\n'
+    card = '---\nlicense: unknown\n---\n# mine\n\n`distav.load_encoders("export")  # or "hf://USER/NAME"`\n'
     (folder / "README.md").write_text(card)
     (folder / "notes.py").write_text("raise SystemExit")
     return folder
@@ -123,8 +124,23 @@ def test_without_a_network_the_cache_is_used_or_the_error_says_what_to_fetch(
         distav.push_to_hub(tmp_path / "export", "lab/mine", token=TOKEN)
 
 
+def test_a_license_is_written_to_the_uploaded_card_alone(hub: Hub, tmp_path: Path):
+    folder = export(tmp_path / "export")
+    text = f"---\n{UNKNOWN_LICENSE}\ntags:\n- distav\n---\n- License: {LICENSE_NOTE}. More.\n\nlicense: as above\n"
+    (folder / "README.md").write_text(text)
+    distav.push_to_hub(folder, "lab/mine", license="cc-by-4.0", token=TOKEN)
+    (files,) = hub.repositories["lab/mine"].commits.values()
+    expected = "---\nlicense: cc-by-4.0\ntags:\n- distav\n---\n- License: cc-by-4.0. More.\n\nlicense: as above\n"
+    assert files["README.md"].decode() == expected
+    assert (folder / "README.md").read_text() == text
+
+
 def test_uploads_are_checked(hub: Hub, tmp_path: Path):
     folder = export(tmp_path / "export")
+    with pytest.raises(UserError, match="folder=5: allowed: the path of an export/ directory"):
+        distav.push_to_hub(cast(Any, 5), "lab/mine", token=TOKEN)
+    with pytest.raises(UserError, match="license='CC BY': allowed: an identifier of the hub in lower case"):
+        distav.push_to_hub(folder, "lab/mine", license="CC BY", token=TOKEN)
     with pytest.raises(UserError, match="repo_id=mine: allowed: USER/NAME"):
         distav.push_to_hub(folder, "mine", token=TOKEN)
     with pytest.raises(UserError, match="repo_id=lab/mine: not uploaded .*set HF_TOKEN or pass a token"):

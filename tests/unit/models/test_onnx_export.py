@@ -112,6 +112,8 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     export = write_encoders(tmp_path / "export")
     with pytest.raises(UserError, match="modalities=visul: allowed: visual, audio. Did you mean 'visual'?"):
         distav.export_onnx(export, tmp_path / "onnx", ["visul"])
+    with pytest.raises(UserError, match="modalities=visul: allowed"):
+        distav.export_onnx(export, tmp_path / "onnx", "visul")
     monkeypatch.setattr("distav.models.audio_encoders._max_of_bands", lambda x: adaptive_max_pool2d(x, (NUM_BANDS, 1)))
     with pytest.raises(UserError, match="audio tower small_conv: not exported, .*adaptive_max_pool2d"):
         distav.export_onnx(export, tmp_path / "onnx", ["audio"])

@@ -4,9 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import entropy
 
 import distav
 from distav.config.errors import UserError
+from distav.noise.label_issues import RANKINGS
 from tools.examples.correct_embeddings import main as example
 from tools.examples.correct_embeddings import make_embeddings
 
@@ -94,13 +96,17 @@ def test_the_result_is_described_in_one_line(corrected: distav.CorrectedLabels):
 def test_issues_are_a_mask_or_ranked_indices(problem: dict[str, np.ndarray], corrected: distav.CorrectedLabels):
     arguments = problem["given"], problem["visual"]
     assert (distav.find_label_issues(*arguments) == corrected.is_issue).all()
-    for ranking in ("self_confidence", "normalized_margin"):
+    for ranking in RANKINGS:
         ranked = distav.find_label_issues(*arguments, return_indices_ranked_by=ranking)
         assert sorted(ranked) == np.flatnonzero(corrected.is_issue).tolist()
         given = corrected.self_confidence[ranked]
         others = corrected.pred_probs[ranked].copy()
         others[np.arange(len(ranked)), problem["given"][ranked]] = -1
-        scores = given if ranking == "self_confidence" else given - others.max(1)
+        scores = {
+            "self_confidence": given,
+            "normalized_margin": given - others.max(1),
+            "confidence_weighted_entropy": given / entropy(corrected.pred_probs[ranked], axis=1),
+        }[ranking]
         assert (np.diff(scores) >= 0).all()
 
 

@@ -59,6 +59,7 @@ def run(tmp_path: Path) -> Path:
     write(folder / "labels" / "correct.parquet", "labels")
     write(folder / "labels" / "correct.parquet.0123.part", "incomplete")
     write(folder / "tensorboard" / "events.1", "events")
+    write(folder / "trackers" / "wandb.id", "abc")
     write(folder / "logs" / "rank_001.log", "not a result")
     return folder
 
@@ -88,12 +89,13 @@ def test_checkpoints_and_results_are_copied_and_restored(root: str, run: Path, t
     names = {name for name in mirror.store.sizes() if not name.startswith("checkpoints/")}
     assert names == {
         "config.yaml", "environment.json", "metrics.jsonl", "labels/correct.parquet", "tensorboard/events.1",
+        "trackers/wandb.id",
     }  # fmt: skip
     assert mirror.read_config() == "run: {name: tiny}" and mirror.list_checkpoints() == [STEP_1]
     other = RunMirror(root, tmp_path / "elsewhere" / "tiny", 2)
     assert other.download(STEP_1, other.folder / "incomplete") is None
     assert files(other.folder / "incomplete") == files(run / "checkpoints" / STEP_1)
-    for name in ("metrics.jsonl", "labels/correct.parquet", "tensorboard/events.1"):
+    for name in names - {"config.yaml", "environment.json"}:
         assert (other.folder / name).read_text() == (run / name).read_text()
 
 
@@ -103,7 +105,7 @@ def test_only_changed_results_are_copied_again(root: str, run: Path, monkeypatch
     monkeypatch.setattr(mirror.store, "upload", lambda path, name: (copied.append(name), upload(path, name)))
     newest = checkpoint(run, STEP_1)
     mirror.upload(newest)
-    assert len(copied) == 5 + 4 and copied[-1] == f"checkpoints/{STEP_1}/{MANIFEST}"
+    assert len(copied) == 6 + 4 and copied[-1] == f"checkpoints/{STEP_1}/{MANIFEST}"
     copied.clear()
     mirror.upload(newest)
     assert copied == []

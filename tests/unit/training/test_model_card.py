@@ -1,7 +1,6 @@
 """The model card of an export: metadata of the hub, content, and the usage example, which is run."""
 
 import json
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -107,7 +106,5 @@ def test_the_usage_example_runs_with_a_directory_and_with_the_hub(
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         distav.push_to_hub("export", "lab/mine", token=TOKEN)
         uploaded = hub.repositories["lab/mine"].commits[hub.repositories["lab/mine"].revisions["main"]]["README.md"]
-        (location,) = re.findall(r'or "(hf://.*?)"', uploaded.decode())
-        assert location == "hf://lab/mine"
-        values = run_usage(uploaded.decode(), location)
+        values = run_usage(uploaded.decode(), "hf://lab/mine", named="hf://lab/mine")
     assert {name: tuple(values[name].shape) for name in shapes} == shapes
