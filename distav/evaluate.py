@@ -180,8 +180,12 @@ def _evaluate(options: argparse.Namespace, folder: str, world: World, zero_shot:
         metrics["fine_tune"] = classifier_metrics(tuned, test_split, test_labels[0], options.views, options.by_video)
     return {
         "data": folder,
+        "source": shards.manifest.get("recipe", {}).get("source"),  # With the fold of an official list.
+        "train_split": train_split.name,
+        "test_split": test_split.name,
         "train_clips": len(train_split),
         "test_clips": len(test_split),
+        "test_videos": len(set(test_split.sources.tolist())),
         "classes": len(shards.classes),
         "metrics": metrics,
     }

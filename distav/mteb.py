@@ -70,6 +70,7 @@ class DistavEncoder(AbsEncoder):
             use_instructions=False,
             training_datasets=None,
             modalities=["video", "audio"],
+            experiment_kwargs={"views": views},  # mteb keeps the results of each number apart.
         )
 
     def encode(

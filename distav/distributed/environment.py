@@ -23,6 +23,10 @@ PACKAGES = (
     "av",
     "cleanlab",
     "scikit-learn",
+    "torchmetrics",
+    "timm",
+    "transformers",
+    "mteb",
 )
 
 

@@ -31,7 +31,10 @@ def knn_class_probs(
     temperature: float = 0.07,
     counter: WorkCounter | None = None,
 ) -> Tensor:
-    """Return the votes of the k nearest neighbors, weighted by exp(cosine / temperature) (Wu et al. 2018, section 3.4).
+    """Return the fraction of the k nearest neighbors that are of each class.
+
+    Neighbors are weighted by exp(cosine / temperature) (Wu et al. 2018, section 3.4). Fractions are comparable between
+    queries, so that they can be averaged over the views of a clip, and ranked.
 
     Args:
         keys: [N, E] features; rows that are zero have no vote.
@@ -43,13 +46,13 @@ def knn_class_probs(
         counter: counts the queries.
 
     Returns:
-        [m, C] votes; the weight of the nearest neighbor is 1.
+        [m, C] probabilities.
     """
     present = keys.norm(dim=1) > 0
-    votes, classes = torch.zeros(len(queries), num_classes, device=queries.device), classes[present]
+    probs, classes = torch.zeros(len(queries), num_classes, device=queries.device), classes[present]
     for part, neighbors, weights in _weighted_neighbors(keys[present], queries, k, temperature, counter):
-        votes[part].scatter_add_(1, classes[neighbors], weights)
-    return votes
+        probs[part].scatter_add_(1, classes[neighbors], weights)
+    return probs
 
 
 def knn_label_probs(
@@ -76,7 +79,6 @@ def knn_label_probs(
     present = keys.norm(dim=1) > 0
     probs, labels = torch.zeros(len(queries), labels.shape[1], device=queries.device), labels[present].float()
     for part, neighbors, weights in _weighted_neighbors(keys[present], queries, k, temperature, counter):
-        weights = weights / weights.sum(1, keepdim=True)
         # One neighbor at a time, to hold no table of the labels of all neighbors.
         for rank in range(neighbors.shape[1]):
             probs[part] += weights[:, rank, None] * labels[neighbors[:, rank]]
@@ -86,14 +88,13 @@ def knn_label_probs(
 def _weighted_neighbors(
     keys: Tensor, queries: Tensor, k: int, temperature: float, counter: WorkCounter | None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield blocks of queries with the ids of their nearest keys and the weights of these, [b, k] each."""
+    """Yield blocks of queries with the ids of their nearest keys and their weights, whose sum is 1, [b, k] each."""
     keys = F.normalize(keys.float(), dim=1)
     block = max(1, _BLOCK_SCORES // max(1, len(keys)))
     for start in range(0, len(queries), block):
         rows = F.normalize(queries[start : start + block].float(), dim=1)
         nearest = (rows @ keys.T).topk(min(k, len(keys)), dim=1)
-        # Relative to the largest weight, so that none overflows.
-        weights = ((nearest.values - nearest.values[:, :1]) / temperature).exp()
+        weights = (nearest.values / temperature).softmax(1)
         yield slice(start, start + block), nearest.indices, weights
         if counter:
             counter.advance(len(rows))

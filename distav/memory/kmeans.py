@@ -41,7 +41,7 @@ def fit_centroids(points: Tensor, num_clusters: int, seed: int) -> Tensor:
 
 
 def nearest_centroids(
-    points: Tensor, centroids: Tensor, map_parts: Callable[..., Iterator[tuple[Tensor, Tensor]]] = map
+    points: Tensor, centroids: Tensor, map_parts: Callable[..., Iterator[None]] = map
 ) -> tuple[Tensor, Tensor]:
     """Return the centroid of largest dot product for each point, and this product: [p] int64 and [p] float32.
 
@@ -52,14 +52,18 @@ def nearest_centroids(
         centroids: [L, D] float32.
         map_parts: maps a function over blocks of points.
     """
+    # Results that are allocated beside the products would keep glibc from reusing the memory of these.
+    clusters = torch.empty(len(points), dtype=torch.int64, device=points.device)
+    similarity = points.new_empty(len(points))
 
-    def compare(part: Tensor) -> tuple[Tensor, Tensor]:
-        rows = F.pad(part, (0, 0, 0, max(0, MIN_GEMM_ROWS - len(part))))
-        similarity, cluster = (rows @ columns).max(1)
-        return cluster[: len(part)], similarity[: len(part)]
+    def compare(start: int) -> None:
+        part = slice(start, min(start + _BLOCK, len(points)))
+        rows = F.pad(points[part], (0, 0, 0, max(0, MIN_GEMM_ROWS - part.stop + start)))
+        largest = (rows @ columns).max(1)
+        clusters[part], similarity[part] = (values[: part.stop - start] for values in (largest.indices, largest.values))
 
     missing = max(0, MIN_GEMM_ROWS - len(centroids))
     columns = torch.cat([centroids, centroids[:1].expand(missing, -1)]).t()
-    parts = list(map_parts(compare, points.split(_BLOCK)))
-    clusters = torch.cat([cluster for cluster, _ in parts])
-    return clusters.masked_fill_(clusters >= len(centroids), 0), torch.cat([similarity for _, similarity in parts])
+    for _ in map_parts(compare, range(0, len(points), _BLOCK)):
+        pass
+    return clusters.masked_fill_(clusters >= len(centroids), 0), similarity

@@ -96,7 +96,7 @@ class SearchState:
             yield map_parts
 
     def search_shard(
-        self, shard: KeyShard, rows: Tensor, first: bool, map_parts: Callable[..., Iterator[Tensor]]
+        self, shard: KeyShard, rows: Tensor, first: bool, map_parts: Callable[..., Iterator[None]]
     ) -> None:
         """Merge the neighbors in a shard into `best`.
 
@@ -110,25 +110,31 @@ class SearchState:
             map_parts: maps a function over blocks of queries.
         """
         for estimate_bound in (True, False):
-            if len(rows):
-                search_block = functools.partial(
-                    self._search_block, shard=shard, first=first, estimate_bound=estimate_bound
-                )
-                rows = rows[torch.cat(list(map_parts(search_block, rows.split(self.tiling.queries))))]
+            # A result that is allocated beside the candidates of a block would keep glibc from reusing their memory.
+            again = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+            search_block = functools.partial(
+                self._search_block, rows, shard, first=first, estimate_bound=estimate_bound, again=again
+            )
+            for _ in map_parts(search_block, range(0, len(rows), self.tiling.queries)):
+                pass
+            rows = rows[again]
 
-    def _search_block(self, rows: Tensor, shard: KeyShard, first: bool, estimate_bound: bool) -> Tensor:
-        """Search for the queries `rows` [b]; return which of them have to be searched again: [b] bool."""
+    def _search_block(
+        self, rows: Tensor, shard: KeyShard, start: int, *, first: bool, estimate_bound: bool, again: Tensor
+    ) -> None:
+        """Search for a block of the queries `rows` from `start` on, and set which have to be searched again."""
+        part = slice(start, start + self.tiling.queries)
+        rows = rows[part]
         queries, best = self.features[self.index[rows]], self.best[rows]
         excluded = shard.excluded_scores(*_same_group_pairs(self.groups[rows], self.sorted_groups, self.order))
         workspace = self.workspaces.get()
         try:
-            merged, again = exact_top_k(
+            merged, again[part] = exact_top_k(
                 queries, shard, best, excluded, workspace, first=first, estimate_bound=estimate_bound
             )
         finally:
             self.workspaces.put(workspace)
-        self.best[rows] = torch.where(again[:, None], best, merged)
-        return again
+        self.best[rows] = torch.where(again[part, None], best, merged)
 
 
 def key_shards(features: Tensor, num_samples: int, gather_below_bytes: int) -> Iterator[tuple[int, Tensor]]:

@@ -95,7 +95,11 @@ class LabelModel:
 
     def correspondence(self, votes: Votes | VoteTables, labels: Tensor) -> Tensor:
         """Return the correspondence probabilities of `posterior`, without its tables: [n]."""
-        return torch.cat([rows.correspondence for _, rows in self._iter_posterior(votes, labels)])
+        # A result that is allocated beside the tables of a tile would keep glibc from reusing their memory.
+        correspondence = torch.empty(len(labels), device=labels.device)
+        for part, rows in self._iter_posterior(votes, labels):
+            correspondence[part] = rows.correspondence
+        return correspondence
 
     def _iter_posterior(self, votes: Votes | VoteTables, labels: Tensor) -> Iterator[tuple[slice, Posterior]]:
         """Yield the class probabilities of the samples of each tile."""

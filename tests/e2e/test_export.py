@@ -307,6 +307,9 @@ def test_folds_are_averaged_and_the_record_repeats_the_evaluation(
     assert results["metrics"]["svm"]["top1_audio"] == pytest.approx(np.mean(scores))
     assert results["std"]["svm"]["top1_audio"] == pytest.approx(np.std(scores, ddof=1))
     assert [fold["data"] for fold in results["folds"]] == [str(tiny_shards), str(other)]
+    first, second = results["folds"]
+    assert second["test_clips"] == second["test_videos"] == 16 and second["test_split"] == "test"
+    assert second["source"]["train_clips"] == 48 and first["test_clips"] == first["test_videos"] > 16
     digest = hashlib.sha256((export / "model.safetensors").read_bytes()).hexdigest()
     assert results["weights"]["sha256"] == digest and results["machine"]["versions"]["torch"] == version("torch")
     output = capsys.readouterr().out

@@ -46,6 +46,24 @@ def test_tasks_of_mteb_are_evaluated(encoder: Any, mteb: Any, name: str, tmp_pat
 
 
 @pytest.mark.usefixtures("decodes")
+def test_results_of_another_number_of_views_are_not_taken_for_those_of_this_one(
+    encoder: Any, finished: tuple[Path, str], mteb: Any, tmp_path: Path
+):
+    single = type(encoder)(finished[0] / "export", device="cpu", views=1)
+    for model in (encoder, single):
+        mteb.evaluate(model, [made_task("classification", "MockAudioClassification")], cache=mteb.ResultCache(tmp_path))
+    assert len(list(tmp_path.rglob("MockAudioClassification*.json"))) == 2
+
+
+@pytest.mark.usefixtures("mteb")
+def test_unknown_tasks_are_named_before_a_network_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from tools.bench.command import main
+
+    assert main(["mteb", str(tmp_path), "ESC-50", "--work", str(tmp_path)]) != 0
+    assert "task ESC-50: allowed: tasks of mteb with audio or video alone; --list shows all" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("decodes")
 def test_video_and_audio_are_compared_in_their_common_space(encoder: Any, mteb: Any, tmp_path: Path):
     task = made_task("pair_classification", "MockAsymVideoAudioPairClassificationTask")
     results = mteb.evaluate(encoder, [task], cache=mteb.ResultCache(tmp_path))

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
@@ -13,19 +14,26 @@ def blobs(seed: int, count: int, num_classes: int = 3, width: int = 8) -> tuple[
     return torch.from_numpy(centers[classes] + rng.normal(0, 1, (count, width))).float(), torch.from_numpy(classes)
 
 
-def test_votes_equal_those_of_brute_force():
+def test_weighted_fractions_equal_those_of_brute_force():
     keys, classes = blobs(0, 40)
     keys[5] = 0
     queries, _ = blobs(1, 7)
-    votes = knn_class_probs(keys, classes, queries, 3, k=4, temperature=0.1)
+    probs = knn_class_probs(keys, classes, queries, 3, k=4, temperature=0.1)
     cosines = torch.nn.functional.cosine_similarity(queries[:, None], keys[None], dim=2)
     cosines[:, 5] = -2
     for row in range(7):
         expected = torch.zeros(3)
         for neighbor in cosines[row].argsort(descending=True)[:4]:
-            expected[classes[neighbor]] += ((cosines[row, neighbor] - cosines[row].max()) / 0.1).exp()
-        torch.testing.assert_close(votes[row], expected)
-    assert knn_class_probs(keys, classes, queries, 3, k=1000).sum() > 0
+            expected[classes[neighbor]] += (cosines[row, neighbor] / 0.1).exp()
+        torch.testing.assert_close(probs[row], expected / expected.sum())
+    assert torch.allclose(knn_class_probs(keys, classes, queries, 3, k=1000).sum(1), torch.ones(7))
+
+
+def test_every_view_of_a_clip_has_the_same_weight_in_the_votes():
+    # The neighbors of the first view are equally near, those of the second one are not.
+    keys = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    probs = knn_class_probs(keys, torch.tensor([0, 0, 1, 1]), torch.eye(2), 2, k=2, temperature=0.1)
+    assert probs.mean(0).tolist() == pytest.approx([0.5, 0.5])
 
 
 def test_the_probe_finds_the_minimum_of_another_solver():

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,25 +19,12 @@ from distav.noise.label_correction import correct_labels
 from distav.noise.noise_rate import candidate_rates, transition_matrix
 from distav.noise.vote_score import VoteScorer
 from distav.noise.vote_search import FeatureSpace, VoteSearchSpace
+from tests.helpers.peak_memory import peak_growth
 
 NUM_CLASSES = 700
 OVERHEAD = 16 * 2**20 + 8 * NUM_CLASSES**2 * 8
 """Bytes of the temporary results of a tile and of a few [C, C] float64 matrices."""
 CORRECTION_CLASSES = 350
-
-
-def read_status(name: str) -> int:
-    """Return a size from the kernel's status of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
-
-
-def peak_growth(work: Callable[[], object]) -> int:
-    """Return by how many bytes the peak of this process grows during some work."""
-    Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
-    before = read_status("VmRSS")
-    work()
-    return read_status("VmHWM") - before
 
 
 def in_own_process(function: Callable[..., Any], *arguments: object) -> Any:
