@@ -19,7 +19,9 @@ def _text() -> dict[str, Any]:
 
 
 def _clip(transformers: Any) -> Any:
-    return transformers.CLIPModel(transformers.CLIPConfig(text_config=_text(), vision_config=TRANSFORMER | IMAGE))
+    # With this number, the features of a text are those at its token of the highest number.
+    text = _text() | {"eos_token_id": 2}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=TRANSFORMER | IMAGE))
 
 
 def _siglip(transformers: Any) -> Any:
