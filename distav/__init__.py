@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 from distav.config.version import __version__
 
 if TYPE_CHECKING:
-    from distav.api import make_shards, train
+    from distav.api import FinishedRun, make_shards, train
+    from distav.config.errors import UserError
+    from distav.data.preparation.output_dir import BuildResult
+    from distav.distributed.signals import Interrupted
     from distav.models.hub import push_to_hub
     from distav.models.onnx_export import export_onnx
     from distav.models.pretrained import load_encoders
     from distav.noise.label_issues import CorrectedLabels, correct_labels, find_label_issues
     from distav.noise.multi_label_issues import CorrectedLabelLists, correct_label_lists
+    from distav.noise.noise_rate import RateEstimate
 
 if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
     # Threads that wait actively use a core, which slows down others if processes compete for the cores.
@@ -21,8 +25,13 @@ if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 __all__ = [
+    "BuildResult",
     "CorrectedLabelLists",
     "CorrectedLabels",
+    "FinishedRun",
+    "Interrupted",
+    "RateEstimate",
+    "UserError",
     "__version__",
     "correct_label_lists",
     "correct_labels",
@@ -35,6 +44,11 @@ __all__ = [
 ]
 
 _MODULES = {
+    "BuildResult": "distav.data.preparation.output_dir",
+    "FinishedRun": "distav.api",
+    "Interrupted": "distav.distributed.signals",
+    "RateEstimate": "distav.noise.noise_rate",
+    "UserError": "distav.config.errors",
     "CorrectedLabelLists": "distav.noise.multi_label_issues",
     "CorrectedLabels": "distav.noise.label_issues",
     "correct_label_lists": "distav.noise.multi_label_issues",
@@ -45,7 +59,7 @@ _MODULES = {
     "make_shards": "distav.api",
     "push_to_hub": "distav.models.hub",
 }
-"""Modules of the names that are imported on first use, since they import torch."""
+"""Modules of the names that are imported on first use, since most of them import torch."""
 
 
 def __getattr__(name: str) -> Any:

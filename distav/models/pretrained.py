@@ -25,12 +25,20 @@ def load_encoders(location: str | Path) -> tuple[AVModel, dict[str, Any]]:
         location: an `export/` directory, or `hf://USER/NAME` or `hf://USER/NAME@REVISION` on the Hugging Face hub.
 
     Returns:
-        The model, with the towers `.visual` (frames [B, T, H, W, 3] uint8) and `.audio` (audio [B, N] float32), and its
-        description, with the input format, the names of the classes, and the weights with which
-        `distav.evaluation.fusion.Fusion.from_description` combines the classifiers.
+        The model, with the towers `.visual` (frames [B, T, H, W, 3] uint8 RGB -> features [B, E]) and `.audio` (mono
+        audio [B, N] float32 in [-1, 1] -> [B, E]), and `.project_visual` and `.project_audio`, which map features to
+        unit vectors [B, D] that are comparable between the modalities; and its description: `input` with `num_frames`
+        T, `frame_size` H = W in pixels, `fps`, `audio_s` in seconds and `sample_rate_hz` in Hz, the names of the
+        `classes`, and the weights with which `distav.evaluation.fusion.Fusion.from_description` combines the
+        classifiers.
 
     Raises:
-        UserError: if the directory holds no export of encoders in the current format.
+        UserError: if the directory holds no export of encoders in the current format, its weights are corrupt, a
+            repository cannot be had, or the library of a tower is missing.
+
+    Example:
+        >>> model, description = distav.load_encoders("runs/quickstart/export")
+        >>> features = model.visual(frames)
     """
     folder = export_folder(location)
     description = read_description(folder, location)

@@ -74,6 +74,12 @@ def test_invalid_arguments_of_make_shards_are_errors(
         distav.make_shards(*arguments, **options)
 
 
+def test_public_names_are_those_of_their_modules():
+    assert sorted(distav._MODULES) == sorted(set(distav.__all__) - {"train", "__version__"})
+    assert all(getattr(distav, name).__name__ == name for name in distav._MODULES)
+    assert issubclass(distav.UserError, ValueError) and callable(distav.train)
+
+
 def test_invalid_arguments_of_train_are_errors():
     with pytest.raises(UserError, match="overrides='optim.lr=1': allowed: a list of texts"):
         distav.train("quickstart", "optim.lr=1")
