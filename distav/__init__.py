@@ -45,12 +45,12 @@ __all__ = [
 
 _MODULES = {
     "BuildResult": "distav.data.preparation.output_dir",
+    "CorrectedLabelLists": "distav.noise.multi_label_issues",
+    "CorrectedLabels": "distav.noise.label_issues",
     "FinishedRun": "distav.api",
     "Interrupted": "distav.distributed.signals",
     "RateEstimate": "distav.noise.noise_rate",
     "UserError": "distav.config.errors",
-    "CorrectedLabelLists": "distav.noise.multi_label_issues",
-    "CorrectedLabels": "distav.noise.label_issues",
     "correct_label_lists": "distav.noise.multi_label_issues",
     "correct_labels": "distav.noise.label_issues",
     "export_onnx": "distav.models.onnx_export",

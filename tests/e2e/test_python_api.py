@@ -18,7 +18,7 @@ from distav.config.schema import Config, OptimConfig
 from distav.data.annotations.labels import load_labels
 from distav.data.dataset import ShardedDataset
 from tests.conftest import ROOT
-from tests.helpers.launch import environment
+from tests.helpers.launch import environment, slurm_task
 from tools.examples import fine_tune_encoders
 
 TRAIN = """
@@ -113,15 +113,7 @@ def test_tasks_of_slurm_train_together(tiny_shards: Path, tmp_path: Path):
     program = f"import distav; print(distav.train('quickstart', {overrides!r}).report['samples'])"
     processes = []
     for rank in range(2):
-        variables = {
-            "SLURM_JOB_ID": str(os.getpid()),
-            "SLURM_STEP_NUM_TASKS": "2",
-            "SLURM_STEP_TASKS_PER_NODE": "2",
-            "SLURM_STEP_NODELIST": "localhost",
-            "SLURM_NODEID": "0",
-            "SLURM_PROCID": str(rank),
-            "SLURM_LOCALID": str(rank),
-        }
+        variables = slurm_task(rank, 2)
         words = [sys.executable, "-c", program]
         processes.append(
             subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment() | variables, cwd=ROOT)

@@ -28,6 +28,19 @@ phases:
 FREQUENT_SAVES = ("run.checkpoint_every=1", "run.timeout_s=6", "run.device=cpu", "monitor.media_clips=0")
 
 
+def slurm_task(rank: int, num_tasks: int) -> dict[str, str]:
+    """Return the variables that `srun` sets for a task of a step of this process on one machine."""
+    return {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_NUM_TASKS": str(num_tasks),
+        "SLURM_STEP_TASKS_PER_NODE": str(num_tasks),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NODEID": "0",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+    }
+
+
 def environment() -> dict[str, str]:
     """Return the environment of a launch: programs of this interpreter first, no choice of the accelerator."""
     ours = {"PATH": f"{DEEPSPEED.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}

@@ -9,7 +9,7 @@ import pytest
 
 from distav.config.errors import UserError
 from distav.distributed.launch import Launch, first_host, set_rank_variables, tasks_per_node
-from tests.helpers.launch import ROOT, environment
+from tests.helpers.launch import ROOT, environment, slurm_task
 
 SCRIPT = """
 import torch, torch.distributed as dist
@@ -58,15 +58,7 @@ def test_torchrun_starts_ranks(tmp_path: Path):
 def test_tasks_of_slurm_are_ranks():
     processes = []
     for rank in range(2):
-        variables = TWO_NODES | {
-            "SLURM_JOB_ID": str(os.getpid()),
-            "SLURM_STEP_NUM_TASKS": "2",
-            "SLURM_STEP_TASKS_PER_NODE": "2",
-            "SLURM_STEP_NODELIST": "localhost",
-            "SLURM_NODEID": "0",
-            "SLURM_PROCID": str(rank),
-            "SLURM_LOCALID": str(rank),
-        }
+        variables = TWO_NODES | slurm_task(rank, 2)
         words = [sys.executable, "-c", SCRIPT]
         processes.append(
             subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment() | variables, cwd=ROOT)
