@@ -13,7 +13,10 @@ from tools.bench.noise import tables
 from tools.bench.noise.results import over_seeds
 from tools.bench.scaling import report as scaling
 
-ORDER = ("bank", "bank-2-threads", "neighbors", "neighbors-2-threads", "shards", "loader", "step")
+ORDER = (
+    "bank", "bank-2-threads", "bank-avx512", "neighbors", "neighbors-2-threads", "neighbors-avx512", "shards", "loader",
+    "step",
+)  # fmt: skip
 """Order of the timing benchmarks in the table; further ones follow by name."""
 
 
