@@ -16,7 +16,7 @@ from distav.config.errors import UserError
 from distav.distributed.rendezvous import record_collective
 
 T = TypeVar("T")
-ALL_GATHER_NAME = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 """Function of torch.distributed that gathers into one tensor; newer versions of PyTorch have renamed it."""
 _POLL_S = 0.1
 
@@ -38,7 +38,7 @@ def all_gather_rows(rows: Tensor) -> Tensor:
         return rows
     record_collective("all_gather")
     gathered = rows.new_empty(get_world_size() * len(rows), *rows.shape[1:])
-    gather = getattr(dist, ALL_GATHER_NAME)  # With a list of tensors, NCCL would launch a copy for each rank.
+    gather = getattr(dist, _ALL_GATHER)  # With a list of tensors, NCCL would launch a copy for each rank.
     gather(gathered, rows)
     return gathered
 

@@ -80,6 +80,12 @@ def test_public_names_are_those_of_their_modules():
     assert issubclass(distav.UserError, ValueError) and callable(distav.train)
 
 
+@pytest.mark.parametrize("name", ["quickstart", "multilabel", "valor_plus_plus"])
+def test_the_check_of_a_config_changes_nothing(name: str):
+    config = loading.load(name)
+    assert loading.check(config) == config
+
+
 def test_invalid_arguments_of_train_are_errors():
     with pytest.raises(UserError, match="overrides='optim.lr=1': allowed: a list of texts"):
         distav.train("quickstart", "optim.lr=1")

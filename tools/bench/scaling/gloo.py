@@ -32,7 +32,7 @@ from tools.bench.scaling.network import (
 SIZES = (64, 1024, 16384, 131072, 1048576, 4194304)
 """Sizes V of the measured collectives."""
 RANKS = (2, 4)
-REDUCE_SCATTER_NAME = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+_REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 """Function of torch.distributed that scatters sums of one tensor; newer versions of PyTorch have renamed it."""
 REPETITIONS = 60
 SHORTEST_S = 1e-6
@@ -102,7 +102,7 @@ def _collectives(numbers: int, world_size: int) -> dict[str, Callable[[], Any]]:
     return {
         ALL_REDUCE: lambda: all_reduce_sum_(values.zero_()),
         ALL_GATHER: lambda: all_gather_rows(part),
-        REDUCE_SCATTER: lambda: getattr(dist, REDUCE_SCATTER_NAME)(part, values),
+        REDUCE_SCATTER: lambda: getattr(dist, _REDUCE_SCATTER)(part, values),
         ALL_TO_ALL: lambda: all_to_all_rows(values),
     }
 
